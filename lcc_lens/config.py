@@ -1,0 +1,73 @@
+"""Where things are kept and which device and number format computations use."""
+
+from __future__ import annotations
+
+import os
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lcc_lens.errors import RequestError
+
+if TYPE_CHECKING:
+    import torch
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def package_version() -> str:
+    """The installed version of lcc_lens, as written into every artefact."""
+    try:
+        return version("lcc-lens")
+    except PackageNotFoundError:
+        return "0+unknown"
+
+
+def cache_dir() -> Path:
+    """The folder for converted models and prepared data: ``LCC_LENS_CACHE``, else the platform's user cache."""
+    import platformdirs
+
+    named = os.environ.get("LCC_LENS_CACHE")
+    return Path(named).expanduser() if named else Path(platformdirs.user_cache_dir("lcc_lens"))
+
+
+def default_device() -> torch.device:
+    """The device to compute on: ``LCC_LENS_DEVICE``, else CUDA where there is one, else the CPU."""
+    import torch
+
+    named = os.environ.get("LCC_LENS_DEVICE")
+    if named:
+        try:
+            return torch.device(named)
+        except RuntimeError as error:
+            raise RequestError(f"wanted LCC_LENS_DEVICE to be a torch device, got {named!r}") from error
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def compute_dtype(device: torch.device) -> torch.dtype:
+    """The format of model weights and activations during computation.
+
+    bfloat16 where the hardware multiplies it natively (CUDA from Ampere on; CPUs with AVX512-BF16 or AMX),
+    float32 elsewhere: an emulated bfloat16 is several times slower than float32. ``LCC_LENS_DTYPE`` overrides.
+    Statistics and trained parameters are float32 or wider whatever this returns.
+    """
+    import torch
+
+    named = os.environ.get("LCC_LENS_DTYPE")
+    if named:
+        if named not in DTYPES:
+            raise RequestError(f"wanted LCC_LENS_DTYPE to be one of {', '.join(DTYPES)}, got {named!r}")
+        dtype: torch.dtype = getattr(torch, named)
+        return dtype
+    return torch.bfloat16 if _is_bf16_fast(device) else torch.float32
+
+
+def _is_bf16_fast(device: torch.device) -> bool:
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type != "cpu":
+        return False
+    probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(bool(getattr(torch.cpu, probe, bool)()) for probe in probes)

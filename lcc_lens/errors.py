@@ -1,0 +1,21 @@
+"""The errors that reach a user: one line that says what was wanted, what came, and what to do."""
+
+from __future__ import annotations
+
+
+class LensError(Exception):
+    """A failure with a one-line explanation; the command line ends with exit code 1."""
+
+    exit_code = 1
+
+
+class RequestError(LensError):
+    """A request that cannot be served: nothing was written; the command line ends with exit code 2."""
+
+    exit_code = 2
+
+
+class InterruptedRun(LensError):
+    """A run stopped by the user after its state was saved; the command line ends with exit code 130."""
+
+    exit_code = 130

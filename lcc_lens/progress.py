@@ -1,0 +1,67 @@
+"""Progress of long steps: silent in the library, bars with time left where a front end asks for them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import TypeVar
+
+T = TypeVar("T")
+Tracker = Callable[[Iterable[T], int, str], Iterator[T]]
+
+
+def _silent(items: Iterable[T], total: int, description: str) -> Iterator[T]:
+    yield from items
+
+
+_tracker: ContextVar[Tracker] = ContextVar("lcc_lens_tracker", default=_silent)
+
+
+def track(items: Iterable[T], total: int, description: str) -> Iterator[T]:
+    """Yield the items while the current front end shows how far they are.
+
+    Args:
+        items: what is worked through, one at a time.
+        total: how many there will be.
+        description: a few words beside the bar.
+    """
+    yield from _tracker.get()(items, total, description)
+
+
+@contextmanager
+def tracked_by(tracker: Tracker) -> Iterator[None]:
+    """Show the progress of everything inside the block with another tracker."""
+    token = _tracker.set(tracker)
+    try:
+        yield
+    finally:
+        _tracker.reset(token)
+
+
+def rich_tracker(items: Iterable[T], total: int, description: str) -> Iterator[T]:
+    """A bar with the time left, on standard error, for terminals and notebooks."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("{task.description:<24}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        task = progress.add_task(description, total=total)
+        for item in items:
+            yield item
+            progress.advance(task)
+        progress.update(task, completed=total)
+
+
+@contextmanager
+def shown() -> Iterator[None]:
+    """Show progress bars inside the block (notebooks and the command line)."""
+    with tracked_by(rich_tracker):
+        yield
