@@ -1,0 +1,112 @@
+"""Lost components: the directions in which pruning moved each head's output, and how far along them on average."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from lcc_lens.errors import RequestError
+
+
+@dataclass(frozen=True)
+class LostComponents:
+    r"""What pruning took from every head, ordered from the largest direction to the smallest.
+
+    With the differences $\Delta = Z_{dense} - Z_{pruned} = U S V^T$ of one head (not centred: the mean is the
+    signal), row $i$ of ``directions`` is $v_i$, ``singular_values`` holds $S_i$ and ``coefficients`` the mean
+    coefficient $\alpha_i = \mathrm{mean}_n(S_i U_{n,i})$. Every $v_i$ is signed so that $\alpha_i \ge 0$.
+
+    Reference: RestoreLCC (arXiv 2510.21834), Eqs. 3 and 4.
+    """
+
+    directions: Float[Tensor, "layer head component d_head"]
+    singular_values: Float[Tensor, "layer head component"]
+    coefficients: Float[Tensor, "layer head component"]
+
+    @property
+    def d_head(self) -> int:
+        """The width of a head, which is also the largest rank."""
+        return self.directions.shape[-1]
+
+    def component(self, rank: int | None = None) -> Float[Tensor, "layer head d_head"]:
+        r"""The lost component of rank $K$: $c = \sum_{i \le K} \alpha_i v_i$ (Eq. 4).
+
+        Args:
+            rank: the number of directions $K$; all of them if not given, which gives the mean difference exactly.
+
+        Raises:
+            RequestError: ``rank`` is not within 1 and ``d_head``.
+        """
+        rank = self.d_head if rank is None else rank
+        if not 1 <= rank <= self.d_head:
+            raise RequestError(f"wanted a rank between 1 and d_head = {self.d_head}, got {rank}")
+        return torch.einsum("lhk,lhkd->lhd", self.coefficients[..., :rank], self.directions[..., :rank, :])
+
+    def explained_share(self) -> Float[Tensor, "layer head component"]:
+        r"""The share of the squared difference within the first $k$ directions, $\sum_{i\le k} S_i^2 / \sum_i S_i^2$."""
+        energy = self.singular_values.square().cumsum(-1)
+        return energy / energy[..., -1:].clamp_min(torch.finfo(energy.dtype).tiny)
+
+
+def components_from_moments(
+    total: Float[Tensor, "layer head d_head"],
+    second_moment: Float[Tensor, "layer head d_head d_head"],
+    n_samples: int,
+) -> LostComponents:
+    r"""Find the lost components from sums that stream, without the stacked differences.
+
+    $\Delta^T \Delta = V S^2 V^T$, so an eigendecomposition of the second moment gives the SVD's $V$ and $S$ exactly,
+    and $\alpha_i = v_i \cdot \bar{\delta}$ since $S_i U_{n,i} = \delta_n \cdot v_i$. Memory does not grow with N.
+
+    Args:
+        total: $\sum_n \delta_n$ per head.
+        second_moment: $\sum_n \delta_n \delta_n^T$ per head.
+        n_samples: N, the number of differences summed.
+
+    Returns:
+        All ``d_head`` components, in float32. With N < d_head the last ``d_head - N`` directions are arbitrary
+        (their singular values and coefficients are zero).
+    """
+    moment = second_moment.double()
+    eigenvalues, eigenvectors = torch.linalg.eigh(moment)
+    directions = eigenvectors.flip(-1).transpose(-1, -2)
+    mean = total.double() / max(n_samples, 1)
+    return _signed(directions, eigenvalues.flip(-1).clamp_min(0).sqrt(), mean)
+
+
+def extract_lost_components(
+    z_dense: Float[Tensor, "example layer head d_head"],
+    z_pruned: Float[Tensor, "example layer head d_head"],
+) -> LostComponents:
+    r"""Find the directions in which pruning moved each head's output, from stacked activations.
+
+    The same result as :func:`components_from_moments` for those who hold all activations in memory; it uses the SVD
+    of the stacked differences as the paper does (Eq. 3).
+
+    Args:
+        z_dense: head outputs (before the output projection) of the dense model, one row per example.
+        z_pruned: the same of the pruned model on the same tokens.
+
+    Example:
+        >>> z_dense, z_pruned = torch.randn(100, 3, 5, 6), torch.randn(100, 3, 5, 6)
+        >>> lost = extract_lost_components(z_dense, z_pruned)
+        >>> bool(torch.allclose(lost.component(), (z_dense - z_pruned).mean(0), atol=1e-5))
+        True
+    """
+    difference = (z_dense.double() - z_pruned.double()).permute(1, 2, 0, 3)
+    _, singular_values, directions = torch.linalg.svd(difference, full_matrices=False)
+    return _signed(directions, singular_values, difference.mean(-2))
+
+
+def _signed(directions: Tensor, singular_values: Tensor, mean: Tensor) -> LostComponents:
+    """Orient every direction along the mean difference and cast to float32."""
+    coefficients = torch.einsum("lhkd,lhd->lhk", directions, mean)
+    sign = torch.where(coefficients < 0, -1.0, 1.0).to(directions)
+    return LostComponents(
+        directions=(directions * sign[..., None]).float().contiguous(),
+        singular_values=singular_values.float().contiguous(),
+        coefficients=(coefficients * sign).float().contiguous(),
+    )

