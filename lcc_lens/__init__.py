@@ -1,0 +1,94 @@
+"""lcc_lens: see what pruning took from each attention head of a language model, and put it back.
+
+    import lcc_lens as lcc
+
+    pair = lcc.load_pair("smollm2", "out/wanda50")
+    scan = lcc.scan(pair, lcc.load_data("boolq", n=256, role="probe"))
+    heads = scan.select("probe", share=0.25)
+    restoration = lcc.restore(pair, scan, heads, lcc.load_data("alpaca", n=480, role="train"))
+    lcc.export(restoration, "out/wanda50", "out/restored")
+
+Every name is imported when it is first used, so that ``import lcc_lens`` itself costs nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lcc_lens.components import LostComponents, components_from_moments, extract_lost_components
+    from lcc_lens.data import Data, load_data
+    from lcc_lens.errors import LensError, RequestError
+    from lcc_lens.evaluation import evaluate
+    from lcc_lens.export import export
+    from lcc_lens.heads import Head
+    from lcc_lens.injection import LccInjection
+    from lcc_lens.metrics import share_recovered
+    from lcc_lens.models import Pair, load_hooked, load_pair
+    from lcc_lens.plotting import plot_loss_map, plot_training
+    from lcc_lens.progress import shown
+    from lcc_lens.recipe import prune, restore
+    from lcc_lens.restoration import Restoration
+    from lcc_lens.scan import Scan, scan
+    from lcc_lens.training import Step, TrainConfig, train
+
+_HOMES = {
+    "components": ("LostComponents", "components_from_moments", "extract_lost_components"),
+    "data": ("Data", "load_data"),
+    "errors": ("LensError", "RequestError"),
+    "evaluation": ("evaluate",),
+    "export": ("export",),
+    "heads": ("Head",),
+    "injection": ("LccInjection",),
+    "metrics": ("share_recovered",),
+    "models": ("Pair", "load_hooked", "load_pair"),
+    "plotting": ("plot_loss_map", "plot_training"),
+    "progress": ("shown",),
+    "recipe": ("prune", "restore"),
+    "restoration": ("Restoration",),
+    "scan": ("Scan", "scan"),
+    "training": ("Step", "TrainConfig", "train"),
+}
+_HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
+
+__all__ = [
+    "Data",
+    "Head",
+    "LccInjection",
+    "LensError",
+    "LostComponents",
+    "Pair",
+    "RequestError",
+    "Restoration",
+    "Scan",
+    "Step",
+    "TrainConfig",
+    "components_from_moments",
+    "evaluate",
+    "export",
+    "extract_lost_components",
+    "load_data",
+    "load_hooked",
+    "load_pair",
+    "plot_loss_map",
+    "plot_training",
+    "prune",
+    "restore",
+    "scan",
+    "share_recovered",
+    "shown",
+    "train",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module 'lcc_lens' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"lcc_lens.{_HOME_OF[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,392 @@
+"""The command line: one dataclass a subcommand; the only place that prints."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import warnings
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tyro
+
+from lcc_lens.errors import LensError, RequestError
+from lcc_lens.progress import shown
+
+if TYPE_CHECKING:
+    from lcc_lens.heads import Head
+    from lcc_lens.models import Pair
+    from lcc_lens.scan import Scan
+
+Out = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="OUT")]
+RunPath = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
+DenseModel = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="DENSE")]
+PrunedModel = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="PRUNED")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Common:
+    quiet: bool = False
+    """No progress bars and no notes; errors and results still show."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prune(Common):
+    """Remove weights and write a plain Hugging Face directory."""
+
+    model: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODEL")]
+    """smollm2, a directory, a .gguf file, or a hub id."""
+    out: Out
+    """The directory to write."""
+    method: Literal["magnitude", "wanda"] = "wanda"
+    """How weights are scored."""
+    sparsity: float | None = None
+    """Share of the weights to remove (0.5 if no pattern is given)."""
+    pattern: str | None = None
+    """N:M such as 2:4 instead of a share: N weights stay of every M."""
+    calibration: str = "c4"
+    """Data whose activations Wanda reads: a name, or a .jsonl or .txt file."""
+    n_samples: int = 128
+    """Calibration sequences."""
+    seq_len: int = 512
+    """Tokens per calibration sequence."""
+    seed: int = 0
+    """Of the draw of calibration data."""
+    overwrite: bool = False
+    """Replace an existing directory."""
+
+    def execute(self) -> None:
+        from lcc_lens.recipe import prune
+
+        report = prune(
+            self.model, self.out, method=self.method, sparsity=self.sparsity, pattern=self.pattern,
+            calibration=self.calibration, n_samples=self.n_samples, seq_len=self.seq_len, seed=self.seed,
+            overwrite=self.overwrite,
+        )  # fmt: skip
+        rows = [["sparsity", f"{report['sparsity']:.4f}"], ["pattern", report["pattern_found"]]]
+        _show_table(f"{self.method}: {self.out}", ["", ""], [*rows, ["matrices", str(len(report["matrices"]))]])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scan_(Common):
+    """See what pruning took from every attention head."""
+
+    dense: DenseModel
+    """The dense model."""
+    pruned: PrunedModel
+    """The model pruned from it."""
+    run: RunPath
+    """The run directory to write."""
+    data: str = "boolq"
+    """Data to compare on; data with right and wrong answers also give the probe's scores."""
+    examples: int = 256
+    """Examples (blocks of text for a corpus)."""
+    positions: Literal["all", "last"] = "all"
+    """Compare at all tokens, or at the question's last one as in the paper."""
+    max_length: int = 512
+    """Tokens per example at most."""
+    probe_rank: int = 1
+    """Directions in the probe's activation editing."""
+    seed: int = 0
+    """Of the draw of examples and of the probe."""
+    overwrite: bool = False
+    """Replace a scan that is there."""
+
+    def execute(self) -> None:
+        from lcc_lens.models import load_pair
+        from lcc_lens.scan import SCAN_RECORD
+
+        if (self.run / SCAN_RECORD).exists() and not self.overwrite:
+            raise RequestError(f"{self.run} holds a scan already; name another run or pass --overwrite")
+        data = _probe_data(self.data, self.examples, self.seed)
+        found = _scan(load_pair(self.dense, self.pruned), data, self)
+        found.save(self.run)
+        _show_scan(found, self.run)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Restore(Common):
+    """Train a constant per head that makes up for what pruning took (scans first where RUN holds no scan)."""
+
+    dense: DenseModel
+    """The dense model."""
+    pruned: PrunedModel
+    """The model pruned from it."""
+    run: RunPath
+    """The run directory: holds the scan, receives the restoration."""
+    method: Literal["lcc"] = "lcc"
+    """The injection: magnitudes over lost directions plus an offset."""
+    data: str = "alpaca"
+    """Training data: instructions, questions or text."""
+    examples: int = 480
+    """Training examples at most."""
+    heads: float = 0.25
+    """Share of all heads to restore."""
+    selector: Literal["probe", "mse", "random"] = "probe"
+    """How heads are chosen."""
+    scan_data: str = "boolq"
+    """Data for the scan where RUN holds none."""
+    scan_examples: int = 256
+    """Examples for that scan."""
+    rank: int | None = None
+    """Directions per head (all if not given)."""
+    start: Literal["zero", "mean"] = "zero"
+    """Where the magnitudes start: at the pruned model, or at the mean difference."""
+    epochs: int = 1
+    """Passes over the training data."""
+    batch_size: int = 8
+    """Examples per optimiser step."""
+    lr: float = 5e-3
+    """AdamW's learning rate; decays linearly to zero."""
+    max_length: int = 512
+    """Tokens per example at most."""
+    checkpoint_every: int = 20
+    """Optimiser steps between checkpoints."""
+    seed: int = 0
+    """Of the draw and order of the training data."""
+    resume: bool = False
+    """Go on from the run's checkpoint."""
+    overwrite: bool = False
+    """Replace a restoration that is there."""
+
+    def execute(self) -> None:
+        from lcc_lens.data import load_data
+        from lcc_lens.models import load_pair
+        from lcc_lens.recipe import restore
+        from lcc_lens.restoration import RESTORATION_TENSORS
+        from lcc_lens.training import TrainConfig
+
+        if (self.run / RESTORATION_TENSORS).exists() and not (self.overwrite or self.resume):
+            raise RequestError(f"{self.run} holds a restoration already; name another run or pass --overwrite")
+        config = TrainConfig(
+            epochs=self.epochs, batch_size=self.batch_size, lr=self.lr, checkpoint_every=self.checkpoint_every, seed=self.seed
+        )  # fmt: skip
+        data = load_data(self.data, self.examples, role="train", seed=self.seed)
+        validation = load_data(self.data, max(8, self.examples // 10), role="held-out", seed=self.seed)
+        pair = load_pair(self.dense, self.pruned)
+        found = self._scan(pair)
+        heads = self._heads(found)
+        restoration = restore(
+            pair, found, heads, data, config=config, validation=validation, rank=self.rank, start=self.start,
+            max_length=self.max_length, run=self.run, resume=self.resume,
+        )  # fmt: skip
+        _show_losses(restoration.record.losses, len(heads), self.run)
+
+    def _scan(self, pair: Pair) -> Scan:
+        from lcc_lens.scan import SCAN_RECORD, Scan
+
+        if (self.run / SCAN_RECORD).exists():
+            return Scan.load(self.run)
+        data = _probe_data(self.scan_data, self.scan_examples, self.seed)
+        found = _scan(pair, data, self)
+        found.save(self.run)
+        return found
+
+    def _heads(self, found: Scan) -> list[Head]:
+        return found.select(self.selector, share=self.heads, seed=self.seed)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Export(Common):
+    """Fold a restoration into a plain Hugging Face directory and verify it."""
+
+    run: RunPath
+    """The run directory with the restoration."""
+    out: Out
+    """The directory to write."""
+    pruned: str | None = None
+    """Where the pruned model lies now (where the run found it, if not given)."""
+    overwrite: bool = False
+    """Replace an existing directory."""
+
+    def execute(self) -> None:
+        from lcc_lens.export import export
+        from lcc_lens.restoration import Restoration
+
+        restoration = Restoration.load(self.run)
+        report = export(restoration, self.pruned or restoration.record.pruned, self.out, overwrite=self.overwrite)
+        rows = [
+            ["biases added", str(len(report.added))],
+            ["tensors changed", str(len(report.changed))],
+            ["tensors bit-identical", str(report.identical_tensors)],
+            ["zeros in matrices", f"{report.zeros:,}"],
+            ["largest logit difference to the hooked model", f"{report.logit_difference:.2g}"],
+            ["largest effect on the logits", f"{report.logit_effect:.2g}"],
+        ]
+        _show_table(f"exported and verified: {self.out}", ["", ""], rows)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Eval(Common):
+    """Measure models side by side."""
+
+    models: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="MODEL [MODEL ...]")]
+    """Model references."""
+    tasks: tuple[str, ...] = ("wikitext", "boolq", "arc_easy")
+    """Text (perplexity), instructions (response loss), or lm-eval's tasks (accuracy)."""
+    limit: int | None = None
+    """Blocks, responses or items per task at most."""
+    length: int = 512
+    """Tokens per block of text."""
+    out: Path | None = None
+    """A results.json to write."""
+
+    def execute(self) -> None:
+        from lcc_lens.evaluation import evaluate
+        from lcc_lens.files import write_json
+
+        if not self.models:
+            raise RequestError("wanted at least one model, got none; name some")
+        results = evaluate(self.models, self.tasks, limit=self.limit, length=self.length)
+        if self.out is not None:
+            write_json(self.out, results)
+        _show_results(results["models"], str(self.out) if self.out else "results")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Demo(Common):
+    """Prune the embedded model, see what its heads lost, restore it, export it, and open a page."""
+
+    folder: Path = Path("runs/demo")
+    """Where everything is written."""
+    seed: int = 0
+    """Of the draw of data."""
+
+    def execute(self) -> None:
+        from lcc_lens.demo import DemoConfig, run_demo
+
+        stages = iter(range(1, 10))
+
+        def stage(title: str) -> None:
+            if not self.quiet:
+                _console().print(f"[bold]{next(stages)}/5[/bold] {title}")
+
+        result = run_demo(DemoConfig(folder=self.folder, seed=self.seed), stage=stage)
+        _show_results(result.results["models"], "dense, pruned, restored on held-out data")
+        shares = {name: value for name, value in result.results["share_recovered"].items() if value is not None}
+        _show_table(
+            "share of the lost log-likelihood recovered", ["data", "share"],
+            [[name, f"{value:.1%}"] for name, value in shares.items()],
+        )  # fmt: skip
+        _console().print(f"model  {result.restored}")
+        _console().print(f"page   {result.page}", soft_wrap=True)
+
+
+Command = (
+    Annotated[Prune, tyro.conf.subcommand("prune")]
+    | Annotated[Scan_, tyro.conf.subcommand("scan")]
+    | Annotated[Restore, tyro.conf.subcommand("restore")]
+    | Annotated[Export, tyro.conf.subcommand("export")]
+    | Annotated[Eval, tyro.conf.subcommand("eval")]
+    | Annotated[Demo, tyro.conf.subcommand("demo")]
+)
+
+
+def run(arguments: list[str] | None = None) -> int:
+    """Parse and run one command; gives the exit code: 0 done, 1 failed, 2 cannot be served, 130 interrupted."""
+    try:
+        command: Any = tyro.cli(  # type: ignore[call-overload]
+            Command, args=arguments, prog="lcc-lens", description="See what pruning took, and put it back.",
+            config=(tyro.conf.FlagCreatePairsOff,),
+        )  # fmt: skip
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else 2
+    _set_up_logging(command.quiet)
+    try:
+        with nullcontext() if command.quiet else shown():
+            command.execute()
+    except LensError as error:
+        return _fail(str(error), error.exit_code)
+    except KeyboardInterrupt:
+        return _fail("interrupted; finished steps are kept", 130)
+    except Exception as error:
+        if os.environ.get("LCC_LENS_DEBUG"):
+            raise
+        first = (str(error).strip().splitlines() or [""])[0]
+        return _fail(f"{type(error).__name__}: {first} (LCC_LENS_DEBUG=1 shows where)", 1)
+    return 0
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"lcc-lens: {' '.join(message.split())}", file=sys.stderr)
+    return code
+
+
+def _set_up_logging(quiet: bool) -> None:
+    from transformers.utils import logging as transformers_logging
+
+    logging.basicConfig(level=logging.ERROR if quiet else logging.WARNING, format="lcc-lens: %(message)s")
+    logging.getLogger().setLevel(logging.ERROR)
+    logging.getLogger("lcc_lens").setLevel(logging.ERROR if quiet else logging.INFO)
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    warnings.filterwarnings("ignore")  # third-party deprecations are for the tests, not for users
+
+
+def _probe_data(name: str, n: int, seed: int) -> Any:
+    from lcc_lens.data import load_data
+    from lcc_lens.tasks import SOURCES
+
+    is_corpus = name in SOURCES and SOURCES[name].kind == "text"  # documents are cut into n blocks later
+    return load_data(name, None if is_corpus else n, role="probe", seed=seed)
+
+
+def _scan(pair: Pair, data: Any, command: Any) -> Scan:
+    from lcc_lens.scan import scan
+
+    return scan(
+        pair, data, positions=getattr(command, "positions", "all"), max_length=command.max_length,
+        limit=getattr(command, "examples", None) if data.kind == "text" else None,
+        probe_rank=getattr(command, "probe_rank", 1), seed=command.seed,
+    )  # fmt: skip
+
+
+def _console() -> Any:
+    from rich.console import Console
+
+    return Console()
+
+
+def _show_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", show_header=any(columns))
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="left" if number == 0 else "right")
+    for row in rows:
+        table.add_row(*row)
+    _console().print(table)
+
+
+def _show_scan(found: Scan, run_dir: Path) -> None:
+    from lcc_lens.plotting import plot_loss_map, write_html
+
+    page = run_dir / "loss_map.html"
+    write_html(plot_loss_map(found), page)
+    frame = found.table().sort_values("relative_loss", ascending=False).head(10)
+    rows = [
+        [f"L{row.layer}H{row.head}", f"{row.relative_loss:.1%}", f"{row.cosine:.3f}", f"{row.constant_share:.1%}"]
+        for row in frame.itertuples()
+    ]
+    _show_table("heads that changed most", ["head", "changed", "cosine", "constant share"], rows)
+    _console().print(f"scan {run_dir}\npage {page}", soft_wrap=True)
+
+
+def _show_losses(losses: dict[str, float], n_heads: int, run_dir: Path) -> None:
+    from lcc_lens.metrics import share_recovered
+
+    rows = [[name, f"{value:.4f}"] for name, value in losses.items()]
+    share = share_recovered(losses["dense"], losses["pruned"], losses["restored"])
+    rows.append(["share recovered", "nothing was lost" if share is None else f"{share:.1%}"])
+    _show_table(f"held-out response loss, {n_heads} heads", ["model", "nats per token"], rows)
+    _console().print(f"restoration {run_dir}", soft_wrap=True)
+
+
+def _show_results(models: dict[str, Any], title: str) -> None:
+    from lcc_lens.page import format_scores
+
+    columns = ["model", *format_scores(next(iter(models.values()))["tasks"])]
+    _show_table(title, columns, [[name, *format_scores(entry["tasks"]).values()] for name, entry in models.items()])

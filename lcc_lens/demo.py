@@ -1,0 +1,176 @@
+"""The main job from beginning to end on the embedded model: prune, scan, restore, export, evaluate, show."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lcc_lens as lcc
+from lcc_lens.config import package_version
+from lcc_lens.data import Data, assert_disjoint, encode, load_data, load_records
+from lcc_lens.evaluation import evaluate_task, sequence_loss
+from lcc_lens.files import write_json
+from lcc_lens.metrics import share_recovered
+from lcc_lens.models import load_plain, load_tokenizer, resolve
+from lcc_lens.page import write_page
+from lcc_lens.recipe import prune, restore
+from lcc_lens.restoration import Restoration
+from lcc_lens.scan import Scan, scan
+from lcc_lens.tasks import Example
+from lcc_lens.training import Step, TrainConfig
+
+
+@dataclass(frozen=True)
+class DemoConfig:
+    """Sizes of the demo; the defaults fit two cores and 4 GiB."""
+
+    model: str = "smollm2"
+    folder: Path = Path("runs/demo")
+    sparsity: float = 0.5
+    n_calibration: int = 24
+    calibration_length: int = 256
+    n_probe: int = 64
+    n_train: int = 256
+    n_validation: int = 12
+    n_held_out: int = 40
+    max_length: int = 144
+    n_text_blocks: int = 8
+    text_length: int = 512
+    n_items: int = 50
+    lr: float = 1e-2
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class DemoResult:
+    """Where everything is, and the numbers by model."""
+
+    pruned: Path
+    restored: Path
+    page: Path
+    results: dict[str, Any]
+    seconds: dict[str, float]
+
+
+def passages(role: Any, n: int, seed: int) -> Data:
+    """BoolQ's passages as instructions: the question asks for the Wikipedia passage that answers it."""
+    boolq = load_data("boolq", n, role=role, seed=seed)
+    return dataclasses.replace(
+        boolq, name="boolq passages", kind="instruction", examples=tuple(_passage(e) for e in boolq.examples)
+    )
+
+
+def texts(role: Any, seed: int) -> Data:
+    """BoolQ's passages as plain text."""
+    boolq = load_data("boolq", role=role, seed=seed)
+    unique = {e.prompt.rpartition("\nQuestion: ")[0]: e.group for e in boolq.examples}
+    examples = tuple(Example("", text, group) for text, group in unique.items())
+    return dataclasses.replace(boolq, name="boolq text", kind="text", examples=examples)
+
+
+def run_demo(config: DemoConfig, *, stage: Any = None) -> DemoResult:
+    """Run every step anew; only the converted model is kept between runs.
+
+    Args:
+        config: model, folder and sizes.
+        stage: context manager factory called with each step's title, for front ends.
+    """
+    clock: dict[str, float] = {}
+    timed = _stages(clock, stage)
+    folder = config.folder
+    pruned, restored, run = folder / "pruned", folder / "restored", folder / "run"
+    data = {role: passages(role, n, config.seed) for role, n in (("train", config.n_train), ("held-out", config.n_held_out))}
+    probe = load_data("boolq", config.n_probe, role="probe", seed=config.seed)
+    validation, held_out = _halves(data["held-out"], config.n_validation)
+    calibration = texts("calibration", config.seed)
+    assert_disjoint(calibration, probe, data["train"], data["held-out"])
+
+    with timed("prune", f"remove {config.sparsity:.0%} of the weights (Wanda)"):
+        resolve(config.model)
+        prune(
+            config.model, pruned, sparsity=config.sparsity, calibration=calibration, n_samples=config.n_calibration,
+            seq_len=config.calibration_length, seed=config.seed, overwrite=True,
+        )  # fmt: skip
+    with timed("scan", "see what each head lost"):
+        pair = lcc.load_pair(config.model, pruned)
+        found = scan(pair, probe, max_length=2 * config.max_length, seed=config.seed)
+        found.save(run)
+    steps: list[Step] = []
+    with timed("restore", "train a constant per head"):
+        settings = TrainConfig(lr=config.lr, micro_tokens=640, validate_every=8, seed=config.seed)
+        restoration = restore(
+            pair, found, found.select("mse", share=1.0), data["train"], validation=validation, config=settings,
+            max_length=config.max_length, run=run, on_step=steps.append,
+        )  # fmt: skip
+    del pair  # two models' memory, needed by what follows
+    with timed("export", "fold into a plain Hugging Face directory and verify"):
+        report = lcc.export(restoration, pruned, restored, overwrite=True)
+    with timed("evaluate", "compare dense, pruned and restored"):
+        paths = {"dense": resolve(config.model), "pruned": pruned, "restored": restored}
+        models = {name: {"path": str(path), "tasks": _tasks(path, held_out, config)} for name, path in paths.items()}
+    results = {
+        "models": models,
+        "share_recovered": _shares(models),
+        "export": {k: v for k, v in dataclasses.asdict(report).items() if k not in ("path", "added", "changed")},
+        "config": {**dataclasses.asdict(config), "folder": str(folder)},
+        "seconds": {name: round(value, 1) for name, value in clock.items()},
+        "version": package_version(),
+    }
+    write_json(folder / "results.json", results)
+    page = write_page(folder / "index.html", found, restoration, steps, results)
+    return DemoResult(pruned, restored, page, results, clock)
+
+
+def _tasks(path: Path, held_out: Data, config: DemoConfig) -> dict[str, Any]:
+    model, tokenizer = load_plain(path), load_tokenizer(path)
+    text = texts("held-out", config.seed)
+    blocks = encode(text, tokenizer, max_length=config.text_length, limit=config.n_text_blocks)
+    responses = encode(held_out, tokenizer, max_length=config.max_length)
+    spoken, written = sequence_loss(model, responses), sequence_loss(model, blocks)
+    boolq = load_records("boolq", config.n_items, role="held-out", seed=config.seed + 1)
+    arc = load_records("arc_easy", config.n_items, role="held-out", seed=config.seed)
+    return {
+        "held-out text": {"perplexity": written["perplexity"], "loss": written["loss"], "tokens": written["tokens"]},
+        "held-out responses": {"response_loss": spoken["loss"], "loss": spoken["loss"], "tokens": spoken["tokens"]},
+        "boolq": evaluate_task(model, tokenizer, "boolq", records=boolq),
+        "arc_easy": evaluate_task(model, tokenizer, "arc_easy", records=arc),
+    }
+
+
+def _shares(models: dict[str, Any]) -> dict[str, float | None]:
+    """The share of the lost log-likelihood that came back, per kind of held-out data."""
+    return {
+        name: share_recovered(*(models[m]["tasks"][name]["loss"] for m in ("dense", "pruned", "restored")))
+        for name in ("held-out text", "held-out responses")
+    }
+
+
+def _halves(data: Data, n_first: int) -> tuple[Data, Data]:
+    """The first ``n_first`` examples, and the others that share no group with them."""
+    first = data.examples[:n_first]
+    groups = {example.group for example in first}
+    rest = tuple(example for example in data.examples if example.group not in groups)
+    return dataclasses.replace(data, examples=first), dataclasses.replace(data, examples=rest)
+
+
+def _passage(example: Example) -> Example:
+    passage, _, question = example.prompt.rpartition("\nQuestion: ")
+    question = question.removesuffix("\nAnswer:")
+    return Example(f"Question: {question}\nPassage:", f" {passage}", example.group)
+
+
+def _stages(clock: dict[str, float], stage: Any) -> Any:
+    @contextmanager
+    def timed(name: str, title: str) -> Iterator[None]:
+        start = time.perf_counter()
+        if stage is not None:
+            stage(title)
+        yield
+        clock[name] = time.perf_counter() - start
+
+    return timed

@@ -1,0 +1,276 @@
+"""Exports: a restoration folded into the output projections' biases of a plain Hugging Face directory, verified."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from lcc_lens.errors import LensError, RequestError
+from lcc_lens.files import atomic_directory, copy_checkpoint, read_json, require_space, tensor_names, weight_files, write_text
+from lcc_lens.models import LoadedModel, ModelIdentity, identify, load_hooked, load_plain, load_tokenizer, resolve
+from lcc_lens.restoration import Restoration
+
+logger = logging.getLogger(__name__)
+
+_BIAS_SWITCH = "attention_bias"
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What an export changed and how its reload compared.
+
+    ``logit_difference`` is the largest difference between the reloaded export and the hooked model, in float32;
+    ``logit_effect`` the largest change that the restoration makes to the pruned model's logits on the same tokens.
+    """
+
+    path: Path
+    added: tuple[str, ...]
+    changed: tuple[str, ...]
+    identical_tensors: int
+    zeros: int
+    logit_difference: float
+    logit_effect: float
+
+
+@dataclass(frozen=True)
+class BiasSlots:
+    """Where a checkpoint can hold a constant per layer: bias names, the configuration that makes them load, and the
+    other biases that this configuration brings (written as zeros)."""
+
+    biases: tuple[str, ...]
+    config: Mapping[str, Any]
+    zero_biases: Mapping[str, tuple[int, ...]]
+
+
+def find_slots(path: Path, output_projections: tuple[str, ...]) -> BiasSlots:
+    """Find the output projections' biases in a checkpoint, or the switch that adds them.
+
+    The architecture itself is asked: its empty model is built with ``attention_bias`` on and compared with the stored
+    tensors, so that no list of families can be out of date.
+
+    Raises:
+        RequestError: the architecture has no such bias (mistral, qwen2, phi3 and others drop one silently).
+    """
+    stored = tensor_names(path)
+    biases = tuple(f"{projection}.bias" for projection in output_projections)
+    if all(bias in stored for bias in biases):
+        return BiasSlots(biases, {}, {})
+    config = read_json(path / "config.json")
+    shapes = _parameter_shapes(path, {_BIAS_SWITCH: True}) if _BIAS_SWITCH in _config_attributes(path) else {}
+    if not all(bias in shapes for bias in biases):
+        raise RequestError(
+            f"wanted an architecture with a bias on the attention output projection, got {config.get('model_type')}, which "
+            "has none; keep the restoration as restoration.safetensors and apply it with Restoration.applied_to"
+        )
+    plain = _parameter_shapes(path, {})
+    zero_biases = {n: s for n, s in shapes.items() if n not in plain and n not in stored and n not in biases}
+    return BiasSlots(biases, {_BIAS_SWITCH: True}, zero_biases)
+
+
+def fold(
+    constants: Float[Tensor, "chosen d_head"], heads: tuple[Any, ...], weights: Mapping[int, Float[Tensor, "d_model zwidth"]]
+) -> dict[int, Float[Tensor, " d_model"]]:
+    r"""The bias that replaces constants at ``hook_z``: $b_O \mathrel{+}= \sum_h W_O^{(h)} c_h$ per layer, in float64.
+
+    Args:
+        constants: the learned components.
+        heads: their heads.
+        weights: by layer the output projection as stored by ``nn.Linear`` (head h owns columns h*d_head to (h+1)*d_head).
+    """
+    d_head = constants.shape[-1]
+    biases = {layer: torch.zeros(weight.shape[0], dtype=torch.float64) for layer, weight in weights.items()}
+    for (layer, head), constant in zip(heads, constants.double(), strict=True):
+        columns = weights[layer][:, head * d_head : (head + 1) * d_head]
+        biases[layer] += columns.double() @ constant
+    return biases
+
+
+def export(
+    restoration: Restoration,
+    pruned: str | Path,
+    out: str | Path,
+    *,
+    metrics: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
+) -> ExportReport:
+    """Write the restored model as a plain Hugging Face directory and verify it.
+
+    The pruned checkpoint is copied from disk with the folded biases; every other tensor stays bit-identical. The
+    copy is loaded with plain transformers and its float32 logits are compared with the hooked model's before the
+    directory appears under its name.
+
+    Args:
+        restoration: what to fold in.
+        pruned: reference of the pruned model that the restoration was trained on.
+        out: the directory to write.
+        metrics: measured numbers for the model card.
+        overwrite: replace an existing directory.
+
+    Raises:
+        RequestError: other weights than the restoration's (by hash), no bias slot, or ``out`` exists.
+        LensError: the reloaded model differs; nothing is kept.
+
+    Example:
+        >>> export(restoration, "out/wanda50", "out/restored")  # doctest: +SKIP
+    """
+    path, out = resolve(pruned), Path(out)
+    identity = identify(pruned, path)
+    if identity.sha256 != restoration.record.pruned_sha256:
+        raise RequestError(
+            f"wanted the pruned model with SHA-256 {restoration.record.pruned_sha256[:12]}…, got {identity.sha256[:12]}… "
+            f"in {path}; name the model that was restored"
+        )
+    loaded = load_hooked(pruned, dtype=torch.float32)
+    slots = find_slots(path, loaded.output_projections)
+    require_space(out, 2 * sum(file.stat().st_size for file in weight_files(path)))
+    with atomic_directory(out, overwrite=overwrite) as part:
+        replaced, added = _edited_tensors(restoration, path, slots, loaded.output_projections)
+        copy_checkpoint(path, part, replaced=replaced, added=added, config=slots.config)
+        identical = _count_identical(path, part, set(replaced))
+        difference, effect, zeros = _compare_logits(restoration, loaded, part, identity)
+        write_text(part / "README.md", model_card(restoration, metrics or {}, difference))
+    return ExportReport(out, tuple(sorted(added)), tuple(sorted(replaced)), identical, zeros, difference, effect)
+
+
+def model_card(restoration: Restoration, metrics: Mapping[str, Any], difference: float) -> str:
+    """The model card of an export, with the numbers that were measured."""
+    record = restoration.record
+    lines = [
+        "---", "library_name: transformers", "tags: [pruned, restorelcc, lcc-lens]", "---", "",
+        f"# {Path(record.pruned).name}, restored", "",
+        f"`{record.pruned}` (pruned from `{record.dense}`) with a constant per attention head folded into the biases of the "
+        "attention output projections. Loads with plain transformers; every other tensor is bit-identical to the pruned "
+        "model, so its zeros stay.", "",
+        "| | |", "|---|---|",
+        f"| method | {record.method} |",
+        f"| heads | {len(restoration.heads)} |",
+        f"| numbers trained | {restoration.magnitudes.numel() + restoration.offset.numel()} |",
+        f"| training data | {record.data}, {record.n_examples} examples, seed {record.seed} |",
+        f"| largest logit difference to the hooked model | {difference:.2g} |",
+        f"| pruned weights (SHA-256) | `{record.pruned_sha256}` |",
+        f"| lcc_lens | {record.version} |",
+    ]  # fmt: skip
+    if record.losses:
+        lines += ["", "Loss on held-out responses while training, nats per token:", "", "| model | loss |", "|---|---|"]
+        lines += [f"| {name} | {value:.4f} |" for name, value in record.losses.items()]
+    for name, values in metrics.items():
+        lines += ["", f"## {name}", "", "| | " + " | ".join(values) + " |", "|---|" + "---|" * len(values)]
+        lines.append("| | " + " | ".join(str(value) for value in values.values()) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _edited_tensors(
+    restoration: Restoration, path: Path, slots: BiasSlots, projections: tuple[str, ...]
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The tensors to replace (biases that are there) and to add (biases that the configuration switches on)."""
+    stored = tensor_names(path)
+    layers = sorted({head.layer for head in restoration.heads})
+    weights = {layer: _linear_weight(stored, projections[layer], path) for layer in layers}
+    folded = fold(restoration.constants, restoration.heads, weights)
+    if not slots.config:
+        old = {layer: _read_tensor(stored, slots.biases[layer]) for layer in layers}
+        return {slots.biases[layer]: (old[layer].double() + folded[layer]).to(old[layer].dtype) for layer in layers}, {}
+    dtype = next(iter(weights.values())).dtype
+    added = {name: torch.zeros(shape, dtype=dtype) for name, shape in slots.zero_biases.items()}
+    for layer, bias in enumerate(slots.biases):
+        added[bias] = folded[layer].to(dtype) if layer in folded else torch.zeros_like(next(iter(folded.values())), dtype=dtype)
+    return {}, added
+
+
+def _linear_weight(stored: Mapping[str, Path], projection: str, path: Path) -> Tensor:
+    """The output projection's weight as ``[d_model, n_heads * d_head]`` (GPT-2's Conv1D stores the transpose)."""
+    weight = _read_tensor(stored, f"{projection}.weight")
+    is_conv1d = read_json(path / "config.json").get("model_type") in ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
+    return weight.T if is_conv1d else weight
+
+
+def _read_tensor(stored: Mapping[str, Path], name: str) -> Tensor:
+    from safetensors import safe_open
+
+    if name not in stored:
+        raise RequestError(f"wanted the tensor {name} in the checkpoint, got none of that name; the layout is not supported")
+    with safe_open(stored[name], framework="pt") as file:
+        return cast("Tensor", file.get_tensor(name))
+
+
+def _config_attributes(path: Path) -> dict[str, Any]:
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(str(path), local_files_only=True)
+    return cast("dict[str, Any]", config.to_dict())
+
+
+def _parameter_shapes(path: Path, changes: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the parameters that the architecture has under a changed configuration; no memory is used."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(str(path), local_files_only=True)
+    for name, value in changes.items():
+        setattr(config, name, value)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+
+
+def _count_identical(source: Path, target: Path, edited: set[str]) -> int:
+    """Compare every untouched tensor bit for bit (which includes the zero pattern).
+
+    Raises:
+        LensError: one differs.
+    """
+    before, after = tensor_names(source), tensor_names(target)
+    untouched = [name for name in before if name not in edited]
+    for name in untouched:
+        first, second = _read_tensor(before, name), _read_tensor(after, name)
+        if first.dtype != second.dtype or not torch.equal(_bits(first), _bits(second)):
+            raise LensError(f"wanted {name} bit-identical after export, got a change; nothing was kept")
+    return len(untouched)
+
+
+def _compare_logits(
+    restoration: Restoration, loaded: LoadedModel, exported: Path, identity: ModelIdentity
+) -> tuple[float, float, int]:
+    """Reload with plain transformers; gives the largest difference to the hooked model, the effect, and the zeros.
+
+    Raises:
+        LensError: the reloaded model does not compute what the hooked one does.
+    """
+    plain = load_plain(exported, dtype=torch.float32, attention="eager")
+    load_tokenizer(exported)
+    vocabulary = int(plain.config.get_text_config().vocab_size)
+    tokens = torch.randint(vocabulary, (2, 32), generator=torch.Generator().manual_seed(0)).to(plain.device)
+    with torch.inference_mode():
+        before = cast("Any", loaded.model)(tokens)
+        with restoration.applied_to(loaded.model) as restored:
+            hooked = cast("Any", restored)(tokens)
+        reloaded = plain(tokens).logits
+    difference, effect = float((reloaded - hooked).abs().max()), float((hooked - before).abs().max())
+    tolerance = _tolerance(exported) * max(1.0, float(hooked.abs().max()))
+    if not difference <= tolerance:
+        raise LensError(
+            f"wanted the reloaded export of {identity.reference} within {tolerance:.2g} of the hooked model's logits, got "
+            f"{difference:.2g}; nothing was kept"
+        )
+    zeros = sum(int((parameter == 0).sum()) for parameter in plain.parameters() if parameter.ndim > 1)
+    return difference, effect, zeros
+
+
+def _tolerance(path: Path) -> float:
+    """Relative tolerance of the logits: rounding of the stored bias is all that may differ."""
+    from safetensors import safe_open
+
+    with safe_open(weight_files(path)[0], framework="pt") as file:
+        name = next(name for name in file.keys() if name.endswith(".bias"))  # noqa: SIM118
+        dtype = file.get_slice(name).get_dtype()
+    return 1e-5 if dtype in ("F32", "F64") else 2e-2
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().reshape(-1).view(torch.uint8)

@@ -1,0 +1,72 @@
+"""Injections: small trainable modules that act on head outputs and fold into existing tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from lcc_lens.components import LostComponents
+from lcc_lens.errors import RequestError
+from lcc_lens.heads import Head, check_heads, head_indices
+from lcc_lens.hooks import NamedHook, z_adders
+
+Start = Literal["zero", "mean"]
+
+
+def constants_by_layer(
+    heads: Sequence[Head], constants: Float[Tensor, "chosen d_head"], n_heads: int
+) -> dict[int, Float[Tensor, "head d_head"]]:
+    """Spread the constants of chosen heads over whole layers (zero rows elsewhere); differentiable."""
+    layers = sorted({head.layer for head in heads})
+    row = {layer: i for i, layer in enumerate(layers)}
+    layer_index, head_index = head_indices(heads)
+    index = torch.tensor([row[layer] for layer in layer_index]), torch.tensor(head_index)
+    empty = constants.new_zeros(len(layers), n_heads, constants.shape[-1])
+    spread = empty.index_put(tuple(i.to(constants.device) for i in index), constants)
+    return {layer: spread[i] for layer, i in row.items()}
+
+
+class LccInjection(nn.Module):
+    r"""A constant per head: trained magnitudes over fixed lost directions plus a free offset.
+
+    $c_{learned} = \sum_{i \le K} \beta_i v_i + b$ with the directions $v_i$ fixed, the magnitudes $\beta_i$ and the
+    offset $b$ trained. All numbers are float32 whatever the model computes in: steps of 1e-3 are lost in bfloat16.
+
+    Args:
+        components: lost components of the pair (their directions, and coefficients as a start).
+        heads: the heads to restore.
+        rank: K; all directions if not given.
+        start: ``zero`` begins at the pruned model; ``mean`` begins with $\beta_i = \alpha_i$, the lost component.
+
+    Reference: RestoreLCC (arXiv 2510.21834), Eq. 8.
+    """
+
+    directions: Float[Tensor, "chosen component d_head"]
+
+    def __init__(
+        self, components: LostComponents, heads: Sequence[Head], *, rank: int | None = None, start: Start = "zero"
+    ) -> None:
+        super().__init__()
+        n_layers, n_heads, d_head = components.directions.shape[:2] + components.directions.shape[-1:]
+        rank = d_head if rank is None else rank
+        if not 1 <= rank <= d_head:
+            raise RequestError(f"wanted a rank between 1 and d_head = {d_head}, got {rank}")
+        self.heads = check_heads(heads, n_layers, n_heads)
+        self.n_heads = n_heads
+        chosen = head_indices(self.heads)
+        self.register_buffer("directions", components.directions[chosen][:, :rank].float().clone())
+        coefficients = components.coefficients[chosen][:, :rank].float()
+        self.magnitudes = nn.Parameter(coefficients.clone() if start == "mean" else torch.zeros_like(coefficients))
+        self.offset = nn.Parameter(torch.zeros(len(self.heads), d_head))
+
+    def constants(self) -> Float[Tensor, "chosen d_head"]:
+        """The learned component of every chosen head."""
+        return torch.einsum("ck,ckd->cd", self.magnitudes, self.directions) + self.offset
+
+    def hooks(self) -> list[NamedHook]:
+        """Hooks that add the present constants to ``hook_z``; gradients flow into the trained numbers."""
+        return z_adders(constants_by_layer(self.heads, self.constants(), self.n_heads))

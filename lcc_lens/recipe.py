@@ -1,0 +1,279 @@
+"""The whole method on one screen: prune -> scan -> select -> restore -> export."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lcc_lens.config import compute_dtype, default_device, package_version
+from lcc_lens.data import Data, TokenSequence, check_disjoint, encode, load_data, text_blocks
+from lcc_lens.errors import RequestError
+from lcc_lens.files import read_json, write_json
+from lcc_lens.heads import Head
+from lcc_lens.injection import LccInjection, Start
+from lcc_lens.metrics import share_recovered
+from lcc_lens.models import Pair, load_tokenizer, resolve
+from lcc_lens.progress import track
+from lcc_lens.pruning import parse_pattern
+from lcc_lens.pruning import prune as prune_checkpoint
+from lcc_lens.pruning.masks import Pattern, Unstructured
+from lcc_lens.pruning.pruners import Method
+from lcc_lens.restoration import Restoration, RestorationRecord
+from lcc_lens.scan import Scan
+from lcc_lens.training import Step, TrainConfig, train, validation_loss
+
+RUN_CONFIG = "config.json"
+RUN_METRICS = "metrics.json"
+RUN_LOG = "log.jsonl"
+
+
+def prune(
+    model: str | Path,
+    out: str | Path,
+    *,
+    method: Method = "wanda",
+    sparsity: float | None = None,
+    pattern: str | None = None,
+    calibration: str | Data = "c4",
+    n_samples: int = 128,
+    seq_len: int = 512,
+    seed: int = 0,
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Prune a model into a plain Hugging Face directory with ``pruning.json`` beside the weights.
+
+    Args:
+        model: reference of the dense model.
+        out: the directory to write.
+        method: ``magnitude`` or ``wanda``.
+        sparsity: share of the weights to remove, 0.5 if no pattern is given either.
+        pattern: N:M such as ``2:4`` instead of a share: N weights stay of every M.
+        calibration: data whose activations Wanda reads (their role is ``calibration``).
+        n_samples: calibration sequences.
+        seq_len: tokens per calibration sequence.
+        seed: of the draw of calibration data.
+        overwrite: replace an existing directory.
+
+    Raises:
+        RequestError: both sparsity and pattern, or a request that does not fit the model; nothing is written.
+
+    Returns:
+        What ``pruning.json`` holds.
+    """
+    if sparsity is not None and pattern is not None:
+        raise RequestError(f"wanted a sparsity or a pattern, got both ({sparsity} and {pattern}); leave one out")
+    chosen: Pattern = parse_pattern(pattern) if pattern else Unstructured(0.5 if sparsity is None else sparsity)
+    path, device = resolve(model), default_device()
+    tokens, provenance = None, {}
+    if method != "magnitude":
+        data = load_data(calibration, role="calibration") if isinstance(calibration, str) else calibration
+        tokens = calibration_tokens(data, path, n_samples, seq_len, seed)
+        provenance = {"data": data.name, "source": data.source, "groups": sorted(data.groups)}
+    return prune_checkpoint(
+        path,
+        Path(out),
+        method=method,
+        pattern=chosen,
+        calibration=tokens,
+        seed=seed,
+        device=device,
+        dtype=compute_dtype(device),
+        overwrite=overwrite,
+        provenance={"dense": str(model), **provenance},
+    )
+
+
+def calibration_tokens(data: Data, model: Path, n_samples: int, seq_len: int, seed: int) -> torch.Tensor:
+    """Equally long token blocks ``[sequence, pos]`` from shuffled documents.
+
+    Raises:
+        RequestError: too little text for ``n_samples`` blocks.
+    """
+    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed)).tolist()
+    text = "\n\n".join(data.examples[i].prompt + data.examples[i].response for i in order)
+    blocks = text_blocks(text, load_tokenizer(model), seq_len, n_samples)
+    if len(blocks) < n_samples:
+        raise RequestError(
+            f"wanted {n_samples} calibration sequences of {seq_len} tokens from {data.source}, got text for {len(blocks)}; "
+            "name more data or lower --n-samples or --seq-len"
+        )
+    return torch.stack([block.tokens for block in blocks])
+
+
+def restore(
+    pair: Pair,
+    scan: Scan,
+    heads: Sequence[Head],
+    data: Data,
+    *,
+    config: TrainConfig | None = None,
+    validation: Data | None = None,
+    rank: int | None = None,
+    start: Start = "zero",
+    max_length: int = 512,
+    run: str | Path | None = None,
+    resume: bool = False,
+    on_step: Callable[[Step], None] | None = None,
+) -> Restoration:
+    """Train a constant per chosen head on the response loss and freeze the best (Eq. 8).
+
+    Args:
+        pair: the hooked models.
+        scan: the scan of this pair, for directions.
+        heads: which heads to restore.
+        data: training examples (role ``train``).
+        config: training settings.
+        validation: held-out examples of the same kind; a tenth of the training examples' groups if not given.
+        rank: directions per head; all if not given.
+        start: see :class:`~lcc_lens.injection.LccInjection`.
+        max_length: tokens per example at most.
+        run: a run directory for ``config.json``, ``restoration.safetensors``, ``metrics.json``, ``log.jsonl`` and
+            checkpoints; nothing is written if not given.
+        resume: go on from the run directory's checkpoint.
+        on_step: called after every optimiser step.
+
+    Raises:
+        RequestError: a scan of other weights, data that overlap, or nothing to resume.
+        InterruptedRun: Ctrl-C, after the state was saved.
+
+    Example:
+        >>> restoration = restore(pair, scan, scan.select("mse", share=0.25), load_data("alpaca", n=480))  # doctest: +SKIP
+    """
+    check_scan(scan, pair)
+    config = config or TrainConfig()
+    run = Path(run) if run is not None else None
+    training, held_out = _training_sequences(pair, scan, data, validation, max_length)
+    injection = LccInjection(scan.components, heads, rank=rank, start=start)
+    settings = {**asdict(config), "rank": rank, "start": start, "max_length": max_length, "heads": [str(h) for h in heads]}
+    identity = json.dumps([pair.pruned_id.sha256, data.source, sorted(data.groups), settings], sort_keys=True)
+    losses = {
+        "dense": validation_loss(pair.dense, None, held_out, config.micro_tokens),
+        "pruned": validation_loss(pair.pruned, None, held_out, config.micro_tokens),
+    }
+    if run is not None:
+        write_json(run / RUN_CONFIG, _identified(pair, scan.record.seed, {"restore": settings, "data": data.source}))
+    steps = train(
+        pair.pruned, injection, training, held_out, config, run=run, resume=resume, identity=identity
+    )  # fmt: skip
+    log = _Log(run, resume=resume)
+    n_steps = config.epochs * -(-len(training) // config.batch_size)
+    for step in track(steps, n_steps, "restore"):
+        log.add(step)
+        if on_step is not None:
+            on_step(step)
+    losses["restored"] = validation_loss(pair.pruned, injection, held_out, config.micro_tokens)
+    record = RestorationRecord(
+        dense=pair.dense_id.reference,
+        pruned=pair.pruned_id.reference,
+        dense_sha256=pair.dense_id.sha256,
+        pruned_sha256=pair.pruned_id.sha256,
+        method="lcc",
+        data=data.name,
+        n_examples=len(training),
+        seed=config.seed,
+        settings=settings,
+        losses=losses,
+    )
+    restoration = Restoration.of(injection, record)
+    if run is not None:
+        restoration.save(run)
+        recovered = share_recovered(losses["dense"], losses["pruned"], losses["restored"])
+        validation_numbers = {"losses": losses, "share_recovered": recovered, "sequences": len(held_out)}
+        write_json(run / RUN_METRICS, _identified(pair, config.seed, {"validation": validation_numbers, "heads": len(heads)}))
+    return restoration
+
+
+def check_scan(scan: Scan, pair: Pair) -> None:
+    """Refuse a scan of other weights.
+
+    Raises:
+        RequestError: names the model whose hash differs.
+    """
+    for name, recorded, identity in (
+        ("dense", scan.record.dense_sha256, pair.dense_id),
+        ("pruned", scan.record.pruned_sha256, pair.pruned_id),
+    ):
+        if recorded != identity.sha256:
+            raise RequestError(
+                f"wanted the {name} model of the scan (SHA-256 {recorded[:12]}…), got {identity.reference} "
+                f"({identity.sha256[:12]}…); scan this pair first"
+            )
+
+
+def _training_sequences(
+    pair: Pair, scan: Scan, data: Data, validation: Data | None, max_length: int
+) -> tuple[list[TokenSequence], list[TokenSequence]]:
+    """Training and validation sequences that share nothing with each other, the probe or the calibration data."""
+    if validation is None:
+        data, validation = _split_off(data)
+    check_disjoint(data.groups, validation.groups, "training data", "validation data")
+    calibration = _calibration_groups(pair.pruned_id.path)
+    for part, name in ((data, "training data"), (validation, "validation data")):
+        if part.role is not None:  # data loaded without a role are the caller's own affair
+            check_disjoint(part.groups, frozenset(scan.record.groups), name, "the scan's data")
+            check_disjoint(part.groups, calibration, name, "the pruning's calibration data")
+    return (
+        encode(data, pair.tokenizer, max_length=max_length),
+        encode(validation, pair.tokenizer, max_length=max_length),
+    )
+
+
+def _split_off(data: Data) -> tuple[Data, Data]:
+    """Keep every tenth group of the data for validation."""
+    groups = sorted({example.group for example in data.examples})
+    chosen = set(groups[::10])
+    kept = tuple(example for example in data.examples if example.group not in chosen)
+    held_out = tuple(example for example in data.examples if example.group in chosen)
+    if not kept or not held_out:
+        raise RequestError(f"wanted at least 2 different examples to train and validate on, got {len(groups)}; add data")
+    return Data(data.name, data.kind, kept, data.source, data.role), Data(
+        data.name, data.kind, held_out, data.source, data.role
+    )
+
+
+def _calibration_groups(pruned: Path) -> frozenset[str]:
+    """What the pruning's calibration used, where the checkpoint says so."""
+    file = pruned / "pruning.json"
+    if not file.exists():
+        return frozenset()
+    calibration = read_json(file).get("calibration") or {}
+    return frozenset(calibration.get("groups", ()))
+
+
+def _identified(pair: Pair, seed: int, values: dict[str, Any]) -> dict[str, Any]:
+    identity = {
+        "dense": pair.dense_id.reference,
+        "pruned": pair.pruned_id.reference,
+        "dense_sha256": pair.dense_id.sha256,
+        "pruned_sha256": pair.pruned_id.sha256,
+        "seed": seed,
+        "version": package_version(),
+    }
+    return {**identity, **values, "written": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+
+
+class _Log:
+    """One line per optimiser step in ``log.jsonl``; a resumed run drops the steps it repeats."""
+
+    def __init__(self, run: Path | None, *, resume: bool) -> None:
+        self.path = run / RUN_LOG if run is not None else None
+        self.is_fresh = not resume
+
+    def add(self, step: Step) -> None:
+        if self.path is None:
+            return
+        if self.is_fresh:
+            self.path.write_text("", encoding="utf-8")
+        elif self.path.exists() and not hasattr(self, "trimmed"):
+            lines = self.path.read_text(encoding="utf-8").splitlines()
+            kept = [line for line in lines if json.loads(line)["step"] < step.step]
+            self.path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        self.is_fresh, self.trimmed = False, True
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(asdict(step)) + "\n")

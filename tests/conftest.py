@@ -1,0 +1,119 @@
+"""Tiny models, a tokenizer built in code, and small data: no network, all axis sizes different."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["LCC_LENS_DTYPE"] = "float32"  # laws are stated in float32 whatever the processor is fast at
+
+import pytest
+import torch
+
+N_LAYERS, N_HEADS, D_HEAD, D_MODEL = 3, 5, 6, 40
+
+
+def tiny_tokenizer():
+    """A byte-level tokenizer: every text round-trips."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({"<end>": 0, **{c: i + 1 for i, c in enumerate(alphabet)}}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", pad_token="<end>")
+
+
+def build_model(seed: int = 0, **changes):
+    """A random Llama of unequal sizes, with weights large enough that heads matter."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    settings = {
+        "vocab_size": 257,
+        "hidden_size": D_MODEL,
+        "intermediate_size": 44,
+        "num_hidden_layers": N_LAYERS,
+        "num_attention_heads": N_HEADS,
+        "num_key_value_heads": 1,
+        "head_dim": D_HEAD,
+        "max_position_embeddings": 512,
+        "initializer_range": 0.2,
+        "tie_word_embeddings": False,
+        "bos_token_id": None,
+        "eos_token_id": 0,
+        "pad_token_id": 0,
+    }
+    torch.manual_seed(seed)
+    return LlamaForCausalLM(LlamaConfig(**{**settings, **changes})).eval()
+
+
+def save_model(model, path: Path) -> Path:
+    model.save_pretrained(path)
+    tiny_tokenizer().save_pretrained(path)
+    return path
+
+
+QUESTIONS = [
+    {"question": f"is {a} plus {b} more than {c}?", "right": f" {a + b > c}".lower(), "wrong": f" {a + b <= c}".lower()}
+    for a in range(6) for b in range(4) for c in (3, 5)
+]  # fmt: skip
+PARAGRAPHS = [f"Paragraph {i} says that {i} times {i} is {i * i}, which nobody doubts; see page {7 * i}." for i in range(60)]
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("shared")
+
+
+@pytest.fixture(scope="session")
+def dense_dir(folder: Path) -> Path:
+    return save_model(build_model(), folder / "dense")
+
+
+@pytest.fixture(scope="session")
+def pruned_dir(folder: Path, dense_dir: Path, text_file: Path) -> Path:
+    from lcc_lens.recipe import prune
+
+    prune(dense_dir, folder / "pruned", calibration=str(text_file), n_samples=4, seq_len=48)
+    return folder / "pruned"
+
+
+@pytest.fixture(scope="session")
+def text_file(folder: Path) -> Path:
+    path = folder / "text.txt"
+    path.write_text("\n\n".join(PARAGRAPHS))
+    return path
+
+
+@pytest.fixture(scope="session")
+def question_file(folder: Path) -> Path:
+    path = folder / "questions.jsonl"
+    path.write_text("".join(json.dumps(question) + "\n" for question in QUESTIONS))
+    return path
+
+
+@pytest.fixture(scope="session")
+def pair(dense_dir: Path, pruned_dir: Path):
+    from lcc_lens.models import load_pair
+
+    return load_pair(dense_dir, pruned_dir)
+
+
+@pytest.fixture(scope="session")
+def found(pair, question_file: Path):
+    from lcc_lens.data import load_data
+    from lcc_lens.scan import scan
+
+    return scan(pair, load_data(str(question_file)))
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("LCC_LENS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("LCC_LENS_DATA", raising=False)
+    yield
