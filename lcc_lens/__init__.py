@@ -14,6 +14,8 @@ Every name is imported when it is first used, so that ``import lcc_lens`` itself
 from __future__ import annotations
 
 import importlib
+import sys
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -80,6 +82,17 @@ __all__ = [
     "shown",
     "train",
 ]
+
+
+class _Package(ModuleType):
+    """The package itself: importing the module ``lcc_lens.scan`` must not hide the function of the same name."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (isinstance(value, ModuleType) and name in _HOME_OF):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
 
 
 def __getattr__(name: str) -> Any:

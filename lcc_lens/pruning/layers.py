@@ -1,0 +1,82 @@
+"""The decoder layers of a Hugging Face model, found from its configuration and shapes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lcc_lens.errors import RequestError
+
+
+def read_config(model_dir: Path) -> Any:
+    """The transformers configuration of a checkpoint.
+
+    Raises:
+        RequestError: the folder holds no ``config.json`` that transformers reads.
+    """
+    from transformers import AutoConfig
+
+    if not (model_dir / "config.json").is_file():
+        raise RequestError(f"wanted a Hugging Face model in {model_dir}, got no config.json there; check the path")
+    try:
+        return AutoConfig.from_pretrained(model_dir)
+    except (OSError, ValueError, KeyError) as error:
+        raise _unknown_model(model_dir, error) from error
+
+
+def skeleton(model_dir: Path, config: Any) -> nn.Module:
+    """Build a model without any memory for its weights, for names and shapes.
+
+    Raises:
+        RequestError: transformers has no causal language model for the configuration.
+    """
+    from transformers import AutoModelForCausalLM
+
+    factory: Any = AutoModelForCausalLM  # from_config has no types
+    try:
+        with torch.device("meta"):
+            model: nn.Module = factory.from_config(config)
+    except ValueError as error:
+        raise _unknown_model(model_dir, error) from error
+    return model
+
+
+def decoder_layers(model: nn.Module, config: Any) -> tuple[str, nn.ModuleList]:
+    """Find a model's decoder layers: the outermost module list as long as the configuration says.
+
+    Returns:
+        The list's name within the model, and the list.
+
+    Raises:
+        RequestError: no such list, or more than one.
+    """
+    n_layers = getattr(config.get_text_config(), "num_hidden_layers", None)
+    lists = {name: m for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == n_layers}
+    outermost = [name for name in lists if not any(name.startswith(f"{other}.") for other in lists)]
+    if len(outermost) != 1:
+        raise RequestError(
+            f"wanted one list of {n_layers} decoder layers, got {len(outermost)} in {type(model).__name__}; "
+            "use a decoder-only language model"
+        )
+    return outermost[0], lists[outermost[0]]
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module is a linear map with a plain weight matrix."""
+    return isinstance(module, nn.Linear) or is_transposed(module)
+
+
+def is_transposed(module: nn.Module) -> bool:
+    """Whether a module is GPT-2's kind of linear map, which holds its weight as ``[in, out]``."""
+    from transformers.pytorch_utils import Conv1D
+
+    return isinstance(module, Conv1D)
+
+
+def _unknown_model(model_dir: Path, error: Exception) -> RequestError:
+    """What to say when transformers gives up; its own messages run over many lines."""
+    reason = str(error).strip().partition("\n")[0]
+    return RequestError(f"wanted a causal language model in {model_dir}, got {reason!r}; name another model")

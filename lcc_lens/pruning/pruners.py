@@ -1,0 +1,116 @@
+"""How one decoder layer is pruned: collect statistics of the inputs that stream by, then give the new weights."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from typing import ClassVar, Literal, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from lcc_lens.errors import LensError
+from lcc_lens.pruning.masks import Pattern, Scope, keep_mask
+from lcc_lens.pruning.scores import magnitude_score, wanda_score
+
+Method = Literal["magnitude", "wanda"]
+
+
+@runtime_checkable
+class LayerPruner(Protocol):
+    """What the walk over the layers asks of a pruning method; it makes a fresh one for every layer.
+
+    A whole layer, not one matrix, is the unit: a structured method removes matching rows and columns of several
+    matrices. Matrices go by the names of their tensors in the checkpoint.
+    """
+
+    uses_inputs: ClassVar[bool]
+    """Whether the method needs calibration data; without, the model is never run."""
+
+    def __init__(self, pattern: Pattern, scope: Scope) -> None: ...
+
+    def observe(self, name: str, inputs: Float[Tensor, "token in"]) -> None:
+        """Take in a batch of inputs of a matrix, in the compute format; called many times before `pruned`."""
+
+    def pruned(self, weights: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+        """Give the new float32 weight of each matrix to change.
+
+        Args:
+            weights: float32 weights ``[out, in]`` of the layer's matrices, read from disk on access.
+        """
+
+
+class MaskPruner(ABC):
+    """Prunes every matrix by itself: the lowest scores become zero, all other weights stay as they are."""
+
+    uses_inputs: ClassVar[bool]
+
+    def __init__(self, pattern: Pattern, scope: Scope) -> None:
+        self._pattern = pattern
+        self._scope = scope
+
+    @abstractmethod
+    def observe(self, name: str, inputs: Float[Tensor, "token in"]) -> None:
+        """Take in a batch of inputs of a matrix."""
+
+    @abstractmethod
+    def score(self, name: str, weight: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
+        """What each weight of a matrix is worth."""
+
+    def keep(self, name: str, weight: Float[Tensor, "out in"]) -> Bool[Tensor, "out in"]:
+        """Which weights of a matrix stay."""
+        return keep_mask(self.score(name, weight), self._pattern, self._scope)
+
+    def pruned(self, weights: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+        """Give every matrix with its lowest-scored weights set to zero."""
+        for name, weight in weights.items():
+            yield name, torch.where(self.keep(name, weight), weight, 0)
+
+
+class MagnitudePruner(MaskPruner):
+    """Removes the smallest weights, per output row or per matrix; needs no data."""
+
+    uses_inputs: ClassVar[bool] = False
+
+    def observe(self, name: str, inputs: Float[Tensor, "token in"]) -> None:
+        """Nothing to learn from inputs."""
+
+    def score(self, name: str, weight: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
+        """The weights' sizes."""
+        return magnitude_score(weight)
+
+
+class WandaPruner(MaskPruner):
+    """Removes the weights with the smallest product of size and input norm in every output row.
+
+    Reference:
+        Sun et al. 2023, "A Simple and Effective Pruning Approach for Large Language Models".
+    """
+
+    uses_inputs: ClassVar[bool] = True
+
+    def __init__(self, pattern: Pattern, scope: Scope) -> None:
+        super().__init__(pattern, scope)
+        self._sum_of_squares: dict[str, Float[Tensor, " in"]] = {}
+
+    def observe(self, name: str, inputs: Float[Tensor, "token in"]) -> None:
+        """Add the squares of each input feature, in float32 whatever the model computes in."""
+        squares = inputs.float().square().sum(dim=0)
+        self._sum_of_squares[name] = self._sum_of_squares[name] + squares if name in self._sum_of_squares else squares
+
+    def score(self, name: str, weight: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
+        """The weights' sizes times their inputs' norms.
+
+        Raises:
+            LensError: no input of the matrix was seen, or one was not finite.
+        """
+        if name not in self._sum_of_squares:
+            raise LensError(f"wanted calibration inputs of {name}, got none; the architecture is not supported")
+        norm = self._sum_of_squares[name].sqrt()
+        if not bool(torch.isfinite(norm).all()):
+            raise LensError(f"wanted finite inputs of {name}, got NaN or infinity; compute in float32")
+        return wanda_score(weight, norm)
+
+
+PRUNERS: dict[Method, type[LayerPruner]] = {"magnitude": MagnitudePruner, "wanda": WandaPruner}

@@ -1,0 +1,71 @@
+"""The record of a pruning run, written beside the weights: what was asked, what came out, and from what."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+from jaxtyping import Int
+from torch import Tensor
+
+from lcc_lens.config import package_version
+from lcc_lens.pruning.masks import detect_pattern, sparsity
+from lcc_lens.pruning.matrices import Matrix
+from lcc_lens.pruning.settings import PruneConfig
+
+
+def pruning_report(
+    config: PruneConfig,
+    plan: Sequence[Sequence[Matrix]],
+    weights: Mapping[str, Tensor],
+    *,
+    tokens: Int[Tensor, "sequence pos"] | None,
+    provenance: Mapping[str, Any],
+    dense_sha256: str,
+) -> dict[str, Any]:
+    """Measure pruned weights and put them beside the request.
+
+    Args:
+        config: what was asked.
+        plan: the matrices of every layer.
+        weights: all pruned weights by name, in the layout of the checkpoint.
+        tokens: the calibration sequences, where the method used any.
+        provenance: where the calibration sequences come from.
+        dense_sha256: hash of the dense model's weights.
+
+    Returns:
+        A JSON object.
+    """
+    rows = {m.name: m.rows(weights[m.name]) for layer in plan for m in layer}
+    shares = {name: sparsity(weight) for name, weight in rows.items()}
+    n_weights = sum(weight.numel() for weight in rows.values())
+    return {
+        "method": config.method,
+        "pattern": str(config.pattern),
+        "scope": config.scope,
+        "sparsity_asked": config.pattern.sparsity,
+        "sparsity": sum(share * rows[name].numel() for name, share in shares.items()) / n_weights,
+        "pattern_found": common_pattern({detect_pattern(weight) for weight in rows.values()}),
+        "matrices": shares,
+        "calibration": tokens
+        if tokens is None
+        else {**provenance, "sequences": len(tokens), "length": tokens.shape[1]},
+        "seed": config.seed,
+        "dense_sha256": dense_sha256,
+        "lcc_lens_version": package_version(),
+    }
+
+
+def common_pattern(patterns: Collection[str]) -> str:
+    """The strictest pattern that holds in every matrix.
+
+    Example:
+        >>> common_pattern(["2:4", "4:8"])
+        '4:8'
+        >>> common_pattern(["2:4", "dense"])
+        'unstructured'
+    """
+    distinct = set(patterns)
+    if len(distinct) == 1:
+        return distinct.pop()
+    return "4:8" if distinct <= {"2:4", "4:8"} else "unstructured"

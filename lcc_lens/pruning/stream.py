@@ -1,0 +1,118 @@
+"""The way of the calibration data through a model: layer by layer, each one fed by the already pruned ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from lcc_lens.errors import LensError, RequestError
+from lcc_lens.pruning.matrices import Matrix
+from lcc_lens.pruning.pruners import LayerPruner
+from lcc_lens.pruning.recording import LayerCall, record_calls
+
+
+class LayerStream:
+    """Hidden states of all calibration sequences at the input of the current decoder layer.
+
+    Only one layer's hidden states exist at a time: `advance` overwrites them in place. What the model passes to each
+    layer beside them depends on the batch's shape and the layer, not on the tokens, so it is recorded once per shape.
+
+    Args:
+        model: a causal language model, in evaluation mode on the device to compute on.
+        layers: its decoder layers.
+        tokens: calibration sequences of equal length, without padding.
+        batch_size: sequences per forward pass.
+
+    Raises:
+        RequestError: the model feeds its layers inputs that depend on the tokens beside the hidden states.
+    """
+
+    def __init__(
+        self, model: nn.Module, layers: nn.ModuleList, tokens: Int[Tensor, "sequence pos"], batch_size: int
+    ) -> None:
+        self._layers = layers
+        self._index = 0
+        self._batch_size = batch_size
+        self._calls: dict[int, list[LayerCall]] = {}
+        device = next(model.parameters()).device
+        hidden = torch.empty(0)
+        for start in range(0, len(tokens), batch_size):
+            batch = tokens[start : start + batch_size].to(device)
+            n_calls = 1 if len(batch) in self._calls else len(layers)
+            entering, calls = record_calls(model, layers, batch, n_calls=n_calls)
+            if not calls[0].has_tensors_of(self._calls.setdefault(len(batch), calls)[0]):
+                raise RequestError(
+                    "wanted layers that see the tokens through hidden states alone, "
+                    f"got other inputs in {type(model).__name__}; the architecture is not supported"
+                )
+            if start == 0:
+                hidden = entering.new_empty(len(tokens), *entering.shape[1:])
+            hidden[start : start + len(batch)] = entering
+        self._hidden: Float[Tensor, "sequence pos d_model"] = hidden
+
+    def observe(self, matrices: Sequence[Matrix], pruner: LayerPruner) -> None:
+        """Run the current layer and show a pruner the inputs of its matrices.
+
+        Raises:
+            LensError: a weight of the layer is not finite in the compute format.
+        """
+        layer = self._layers[self._index]
+        for path, parameter in layer.named_parameters():
+            if not bool(torch.isfinite(parameter).all()):
+                raise LensError(
+                    f"wanted finite weights, got NaN or infinity in {path} of layer {self._index}; "
+                    "check the checkpoint or compute in float32"
+                )
+        with _observed({matrix.name: layer.get_submodule(matrix.path) for matrix in matrices}, pruner):
+            for _ in self._outputs():
+                pass
+
+    def replace(self, matrix: Matrix, weight: Tensor) -> None:
+        """Put a new weight, in the layout of the checkpoint, into the current layer."""
+        parameter = self._layers[self._index].get_submodule(matrix.path).get_parameter("weight")
+        # Taken over as it is where formats agree: the model and the result then share one copy.
+        parameter.data = weight.to(device=parameter.device, dtype=parameter.dtype)
+
+    def advance(self) -> None:
+        """Run the current layer as it is now and let its outputs become the inputs of the next one.
+
+        Raises:
+            LensError: an output is not finite.
+        """
+        if self._index + 1 < len(self._layers):  # nobody reads what the last layer gives
+            for start, output in self._outputs():
+                if not bool(torch.isfinite(output).all()):
+                    raise LensError(
+                        f"wanted finite activations, got NaN or infinity from layer {self._index}; "
+                        "check the checkpoint or compute in float32"
+                    )
+                self._hidden[start : start + len(output)] = output
+        self._index += 1
+
+    @torch.no_grad()
+    def _outputs(self) -> Iterator[tuple[int, Float[Tensor, "batch pos d_model"]]]:
+        """Run the current layer batch by batch; each output comes with the position of its first sequence."""
+        layer = self._layers[self._index]
+        for start in range(0, len(self._hidden), self._batch_size):
+            # A copy, since a layer may add to its input in place and the buffer is read twice.
+            batch = self._hidden[start : start + self._batch_size].clone()
+            yield start, self._calls[len(batch)][self._index](layer, batch)
+
+
+@contextmanager
+def _observed(modules: Mapping[str, nn.Module], pruner: LayerPruner) -> Iterator[None]:
+    """Show a pruner every input of some modules while the block runs."""
+
+    def watcher(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        return lambda _, args: pruner.observe(name, args[0].reshape(-1, args[0].shape[-1]))
+
+    handles = [module.register_forward_pre_hook(watcher(name)) for name, module in modules.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
