@@ -36,7 +36,6 @@ from lcc_lens.scan import Scan, scan
 from lcc_lens.training import TrainConfig, _optimise, _State
 
 
-
 def timed(work: Callable[[], object]) -> float:
     if torch.cuda.is_available():
         torch.cuda.synchronize()

@@ -32,7 +32,10 @@ def position_mask(batch: Batch, positions: Positions) -> Bool[Tensor, "batch pos
 
 
 def visit_z(
-    model: HookedModel, tokens: Int[Tensor, "batch pos"], masks: Sequence[Bool[Tensor, "batch pos"]], visit: LayerVisitor
+    model: HookedModel,
+    tokens: Int[Tensor, "batch pos"],
+    masks: Sequence[Bool[Tensor, "batch pos"]],
+    visit: LayerVisitor,
 ) -> None:
     """Run forward and hand each layer's head outputs at the masked positions to ``visit(layer, [z, ...])``, in float32.
 
@@ -68,4 +71,6 @@ def collect_z(
 def _refuse_non_finite(z: Float[Tensor, "sample head d_head"], layer: int) -> None:
     bad = (~torch.isfinite(z)).any(-1).any(0).nonzero()
     if len(bad):
-        raise LensError(f"wanted finite activations, got NaN or infinity in head L{layer}H{int(bad[0])}; check the weights")
+        raise LensError(
+            f"wanted finite activations, got NaN or infinity in head L{layer}H{int(bad[0])}; check the weights"
+        )

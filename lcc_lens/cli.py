@@ -71,7 +71,7 @@ class Prune(Common):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Scan_(Common):
+class ScanPair(Common):
     """See what pruning took from every attention head."""
 
     dense: DenseModel
@@ -162,7 +162,8 @@ class Restore(Common):
         if (self.run / RESTORATION_TENSORS).exists() and not (self.overwrite or self.resume):
             raise RequestError(f"{self.run} holds a restoration already; name another run or pass --overwrite")
         config = TrainConfig(
-            epochs=self.epochs, batch_size=self.batch_size, lr=self.lr, checkpoint_every=self.checkpoint_every, seed=self.seed
+            epochs=self.epochs, batch_size=self.batch_size, lr=self.lr, checkpoint_every=self.checkpoint_every,
+            seed=self.seed,
         )  # fmt: skip
         data = load_data(self.data, self.examples, role="train", seed=self.seed)
         validation = load_data(self.data, max(8, self.examples // 10), role="held-out", seed=self.seed)
@@ -277,7 +278,7 @@ class Demo(Common):
 
 Command = (
     Annotated[Prune, tyro.conf.subcommand("prune")]
-    | Annotated[Scan_, tyro.conf.subcommand("scan")]
+    | Annotated[ScanPair, tyro.conf.subcommand("scan")]
     | Annotated[Restore, tyro.conf.subcommand("restore")]
     | Annotated[Export, tyro.conf.subcommand("export")]
     | Annotated[Eval, tyro.conf.subcommand("eval")]
@@ -288,7 +289,7 @@ Command = (
 def run(arguments: list[str] | None = None) -> int:
     """Parse and run one command; gives the exit code: 0 done, 1 failed, 2 cannot be served, 130 interrupted."""
     try:
-        command: Any = tyro.cli(  # type: ignore[call-overload]
+        command: Any = tyro.cli(
             Command, args=arguments, prog="lcc-lens", description="See what pruning took, and put it back.",
             config=(tyro.conf.FlagCreatePairsOff,),
         )  # fmt: skip

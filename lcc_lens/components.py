@@ -46,7 +46,7 @@ class LostComponents:
         return torch.einsum("lhk,lhkd->lhd", self.coefficients[..., :rank], self.directions[..., :rank, :])
 
     def explained_share(self) -> Float[Tensor, "layer head component"]:
-        r"""The share of the squared difference within the first $k$ directions, $\sum_{i\le k} S_i^2 / \sum_i S_i^2$."""
+        r"""The share of the difference within the first $k$ directions, $\sum_{i\le k} S_i^2 / \sum_i S_i^2$."""
         energy = self.singular_values.square().cumsum(-1)
         return energy / energy[..., -1:].clamp_min(torch.finfo(energy.dtype).tiny)
 

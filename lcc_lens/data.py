@@ -124,9 +124,7 @@ def load_records(name: str, n: int | None = None, *, role: Role | None = None, s
     return [record for record, _ in _drawn(name, n, role, seed)[1]]
 
 
-def _drawn(
-    name: str, n: int | None, role: Role | None, seed: int
-) -> tuple[Kind, list[tuple[Record, Example]], str]:
+def _drawn(name: str, n: int | None, role: Role | None, seed: int) -> tuple[Kind, list[tuple[Record, Example]], str]:
     """The kind, the chosen records with their examples, and the source of a data set or file."""
     if n is not None and n < 1:
         raise RequestError(f"wanted at least one example of {name}, got n = {n}; raise it")
@@ -153,7 +151,9 @@ def assert_disjoint(*parts: Data) -> None:
     """
     for i, first in enumerate(parts):
         for second in parts[i + 1 :]:
-            check_disjoint(first.groups, second.groups, f"{first.role or 'first'} data", f"{second.role or 'second'} data")
+            check_disjoint(
+                first.groups, second.groups, f"{first.role or 'first'} data", f"{second.role or 'second'} data"
+            )
 
 
 def check_disjoint(first: frozenset[str], second: frozenset[str], first_name: str, second_name: str) -> None:
@@ -200,14 +200,16 @@ def encode(
 def text_blocks(
     text: str, tokenizer: PreTrainedTokenizerBase, length: int, limit: int | None = None
 ) -> list[TokenSequence]:
-    """Cut a text into blocks of exactly ``length`` tokens (each led by the beginning-of-text token where the model has one)."""
+    """Cut a text into blocks of exactly ``length`` tokens, each led by the special prefix if the model has one."""
     lead = special_prefix(tokenizer)
     step = length - len(lead)
     if limit is not None:  # a token is rarely longer than 20 characters; tokenising a whole corpus takes long
         text = text[: limit * length * 20]
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     starts = range(0, len(ids) - step + 1, step)[:limit]
-    return [TokenSequence(torch.tensor(lead + ids[start : start + step]), loss_from=max(1, len(lead))) for start in starts]
+    return [
+        TokenSequence(torch.tensor(lead + ids[start : start + step]), loss_from=max(1, len(lead))) for start in starts
+    ]
 
 
 def encode_pair(
@@ -335,7 +337,7 @@ def _wikitext_articles(records: list[Record]) -> list[Example]:
     """Join WikiText's lines into articles; a title line has one equals sign on each side."""
     articles: list[list[str]] = [[]]
     for record in records:
-        line = record.get("text", record.get("page", ""))
+        line = str(record.get("text", record.get("page", "")))
         if line.startswith(" = ") and not line.startswith(" = = "):
             articles.append([])
         articles[-1].append(line)
@@ -360,7 +362,9 @@ def _read_jsonl(path: Path) -> list[Record]:
                 try:
                     records.append(json.loads(line))
                 except json.JSONDecodeError as error:
-                    raise RequestError(f"wanted JSON on line {number} of {path}, got {line[:40]!r}; mend the line") from error
+                    raise RequestError(
+                        f"wanted JSON on line {number} of {path}, got {line[:40]!r}; mend the line"
+                    ) from error
     return records
 
 
@@ -425,8 +429,16 @@ def _read_file(path: Path) -> tuple[Kind, list[tuple[Record, Example]], str]:
 def _file_layout(record: dict[str, Any], path: Path) -> tuple[Kind, Any]:
     """Tell a user's JSONL apart by the fields of its first record."""
     layouts: list[tuple[set[str], Kind, Any]] = [
-        ({"question", "right", "wrong"}, "contrastive", lambda r: Example(r["question"], r["right"], r["question"], r["wrong"])),
-        ({"prompt", "response"}, "instruction", lambda r: Example(r["prompt"], r["response"], r.get("group", r["prompt"]))),
+        (
+            {"question", "right", "wrong"},
+            "contrastive",
+            lambda r: Example(r["question"], r["right"], r["question"], r["wrong"]),
+        ),
+        (
+            {"prompt", "response"},
+            "instruction",
+            lambda r: Example(r["prompt"], r["response"], r.get("group", r["prompt"])),
+        ),
         ({"instruction", "output"}, "instruction", SOURCES["alpaca"].read),
         ({"text"}, "text", lambda r: replace(SOURCES["c4"].read(r), group=r.get("group", r["text"]))),
     ]
@@ -437,4 +449,3 @@ def _file_layout(record: dict[str, Any], path: Path) -> tuple[Kind, Any]:
         f"wanted text, prompt + response, instruction + output, or question + right + wrong in {path}, "
         f"got {', '.join(sorted(record)) or 'an empty record'}"
     )
-

@@ -19,8 +19,7 @@ from lcc_lens.metrics import share_recovered
 from lcc_lens.models import load_plain, load_tokenizer, resolve
 from lcc_lens.page import write_page
 from lcc_lens.recipe import prune, restore
-from lcc_lens.restoration import Restoration
-from lcc_lens.scan import Scan, scan
+from lcc_lens.scan import scan
 from lcc_lens.tasks import Example
 from lcc_lens.training import Step, TrainConfig
 
@@ -84,7 +83,9 @@ def run_demo(config: DemoConfig, *, stage: Any = None) -> DemoResult:
     timed = _stages(clock, stage)
     folder = config.folder
     pruned, restored, run = folder / "pruned", folder / "restored", folder / "run"
-    data = {role: passages(role, n, config.seed) for role, n in (("train", config.n_train), ("held-out", config.n_held_out))}
+    data = {
+        role: passages(role, n, config.seed) for role, n in (("train", config.n_train), ("held-out", config.n_held_out))
+    }
     probe = load_data("boolq", config.n_probe, role="probe", seed=config.seed)
     validation, held_out = _halves(data["held-out"], config.n_validation)
     calibration = texts("calibration", config.seed)

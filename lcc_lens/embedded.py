@@ -68,7 +68,10 @@ def converted(file: Path, target: Path, *, expected_sha256: str) -> Path:
     record = target / _RECORD
     if record.exists():
         kept = read_json(record)
-        if _matches(target / "model.safetensors", kept["safetensors_sha256"]) and kept["gguf_sha256"] == expected_sha256:
+        if (
+            _matches(target / "model.safetensors", kept["safetensors_sha256"])
+            and kept["gguf_sha256"] == expected_sha256
+        ):
             return target
         logger.warning("the kept copy in %s is damaged; converting again", target)
     got = sha256_file(file)

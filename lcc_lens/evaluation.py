@@ -126,7 +126,9 @@ def evaluate_model(
     for task in tasks:
         if _is_loss_task(task):
             data = _loss_data(task, limit)
-            scores[task] = _named_loss(data, sequence_loss(model, encode(data, tokenizer, max_length=length, limit=limit)))
+            scores[task] = _named_loss(
+                data, sequence_loss(model, encode(data, tokenizer, max_length=length, limit=limit))
+            )
         else:
             scores[task] = evaluate_task(model, tokenizer, task, limit=limit)
     return {"path": str(reference), "tasks": scores}
@@ -167,7 +169,8 @@ def check_tasks(tasks: Sequence[str]) -> None:
         missing = [task for task in unknown if task not in known]
         if missing:
             raise RequestError(
-                f"wanted a task, got {missing[0]!r}; there are {', '.join(SOURCES)}, .jsonl and .txt files, and lm-eval's tasks"
+                f"wanted a task, got {missing[0]!r}; there are {', '.join(SOURCES)}, .jsonl and .txt files, "
+                "and lm-eval's tasks"
             )
     for task in tasks:
         if Path(task).suffix in (".jsonl", ".txt") and not Path(task).exists():

@@ -13,7 +13,15 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lcc_lens.errors import LensError, RequestError
-from lcc_lens.files import atomic_directory, copy_checkpoint, read_json, require_space, tensor_names, weight_files, write_text
+from lcc_lens.files import (
+    atomic_directory,
+    copy_checkpoint,
+    read_json,
+    require_space,
+    tensor_names,
+    weight_files,
+    write_text,
+)
 from lcc_lens.models import LoadedModel, ModelIdentity, identify, load_hooked, load_plain, load_tokenizer, resolve
 from lcc_lens.restoration import Restoration
 
@@ -66,8 +74,8 @@ def find_slots(path: Path, output_projections: tuple[str, ...]) -> BiasSlots:
     shapes = _parameter_shapes(path, {_BIAS_SWITCH: True}) if _BIAS_SWITCH in _config_attributes(path) else {}
     if not all(bias in shapes for bias in biases):
         raise RequestError(
-            f"wanted an architecture with a bias on the attention output projection, got {config.get('model_type')}, which "
-            "has none; keep the restoration as restoration.safetensors and apply it with Restoration.applied_to"
+            f"wanted an architecture with a bias on the attention output projection, got {config.get('model_type')}, "
+            "which has none; keep the restoration as restoration.safetensors and apply it with Restoration.applied_to"
         )
     plain = _parameter_shapes(path, {})
     zero_biases = {n: s for n, s in shapes.items() if n not in plain and n not in stored and n not in biases}
@@ -75,14 +83,16 @@ def find_slots(path: Path, output_projections: tuple[str, ...]) -> BiasSlots:
 
 
 def fold(
-    constants: Float[Tensor, "chosen d_head"], heads: tuple[Any, ...], weights: Mapping[int, Float[Tensor, "d_model zwidth"]]
+    constants: Float[Tensor, "chosen d_head"],
+    heads: tuple[Any, ...],
+    weights: Mapping[int, Float[Tensor, "d_model zwidth"]],
 ) -> dict[int, Float[Tensor, " d_model"]]:
     r"""The bias that replaces constants at ``hook_z``: $b_O \mathrel{+}= \sum_h W_O^{(h)} c_h$ per layer, in float64.
 
     Args:
         constants: the learned components.
         heads: their heads.
-        weights: by layer the output projection as stored by ``nn.Linear`` (head h owns columns h*d_head to (h+1)*d_head).
+        weights: by layer the output projection as ``nn.Linear`` stores it; head h owns columns h*d_head on.
     """
     d_head = constants.shape[-1]
     biases = {layer: torch.zeros(weight.shape[0], dtype=torch.float64) for layer, weight in weights.items()}
@@ -124,8 +134,8 @@ def export(
     identity = identify(pruned, path)
     if identity.sha256 != restoration.record.pruned_sha256:
         raise RequestError(
-            f"wanted the pruned model with SHA-256 {restoration.record.pruned_sha256[:12]}…, got {identity.sha256[:12]}… "
-            f"in {path}; name the model that was restored"
+            f"wanted the pruned model with SHA-256 {restoration.record.pruned_sha256[:12]}…, got "
+            f"{identity.sha256[:12]}… in {path}; name the model that was restored"
         )
     loaded = load_hooked(pruned, dtype=torch.float32)
     slots = find_slots(path, loaded.output_projections)
@@ -145,9 +155,9 @@ def model_card(restoration: Restoration, metrics: Mapping[str, Any], difference:
     lines = [
         "---", "library_name: transformers", "tags: [pruned, restorelcc, lcc-lens]", "---", "",
         f"# {Path(record.pruned).name}, restored", "",
-        f"`{record.pruned}` (pruned from `{record.dense}`) with a constant per attention head folded into the biases of the "
-        "attention output projections. Loads with plain transformers; every other tensor is bit-identical to the pruned "
-        "model, so its zeros stay.", "",
+        f"`{record.pruned}` (pruned from `{record.dense}`) with a constant per head folded into the biases of "
+        "the attention output projections. Loads with plain transformers; every other tensor is bit-identical to the "
+        "pruned model, so its zeros stay.", "",
         "| | |", "|---|---|",
         f"| method | {record.method} |",
         f"| heads | {len(restoration.heads)} |",
@@ -180,14 +190,21 @@ def _edited_tensors(
     dtype = next(iter(weights.values())).dtype
     added = {name: torch.zeros(shape, dtype=dtype) for name, shape in slots.zero_biases.items()}
     for layer, bias in enumerate(slots.biases):
-        added[bias] = folded[layer].to(dtype) if layer in folded else torch.zeros_like(next(iter(folded.values())), dtype=dtype)
+        added[bias] = (
+            folded[layer].to(dtype) if layer in folded else torch.zeros_like(next(iter(folded.values())), dtype=dtype)
+        )
     return {}, added
 
 
 def _linear_weight(stored: Mapping[str, Path], projection: str, path: Path) -> Tensor:
     """The output projection's weight as ``[d_model, n_heads * d_head]`` (GPT-2's Conv1D stores the transpose)."""
     weight = _read_tensor(stored, f"{projection}.weight")
-    is_conv1d = read_json(path / "config.json").get("model_type") in ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
+    is_conv1d = read_json(path / "config.json").get("model_type") in (
+        "gpt2",
+        "openai-gpt",
+        "imagegpt",
+        "decision_transformer",
+    )
     return weight.T if is_conv1d else weight
 
 
@@ -195,7 +212,9 @@ def _read_tensor(stored: Mapping[str, Path], name: str) -> Tensor:
     from safetensors import safe_open
 
     if name not in stored:
-        raise RequestError(f"wanted the tensor {name} in the checkpoint, got none of that name; the layout is not supported")
+        raise RequestError(
+            f"wanted the tensor {name} in the checkpoint, got none of that name; the layout is not supported"
+        )
     with safe_open(stored[name], framework="pt") as file:
         return cast("Tensor", file.get_tensor(name))
 
@@ -255,8 +274,8 @@ def _compare_logits(
     tolerance = _tolerance(exported) * max(1.0, float(hooked.abs().max()))
     if not difference <= tolerance:
         raise LensError(
-            f"wanted the reloaded export of {identity.reference} within {tolerance:.2g} of the hooked model's logits, got "
-            f"{difference:.2g}; nothing was kept"
+            f"wanted the reloaded export of {identity.reference} within {tolerance:.2g} of the hooked model's logits, "
+            f"got {difference:.2g}; nothing was kept"
         )
     zeros = sum(int((parameter == 0).sum()) for parameter in plain.parameters() if parameter.ndim > 1)
     return difference, effect, zeros
@@ -267,7 +286,7 @@ def _tolerance(path: Path) -> float:
     from safetensors import safe_open
 
     with safe_open(weight_files(path)[0], framework="pt") as file:
-        name = next(name for name in file.keys() if name.endswith(".bias"))  # noqa: SIM118
+        name = next(name for name in file.keys() if name.endswith(".bias"))
         dtype = file.get_slice(name).get_dtype()
     return 1e-5 if dtype in ("F32", "F64") else 2e-2
 

@@ -30,13 +30,17 @@ def disk_errors(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise LensError(f"no space left on the disk of {path}; free some and run again (nothing was kept)") from error
+            raise LensError(
+                f"no space left on the disk of {path}; free some and run again (nothing was kept)"
+            ) from error
         if error.errno in (errno.EACCES, errno.EROFS, errno.ENOTDIR):
             raise RequestError(f"cannot write to {path}: {error.strerror}; name a folder you may write to") from error
         raise
     except Exception as error:  # safetensors reports a full disk through its own error type
         if "No space left" in str(error):
-            raise LensError(f"no space left on the disk of {path}; free some and run again (nothing was kept)") from error
+            raise LensError(
+                f"no space left on the disk of {path}; free some and run again (nothing was kept)"
+            ) from error
         raise
 
 
@@ -122,7 +126,9 @@ def read_json(path: Path) -> Any:
     except FileNotFoundError as error:
         raise RequestError(f"wanted the file {path}, got nothing there; check the path") from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise RequestError(f"wanted JSON in {path}, got something else ({error}); restore or rebuild the file") from error
+        raise RequestError(
+            f"wanted JSON in {path}, got something else ({error}); restore or rebuild the file"
+        ) from error
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
@@ -130,7 +136,9 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     from safetensors.torch import save_file
 
     with atomic_path(path) as part:
-        save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, part, metadata=dict(metadata or {}))
+        save_file(
+            {name: t.detach().cpu().contiguous() for name, t in tensors.items()}, part, metadata=dict(metadata or {})
+        )
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -172,7 +180,9 @@ def weight_files(directory: Path) -> list[Path]:
         files = sorted(directory.glob("model*.safetensors"))
     missing = [file.name for file in files if not file.exists()]
     if missing:
-        raise RequestError(f"wanted every shard of {directory}, got none named {missing[0]}; fetch the checkpoint again")
+        raise RequestError(
+            f"wanted every shard of {directory}, got none named {missing[0]}; fetch the checkpoint again"
+        )
     if not files:
         pickles = sorted(p.name for p in directory.glob("*.bin"))
         hint = f"got the pickle {pickles[0]}; convert it to safetensors first" if pickles else "got none"
@@ -199,7 +209,9 @@ def tensor_names(directory: Path) -> dict[str, Path]:
             with safe_open(file, framework="pt") as handle:
                 where.update(dict.fromkeys(handle.keys(), file))
         except SafetensorError as error:
-            raise RequestError(f"wanted a safetensors file in {file}, got a damaged one ({error}); fetch it again") from error
+            raise RequestError(
+                f"wanted a safetensors file in {file}, got a damaged one ({error}); fetch it again"
+            ) from error
     return where
 
 
@@ -229,14 +241,18 @@ def copy_checkpoint(
     files = weight_files(source)
     unknown = set(replaced) - set(tensor_names(source))
     if unknown:
-        raise RequestError(f"wanted the tensor {min(unknown)} in {source}, got none of that name; the layout is not supported")
+        raise RequestError(
+            f"wanted the tensor {min(unknown)} in {source}, got none of that name; the layout is not supported"
+        )
     for number, file in enumerate(files):
         with safe_open(file, framework="pt") as handle:
             tensors = {name: handle.get_tensor(name) for name in handle.keys()}
             metadata = dict(handle.metadata() or {"format": "pt"})
         for name in tensors.keys() & replaced.keys():
             if tensors[name].shape != replaced[name].shape:
-                raise RequestError(f"wanted {name} of shape {tuple(tensors[name].shape)}, got {tuple(replaced[name].shape)}")
+                raise RequestError(
+                    f"wanted {name} of shape {tuple(tensors[name].shape)}, got {tuple(replaced[name].shape)}"
+                )
             tensors[name] = replaced[name].to(device="cpu", dtype=tensors[name].dtype).contiguous()
         if number == 0 and added:
             tensors.update({name: tensor.detach().cpu().contiguous() for name, tensor in added.items()})

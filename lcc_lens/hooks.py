@@ -80,7 +80,9 @@ def logits_at(model: HookedModel, mask: Bool[Tensor, "batch pos"] | None) -> lis
     """
     name = next((name for name in _BEFORE_UNEMBED if name in model.hook_dict), None)
     if name is None:
-        raise RequestError(f"wanted a hook point before the unembedding ({' or '.join(_BEFORE_UNEMBED)}), got a model without")
+        raise RequestError(
+            f"wanted a hook point before the unembedding ({' or '.join(_BEFORE_UNEMBED)}), got a model without"
+        )
 
     def narrow(resid: Tensor, hook: Any) -> Tensor:
         return resid[:1, :0] if mask is None else resid[mask][None]

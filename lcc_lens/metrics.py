@@ -41,9 +41,11 @@ def share_recovered(dense: float, pruned: float, restored: float) -> float | Non
 def token_nll(
     logits: Float[Tensor, "token vocab"], targets: Int[Tensor, " token"], chunk: int = 512
 ) -> Float[Tensor, " token"]:
-    """Negative log-likelihood of each target in nats, computed in float32 a chunk at a time (vocabularies are large)."""
+    """Negative log-likelihood of each target in nats, in float32, a chunk at a time (vocabularies are large)."""
     losses = [
-        torch.nn.functional.cross_entropy(logits[start : start + chunk].float(), targets[start : start + chunk], reduction="none")
+        torch.nn.functional.cross_entropy(
+            logits[start : start + chunk].float(), targets[start : start + chunk], reduction="none"
+        )
         for start in range(0, logits.shape[0], chunk)
     ]
     return torch.cat(losses) if losses else logits.new_zeros(0, dtype=torch.float32)

@@ -15,7 +15,7 @@ from torch import Tensor
 from lcc_lens.config import compute_dtype, default_device
 from lcc_lens.embedded import EMBEDDED_NAME, embedded_model, gguf_model
 from lcc_lens.errors import LensError, RequestError
-from lcc_lens.files import read_json, weight_files, weights_sha256
+from lcc_lens.files import weight_files, weights_sha256
 from lcc_lens.hooks import HookedModel, z_adders, z_name
 
 if TYPE_CHECKING:
@@ -83,7 +83,8 @@ def resolve(reference: str | Path) -> Path:
     """The local Hugging Face directory of a model reference.
 
     Args:
-        reference: ``smollm2``, a local directory, a ``.gguf`` file, or a hub id (``owner/name``, ``owner/name@revision``).
+        reference: ``smollm2``, a local directory, a ``.gguf`` file, or a hub id (``owner/name`` with an
+            optional ``@revision``).
 
     Raises:
         RequestError: nothing is there, or it holds no safetensors.
@@ -147,7 +148,9 @@ def load_plain(
             str(path), dtype=dtype, attn_implementation=attention, local_files_only=True
         )
     except (OSError, ValueError, KeyError, SafetensorError, RuntimeError) as error:
-        raise RequestError(f"wanted a causal language model in {path}, got none that loads ({_first_line(error)})") from error
+        raise RequestError(
+            f"wanted a causal language model in {path}, got none that loads ({_first_line(error)})"
+        ) from error
     model = model.to(device).eval().requires_grad_(False)
     _refuse_non_finite(model, path)
     return cast("PreTrainedModel", model)
@@ -236,7 +239,7 @@ def device_of(model: HookedModel) -> torch.device:
 
 def _from_hub(name: str) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     repo, _, revision = name.partition("@")
     patterns = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.model", "*.txt"]
@@ -258,7 +261,9 @@ def _bridge(plain: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: Pa
         )
     except (ValueError, KeyError, AttributeError, NotImplementedError) as error:
         kind = plain.config.model_type
-        raise RequestError(f"wanted an architecture that TransformerLens takes, got {kind} ({_first_line(error)})") from error
+        raise RequestError(
+            f"wanted an architecture that TransformerLens takes, got {kind} ({_first_line(error)})"
+        ) from error
 
 
 def _check_hooked(model: Any, tokens: Tensor, expected: Tensor, reference: str) -> None:
@@ -266,11 +271,15 @@ def _check_hooked(model: Any, tokens: Tensor, expected: Tensor, reference: str) 
     shapes: list[tuple[int, ...]] = []
     shift = {0: torch.ones(cfg.n_heads, cfg.d_head, device=tokens.device)}
     with torch.inference_mode():
-        got = model.run_with_hooks(tokens, fwd_hooks=[(z_name(0), lambda z, hook: shapes.append(tuple(z.shape)))]).float()
+        got = model.run_with_hooks(
+            tokens, fwd_hooks=[(z_name(0), lambda z, hook: shapes.append(tuple(z.shape)))]
+        ).float()
         moved = model.run_with_hooks(tokens, fwd_hooks=z_adders(shift)).float()
     wanted = (*tokens.shape, cfg.n_heads, cfg.d_head)
     if shapes != [wanted]:
-        raise LensError(f"wanted hook_z of shape {wanted} in {reference}, got {shapes}; this architecture is not supported")
+        raise LensError(
+            f"wanted hook_z of shape {wanted} in {reference}, got {shapes}; this architecture is not supported"
+        )
     tolerance = _LOGIT_TOLERANCE.get(model.cfg.dtype, _COARSE_TOLERANCE) * float(expected.abs().max().clamp_min(1))
     distance = float((got - expected).abs().max())
     if not distance <= tolerance:
@@ -290,7 +299,9 @@ def _probe_tokens(d_vocab: int, device: torch.device) -> Tensor:
 def _refuse_non_finite(model: torch.nn.Module, path: Path) -> None:
     for name, parameter in model.named_parameters():
         if not bool(torch.isfinite(parameter.sum(dtype=torch.float32))) and not bool(torch.isfinite(parameter).all()):
-            raise LensError(f"wanted finite weights in {path}, got NaN or infinity in {name}; prune or fetch the model again")
+            raise LensError(
+                f"wanted finite weights in {path}, got NaN or infinity in {name}; prune or fetch the model again"
+            )
 
 
 def _first_line(error: BaseException | Sequence[str]) -> str:

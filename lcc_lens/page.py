@@ -15,7 +15,8 @@ from lcc_lens.training import Step
 
 _STYLE = """
 :root { color-scheme: light; }
-body { font: 16px/1.5 Inter, Helvetica, Arial, sans-serif; color: #1b1b1b; margin: 0 auto; max-width: 1080px; padding: 24px; }
+body { font: 16px/1.5 Inter, Helvetica, Arial, sans-serif; color: #1b1b1b; margin: 0 auto; max-width: 1080px;
+  padding: 24px; }
 h1 { font-size: 26px; margin: 0 0 4px; } h2 { font-size: 19px; margin: 32px 0 8px; }
 .lead { font-size: 18px; color: #333; margin: 0 0 20px; } .scroll { overflow-x: auto; }
 table { border-collapse: collapse; } th, td { padding: 6px 14px; text-align: right; border-bottom: 1px solid #ddd; }
@@ -61,7 +62,9 @@ def _verdict(scan: Scan, results: dict[str, Any]) -> str:
         f"{100 * float(loss.max()):.0f} % at L{layer}H{head}."
     ]
     if shares:
-        told = " and ".join(f"{100 * value:.0f} % of what was lost on {html.escape(name)}" for name, value in shares.items())
+        told = " and ".join(
+            f"{100 * value:.0f} % of what was lost on {html.escape(name)}" for name, value in shares.items()
+        )
         parts.append(f"The restoration brought back {told}, in log-likelihood.")
     return " ".join(parts)
 
@@ -85,7 +88,9 @@ def format_scores(tasks: dict[str, Any]) -> dict[str, str]:
         elif "response_loss" in scores:
             columns[f"{name}: loss"] = f"{scores['response_loss']:.3f}"
         else:
-            columns[f"{name}: accuracy (n = {scores['n']})"] = f"{100 * scores['acc']:.1f} ± {100 * scores['stderr']:.1f} %"
+            columns[f"{name}: accuracy (n = {scores['n']})"] = (
+                f"{100 * scores['acc']:.1f} ± {100 * scores['stderr']:.1f} %"
+            )
     return columns
 
 

@@ -72,7 +72,9 @@ def plot_loss_map(scan: Scan, heads: Sequence[Head] = ()) -> go.Figure:
     return figure
 
 
-def plot_training(steps: Sequence[Step], dense_loss: float | None = None, pruned_loss: float | None = None) -> go.Figure:
+def plot_training(
+    steps: Sequence[Step], dense_loss: float | None = None, pruned_loss: float | None = None
+) -> go.Figure:
     """Training and held-out loss per optimiser step, between the dense and the pruned model's held-out loss.
 
     Args:

@@ -42,7 +42,14 @@ def tracked_by(tracker: Tracker) -> Iterator[None]:
 def rich_tracker(items: Iterable[T], total: int, description: str) -> Iterator[T]:
     """A bar with the time left, on standard error, for terminals and notebooks."""
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
 
     columns = (
         TextColumn("{task.description:<24}"),

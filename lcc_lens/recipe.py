@@ -100,8 +100,8 @@ def calibration_tokens(data: Data, model: Path, n_samples: int, seq_len: int, se
     blocks = text_blocks(text, load_tokenizer(model), seq_len, n_samples)
     if len(blocks) < n_samples:
         raise RequestError(
-            f"wanted {n_samples} calibration sequences of {seq_len} tokens from {data.source}, got text for {len(blocks)}; "
-            "name more data or lower --n-samples or --seq-len"
+            f"wanted {n_samples} calibration sequences of {seq_len} tokens from {data.source}, got text for "
+            f"{len(blocks)}; name more data or lower --n-samples or --seq-len"
         )
     return torch.stack([block.tokens for block in blocks])
 
@@ -143,14 +143,20 @@ def restore(
         InterruptedRun: Ctrl-C, after the state was saved.
 
     Example:
-        >>> restoration = restore(pair, scan, scan.select("mse", share=0.25), load_data("alpaca", n=480))  # doctest: +SKIP
+        >>> restore(pair, scan, scan.select("mse", share=0.25), load_data("alpaca", n=480))  # doctest: +SKIP
     """
     check_scan(scan, pair)
     config = config or TrainConfig()
     run = Path(run) if run is not None else None
     training, held_out = _training_sequences(pair, scan, data, validation, max_length)
     injection = LccInjection(scan.components, heads, rank=rank, start=start)
-    settings = {**asdict(config), "rank": rank, "start": start, "max_length": max_length, "heads": [str(h) for h in heads]}
+    settings = {
+        **asdict(config),
+        "rank": rank,
+        "start": start,
+        "max_length": max_length,
+        "heads": [str(h) for h in heads],
+    }
     identity = json.dumps([pair.pruned_id.sha256, data.source, sorted(data.groups), settings], sort_keys=True)
     losses = {
         "dense": validation_loss(pair.dense, None, held_out, config.micro_tokens),
@@ -185,7 +191,9 @@ def restore(
         restoration.save(run)
         recovered = share_recovered(losses["dense"], losses["pruned"], losses["restored"])
         validation_numbers = {"losses": losses, "share_recovered": recovered, "sequences": len(held_out)}
-        write_json(run / RUN_METRICS, _identified(pair, config.seed, {"validation": validation_numbers, "heads": len(heads)}))
+        write_json(
+            run / RUN_METRICS, _identified(pair, config.seed, {"validation": validation_numbers, "heads": len(heads)})
+        )
     return restoration
 
 
@@ -231,7 +239,9 @@ def _split_off(data: Data) -> tuple[Data, Data]:
     kept = tuple(example for example in data.examples if example.group not in chosen)
     held_out = tuple(example for example in data.examples if example.group in chosen)
     if not kept or not held_out:
-        raise RequestError(f"wanted at least 2 different examples to train and validate on, got {len(groups)}; add data")
+        raise RequestError(
+            f"wanted at least 2 different examples to train and validate on, got {len(groups)}; add data"
+        )
     return Data(data.name, data.kind, kept, data.source, data.role), Data(
         data.name, data.kind, held_out, data.source, data.role
     )

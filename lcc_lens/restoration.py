@@ -110,7 +110,9 @@ class Restoration:
             heads = tuple(Head(int(layer), int(head)) for layer, head in tensors.pop("heads"))
             return cls(RestorationRecord(**json.loads(metadata["record"])), heads, **tensors)
         except (KeyError, TypeError, ValueError) as error:
-            raise RequestError(f"wanted a restoration of this version in {path}, got another layout ({error})") from error
+            raise RequestError(
+                f"wanted a restoration of this version in {path}, got another layout ({error})"
+            ) from error
 
     def _tensors(self) -> dict[str, Tensor]:
         return {

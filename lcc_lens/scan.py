@@ -84,7 +84,7 @@ class Scan:
 
     @property
     def constant_share(self) -> Float[Tensor, "layer head"]:
-        r"""The share of $\sum|\delta|^2$ that is constant, $N|\bar\delta|^2 / \sum|\delta|^2$: all that a constant can mend."""
+        r"""The constant share of the difference, $N|\bar\delta|^2 / \sum|\delta|^2$: all that a constant can mend."""
         constant = self.record.n_samples * self.mean_difference.square().sum(-1)
         return constant / self.squared_difference.clamp_min(torch.finfo(torch.float32).tiny)
 
@@ -173,7 +173,9 @@ class Scan:
             components = LostComponents(**{name: tensors.pop(name) for name in names})
             return cls(record=record, components=components, **cast("dict[str, Any]", tensors))
         except (KeyError, TypeError) as error:
-            raise RequestError(f"wanted a scan of this version in {run}, got another layout ({error}); scan again") from error
+            raise RequestError(
+                f"wanted a scan of this version in {run}, got another layout ({error}); scan again"
+            ) from error
 
     def _tensors(self) -> dict[str, Tensor]:
         names = ("mean_difference", "second_moment", "squared_dense", "squared_difference", "cosine")
@@ -319,14 +321,21 @@ def _contrastive_sequences(
     if any(example.wrong is None for example in data.examples):
         return None
     encoded = [
-        [encode_pair(pair.tokenizer, example.prompt, str(text), max_length) for text in (example.response, example.wrong)]
+        [
+            encode_pair(pair.tokenizer, example.prompt, str(text), max_length)
+            for text in (example.response, example.wrong)
+        ]
         for example in data.examples
     ]
     fitting = [(right, wrong) for right, wrong in encoded if right is not None and wrong is not None]
     if len(fitting) < len(encoded):
-        logger.warning("%d of %d pairs left out: longer than %d tokens", len(encoded) - len(fitting), len(encoded), max_length)
+        logger.warning(
+            "%d of %d pairs left out: longer than %d tokens", len(encoded) - len(fitting), len(encoded), max_length
+        )
     if not fitting:
-        raise RequestError(f"wanted contrastive pairs of up to {max_length} tokens from {data.source}, got none; raise the limit")
+        raise RequestError(
+            f"wanted contrastive pairs of up to {max_length} tokens from {data.source}, got none; raise the limit"
+        )
     return [right for right, _ in fitting], [wrong for _, wrong in fitting]
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -62,7 +61,9 @@ QUESTIONS = [
     {"question": f"is {a} plus {b} more than {c}?", "right": f" {a + b > c}".lower(), "wrong": f" {a + b <= c}".lower()}
     for a in range(6) for b in range(4) for c in (3, 5)
 ]  # fmt: skip
-PARAGRAPHS = [f"Paragraph {i} says that {i} times {i} is {i * i}, which nobody doubts; see page {7 * i}." for i in range(60)]
+PARAGRAPHS = [
+    f"Paragraph {i} says that {i} times {i} is {i * i}, which nobody doubts; see page {7 * i}." for i in range(60)
+]
 
 
 @pytest.fixture(scope="session")
@@ -113,7 +114,6 @@ def found(pair, question_file: Path):
 
 
 @pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LCC_LENS_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("LCC_LENS_DATA", raising=False)
-    yield

@@ -1,0 +1,117 @@
+"""The embedded model from end to end: the figures that the README states, within their bounds."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from lcc_lens.config import compute_dtype
+from lcc_lens.data import encode, load_data
+from lcc_lens.demo import DemoConfig, DemoResult, run_demo
+from lcc_lens.embedded import EMBEDDED_SHA256, embedded_model
+from lcc_lens.evaluation import sequence_loss
+from lcc_lens.export import export
+from lcc_lens.files import read_json, sha256_file
+from lcc_lens.models import load_hooked, load_pair, load_plain, load_tokenizer
+from lcc_lens.recipe import prune, restore
+from lcc_lens.scan import scan
+from lcc_lens.training import TrainConfig
+
+pytestmark = pytest.mark.slow
+
+SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+@pytest.fixture(autouse=True)
+def own_cache(monkeypatch: pytest.MonkeyPatch, model_cache: Path) -> None:
+    monkeypatch.setenv("LCC_LENS_CACHE", str(model_cache))
+    monkeypatch.delenv("LCC_LENS_DTYPE", raising=False)
+
+
+@pytest.fixture(scope="module")
+def model_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory, model_cache: Path) -> DemoResult:
+    before = os.environ.copy()
+    os.environ["LCC_LENS_CACHE"] = str(model_cache)
+    os.environ.pop("LCC_LENS_DATA", None)
+    os.environ.pop("LCC_LENS_DTYPE", None)
+    try:
+        return run_demo(DemoConfig(folder=tmp_path_factory.mktemp("demo")))
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def test_demo_restores_a_third_of_what_pruning_took(demo: DemoResult) -> None:
+    tasks = {name: model["tasks"] for name, model in demo.results["models"].items()}
+    for kind in ("held-out text", "held-out responses"):
+        dense, pruned, restored = (tasks[name][kind]["loss"] for name in ("dense", "pruned", "restored"))
+        assert dense < restored < pruned
+    assert demo.results["share_recovered"]["held-out responses"] >= 0.35
+    assert all(tasks[name][task]["n"] >= 40 for name in tasks for task in ("boolq", "arc_easy"))
+    assert demo.page.stat().st_size > 1_000_000
+
+
+def test_demo_export_is_plain_and_keeps_the_zero_pattern(demo: DemoResult) -> None:
+    pruned, restored = load_plain(demo.pruned), load_plain(demo.restored)
+    after = dict(restored.named_parameters())
+    changed = [name for name, weight in pruned.named_parameters() if not torch.equal(weight, after[name])]
+    assert changed == []
+    linears = [weight for name, weight in pruned.named_parameters() if "_proj.weight" in name]
+    assert sum(int((w == 0).sum()) for w in linears) / sum(w.numel() for w in linears) == pytest.approx(0.5, abs=1e-3)
+    assert sum(name.endswith("o_proj.bias") and bool(weight.any()) for name, weight in after.items()) == 30
+    export_report = demo.results["export"]
+    assert export_report["logit_effect"] > 0.1
+    assert export_report["logit_difference"] < 1e-3
+
+
+def test_embedded_model_is_converted_once_and_checked(model_cache: Path) -> None:
+    first = embedded_model()
+    stamp = (first / "model.safetensors").stat().st_mtime_ns
+    record = read_json(first / "converted.json")
+    assert record["gguf_sha256"] == EMBEDDED_SHA256
+    assert record["safetensors_sha256"] == sha256_file(first / "model.safetensors")
+    assert embedded_model() == first
+    assert (first / "model.safetensors").stat().st_mtime_ns == stamp
+    loaded = load_hooked("smollm2")
+    assert (loaded.model.cfg.n_layers, loaded.model.cfg.n_heads, loaded.model.cfg.d_head) == (30, 9, 64)
+    assert loaded.model.cfg.dtype == compute_dtype(torch.device("cpu"))
+
+
+def test_damaged_cache_is_converted_again(model_cache: Path) -> None:
+    weights = embedded_model() / "model.safetensors"
+    good = sha256_file(weights)
+    with weights.open("r+b") as file:
+        file.seek(1_000_000)
+        file.write(b"damaged")
+    assert sha256_file(weights) != good
+    assert sha256_file(embedded_model() / "model.safetensors") == good
+
+
+@pytest.mark.skipif(not SHARED_DATA.is_dir(), reason="needs a folder of data sets for LCC_LENS_DATA")
+def test_alpaca_recovers_half_of_the_lost_response_likelihood(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LCC_LENS_DATA", str(SHARED_DATA))
+    prune("smollm2", tmp_path / "pruned", calibration="c4", n_samples=24, seq_len=256)
+    pair = load_pair("smollm2", tmp_path / "pruned")
+    found = scan(pair, load_data("alpaca", 32, role="probe"), max_length=256)
+    restoration = restore(
+        pair, found, found.select("mse", share=1.0), load_data("alpaca", 480, role="train"),
+        validation=load_data("alpaca", 48, role="held-out"), config=TrainConfig(micro_tokens=768), max_length=256,
+        run=tmp_path / "run",
+    )  # fmt: skip
+    losses = restoration.record.losses
+    assert losses["dense"] < losses["restored"] < losses["pruned"]
+    assert (losses["pruned"] - losses["restored"]) / (losses["pruned"] - losses["dense"]) >= 0.35
+    report = export(restoration, tmp_path / "pruned", tmp_path / "restored")
+    held_out = encode(load_data("alpaca", 48, role="held-out"), load_tokenizer(report.path), max_length=256)
+    assert sequence_loss(load_plain(report.path), held_out)["loss"] == pytest.approx(losses["restored"], abs=0.02)
+    steps = [json.loads(line)["step"] for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert steps == list(range(1, 61))
