@@ -25,6 +25,7 @@ class LostComponents:
     directions: Float[Tensor, "layer head component d_head"]
     singular_values: Float[Tensor, "layer head component"]
     coefficients: Float[Tensor, "layer head component"]
+    n_samples: int
 
     @property
     def d_head(self) -> int:
@@ -44,6 +45,10 @@ class LostComponents:
         if not 1 <= rank <= self.d_head:
             raise RequestError(f"wanted a rank between 1 and d_head = {self.d_head}, got {rank}")
         return torch.einsum("lhk,lhkd->lhd", self.coefficients[..., :rank], self.directions[..., :rank, :])
+
+    def root_mean_square(self) -> Float[Tensor, "layer head"]:
+        r"""The size of each head's difference per coordinate, $\sqrt{\sum_i S_i^2 / (N d_{head})}$."""
+        return (self.singular_values.double().square().sum(-1) / (self.n_samples * self.d_head)).sqrt().float()
 
     def explained_share(self) -> Float[Tensor, "layer head component"]:
         r"""The share of the difference within the first $k$ directions, $\sum_{i\le k} S_i^2 / \sum_i S_i^2$."""
@@ -74,7 +79,7 @@ def components_from_moments(
     eigenvalues, eigenvectors = torch.linalg.eigh(moment)
     directions = eigenvectors.flip(-1).transpose(-1, -2)
     mean = total.double() / max(n_samples, 1)
-    return _signed(directions, eigenvalues.flip(-1).clamp_min(0).sqrt(), mean)
+    return _signed(directions, eigenvalues.flip(-1).clamp_min(0).sqrt(), mean, n_samples)
 
 
 def extract_lost_components(
@@ -98,10 +103,10 @@ def extract_lost_components(
     """
     difference = (z_dense.double() - z_pruned.double()).permute(1, 2, 0, 3)
     _, singular_values, directions = torch.linalg.svd(difference, full_matrices=False)
-    return _signed(directions, singular_values, difference.mean(-2))
+    return _signed(directions, singular_values, difference.mean(-2), z_dense.shape[0])
 
 
-def _signed(directions: Tensor, singular_values: Tensor, mean: Tensor) -> LostComponents:
+def _signed(directions: Tensor, singular_values: Tensor, mean: Tensor, n_samples: int) -> LostComponents:
     """Orient every direction along the mean difference and cast to float32."""
     coefficients = torch.einsum("lhkd,lhd->lhk", directions, mean)
     sign = torch.where(coefficients < 0, -1.0, 1.0).to(directions)
@@ -109,4 +114,5 @@ def _signed(directions: Tensor, singular_values: Tensor, mean: Tensor) -> LostCo
         directions=(directions * sign[..., None]).float().contiguous(),
         singular_values=singular_values.float().contiguous(),
         coefficients=(coefficients * sign).float().contiguous(),
+        n_samples=n_samples,
     )

@@ -36,6 +36,11 @@ class LccInjection(nn.Module):
     $c_{learned} = \sum_{i \le K} \beta_i v_i + b$ with the directions $v_i$ fixed, the magnitudes $\beta_i$ and the
     offset $b$ trained. All numbers are float32 whatever the model computes in: steps of 1e-3 are lost in bfloat16.
 
+    ``magnitudes`` and ``offset`` are held in units of each head's root mean square difference (``unit``). This departs
+    from the paper, whose one learning rate meets heads of very different size: in SmolLM2-135M that size grows by a
+    factor of 400 from the first layer to the last, and the rate that the first layers bear leaves the last ones
+    where they are.
+
     Args:
         components: lost components of the pair (their directions, and coefficients as a start).
         heads: the heads to restore.
@@ -46,26 +51,29 @@ class LccInjection(nn.Module):
     """
 
     directions: Float[Tensor, "chosen component d_head"]
+    unit: Float[Tensor, "chosen 1"]
 
     def __init__(
         self, components: LostComponents, heads: Sequence[Head], *, rank: int | None = None, start: Start = "zero"
     ) -> None:
         super().__init__()
-        n_layers, n_heads, d_head = components.directions.shape[:2] + components.directions.shape[-1:]
+        n_layers, n_heads, _, d_head = components.directions.shape
         rank = d_head if rank is None else rank
         if not 1 <= rank <= d_head:
             raise RequestError(f"wanted a rank between 1 and d_head = {d_head}, got {rank}")
         self.heads = check_heads(heads, n_layers, n_heads)
         self.n_heads = n_heads
         chosen = head_indices(self.heads)
+        tiny = torch.finfo(torch.float32).tiny  # a head that lost nothing keeps its output
         self.register_buffer("directions", components.directions[chosen][:, :rank].float().clone())
-        coefficients = components.coefficients[chosen][:, :rank].float()
-        self.magnitudes = nn.Parameter(coefficients.clone() if start == "mean" else torch.zeros_like(coefficients))
+        self.register_buffer("unit", components.root_mean_square()[chosen].clamp_min(tiny)[:, None])
+        coefficients = components.coefficients[chosen][:, :rank].float() / self.unit
+        self.magnitudes = nn.Parameter(coefficients if start == "mean" else torch.zeros_like(coefficients))
         self.offset = nn.Parameter(torch.zeros(len(self.heads), d_head))
 
     def constants(self) -> Float[Tensor, "chosen d_head"]:
         """The learned component of every chosen head."""
-        return torch.einsum("ck,ckd->cd", self.magnitudes, self.directions) + self.offset
+        return self.unit * (torch.einsum("ck,ckd->cd", self.magnitudes, self.directions) + self.offset)
 
     def hooks(self) -> list[NamedHook]:
         """Hooks that add the present constants to ``hook_z``; gradients flow into the trained numbers."""

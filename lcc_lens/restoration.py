@@ -70,8 +70,8 @@ class Restoration:
             record=record,
             heads=tuple(injection.heads),
             constants=constants,
-            magnitudes=injection.magnitudes.detach().cpu().clone(),
-            offset=injection.offset.detach().cpu().clone(),
+            magnitudes=(injection.unit * injection.magnitudes).detach().cpu(),
+            offset=(injection.unit * injection.offset).detach().cpu(),
         )
 
     @contextmanager

@@ -170,7 +170,7 @@ class Scan:
         try:
             record = ScanRecord(**{**fields, "groups": tuple(fields["groups"])})
             names = ("directions", "singular_values", "coefficients")
-            components = LostComponents(**{name: tensors.pop(name) for name in names})
+            components = LostComponents(**{name: tensors.pop(name) for name in names}, n_samples=record.n_samples)
             return cls(record=record, components=components, **cast("dict[str, Any]", tensors))
         except (KeyError, TypeError) as error:
             raise RequestError(

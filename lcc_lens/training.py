@@ -30,15 +30,17 @@ _BUCKET = 8  # batches among which sequences are sorted by length: less padding,
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Settings of a training run; batch and rate are the paper's range, one epoch is enough for a constant.
+    """Settings of a training run; one epoch is enough for a constant.
 
+    ``lr`` is in units of each head's root mean square difference (see :class:`~lcc_lens.injection.LccInjection`), so
+    that one rate fits all heads and models; the paper's 1e-3 to 1e-5 are in units of activations.
     ``micro_tokens`` bounds the padded tokens of one backward pass (a batch is split and its gradients summed, with
     the same result); it decides memory, not the outcome.
     """
 
     epochs: int = 1
     batch_size: int = 8
-    lr: float = 5e-3
+    lr: float = 5e-2
     weight_decay: float = 0.0
     micro_tokens: int = 1024
     validate_every: int = 20
