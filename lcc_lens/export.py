@@ -141,7 +141,7 @@ def export(
     slots = find_slots(path, loaded.output_projections)
     require_space(out, 2 * sum(file.stat().st_size for file in weight_files(path)))
     with atomic_directory(out, overwrite=overwrite) as part:
-        replaced, added = _edited_tensors(restoration, path, slots, loaded.output_projections)
+        replaced, added = _edited_tensors(restoration, path, slots, loaded)
         copy_checkpoint(path, part, replaced=replaced, added=added, config=slots.config)
         identical = _count_identical(path, part, set(replaced))
         difference, effect, zeros = _compare_logits(restoration, loaded, part, identity)
@@ -177,12 +177,14 @@ def model_card(restoration: Restoration, metrics: Mapping[str, Any], difference:
 
 
 def _edited_tensors(
-    restoration: Restoration, path: Path, slots: BiasSlots, projections: tuple[str, ...]
+    restoration: Restoration, path: Path, slots: BiasSlots, loaded: LoadedModel
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The tensors to replace (biases that are there) and to add (biases that the configuration switches on)."""
     stored = tensor_names(path)
     layers = sorted({head.layer for head in restoration.heads})
-    weights = {layer: _linear_weight(stored, projections[layer], path) for layer in layers}
+    weights = {
+        layer: _linear_weight(stored, loaded.output_projections[layer], loaded.is_transposed) for layer in layers
+    }
     folded = fold(restoration.constants, restoration.heads, weights)
     if not slots.config:
         old = {layer: _read_tensor(stored, slots.biases[layer]) for layer in layers}
@@ -196,16 +198,10 @@ def _edited_tensors(
     return {}, added
 
 
-def _linear_weight(stored: Mapping[str, Path], projection: str, path: Path) -> Tensor:
-    """The output projection's weight as ``[d_model, n_heads * d_head]`` (GPT-2's Conv1D stores the transpose)."""
+def _linear_weight(stored: Mapping[str, Path], projection: str, is_transposed: bool) -> Tensor:
+    """The output projection's weight as ``[d_model, n_heads * d_head]``."""
     weight = _read_tensor(stored, f"{projection}.weight")
-    is_conv1d = read_json(path / "config.json").get("model_type") in (
-        "gpt2",
-        "openai-gpt",
-        "imagegpt",
-        "decision_transformer",
-    )
-    return weight.T if is_conv1d else weight
+    return weight.T if is_transposed else weight
 
 
 def _read_tensor(stored: Mapping[str, Path], name: str) -> Tensor:

@@ -17,6 +17,7 @@ from lcc_lens.embedded import EMBEDDED_NAME, embedded_model, gguf_model
 from lcc_lens.errors import LensError, RequestError
 from lcc_lens.files import weight_files, weights_sha256
 from lcc_lens.hooks import HookedModel, z_adders, z_name
+from lcc_lens.pruning.layers import is_transposed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -39,12 +40,16 @@ class ModelIdentity:
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A hooked model with its tokenizer, identity, and the plain names of its output projections by layer."""
+    """A hooked model with its tokenizer, identity, and the plain names of its output projections by layer.
+
+    ``is_transposed`` says that the output projections hold ``[in, out]``, as GPT-2's do.
+    """
 
     model: HookedModel
     tokenizer: PreTrainedTokenizerBase
     identity: ModelIdentity
     output_projections: tuple[str, ...]
+    is_transposed: bool
 
 
 @dataclass(frozen=True)
@@ -177,8 +182,14 @@ def load_hooked(
     names = {id(module): name for name, module in plain.named_modules()}
     model = _bridge(plain, tokenizer, path)
     _check_hooked(model, tokens, expected, str(reference))
-    projections = tuple(names[id(model.blocks[layer].attn.o.original_component)] for layer in range(model.cfg.n_layers))
-    return LoadedModel(cast("HookedModel", model), tokenizer, identify(reference, path), projections)
+    modules = [block.attn.o.original_component for block in model.blocks]
+    return LoadedModel(
+        cast("HookedModel", model),
+        tokenizer,
+        identify(reference, path),
+        tuple(names[id(module)] for module in modules),
+        is_transposed(modules[0]),
+    )
 
 
 def load_pair(
