@@ -139,7 +139,7 @@ class Restore(Common):
     """Passes over the training data."""
     batch_size: int = 8
     """Examples per optimiser step."""
-    lr: float = 5e-2
+    lr: float = 3e-2
     """AdamW's learning rate, in units of each head's difference; decays linearly to zero."""
     max_length: int = 512
     """Tokens per example at most."""

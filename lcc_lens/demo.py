@@ -34,14 +34,15 @@ class DemoConfig:
     n_calibration: int = 24
     calibration_length: int = 256
     n_probe: int = 64
-    n_train: int = 256
+    n_train: int = 240
     n_validation: int = 12
     n_held_out: int = 40
     max_length: int = 144
     n_text_blocks: int = 8
     text_length: int = 512
     n_items: int = 50
-    lr: float = 1e-2
+    batch_size: int = 4
+    lr: float = 3e-2
     seed: int = 0
 
 
@@ -103,7 +104,9 @@ def run_demo(config: DemoConfig, *, stage: Any = None) -> DemoResult:
         found.save(run)
     steps: list[Step] = []
     with timed("restore", "train a constant per head"):
-        settings = TrainConfig(lr=config.lr, micro_tokens=640, validate_every=8, seed=config.seed)
+        settings = TrainConfig(
+            batch_size=config.batch_size, lr=config.lr, micro_tokens=640, validate_every=15, seed=config.seed
+        )
         restoration = restore(
             pair, found, found.select("mse", share=1.0), data["train"], validation=validation, config=settings,
             max_length=config.max_length, run=run, on_step=steps.append,

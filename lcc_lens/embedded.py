@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
+import io
 import json
 import logging
 from pathlib import Path
@@ -78,6 +80,7 @@ def converted(file: Path, target: Path, *, expected_sha256: str) -> Path:
     if got != expected_sha256:
         raise RequestError(f"wanted {file} with SHA-256 {expected_sha256[:12]}…, got {got[:12]}…; fetch the file again")
     require_space(target, 8 * file.stat().st_size)
+    logger.info("converting %s, once (half a minute)", file.name)
     with atomic_directory(target, overwrite=True) as part:
         _convert(file, part)
         digest = sha256_file(part / "model.safetensors")
@@ -101,8 +104,9 @@ def _convert(file: Path, target: Path) -> None:
 
     where: dict[str, Any] = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(**where)
-        model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
+        with contextlib.redirect_stderr(io.StringIO()):  # transformers draws bars here that no setting turns off
+            tokenizer = AutoTokenizer.from_pretrained(**where)
+            model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
     except (ValueError, KeyError, OSError) as error:
         raise RequestError(f"wanted a GGUF file that transformers reads, got {file.name} ({error})") from error
     # transformers marks the dequantised model as quantised and then refuses to save it

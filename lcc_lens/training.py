@@ -40,7 +40,7 @@ class TrainConfig:
 
     epochs: int = 1
     batch_size: int = 8
-    lr: float = 5e-2
+    lr: float = 3e-2
     weight_decay: float = 0.0
     micro_tokens: int = 1024
     validate_every: int = 20
