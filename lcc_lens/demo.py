@@ -10,14 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import lcc_lens as lcc
 from lcc_lens.config import package_version
 from lcc_lens.data import Data, assert_disjoint, encode, load_data, load_records
 from lcc_lens.evaluation import evaluate_task, sequence_loss
-from lcc_lens.files import write_json
+from lcc_lens.export import export, model_card
+from lcc_lens.files import write_json, write_text
 from lcc_lens.metrics import share_recovered
-from lcc_lens.models import load_plain, load_tokenizer, resolve
-from lcc_lens.page import write_page
+from lcc_lens.models import load_pair, load_plain, load_tokenizer, resolve
+from lcc_lens.page import format_scores, write_page
 from lcc_lens.recipe import prune, restore
 from lcc_lens.scan import scan
 from lcc_lens.tasks import Example
@@ -99,7 +99,7 @@ def run_demo(config: DemoConfig, *, stage: Any = None) -> DemoResult:
             seq_len=config.calibration_length, seed=config.seed, overwrite=True,
         )  # fmt: skip
     with timed("scan", "see what each head lost"):
-        pair = lcc.load_pair(config.model, pruned)
+        pair = load_pair(config.model, pruned)
         found = scan(pair, probe, max_length=2 * config.max_length, seed=config.seed)
         found.save(run)
     steps: list[Step] = []
@@ -113,10 +113,14 @@ def run_demo(config: DemoConfig, *, stage: Any = None) -> DemoResult:
         )  # fmt: skip
     del pair  # two models' memory, needed by what follows
     with timed("export", "fold into a plain Hugging Face directory and verify"):
-        report = lcc.export(restoration, pruned, restored, overwrite=True)
+        report = export(restoration, pruned, restored, overwrite=True)
     with timed("evaluate", "compare dense, pruned and restored"):
         paths = {"dense": resolve(config.model), "pruned": pruned, "restored": restored}
-        models = {name: {"path": str(path), "tasks": _tasks(path, held_out, config)} for name, path in paths.items()}
+        models: dict[str, Any] = {
+            name: {"path": str(path), "tasks": _tasks(path, held_out, config)} for name, path in paths.items()
+        }
+    card_numbers = {name: format_scores(entry["tasks"]) for name, entry in models.items()}
+    write_text(restored / "README.md", model_card(restoration, card_numbers, report.logit_difference))
     results = {
         "models": models,
         "share_recovered": _shares(models),

@@ -107,7 +107,7 @@ def _convert(file: Path, target: Path) -> None:
         with contextlib.redirect_stderr(io.StringIO()):  # transformers draws bars here that no setting turns off
             tokenizer = AutoTokenizer.from_pretrained(**where)
             model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
-    except (ValueError, KeyError, OSError) as error:
+    except Exception as error:  # a damaged file fails within the reader in many ways
         raise RequestError(f"wanted a GGUF file that transformers reads, got {file.name} ({error})") from error
     # transformers marks the dequantised model as quantised and then refuses to save it
     model.is_quantized = False

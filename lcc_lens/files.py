@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
 CHUNK = 1 << 22
 WEIGHTS_INDEX = "model.safetensors.index.json"
-OWN_FILES = ("README.md", "pruning.json", "restoration.json", ".gitattributes", ".gitignore")
+#: Notes about the source that would be untrue of a copy with other weights.
+OWN_FILES = ("README.md", "pruning.json", "converted.json")
 
 
 @contextmanager

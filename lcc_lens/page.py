@@ -19,6 +19,8 @@ body { font: 16px/1.5 Inter, Helvetica, Arial, sans-serif; color: #1b1b1b; margi
   padding: 24px; }
 h1 { font-size: 26px; margin: 0 0 4px; } h2 { font-size: 19px; margin: 32px 0 8px; }
 .lead { font-size: 18px; color: #333; margin: 0 0 20px; } .scroll { overflow-x: auto; }
+.side { display: flex; flex-wrap: wrap; gap: 24px; align-items: flex-start; } .side > div { overflow-x: auto; }
+.side caption { max-width: 380px; }
 table { border-collapse: collapse; } th, td { padding: 6px 14px; text-align: right; border-bottom: 1px solid #ddd; }
 th:first-child, td:first-child { text-align: left; } caption { text-align: left; color: #555; padding-bottom: 6px; }
 .dense { color: %(dense)s; } .pruned { color: %(pruned)s; } .restored { color: %(restored)s; } small { color: #555; }
@@ -38,9 +40,11 @@ def write_page(
         '<div class="scroll">', _table(results), "</div>",
         "<h2>What pruning took from each attention head</h2>",
         "<p>Darker heads changed more. Point at a head for its numbers.</p>",
-        '<div class="scroll">', loss_map.to_html(include_plotlyjs=True, full_html=False), "</div>",
+        '<div class="side">', "<div>", _embedded(loss_map, with_library=True), "</div>", "<div>",
+        _worst_heads(scan), "</div>",
+        "</div>",
         "<h2>How it came back</h2>",
-        '<div class="scroll">', training.to_html(include_plotlyjs=False, full_html=False), "</div>",
+        '<div class="scroll">', _embedded(training, with_library=False), "</div>",
         f"<p><small>{_provenance(scan, restoration)}</small></p>",
     ]  # fmt: skip
     head = (
@@ -50,6 +54,27 @@ def write_page(
     )
     write_text(path, head + "\n".join(body) + "</body></html>\n")
     return path
+
+
+def _embedded(figure: Any, *, with_library: bool) -> str:
+    settings = {"displaylogo": False, "displayModeBar": "hover"}
+    text: str = figure.to_html(include_plotlyjs=with_library, full_html=False, config=settings)
+    return text
+
+
+def _worst_heads(scan: Scan, n: int = 12) -> str:
+    """The heads that changed most, as a table."""
+    rows = [
+        f"<tr><td>L{row.layer}H{row.head}</td><td>{100 * row.relative_loss:.0f} %</td><td>{row.cosine:.2f}</td>"
+        f"<td>{100 * row.constant_share:.0f} %</td></tr>"
+        for row in scan.table().sort_values("relative_loss", ascending=False).head(n).itertuples()
+    ]
+    return (
+        "<table><caption>Heads that changed most. The constant share of the squared difference is what a constant can "
+        "mend at most.</caption><tr><th>head</th><th>changed</th><th>cosine</th><th>constant share</th></tr>"
+        + "".join(rows)
+        + "</table>"
+    )
 
 
 def _verdict(scan: Scan, results: dict[str, Any]) -> str:
@@ -74,7 +99,7 @@ def _table(results: dict[str, Any]) -> str:
     rows = []
     for name, entry in models.items():
         cells = "".join(f"<td>{value}</td>" for value in format_scores(entry["tasks"]).values())
-        rows.append(f'<tr><td class="{name}"><b>{html.escape(name)}</b></td>{cells}</tr>')
+        rows.append(f'<tr><td class="{html.escape(name)}"><b>{html.escape(name)}</b></td>{cells}</tr>')
     titles = "".join(f"<th>{html.escape(title)}</th>" for title in format_scores(next(iter(models.values()))["tasks"]))
     return f"<table><caption>Held-out data</caption><tr><th>model</th>{titles}</tr>{''.join(rows)}</table>"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -62,10 +63,11 @@ def plot_loss_map(scan: Scan, heads: Sequence[Head] = ()) -> go.Figure:
         )  # fmt: skip
     record = scan.record
     caption = (
-        f"relative change |z dense - z pruned| / |z dense| per head; {record.data}, {record.n_examples} sequences, "
-        f"{record.n_samples:,} positions, seed {record.seed}"
+        "|z dense − z pruned| / |z dense|, root mean square over positions<br>"
+        f"{escape(Path(record.data).name)}: {record.n_examples} sequences, {record.n_samples:,} positions, "
+        f"seed {record.seed}"
     )
-    _style(figure, f"What pruning took from each head of {Path(record.dense).name}", caption)
+    _style(figure, f"What each head of {escape(Path(record.dense).name)} lost", caption)
     figure.update_xaxes(title="head", dtick=1 if n_heads <= 16 else None, constrain="domain", showgrid=False)
     figure.update_yaxes(title="layer", dtick=1 if n_layers <= 16 else 5, autorange="reversed", showgrid=False)
     figure.update_layout(width=max(460, 240 + 40 * n_heads), height=max(420, 190 + 18 * n_layers))
@@ -103,7 +105,7 @@ def plot_training(
     _style(figure, "Restoring", f"{len(steps)} steps")
     figure.update_xaxes(title="optimiser step")
     figure.update_yaxes(title="loss (nats per response token)")
-    figure.update_layout(width=720, height=420, legend={"orientation": "h", "y": 1.08, "x": 0})
+    figure.update_layout(width=720, height=420, legend={"orientation": "h", "y": 1.12, "x": 1, "xanchor": "right"})
     return figure
 
 
@@ -135,7 +137,7 @@ def _style(figure: go.Figure, title: str, caption: str) -> None:
         template="plotly_white",
         title={"text": f"{title}<br><sub>{caption}</sub>", "x": 0.02, "xanchor": "left"},
         font=_FONT,
-        margin={"l": 70, "r": 30, "t": 90, "b": 60},
+        margin={"l": 70, "r": 30, "t": 100, "b": 60},
     )
 
 

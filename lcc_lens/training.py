@@ -155,7 +155,7 @@ def train(
         state.keep_best(validation_loss(model, injection, validation, config.micro_tokens))
     with Interruption().watched() as interruption:
         for index in state.remaining_batches(sequences):
-            start = time.perf_counter()
+            start, lr = time.perf_counter(), state.begin_step()
             loss, n_targets = _optimise(model, injection, state, sequences, index)
             if not math.isfinite(loss):
                 state.restore_best()
@@ -163,7 +163,7 @@ def train(
                     f"wanted a finite loss, got {loss} at step {state.step + 1}; the best numbers so far are kept "
                     "(lower the learning rate)"
                 )
-            lr = state.advance()
+            state.step += 1
             is_last = state.step == state.n_steps
             measured = None
             if is_last or state.step % config.validate_every == 0:
@@ -204,7 +204,6 @@ class _State:
         self.identity = json.dumps({**asdict(config), "n": n_sequences, "identity": identity}, sort_keys=True)
         self.optimizer = torch.optim.AdamW(injection.parameters(), lr=config.lr, weight_decay=config.weight_decay)
         self.n_steps = config.epochs * math.ceil(n_sequences / config.batch_size)
-        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: 1 - step / self.n_steps)
         self.step = 0
         self.best_loss = math.inf
         self.best = self._numbers()
@@ -217,11 +216,11 @@ class _State:
         ]  # fmt: skip
         yield from order[self.step :]
 
-    def advance(self) -> float:
-        """Count a step; gives the learning rate it used."""
-        lr = float(self.schedule.get_last_lr()[0])
-        self.schedule.step()
-        self.step += 1
+    def begin_step(self) -> float:
+        """Set and give the learning rate of the coming step: linear decay from the first to zero after the last."""
+        lr = self.config.lr * (1 - self.step / self.n_steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
         return lr
 
     def keep_best(self, loss: float) -> None:
@@ -262,8 +261,6 @@ class _State:
                 parameter.copy_(tensors[f"now.{name}"])
                 keys = [key for key in tensors if key.startswith(f"adam.{name}.")]
                 self.optimizer.state[parameter] = {key.rsplit(".", 1)[1]: tensors[key] for key in keys}
-        for _ in range(self.step):
-            self.schedule.step()
 
     def _numbers(self) -> dict[str, Tensor]:
         return {name: parameter.detach().clone() for name, parameter in self.injection.named_parameters()}

@@ -1,0 +1,175 @@
+"""The command line: files written, exit codes, one-line errors, and nothing left behind by a refusal."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+from conftest import build_model, save_model
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from lcc_lens.cli import run
+from lcc_lens.files import sha256_file
+
+
+def call(*arguments: object) -> int:
+    return run([str(argument) for argument in arguments])
+
+
+def refused(capsys: pytest.CaptureFixture[str], code: int, message: str, *arguments: object) -> None:
+    assert call(*arguments) == code
+    error = capsys.readouterr().err.strip()
+    assert message in error
+    assert len(error.splitlines()) == 1
+
+
+def test_whole_method_from_the_command_line(
+    dense_dir: Path, text_file: Path, question_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pruned, work, out = tmp_path / "pruned", tmp_path / "run", tmp_path / "out"
+    assert call("prune", dense_dir, pruned, "--calibration", text_file, "--n-samples", 4, "--seq-len", 40) == 0
+    assert call("scan", dense_dir, pruned, work, "--data", question_file, "--examples", 8) == 0
+    settings = ("--data", question_file, "--heads", 0.5, "--selector", "mse", "--lr", 0.1, "--checkpoint-every", 1)
+    assert call("restore", dense_dir, pruned, work, *settings) == 0
+    assert call("export", work, out) == 0
+    tasks = ("--tasks", text_file, question_file, "--length", 50, "--limit", 4)
+    assert call("eval", dense_dir, pruned, out, *tasks, "--out", tmp_path / "results.json") == 0
+
+    sha = {name: sha256_file(d / "model.safetensors") for name, d in (("dense", dense_dir), ("pruned", pruned))}
+    for name in ("config.json", "scan.json", "metrics.json"):
+        record = json.loads((work / name).read_text())
+        assert (record["dense_sha256"], record["pruned_sha256"]) == (sha["dense"], sha["pruned"])
+        assert record["version"]
+        assert record["seed"] == 0
+    assert len(json.loads((work / "config.json").read_text())["restore"]["heads"]) == 8
+    assert (work / "log.jsonl").read_text().count("\n") >= 2
+    assert (work / "loss_map.html").stat().st_size > 1_000_000
+    assert json.loads((pruned / "pruning.json").read_text())["sparsity"] == pytest.approx(0.5, abs=0.01)
+    results = json.loads((tmp_path / "results.json").read_text())["models"]
+    assert list(results) == ["dense", "pruned", "out"]
+    assert results["out"]["path"] == str(out)
+    assert results["out"]["tasks"][str(text_file)]["perplexity"] > 1
+    assert results["out"]["tasks"][str(text_file)]["tokens"] == 4 * 49
+    assert AutoModelForCausalLM.from_pretrained(out).config.attention_bias is True
+    assert "share recovered" in capsys.readouterr().out
+
+
+def test_magnitude_and_pattern(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = save_model(build_model(head_dim=8), tmp_path / "dense")
+    assert call("prune", model, tmp_path / "out", "--method", "magnitude", "--pattern", "2:4", "--quiet") == 0
+    weight = load_file(tmp_path / "out" / "model.safetensors")["model.layers.0.mlp.up_proj.weight"]
+    assert ((weight.reshape(-1, 4) != 0).sum(1) == 2).all()
+    assert capsys.readouterr().err == ""
+    message = "wanted a sparsity or a pattern, got both"
+    refused(capsys, 2, message, "prune", model, tmp_path / "x", "--pattern", "2:4", "--sparsity", 0.3)
+
+
+def test_interrupted_restore_goes_on(
+    dense_dir: Path, pruned_dir: Path, question_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    from lcc_lens import recipe
+
+    class Stopping(recipe._Log):
+        def add(self, step) -> None:
+            super().add(step)
+            if step.step == 2:
+                os.kill(os.getpid(), signal.SIGINT)
+
+    data = ("--data", question_file, "--scan-data", question_file, "--heads", 1, "--selector", "mse", "--batch-size", 4)
+    for name in ("whole", "broken"):
+        with monkeypatch.context() as patch:
+            if name == "broken":
+                patch.setattr(recipe, "_Log", Stopping)
+            code = call("restore", dense_dir, pruned_dir, tmp_path / name, *data, "--quiet")
+        assert code == (0 if name == "whole" else 130)
+    assert "stopped after step 2" in capsys.readouterr().err
+    assert call("restore", dense_dir, pruned_dir, tmp_path / "broken", *data, "--resume", "--quiet") == 0
+    whole, resumed = (load_file(tmp_path / n / "restoration.safetensors") for n in ("whole", "broken"))
+    assert all((whole[key] == resumed[key]).all() for key in whole)
+    capsys.readouterr()
+    message = "holds a restoration already"
+    refused(capsys, 2, message, "restore", dense_dir, pruned_dir, tmp_path / "whole", *data)
+
+
+def test_missing_paths(dense_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    nowhere, out = tmp_path / "nowhere", tmp_path / "out"
+    refused(capsys, 2, "which is not there", "prune", nowhere, out, "--method", "magnitude")
+    refused(capsys, 2, "which is not there", "scan", dense_dir, nowhere, out)
+    refused(capsys, 2, "wanted the file", "export", nowhere, out)
+    refused(capsys, 2, "which is not there", "eval", nowhere, "--tasks", "boolq")
+    refused(capsys, 2, "got nothing there", "prune", dense_dir, out, "--calibration", tmp_path / "gone.txt")
+    assert [path.name for path in tmp_path.iterdir() if path.name != "cache"] == []
+
+
+def test_unknown_task_is_refused_before_any_model_is_loaded(
+    dense_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Index:
+        all_tasks = ("boolq", "lambada")
+
+    monkeypatch.setattr("lm_eval.tasks.TaskManager", Index)
+    refused(capsys, 2, "wanted a task, got 'frobnicate'", "eval", tmp_path / "nowhere", "--tasks", "frobnicate")
+    refused(capsys, 2, "wanted the data file", "eval", dense_dir, "--tasks", tmp_path / "gone.jsonl")
+
+
+def test_existing_scan_is_kept(
+    dense_dir: Path, pruned_dir: Path, question_file: Path, found, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found.save(tmp_path)
+    before = (tmp_path / "scan.json").read_text()
+    refused(capsys, 2, "holds a scan already", "scan", dense_dir, pruned_dir, tmp_path, "--data", question_file)
+    assert (tmp_path / "scan.json").read_text() == before
+
+
+def test_mismatched_pair_writes_nothing(
+    dense_dir: Path, question_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = save_model(build_model(num_hidden_layers=2), tmp_path / "other")
+    message = "wanted two models of the same shape"
+    refused(capsys, 2, message, "scan", dense_dir, other, tmp_path / "run", "--data", question_file)
+    assert not (tmp_path / "run").exists()
+
+
+def test_too_little_calibration_text(
+    dense_dir: Path, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    message = "got text for"
+    refused(capsys, 2, message, "prune", dense_dir, tmp_path / "o", "--calibration", text_file, "--n-samples", 9999)
+    assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.parametrize("arguments", [[], ["frob"], ["prune"], ["prune", "a", "b", "--method", "frob"]])
+def test_wrong_usage_ends_with_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(arguments) == 2
+
+
+@pytest.mark.parametrize("command", ["prune", "scan", "restore", "export", "eval", "demo"])
+def test_help_explains_every_option(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run([command, "--help"]) == 0
+    text = capsys.readouterr().out
+    assert "--quiet" in text
+    assert "usage: lcc-lens" in text
+
+
+def test_unexpected_failure_is_one_line(
+    dense_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lcc_lens import recipe
+
+    def broken(*args: object, **kwargs: object) -> None:
+        raise ZeroDivisionError("first line\nsecond line")
+
+    monkeypatch.setattr(recipe, "prune_checkpoint", broken)
+    message = "ZeroDivisionError: first line"
+    refused(capsys, 1, message, "prune", dense_dir, tmp_path / "out", "--method", "magnitude")
+
+    def stopped(*args: object, **kwargs: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(recipe, "prune_checkpoint", stopped)
+    refused(capsys, 130, "interrupted", "prune", dense_dir, tmp_path / "out", "--method", "magnitude")

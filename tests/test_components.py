@@ -1,0 +1,98 @@
+"""Lost components: what the paper's Eqs. 3 and 4 promise."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from reference import lost_component
+
+from lcc_lens.components import components_from_moments, extract_lost_components
+from lcc_lens.errors import RequestError
+from lcc_lens.scan import RunningDifferences, ScanRecord
+
+SHAPES = st.tuples(st.integers(1, 20), st.integers(1, 3), st.integers(1, 4), st.integers(1, 7))
+
+
+def random_pair(shape: tuple[int, ...], seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator), torch.randn(shape, generator=generator) + 0.3
+
+
+def moments(dense: torch.Tensor, pruned: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, int]:
+    difference = dense - pruned
+    return difference.sum(0), torch.einsum("nlhd,nlhe->lhde", difference, difference), len(difference)
+
+
+@settings(max_examples=30, deadline=None)
+@given(shape=SHAPES, seed=st.integers(0, 999))
+def test_full_rank_component_is_the_mean_difference(shape: tuple[int, int, int, int], seed: int) -> None:
+    dense, pruned = random_pair(shape, seed)
+    lost = components_from_moments(*moments(dense, pruned))
+    assert torch.allclose(lost.component(), (dense - pruned).mean(0), atol=1e-4)
+
+
+@settings(max_examples=30, deadline=None)
+@given(shape=SHAPES, seed=st.integers(0, 999))
+def test_streamed_moments_give_the_svd_of_the_stack(shape: tuple[int, int, int, int], seed: int) -> None:
+    dense, pruned = random_pair(shape, seed)
+    streamed = components_from_moments(*moments(dense, pruned))
+    rank = min(shape[0], shape[3])
+    _, s, _ = torch.linalg.svd((dense - pruned).permute(1, 2, 0, 3), full_matrices=False)
+    assert torch.allclose(streamed.singular_values[..., :rank], s, atol=2e-3)
+    assert float(streamed.singular_values[..., rank:].abs().sum()) < 0.05 * max(1.0, float(s.max()))
+    identity = streamed.directions @ streamed.directions.transpose(-1, -2)
+    assert torch.allclose(identity, torch.eye(shape[3]).expand_as(identity), atol=1e-4)
+
+
+@pytest.mark.parametrize("rank", [1, 2, 6])
+def test_component_of_each_rank_equals_the_plain_derivation(rank: int) -> None:
+    dense, pruned = random_pair((40, 3, 5, 6))
+    streamed = components_from_moments(*moments(dense, pruned))
+    stacked = extract_lost_components(dense, pruned)
+    for layer, head in ((0, 4), (2, 1)):
+        oracle = lost_component((dense - pruned)[:, layer, head], rank).float()
+        assert torch.allclose(streamed.component(rank)[layer, head], oracle, atol=1e-4)
+        assert torch.allclose(stacked.component(rank)[layer, head], oracle, atol=1e-5)
+
+
+def test_coefficients_point_along_the_mean_and_energy_adds_up() -> None:
+    dense, pruned = random_pair((40, 3, 5, 6))
+    lost = extract_lost_components(dense, pruned)
+    assert bool((lost.coefficients >= 0).all())
+    share = lost.explained_share()
+    assert bool((share.diff(dim=-1) >= 0).all())
+    assert torch.allclose(share[..., -1], torch.ones(3, 5))
+    assert torch.allclose(lost.root_mean_square(), (dense - pruned).square().mean((0, 3)).sqrt(), atol=1e-5)
+
+
+@pytest.mark.parametrize("rank", [0, 7])
+def test_rank_outside_the_head_is_refused(rank: int) -> None:
+    lost = extract_lost_components(*random_pair((9, 2, 3, 6)))
+    with pytest.raises(RequestError, match="wanted a rank between 1 and d_head = 6"):
+        lost.component(rank)
+
+
+def test_uneven_batches_give_the_same_scan_as_one() -> None:
+    dense, pruned = random_pair((37, 3, 5, 6))
+    record = ScanRecord("d", "p", "", "", "x", "x", "all", 37, 37, 1, None, 0)
+    scans = []
+    for borders in ((0, 37), (0, 1, 20, 37)):
+        sums = RunningDifferences(3, 5, 6, torch.device("cpu"))
+        for start, end in pairwise(borders):
+            for layer in range(3):
+                sums.update(layer, dense[start:end, layer], pruned[start:end, layer])
+            sums.n_samples += end - start
+        scans.append(sums.finish(record))
+    one, many = scans
+    assert torch.allclose(one.second_moment, many.second_moment, rtol=1e-5, atol=1e-4)
+    assert torch.allclose(one.mean_difference, (dense - pruned).mean(0), atol=1e-5)
+    relative = ((dense - pruned).square().sum((0, 3)) / dense.square().sum((0, 3))).sqrt()
+    assert torch.allclose(many.relative_loss, relative, atol=1e-5)
+    cosine = (dense * pruned).sum((0, 3)) / (dense.square().sum((0, 3)) * pruned.square().sum((0, 3))).sqrt()
+    assert torch.allclose(many.cosine, cosine, atol=1e-5)
+    constant = 37 * (dense - pruned).mean(0).square().sum(-1) / (dense - pruned).square().sum((0, 3))
+    assert torch.allclose(many.constant_share, constant, atol=1e-5)

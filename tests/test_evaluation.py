@@ -1,0 +1,95 @@
+"""Evaluation, against plain transformers and by hand."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lcc_lens.data import encode, load_data
+from lcc_lens.errors import RequestError
+from lcc_lens.evaluation import check_tasks, evaluate_task, sequence_loss, unique_names
+from lcc_lens.metrics import perplexity, share_recovered
+from lcc_lens.models import load_plain, load_tokenizer
+
+BOOLQ = [
+    {"passage": f"Story {i} is about a cat.", "question": f"is story {i} about a dog", "answer": bool(i % 2)}
+    for i in range(6)
+]
+ARC = [
+    {"id": str(i), "question": f"What is {i}?", "choices": {"text": ["one", "two", "nil"], "label": ["A", "B", "C"]},
+     "answerKey": "ABC"[i % 3]} for i in range(5)
+]  # fmt: skip
+
+
+def score(model, tokenizer, context: str, continuation: str) -> float:
+    whole = tokenizer(context + continuation, return_tensors="pt").input_ids
+    border = len(tokenizer(context).input_ids)
+    with torch.no_grad():
+        logs = model(whole).logits[0].log_softmax(-1)
+    return sum(float(logs[i - 1, whole[0, i]]) for i in range(border, whole.shape[1]))
+
+
+def test_loss_is_transformers_own(dense_dir: Path, text_file: Path) -> None:
+    model, tokenizer = load_plain(dense_dir), load_tokenizer(dense_dir)
+    blocks = encode(load_data(str(text_file)), tokenizer, max_length=40, limit=7)
+    measured = sequence_loss(model, blocks, batch_tokens=100)
+    tokens = torch.stack([block.tokens for block in blocks])
+    expected = float(model(tokens, labels=tokens).loss)
+    assert measured["loss"] == pytest.approx(expected, rel=1e-5)
+    assert measured["perplexity"] == pytest.approx(math.exp(expected), rel=1e-4)
+    assert measured["tokens"] == 7 * 39
+
+
+def test_boolq_accuracy_by_hand(dense_dir: Path) -> None:
+    model, tokenizer = load_plain(dense_dir), load_tokenizer(dense_dir)
+    found = evaluate_task(model, tokenizer, "boolq", records=BOOLQ)
+    right = 0
+    for record in BOOLQ:
+        context = f"{record['passage']}\nQuestion: {record['question']}?\nAnswer:"
+        says_yes = score(model, tokenizer, context, " yes") > score(model, tokenizer, context, " no")
+        right += says_yes == record["answer"]
+    assert found["n"] == 6
+    assert found["acc"] == pytest.approx(right / 6)
+    assert found["stderr"] == pytest.approx(math.sqrt(found["acc"] * (1 - found["acc"]) / 5))
+
+
+def test_arc_accuracy_by_hand_and_limit(dense_dir: Path) -> None:
+    model, tokenizer = load_plain(dense_dir), load_tokenizer(dense_dir)
+    found = evaluate_task(model, tokenizer, "arc_easy", records=ARC, limit=4)
+    right = 0
+    for record in ARC[:4]:
+        scores = [
+            score(model, tokenizer, f"Question: {record['question']}\nAnswer:", f" {t}") for t in ("one", "two", "nil")
+        ]
+        right += "ABC"[scores.index(max(scores))] == record["answerKey"]
+    assert found["n"] == 4
+    assert found["acc"] == pytest.approx(right / 4)
+    assert "acc_norm" in found
+
+
+@given(dense=st.floats(0.5, 3), lost=st.floats(0.01, 3), share=st.floats(-1, 1.5))
+def test_share_recovered_inverts(dense: float, lost: float, share: float) -> None:
+    pruned = dense + lost
+    assert share_recovered(dense, pruned, pruned - share * lost) == pytest.approx(share, abs=1e-6)
+
+
+def test_share_of_nothing_is_none_and_perplexity_may_be_infinite() -> None:
+    assert share_recovered(2.0, 2.0, 1.9) is None
+    assert share_recovered(2.0, 1.5, 1.9) is None
+    assert perplexity(1e6, 10) == math.inf
+    assert perplexity(20.0, 10) == pytest.approx(math.exp(2))
+
+
+def test_names_are_short_unless_taken_twice() -> None:
+    assert unique_names(["a/x", "b/y"]) == ["x", "y"]
+    assert unique_names(["a/x", "b/x", "smollm2"]) == ["a/x", "b/x", "smollm2"]
+
+
+def test_no_task_is_refused() -> None:
+    with pytest.raises(RequestError, match="wanted at least one task"):
+        check_tasks([])

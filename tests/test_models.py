@@ -1,0 +1,163 @@
+"""Models: what loads is checked, and what is not a model says so in one line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import D_HEAD, N_HEADS, N_LAYERS, build_model, save_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from lcc_lens import models
+from lcc_lens.embedded import converted
+from lcc_lens.errors import LensError, RequestError
+from lcc_lens.files import sha256_file, weights_sha256
+from lcc_lens.hooks import logits_at
+from lcc_lens.models import load_hooked, load_pair, resolve
+
+
+def test_hooked_model_equals_plain_transformers(dense_dir: Path) -> None:
+    loaded = load_hooked(dense_dir)
+    tokens = torch.arange(1, 40)[None]
+    plain = AutoModelForCausalLM.from_pretrained(dense_dir)
+    with torch.no_grad():
+        assert torch.allclose(loaded.model(tokens), plain(tokens).logits, atol=1e-5)
+    cfg = loaded.model.cfg
+    assert (cfg.n_layers, cfg.n_heads, cfg.d_head) == (N_LAYERS, N_HEADS, D_HEAD)
+    assert loaded.output_projections == tuple(f"model.layers.{i}.self_attn.o_proj" for i in range(3))
+    assert loaded.identity.sha256 == sha256_file(dense_dir / "model.safetensors") == weights_sha256(dense_dir)
+
+
+def test_only_masked_positions_reach_the_unembedding(pair) -> None:
+    tokens = torch.arange(1, 25).reshape(2, 12)
+    mask = torch.zeros(2, 12, dtype=torch.bool)
+    mask[0, 3] = mask[1, 5] = mask[1, 11] = True
+    full = pair.dense(tokens)
+    narrow = pair.dense.run_with_hooks(tokens, fwd_hooks=logits_at(pair.dense, mask))
+    assert narrow.shape == (1, 3, 257)
+    assert torch.allclose(narrow[0], full[mask], atol=1e-5)
+    assert pair.dense.run_with_hooks(tokens, fwd_hooks=logits_at(pair.dense, None)).shape[1] == 0
+
+
+def test_model_that_ignores_its_hook_is_refused(dense_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(models, "z_adders", lambda constants: [])
+    with pytest.raises(LensError, match="wanted a change at hook_z"):
+        load_hooked(dense_dir)
+
+
+def test_model_with_other_logits_is_refused(dense_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = models._bridge
+
+    def wrong(plain, tokenizer, path):
+        with torch.no_grad():
+            plain.lm_head.weight[5] += 1.0
+        return right(plain, tokenizer, path)
+
+    monkeypatch.setattr(models, "_bridge", wrong)
+    with pytest.raises(LensError, match="equal to plain transformers'"):
+        load_hooked(dense_dir)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weight_that_is_not_finite_is_named(tmp_path: Path, value: float) -> None:
+    directory = save_model(build_model(), tmp_path / "bad")
+    tensors = load_file(directory / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 4] = value
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(LensError, match=r"NaN or infinity in model\.layers\.1\.mlp\.up_proj\.weight"):
+        load_hooked(directory)
+
+
+def test_pair_of_other_shapes_is_refused(dense_dir: Path, tmp_path: Path) -> None:
+    other = save_model(build_model(num_hidden_layers=2), tmp_path / "other")
+    with pytest.raises(RequestError, match=r"wanted two models of the same shape, got n_layers 3 .* and 2"):
+        load_pair(dense_dir, other)
+
+
+def test_pair_of_other_tokenizers_is_refused(dense_dir: Path, tmp_path: Path) -> None:
+    other = save_model(build_model(seed=1), tmp_path / "other")
+    text = (other / "tokenizer.json").read_text()
+    (other / "tokenizer.json").write_text(text.replace('"<end>"', '"<stop>"'))
+    config = (other / "tokenizer_config.json").read_text()
+    (other / "tokenizer_config.json").write_text(config.replace("<end>", "<stop>"))
+    with pytest.raises(RequestError, match="wanted two models with the same tokenizer"):
+        load_pair(dense_dir, other)
+
+
+def test_wrong_references_are_refused(tmp_path: Path, dense_dir: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "pickle").mkdir()
+    (tmp_path / "pickle" / "config.json").write_text("{}")
+    (tmp_path / "pickle" / "pytorch_model.bin").write_text("x")
+    cases = {
+        tmp_path / "nowhere": "which is not there; check the path",
+        "smolm2": "which is not there; check the path",
+        tmp_path / "empty": "without config.json",
+        tmp_path / "file": "got the file",
+        tmp_path / "pickle": "got the pickle pytorch_model.bin; convert it to safetensors first",
+        tmp_path / "gone.gguf": "wanted the GGUF file",
+        "someone/some-model": "nothing from the hub",
+    }
+    for reference, message in cases.items():
+        with pytest.raises(RequestError, match=message):
+            resolve(reference)
+
+
+def test_truncated_weights_are_refused(dense_dir: Path, tmp_path: Path) -> None:
+    directory = save_model(build_model(), tmp_path / "cut")
+    weights = directory / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:5000])
+    with pytest.raises(RequestError, match="wanted a causal language model"):
+        load_hooked(directory)
+
+
+def test_missing_shard_is_refused(tmp_path: Path) -> None:
+    build_model().save_pretrained(tmp_path, max_shard_size="20KB")
+    next(iter(sorted(tmp_path.glob("model-*.safetensors")))).unlink()
+    with pytest.raises(RequestError, match="wanted every shard"):
+        resolve(tmp_path)
+
+
+def test_gguf_with_another_checksum_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "x.gguf").write_bytes(b"GGUF")
+    with pytest.raises(RequestError, match=r"with SHA-256 abcabcabcabc…, got"):
+        converted(tmp_path / "x.gguf", tmp_path / "out", expected_sha256="abc" * 20)
+    with pytest.raises(RequestError, match="wanted a GGUF file that transformers reads"):
+        resolve(tmp_path / "x.gguf")
+    assert sorted(path.name for path in tmp_path.iterdir() if path.name != "cache") == ["x.gguf"]
+
+
+def test_every_public_name_resolves_and_functions_are_not_hidden_by_modules() -> None:
+    import lcc_lens.export
+    import lcc_lens.scan
+
+    for name in lcc_lens.__all__:
+        assert not isinstance(getattr(lcc_lens, name), type(lcc_lens))
+    assert callable(lcc_lens.scan)
+    assert callable(lcc_lens.export)
+    assert set(lcc_lens.__all__) <= set(dir(lcc_lens))
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = lcc_lens.nothing
+
+
+def test_dtype_and_device_follow_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    from lcc_lens.config import compute_dtype, default_device
+
+    cpu = torch.device("cpu")
+    monkeypatch.setenv("LCC_LENS_DTYPE", "bfloat16")
+    assert compute_dtype(cpu) == torch.bfloat16
+    monkeypatch.setenv("LCC_LENS_DTYPE", "int8")
+    with pytest.raises(RequestError, match="wanted LCC_LENS_DTYPE to be one of"):
+        compute_dtype(cpu)
+    monkeypatch.delenv("LCC_LENS_DTYPE")
+    monkeypatch.setattr(torch, "cpu", SimpleNamespace(_is_avx512_bf16_supported=lambda: True))
+    assert compute_dtype(cpu) == torch.bfloat16
+    monkeypatch.setattr(torch, "cpu", SimpleNamespace())
+    assert compute_dtype(cpu) == torch.float32
+    monkeypatch.setenv("LCC_LENS_DEVICE", "abacus")
+    with pytest.raises(RequestError, match="wanted LCC_LENS_DEVICE"):
+        default_device()

@@ -1,0 +1,265 @@
+"""Injections and their training: what stays fixed, what moves, and that a stopped run loses nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import D_HEAD, N_HEADS, N_LAYERS, build_model, save_model
+
+from lcc_lens.data import batches, encode, load_data, pad
+from lcc_lens.errors import InterruptedRun, RequestError
+from lcc_lens.heads import Head
+from lcc_lens.hooks import z_readers
+from lcc_lens.injection import LccInjection, constants_by_layer
+from lcc_lens.models import load_hooked, load_pair
+from lcc_lens.recipe import restore
+from lcc_lens.restoration import Restoration
+from lcc_lens.scan import Scan
+from lcc_lens.training import TrainConfig, epoch_batches, response_nll, train, validation_loss
+
+FAST = TrainConfig(lr=0.1, batch_size=4, validate_every=2, checkpoint_every=2, seed=1)
+
+
+@pytest.fixture(scope="module")
+def sequences(pair, question_file: Path):
+    return encode(load_data(str(question_file)), pair.tokenizer)
+
+
+def z_of(model, tokens: torch.Tensor) -> torch.Tensor:
+    layers: dict[int, torch.Tensor] = {}
+    with torch.no_grad():
+        model.run_with_hooks(tokens, fwd_hooks=z_readers(range(N_LAYERS), lambda layer, z: layers.update({layer: z})))
+    return torch.stack([layers[i] for i in range(N_LAYERS)])
+
+
+def finished(injection: LccInjection, found: Scan) -> Restoration:
+    from lcc_lens.restoration import RestorationRecord
+
+    return Restoration.of(injection, RestorationRecord("d", "p", "", "", "lcc", "none", 0, 0))
+
+
+def test_zero_injection_is_the_identity(pair, found: Scan) -> None:
+    tokens = torch.arange(1, 30)[None]
+    injection = LccInjection(found.components, found.select("mse", share=1.0))
+    with torch.no_grad():
+        before = pair.pruned(tokens)
+        assert torch.equal(pair.pruned.run_with_hooks(tokens, fwd_hooks=injection.hooks()), before)
+        injection.offset += 1.0
+        assert float((pair.pruned.run_with_hooks(tokens, fwd_hooks=injection.hooks()) - before).abs().max()) > 0.1
+
+
+def test_mean_start_is_the_lost_component(found: Scan) -> None:
+    heads = found.select("mse", share=0.5)
+    injection = LccInjection(found.components, heads, start="mean")
+    expected = torch.stack([found.mean_difference[h] for h in heads])
+    assert torch.allclose(injection.constants(), expected, atol=1e-5)
+    assert float(expected.abs().max()) > 0.01
+
+
+def test_injection_reaches_exactly_its_head(pair, found: Scan) -> None:
+    """Layer and head cannot be swapped: L1H2 moves, L2H1 does not (but through what L1H2 feeds)."""
+    tokens = torch.arange(1, 30)[None]
+    injection = LccInjection(found.components, [Head(1, 2)])
+    with torch.no_grad():
+        injection.offset += 1.0
+    before = z_of(pair.pruned, tokens)
+    with finished(injection, found).applied_to(pair.pruned) as restored:
+        seen: dict[int, torch.Tensor] = {}
+        with torch.no_grad():
+            restored.run_with_hooks(tokens, fwd_hooks=z_readers([0, 1], lambda layer, z: seen.update({layer: z})))
+    moved = (seen[1] - before[1]).abs().amax((0, 1, 3)) > 1e-6
+    assert torch.equal(seen[0], before[0])
+    assert moved.tolist() == [False, False, True, False, False]
+    assert torch.equal(z_of(pair.pruned, tokens), before)
+
+
+@pytest.mark.parametrize("head", [Head(4, 2), Head(3, 0), Head(0, 5), Head(-1, 0)])
+def test_head_outside_the_model_is_refused(found: Scan, head: Head) -> None:
+    with pytest.raises(RequestError, match="wanted heads within 3 layers x 5 heads"):
+        LccInjection(found.components, [head])
+
+
+def test_constants_are_spread_by_layer_and_head() -> None:
+    spread = constants_by_layer([Head(0, 4), Head(2, 1)], torch.ones(2, D_HEAD) * torch.tensor([[1.0], [2.0]]), N_HEADS)
+    assert sorted(spread) == [0, 2]
+    assert spread[0].sum(-1).tolist() == [0, 0, 0, 0, D_HEAD]
+    assert spread[2].sum(-1).tolist() == [0, 2 * D_HEAD, 0, 0, 0]
+
+
+def test_model_is_left_as_it_was_after_an_error(pair, found: Scan) -> None:
+    tokens = torch.arange(1, 30)[None]
+    before = pair.pruned(tokens)
+    restoration = finished(LccInjection(found.components, [Head(0, 0)], start="mean"), found)
+    with pytest.raises(KeyError), restoration.applied_to(pair.pruned) as restored:
+        assert float((restored(tokens) - before).abs().max()) > 0
+        raise KeyError
+    assert torch.equal(pair.pruned(tokens), before)
+
+
+def test_padding_and_micro_batches_do_not_change_the_loss(pair, sequences) -> None:
+    whole = response_nll(pair.pruned, pad(sequences, range(6)))
+    single = sum(response_nll(pair.pruned, pad(sequences, [i])) for i in range(6))
+    assert float(whole) == pytest.approx(float(single), rel=1e-5)
+    plain = [pair.pruned(s.tokens[None])[0].log_softmax(-1) for s in sequences[:6]]
+    by_hand = -sum(
+        float(p[i - 1, s.tokens[i]]) for p, s in zip(plain, sequences, strict=False) for i in range(s.loss_from, len(s))
+    )
+    assert float(whole) == pytest.approx(by_hand, rel=1e-4)
+
+
+def test_micro_batches_give_the_same_training(pair, found: Scan, sequences) -> None:
+    results = []
+    for micro_tokens in (20, 2000):
+        injection = LccInjection(found.components, found.select("mse", share=0.5))
+        config = TrainConfig(lr=0.05, batch_size=6, micro_tokens=micro_tokens, validate_every=100)
+        list(train(pair.pruned, injection, sequences[:18], sequences[18:24], config))
+        results.append(injection.constants().detach())
+    assert torch.allclose(*results, atol=1e-4)
+    assert float(results[0].abs().max()) > 1e-3
+
+
+def test_training_lowers_the_loss_and_keeps_the_best(pair, found: Scan, sequences) -> None:
+    injection = LccInjection(found.components, found.select("mse", share=1.0))
+    weights = {name: p.clone() for name, p in pair.pruned.named_parameters()}
+    validation = sequences[40:]
+    before = validation_loss(pair.pruned, None, validation)
+    steps = list(train(pair.pruned, injection, sequences[:40], validation, FAST))
+    after = validation_loss(pair.pruned, injection, validation)
+    measured = [s.validation_loss for s in steps if s.validation_loss is not None]
+    assert after < before - 0.1
+    assert after == pytest.approx(min([before, *measured]), abs=1e-6)
+    assert [s.step for s in steps] == list(range(1, 11))
+    assert [s.lr for s in steps] == pytest.approx([0.1 * (1 - i / 10) for i in range(10)])
+    assert all(torch.equal(p, weights[name]) for name, p in pair.pruned.named_parameters())
+    assert all(p.grad is None for p in pair.pruned.parameters())
+
+
+def test_diverging_run_keeps_the_best(pair, found: Scan, sequences) -> None:
+    injection = LccInjection(found.components, found.select("mse", share=1.0))
+    validation = sequences[40:]
+    before = validation_loss(pair.pruned, None, validation)
+    config = TrainConfig(lr=1e5, batch_size=4, validate_every=1)
+    list(train(pair.pruned, injection, sequences[:12], validation, config))
+    assert validation_loss(pair.pruned, injection, validation) <= before
+
+
+def test_trained_numbers_are_float32_in_a_bfloat16_model(
+    dense_dir: Path, pruned_dir: Path, found: Scan, sequences
+) -> None:
+    loaded = load_hooked(pruned_dir, dtype=torch.bfloat16)
+    injection = LccInjection(found.components, [Head(1, 2)])
+    list(train(loaded.model, injection, sequences[:8], sequences[40:], FAST))
+    assert {p.dtype for p in injection.parameters()} == {torch.float32}
+    assert {p.dtype for p in loaded.model.parameters()} == {torch.bfloat16}
+
+
+def test_every_sequence_is_seen_once_an_epoch(sequences) -> None:
+    grouped = epoch_batches(sequences, 5, seed=0)
+    assert sorted(i for batch in grouped for i in batch) == list(range(len(sequences)))
+    assert grouped != epoch_batches(sequences, 5, seed=1)
+    assert grouped == epoch_batches(sequences, 5, seed=0)
+    whole = batches(sequences, max_tokens=120)
+    assert sorted(i for batch in whole for i in batch.index) == list(range(len(sequences)))
+
+
+def run_restore(pair, found: Scan, question_file: Path, run: Path, **changes) -> Restoration:
+    data = load_data(str(question_file))
+    return restore(pair, found, found.select("mse", share=1.0), data, config=FAST, run=run, **changes)
+
+
+def test_interrupted_run_resumes_to_the_same_result(pair, found: Scan, question_file: Path, tmp_path: Path) -> None:
+    unbroken = run_restore(pair, found, question_file, tmp_path / "whole")
+
+    def stop(step) -> None:
+        if step.step == 5:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(InterruptedRun, match=r"stopped after step 5 of 11.*--resume") as stopped:
+        run_restore(pair, found, question_file, tmp_path / "broken", on_step=stop)
+    assert stopped.value.exit_code == 130
+    assert not (tmp_path / "broken" / "restoration.safetensors").exists()
+    resumed = run_restore(pair, found, question_file, tmp_path / "broken", resume=True)
+    assert torch.equal(resumed.constants, unbroken.constants)
+    assert torch.equal(resumed.magnitudes, unbroken.magnitudes)
+    logs = [(tmp_path / name / "log.jsonl").read_text().splitlines() for name in ("whole", "broken")]
+    losses = [[(json.loads(line)["step"], json.loads(line)["loss"]) for line in log] for log in logs]
+    assert losses[0] == losses[1]
+    assert [step for step, _ in losses[0]] == list(range(1, 12))
+
+
+def test_killed_run_resumes_from_its_last_checkpoint(pair, found: Scan, question_file: Path, tmp_path: Path) -> None:
+    unbroken = run_restore(pair, found, question_file, tmp_path / "whole")
+
+    class Killed(Exception):
+        pass
+
+    def die(step) -> None:
+        if step.step == 5:
+            raise Killed
+
+    with pytest.raises(Killed):
+        run_restore(pair, found, question_file, tmp_path / "broken", on_step=die)
+    resumed = run_restore(pair, found, question_file, tmp_path / "broken", resume=True)
+    assert torch.equal(resumed.constants, unbroken.constants)
+    steps = [json.loads(line)["step"] for line in (tmp_path / "broken" / "log.jsonl").read_text().splitlines()]
+    assert steps == list(range(1, 12))
+
+
+def test_resuming_something_else_is_refused(pair, found: Scan, question_file: Path, tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match="wanted a checkpoint to resume"):
+        run_restore(pair, found, question_file, tmp_path, resume=True)
+    run_restore(pair, found, question_file, tmp_path)
+    data = load_data(str(question_file))
+    with pytest.raises(RequestError, match="another run's"):
+        restore(
+            pair, found, [Head(0, 0)], data, config=FAST, run=tmp_path, resume=True,
+        )  # fmt: skip
+
+
+def test_run_names_its_weights_and_survives_loading(pair, found: Scan, question_file: Path, tmp_path: Path) -> None:
+    restoration = run_restore(pair, found, question_file, tmp_path)
+    again = Restoration.load(tmp_path)
+    assert again.record == restoration.record
+    assert again.heads == restoration.heads
+    assert torch.equal(again.constants, restoration.constants)
+    for name in ("config.json", "metrics.json"):
+        record = json.loads((tmp_path / name).read_text())
+        assert record["dense_sha256"] == pair.dense_id.sha256
+        assert record["pruned_sha256"] == pair.pruned_id.sha256
+        assert record["version"]
+        assert record["seed"] in (0, 1)
+    losses = again.record.losses
+    assert losses["restored"] < losses["pruned"]
+
+
+def test_scan_of_other_weights_is_refused(found: Scan, pruned_dir: Path, question_file: Path, tmp_path: Path) -> None:
+    other = save_model(build_model(seed=5), tmp_path / "other")
+    with pytest.raises(RequestError, match="wanted the dense model of the scan"):
+        restore(load_pair(other, pruned_dir), found, [Head(0, 0)], load_data(str(question_file)))
+
+
+def test_changed_restoration_is_refused(pair, found: Scan, question_file: Path, tmp_path: Path) -> None:
+    run_restore(pair, found, question_file, tmp_path)
+    file = tmp_path / "restoration.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(bytes(content))
+    with pytest.raises(RequestError, match="got a changed file; restore again"):
+        Restoration.load(tmp_path)
+
+
+def test_probe_and_training_data_of_one_role_may_not_overlap(pair, found: Scan, question_file: Path) -> None:
+    data = load_data(str(question_file), role="train")  # the scan fixture read every role
+    with pytest.raises(RequestError, match="wanted training data and the scan's data without a shared sequence"):
+        restore(pair, found, [Head(0, 0)], data)
+
+
+@pytest.mark.parametrize("changes", [{"epochs": 0}, {"lr": 0.0}, {"lr": float("nan")}, {"batch_size": 0}])
+def test_senseless_settings_are_refused(changes: dict[str, float]) -> None:
+    with pytest.raises(RequestError, match="wanted"):
+        TrainConfig(**changes)
