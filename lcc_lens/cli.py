@@ -97,12 +97,15 @@ class ScanPair(Common):
 
     def execute(self) -> None:
         from lcc_lens.models import load_pair
-        from lcc_lens.scan import SCAN_RECORD
+        from lcc_lens.scan import SCAN_RECORD, scan
 
         if (self.run / SCAN_RECORD).exists() and not self.overwrite:
             raise RequestError(f"{self.run} holds a scan already; name another run or pass --overwrite")
-        data = _probe_data(self.data, self.examples, self.seed)
-        found = _scan(load_pair(self.dense, self.pruned), data, self)
+        data = _load(self.data, self.examples, "probe", self.seed)
+        found = scan(
+            load_pair(self.dense, self.pruned), data, positions=self.positions, max_length=self.max_length,
+            limit=self.examples, probe_rank=self.probe_rank, seed=self.seed,
+        )  # fmt: skip
         found.save(self.run)
         _show_scan(found, self.run)
 
@@ -153,7 +156,6 @@ class Restore(Common):
     """Replace a restoration that is there."""
 
     def execute(self) -> None:
-        from lcc_lens.data import load_data
         from lcc_lens.models import load_pair
         from lcc_lens.recipe import restore
         from lcc_lens.restoration import RESTORATION_TENSORS
@@ -165,24 +167,24 @@ class Restore(Common):
             epochs=self.epochs, batch_size=self.batch_size, lr=self.lr, checkpoint_every=self.checkpoint_every,
             seed=self.seed,
         )  # fmt: skip
-        data = load_data(self.data, self.examples, role="train", seed=self.seed)
-        validation = load_data(self.data, max(8, self.examples // 10), role="held-out", seed=self.seed)
+        data = _load(self.data, self.examples, "train", self.seed)
+        validation = _load(self.data, max(8, self.examples // 10), "held-out", self.seed)
         pair = load_pair(self.dense, self.pruned)
         found = self._scan(pair)
         heads = self._heads(found)
         restoration = restore(
             pair, found, heads, data, config=config, validation=validation, rank=self.rank, start=self.start,
-            max_length=self.max_length, run=self.run, resume=self.resume,
+            max_length=self.max_length, limit=self.examples, run=self.run, resume=self.resume,
         )  # fmt: skip
         _show_losses(restoration.record.losses, len(heads), self.run)
 
     def _scan(self, pair: Pair) -> Scan:
-        from lcc_lens.scan import SCAN_RECORD, Scan
+        from lcc_lens.scan import SCAN_RECORD, Scan, scan
 
         if (self.run / SCAN_RECORD).exists():
             return Scan.load(self.run)
-        data = _probe_data(self.scan_data, self.scan_examples, self.seed)
-        found = _scan(pair, data, self)
+        data = _load(self.scan_data, self.scan_examples, "probe", self.seed)
+        found = scan(pair, data, max_length=self.max_length, limit=self.scan_examples, seed=self.seed)
         found.save(self.run)
         return found
 
@@ -327,22 +329,13 @@ def _set_up_logging(quiet: bool) -> None:
     warnings.filterwarnings("ignore")  # third-party deprecations are for the tests, not for users
 
 
-def _probe_data(name: str, n: int, seed: int) -> Any:
+def _load(name: str, n: int, role: Any, seed: int) -> Any:
+    """Examples of a role; all documents of a corpus, since they are cut into n blocks later."""
     from lcc_lens.data import load_data
     from lcc_lens.tasks import SOURCES
 
-    is_corpus = name in SOURCES and SOURCES[name].kind == "text"  # documents are cut into n blocks later
-    return load_data(name, None if is_corpus else n, role="probe", seed=seed)
-
-
-def _scan(pair: Pair, data: Any, command: Any) -> Scan:
-    from lcc_lens.scan import scan
-
-    return scan(
-        pair, data, positions=getattr(command, "positions", "all"), max_length=command.max_length,
-        limit=getattr(command, "examples", None) if data.kind == "text" else None,
-        probe_rank=getattr(command, "probe_rank", 1), seed=command.seed,
-    )  # fmt: skip
+    is_corpus = Path(name).suffix == ".txt" or (name in SOURCES and SOURCES[name].kind == "text")
+    return load_data(name, None if is_corpus else n, role=role, seed=seed)
 
 
 def _console() -> Any:

@@ -14,7 +14,7 @@ import torch
 from lcc_lens.config import compute_dtype, default_device, package_version
 from lcc_lens.data import Data, TokenSequence, check_disjoint, encode, load_data, text_blocks
 from lcc_lens.errors import RequestError
-from lcc_lens.files import read_json, write_json
+from lcc_lens.files import disk_errors, read_json, write_json, write_text
 from lcc_lens.heads import Head
 from lcc_lens.injection import LccInjection, Start
 from lcc_lens.metrics import share_recovered
@@ -117,6 +117,7 @@ def restore(
     rank: int | None = None,
     start: Start = "zero",
     max_length: int = 512,
+    limit: int | None = None,
     run: str | Path | None = None,
     resume: bool = False,
     on_step: Callable[[Step], None] | None = None,
@@ -133,6 +134,7 @@ def restore(
         rank: directions per head; all if not given.
         start: see :class:`~lcc_lens.injection.LccInjection`.
         max_length: tokens per example at most.
+        limit: training sequences at most (text is cut into many), and a tenth of it for validation.
         run: a run directory for ``config.json``, ``restoration.safetensors``, ``metrics.json``, ``log.jsonl`` and
             checkpoints; nothing is written if not given.
         resume: go on from the run directory's checkpoint.
@@ -148,13 +150,14 @@ def restore(
     check_scan(scan, pair)
     config = config or TrainConfig()
     run = Path(run) if run is not None else None
-    training, held_out = _training_sequences(pair, scan, data, validation, max_length)
+    training, held_out = _training_sequences(pair, scan, data, validation, max_length, limit)
     injection = LccInjection(scan.components, heads, rank=rank, start=start)
     settings = {
         **asdict(config),
         "rank": rank,
         "start": start,
         "max_length": max_length,
+        "limit": limit,
         "heads": [str(h) for h in heads],
     }
     identity = json.dumps([pair.pruned_id.sha256, data.source, sorted(data.groups), settings], sort_keys=True)
@@ -162,14 +165,14 @@ def restore(
         "dense": validation_loss(pair.dense, None, held_out, config.micro_tokens),
         "pruned": validation_loss(pair.pruned, None, held_out, config.micro_tokens),
     }
-    if run is not None:
-        write_json(run / RUN_CONFIG, _identified(pair, scan.record.seed, {"restore": settings, "data": data.source}))
     steps = train(
         pair.pruned, injection, training, held_out, config, run=run, resume=resume, identity=identity
     )  # fmt: skip
     log = _Log(run, resume=resume)
     n_steps = config.epochs * -(-len(training) // config.batch_size)
     for step in track(steps, n_steps, "restore"):
+        if run is not None and not log.is_open:  # not before: what cannot be resumed must not touch the run
+            write_json(run / RUN_CONFIG, _identified(pair, config.seed, {"restore": settings, "data": data.source}))
         log.add(step)
         if on_step is not None:
             on_step(step)
@@ -215,7 +218,7 @@ def check_scan(scan: Scan, pair: Pair) -> None:
 
 
 def _training_sequences(
-    pair: Pair, scan: Scan, data: Data, validation: Data | None, max_length: int
+    pair: Pair, scan: Scan, data: Data, validation: Data | None, max_length: int, limit: int | None
 ) -> tuple[list[TokenSequence], list[TokenSequence]]:
     """Training and validation sequences that share nothing with each other, the probe or the calibration data."""
     if validation is None:
@@ -227,8 +230,8 @@ def _training_sequences(
             check_disjoint(part.groups, frozenset(scan.record.groups), name, "the scan's data")
             check_disjoint(part.groups, calibration, name, "the pruning's calibration data")
     return (
-        encode(data, pair.tokenizer, max_length=max_length),
-        encode(validation, pair.tokenizer, max_length=max_length),
+        encode(data, pair.tokenizer, max_length=max_length, limit=limit),
+        encode(validation, pair.tokenizer, max_length=max_length, limit=limit and max(8, limit // 10)),
     )
 
 
@@ -269,21 +272,24 @@ def _identified(pair: Pair, seed: int, values: dict[str, Any]) -> dict[str, Any]
 
 
 class _Log:
-    """One line per optimiser step in ``log.jsonl``; a resumed run drops the steps it repeats."""
+    """One line per optimiser step in ``log.jsonl``; a resumed run drops the lines of steps it repeats."""
 
     def __init__(self, run: Path | None, *, resume: bool) -> None:
         self.path = run / RUN_LOG if run is not None else None
-        self.is_fresh = not resume
+        self.resume = resume
+        self.is_open = False
 
     def add(self, step: Step) -> None:
         if self.path is None:
             return
-        if self.is_fresh:
-            self.path.write_text("", encoding="utf-8")
-        elif self.path.exists() and not hasattr(self, "trimmed"):
-            lines = self.path.read_text(encoding="utf-8").splitlines()
-            kept = [line for line in lines if json.loads(line)["step"] < step.step]
-            self.path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-        self.is_fresh, self.trimmed = False, True
-        with self.path.open("a", encoding="utf-8") as file:
+        if not self.is_open:
+            write_text(self.path, "".join(line + "\n" for line in self._kept_lines(before=step.step)))
+            self.is_open = True
+        with disk_errors(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(asdict(step)) + "\n")
+
+    def _kept_lines(self, before: int) -> list[str]:
+        if self.path is None or not (self.resume and self.path.exists()):
+            return []
+        lines = self.path.read_text(encoding="utf-8").splitlines()
+        return [line for line in lines if json.loads(line)["step"] < before]

@@ -173,3 +173,15 @@ def test_unexpected_failure_is_one_line(
 
     monkeypatch.setattr(recipe, "prune_checkpoint", stopped)
     refused(capsys, 130, "interrupted", "prune", dense_dir, tmp_path / "out", "--method", "magnitude")
+
+
+def test_text_is_scanned_and_trained_in_as_many_blocks_as_asked(
+    dense_dir: Path, pruned_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = tmp_path / "long.txt"
+    text.write_text("\n\n".join(f"Paragraph {i}: {i} and {i + 1} make {2 * i + 1}, as all agree." for i in range(300)))
+    settings = ("--data", text, "--scan-data", text, "--scan-examples", 3, "--examples", 10, "--max-length", 32)
+    assert call("restore", dense_dir, pruned_dir, tmp_path / "run", *settings, "--selector", "mse", "--quiet") == 0
+    assert json.loads((tmp_path / "run" / "scan.json").read_text())["n_examples"] == 3
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["validation"]["sequences"] == 8
+    assert (tmp_path / "run" / "log.jsonl").read_text().count("\n") == 2

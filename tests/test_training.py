@@ -213,12 +213,15 @@ def test_killed_run_resumes_from_its_last_checkpoint(pair, found: Scan, question
 def test_resuming_something_else_is_refused(pair, found: Scan, question_file: Path, tmp_path: Path) -> None:
     with pytest.raises(RequestError, match="wanted a checkpoint to resume"):
         run_restore(pair, found, question_file, tmp_path, resume=True)
+    assert list(tmp_path.glob("*.json*")) == []
     run_restore(pair, found, question_file, tmp_path)
+    before = {name: (tmp_path / name).read_text() for name in ("config.json", "log.jsonl", "metrics.json")}
     data = load_data(str(question_file))
     with pytest.raises(RequestError, match="another run's"):
         restore(
             pair, found, [Head(0, 0)], data, config=FAST, run=tmp_path, resume=True,
         )  # fmt: skip
+    assert {name: (tmp_path / name).read_text() for name in before} == before
 
 
 def test_run_names_its_weights_and_survives_loading(pair, found: Scan, question_file: Path, tmp_path: Path) -> None:

@@ -1,0 +1,57 @@
+"""The README says what was measured and what the program does."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+from pathlib import Path
+
+import lcc_lens
+from lcc_lens.cli import run
+from lcc_lens.tasks import SOURCES
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def collector():
+    spec = importlib.util.spec_from_file_location("collect_demo", ROOT / "benchmarks" / "collect_demo.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_tables_are_drawn_from_the_committed_results() -> None:
+    module = collector()
+    demo = json.loads((ROOT / "benchmarks" / "demo.json").read_text())
+    assert len(demo["runs"]) >= 3
+    assert module.table(demo) in README
+    assert demo["command"] in README
+    assert module.bench_table(json.loads((ROOT / "benchmarks" / "results.json").read_text())) in README
+
+
+def test_pictures_and_pages_that_the_readme_names_exist() -> None:
+    targets = re.findall(r"\]\((?!http)([^)#]+)", README)
+    assert len(targets) >= 4
+    assert [target for target in targets if not (ROOT / target).exists()] == []
+    assert "![" in README[:1500]
+    assert "make demo" in README[:400]
+    assert "make test" in README[:400]
+
+
+def test_python_example_uses_public_names() -> None:
+    used = set(re.findall(r"\blcc\.(\w+)", README))
+    assert len(used) >= 6
+    assert used <= set(lcc_lens.__all__)
+
+
+def test_commands_and_data_sets_of_the_readme_exist(capsys) -> None:
+    commands = set(re.findall(r"^lcc-lens (\w+)", README, flags=re.MULTILINE))
+    assert commands >= {"prune", "scan", "restore", "export", "eval"}
+    for command in commands:
+        assert run([command, "--help"]) == 0
+        options = capsys.readouterr().out
+        for line in re.findall(rf"^lcc-lens {command} .*", README, flags=re.MULTILINE):
+            assert all(option in options for option in re.findall(r"--[a-z-]+", line.split("#")[0]))
+    assert all(name in README for name in SOURCES)
