@@ -70,7 +70,7 @@ def plot_loss_map(scan: Scan, heads: Sequence[Head] = ()) -> go.Figure:
     _style(figure, f"What each head of {escape(Path(record.dense).name)} lost", caption)
     figure.update_xaxes(title="head", dtick=1 if n_heads <= 16 else None, constrain="domain", showgrid=False)
     figure.update_yaxes(title="layer", dtick=1 if n_layers <= 16 else 5, autorange="reversed", showgrid=False)
-    figure.update_layout(width=max(460, 240 + 40 * n_heads), height=max(420, 190 + 18 * n_layers))
+    figure.update_layout(width=max(460, 240 + 40 * n_heads), height=max(420, 200 + 18 * n_layers))
     return figure
 
 
@@ -135,9 +135,16 @@ def write_image(figure: go.Figure, path: str | Path) -> None:
 def _style(figure: go.Figure, title: str, caption: str) -> None:
     figure.update_layout(
         template="plotly_white",
-        title={"text": f"{title}<br><sub>{caption}</sub>", "x": 0.02, "xanchor": "left"},
+        title={
+            "text": f"{title}<br><sub>{caption}</sub>",
+            "x": 0.02,
+            "xanchor": "left",
+            "y": 1,
+            "yanchor": "top",
+            "pad": {"t": 36},
+        },  # fmt: skip
         font=_FONT,
-        margin={"l": 70, "r": 30, "t": 100, "b": 60},
+        margin={"l": 70, "r": 30, "t": 60 + 22 * (1 + caption.count("<br>")), "b": 60},
     )
 
 

@@ -32,10 +32,11 @@ def test_tables_are_drawn_from_the_committed_results() -> None:
 
 
 def test_pictures_and_pages_that_the_readme_names_exist() -> None:
-    targets = re.findall(r"\]\((?!http)([^)#]+)", README)
+    targets = re.findall(r"\]\((?!http)([^)#]+)|src=\"([^\"]+)", README)
+    targets = [link or picture for link, picture in targets]
     assert len(targets) >= 4
     assert [target for target in targets if not (ROOT / target).exists()] == []
-    assert "![" in README[:1500]
+    assert "figures/loss_map.png" in README[:1500]
     assert "make demo" in README[:400]
     assert "make test" in README[:400]
 
