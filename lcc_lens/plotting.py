@@ -142,7 +142,7 @@ def _style(figure: go.Figure, title: str, caption: str) -> None:
             "y": 1,
             "yanchor": "top",
             "pad": {"t": 36},
-        },  # fmt: skip
+        },
         font=_FONT,
         margin={"l": 70, "r": 30, "t": 60 + 22 * (1 + caption.count("<br>")), "b": 60},
     )
