@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lcc_lens.config import package_version
-from lcc_lens.data import Data, assert_disjoint, encode, load_data, load_records
+from lcc_lens.data import Data, Role, assert_disjoint, encode, load_data, load_records
 from lcc_lens.evaluation import evaluate_task, sequence_loss
 from lcc_lens.export import export, model_card
 from lcc_lens.files import write_json, write_text
@@ -57,7 +57,7 @@ class DemoResult:
     seconds: dict[str, float]
 
 
-def passages(role: Any, n: int, seed: int) -> Data:
+def passages(role: Role, n: int, seed: int) -> Data:
     """BoolQ's passages as instructions: the question asks for the Wikipedia passage that answers it."""
     boolq = load_data("boolq", n, role=role, seed=seed)
     return dataclasses.replace(
@@ -65,32 +65,33 @@ def passages(role: Any, n: int, seed: int) -> Data:
     )
 
 
-def texts(role: Any, seed: int) -> Data:
-    """BoolQ's passages as plain text."""
-    boolq = load_data("boolq", role=role, seed=seed)
-    unique = {e.prompt.rpartition("\nQuestion: ")[0]: e.group for e in boolq.examples}
+def texts(role: Role, without: frozenset[str] = frozenset()) -> Data:
+    """BoolQ's passages as plain text, without some groups."""
+    boolq = load_data("boolq", role=role)
+    kept = [example for example in boolq.examples if example.group not in without]
+    unique = {example.prompt.rpartition("\nQuestion: ")[0]: example.group for example in kept}
     examples = tuple(Example("", text, group) for text, group in unique.items())
     return dataclasses.replace(boolq, name="boolq text", kind="text", examples=examples)
 
 
-def run_demo(config: DemoConfig, *, stage: Any = None) -> DemoResult:
+def run_demo(config: DemoConfig, *, stage: Callable[[str], None] | None = None) -> DemoResult:
     """Run every step anew; only the converted model is kept between runs.
 
     Args:
         config: model, folder and sizes.
-        stage: context manager factory called with each step's title, for front ends.
+        stage: called with each step's title, for front ends.
     """
     clock: dict[str, float] = {}
     timed = _stages(clock, stage)
     folder = config.folder
     pruned, restored, run = folder / "pruned", folder / "restored", folder / "run"
-    data = {
-        role: passages(role, n, config.seed) for role, n in (("train", config.n_train), ("held-out", config.n_held_out))
-    }
+    training = passages("train", config.n_train, config.seed)
     probe = load_data("boolq", config.n_probe, role="probe", seed=config.seed)
-    validation, held_out = _halves(data["held-out"], config.n_validation)
-    calibration = texts("calibration", config.seed)
-    assert_disjoint(calibration, probe, data["train"], data["held-out"])
+    validation, held_out = _halves(passages("held-out", config.n_held_out, config.seed), config.n_validation)
+    text = texts("held-out", without=frozenset(example.group for example in validation.examples))
+    calibration = texts("calibration")
+    for measured in (held_out, text):
+        assert_disjoint(calibration, probe, training, validation, measured)
 
     with timed("prune", f"remove {config.sparsity:.0%} of the weights (Wanda)"):
         resolve(config.model)
@@ -108,7 +109,7 @@ def run_demo(config: DemoConfig, *, stage: Any = None) -> DemoResult:
             batch_size=config.batch_size, lr=config.lr, micro_tokens=640, validate_every=15, seed=config.seed
         )
         restoration = restore(
-            pair, found, found.select("mse", share=1.0), data["train"], validation=validation, config=settings,
+            pair, found, found.select("mse", share=1.0), training, validation=validation, config=settings,
             max_length=config.max_length, run=run, on_step=steps.append,
         )  # fmt: skip
     del pair  # two models' memory, needed by what follows
@@ -117,7 +118,7 @@ def run_demo(config: DemoConfig, *, stage: Any = None) -> DemoResult:
     with timed("evaluate", "compare dense, pruned and restored"):
         paths = {"dense": resolve(config.model), "pruned": pruned, "restored": restored}
         models: dict[str, Any] = {
-            name: {"path": str(path), "tasks": _tasks(path, held_out, config)} for name, path in paths.items()
+            name: {"path": str(path), "tasks": _tasks(path, held_out, text, config)} for name, path in paths.items()
         }
     card_numbers = {name: format_scores(entry["tasks"]) for name, entry in models.items()}
     write_text(restored / "README.md", model_card(restoration, card_numbers, report.logit_difference))
@@ -134,9 +135,8 @@ def run_demo(config: DemoConfig, *, stage: Any = None) -> DemoResult:
     return DemoResult(pruned, restored, page, results, clock)
 
 
-def _tasks(path: Path, held_out: Data, config: DemoConfig) -> dict[str, Any]:
+def _tasks(path: Path, held_out: Data, text: Data, config: DemoConfig) -> dict[str, Any]:
     model, tokenizer = load_plain(path), load_tokenizer(path)
-    text = texts("held-out", config.seed)
     blocks = encode(text, tokenizer, max_length=config.text_length, limit=config.n_text_blocks)
     responses = encode(held_out, tokenizer, max_length=config.max_length)
     spoken, written = sequence_loss(model, responses), sequence_loss(model, blocks)
@@ -172,7 +172,7 @@ def _passage(example: Example) -> Example:
     return Example(f"Question: {question}\nPassage:", f" {passage}", example.group)
 
 
-def _stages(clock: dict[str, float], stage: Any) -> Any:
+def _stages(clock: dict[str, float], stage: Callable[[str], None] | None) -> Any:
     @contextmanager
     def timed(name: str, title: str) -> Iterator[None]:
         start = time.perf_counter()
