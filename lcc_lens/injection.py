@@ -37,9 +37,9 @@ class LccInjection(nn.Module):
     offset $b$ trained. All numbers are float32 whatever the model computes in: steps of 1e-3 are lost in bfloat16.
 
     ``magnitudes`` and ``offset`` are held in units of each head's root mean square difference (``unit``). This departs
-    from the paper, whose one learning rate meets heads of very different size: in SmolLM2-135M that size grows by a
-    factor of 400 from the first layer to the last, and the rate that the first layers bear leaves the last ones
-    where they are.
+    from the paper, whose one learning rate meets heads of very different size: in SmolLM2-135M that size grows
+    several hundredfold from the first layer to the last, and the rate that the first layers bear leaves the last
+    ones where they are.
 
     Args:
         components: lost components of the pair (their directions, and coefficients as a start).

@@ -104,14 +104,14 @@ def test_alpaca_recovers_half_of_the_lost_response_likelihood(tmp_path: Path, mo
     found = scan(pair, load_data("alpaca", 32, role="probe"), max_length=256)
     restoration = restore(
         pair, found, found.select("mse", share=1.0), load_data("alpaca", 480, role="train"),
-        validation=load_data("alpaca", 48, role="held-out"), config=TrainConfig(micro_tokens=768), max_length=256,
+        validation=load_data("alpaca", 32, role="held-out"), config=TrainConfig(micro_tokens=768), max_length=256,
         run=tmp_path / "run",
     )  # fmt: skip
     losses = restoration.record.losses
     assert losses["dense"] < losses["restored"] < losses["pruned"]
     assert (losses["pruned"] - losses["restored"]) / (losses["pruned"] - losses["dense"]) >= 0.35
     report = export(restoration, tmp_path / "pruned", tmp_path / "restored")
-    held_out = encode(load_data("alpaca", 48, role="held-out"), load_tokenizer(report.path), max_length=256)
+    held_out = encode(load_data("alpaca", 32, role="held-out"), load_tokenizer(report.path), max_length=256)
     assert sequence_loss(load_plain(report.path), held_out)["loss"] == pytest.approx(losses["restored"], abs=0.02)
     steps = [json.loads(line)["step"] for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     assert steps == list(range(1, 61))
