@@ -17,6 +17,7 @@ from lcc_lens.embedded import EMBEDDED_NAME, embedded_model, gguf_model
 from lcc_lens.errors import LensError, RequestError
 from lcc_lens.files import weight_files, weights_sha256
 from lcc_lens.hooks import HookedModel, z_adders, z_name
+from lcc_lens.progress import without_loading_bars
 from lcc_lens.pruning.layers import is_transposed
 
 if TYPE_CHECKING:
@@ -149,9 +150,10 @@ def load_plain(
     device = device or default_device()
     dtype = dtype or compute_dtype(device)
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            str(path), dtype=dtype, attn_implementation=attention, local_files_only=True
-        )
+        with without_loading_bars():
+            model = AutoModelForCausalLM.from_pretrained(
+                str(path), dtype=dtype, attn_implementation=attention, local_files_only=True
+            )
     except (OSError, ValueError, KeyError, SafetensorError, RuntimeError) as error:
         raise RequestError(
             f"wanted a causal language model in {path}, got none that loads ({_first_line(error)})"

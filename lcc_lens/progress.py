@@ -72,3 +72,17 @@ def shown() -> Iterator[None]:
     """Show progress bars inside the block (notebooks and the command line)."""
     with tracked_by(rich_tracker):
         yield
+
+
+@contextmanager
+def without_loading_bars() -> Iterator[None]:
+    """Keep transformers' loading bars out of notebooks and logs; the library is silent."""
+    from transformers.utils import logging as transformers_logging
+
+    was_on = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was_on:
+            transformers_logging.enable_progress_bar()

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lcc_lens.errors import LensError, RequestError
 from lcc_lens.files import atomic_directory, copy_checkpoint, require_space, weight_files, weights_sha256, write_json
-from lcc_lens.progress import track
+from lcc_lens.progress import track, without_loading_bars
 from lcc_lens.pruning.layers import decoder_layers, read_config
 from lcc_lens.pruning.masks import Pattern, Scope, require_fit
 from lcc_lens.pruning.matrices import Matrix, StoredWeights, find_matrices
@@ -146,6 +146,7 @@ def _stream(
     from transformers import AutoModelForCausalLM
 
     # No attention is named: transformers takes sdpa, or eager for architectures that sdpa cannot compute (Gemma 2).
-    model: nn.Module = AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype)
+    with without_loading_bars():
+        model: nn.Module = AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype)
     model.to(device).eval()
     return LayerStream(model, decoder_layers(model, read_config(model_dir))[1], tokens, batch_size)
