@@ -158,7 +158,7 @@ def main() -> None:
         folder = Path(name)
         prune("smollm2", folder / "pruned", method="magnitude")
         pair = load_pair(resolve("smollm2"), folder / "pruned")
-        found = scan(pair, load_data("boolq", 4, role="probe"), max_length=128)
+        found = scan(pair, load_data("boolq", 8, role="probe"), max_length=256)
         for part in (
             bench_scan(pair, arguments.repeats),
             bench_training(pair, found, arguments.repeats),

@@ -24,7 +24,7 @@ from lcc_lens.hooks import HookedModel
 from lcc_lens.models import Pair, device_of
 from lcc_lens.progress import track
 from lcc_lens.selectors import SELECTORS, SelectorName
-from lcc_lens.selectors.linear_probe import ProbeFeatures, score_linear_probe
+from lcc_lens.selectors.linear_probe import MIN_PAIRS, ProbeFeatures, score_linear_probe
 from lcc_lens.selectors.mse import score_mse
 from lcc_lens.selectors.random import score_random
 
@@ -98,8 +98,8 @@ class Scan:
         if selector == "probe":
             if self.probe_accuracy is None:
                 raise RequestError(
-                    f"wanted probe scores, got a scan of {self.record.data}, which has no wrong answers; "
-                    "scan contrastive data such as boolq, or select by mse"
+                    f"wanted probe scores, got a scan of {self.record.n_examples} sequences of {self.record.data} without "
+                    f"them; scan {MIN_PAIRS} or more questions with right and wrong answers such as boolq, or select by mse"
                 )
             return self.probe_accuracy
         if selector == "mse":
@@ -293,6 +293,9 @@ def scan(
     )
     result = sums.finish(record)
     if contrast is None:
+        return result
+    if len(sequences) < MIN_PAIRS:
+        logger.warning("no probe scores: wanted at least %d pairs, got %d", MIN_PAIRS, len(sequences))
         return result
     wrong = _last_z(pair.dense, contrast[1], batch_tokens)
     features = ProbeFeatures(questions.stacked(), answers.stacked(), wrong.stacked())

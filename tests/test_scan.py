@@ -44,7 +44,7 @@ def test_text_is_scanned_without_probe_scores(pair, text_file: Path) -> None:
     assert found.record.n_examples == 5
     assert found.record.n_samples == 5 * 64
     assert found.probe_accuracy is None
-    with pytest.raises(RequestError, match="no wrong answers"):
+    with pytest.raises(RequestError, match="wanted probe scores, got a scan of 5 sequences"):
         found.select("probe")
 
 
@@ -148,3 +148,11 @@ def test_activation_that_is_not_finite_names_its_head(pair, question_file: Path)
         pytest.raises(LensError, match="NaN or infinity in head L1H3"),
     ):
         scan(pair, load_data(str(question_file), n=4))
+
+
+def test_too_few_pairs_cost_only_the_probe(pair, question_file: Path, caplog: pytest.LogCaptureFixture) -> None:
+    found = scan(pair, load_data(str(question_file), n=3))
+    assert found.probe_accuracy is None
+    assert found.record.n_examples == 3
+    assert "wanted at least 4 pairs, got 3" in caplog.text
+    assert float(found.relative_loss.max()) > 0

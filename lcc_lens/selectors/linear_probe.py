@@ -12,6 +12,8 @@ from lcc_lens.components import LostComponents
 from lcc_lens.errors import RequestError
 from lcc_lens.probes import fit_linear_probes, split_pairs
 
+MIN_PAIRS = 4
+
 
 @dataclass(frozen=True)
 class ProbeFeatures:
@@ -48,8 +50,8 @@ def score_linear_probe(
     Reference: RestoreLCC (arXiv 2510.21834), Eq. 7 and section 4.1.
     """
     n_pairs, n_layers, n_heads, _ = features.z_dense_right.shape
-    if n_pairs < 4:
-        raise RequestError(f"wanted at least 4 contrastive pairs for the probe, got {n_pairs}; scan more examples")
+    if n_pairs < MIN_PAIRS:
+        raise RequestError(f"wanted at least {MIN_PAIRS} contrastive pairs, got {n_pairs}; scan more examples")
     train, test = split_pairs(n_pairs, held_out_share, seed)
     edited = features.z_pruned_question + components.component(min(rank, components.d_head)).to(features.z_dense_right)
 
