@@ -99,7 +99,7 @@ class Scan:
             if self.probe_accuracy is None:
                 raise RequestError(
                     f"wanted probe scores, got a scan of {self.record.n_examples} sequences of {self.record.data} "
-                    f"without them; scan {MIN_PAIRS} or more questions with right and wrong answers (boolq), or select by mse"
+                    f"without them; scan {MIN_PAIRS} or more questions with right and wrong answers, or select by mse"
                 )
             return self.probe_accuracy
         if selector == "mse":
