@@ -27,7 +27,7 @@ def constants_by_layer(
     index = torch.tensor([row[layer] for layer in layer_index]), torch.tensor(head_index)
     empty = constants.new_zeros(len(layers), n_heads, constants.shape[-1])
     spread = empty.index_put(tuple(i.to(constants.device) for i in index), constants)
-    return {layer: spread[i] for layer, i in row.items()}
+    return dict(zip(layers, spread.unbind(0), strict=True))
 
 
 class LccInjection(nn.Module):
