@@ -97,14 +97,16 @@ def test_damaged_cache_is_converted_again(model_cache: Path) -> None:
 
 
 @pytest.mark.skipif(not SHARED_DATA.is_dir(), reason="needs a folder of data sets for LCC_LENS_DATA")
-def test_alpaca_recovers_half_of_the_lost_response_likelihood(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_alpaca_recovers_a_third_of_the_lost_response_likelihood(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("LCC_LENS_DATA", str(SHARED_DATA))
     prune("smollm2", tmp_path / "pruned", calibration="c4", n_samples=24, seq_len=256)
     pair = load_pair("smollm2", tmp_path / "pruned")
     found = scan(pair, load_data("alpaca", 32, role="probe"), max_length=256)
     restoration = restore(
-        pair, found, found.select("mse", share=1.0), load_data("alpaca", 480, role="train"),
-        validation=load_data("alpaca", 32, role="held-out"), config=TrainConfig(micro_tokens=768), max_length=256,
+        pair, found, found.select("mse", share=1.0), load_data("alpaca", 320, role="train"),
+        validation=load_data("alpaca", 32, role="held-out"), config=TrainConfig(batch_size=4, micro_tokens=768), max_length=256,
         run=tmp_path / "run",
     )  # fmt: skip
     losses = restoration.record.losses
@@ -115,4 +117,4 @@ def test_alpaca_recovers_half_of_the_lost_response_likelihood(tmp_path: Path, mo
     assert sequence_loss(load_plain(report.path), held_out)["loss"] == pytest.approx(losses["restored"], abs=0.02)
     steps = [json.loads(line)["step"] for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     assert steps == list(range(1, len(steps) + 1))
-    assert len(steps) >= 55
+    assert len(steps) >= 75
