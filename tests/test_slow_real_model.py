@@ -106,8 +106,8 @@ def test_alpaca_recovers_a_third_of_the_lost_response_likelihood(
     found = scan(pair, load_data("alpaca", 32, role="probe"), max_length=256)
     restoration = restore(
         pair, found, found.select("mse", share=1.0), load_data("alpaca", 320, role="train"),
-        validation=load_data("alpaca", 32, role="held-out"), config=TrainConfig(batch_size=4, micro_tokens=768), max_length=256,
-        run=tmp_path / "run",
+        validation=load_data("alpaca", 32, role="held-out"), config=TrainConfig(batch_size=4, micro_tokens=768),
+        max_length=256, run=tmp_path / "run",
     )  # fmt: skip
     losses = restoration.record.losses
     assert losses["dense"] < losses["restored"] < losses["pruned"]
