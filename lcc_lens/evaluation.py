@@ -154,7 +154,7 @@ def unique_names(references: Sequence[str | Path]) -> list[str]:
 
 
 def check_tasks(tasks: Sequence[str]) -> None:
-    """Refuse unknown tasks before any work.
+    """Refuse unknown tasks, and tasks without data, before any work.
 
     Raises:
         RequestError: names the task and what there is.
@@ -175,6 +175,8 @@ def check_tasks(tasks: Sequence[str]) -> None:
     for task in tasks:
         if Path(task).suffix in (".jsonl", ".txt") and not Path(task).exists():
             raise RequestError(f"wanted the data file {task}, got nothing there; check the path")
+        if task in SOURCES:
+            available_splits(task)  # a missing source should not come to light after hours
 
 
 def _is_loss_task(task: str) -> bool:

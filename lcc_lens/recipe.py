@@ -160,7 +160,8 @@ def restore(
         "limit": limit,
         "heads": [str(h) for h in heads],
     }
-    identity = json.dumps([pair.pruned_id.sha256, data.source, sorted(data.groups), settings], sort_keys=True)
+    described = [pair.pruned_id.sha256, asdict(scan.record), data.source, sorted(data.groups), settings]
+    identity = json.dumps([*described, [len(s) for s in held_out]], sort_keys=True)
     losses = {
         "dense": validation_loss(pair.dense, None, held_out, config.micro_tokens),
         "pruned": validation_loss(pair.pruned, None, held_out, config.micro_tokens),

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from lcc_lens.data import encode, load_data
 from lcc_lens.errors import RequestError
-from lcc_lens.evaluation import check_tasks, evaluate_task, sequence_loss, unique_names
+from lcc_lens.evaluation import check_tasks, evaluate, evaluate_task, sequence_loss, unique_names
 from lcc_lens.metrics import perplexity, share_recovered
 from lcc_lens.models import load_plain, load_tokenizer
 
@@ -88,6 +88,11 @@ def test_share_of_nothing_is_none_and_perplexity_may_be_infinite() -> None:
 def test_names_are_short_unless_taken_twice() -> None:
     assert unique_names(["a/x", "b/y"]) == ["x", "y"]
     assert unique_names(["a/x", "b/x", "smollm2"]) == ["a/x", "b/x", "smollm2"]
+
+
+def test_task_without_data_is_refused_before_any_model_is_loaded(tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match="wanted the data set wikitext, got no source for it"):
+        evaluate([tmp_path / "nowhere"], ["boolq", "wikitext"])
 
 
 def test_no_task_is_refused() -> None:

@@ -150,6 +150,18 @@ def test_sharded_checkpoint_is_exported(tmp_path: Path) -> None:
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").model.layers[1].self_attn.o_proj.bias.abs().max() > 0
 
 
+def test_sharded_checkpoint_whose_first_shard_has_no_bias_is_exported(tmp_path: Path) -> None:
+    from conftest import tiny_tokenizer
+
+    gpt2().save_pretrained(tmp_path / "pruned", max_shard_size="20KB")
+    tiny_tokenizer().save_pretrained(tmp_path / "pruned")
+    first = min((tmp_path / "pruned").glob("model-*.safetensors"))
+    assert not [name for name in load_file(first) if name.endswith(".bias")]
+    report = export(restoration_of(tmp_path / "pruned"), tmp_path / "pruned", tmp_path / "out")
+    assert report.logit_effect > 0.1
+    assert report.logit_difference < 1e-4
+
+
 def test_model_card_holds_the_measured_numbers(tmp_path: Path) -> None:
     pruned = save_model(build_model(), tmp_path / "pruned")
     restoration = restoration_of(pruned)

@@ -19,7 +19,7 @@ from lcc_lens.injection import LccInjection, constants_by_layer
 from lcc_lens.models import load_hooked, load_pair
 from lcc_lens.recipe import restore
 from lcc_lens.restoration import Restoration
-from lcc_lens.scan import Scan
+from lcc_lens.scan import Scan, scan
 from lcc_lens.training import TrainConfig, epoch_batches, response_nll, train, validation_loss
 
 FAST = TrainConfig(lr=0.1, batch_size=4, validate_every=2, checkpoint_every=2, seed=1)
@@ -222,6 +222,15 @@ def test_resuming_something_else_is_refused(pair, found: Scan, question_file: Pa
             pair, found, [Head(0, 0)], data, config=FAST, run=tmp_path, resume=True,
         )  # fmt: skip
     assert {name: (tmp_path / name).read_text() for name in before} == before
+
+
+def test_resuming_over_another_scan_is_refused(pair, found: Scan, question_file: Path, tmp_path: Path) -> None:
+    """Magnitudes belong to the directions they were trained over."""
+    run_restore(pair, found, question_file, tmp_path)
+    other = scan(pair, load_data(str(question_file), n=12))
+    assert not torch.equal(other.components.directions, found.components.directions)
+    with pytest.raises(RequestError, match="another run's"):
+        run_restore(pair, other, question_file, tmp_path, resume=True)
 
 
 def test_run_names_its_weights_and_survives_loading(pair, found: Scan, question_file: Path, tmp_path: Path) -> None:
