@@ -29,7 +29,8 @@ from lcc_lens.evaluation import _batch_nll
 from lcc_lens.export import export
 from lcc_lens.files import write_json
 from lcc_lens.injection import LccInjection
-from lcc_lens.models import Pair, load_pair, load_plain, resolve
+from lcc_lens.models import load_plain, resolve
+from lcc_lens.pair import Pair, load_pair
 from lcc_lens.recipe import prune
 from lcc_lens.restoration import Restoration, RestorationRecord
 from lcc_lens.scan import Scan, scan

@@ -27,10 +27,12 @@ if TYPE_CHECKING:
     from lcc_lens.heads import Head
     from lcc_lens.injection import LccInjection
     from lcc_lens.metrics import share_recovered
-    from lcc_lens.models import Pair, load_hooked, load_pair
+    from lcc_lens.models import load_hooked
+    from lcc_lens.pair import Pair, load_pair
     from lcc_lens.plotting import plot_loss_map, plot_training
     from lcc_lens.progress import shown
     from lcc_lens.recipe import prune, restore
+    from lcc_lens.report import report
     from lcc_lens.restoration import Restoration
     from lcc_lens.scan import Scan, scan
     from lcc_lens.training import Step, TrainConfig, train
@@ -44,10 +46,12 @@ _HOMES = {
     "heads": ("Head",),
     "injection": ("LccInjection",),
     "metrics": ("share_recovered",),
-    "models": ("Pair", "load_hooked", "load_pair"),
+    "models": ("load_hooked",),
+    "pair": ("Pair", "load_pair"),
     "plotting": ("plot_loss_map", "plot_training"),
     "progress": ("shown",),
     "recipe": ("prune", "restore"),
+    "report": ("report",),
     "restoration": ("Restoration",),
     "scan": ("Scan", "scan"),
     "training": ("Step", "TrainConfig", "train"),
@@ -76,6 +80,7 @@ __all__ = [
     "plot_loss_map",
     "plot_training",
     "prune",
+    "report",
     "restore",
     "scan",
     "share_recovered",

@@ -18,7 +18,7 @@ from lcc_lens.progress import shown
 
 if TYPE_CHECKING:
     from lcc_lens.heads import Head
-    from lcc_lens.models import Pair
+    from lcc_lens.pair import Pair
     from lcc_lens.scan import Scan
 
 Out = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="OUT")]
@@ -41,20 +41,25 @@ class Prune(Common):
     """smollm2, a directory, a .gguf file, or a hub id."""
     out: Out
     """The directory to write."""
-    method: Literal["magnitude", "wanda"] = "wanda"
-    """How weights are scored."""
+    method: Literal["magnitude", "wanda", "sparsegpt", "slimgpt"] = "wanda"
+    """Single weights go by size (magnitude), by size times input (wanda) or with compensation (sparsegpt); slimgpt
+    removes whole heads and neurons."""
     sparsity: float | None = None
-    """Share of the weights to remove (0.5 if no pattern is given)."""
+    """Share of the weights to remove (0.5 if no pattern is given; 0.2 for slimgpt)."""
     pattern: str | None = None
     """N:M such as 2:4 instead of a share: N weights stay of every M."""
     calibration: str = "c4"
-    """Data whose activations Wanda reads: a name, or a .jsonl or .txt file."""
+    """Data whose activations the method reads: a name, or a .jsonl or .txt file."""
     n_samples: int = 128
     """Calibration sequences."""
     seq_len: int = 512
     """Tokens per calibration sequence."""
     seed: int = 0
     """Of the draw of calibration data."""
+    sliced: bool = False
+    """slimgpt: write a smaller model of standard configuration instead of zeros."""
+    schedule: Literal["log", "linear", "uniform", "falling"] | None = None
+    """slimgpt: how the sparsity is spread over the layers (log; uniform if sliced)."""
     overwrite: bool = False
     """Replace an existing directory."""
 
@@ -64,10 +69,9 @@ class Prune(Common):
         report = prune(
             self.model, self.out, method=self.method, sparsity=self.sparsity, pattern=self.pattern,
             calibration=self.calibration, n_samples=self.n_samples, seq_len=self.seq_len, seed=self.seed,
-            overwrite=self.overwrite,
+            sliced=self.sliced, schedule=self.schedule, overwrite=self.overwrite,
         )  # fmt: skip
-        rows = [["sparsity", f"{report['sparsity']:.4f}"], ["pattern", report["pattern_found"]]]
-        _show_table(f"{self.method}: {self.out}", ["", ""], [*rows, ["matrices", str(len(report["matrices"]))]])
+        _show_table(f"{self.method}: {self.out}", ["", ""], _pruning_rows(report))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +100,7 @@ class ScanPair(Common):
     """Replace a scan that is there."""
 
     def execute(self) -> None:
-        from lcc_lens.models import load_pair
+        from lcc_lens.pair import load_pair
         from lcc_lens.scan import SCAN_RECORD, scan
 
         if (self.run / SCAN_RECORD).exists() and not self.overwrite:
@@ -156,7 +160,7 @@ class Restore(Common):
     """Replace a restoration that is there."""
 
     def execute(self) -> None:
-        from lcc_lens.models import load_pair
+        from lcc_lens.pair import load_pair
         from lcc_lens.recipe import restore
         from lcc_lens.restoration import RESTORATION_TENSORS
         from lcc_lens.training import TrainConfig
@@ -250,6 +254,38 @@ class Eval(Common):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Report(Common):
+    """See whether models are really as sparse as they say, whether they are faster, and whether they load."""
+
+    models: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="MODEL [MODEL ...]")]
+    """Model references; the first, best the dense one, is what the others are held to."""
+    latency: bool = True
+    """Time the models, all of them in memory at once."""
+    repeats: int = 15
+    """Timed rounds."""
+    prompt_tokens: int = 256
+    """Tokens of the timed forward pass."""
+    new_tokens: int = 24
+    """Tokens generated one by one."""
+    out: Path | None = None
+    """A report.json to write."""
+
+    def execute(self) -> None:
+        from lcc_lens.files import write_json
+        from lcc_lens.report import report
+
+        if self.out is not None and self.out.is_dir():
+            raise RequestError(f"wanted a file to write the report to, got the folder {self.out}; name a .json file")
+        found = report(
+            self.models, latency=self.latency, repeats=self.repeats, prompt_tokens=self.prompt_tokens,
+            new_tokens=self.new_tokens,
+        )  # fmt: skip
+        if self.out is not None:
+            write_json(self.out, found)
+        _show_report(found, str(self.out) if self.out else "report")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Demo(Common):
     """Prune the embedded model, see what its heads lost, restore it, export it, and open a page."""
 
@@ -284,6 +320,7 @@ Command = (
     | Annotated[Restore, tyro.conf.subcommand("restore")]
     | Annotated[Export, tyro.conf.subcommand("export")]
     | Annotated[Eval, tyro.conf.subcommand("eval")]
+    | Annotated[Report, tyro.conf.subcommand("report")]
     | Annotated[Demo, tyro.conf.subcommand("demo")]
 )
 
@@ -355,6 +392,19 @@ def _show_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
     _console().print(table)
 
 
+def _pruning_rows(report: dict[str, Any]) -> list[list[str]]:
+    if "share_removed" not in report:
+        rows = [["sparsity", f"{report['sparsity']:.4f}"], ["pattern", report["pattern_found"]]]
+        return [*rows, ["matrices", str(len(report["matrices"]))]]
+    heads, neurons = sum(map(len, report["removed_heads"])), sum(report["removed_neurons"])
+    form = "out of the shapes" if report["sliced"] else "zero"
+    return [
+        [f"share of the layers' weights now {form}", f"{report['share_removed']:.4f}"],
+        ["heads removed", str(heads)],
+        ["neurons removed", str(neurons)],
+    ]
+
+
 def _show_scan(found: Scan, run_dir: Path) -> None:
     from lcc_lens.plotting import plot_loss_map, write_html
 
@@ -384,3 +434,13 @@ def _show_results(models: dict[str, Any], title: str) -> None:
 
     columns = ["model", *format_scores(next(iter(models.values()))["tasks"])]
     _show_table(title, columns, [[name, *format_scores(entry["tasks"]).values()] for name, entry in models.items()])
+
+
+def _show_report(found: dict[str, Any], title: str) -> None:
+    from lcc_lens.report_text import findings, size_table, time_table
+
+    _show_table(title, *size_table(found))
+    if found["ratios"]:
+        _show_table("median and interval of interleaved rounds", *time_table(found))
+    for sentence in findings(found):
+        print(sentence)

@@ -16,8 +16,9 @@ from lcc_lens.evaluation import evaluate_task, sequence_loss
 from lcc_lens.export import export, model_card
 from lcc_lens.files import write_json, write_text
 from lcc_lens.metrics import share_recovered
-from lcc_lens.models import load_pair, load_plain, load_tokenizer, resolve
+from lcc_lens.models import load_plain, load_tokenizer, resolve
 from lcc_lens.page import format_scores, write_page
+from lcc_lens.pair import load_pair
 from lcc_lens.recipe import prune, restore
 from lcc_lens.scan import scan
 from lcc_lens.tasks import Example

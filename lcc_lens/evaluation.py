@@ -148,9 +148,18 @@ def evaluate(
 
 
 def unique_names(references: Sequence[str | Path]) -> list[str]:
-    """A short name per model: the last part of its reference, or the whole where that is taken twice."""
-    short = [Path(reference).name for reference in references]
-    return [str(ref) if short.count(name) > 1 else name for name, ref in zip(short, references, strict=True)]
+    """A short name per model: the last part of its reference, or the whole where that is taken twice.
+
+    A reference that is itself given again gets a number, so that no model takes another's place.
+
+    Example:
+        >>> unique_names(["out/wanda50", "smollm2", "smollm2"])
+        ['wanda50', 'smollm2', 'smollm2 (2)']
+    """
+    distinct = [Path(reference).name for reference in dict.fromkeys(map(str, references))]
+    names = [str(ref) if distinct.count(Path(ref).name) > 1 else Path(ref).name for ref in references]
+    earlier = [names[:number].count(name) for number, name in enumerate(names)]
+    return [name if n == 0 else f"{name} ({n + 1})" for name, n in zip(names, earlier, strict=True)]
 
 
 def check_tasks(tasks: Sequence[str]) -> None:

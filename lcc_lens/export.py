@@ -17,6 +17,7 @@ from lcc_lens.files import (
     atomic_directory,
     copy_checkpoint,
     read_json,
+    read_tensor,
     require_space,
     tensor_names,
     weight_files,
@@ -187,7 +188,7 @@ def _edited_tensors(
     }
     folded = fold(restoration.constants, restoration.heads, weights)
     if not slots.config:
-        old = {layer: _read_tensor(stored, slots.biases[layer]) for layer in layers}
+        old = {layer: read_tensor(stored, slots.biases[layer]) for layer in layers}
         return {slots.biases[layer]: (old[layer].double() + folded[layer]).to(old[layer].dtype) for layer in layers}, {}
     dtype = next(iter(weights.values())).dtype
     added = {name: torch.zeros(shape, dtype=dtype) for name, shape in slots.zero_biases.items()}
@@ -200,19 +201,8 @@ def _edited_tensors(
 
 def _linear_weight(stored: Mapping[str, Path], projection: str, is_transposed: bool) -> Tensor:
     """The output projection's weight as ``[d_model, n_heads * d_head]``."""
-    weight = _read_tensor(stored, f"{projection}.weight")
+    weight = read_tensor(stored, f"{projection}.weight")
     return weight.T if is_transposed else weight
-
-
-def _read_tensor(stored: Mapping[str, Path], name: str) -> Tensor:
-    from safetensors import safe_open
-
-    if name not in stored:
-        raise RequestError(
-            f"wanted the tensor {name} in the checkpoint, got none of that name; the layout is not supported"
-        )
-    with safe_open(stored[name], framework="pt") as file:
-        return cast("Tensor", file.get_tensor(name))
 
 
 def _config_attributes(path: Path) -> dict[str, Any]:
@@ -243,7 +233,7 @@ def _count_identical(source: Path, target: Path, edited: set[str]) -> int:
     before, after = tensor_names(source), tensor_names(target)
     untouched = [name for name in before if name not in edited]
     for name in untouched:
-        first, second = _read_tensor(before, name), _read_tensor(after, name)
+        first, second = read_tensor(before, name), read_tensor(after, name)
         if first.dtype != second.dtype or not torch.equal(_bits(first), _bits(second)):
             raise LensError(f"wanted {name} bit-identical after export, got a change; nothing was kept")
     return len(untouched)
@@ -279,7 +269,7 @@ def _compare_logits(
 
 def _tolerance(path: Path, projection: str) -> float:
     """Relative tolerance of the logits: rounding of the stored bias is all that may differ."""
-    dtype = _read_tensor(tensor_names(path), f"{projection}.bias").dtype
+    dtype = read_tensor(tensor_names(path), f"{projection}.bias").dtype
     return 1e-5 if dtype in (torch.float32, torch.float64) else 2e-2
 
 

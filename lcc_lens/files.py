@@ -216,6 +216,23 @@ def tensor_names(directory: Path) -> dict[str, Path]:
     return where
 
 
+def read_tensor(stored: Mapping[str, Path], name: str) -> Tensor:
+    """One tensor of a checkpoint (see `tensor_names`).
+
+    Raises:
+        RequestError: the checkpoint has no such tensor.
+    """
+    from safetensors import safe_open
+
+    if name not in stored:
+        raise RequestError(
+            f"wanted the tensor {name} in the checkpoint, got none of that name; the layout is not supported"
+        )
+    with safe_open(stored[name], framework="pt") as file:
+        tensor: Tensor = file.get_tensor(name)
+    return tensor
+
+
 def copy_checkpoint(
     source: Path,
     target: Path,
@@ -223,15 +240,18 @@ def copy_checkpoint(
     replaced: Mapping[str, Tensor],
     added: Mapping[str, Tensor] | None = None,
     config: Mapping[str, Any] | None = None,
+    resize: bool = False,
 ) -> None:
     """Copy a Hugging Face checkpoint, replacing and adding tensors; every other tensor stays bit-identical.
 
     Args:
         source: the checkpoint to copy.
         target: an existing, empty folder.
-        replaced: new values by tensor name, of the stored shape; cast to the stored dtype.
+        replaced: new values by tensor name, of the stored shape; cast to the stored dtype. Asked for one by one, so a
+            mapping that reads from disk keeps little in memory.
         added: tensors that the source does not have; they go into the first shard.
         config: entries of ``config.json`` to set.
+        resize: whether replaced tensors may have other shapes.
 
     Raises:
         RequestError: a replaced tensor is not in the checkpoint or has another shape.
@@ -250,20 +270,27 @@ def copy_checkpoint(
             tensors = {name: handle.get_tensor(name) for name in handle.keys()}
             metadata = dict(handle.metadata() or {"format": "pt"})
         for name in tensors.keys() & replaced.keys():
-            if tensors[name].shape != replaced[name].shape:
-                raise RequestError(
-                    f"wanted {name} of shape {tuple(tensors[name].shape)}, got {tuple(replaced[name].shape)}"
-                )
-            tensors[name] = replaced[name].to(device="cpu", dtype=tensors[name].dtype).contiguous()
+            new = replaced[name]
+            if tensors[name].shape != new.shape and not resize:
+                raise RequestError(f"wanted {name} of shape {tuple(tensors[name].shape)}, got {tuple(new.shape)}")
+            tensors[name] = new.to(device="cpu", dtype=tensors[name].dtype).contiguous()
         if number == 0 and added:
             tensors.update({name: tensor.detach().cpu().contiguous() for name, tensor in added.items()})
         save_file(tensors, target / file.name, metadata=metadata)
         (target / file.name).chmod(0o644)
     _copy_side_files(source, target, config or {})
-    if (target / WEIGHTS_INDEX).exists() and added:
+    if (target / WEIGHTS_INDEX).exists() and (added or resize):
         index = read_json(target / WEIGHTS_INDEX)
-        index["weight_map"].update(dict.fromkeys(added, files[0].name))
+        index["weight_map"].update(dict.fromkeys(added or (), files[0].name))
+        if "total_size" in index.get("metadata", {}):
+            index["metadata"]["total_size"] = sum(_tensor_bytes(target / file.name) for file in files)
         write_json(target / WEIGHTS_INDEX, index)
+
+
+def _tensor_bytes(file: Path) -> int:
+    """The bytes of a file's tensors: its size without the header, whose length the first eight bytes give."""
+    with file.open("rb") as handle:
+        return file.stat().st_size - 8 - int.from_bytes(handle.read(8), "little")
 
 
 def _copy_side_files(source: Path, target: Path, config: Mapping[str, Any]) -> None:

@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _HUB_ID = re.compile(r"^[\w.-]+(/[\w.-]+)?(@[\w./-]+)?$")
-_SHAPES = ("n_layers", "n_heads", "d_head", "d_model", "d_vocab")
 #: How far the hooked model's logits may lie from plain transformers', relative to the largest logit.
 _LOGIT_TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
 _COARSE_TOLERANCE = 5e-2
@@ -43,7 +42,8 @@ class ModelIdentity:
 class LoadedModel:
     """A hooked model with its tokenizer, identity, and the plain names of its output projections by layer.
 
-    ``is_transposed`` says that the output projections hold ``[in, out]``, as GPT-2's do.
+    ``is_transposed`` says that the output projections hold ``[in, out]``, as GPT-2's do; ``removed_heads`` are, by
+    layer, the heads whose columns of the output projection are all zero: whatever they compute goes nowhere.
     """
 
     model: HookedModel
@@ -51,38 +51,7 @@ class LoadedModel:
     identity: ModelIdentity
     output_projections: tuple[str, ...]
     is_transposed: bool
-
-
-@dataclass(frozen=True)
-class Pair:
-    """A dense and a pruned model with the same tokenizer and shapes, both hooked.
-
-    Example:
-        >>> pair = load_pair("smollm2", "out/wanda50")  # doctest: +SKIP
-        >>> pair.dense.cfg.n_layers, pair.dense.cfg.n_heads  # doctest: +SKIP
-        (30, 9)
-    """
-
-    dense: HookedModel
-    pruned: HookedModel
-    tokenizer: PreTrainedTokenizerBase
-    dense_id: ModelIdentity
-    pruned_id: ModelIdentity
-
-    @property
-    def n_layers(self) -> int:
-        """Number of layers."""
-        return int(self.pruned.cfg.n_layers)
-
-    @property
-    def n_heads(self) -> int:
-        """Query heads per layer."""
-        return int(self.pruned.cfg.n_heads)
-
-    @property
-    def d_head(self) -> int:
-        """Width of a head's output."""
-        return int(self.pruned.cfg.d_head)
+    removed_heads: tuple[tuple[int, ...], ...]
 
 
 def resolve(reference: str | Path) -> Path:
@@ -191,46 +160,8 @@ def load_hooked(
         identify(reference, path),
         tuple(names[id(module)] for module in modules),
         is_transposed(modules[0]),
+        tuple(_removed_heads(module, int(model.cfg.n_heads)) for module in modules),
     )
-
-
-def load_pair(
-    dense: str | Path, pruned: str | Path, *, device: torch.device | None = None, dtype: torch.dtype | None = None
-) -> Pair:
-    """Load a dense and a pruned model, hooked and checked against each other.
-
-    Args:
-        dense: reference of the dense model (see :func:`resolve`).
-        pruned: reference of the pruned model.
-        device: where to compute.
-        dtype: compute format of both models.
-
-    Raises:
-        RequestError: the tokenizers or shapes differ.
-    """
-    resolve(pruned)  # a wrong second path should not wait for the first model to load
-    loaded_dense = load_hooked(dense, device=device, dtype=dtype)
-    loaded_pruned = load_hooked(pruned, device=device, dtype=dtype)
-    check_pair(loaded_dense, loaded_pruned)
-    return Pair(
-        loaded_dense.model, loaded_pruned.model, loaded_dense.tokenizer, loaded_dense.identity, loaded_pruned.identity
-    )
-
-
-def check_pair(dense: LoadedModel, pruned: LoadedModel) -> None:
-    """Refuse models that are not a dense and a pruned version of the same one."""
-    for name in _SHAPES:
-        wanted, got = getattr(dense.model.cfg, name), getattr(pruned.model.cfg, name)
-        if wanted != got:
-            raise RequestError(
-                f"wanted two models of the same shape, got {name} {wanted} in {dense.identity.reference} and {got} in "
-                f"{pruned.identity.reference}; name the model that this one was pruned from"
-            )
-    if dense.tokenizer.get_vocab() != pruned.tokenizer.get_vocab():
-        raise RequestError(
-            f"wanted two models with the same tokenizer, got different vocabularies in {dense.identity.reference} and "
-            f"{pruned.identity.reference}; name the model that this one was pruned from"
-        )
 
 
 def identify(reference: str | Path, path: Path) -> ModelIdentity:
@@ -302,6 +233,14 @@ def _check_hooked(model: Any, tokens: Tensor, expected: Tensor, reference: str) 
         )
     if not bool((moved != got).any()):
         raise LensError(f"wanted a change at hook_z of {reference} to change the logits, got none; not supported")
+
+
+def _removed_heads(output: torch.nn.Module, n_heads: int) -> tuple[int, ...]:
+    """The heads whose columns of an output projection are all zero."""
+    weight = output.get_parameter("weight")
+    columns = weight if is_transposed(output) else weight.T
+    is_used = columns.reshape(n_heads, -1).any(dim=1)
+    return tuple(head for head in range(n_heads) if not bool(is_used[head]))
 
 
 def _probe_tokens(d_vocab: int, device: torch.device) -> Tensor:

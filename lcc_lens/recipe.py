@@ -18,12 +18,14 @@ from lcc_lens.files import disk_errors, read_json, write_json, write_text
 from lcc_lens.heads import Head
 from lcc_lens.injection import LccInjection, Start
 from lcc_lens.metrics import share_recovered
-from lcc_lens.models import Pair, load_tokenizer, resolve
+from lcc_lens.models import load_tokenizer, resolve
+from lcc_lens.pair import Pair
 from lcc_lens.progress import track
 from lcc_lens.pruning import parse_pattern
 from lcc_lens.pruning import prune as prune_checkpoint
 from lcc_lens.pruning.masks import Pattern, Unstructured
-from lcc_lens.pruning.pruners import Method
+from lcc_lens.pruning.settings import Choice, Method
+from lcc_lens.pruning.structured import Schedule
 from lcc_lens.restoration import Restoration, RestorationRecord
 from lcc_lens.scan import Scan
 from lcc_lens.training import Step, TrainConfig, train, validation_loss
@@ -44,6 +46,9 @@ def prune(
     n_samples: int = 128,
     seq_len: int = 512,
     seed: int = 0,
+    sliced: bool = False,
+    schedule: Schedule | None = None,
+    choice: Choice = "error",
     overwrite: bool = False,
 ) -> dict[str, Any]:
     """Prune a model into a plain Hugging Face directory with ``pruning.json`` beside the weights.
@@ -51,13 +56,16 @@ def prune(
     Args:
         model: reference of the dense model.
         out: the directory to write.
-        method: ``magnitude`` or ``wanda``.
-        sparsity: share of the weights to remove, 0.5 if no pattern is given either.
+        method: ``magnitude``, ``wanda``, ``sparsegpt`` (single weights) or ``slimgpt`` (whole heads and neurons).
+        sparsity: share of the weights to remove; if no pattern is given either, 0.5 (0.2 for slimgpt).
         pattern: N:M such as ``2:4`` instead of a share: N weights stay of every M.
-        calibration: data whose activations Wanda reads (their role is ``calibration``).
+        calibration: data whose activations the method reads (their role is ``calibration``).
         n_samples: calibration sequences.
         seq_len: tokens per calibration sequence.
         seed: of the draw of calibration data.
+        sliced: write a smaller model of standard configuration instead of zeros (slimgpt only).
+        schedule: how slimgpt spreads the sparsity over the layers; ``log`` if not given, ``uniform`` if sliced.
+        choice: how slimgpt chooses heads and neurons: by ``error``, or the controls ``magnitude`` and ``random``.
         overwrite: replace an existing directory.
 
     Raises:
@@ -68,10 +76,11 @@ def prune(
     """
     if sparsity is not None and pattern is not None:
         raise RequestError(f"wanted a sparsity or a pattern, got both ({sparsity} and {pattern}); leave one out")
-    chosen: Pattern = parse_pattern(pattern) if pattern else Unstructured(0.5 if sparsity is None else sparsity)
+    share = sparsity if sparsity is not None else 0.2 if method == "slimgpt" else 0.5
+    chosen: Pattern = parse_pattern(pattern) if pattern else Unstructured(share)
     path, device = resolve(model), default_device()
     tokens, provenance = None, {}
-    if method != "magnitude":
+    if method != "magnitude" and choice == "error":
         data = load_data(calibration, role="calibration") if isinstance(calibration, str) else calibration
         tokens = calibration_tokens(data, path, n_samples, seq_len, seed)
         provenance = {"data": data.name, "source": data.source, "groups": sorted(data.groups)}
@@ -85,6 +94,9 @@ def prune(
         device=device,
         dtype=compute_dtype(device),
         overwrite=overwrite,
+        sliced=sliced,
+        schedule=schedule,
+        choice=choice,
         provenance={"dense": str(model), **provenance},
     )
 
@@ -148,6 +160,7 @@ def restore(
         >>> restore(pair, scan, scan.select("mse", share=0.25), load_data("alpaca", n=480))  # doctest: +SKIP
     """
     check_scan(scan, pair)
+    _refuse_removed(heads, pair)
     config = config or TrainConfig()
     run = Path(run) if run is not None else None
     training, held_out = _training_sequences(pair, scan, data, validation, max_length, limit)
@@ -216,6 +229,14 @@ def check_scan(scan: Scan, pair: Pair) -> None:
                 f"wanted the {name} model of the scan (SHA-256 {recorded[:12]}…), got {identity.reference} "
                 f"({identity.sha256[:12]}…); scan this pair first"
             )
+
+
+def _refuse_removed(heads: Sequence[Head], pair: Pair) -> None:
+    """Refuse heads that pruning removed whole: nothing put there reaches the output."""
+    removed = {Head(layer, head) for layer, gone in enumerate(pair.head_map.removed) for head in gone}
+    gone = sorted(removed.intersection(heads))
+    if gone:
+        raise RequestError(f"wanted heads that are still there, got {gone[0]}, removed whole; choose by scan.select")
 
 
 def _training_sequences(

@@ -3,191 +3,28 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from dataclasses import replace
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from lcc_lens.activations import Positions, collect_z, position_mask, visit_z
-from lcc_lens.components import LostComponents, components_from_moments
-from lcc_lens.config import package_version
+from lcc_lens.components import components_from_moments
 from lcc_lens.data import Batch, Data, TokenSequence, batches, encode, encode_pair
 from lcc_lens.errors import RequestError
-from lcc_lens.files import read_json, read_tensors, sha256_file, write_json, write_tensors
-from lcc_lens.heads import Head, all_heads
-from lcc_lens.hooks import HookedModel
-from lcc_lens.models import Pair, device_of
+from lcc_lens.headmap import HeadMap
+from lcc_lens.models import device_of
+from lcc_lens.pair import Pair
 from lcc_lens.progress import track
-from lcc_lens.selectors import SELECTORS, SelectorName
+from lcc_lens.pruning.zeros import zero_pattern
+from lcc_lens.scanned import SCAN_RECORD, SCAN_TENSORS, Scan, ScanRecord
 from lcc_lens.selectors.linear_probe import MIN_PAIRS, ProbeFeatures, score_linear_probe
-from lcc_lens.selectors.mse import score_mse
-from lcc_lens.selectors.random import score_random
 
-if TYPE_CHECKING:
-    import pandas as pd
+__all__ = ["SCAN_RECORD", "SCAN_TENSORS", "RunningDifferences", "Scan", "ScanRecord", "scan"]
 
 logger = logging.getLogger(__name__)
-
-SCAN_TENSORS = "scan.safetensors"
-SCAN_RECORD = "scan.json"
-
-
-@dataclass(frozen=True)
-class ScanRecord:
-    """Where a scan comes from: weights, data, settings."""
-
-    dense: str
-    pruned: str
-    dense_sha256: str
-    pruned_sha256: str
-    data: str
-    source: str
-    positions: Positions
-    n_examples: int
-    n_samples: int
-    max_length: int
-    probe_rank: int | None
-    seed: int
-    version: str = field(default_factory=package_version)
-    groups: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Scan:
-    r"""What pruning took from every head of one model, on one data set. Frozen; saved without loss.
-
-    ``mean_difference`` is $\bar\delta$ with $\delta = z_{dense} - z_{pruned}$, ``second_moment`` is
-    $\sum_n \delta_n \delta_n^T$, ``squared_dense`` and ``squared_difference`` are $\sum_n |z_{dense}|^2$ and
-    $\sum_n |\delta|^2$, ``cosine`` is the cosine between the two models' outputs over all samples, and
-    ``probe_accuracy`` the linear probe's held-out accuracy where the data had right and wrong answers.
-    """
-
-    record: ScanRecord
-    mean_difference: Float[Tensor, "layer head d_head"]
-    second_moment: Float[Tensor, "layer head d_head d_head"]
-    squared_dense: Float[Tensor, "layer head"]
-    squared_difference: Float[Tensor, "layer head"]
-    cosine: Float[Tensor, "layer head"]
-    components: LostComponents
-    probe_accuracy: Float[Tensor, "layer head"] | None = None
-
-    @property
-    def relative_loss(self) -> Float[Tensor, "layer head"]:
-        r"""Root of $\sum|\delta|^2 / \sum|z_{dense}|^2$: the share of each head's output that pruning changed."""
-        tiny = torch.finfo(torch.float32).tiny
-        return (self.squared_difference / self.squared_dense.clamp_min(tiny)).sqrt()
-
-    @property
-    def constant_share(self) -> Float[Tensor, "layer head"]:
-        r"""The constant share of the difference, $N|\bar\delta|^2 / \sum|\delta|^2$: all that a constant can mend."""
-        constant = self.record.n_samples * self.mean_difference.square().sum(-1)
-        return constant / self.squared_difference.clamp_min(torch.finfo(torch.float32).tiny)
-
-    def scores(self, selector: SelectorName = "probe", *, seed: int | None = None) -> Float[Tensor, "layer head"]:
-        """Each head's score under a selector, higher for heads to restore first.
-
-        Raises:
-            RequestError: an unknown selector, or ``probe`` on data without wrong answers.
-        """
-        n_layers, n_heads, d_head = self.mean_difference.shape
-        if selector == "probe":
-            if self.probe_accuracy is None:
-                raise RequestError(
-                    f"wanted probe scores, got a scan of {self.record.n_examples} sequences of {self.record.data} "
-                    f"without them; scan {MIN_PAIRS} or more questions with right and wrong answers, or select by mse"
-                )
-            return self.probe_accuracy
-        if selector == "mse":
-            return score_mse(self.squared_difference, self.record.n_samples, d_head)
-        if selector == "random":
-            return score_random(n_layers, n_heads, self.record.seed if seed is None else seed)
-        raise RequestError(f"wanted one of the selectors {', '.join(SELECTORS)}, got {selector!r}")
-
-    def select(self, selector: SelectorName = "probe", *, share: float = 0.25, seed: int | None = None) -> list[Head]:
-        """The heads with the highest scores, as many as ``share`` of all heads (rounded up), in model order.
-
-        Args:
-            selector: how heads are scored (see :meth:`scores`); ties go to the larger mean squared difference, since
-                a probe's accuracy takes few values, then to the earlier head.
-            share: between 0 (exclusive) and 1.
-            seed: of the random selector.
-
-        Raises:
-            RequestError: the share is not within (0, 1].
-        """
-        if not 0 < share <= 1:
-            raise RequestError(f"wanted a share of heads above 0 and up to 1, got {share}")
-        n_layers, n_heads, d_head = self.mean_difference.shape
-        scores = self.scores(selector, seed=seed).flatten().tolist()
-        loss = score_mse(self.squared_difference, self.record.n_samples, d_head).flatten().tolist()
-        order = sorted(range(len(scores)), key=lambda i: (-scores[i], -loss[i], i))
-        heads = all_heads(n_layers, n_heads)
-        return sorted(heads[i] for i in order[: math.ceil(share * len(heads))])
-
-    def table(self) -> pd.DataFrame:
-        """One row per head: layer, head, and every scalar statistic."""
-        import pandas as pd
-
-        heads = all_heads(*self.relative_loss.shape)
-        columns: dict[str, list[Any]] = {
-            "layer": [head.layer for head in heads],
-            "head": [head.head for head in heads],
-            "relative_loss": self.relative_loss.flatten().tolist(),
-            "cosine": self.cosine.flatten().tolist(),
-            "constant_share": self.constant_share.flatten().tolist(),
-            "first_direction_share": self.components.explained_share()[..., 0].flatten().tolist(),
-            "mse": self.scores("mse").flatten().tolist(),
-        }
-        if self.probe_accuracy is not None:
-            columns["probe_accuracy"] = self.probe_accuracy.flatten().tolist()
-        return pd.DataFrame(columns)
-
-    def save(self, run: str | Path) -> None:
-        """Write ``scan.safetensors`` and ``scan.json`` into a run directory, each atomically."""
-        run = Path(run)
-        write_tensors(run / SCAN_TENSORS, self._tensors())
-        record = {**asdict(self.record), "scan_sha256": sha256_file(run / SCAN_TENSORS)}
-        write_json(run / SCAN_RECORD, record)
-
-    @classmethod
-    def load(cls, run: str | Path) -> Scan:
-        """Read a scan, bit for bit as it was saved.
-
-        Raises:
-            RequestError: a file is missing or damaged, or the tensors are not the ones that were saved.
-        """
-        run = Path(run)
-        fields = read_json(run / SCAN_RECORD)
-        expected = fields.pop("scan_sha256", None)
-        tensors, _ = read_tensors(run / SCAN_TENSORS)
-        if sha256_file(run / SCAN_TENSORS) != expected:
-            raise RequestError(f"wanted {run / SCAN_TENSORS} as the scan wrote it, got a changed file; scan again")
-        try:
-            record = ScanRecord(**{**fields, "groups": tuple(fields["groups"])})
-            names = ("directions", "singular_values", "coefficients")
-            components = LostComponents(**{name: tensors.pop(name) for name in names}, n_samples=record.n_samples)
-            return cls(record=record, components=components, **cast("dict[str, Any]", tensors))
-        except (KeyError, TypeError) as error:
-            raise RequestError(
-                f"wanted a scan of this version in {run}, got another layout ({error}); scan again"
-            ) from error
-
-    def _tensors(self) -> dict[str, Tensor]:
-        names = ("mean_difference", "second_moment", "squared_dense", "squared_difference", "cosine")
-        tensors = {name: cast("Tensor", getattr(self, name)) for name in names}
-        tensors |= {
-            "directions": self.components.directions,
-            "singular_values": self.components.singular_values,
-            "coefficients": self.components.coefficients,
-        }
-        if self.probe_accuracy is not None:
-            tensors["probe_accuracy"] = self.probe_accuracy
-        return tensors
 
 
 class RunningDifferences:
@@ -276,6 +113,8 @@ def scan(
         questions.put(batch.index, z_question)
     if sums.n_samples < 2:
         raise RequestError(f"wanted at least 2 positions to compare, got {sums.n_samples}; scan more examples")
+    pattern, sparsity = _zeros(pair)
+    mapping = HeadMap((), ()) if pair.head_map.is_identity else pair.head_map
     record = ScanRecord(
         dense=pair.dense_id.reference,
         pruned=pair.pruned_id.reference,
@@ -290,6 +129,10 @@ def scan(
         probe_rank=probe_rank if contrast else None,
         seed=seed,
         groups=tuple(sorted(data.groups)),
+        pattern=pattern,
+        sparsity=sparsity,
+        dense_heads=mapping.dense_heads,
+        removed_heads=mapping.removed,
     )
     result = sums.finish(record)
     if contrast is None:
@@ -297,10 +140,20 @@ def scan(
     if len(sequences) < MIN_PAIRS:
         logger.warning("no probe scores: wanted at least %d pairs, got %d", MIN_PAIRS, len(sequences))
         return result
-    wrong = _last_z(pair.dense, contrast[1], batch_tokens)
+    wrong = _last_dense_z(pair, contrast[1], batch_tokens)
     features = ProbeFeatures(questions.stacked(), answers.stacked(), wrong.stacked())
     scores = score_linear_probe(features, result.components, rank=probe_rank, seed=seed)
     return replace(result, probe_accuracy=scores)
+
+
+def _zeros(pair: Pair) -> tuple[str, float | None]:
+    """Pattern and share of the pruned model's zeros, whoever pruned it."""
+    try:
+        zeros = zero_pattern(pair.pruned_id.path)
+    except RequestError as error:  # matrices that cannot be told apart (fused experts) keep no one from scanning heads
+        logger.info("zeros not counted: %s", error)
+        return "", None
+    return zeros.pattern, zeros.sparsity
 
 
 class _Rows:
@@ -350,7 +203,10 @@ def _add_batch(
     extra_dense = [position_mask(batch, "end")] if keep_last else []
     extra_pruned = [position_mask(batch, "last")] if keep_last else []
     dense: dict[int, list[Tensor]] = {}
-    visit_z(pair.dense, batch.tokens, masks + extra_dense, dense.__setitem__)
+    visit_z(
+        pair.dense, batch.tokens, masks + extra_dense,
+        lambda layer, z: dense.__setitem__(layer, [_kept_heads(pair, layer, part) for part in z]),
+    )  # fmt: skip
     question: list[Tensor] = []
 
     def compare(layer: int, z: list[Tensor]) -> None:
@@ -365,9 +221,19 @@ def _add_batch(
     return torch.stack(answer, dim=1), torch.stack(question, dim=1)
 
 
-def _last_z(model: HookedModel, sequences: list[TokenSequence], batch_tokens: int) -> _Rows:
+def _last_dense_z(pair: Pair, sequences: list[TokenSequence], batch_tokens: int) -> _Rows:
     rows = _Rows(len(sequences))
     grouped = batches(sequences, max_tokens=batch_tokens)
     for batch in track(grouped, len(grouped), "scan wrong answers"):
-        rows.put(batch.index, collect_z(model, batch.tokens, position_mask(batch, "end")))
+        z = collect_z(pair.dense, batch.tokens, position_mask(batch, "end"))
+        kept = [_kept_heads(pair, layer, z[:, layer]) for layer in range(pair.n_layers)]
+        rows.put(batch.index, torch.stack(kept, dim=1))
     return rows
+
+
+def _kept_heads(
+    pair: Pair, layer: int, z: Float[Tensor, "sample dense_head d_head"]
+) -> Float[Tensor, "sample head d_head"]:
+    """The dense model's head outputs in the order of the pruned model's heads."""
+    heads = pair.head_map.dense_heads[layer]
+    return z if heads == tuple(range(z.shape[1])) else z[:, list(heads)]

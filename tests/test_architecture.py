@@ -16,11 +16,11 @@ PACKAGE = ROOT / "lcc_lens"
 
 # A module imports from its own layer or from those above it in this list. "" is the package itself, the facade.
 LAYERS: list[tuple[str, ...]] = [
-    ("errors", "heads", "progress", "config", "files"),
+    ("errors", "heads", "headmap", "progress", "config", "files"),
     ("components", "probes", "metrics", "pruning.scores", "pruning.masks", "pruning.obs", "pruning.structured"),
-    ("data", "tasks", "models", "embedded", "hooks", "activations", "pruning", "pruning.*"),
-    ("scan", "selectors", "selectors.*", "injection", "restoration", "training", "baselines", "baselines.*"),
-    ("", "evaluation", "export", "plotting", "page", "recipe", "lens"),
+    ("data", "tasks", "models", "pair", "embedded", "hooks", "activations", "pruning", "pruning.*"),
+    ("scan", "scanned", "selectors", "selectors.*", "injection", "restoration", "training", "baselines", "baselines.*"),
+    ("", "evaluation", "export", "plotting", "page", "recipe", "lens", "latency", "speed", "report", "report_text"),
     ("cli", "demo", "__main__", "explorer", "explorer.*"),
 ]
 # What takes seconds to import, or is not needed to say --help.

@@ -16,7 +16,8 @@ from lcc_lens.embedded import converted
 from lcc_lens.errors import LensError, RequestError
 from lcc_lens.files import sha256_file, weights_sha256
 from lcc_lens.hooks import logits_at
-from lcc_lens.models import load_hooked, load_pair, resolve
+from lcc_lens.models import load_hooked, resolve
+from lcc_lens.pair import load_pair
 
 
 def test_hooked_model_equals_plain_transformers(dense_dir: Path) -> None:

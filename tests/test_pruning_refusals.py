@@ -19,7 +19,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig, ViTCo
 from lcc_lens.errors import LensError, RequestError
 from lcc_lens.pruning import NofM, Pattern, PruneConfig, Unstructured, prune
 from lcc_lens.pruning.layers import decoder_layers
-from lcc_lens.pruning.pruners import PRUNERS, MagnitudePruner, WandaPruner
+from lcc_lens.pruning.pruners import MagnitudePruner, WandaPruner
+from lcc_lens.pruning.settings import PRUNERS
 from lcc_lens.pruning.stream import LayerStream
 
 SIZES = {"hidden_size": 20, "intermediate_size": 44, "num_hidden_layers": 3, "vocab_size": 60}
@@ -99,7 +100,10 @@ def test_an_empty_batch(refused: Callable[..., None]) -> None:
 
 @pytest.mark.parametrize(
     ("wrong", "match"),
-    [({"method": "guess"}, "wanted the method magnitude or wanda, got 'guess'"), ({"scope": "column"}, "got 'column'")],
+    [
+        ({"method": "guess"}, "wanted the method magnitude, wanda, sparsegpt or slimgpt, got 'guess'"),
+        ({"scope": "column"}, "got 'column'"),
+    ],
 )
 def test_words_that_only_a_type_checker_would_catch(wrong: dict[str, str], match: str) -> None:
     config = PruneConfig("magnitude", Unstructured(0.5))

@@ -16,7 +16,8 @@ from lcc_lens.embedded import EMBEDDED_SHA256, embedded_model
 from lcc_lens.evaluation import sequence_loss
 from lcc_lens.export import export
 from lcc_lens.files import read_json, sha256_file
-from lcc_lens.models import load_hooked, load_pair, load_plain, load_tokenizer
+from lcc_lens.models import load_hooked, load_plain, load_tokenizer
+from lcc_lens.pair import load_pair
 from lcc_lens.recipe import prune, restore
 from lcc_lens.scan import scan
 from lcc_lens.training import TrainConfig

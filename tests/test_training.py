@@ -16,7 +16,8 @@ from lcc_lens.errors import InterruptedRun, RequestError
 from lcc_lens.heads import Head
 from lcc_lens.hooks import z_readers
 from lcc_lens.injection import LccInjection, constants_by_layer
-from lcc_lens.models import load_hooked, load_pair
+from lcc_lens.models import load_hooked
+from lcc_lens.pair import load_pair
 from lcc_lens.recipe import restore
 from lcc_lens.restoration import Restoration
 from lcc_lens.scan import Scan, scan

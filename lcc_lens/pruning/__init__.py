@@ -1,7 +1,8 @@
 """Pruning: scores say what a weight is worth, masks what stays, pruners treat a layer, `prune` walks a checkpoint.
 
-Imports point ``scores, masks <- pruners <- settings <- stream <- apply``; scores and masks are pure functions of
-tensors. A new method is one class that satisfies `LayerPruner` and one entry of ``pruners.PRUNERS``.
+Imports point ``scores, masks, obs, structured <- pruners, second_order, slimgpt <- settings <- stream, writing <-
+apply``; the first four are pure functions of tensors. A new method is one class that satisfies `LayerPruner` and one
+entry of ``settings.PRUNERS``.
 """
 
 from __future__ import annotations
@@ -17,16 +18,21 @@ from lcc_lens.pruning.masks import (
     parse_pattern,
     sparsity,
 )
-from lcc_lens.pruning.pruners import LayerPruner, Method
+from lcc_lens.pruning.pruners import LayerPruner, LayerTask, Removed
 from lcc_lens.pruning.scores import magnitude_score, wanda_score
-from lcc_lens.pruning.settings import PruneConfig
+from lcc_lens.pruning.settings import Choice, Method, PruneConfig
+from lcc_lens.pruning.structured import Schedule
 
 __all__ = [
+    "Choice",
     "LayerPruner",
+    "LayerTask",
     "Method",
     "NofM",
     "Pattern",
     "PruneConfig",
+    "Removed",
+    "Schedule",
     "Scope",
     "Unstructured",
     "detect_pattern",

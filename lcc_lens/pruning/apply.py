@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import hashlib
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -10,16 +13,24 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
+from lcc_lens.config import package_version
 from lcc_lens.errors import LensError, RequestError
-from lcc_lens.files import atomic_directory, copy_checkpoint, require_space, weight_files, weights_sha256, write_json
+from lcc_lens.files import require_space, weight_files, weights_sha256
 from lcc_lens.progress import track, without_loading_bars
+from lcc_lens.pruning.anatomy import LayerAnatomy, find_anatomies
 from lcc_lens.pruning.layers import decoder_layers, read_config
 from lcc_lens.pruning.masks import Pattern, Scope, require_fit
 from lcc_lens.pruning.matrices import Matrix, StoredWeights, find_matrices
-from lcc_lens.pruning.pruners import Method
-from lcc_lens.pruning.report import pruning_report
-from lcc_lens.pruning.settings import PruneConfig
+from lcc_lens.pruning.pruners import LayerTask, Removed
+from lcc_lens.pruning.settings import INVERTING, Choice, Method, PruneConfig
+from lcc_lens.pruning.slicing import allowed_groups, require_sliceable, sliced_config
+from lcc_lens.pruning.slimgpt import layer_quota
 from lcc_lens.pruning.stream import LayerStream
+from lcc_lens.pruning.structured import Schedule
+from lcc_lens.pruning.unfinished import FinishedLayers
+from lcc_lens.pruning.writing import write_pruned
+
+logger = logging.getLogger(__name__)
 
 # Room for tokenizer, configuration and notes beside the weights.
 _SIDE_FILES_BYTES = 1 << 25
@@ -38,12 +49,18 @@ def prune(
     dtype: torch.dtype,
     overwrite: bool = False,
     batch_size: int = 8,
+    sliced: bool = False,
+    schedule: Schedule | None = None,
+    choice: Choice = "error",
     provenance: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Prune the linear maps inside a model's decoder layers and write a plain Hugging Face directory.
 
-    Layers are pruned in sequence, each from inputs recomputed through the already pruned ones. Surviving weights and
-    all other tensors keep their bits. ``pruning.json`` beside the weights holds the returned report.
+    Layers are pruned in sequence, each from inputs recomputed through the already pruned ones. All tensors that the
+    method does not change keep their bits. ``pruning.json`` beside the weights holds the returned report.
+
+    Finished layers are kept in a hidden folder beside ``out`` until the whole is written: the same call after an
+    interruption goes on at the first unfinished layer and gives the same result.
 
     Args:
         model_dir: Hugging Face directory of the dense model.
@@ -54,9 +71,12 @@ def prune(
         scope: within what unstructured scores compete; ``matrix`` for magnitude only.
         seed: seed that chose the calibration sequences.
         device: where to compute.
-        dtype: format to run the model in; scores are float32 and come from the stored weights whatever it is.
+        dtype: format to run the model in; statistics are float32 or wider and weights come from disk whatever it is.
         overwrite: whether ``out`` may replace what is there.
         batch_size: calibration sequences per forward pass.
+        sliced: write a smaller model of standard configuration instead of zeros (slimgpt only).
+        schedule: how slimgpt spreads the sparsity over the layers; ``log`` if not given, ``uniform`` if sliced.
+        choice: how slimgpt chooses heads and neurons; ``magnitude`` and ``random`` are controls.
         provenance: where the calibration sequences come from, for the report.
 
     Returns:
@@ -65,7 +85,7 @@ def prune(
 
     Raises:
         RequestError: the request does not fit the model, the data or the disk; nothing is written.
-        LensError: a weight or an activation is not finite, or the disk filled up; nothing is kept.
+        LensError: a weight or an activation is not finite, or the disk filled up; no output is written.
 
     Example:
         With a dense model in ``dense`` and token ids from its tokenizer::
@@ -76,67 +96,136 @@ def prune(
             report["sparsity"], report["pattern_found"]  # 0.5, "2:4"
 
     Reference:
-        Sun et al. 2023, "A Simple and Effective Pruning Approach for Large Language Models".
+        Sun et al. 2023 (Wanda); Frantar & Alistarh 2023 (SparseGPT); Ling et al. 2024 (SlimGPT).
     """
-    config = PruneConfig(method, pattern, scope, seed, batch_size)
+    config = PruneConfig(
+        method, pattern, scope, seed, batch_size, sliced, schedule or ("uniform" if sliced else "log"), choice
+    )
     if model_dir.resolve().is_relative_to(out.resolve()):
         raise RequestError(f"wanted an output folder that does not hold the model, got {out}; name another folder")
     plan = find_matrices(model_dir)
     for matrix in (matrix for layer in plan for matrix in layer):
         require_fit(pattern, matrix.d_in, matrix.name)
-    tokens = _checked(calibration, model_dir, method) if config.uses_inputs else None
-    require_space(out, sum(file.stat().st_size for file in weight_files(model_dir)) + _SIDE_FILES_BYTES)
+    tasks, anatomies = _tasks(model_dir, plan, config)
+    tokens = _checked(calibration, model_dir, plan, config) if config.uses_inputs else None
+    if out.exists() and not overwrite and (not out.is_dir() or any(out.iterdir())):
+        raise RequestError(f"{out} exists already; name another folder or pass --overwrite")
+    # Twice: the finished layers lie beside the output until it is whole.
+    require_space(out, 2 * sum(file.stat().st_size for file in weight_files(model_dir)) + _SIDE_FILES_BYTES)
 
-    with atomic_directory(out, overwrite=overwrite) as part:
-        weights = dict(_pruned(model_dir, plan, config, tokens, device, dtype))
-        digest = weights_sha256(model_dir)
-        report = pruning_report(config, plan, weights, tokens=tokens, provenance=provenance, dense_sha256=digest)
-        copy_checkpoint(model_dir, part, replaced=weights)
-        write_json(part / "pruning.json", report)
+    digest = weights_sha256(model_dir)
+    finished = FinishedLayers(out, _identity(config, tokens, digest, dtype))
+    try:
+        _walk(model_dir, plan, config, tasks, tokens, device, dtype, finished)
+        report = write_pruned(
+            model_dir, out, config, plan, anatomies, finished, tokens=tokens, provenance=provenance,
+            dense_sha256=digest, overwrite=overwrite,
+        )  # fmt: skip
+    except LensError as error:
+        if "no space left" not in str(error) or finished.n_layers == 0:  # else the next try would fail the same way
+            finished.discard()
+        raise
+    finished.discard()
     return report
 
 
-def _checked(tokens: Int[Tensor, "sequence pos"] | None, model_dir: Path, method: str) -> Int[Tensor, "sequence pos"]:
-    """Refuse calibration tokens that the model cannot read."""
-    if tokens is None or tokens.numel() == 0:
-        raise RequestError(f"wanted calibration sequences for {method}, got none; name calibration data")
-    config = read_config(model_dir).get_text_config()
-    low, high = int(tokens.min()), int(tokens.max())
-    if low < 0 or high >= config.vocab_size:
-        raise RequestError(
-            f"wanted calibration tokens from 0 to {config.vocab_size - 1}, got {low} to {high}; "
-            "use the model's own tokenizer"
-        )
-    longest = getattr(config, "max_position_embeddings", None) or tokens.shape[1]
-    if tokens.shape[1] > longest:
-        raise RequestError(f"wanted sequences of at most {longest} tokens, got {tokens.shape[1]}; shorten them")
-    return tokens
+def _identity(config: PruneConfig, tokens: Tensor | None, dense_sha256: str, dtype: torch.dtype) -> dict[str, Any]:
+    """Everything that decides the pruned weights."""
+    data = None if tokens is None else hashlib.sha256(tokens.cpu().contiguous().numpy().tobytes()).hexdigest()
+    settings = {**asdict(config), "pattern": repr(config.pattern)}
+    return {**settings, "tokens": data, "dense": dense_sha256, "dtype": str(dtype), "version": package_version()}
 
 
-def _pruned(
+def _tasks(
+    model_dir: Path, plan: Sequence[Sequence[Matrix]], config: PruneConfig
+) -> tuple[list[LayerTask], list[LayerAnatomy] | None]:
+    """What to do with every layer, with its heads and neurons for structured methods; refuses before any work."""
+    if not config.is_structured:
+        return config.tasks(len(plan)), None
+    anatomies = find_anatomies(model_dir, plan)
+    allowed = allowed_groups(model_dir, anatomies[0]) if config.sliced else None
+    tasks = config.tasks(len(plan), anatomies, allowed)
+    quotas = [layer_quota(a, t.pattern.sparsity, t.multiple, allowed) for a, t in zip(anatomies, tasks, strict=True)]
+    if config.sliced:
+        require_sliceable(model_dir, anatomies, quotas[0], sliced_config(model_dir, anatomies[0], quotas[0]))
+    return tasks, anatomies
+
+
+def _checked(
+    tokens: Int[Tensor, "sequence pos"] | None,
     model_dir: Path,
     plan: Sequence[Sequence[Matrix]],
     config: PruneConfig,
+) -> Int[Tensor, "sequence pos"]:
+    """Refuse calibration tokens that the model cannot read, and too few to invert what they say."""
+    if tokens is None or tokens.numel() == 0:
+        raise RequestError(f"wanted calibration sequences for {config.method}, got none; name calibration data")
+    text_config = read_config(model_dir).get_text_config()
+    low, high = int(tokens.min()), int(tokens.max())
+    if low < 0 or high >= text_config.vocab_size:
+        raise RequestError(
+            f"wanted calibration tokens from 0 to {text_config.vocab_size - 1}, got {low} to {high}; "
+            "use the model's own tokenizer"
+        )
+    longest = getattr(text_config, "max_position_embeddings", None) or tokens.shape[1]
+    if tokens.shape[1] > longest:
+        raise RequestError(f"wanted sequences of at most {longest} tokens, got {tokens.shape[1]}; shorten them")
+    widest = max((matrix for layer in plan for matrix in layer), key=lambda matrix: matrix.d_in)
+    if config.method in INVERTING and tokens.numel() < widest.d_in:
+        raise RequestError(
+            f"wanted at least {widest.d_in} calibration tokens for {config.method}, as many as {widest.name} has "
+            f"inputs, got {tokens.numel()}; raise --n-samples or --seq-len"
+        )
+    return tokens
+
+
+def _walk(
+    model_dir: Path,
+    plan: Sequence[Sequence[Matrix]],
+    config: PruneConfig,
+    tasks: Sequence[LayerTask],
     tokens: Int[Tensor, "sequence pos"] | None,
     device: torch.device,
     dtype: torch.dtype,
-) -> Iterator[tuple[str, Tensor]]:
-    """Walk the layers and give every new weight in the checkpoint's layout and format, on the CPU."""
+    finished: FinishedLayers,
+) -> None:
+    """Prune layer after layer; each is on disk before the next one begins."""
+    if finished.n_layers:
+        logger.info("going on at layer %d of %d", finished.n_layers, len(plan))
+    if finished.n_layers == len(plan):
+        return
     stream = None if tokens is None else _stream(model_dir, tokens, config.batch_size, device, dtype)
-    for matrices in track(plan, len(plan), "pruning layers"):
-        pruner = config.pruner()
+    for index, matrices in enumerate(track(plan, len(plan), "pruning layers")):
+        if index < finished.n_layers:
+            weights = finished.layer(index)
+        else:
+            weights, removed = _pruned_layer(matrices, config, tasks[index], stream, device)
+            finished.add(weights, removed)
         if stream is not None:
-            stream.observe(matrices, pruner)
-        by_name = {matrix.name: matrix for matrix in matrices}
-        for name, weight in pruner.pruned(StoredWeights(matrices, device)):
-            if not bool(torch.isfinite(weight).all()):
-                raise LensError(f"wanted finite pruned weights, got NaN or infinity in {name}; compute in float32")
-            stored = by_name[name].stored(weight).cpu()
-            if stream is not None:
-                stream.replace(by_name[name], stored)
-            yield name, stored
-        if stream is not None:
+            for matrix in matrices:
+                if matrix.name in weights:
+                    stream.replace(matrix, weights[matrix.name])
             stream.advance()
+
+
+def _pruned_layer(
+    matrices: Sequence[Matrix],
+    config: PruneConfig,
+    task: LayerTask,
+    stream: LayerStream | None,
+    device: torch.device,
+) -> tuple[dict[str, Tensor], Removed]:
+    """One layer's new weights in the checkpoint's layout and format, on the CPU."""
+    pruner = config.pruner(task)
+    if stream is not None:
+        stream.observe(matrices, pruner)
+    by_name = {matrix.name: matrix for matrix in matrices}
+    weights: dict[str, Tensor] = {}
+    for name, weight in pruner.pruned(StoredWeights(matrices, device)):
+        if not bool(torch.isfinite(weight).all()):
+            raise LensError(f"wanted finite pruned weights, got NaN or infinity in {name}; compute in float32")
+        weights[name] = by_name[name].stored(weight).cpu()
+    return weights, pruner.removed()
 
 
 def _stream(
@@ -148,5 +237,5 @@ def _stream(
     # No attention is named: transformers takes sdpa, or eager for architectures that sdpa cannot compute (Gemma 2).
     with without_loading_bars():
         model: nn.Module = AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype)
-    model.to(device).eval()
+    model.to(device).eval().requires_grad_(False)
     return LayerStream(model, decoder_layers(model, read_config(model_dir))[1], tokens, batch_size)

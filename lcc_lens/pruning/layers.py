@@ -17,13 +17,14 @@ def read_config(model_dir: Path) -> Any:
     Raises:
         RequestError: the folder holds no ``config.json`` that transformers reads.
     """
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     if not (model_dir / "config.json").is_file():
         raise RequestError(f"wanted a Hugging Face model in {model_dir}, got no config.json there; check the path")
     try:
         return AutoConfig.from_pretrained(model_dir)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, StrictDataclassError) as error:
         raise _unknown_model(model_dir, error) from error
 
 

@@ -4,17 +4,46 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from typing import ClassVar, Literal, Protocol, runtime_checkable
+from dataclasses import dataclass, field
+from typing import ClassVar, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from lcc_lens.errors import LensError
+from lcc_lens.pruning.anatomy import LayerAnatomy
 from lcc_lens.pruning.masks import Pattern, Scope, keep_mask
 from lcc_lens.pruning.scores import magnitude_score, wanda_score
 
-Method = Literal["magnitude", "wanda"]
+
+@dataclass(frozen=True)
+class LayerTask:
+    """What a pruner is asked to do with one decoder layer."""
+
+    pattern: Pattern
+    """How much goes and where; a structured method removes the pattern's share of the layer's weights."""
+    scope: Scope = "row"
+    """Within what unstructured scores compete."""
+    anatomy: LayerAnatomy | None = None
+    """Heads and neurons of the layer, for structured methods."""
+    choice: str = "error"
+    """How a structured method chooses (see `settings.Choice`)."""
+    multiple: int = 1
+    """A structured method removes neurons in multiples of this."""
+    allowed_groups: frozenset[int] | None = None
+    """Numbers of key-value groups that may go; any if None."""
+    seed: int = 0
+    """For methods that draw; another one for every layer."""
+
+
+@dataclass(frozen=True)
+class Removed:
+    """What a structured method removed from one layer, as positions in the dense layer."""
+
+    heads: Int[Tensor, " head"] = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
+    groups: Int[Tensor, " group"] = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
+    neurons: Int[Tensor, " neuron"] = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
 
 
 @runtime_checkable
@@ -28,7 +57,10 @@ class LayerPruner(Protocol):
     uses_inputs: ClassVar[bool]
     """Whether the method needs calibration data; without, the model is never run."""
 
-    def __init__(self, pattern: Pattern, scope: Scope) -> None: ...
+    @classmethod
+    def for_layer(cls, task: LayerTask) -> LayerPruner:
+        """A fresh pruner for one layer."""
+        ...
 
     def observe(self, name: str, inputs: Float[Tensor, "token in"]) -> None:
         """Take in a batch of inputs of a matrix, in the compute format; called many times before `pruned`."""
@@ -40,6 +72,9 @@ class LayerPruner(Protocol):
             weights: float32 weights ``[out, in]`` of the layer's matrices, read from disk on access.
         """
 
+    def removed(self) -> Removed:
+        """What went as a whole, once `pruned` is through."""
+
 
 class MaskPruner(ABC):
     """Prunes every matrix by itself: the lowest scores become zero, all other weights stay as they are."""
@@ -49,6 +84,11 @@ class MaskPruner(ABC):
     def __init__(self, pattern: Pattern, scope: Scope) -> None:
         self._pattern = pattern
         self._scope = scope
+
+    @classmethod
+    def for_layer(cls, task: LayerTask) -> MaskPruner:
+        """A fresh pruner for one layer."""
+        return cls(task.pattern, task.scope)
 
     @abstractmethod
     def observe(self, name: str, inputs: Float[Tensor, "token in"]) -> None:
@@ -66,6 +106,10 @@ class MaskPruner(ABC):
         """Give every matrix with its lowest-scored weights set to zero."""
         for name, weight in weights.items():
             yield name, torch.where(self.keep(name, weight), weight, 0)
+
+    def removed(self) -> Removed:
+        """Nothing goes as a whole."""
+        return Removed()
 
 
 class MagnitudePruner(MaskPruner):
@@ -111,6 +155,3 @@ class WandaPruner(MaskPruner):
         if not bool(torch.isfinite(norm).all()):
             raise LensError(f"wanted finite inputs of {name}, got NaN or infinity; compute in float32")
         return wanda_score(weight, norm)
-
-
-PRUNERS: dict[Method, type[LayerPruner]] = {"magnitude": MagnitudePruner, "wanda": WandaPruner}

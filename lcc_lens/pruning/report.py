@@ -36,16 +36,22 @@ def pruning_report(
     Returns:
         A JSON object.
     """
-    rows = {m.name: m.rows(weights[m.name]) for layer in plan for m in layer}
-    shares = {name: sparsity(weight) for name, weight in rows.items()}
-    n_weights = sum(weight.numel() for weight in rows.values())
+    shares: dict[str, float] = {}
+    patterns: set[str] = set()
+    n_zeros = n_weights = 0
+    for matrix in (matrix for layer in plan for matrix in layer if matrix.name in weights):
+        rows = matrix.rows(weights[matrix.name])  # one at a time: they may come from disk
+        shares[matrix.name] = sparsity(rows)
+        patterns.add(detect_pattern(rows))
+        n_zeros += int((rows == 0).sum())
+        n_weights += rows.numel()
     return {
         "method": config.method,
-        "pattern": str(config.pattern),
+        "pattern": "structured" if config.is_structured else str(config.pattern),
         "scope": config.scope,
         "sparsity_asked": config.pattern.sparsity,
-        "sparsity": sum(share * rows[name].numel() for name, share in shares.items()) / n_weights,
-        "pattern_found": common_pattern({detect_pattern(weight) for weight in rows.values()}),
+        "sparsity": n_zeros / n_weights,
+        "pattern_found": common_pattern(patterns),
         "matrices": shares,
         "calibration": tokens
         if tokens is None

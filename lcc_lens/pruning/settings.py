@@ -2,11 +2,29 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal, get_args
 
 from lcc_lens.errors import RequestError
-from lcc_lens.pruning.masks import Pattern, Scope
-from lcc_lens.pruning.pruners import PRUNERS, LayerPruner, Method
+from lcc_lens.pruning.anatomy import LayerAnatomy
+from lcc_lens.pruning.masks import NofM, Pattern, Scope, Unstructured
+from lcc_lens.pruning.pruners import LayerPruner, LayerTask, MagnitudePruner, WandaPruner
+from lcc_lens.pruning.second_order import SparseGPTPruner
+from lcc_lens.pruning.slimgpt import SlimGPTPruner
+from lcc_lens.pruning.structured import SCHEDULES, Schedule, layer_ratios
+
+Method = Literal["magnitude", "wanda", "sparsegpt", "slimgpt"]
+Choice = Literal["error", "magnitude", "random"]
+PRUNERS: dict[Method, type[LayerPruner]] = {
+    "magnitude": MagnitudePruner,
+    "wanda": WandaPruner,
+    "sparsegpt": SparseGPTPruner,
+    "slimgpt": SlimGPTPruner,
+}
+#: Methods that invert a second moment, and so need at least as many tokens as a matrix has inputs.
+INVERTING: tuple[Method, ...] = ("sparsegpt", "slimgpt")
+# A sliced feed-forward width keeps to multiples of this where the dense one does: kernels like round numbers.
+_ROUND_WIDTH = 32
 
 
 @dataclass(frozen=True)
@@ -17,11 +35,14 @@ class PruneConfig:
         method: the pruner.
         pattern: how much goes and where.
         scope: within what unstructured scores compete; ``matrix`` for magnitude only.
-        seed: seed that chose the calibration sequences, kept for the record: pruning itself draws nothing.
+        seed: seed that chose the calibration sequences; pruning itself draws only with the choice ``random``.
         batch_size: calibration sequences per forward pass.
+        sliced: whether heads and neurons go from the shapes too (slimgpt only); layers then lose equally much.
+        schedule: how slimgpt spreads the sparsity over the layers.
+        choice: how slimgpt chooses: by ``error`` as in the paper, or the controls ``magnitude`` and ``random``.
 
     Raises:
-        RequestError: an unknown method or scope, a scope that the method does not have, or an empty batch.
+        RequestError: an unknown word, a combination that the method does not have, or an empty batch.
 
     Example:
         >>> from lcc_lens.pruning import Unstructured
@@ -34,24 +55,75 @@ class PruneConfig:
     scope: Scope = "row"
     seed: int = 0
     batch_size: int = 8
+    sliced: bool = False
+    schedule: Schedule = "log"
+    choice: Choice = "error"
 
     def __post_init__(self) -> None:
-        if self.method not in PRUNERS:
-            raise RequestError(f"wanted the method {' or '.join(PRUNERS)}, got {self.method!r}; choose one of these")
-        if self.scope not in ("row", "matrix"):
-            raise RequestError(f"wanted the scope row or matrix, got {self.scope!r}; choose one of these")
+        _one_of("method", self.method, tuple(PRUNERS))
+        _one_of("scope", self.scope, ("row", "matrix"))
+        _one_of("schedule", self.schedule, SCHEDULES)
+        _one_of("choice", self.choice, get_args(Choice))
         if self.scope == "matrix" and self.method != "magnitude":
-            raise RequestError(
-                f"wanted the scope row for {self.method}, got matrix; leave it out, scores compare within one row"
-            )
+            raise RequestError(f"wanted the scope row for {self.method}, got matrix; leave it out")
         if self.batch_size < 1:
             raise RequestError(f"wanted a batch size of at least 1, got {self.batch_size}; raise it")
+        self._check_structure()
+
+    def _check_structure(self) -> None:
+        if not self.is_structured:
+            if self.sliced:
+                raise RequestError(f"wanted slimgpt for a sliced model, got {self.method}; it removes single weights")
+            return
+        if isinstance(self.pattern, NofM):
+            raise RequestError(f"wanted a share for slimgpt, got the pattern {self.pattern}; name a sparsity")
+        if self.sliced and self.schedule != "uniform":
+            raise RequestError(
+                f"wanted the schedule uniform for a sliced model, got {self.schedule}; "
+                "a standard configuration has one size for all layers"
+            )
+
+    @property
+    def is_structured(self) -> bool:
+        """Whether whole heads and neurons go."""
+        return self.method == "slimgpt"
 
     @property
     def uses_inputs(self) -> bool:
         """Whether the method needs calibration data."""
-        return PRUNERS[self.method].uses_inputs
+        return PRUNERS[self.method].uses_inputs and not (self.is_structured and self.choice != "error")
 
-    def pruner(self) -> LayerPruner:
+    def tasks(
+        self,
+        n_layers: int,
+        anatomies: list[LayerAnatomy] | None = None,
+        allowed_groups: frozenset[int] | None = None,
+    ) -> list[LayerTask]:
+        """What to do with each layer.
+
+        Args:
+            n_layers: number of layers.
+            anatomies: the layers' heads and neurons, for structured methods.
+            allowed_groups: numbers of key-value groups that may go from a layer; any if not given.
+        """
+        task = LayerTask(self.pattern, self.scope, choice=self.choice, allowed_groups=allowed_groups)
+        if anatomies is None:
+            return [task] * n_layers
+        width = anatomies[0].mlp.n_groups
+        multiple = next(m for m in (_ROUND_WIDTH, 16, 8, 4, 2, 1) if width % m == 0) if self.sliced else 1
+        ratios = layer_ratios(self.schedule, self.pattern.sparsity, n_layers)
+        return [
+            replace(
+                task, pattern=Unstructured(ratio), anatomy=anatomy, multiple=multiple, seed=1000 * self.seed + layer
+            )
+            for layer, (ratio, anatomy) in enumerate(zip(ratios, anatomies, strict=True))
+        ]
+
+    def pruner(self, task: LayerTask) -> LayerPruner:
         """A fresh pruner for one layer."""
-        return PRUNERS[self.method](self.pattern, self.scope)
+        return PRUNERS[self.method].for_layer(task)
+
+
+def _one_of(what: str, word: str, words: tuple[str, ...]) -> None:
+    if word not in words:
+        raise RequestError(f"wanted the {what} {', '.join(words[:-1])} or {words[-1]}, got {word!r}; choose one")

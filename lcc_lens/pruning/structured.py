@@ -1,0 +1,182 @@
+"""Structured pruning of one output matrix: which whole heads or columns go, and what the others make of it (pure)."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from lcc_lens.errors import RequestError
+from lcc_lens.pruning.obs import Damped
+
+Schedule = Literal["log", "linear", "uniform", "falling"]
+SCHEDULES: tuple[Schedule, ...] = ("log", "linear", "uniform", "falling")
+
+#: How far a schedule's first layer lies below the mean ratio, as a share of it.
+SPREAD = 0.5
+#: No layer loses more than this share.
+_MOST_PER_LAYER = 0.95
+#: Columns that go at once, as a share of those that still have to go: large groups first, single columns last.
+_GROUP_SHARE = 1 / 16
+
+
+def layer_ratios(schedule: Schedule, ratio: float, n_layers: int, spread: float = SPREAD) -> list[float]:
+    r"""The share that every layer loses, with mean ``ratio``.
+
+    An error made early passes through all later layers, so SlimGPT lets the ratio rise: layer $l$ of $L$ loses
+    $r_0 + c \log(l + 1) / \log L$. The paper leaves $r_0$ open; here $r_0 = (1 - spread) \cdot ratio$, with less spread
+    where a layer would otherwise lose more than 95 %.
+
+    Args:
+        schedule: ``log`` rises logarithmically, ``linear`` evenly, ``uniform`` not at all; ``falling`` is ``log`` from
+            last to first.
+        ratio: the mean share.
+        n_layers: number of layers.
+        spread: how far the smallest share lies below the mean, as a share of it.
+
+    Raises:
+        RequestError: the mean share alone exceeds what a layer may lose, or the schedule is unknown.
+
+    Example:
+        >>> [round(r, 3) for r in layer_ratios("linear", 0.2, 3)]
+        [0.1, 0.2, 0.3]
+
+    Reference:
+        Ling et al. 2024, "SlimGPT: Layer-wise Structured Pruning for Large Language Models", section 3.4.
+    """
+    if schedule not in SCHEDULES:
+        raise RequestError(f"wanted a schedule out of {', '.join(SCHEDULES)}, got {schedule!r}; choose one of these")
+    if ratio > _MOST_PER_LAYER:
+        raise RequestError(f"wanted a sparsity of at most {_MOST_PER_LAYER} for whole heads, got {ratio}; lower it")
+    if schedule == "uniform" or n_layers == 1:
+        return [ratio] * n_layers
+    if schedule == "linear":
+        rise = [layer / (n_layers - 1) for layer in range(n_layers)]
+    else:
+        rise = [math.log(layer + 1) / math.log(n_layers) for layer in range(n_layers)]
+    mean = sum(rise) / n_layers
+    steepness = 1 / mean - 1  # how far the largest share lies above the mean, for a spread of one
+    spread = min(spread, (_MOST_PER_LAYER / ratio - 1) / steepness) if ratio > 0 else spread
+    ratios = [ratio * (1 - spread + spread * share / mean) for share in rise]
+    return ratios[::-1] if schedule == "falling" else ratios
+
+
+def group_errors(
+    weight: Float[Tensor, "out in"], inverse: Float[Tensor, "in in"], groups: Int[Tensor, "group column"]
+) -> Float[Tensor, " group"]:
+    r"""The output error of removing each group of columns when all other columns make up for it as best they can.
+
+    For the columns $g$ it is $tr(W_g [H^{-1}]_{gg}^{-1} W_g^T)$. With the columns in head-first order the Cholesky
+    factor of $H^{-1}$ begins with that of $[H^{-1}]_{gg}$, so one batched Cholesky of the blocks serves all groups; the
+    sum over columns of $(w_j / U_{jj})^2$, with each $w_j$ as it is when its turn comes, is a triangular solve.
+
+    Args:
+        weight: one row per output.
+        inverse: $H^{-1}$.
+        groups: the columns of every group.
+
+    Reference:
+        Ling et al. 2024 (SlimGPT), section 3.2, batched greedy pruning.
+    """
+    blocks = inverse[groups[:, :, None], groups[:, None, :]]
+    columns = weight[:, groups].permute(1, 2, 0)
+    factor = torch.linalg.cholesky(blocks)
+    errors: Tensor = torch.linalg.solve_triangular(factor, columns, upper=False).square().sum(dim=(1, 2))
+    return errors
+
+
+def cheapest_groups(
+    weight: Float[Tensor, "out in"], inputs: Damped, groups: Int[Tensor, "group column"], n_remove: int
+) -> list[int]:
+    """Choose groups of columns one after another, the cheapest first, each time as if the rest had made up for it.
+
+    Args:
+        weight: output matrix, one row per output.
+        inputs: damped second moment of its inputs.
+        groups: the columns of every group, such as those of a head; groups do not overlap.
+        n_remove: how many to remove.
+
+    Returns:
+        Positions in ``groups``, in the order of removal.
+    """
+    precise, inverse = weight.to(inputs.moment.dtype).clone(), inputs.inverse()
+    left, removed = list(range(len(groups))), list[int]()
+    while len(removed) < n_remove:
+        errors = group_errors(precise, inverse, groups[left])
+        removed.append(left.pop(int(errors.argmin())))
+        if len(removed) < n_remove:
+            _eliminate(precise, inverse, groups[removed[-1]])
+    return removed
+
+
+def cheapest_columns(
+    weight: Float[Tensor, "out in"], inputs: Damped, n_remove: int, group_share: float = _GROUP_SHARE
+) -> Int[Tensor, " removed"]:
+    """Choose single columns in groups that shrink as pruning goes on: many at first, one by one at the end.
+
+    Args:
+        weight: output matrix, one row per output.
+        inputs: damped second moment of its inputs.
+        n_remove: how many columns to remove.
+        group_share: size of the next group as a share of what is still to go; 0 removes one column at a time.
+
+    Returns:
+        The columns, in the order of removal.
+
+    Reference:
+        Ling et al. 2024 (SlimGPT), section 3.3, dynamic group size.
+    """
+    precise, inverse = weight.to(inputs.moment.dtype).clone(), inputs.inverse()
+    is_gone = torch.zeros(weight.shape[1], dtype=torch.bool, device=weight.device)
+    removed: list[Tensor] = []
+    while (n_left := n_remove - sum(len(group) for group in removed)) > 0:
+        errors = (precise.square().sum(dim=0) / inverse.diagonal()).masked_fill(is_gone, math.inf)
+        size = max(1, int(n_left * group_share))
+        group = torch.argsort(errors, stable=True)[:size]
+        removed.append(group)
+        is_gone[group] = True
+        if n_left > size:
+            _eliminate(precise, inverse, group)
+    return torch.cat(removed) if removed else torch.empty(0, dtype=torch.long, device=weight.device)
+
+
+def refitted(
+    weight: Float[Tensor, "out in"], inputs: Damped, removed: Int[Tensor, " removed"]
+) -> Float[Tensor, "out in"]:
+    r"""Remove columns and let the others make up for it: the least-squares solution.
+
+    The kept columns $k$ become $W H_{:,k} H_{kk}^{-1}$, which minimises $\lVert (W - W') X \rVert^2$ (with the damping:
+    plus a small pull towards $W$); the removed ones become exactly zero.
+
+    Args:
+        weight: output matrix, one row per output.
+        inputs: damped second moment of its inputs.
+        removed: the columns to remove.
+
+    Returns:
+        The new weight, in float64 where the device has it.
+    """
+    kept = torch.ones(weight.shape[1], dtype=torch.bool, device=weight.device)
+    kept[removed] = False
+    moment = inputs.moment
+    fitted = torch.zeros_like(weight, dtype=moment.dtype)
+    target = moment[kept] @ weight.to(moment.dtype).T
+    fitted[:, kept] = torch.cholesky_solve(target, torch.linalg.cholesky(moment[kept][:, kept])).T
+    return fitted
+
+
+def _eliminate(
+    weight: Float[Tensor, "out in"], inverse: Float[Tensor, "in in"], columns: Int[Tensor, " column"]
+) -> None:
+    """Take columns out of a weight and out of the inverse second moment, in place; the other columns compensate."""
+    step = torch.linalg.solve(inverse[columns][:, columns], inverse[columns])
+    weight -= weight[:, columns] @ step
+    inverse -= inverse[:, columns] @ step
+    weight[:, columns] = 0
+    # Rows and columns of what is gone are zero but for rounding; a unit diagonal keeps later divisions finite.
+    inverse[columns] = 0
+    inverse[:, columns] = 0
+    inverse[columns, columns] = 1

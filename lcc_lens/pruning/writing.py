@@ -1,0 +1,84 @@
+"""The pruned checkpoint on disk: zeroed or sliced, with its report and its head map."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jaxtyping import Int
+from torch import Tensor
+
+from lcc_lens.files import atomic_directory, copy_checkpoint, tensor_names, write_json
+from lcc_lens.headmap import HEAD_MAP, HeadMap
+from lcc_lens.pruning.anatomy import LayerAnatomy
+from lcc_lens.pruning.matrices import Matrix
+from lcc_lens.pruning.report import pruning_report
+from lcc_lens.pruning.settings import PruneConfig
+from lcc_lens.pruning.slicing import SlicedTensors, layer_cuts, sliced_config
+from lcc_lens.pruning.slimgpt import Quota
+from lcc_lens.pruning.unfinished import FinishedLayers
+
+
+def write_pruned(
+    model_dir: Path,
+    out: Path,
+    config: PruneConfig,
+    plan: Sequence[Sequence[Matrix]],
+    anatomies: Sequence[LayerAnatomy] | None,
+    finished: FinishedLayers,
+    *,
+    tokens: Int[Tensor, "sequence pos"] | None,
+    provenance: Mapping[str, Any],
+    dense_sha256: str,
+    overwrite: bool,
+) -> dict[str, Any]:
+    """Write a plain Hugging Face directory, whole or not at all; gives the report that lies beside the weights."""
+    report = pruning_report(config, plan, finished, tokens=tokens, provenance=provenance, dense_sha256=dense_sha256)
+    replaced, changes = _tensors_and_config(model_dir, config, anatomies, finished)
+    with atomic_directory(out, overwrite=overwrite) as part:
+        copy_checkpoint(model_dir, part, replaced=replaced, config=changes, resize=config.sliced)
+        if anatomies is not None:
+            head_map = _head_map(anatomies, finished, sliced=config.sliced)
+            write_json(part / HEAD_MAP, head_map.to_json())
+            report = {**report, **_structure(config, anatomies, finished)}
+        write_json(part / "pruning.json", report)
+    return report
+
+
+def _tensors_and_config(
+    model_dir: Path, config: PruneConfig, anatomies: Sequence[LayerAnatomy] | None, finished: FinishedLayers
+) -> tuple[Mapping[str, Tensor], dict[str, Any]]:
+    if anatomies is None or not config.sliced:
+        return finished, {}
+    gone = [finished.removed(layer) for layer in range(len(anatomies))]
+    cuts = [cut for anatomy, removed in zip(anatomies, gone, strict=True) for cut in layer_cuts(anatomy, removed)]
+    quota = Quota(len(gone[0].groups), len(gone[0].neurons))
+    return SlicedTensors(cuts, finished, tensor_names(model_dir)), sliced_config(model_dir, anatomies[0], quota)
+
+
+def _head_map(anatomies: Sequence[LayerAnatomy], finished: FinishedLayers, *, sliced: bool) -> HeadMap:
+    removed = [finished.removed(layer).heads.tolist() for layer in range(len(anatomies))]
+    every = [range(anatomy.attention.n_groups * anatomy.heads_per_group) for anatomy in anatomies]
+    kept = [[h for h in heads if h not in gone] for heads, gone in zip(every, removed, strict=True)]
+    if sliced:
+        return HeadMap(tuple(tuple(heads) for heads in kept), tuple(() for _ in kept))
+    return HeadMap(tuple(tuple(heads) for heads in every), tuple(tuple(gone) for gone in removed))
+
+
+def _structure(config: PruneConfig, anatomies: Sequence[LayerAnatomy], finished: FinishedLayers) -> dict[str, Any]:
+    """What went as a whole: the share of the layers' weights, and heads and neurons by layer (in the dense model)."""
+    gone = [finished.removed(layer) for layer in range(len(anatomies))]
+    n_removed = [
+        len(removed.groups) * anatomy.attention.group_size(anatomy.d_model)
+        + len(removed.neurons) * anatomy.mlp.group_size(anatomy.d_model)
+        for anatomy, removed in zip(anatomies, gone, strict=True)
+    ]
+    return {
+        "sliced": config.sliced,
+        "schedule": config.schedule,
+        "choice": config.choice,
+        "share_removed": sum(n_removed) / sum(anatomy.n_weights for anatomy in anatomies),
+        "removed_heads": [removed.heads.tolist() for removed in gone],
+        "removed_neurons": [len(removed.neurons) for removed in gone],
+    }

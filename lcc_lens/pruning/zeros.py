@@ -1,0 +1,213 @@
+"""The zeros of a checkpoint, read from its files one tensor at a time: how many, in which pattern, and where."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from lcc_lens.errors import RequestError
+from lcc_lens.files import tensor_names, weight_files
+from lcc_lens.progress import track
+from lcc_lens.pruning.layers import read_config, skeleton
+from lcc_lens.pruning.masks import detect_pattern
+from lcc_lens.pruning.matrices import Matrix, find_matrices
+from lcc_lens.pruning.report import common_pattern
+
+
+@dataclass(frozen=True)
+class MatrixZeros:
+    """The zeros of one linear map inside a decoder layer."""
+
+    name: str
+    """Its tensor in the checkpoint."""
+    shape: tuple[int, int]
+    """Outputs, inputs (whatever the stored layout)."""
+    zeros: int
+    """Weights that are exactly zero."""
+    pattern: str
+    """``2:4``, ``4:8``, ``unstructured`` or ``dense``; see :func:`lcc_lens.pruning.masks.detect_pattern`."""
+    zero_rows: int
+    """Outputs that no input reaches: rows of zeros only."""
+    zero_columns: int
+    """Inputs that reach no output: columns of zeros only."""
+
+    @property
+    def parameters(self) -> int:
+        """Weights in the matrix, zeros included."""
+        return self.shape[0] * self.shape[1]
+
+    @property
+    def share(self) -> float:
+        """The share of its weights that are zero."""
+        return self.zeros / self.parameters
+
+
+@dataclass(frozen=True)
+class ZeroPattern:
+    """The zeros of a whole checkpoint."""
+
+    path: Path
+    """The Hugging Face directory."""
+    matrices: tuple[MatrixZeros, ...]
+    """The linear maps inside the decoder layers, in the order of the layers."""
+    parameters: int
+    """Stored parameters of the model, embeddings, norms and biases included; tied embeddings count once."""
+    nonzero_parameters: int
+    """Those of them that are not exactly zero."""
+    bytes: int
+    """Size of the weight files on disk."""
+    dtype: str
+    """Stored format of the matrices, such as ``bfloat16``; all of them, where they differ."""
+    missing: tuple[str, ...]
+    """Parameters for which the checkpoint holds no tensor: loading would fill them with random numbers."""
+
+    @property
+    def sparsity(self) -> float:
+        """The share of zeros among the weights of the linear maps inside the decoder layers."""
+        return sum(matrix.zeros for matrix in self.matrices) / sum(matrix.parameters for matrix in self.matrices)
+
+    @property
+    def pattern(self) -> str:
+        """The strictest pattern that holds in every matrix."""
+        return common_pattern({matrix.pattern for matrix in self.matrices})
+
+
+@dataclass(frozen=True)
+class MatrixComparison:
+    """Positions of one matrix that are zero in two checkpoints, or in one of them only."""
+
+    name: str
+    both: int
+    only_first: int
+    only_second: int
+
+    @property
+    def is_equal(self) -> bool:
+        """Whether the same positions are zero in both."""
+        return self.only_first == self.only_second == 0
+
+
+@dataclass(frozen=True)
+class ZeroComparison:
+    """The zeros of two checkpoints of the same shape, position by position."""
+
+    matrices: tuple[MatrixComparison, ...]
+
+    @property
+    def is_equal(self) -> bool:
+        """Whether the same positions are zero in every matrix."""
+        return self.equal_matrices == len(self.matrices)
+
+    @property
+    def equal_matrices(self) -> int:
+        """How many matrices have the same positions zero in both."""
+        return sum(matrix.is_equal for matrix in self.matrices)
+
+
+def zero_pattern(path: Path) -> ZeroPattern:
+    """Count the zeros of a checkpoint, whoever made it: sharded or not, in any float format, embeddings tied or not.
+
+    The weights are read from disk and no model runs; one tensor is in memory at a time.
+
+    Args:
+        path: a local Hugging Face directory with safetensors.
+
+    Raises:
+        RequestError: the checkpoint is unreadable, quantised, or of an architecture that is not supported.
+
+    Example:
+        >>> zero_pattern(Path("out/wanda50")).sparsity  # doctest: +SKIP
+        0.5
+    """
+    found = [matrix for layer in find_matrices(path) for matrix in layer]
+    matrices = tuple(_matrix_zeros(matrix.name, read_rows(matrix)) for matrix in track(found, len(found), "zeros"))
+    stored, missing = _stored_parameters(path)
+    others = [_numel_and_zeros(stored[name], name) for name in stored.keys() - {matrix.name for matrix in matrices}]
+    parameters = sum(matrix.parameters for matrix in matrices) + sum(numel for numel, _ in others)
+    zeros = sum(matrix.zeros for matrix in matrices) + sum(zeros for _, zeros in others)
+    return ZeroPattern(
+        path=path,
+        matrices=matrices,
+        parameters=parameters,
+        nonzero_parameters=parameters - zeros,
+        bytes=sum(file.stat().st_size for file in weight_files(path)),
+        dtype=", ".join(sorted({str(matrix.dtype).removeprefix("torch.") for matrix in found})),
+        missing=missing,
+    )
+
+
+def compare_zeros(first: Path, second: Path) -> ZeroComparison:
+    """Compare the zeros of two checkpoints position by position, two tensors in memory at a time.
+
+    Args:
+        first: a local Hugging Face directory.
+        second: another one, with matrices of the same names and shapes.
+
+    Raises:
+        RequestError: a checkpoint is unreadable, or their matrices differ in name or shape, as a sliced model's do.
+    """
+    ours, theirs = ({m.name: m for layer in find_matrices(path) for m in layer} for path in (first, second))
+    alone = sorted(ours.keys() ^ theirs.keys())
+    if alone:
+        raise RequestError(
+            f"wanted matrices of the same names in {first} and {second}, got {alone[0]} in one only; "
+            "compare two versions of the same model"
+        )
+    return ZeroComparison(tuple(_compare(ours[name], theirs[name]) for name in ours))
+
+
+def read_rows(matrix: Matrix) -> Float[Tensor, "out in"]:
+    """Read one matrix from disk in its stored format, one row per output."""
+    return matrix.rows(_read(matrix.file, matrix.name))
+
+
+def _matrix_zeros(name: str, rows: Float[Tensor, "out in"]) -> MatrixZeros:
+    zeros = rows == 0
+    n_rows, n_columns = int(zeros.all(dim=1).sum()), int(zeros.all(dim=0).sum())
+    return MatrixZeros(name, (len(rows), rows.shape[1]), int(zeros.sum()), detect_pattern(rows), n_rows, n_columns)
+
+
+def _compare(first: Matrix, second: Matrix) -> MatrixComparison:
+    ours, theirs = read_rows(first) == 0, read_rows(second) == 0
+    if ours.shape != theirs.shape:
+        raise RequestError(
+            f"wanted {first.name} of the same shape twice, got {tuple(ours.shape)} and {tuple(theirs.shape)}; "
+            "compare models of one shape (a sliced model's matrices are smaller)"
+        )
+    counts = (int(where.sum()) for where in (ours & theirs, ours & ~theirs, theirs & ~ours))
+    return MatrixComparison(first.name, *counts)
+
+
+def _stored_parameters(path: Path) -> tuple[dict[str, Path], tuple[str, ...]]:
+    """The tensors that hold the model's parameters, each parameter once, and the parameters that none holds.
+
+    Some checkpoints store tied embeddings twice, or buffers such as GPT-2's causal mask: neither adds parameters.
+    """
+    model = skeleton(path, read_config(path))
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    known = dict(model.named_parameters(remove_duplicate=False))
+    stored: dict[int, tuple[str, Path]] = {}
+    for name, file in tensor_names(path).items():
+        # Saved from the base model, as the original GPT-2 is, a checkpoint's names lack the base model's prefix.
+        parameter = known.get(name, known.get(prefix + name))
+        if parameter is not None:
+            stored.setdefault(id(parameter), (name, file))
+    missing = tuple(name for name, parameter in model.named_parameters() if id(parameter) not in stored)
+    return dict(stored.values()), missing
+
+
+def _numel_and_zeros(file: Path, name: str) -> tuple[int, int]:
+    tensor = _read(file, name)
+    return tensor.numel(), tensor.numel() - int(torch.count_nonzero(tensor))
+
+
+def _read(file: Path, name: str) -> Tensor:
+    from safetensors import safe_open
+
+    with safe_open(file, framework="pt") as handle:
+        tensor: Tensor = handle.get_tensor(name)
+    return tensor
