@@ -1,0 +1,85 @@
+"""Exactly 2:4 sparse matrices through the GPU's own sparse kernels, the one case where zeros can be skipped."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from lcc_lens.errors import RequestError
+from lcc_lens.pruning.layers import decoder_layers
+from lcc_lens.pruning.masks import detect_pattern
+
+_FORMATS = (torch.float16, torch.bfloat16)
+# What both of PyTorch's kernels (cuSPARSELt and CUTLASS) take in 16-bit formats.
+_ROWS, _COLUMNS = 32, 64
+# NVIDIA's sparse tensor cores came with Ampere.
+_CAPABILITY = (8, 0)
+
+
+def to_semi_structured(model: nn.Module) -> int:
+    """Convert a model's 2:4 matrices in place with ``torch.sparse.to_sparse_semi_structured``.
+
+    Converted are the ``nn.Linear`` weights inside the decoder layers whose shapes the kernels take (multiples of 32
+    outputs and 64 inputs); the others stay dense. What comes out takes prompts of any length and has no gradients.
+
+    Args:
+        model: a plain transformers model on a CUDA device, in float16 or bfloat16.
+
+    Returns:
+        How many matrices were converted.
+
+    Raises:
+        RequestError: not on CUDA, or a device without sparse tensor cores; another format; a matrix that is not exactly
+            2:4; no matrix of a shape that the kernels take.
+    """
+    linears = _linear_layers(model)
+    first = next(iter(linears.values())).weight
+    require_kernels(first.device, first.dtype)
+    others = [name for name, layer in linears.items() if detect_pattern(layer.weight) != "2:4"]
+    if others:
+        raise RequestError(
+            f"wanted every linear weight exactly 2:4, got {len(others)} of {len(linears)} that are not ({others[0]} "
+            "first); prune with --pattern 2:4"
+        )
+    fitting = [layer for layer in linears.values() if _fits(layer.weight)]
+    if not fitting:
+        raise RequestError(
+            f"wanted matrices of a multiple of {_ROWS} outputs and {_COLUMNS} inputs for 2:4 kernels, got none"
+        )
+    for layer in fitting:
+        convert: Any = torch.sparse.to_sparse_semi_structured
+        layer.weight = nn.Parameter(convert(layer.weight.detach().contiguous()), requires_grad=False)
+    return len(fitting)
+
+
+def require_kernels(device: torch.device, dtype: torch.dtype) -> None:
+    """Refuse a device or format for which PyTorch has no 2:4 kernels.
+
+    Raises:
+        RequestError: says what is missing.
+    """
+    if device.type != "cuda":
+        raise RequestError(f"wanted a CUDA device for 2:4 kernels, got {device}; run on an NVIDIA GPU, Ampere or newer")
+    if torch.cuda.get_device_capability(device) < _CAPABILITY:
+        raise RequestError(
+            f"wanted a GPU with sparse tensor cores, got {torch.cuda.get_device_name(device)}; "
+            "run on an NVIDIA GPU, Ampere or newer"
+        )
+    if dtype not in _FORMATS:
+        raise RequestError(f"wanted float16 or bfloat16 for 2:4 kernels, got {dtype}; set LCC_LENS_DTYPE=bfloat16")
+
+
+def _linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
+    """The ``nn.Linear`` layers inside the decoder layers, by name."""
+    prefix, layers = decoder_layers(model, model.config)
+    found = {f"{prefix}.{name}": layer for name, layer in layers.named_modules() if isinstance(layer, nn.Linear)}
+    if not found:
+        raise RequestError(f"wanted linear layers for 2:4 kernels, got none in {type(model).__name__}")
+    return found
+
+
+def _fits(weight: Float[Tensor, "out in"]) -> bool:
+    return weight.shape[0] % _ROWS == 0 and weight.shape[1] % _COLUMNS == 0

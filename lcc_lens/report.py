@@ -1,0 +1,162 @@
+"""The efficiency report: how sparse models really are, whether the zeros agree, how large and how fast they are."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lcc_lens.config import compute_dtype, default_device, package_version
+from lcc_lens.errors import RequestError
+from lcc_lens.evaluation import unique_names
+from lcc_lens.latency import DECODE_PROMPT
+from lcc_lens.models import resolve
+from lcc_lens.pruning.compression import compressed_size, matrix_sizes
+from lcc_lens.pruning.zeros import ZeroPattern, compare_zeros, zero_pattern
+from lcc_lens.speed import SpeedConfig, measure_speed, require_context
+
+Entry = dict[str, Any]
+
+
+def report(
+    references: Sequence[str | Path],
+    *,
+    latency: bool = True,
+    repeats: int = 15,
+    prompt_tokens: int = 256,
+    new_tokens: int = 24,
+) -> Entry:
+    """The contents of ``report.json``: zeros, sizes and times of models, the first being what the others are held to.
+
+    Zeros and sizes are read from the files, one tensor at a time. For the times all models are in memory at once, since
+    their rounds are interleaved; they run in plain transformers, all in one format.
+
+    Args:
+        references: model references (see :func:`lcc_lens.models.resolve`), the dense one best first.
+        latency: whether to load the models and time them; else every time is ``None`` and ``ratios`` empty.
+        repeats: timed rounds.
+        prompt_tokens: tokens of the forward pass that ``prefill_ms`` times.
+        new_tokens: tokens generated one by one that ``decode_ms`` averages over, after a prompt of 16.
+
+    Returns:
+        ``models`` by name; ``ratios`` of each model's times to the first model's, formed within each round;
+        ``zero_patterns``, every model with zeros against the first of them; ``settings``, ``machine``, ``version``.
+        Times are in milliseconds, medians with intervals as :func:`lcc_lens.latency.median_interval` gives them, sizes
+        in bytes.
+
+    Raises:
+        RequestError: no model or one that cannot be read, a number below one, or more tokens than a model takes.
+        LensError: a weight is NaN or infinite.
+
+    Example:
+        >>> report(["smollm2", "out/wanda50"])["models"]["wanda50"]["sparsity"]  # doctest: +SKIP
+        0.5
+    """
+    if not references:
+        raise RequestError("wanted at least one model, got none; name some, the dense one first")
+    config = SpeedConfig(repeats, prompt_tokens, new_tokens)
+    paths = dict(zip(unique_names(references), map(resolve, references), strict=True))
+    if latency:
+        require_context(paths, config.longest)
+    zeros = {name: zero_pattern(path) for name, path in paths.items()}
+    models = {
+        name: {"reference": str(reference), **_file_entry(zeros[name])}
+        for name, reference in zip(paths, references, strict=True)
+    }
+    return {
+        "models": models,
+        "ratios": _add_times(models, paths, config) if latency else {},
+        "zero_patterns": compare_patterns(zeros),
+        "settings": {"latency": latency, **vars(config), "decode_prompt_tokens": DECODE_PROMPT},
+        "machine": _machine(),
+        "version": package_version(),
+    }
+
+
+def compare_patterns(zeros: Mapping[str, ZeroPattern]) -> Entry:
+    """Hold the zeros of every pruned model against those of the first pruned one, position by position.
+
+    Returns:
+        ``reference``, the name of the first model that is not dense (``None`` where all are), and ``models``: for each
+        other one ``is_equal``, counts of matrices and positions and the matrices that differ, or a ``note`` why nothing
+        is compared (it is dense, or of another shape).
+    """
+    reference = next((name for name, pattern in zeros.items() if pattern.pattern != "dense"), None)
+    others = [name for name in zeros if reference is not None and name != reference]
+    return {
+        "reference": reference,
+        "models": {name: _comparison(zeros[reference], zeros[name]) for name in others if reference is not None},
+    }
+
+
+def _comparison(first: ZeroPattern, second: ZeroPattern) -> Entry:
+    if second.pattern == "dense":
+        return {"note": "it is dense: no zeros to compare"}
+    try:
+        found = compare_zeros(first.path, second.path)
+    except RequestError as refusal:
+        return {"note": str(refusal)}
+    positions = ("both", "only_first", "only_second")
+    return {
+        "is_equal": found.is_equal,
+        "matrices": len(found.matrices),
+        "equal_matrices": found.equal_matrices,
+        **{key: sum(getattr(matrix, key) for matrix in found.matrices) for key in positions},
+        "different": {m.name: {key: getattr(m, key) for key in positions} for m in found.matrices if not m.is_equal},
+    }
+
+
+def _file_entry(zeros: ZeroPattern) -> Entry:
+    """What the files alone say about a model, and the places of its times."""
+    sizes = matrix_sizes(zeros.path)
+    return {
+        "path": str(zeros.path),
+        "sparsity": zeros.sparsity,
+        "pattern": zeros.pattern,
+        "parameters": zeros.parameters,
+        "nonzero_parameters": zeros.nonzero_parameters,
+        "missing_parameters": list(zeros.missing),
+        "bytes": zeros.bytes,
+        "bytes_zstd": compressed_size(zeros.path),
+        "dtype": zeros.dtype,
+        "loads_in_transformers": None,
+        "prefill_ms": None,
+        "decode_ms": None,
+        "prefill_semi_structured_ms": None,
+        "semi_structured_note": "not run: times were not asked for" if zeros.pattern == "2:4" else None,
+        "matrices": {
+            matrix.name: {
+                "shape": list(matrix.shape), "zeros": matrix.zeros, "sparsity": matrix.share, "pattern": matrix.pattern,
+                "zero_rows": matrix.zero_rows, "zero_columns": matrix.zero_columns,
+                "bytes": sizes[matrix.name][0], "bytes_zstd": sizes[matrix.name][1],
+            }
+            for matrix in zeros.matrices
+        },
+    }  # fmt: skip
+
+
+def _add_times(models: dict[str, Entry], paths: Mapping[str, Path], config: SpeedConfig) -> Entry:
+    """Fill measured times into the models' entries; gives the ratios."""
+    two_of_four = [name for name, entry in models.items() if entry["pattern"] == "2:4"]
+    speed = measure_speed(paths, config, semi_structured=two_of_four)
+    for name, times in speed.milliseconds.items():
+        models[name] |= {f"{kind}_ms": summary for kind, summary in times.items()}
+        models[name] |= {"loads_in_transformers": True, "semi_structured_note": speed.notes.get(name)}
+    return speed.ratios
+
+
+def _machine() -> Entry:
+    """Where and with what the times were taken."""
+    import transformers
+
+    device = default_device()
+    return {
+        "device": str(device),
+        "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
+        "dtype": str(compute_dtype(device)).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
