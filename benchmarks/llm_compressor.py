@@ -4,12 +4,12 @@
 
 Run it with the Python of a virtual environment of its own (llm-compressor pins its own transformers). The constraint
 keeps pip on a CPU build of torch; without it llm-compressor draws the newest torch with gigabytes of CUDA libraries.
-Where the index gives no `+cpu` build, add `--extra-index-url https://download.pytorch.org/whl/cpu`. Installed with:
+Installed with:
 
-    python3 -m venv /tmp/w/lccomp
-    echo 'torch==2.13.0+cpu' > /tmp/w/lccomp-constraints.txt
-    /tmp/w/lccomp/bin/pip install -c /tmp/w/lccomp-constraints.txt torch==2.13.0
-    /tmp/w/lccomp/bin/pip install -c /tmp/w/lccomp-constraints.txt llmcompressor==0.14.0.1
+    python3 -m venv other-venv
+    other-venv/bin/pip install torch==2.13.0
+    echo 'torch==2.13.0+cpu' > cpu-constraints.txt
+    other-venv/bin/pip install -c cpu-constraints.txt llmcompressor==0.14.0.1
 
 TOKENS holds one int64 tensor `tokens` [sequence, pos]: equal lengths, no padding, calibrated in the order given. The
 seconds are those of the `oneshot` call alone: tokenising, imports, loading and saving lie outside, tracing the model

@@ -22,6 +22,7 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
+from lcc_lens.errors import LensError, RequestError
 from lcc_lens.files import sha256_file
 from lcc_lens.progress import tracked_by
 from lcc_lens.pruning import NofM, Pattern, Unstructured, detect_pattern, keep_mask, prune
@@ -256,3 +257,65 @@ def test_overwriting_replaces_the_old_result(dense: Callable[[str], Path], tmp_p
     run(dense("llama"), tmp_path / "out", Unstructured(0.25), overwrite=True)
     assert json.loads((tmp_path / "out" / "pruning.json").read_text())["sparsity_asked"] == 0.25
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3"])
+@pytest.mark.parametrize("pattern", [HALF, NofM(2, 4)], ids=str)
+def test_sparsegpt_keeps_the_share_and_errs_less_than_wanda(
+    family: str, pattern: Pattern, dense: Callable[[str], Path], tmp_path: Path
+) -> None:
+    if family == "llama" and isinstance(pattern, NofM):
+        pytest.skip("the output projection's 30 inputs are no multiple of 4")
+    tokens = torch.randint(0, 60, (40, 9), generator=torch.Generator().manual_seed(9))
+    logits = {}
+    for method in ("wanda", "sparsegpt"):
+        report = run(dense(family), tmp_path / method, pattern, method=method, calibration=tokens)
+        assert report["sparsity"] == pytest.approx(0.5, abs=0.001 if method == "sparsegpt" else 0.01)
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / method).eval()
+        with torch.no_grad():
+            logits[method] = model(tokens).logits
+    with torch.no_grad():
+        target = AutoModelForCausalLM.from_pretrained(dense(family)).eval()(tokens).logits
+    errors = {method: float((found - target).square().mean()) for method, found in logits.items()}
+    assert errors["sparsegpt"] < errors["wanda"]
+    if isinstance(pattern, NofM):
+        assert report["pattern_found"] == "2:4"
+
+
+@pytest.mark.parametrize("computed", [torch.bfloat16, torch.float32])
+def test_sparsegpt_factorises_in_double_precision_whatever_the_model_computes_in(
+    computed: torch.dtype, dense: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lcc_lens.pruning import obs, second_order
+
+    seen: list[torch.dtype] = []
+
+    def noting(*args: Any) -> Any:
+        found = obs.sparsegpt(*args)
+        seen.extend((args[0].dtype, args[1].factor.dtype, found.dtype))
+        return found
+
+    monkeypatch.setattr(second_order, "sparsegpt", noting)
+    tokens = TOKENS.repeat(2, 1)
+    run(dense("llama"), tmp_path / "out", method="sparsegpt", dtype=computed, calibration=tokens)
+    assert set(seen[::3]) == {torch.float32} == set(seen[2::3])
+    assert set(seen[1::3]) == {torch.float64}
+
+
+def test_too_few_tokens_to_invert(dense: Callable[[str], Path], tmp_path: Path) -> None:
+    match = r"wanted at least 44 calibration tokens for sparsegpt, as many as model\.layers\.0\.mlp\.down_proj"
+    with pytest.raises(RequestError, match=match):
+        run(dense("llama"), tmp_path / "out", method="sparsegpt", calibration=TOKENS[:4])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_broken_inputs_are_named_by_second_order_methods(dense: Callable[[str], Path], tmp_path: Path) -> None:
+    source = tmp_path / "dense"
+    model = AutoModelForCausalLM.from_pretrained(dense("llama"))
+    with torch.no_grad():
+        model.model.layers[1].input_layernorm.weight.fill_(3e38)
+    model.save_pretrained(source)
+    for method in ("sparsegpt", "slimgpt"):
+        with pytest.raises(LensError, match=r"(model\.layers\.1|layer 1)"):
+            run(source, tmp_path / "out", Unstructured(0.2), method=method, calibration=TOKENS.repeat(2, 1))
+        assert [path.name for path in tmp_path.iterdir()] == ["dense"]

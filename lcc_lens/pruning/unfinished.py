@@ -37,7 +37,10 @@ class FinishedLayers(Mapping[str, Tensor]):
         if not self._is_same_run():
             self.discard()
         while (file := self._file(self._n)).exists():
-            self._note(read_tensors(file)[0])
+            try:
+                self._note(read_tensors(file)[0])
+            except RequestError:  # a disk that lost what it had taken: that layer and the later ones are made again
+                break
 
     def __len__(self) -> int:
         return len(self._where)
