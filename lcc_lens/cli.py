@@ -15,6 +15,7 @@ import tyro
 
 from lcc_lens.errors import LensError, RequestError
 from lcc_lens.progress import shown
+from lcc_lens.show import console, pruning_rows, show_losses, show_report, show_results, show_scan, show_table
 
 if TYPE_CHECKING:
     from lcc_lens.heads import Head
@@ -71,7 +72,7 @@ class Prune(Common):
             calibration=self.calibration, n_samples=self.n_samples, seq_len=self.seq_len, seed=self.seed,
             sliced=self.sliced, schedule=self.schedule, overwrite=self.overwrite,
         )  # fmt: skip
-        _show_table(f"{self.method}: {self.out}", ["", ""], _pruning_rows(report))
+        show_table(f"{self.method}: {self.out}", ["", ""], pruning_rows(report))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,7 +112,7 @@ class ScanPair(Common):
             limit=self.examples, probe_rank=self.probe_rank, seed=self.seed,
         )  # fmt: skip
         found.save(self.run)
-        _show_scan(found, self.run)
+        show_scan(found, self.run)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,7 +181,7 @@ class Restore(Common):
             pair, found, heads, data, config=config, validation=validation, rank=self.rank, start=self.start,
             max_length=self.max_length, limit=self.examples, run=self.run, resume=self.resume,
         )  # fmt: skip
-        _show_losses(restoration.record.losses, len(heads), self.run)
+        show_losses(restoration.record.losses, len(heads), self.run)
 
     def _scan(self, pair: Pair) -> Scan:
         from lcc_lens.scan import SCAN_RECORD, Scan, scan
@@ -223,7 +224,7 @@ class Export(Common):
             ["largest logit difference to the hooked model", f"{report.logit_difference:.2g}"],
             ["largest effect on the logits", f"{report.logit_effect:.2g}"],
         ]
-        _show_table(f"exported and verified: {self.out}", ["", ""], rows)
+        show_table(f"exported and verified: {self.out}", ["", ""], rows)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -250,7 +251,7 @@ class Eval(Common):
         results = evaluate(self.models, self.tasks, limit=self.limit, length=self.length)
         if self.out is not None:
             write_json(self.out, results)
-        _show_results(results["models"], str(self.out) if self.out else "results")
+        show_results(results["models"], str(self.out) if self.out else "results")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -282,7 +283,7 @@ class Report(Common):
         )  # fmt: skip
         if self.out is not None:
             write_json(self.out, found)
-        _show_report(found, str(self.out) if self.out else "report")
+        show_report(found, str(self.out) if self.out else "report")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -301,17 +302,17 @@ class Demo(Common):
 
         def stage(title: str) -> None:
             if not self.quiet:
-                _console().print(f"[bold]{next(stages)}/5[/bold] {title}")
+                console().print(f"[bold]{next(stages)}/5[/bold] {title}")
 
         result = run_demo(DemoConfig(folder=self.folder, seed=self.seed), stage=stage)
-        _show_results(result.results["models"], "dense, pruned, restored on held-out data")
+        show_results(result.results["models"], "dense, pruned, restored on held-out data")
         shares = {name: value for name, value in result.results["share_recovered"].items() if value is not None}
-        _show_table(
+        show_table(
             "share of the lost log-likelihood recovered", ["data", "share"],
             [[name, f"{value:.1%}"] for name, value in shares.items()],
         )  # fmt: skip
-        _console().print(f"model  {result.restored}")
-        _console().print(f"page   {result.page}", soft_wrap=True)
+        console().print(f"model  {result.restored}")
+        console().print(f"page   {result.page}", soft_wrap=True)
 
 
 Command = (
@@ -373,74 +374,3 @@ def _load(name: str, n: int, role: Any, seed: int) -> Any:
 
     is_corpus = Path(name).suffix == ".txt" or (name in SOURCES and SOURCES[name].kind == "text")
     return load_data(name, None if is_corpus else n, role=role, seed=seed)
-
-
-def _console() -> Any:
-    from rich.console import Console
-
-    return Console()
-
-
-def _show_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
-    from rich.table import Table
-
-    table = Table(title=title, title_justify="left", show_header=any(columns))
-    for number, column in enumerate(columns):
-        table.add_column(column, justify="left" if number == 0 else "right")
-    for row in rows:
-        table.add_row(*row)
-    _console().print(table)
-
-
-def _pruning_rows(report: dict[str, Any]) -> list[list[str]]:
-    if "share_removed" not in report:
-        rows = [["sparsity", f"{report['sparsity']:.4f}"], ["pattern", report["pattern_found"]]]
-        return [*rows, ["matrices", str(len(report["matrices"]))]]
-    heads, neurons = sum(map(len, report["removed_heads"])), sum(report["removed_neurons"])
-    form = "out of the shapes" if report["sliced"] else "zero"
-    return [
-        [f"share of the layers' weights now {form}", f"{report['share_removed']:.4f}"],
-        ["heads removed", str(heads)],
-        ["neurons removed", str(neurons)],
-    ]
-
-
-def _show_scan(found: Scan, run_dir: Path) -> None:
-    from lcc_lens.plotting import plot_loss_map, write_html
-
-    page = run_dir / "loss_map.html"
-    write_html(plot_loss_map(found), page)
-    frame = found.table().sort_values("relative_loss", ascending=False).head(10)
-    rows = [
-        [f"L{row.layer}H{row.head}", f"{row.relative_loss:.1%}", f"{row.cosine:.3f}", f"{row.constant_share:.1%}"]
-        for row in frame.itertuples()
-    ]
-    _show_table("heads that changed most", ["head", "changed", "cosine", "constant share"], rows)
-    _console().print(f"scan {run_dir}\npage {page}", soft_wrap=True)
-
-
-def _show_losses(losses: dict[str, float], n_heads: int, run_dir: Path) -> None:
-    from lcc_lens.metrics import share_recovered
-
-    rows = [[name, f"{value:.4f}"] for name, value in losses.items()]
-    share = share_recovered(losses["dense"], losses["pruned"], losses["restored"])
-    rows.append(["share recovered", "nothing was lost" if share is None else f"{share:.1%}"])
-    _show_table(f"held-out response loss, {n_heads} heads", ["model", "nats per token"], rows)
-    _console().print(f"restoration {run_dir}", soft_wrap=True)
-
-
-def _show_results(models: dict[str, Any], title: str) -> None:
-    from lcc_lens.page import format_scores
-
-    columns = ["model", *format_scores(next(iter(models.values()))["tasks"])]
-    _show_table(title, columns, [[name, *format_scores(entry["tasks"]).values()] for name, entry in models.items()])
-
-
-def _show_report(found: dict[str, Any], title: str) -> None:
-    from lcc_lens.report_text import findings, size_table, time_table
-
-    _show_table(title, *size_table(found))
-    if found["ratios"]:
-        _show_table("median and interval of interleaved rounds", *time_table(found))
-    for sentence in findings(found):
-        print(sentence)

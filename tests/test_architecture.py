@@ -21,7 +21,7 @@ LAYERS: list[tuple[str, ...]] = [
     ("data", "tasks", "models", "pair", "embedded", "hooks", "activations", "pruning", "pruning.*"),
     ("scan", "scanned", "selectors", "selectors.*", "injection", "restoration", "training", "baselines", "baselines.*"),
     ("", "evaluation", "export", "plotting", "page", "recipe", "lens", "latency", "speed", "report", "report_text"),
-    ("cli", "demo", "__main__", "explorer", "explorer.*"),
+    ("cli", "show", "demo", "__main__", "explorer", "explorer.*"),
 ]
 # What takes seconds to import, or is not needed to say --help.
 HEAVY = {"torch", "transformers", "transformer_lens", "plotly", "datasets", "pandas", "sklearn", "lm_eval"}

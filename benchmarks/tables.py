@@ -1,0 +1,90 @@
+"""The README's tables about pruning, drawn from the committed results: python benchmarks/tables.py prints them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+
+
+def quality_table(study: dict[str, Any]) -> str:
+    """Perplexity by method and share, mean and standard deviation over seeds."""
+    methods = study["methods"]
+
+    def cell(name: str) -> str:
+        if name not in methods:
+            return ""
+        found = methods[name]
+        return f"{number(found['mean'])} ± {number(found['stdev'])}"
+
+    lines = [
+        f"dense: {study['dense']['perplexity']:.2f}", "",
+        "| | 50 % | 2:4 |", "|---|---:|---:|",
+        *(f"| {label} | {cell(f'{name} 50%')} | {cell(f'{name} 2:4')} |"
+          for name, label in (("wanda", "Wanda"), ("sparsegpt", "SparseGPT"))), "",
+        "| whole heads and neurons | 10 % | 20 % | 30 % |", "|---|---:|---:|---:|",
+        *(f"| {label} | " + " | ".join(cell(f"{name} {share}%") for share in (10, 20, 30)) + " |"
+          for name, label in (
+              ("slimgpt log", "SlimGPT, zeroed, rising ratio"), ("slimgpt", "SlimGPT, sliced, equal ratio"),
+              ("head magnitude", "smallest weights, sliced"), ("random heads", "random, sliced"))),
+    ]  # fmt: skip
+    return "\n".join(lines)
+
+
+def number(value: float) -> str:
+    """Few digits, no exponent: 44.5, 381, 402,977."""
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}" if value >= 100 else f"{value:.2f}"
+
+
+def time_table(bench: dict[str, Any]) -> str:
+    """Time of every pruner over two bare forward passes, and peak memory."""
+    memory = bench["peak_memory_mb"]
+    lines = ["| | time / two forward passes | range | peak memory (MB) |", "|---|---:|---:|---:|"]
+    for name, row in bench["ratio_to_two_passes"].items():
+        peak = f"{memory[name]:,.0f}" if name in memory else ""
+        lines.append(f"| {name} | {row['median']:.2f} | {row['smallest']:.2f} to {row['largest']:.2f} | {peak} |")
+    return "\n".join(lines)
+
+
+def peer_table(bench: dict[str, Any]) -> str:
+    """Seconds and perplexity beside llm-compressor's."""
+    peers = {name: row for name, row in bench["llm_compressor"].items() if name != "versions"}
+    lines = ["| | lcc_lens (s) | llm-compressor (s) | ratio | perplexity | theirs |", "|---|---:|---:|---:|---:|---:|"]
+    for name, row in peers.items():
+        lines.append(
+            f"| {name} 50 % | {row['ours_s']['median']:.0f} | {row['theirs_s']['median']:.0f} "
+            f"| {row['ratio']['median']:.2f} | {row['our_perplexity']:.2f} | {row['their_perplexity']:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+def report_table(report: dict[str, Any]) -> str:
+    """Sizes and times of a dense, a pruned and a sliced model, as `lcc-lens report` measured them."""
+    lines = [
+        "| | zeros | pattern | parameters (M) | MB | zstd MB | prefill / dense | decode / dense |",
+        "|---|---:|---|---:|---:|---:|---:|---:|",
+    ]
+    for name, entry in report["models"].items():
+        ratios = report["ratios"][name]
+        times = [f"{r['median']:.2f} [{r['low']:.2f}, {r['high']:.2f}]" for r in (ratios["prefill"], ratios["decode"])]
+        lines.append(
+            f"| {name} | {entry['sparsity']:.1%} | {entry['pattern']} | {entry['parameters'] / 1e6:.1f} "
+            f"| {entry['bytes'] / 1e6:.0f} | {entry['bytes_zstd'] / 1e6:.0f} | {' | '.join(times)} |"
+        )
+    return "\n".join(lines)
+
+
+def read(name: str) -> dict[str, Any]:
+    return json.loads((HERE / name).read_text())
+
+
+if __name__ == "__main__":
+    for table in (
+        quality_table(read("pruning_quality.json")),
+        time_table(read("pruners.json")),
+        peer_table(read("pruners.json")),
+        report_table(read("report.json")),
+    ):
+        print(table, end="\n\n")

@@ -1,0 +1,80 @@
+"""What commands print: tables and sentences on the terminal."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lcc_lens.scan import Scan
+
+
+def console() -> Any:
+    from rich.console import Console
+
+    return Console()
+
+
+def show_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", show_header=any(columns))
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="left" if number == 0 else "right")
+    for row in rows:
+        table.add_row(*row)
+    console().print(table)
+
+
+def pruning_rows(report: dict[str, Any]) -> list[list[str]]:
+    if "share_removed" not in report:
+        rows = [["sparsity", f"{report['sparsity']:.4f}"], ["pattern", report["pattern_found"]]]
+        return [*rows, ["matrices", str(len(report["matrices"]))]]
+    heads, neurons = sum(map(len, report["removed_heads"])), sum(report["removed_neurons"])
+    form = "out of the shapes" if report["sliced"] else "zero"
+    return [
+        [f"share of the layers' weights now {form}", f"{report['share_removed']:.4f}"],
+        ["heads removed", str(heads)],
+        ["neurons removed", str(neurons)],
+    ]
+
+
+def show_scan(found: Scan, run_dir: Path) -> None:
+    from lcc_lens.plotting import plot_loss_map, write_html
+
+    page = run_dir / "loss_map.html"
+    write_html(plot_loss_map(found), page)
+    frame = found.table().sort_values("relative_loss", ascending=False).head(10)
+    rows = [
+        [f"L{row.layer}H{row.head}", f"{row.relative_loss:.1%}", f"{row.cosine:.3f}", f"{row.constant_share:.1%}"]
+        for row in frame.itertuples()
+    ]
+    show_table("heads that changed most", ["head", "changed", "cosine", "constant share"], rows)
+    console().print(f"scan {run_dir}\npage {page}", soft_wrap=True)
+
+
+def show_losses(losses: dict[str, float], n_heads: int, run_dir: Path) -> None:
+    from lcc_lens.metrics import share_recovered
+
+    rows = [[name, f"{value:.4f}"] for name, value in losses.items()]
+    share = share_recovered(losses["dense"], losses["pruned"], losses["restored"])
+    rows.append(["share recovered", "nothing was lost" if share is None else f"{share:.1%}"])
+    show_table(f"held-out response loss, {n_heads} heads", ["model", "nats per token"], rows)
+    console().print(f"restoration {run_dir}", soft_wrap=True)
+
+
+def show_results(models: dict[str, Any], title: str) -> None:
+    from lcc_lens.page import format_scores
+
+    columns = ["model", *format_scores(next(iter(models.values()))["tasks"])]
+    show_table(title, columns, [[name, *format_scores(entry["tasks"]).values()] for name, entry in models.items()])
+
+
+def show_report(found: dict[str, Any], title: str) -> None:
+    from lcc_lens.report_text import findings, size_table, time_table
+
+    show_table(title, *size_table(found))
+    if found["ratios"]:
+        show_table("median and interval of interleaved rounds", *time_table(found))
+    for sentence in findings(found):
+        console().print(sentence, highlight=False, markup=False)
