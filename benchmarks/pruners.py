@@ -6,7 +6,7 @@ Two passes through every layer are the least that pruning layer after layer need
 feed the next. They are timed on the model's body, without the unembedding, which pruning never runs. A pruner's time is
 that of `lcc_lens.pruning.prune`, from loading to the written checkpoint. All sides take turns within every round; a
 ratio is the median over rounds. `--peer` names the Python of an environment with llm-compressor (see
-`llm_compressor.py`); both sides then run in one format and batch size, and WikiText-2 perplexity (every fourth block of
+`llm_compressor.py`); both sides then run in one format and batch size, and WikiText-2 perplexity (every sixth block of
 512 tokens) is measured for both results. Peak memory is that of a process of its own.
 """
 

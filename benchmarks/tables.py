@@ -27,8 +27,9 @@ def quality_table(study: dict[str, Any]) -> str:
         "| whole heads and neurons | 10 % | 20 % | 30 % |", "|---|---:|---:|---:|",
         *(f"| {label} | " + " | ".join(cell(f"{name} {share}%") for share in (10, 20, 30)) + " |"
           for name, label in (
-              ("slimgpt log", "SlimGPT, zeroed, rising ratio"), ("slimgpt", "SlimGPT, sliced, equal ratio"),
-              ("head magnitude", "smallest weights, sliced"), ("random heads", "random, sliced"))),
+              ("slimgpt zeroed", "SlimGPT, zeroed"), ("slimgpt sliced", "SlimGPT, sliced"),
+              ("slimgpt sliced, heads in proportion", "SlimGPT, sliced, heads in proportion"),
+              ("smallest heads", "smallest weights, sliced"), ("random heads", "random, sliced"))),
     ]  # fmt: skip
     return "\n".join(lines)
 

@@ -61,6 +61,9 @@ class Prune(Common):
     """slimgpt: write a smaller model of standard configuration instead of zeros."""
     schedule: Literal["log", "linear", "uniform", "falling"] | None = None
     """slimgpt: how the sparsity is spread over the layers (log; uniform if sliced)."""
+    split: Literal["error", "spared", "proportional"] | None = None
+    """slimgpt: how many heads go in each layer: by error, rounded down (if sliced), or nearest; neurons make up the
+    difference."""
     overwrite: bool = False
     """Replace an existing directory."""
 
@@ -70,7 +73,7 @@ class Prune(Common):
         report = prune(
             self.model, self.out, method=self.method, sparsity=self.sparsity, pattern=self.pattern,
             calibration=self.calibration, n_samples=self.n_samples, seq_len=self.seq_len, seed=self.seed,
-            sliced=self.sliced, schedule=self.schedule, overwrite=self.overwrite,
+            sliced=self.sliced, schedule=self.schedule, split=self.split, overwrite=self.overwrite,
         )  # fmt: skip
         show_table(f"{self.method}: {self.out}", ["", ""], pruning_rows(report))
 

@@ -24,7 +24,8 @@ from lcc_lens.progress import track
 from lcc_lens.pruning import parse_pattern
 from lcc_lens.pruning import prune as prune_checkpoint
 from lcc_lens.pruning.masks import Pattern, Unstructured
-from lcc_lens.pruning.settings import Choice, Method
+from lcc_lens.pruning.pruners import Choice, Split
+from lcc_lens.pruning.settings import Method
 from lcc_lens.pruning.structured import Schedule
 from lcc_lens.restoration import Restoration, RestorationRecord
 from lcc_lens.scan import Scan
@@ -49,6 +50,7 @@ def prune(
     sliced: bool = False,
     schedule: Schedule | None = None,
     choice: Choice = "error",
+    split: Split | None = None,
     overwrite: bool = False,
 ) -> dict[str, Any]:
     """Prune a model into a plain Hugging Face directory with ``pruning.json`` beside the weights.
@@ -66,6 +68,8 @@ def prune(
         sliced: write a smaller model of standard configuration instead of zeros (slimgpt only).
         schedule: how slimgpt spreads the sparsity over the layers; ``log`` if not given, ``uniform`` if sliced.
         choice: how slimgpt chooses heads and neurons: by ``error``, or the controls ``magnitude`` and ``random``.
+        split: how slimgpt divides a layer's share between heads and neurons: by ``error``, heads ``spared`` (rounded
+            down; the default if sliced) or ``proportional``; neurons make up the difference.
         overwrite: replace an existing directory.
 
     Raises:
@@ -97,6 +101,7 @@ def prune(
         sliced=sliced,
         schedule=schedule,
         choice=choice,
+        split=split,
         provenance={"dense": str(model), **provenance},
     )
 

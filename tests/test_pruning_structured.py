@@ -33,7 +33,7 @@ from lcc_lens.pair import load_pair
 from lcc_lens.pruning import PruneConfig, Unstructured, prune
 from lcc_lens.pruning.anatomy import find_anatomies
 from lcc_lens.pruning.matrices import find_matrices
-from lcc_lens.pruning.slimgpt import Quota, layer_quota
+from lcc_lens.pruning.slimgpt import Quota, fixed_quota, possible_quotas
 from lcc_lens.recipe import restore
 from lcc_lens.scan import Scan, scan
 from lcc_lens.training import TrainConfig
@@ -94,8 +94,8 @@ def logits(path: Path, tokens: Tensor = TOKENS) -> Tensor:
 
 @pytest.mark.parametrize("family", [*SLICEABLE, *FUSED])
 def test_sliced_and_zeroed_compute_the_same(family: str, dense: Callable[[str], Path], tmp_path: Path) -> None:
-    zeroed = run(dense(family), tmp_path / "zeroed", schedule="uniform")
-    sliced = run(dense(family), tmp_path / "sliced", sliced=True)
+    zeroed = run(dense(family), tmp_path / "zeroed", schedule="uniform", split="proportional")
+    sliced = run(dense(family), tmp_path / "sliced", sliced=True, split="proportional")
     before, first, second = (logits(path) for path in (dense(family), tmp_path / "zeroed", tmp_path / "sliced"))
     assert (first - before).abs().max() > 0.1
     assert sliced["removed_heads"] == zeroed["removed_heads"]
@@ -112,7 +112,7 @@ def test_sliced_and_zeroed_compute_the_same(family: str, dense: Callable[[str], 
 @pytest.mark.parametrize("family", SLICEABLE)
 def test_slicing_takes_exactly_what_was_zero(family: str, dense: Callable[[str], Path], tmp_path: Path) -> None:
     """With equal widths the sliced tensors are the zeroed ones without their empty rows and columns."""
-    run(dense(family), tmp_path / "sliced", share=0.34, sliced=True)
+    run(dense(family), tmp_path / "sliced", share=0.34, sliced=True, split="proportional")
     report = json.loads((tmp_path / "sliced" / "pruning.json").read_text())
     neurons = report["removed_neurons"]
     assert len(set(neurons)) == 1
@@ -135,7 +135,7 @@ def test_slicing_takes_exactly_what_was_zero(family: str, dense: Callable[[str],
 def test_zeroed_heads_and_neurons_are_gone_and_the_rest_is_refitted(
     family: str, dense: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    report = run(dense(family), tmp_path / "out")
+    report = run(dense(family), tmp_path / "out", split="proportional")
     anatomies = find_anatomies(dense(family), find_matrices(dense(family)))
     before, after = (load_file(path / "model.safetensors") for path in (dense(family), tmp_path / "out"))
     changed = 0
@@ -194,10 +194,33 @@ def test_neurons_make_up_for_what_whole_groups_cannot_give(dense: Callable[[str]
     assert (anatomy.attention.group_size(24), anatomy.mlp.group_size(24)) == (group, neuron)
     assert anatomy.n_weights == total
     for ratio in (0.0, 0.05, 0.1, 0.2, 0.4, 0.7):
-        quota = layer_quota(anatomy, ratio)
-        assert quota.groups * group + quota.neurons * neuron == pytest.approx(ratio * total, abs=neuron / 2 + 1)
-    assert layer_quota(anatomy, 0.2, multiple=4).neurons % 4 == 0
-    assert layer_quota(anatomy, 0.0) == Quota(0, 0)
+        quotas = possible_quotas(anatomy, ratio)
+        assert quotas[0].groups == (0 if ratio < 0.5 else 2)  # neurons alone cannot give 70 %
+        for quota in quotas:
+            assert quota.groups * group + quota.neurons * neuron == pytest.approx(ratio * total, abs=neuron / 2 + 1)
+    assert all(quota.neurons % 4 == 0 for quota in possible_quotas(anatomy, 0.2, multiple=4))
+    assert possible_quotas(anatomy, 0.0) == [Quota(0, 0)]
+    assert [quota.groups for quota in possible_quotas(anatomy, 0.4, allowed_groups={0, 2})] == [0, 2]
+    quotas = possible_quotas(anatomy, 0.4)
+    assert fixed_quota(quotas, "spared", 0.4, 4).groups == 1
+    assert fixed_quota(quotas, "proportional", 0.4, 4).groups == 2
+    assert fixed_quota(possible_quotas(anatomy, 0.2), "spared", 0.2, 4).groups == 0
+
+
+def test_the_split_between_heads_and_neurons_follows_the_error(dense: Callable[[str], Path], tmp_path: Path) -> None:
+    """Heads that do nothing go first, and stay where the neurons do nothing."""
+    tokens = torch.randint(0, 60, (40, 9), generator=torch.Generator().manual_seed(5))
+    for kind, idle in (("heads", "self_attn.o_proj"), ("neurons", "mlp.down_proj")):
+        model = AutoModelForCausalLM.from_pretrained(dense("llama"))
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if idle in name:
+                    parameter *= 1e-3
+        model.save_pretrained(tmp_path / f"idle_{kind}")
+        report = run(tmp_path / f"idle_{kind}", tmp_path / kind, calibration=tokens, schedule="uniform")
+        n_heads = [len(gone) for gone in report["removed_heads"]]
+        assert all(n >= 4 for n in n_heads) if kind == "heads" else n_heads == [0, 0, 0]
+        assert report["share_removed"] == pytest.approx(0.3, abs=0.02)
 
 
 @pytest.fixture(scope="module")
@@ -214,7 +237,7 @@ def structured(grouped_dense: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
     def folder(kind: str) -> Path:
         if not (root / kind).exists():
-            run(grouped_dense, root / kind, calibration=tokens, sliced=kind == "sliced")
+            run(grouped_dense, root / kind, calibration=tokens, sliced=kind == "sliced", split="proportional")
         return root / kind
 
     return folder
@@ -335,6 +358,8 @@ def test_too_few_calibration_tokens_name_the_minimum(dense: Callable[[str], Path
     [
         ({"method": "wanda", "sliced": True, "schedule": "uniform"}, "wanted slimgpt for a sliced model, got wanda"),
         ({"sliced": True}, "wanted the schedule uniform for a sliced model, got log"),
+        ({"sliced": True, "schedule": "uniform", "split": "error"}, "wanted the split spared or proportional"),
+        ({"choice": "random", "split": "error"}, "wanted the split spared or proportional"),
     ],
 )
 def test_combinations_that_no_method_has(options: dict[str, Any], match: str) -> None:

@@ -60,7 +60,7 @@ def brute_force(weight: Tensor, X: Tensor, groups: Tensor, n_remove: int) -> lis
 def test_greedy_choice_of_heads_is_brute_force(seed: int, width: int) -> None:
     weight, X = case(seed)
     groups = torch.arange(12).reshape(-1, width)
-    assert cheapest_groups(weight, damped(X.T @ X), groups, 2) == brute_force(weight, X, groups, 2)
+    assert cheapest_groups(weight, damped(X.T @ X), groups, 2).order.tolist() == brute_force(weight, X, groups, 2)
 
 
 @given(st.integers(0, 10_000))
@@ -68,7 +68,7 @@ def test_greedy_choice_of_heads_is_brute_force(seed: int, width: int) -> None:
 def test_choice_of_single_columns_is_brute_force(seed: int) -> None:
     weight, X = case(seed)
     found = cheapest_columns(weight, damped(X.T @ X), 4, group_share=0.0)
-    assert found.tolist() == brute_force(weight, X, torch.arange(12)[:, None], 4)
+    assert found.order.tolist() == brute_force(weight, X, torch.arange(12)[:, None], 4)
 
 
 def test_the_predicted_error_is_the_error_after_refitting() -> None:
@@ -93,19 +93,39 @@ def test_compensation_is_least_squares(seed: int, gone: list[int]) -> None:
 def test_groups_of_columns_shrink_and_none_goes_twice() -> None:
     weight, X = case(2, width=200)
     found = cheapest_columns(weight, damped(X.T @ X), 150)
-    assert len(set(found.tolist())) == 150
-    assert len(cheapest_columns(weight, damped(X.T @ X), 0)) == 0
+    assert len(set(found.order.tolist())) == 150
+    sizes = [len(step) for step in found.steps]
+    assert sizes == sorted(sizes, reverse=True)
+    assert sizes[0] > 5 > sizes[-1]
+    assert len(cheapest_columns(weight, damped(X.T @ X), 0).order) == 0
     one_by_one = cheapest_columns(weight, damped(X.T @ X), 150, group_share=0.0)
-    _, grouped_cost = least_squares(weight, X, [c for c in range(200) if c not in set(found.tolist())])
-    _, single_cost = least_squares(weight, X, [c for c in range(200) if c not in set(one_by_one.tolist())])
+    _, grouped_cost = least_squares(weight, X, [c for c in range(200) if c not in set(found.order.tolist())])
+    _, single_cost = least_squares(weight, X, [c for c in range(200) if c not in set(one_by_one.order.tolist())])
     assert grouped_cost <= 1.1 * single_cost  # what the speed costs
+
+
+@given(st.integers(0, 10_000), st.sampled_from([1, 2, 3]))
+@settings(max_examples=15, deadline=None)
+def test_errors_along_the_way_are_what_least_squares_leaves(seed: int, width: int) -> None:
+    weight, X = case(seed)
+    groups = torch.arange(12).reshape(-1, width)
+    found = cheapest_groups(weight, damped(X.T @ X), groups, 3)
+    columns = cheapest_columns(weight, damped(X.T @ X), 7, group_share=0.3)
+    for removal, members in ((found, groups), (columns, torch.arange(12)[:, None])):
+        gone: list[int] = []
+        for step, error in zip(removal.steps, removal.errors, strict=True):
+            gone += members[step].flatten().tolist()
+            _, left = least_squares(weight, X, [c for c in range(12) if c not in gone])
+            assert error == pytest.approx(left, rel=1e-6)
+            assert removal.error_at(len(gone) // members.shape[1]) == pytest.approx(error)
+        assert removal.error_at(0) == 0
 
 
 def test_a_dead_feature_goes_first() -> None:
     weight, X = case(3)
     X[:, 5] = 0
     weight = weight.sign()
-    assert cheapest_columns(weight, damped(X.T @ X), 1).tolist() == [5]
+    assert cheapest_columns(weight, damped(X.T @ X), 1).order.tolist() == [5]
 
 
 @given(st.sampled_from(SCHEDULES), st.floats(0.0, 0.9), st.integers(1, 40))

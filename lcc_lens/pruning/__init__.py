@@ -18,9 +18,9 @@ from lcc_lens.pruning.masks import (
     parse_pattern,
     sparsity,
 )
-from lcc_lens.pruning.pruners import LayerPruner, LayerTask, Removed
+from lcc_lens.pruning.pruners import Choice, LayerPruner, LayerTask, Removed, Split
 from lcc_lens.pruning.scores import magnitude_score, wanda_score
-from lcc_lens.pruning.settings import Choice, Method, PruneConfig
+from lcc_lens.pruning.settings import Method, PruneConfig
 from lcc_lens.pruning.structured import Schedule
 
 __all__ = [
@@ -34,6 +34,7 @@ __all__ = [
     "Removed",
     "Schedule",
     "Scope",
+    "Split",
     "Unstructured",
     "detect_pattern",
     "keep_mask",

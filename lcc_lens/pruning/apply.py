@@ -21,10 +21,10 @@ from lcc_lens.pruning.anatomy import LayerAnatomy, find_anatomies
 from lcc_lens.pruning.layers import decoder_layers, read_config
 from lcc_lens.pruning.masks import Pattern, Scope, require_fit
 from lcc_lens.pruning.matrices import Matrix, StoredWeights, find_matrices
-from lcc_lens.pruning.pruners import LayerTask, Removed
-from lcc_lens.pruning.settings import INVERTING, Choice, Method, PruneConfig
+from lcc_lens.pruning.pruners import Choice, LayerTask, Removed, Split
+from lcc_lens.pruning.settings import INVERTING, Method, PruneConfig
 from lcc_lens.pruning.slicing import allowed_groups, require_sliceable, sliced_config
-from lcc_lens.pruning.slimgpt import layer_quota
+from lcc_lens.pruning.slimgpt import fixed_quota, possible_quotas
 from lcc_lens.pruning.stream import LayerStream
 from lcc_lens.pruning.structured import Schedule
 from lcc_lens.pruning.unfinished import FinishedLayers
@@ -52,6 +52,7 @@ def prune(
     sliced: bool = False,
     schedule: Schedule | None = None,
     choice: Choice = "error",
+    split: Split | None = None,
     provenance: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Prune the linear maps inside a model's decoder layers and write a plain Hugging Face directory.
@@ -77,6 +78,7 @@ def prune(
         sliced: write a smaller model of standard configuration instead of zeros (slimgpt only).
         schedule: how slimgpt spreads the sparsity over the layers; ``log`` if not given, ``uniform`` if sliced.
         choice: how slimgpt chooses heads and neurons; ``magnitude`` and ``random`` are controls.
+        split: how slimgpt divides a layer's share between heads and neurons; see `PruneConfig`.
         provenance: where the calibration sequences come from, for the report.
 
     Returns:
@@ -99,7 +101,7 @@ def prune(
         Sun et al. 2023 (Wanda); Frantar & Alistarh 2023 (SparseGPT); Ling et al. 2024 (SlimGPT).
     """
     config = PruneConfig(
-        method, pattern, scope, seed, batch_size, sliced, schedule or ("uniform" if sliced else "log"), choice
+        method, pattern, scope, seed, batch_size, sliced, schedule or ("uniform" if sliced else "log"), choice, split
     )
     if model_dir.resolve().is_relative_to(out.resolve()):
         raise RequestError(f"wanted an output folder that does not hold the model, got {out}; name another folder")
@@ -145,9 +147,13 @@ def _tasks(
     anatomies = find_anatomies(model_dir, plan)
     allowed = allowed_groups(model_dir, anatomies[0]) if config.sliced else None
     tasks = config.tasks(len(plan), anatomies, allowed)
-    quotas = [layer_quota(a, t.pattern.sparsity, t.multiple, allowed) for a, t in zip(anatomies, tasks, strict=True)]
+    quotas = [
+        possible_quotas(a, t.pattern.sparsity, t.multiple, allowed) for a, t in zip(anatomies, tasks, strict=True)
+    ]
     if config.sliced:
-        require_sliceable(model_dir, anatomies, quotas[0], sliced_config(model_dir, anatomies[0], quotas[0]))
+        n_groups = anatomies[0].attention.n_groups
+        quota = fixed_quota(quotas[0], config.chosen_split, config.pattern.sparsity, n_groups)
+        require_sliceable(model_dir, anatomies, quota, sliced_config(model_dir, anatomies[0], quota))
     return tasks, anatomies
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar, Protocol, runtime_checkable
+from typing import ClassVar, Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -15,6 +15,9 @@ from lcc_lens.errors import LensError
 from lcc_lens.pruning.anatomy import LayerAnatomy
 from lcc_lens.pruning.masks import Pattern, Scope, keep_mask
 from lcc_lens.pruning.scores import magnitude_score, wanda_score
+
+Choice = Literal["error", "magnitude", "random"]
+Split = Literal["error", "spared", "proportional"]
 
 
 @dataclass(frozen=True)
@@ -27,8 +30,10 @@ class LayerTask:
     """Within what unstructured scores compete."""
     anatomy: LayerAnatomy | None = None
     """Heads and neurons of the layer, for structured methods."""
-    choice: str = "error"
-    """How a structured method chooses (see `settings.Choice`)."""
+    choice: Choice = "error"
+    """How a structured method chooses heads and neurons: by error, or the controls."""
+    split: Split = "error"
+    """How it divides the share between heads and neurons."""
     multiple: int = 1
     """A structured method removes neurons in multiples of this."""
     allowed_groups: frozenset[int] | None = None

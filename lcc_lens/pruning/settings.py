@@ -8,13 +8,12 @@ from typing import Literal, get_args
 from lcc_lens.errors import RequestError
 from lcc_lens.pruning.anatomy import LayerAnatomy
 from lcc_lens.pruning.masks import NofM, Pattern, Scope, Unstructured
-from lcc_lens.pruning.pruners import LayerPruner, LayerTask, MagnitudePruner, WandaPruner
+from lcc_lens.pruning.pruners import Choice, LayerPruner, LayerTask, MagnitudePruner, Split, WandaPruner
 from lcc_lens.pruning.second_order import SparseGPTPruner
 from lcc_lens.pruning.slimgpt import SlimGPTPruner
 from lcc_lens.pruning.structured import SCHEDULES, Schedule, layer_ratios
 
 Method = Literal["magnitude", "wanda", "sparsegpt", "slimgpt"]
-Choice = Literal["error", "magnitude", "random"]
 PRUNERS: dict[Method, type[LayerPruner]] = {
     "magnitude": MagnitudePruner,
     "wanda": WandaPruner,
@@ -40,6 +39,10 @@ class PruneConfig:
         sliced: whether heads and neurons go from the shapes too (slimgpt only); layers then lose equally much.
         schedule: how slimgpt spreads the sparsity over the layers.
         choice: how slimgpt chooses: by ``error`` as in the paper, or the controls ``magnitude`` and ``random``.
+        split: how slimgpt divides a layer's share: by ``error`` between heads and neurons (not if sliced, since all
+            layers then lose equally many), heads ``spared`` (their number rounded down) or ``proportional`` (to the
+            nearest); neurons make up the difference. If not given, the first of these that applies; the controls are
+            proportional.
 
     Raises:
         RequestError: an unknown word, a combination that the method does not have, or an empty batch.
@@ -58,12 +61,14 @@ class PruneConfig:
     sliced: bool = False
     schedule: Schedule = "log"
     choice: Choice = "error"
+    split: Split | None = None
 
     def __post_init__(self) -> None:
         _one_of("method", self.method, tuple(PRUNERS))
         _one_of("scope", self.scope, ("row", "matrix"))
         _one_of("schedule", self.schedule, SCHEDULES)
         _one_of("choice", self.choice, get_args(Choice))
+        _one_of("split", self.chosen_split, get_args(Split))
         if self.scope == "matrix" and self.method != "magnitude":
             raise RequestError(f"wanted the scope row for {self.method}, got matrix; leave it out")
         if self.batch_size < 1:
@@ -82,6 +87,19 @@ class PruneConfig:
                 f"wanted the schedule uniform for a sliced model, got {self.schedule}; "
                 "a standard configuration has one size for all layers"
             )
+
+        if self.chosen_split == "error" and (self.sliced or self.choice != "error"):
+            raise RequestError(
+                "wanted the split spared or proportional where all layers lose equally many heads or nothing is "
+                "fitted, got error; leave it out"
+            )
+
+    @property
+    def chosen_split(self) -> Split:
+        """How a layer's share is divided between heads and neurons."""
+        if self.split is not None:
+            return self.split
+        return "proportional" if self.choice != "error" else "spared" if self.sliced else "error"
 
     @property
     def is_structured(self) -> bool:
@@ -106,7 +124,9 @@ class PruneConfig:
             anatomies: the layers' heads and neurons, for structured methods.
             allowed_groups: numbers of key-value groups that may go from a layer; any if not given.
         """
-        task = LayerTask(self.pattern, self.scope, choice=self.choice, allowed_groups=allowed_groups)
+        task = LayerTask(
+            self.pattern, self.scope, choice=self.choice, split=self.chosen_split, allowed_groups=allowed_groups
+        )
         if anatomies is None:
             return [task] * n_layers
         width = anatomies[0].mlp.n_groups

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -14,9 +14,9 @@ from lcc_lens.errors import RequestError
 from lcc_lens.pruning.anatomy import Block, LayerAnatomy
 from lcc_lens.pruning.moments import InputMoments
 from lcc_lens.pruning.obs import Damped
-from lcc_lens.pruning.pruners import LayerTask, Removed
+from lcc_lens.pruning.pruners import LayerTask, Removed, Split
 from lcc_lens.pruning.second_order import damped_and_said
-from lcc_lens.pruning.structured import cheapest_columns, cheapest_groups, refitted
+from lcc_lens.pruning.structured import Removal, cheapest_columns, cheapest_groups, refitted
 
 
 @dataclass(frozen=True)
@@ -27,13 +27,13 @@ class Quota:
     neurons: int
 
 
-def layer_quota(
+def possible_quotas(
     anatomy: LayerAnatomy, ratio: float, multiple: int = 1, allowed_groups: Collection[int] | None = None
-) -> Quota:
-    """Split a layer's share between heads and neurons.
+) -> list[Quota]:
+    """All ways to split a layer's share between heads and neurons, fewest heads first.
 
-    Key-value groups are few and large, so as many go as come nearest to the share; neurons make up the difference, so
-    that the layer as a whole loses the share asked for, to within one neuron (or one ``multiple``, rounded up).
+    Key-value groups are few and large; neurons make up the difference, so that the layer as a whole loses the share
+    asked for, to within one neuron (or one ``multiple``, rounded up). At least one group and one neuron stay.
 
     Args:
         anatomy: the layer's heads and neurons.
@@ -42,25 +42,39 @@ def layer_quota(
         allowed_groups: numbers of groups that may go; any if not given.
 
     Raises:
-        RequestError: neither can give as much: at least one group and one neuron have to stay.
+        RequestError: there is no way.
     """
     group, neuron = (block.group_size(anatomy.d_model) for block in (anatomy.attention, anatomy.mlp))
     target = ratio * anatomy.n_weights
-    possible = [n for n in range(anatomy.attention.n_groups) if n * group <= target or n == 0]
-    allowed = [n for n in possible if allowed_groups is None or n in allowed_groups]
-    n_groups = min(allowed or [0], key=lambda n: abs(n - int(ratio * anatomy.attention.n_groups + 0.5)))
-    n_neurons = -(-round((target - n_groups * group) / neuron) // multiple) * multiple
-    if n_neurons >= anatomy.mlp.n_groups:
+    quotas = []
+    for n_groups in range(anatomy.attention.n_groups):
+        n_neurons = -(-round((target - n_groups * group) / neuron) // multiple) * multiple
+        is_allowed = allowed_groups is None or n_groups in allowed_groups
+        if is_allowed and n_groups * group <= target and n_neurons < anatomy.mlp.n_groups:
+            quotas.append(Quota(n_groups, n_neurons))
+    if not quotas:
         raise RequestError(
             f"wanted to remove {ratio:.0%} of a layer in whole heads and neurons, got only "
             f"{anatomy.attention.n_groups} key-value groups and {anatomy.mlp.n_groups} neurons, of which one each "
             "has to stay; lower the sparsity or use wanda or sparsegpt"
         )
-    return Quota(n_groups, n_neurons)
+    return quotas
+
+
+def fixed_quota(quotas: Sequence[Quota], split: Split, ratio: float, n_groups: int) -> Quota:
+    """The split that needs no look at the data: heads ``proportional`` to the share, or ``spared`` (rounded down)."""
+    wanted = ratio * n_groups
+    if split == "proportional":
+        return min(quotas, key=lambda quota: abs(quota.groups - wanted))
+    return max((quota for quota in quotas if quota.groups <= wanted), key=lambda q: q.groups, default=quotas[0])
 
 
 class SlimGPTPruner:
     """Removes the key-value groups and neurons whose loss the rest of the output matrix can best make up for.
+
+    How a layer's share is split between heads and neurons is chosen too: both blocks add to the same residual stream,
+    so the split with the smallest sum of their squared errors is taken (a departure from the paper, which removes the
+    same share of both: a model with three key-value groups can lose none or a third of them).
 
     Two other choices serve as controls, both without compensation: ``magnitude`` removes those with the smallest
     weights in all matrices together, ``random`` any.
@@ -76,7 +90,7 @@ class SlimGPTPruner:
             raise RequestError("wanted a layer with known heads for slimgpt, got none; use wanda or sparsegpt")
         self._anatomy = task.anatomy
         self._task = task
-        self._quota = layer_quota(task.anatomy, task.pattern.sparsity, task.multiple, task.allowed_groups)
+        self._quotas = possible_quotas(task.anatomy, task.pattern.sparsity, task.multiple, task.allowed_groups)
         self._moments = InputMoments()
         self._generator = torch.Generator().manual_seed(task.seed)
         self._gone: dict[str, Tensor] = {}
@@ -94,8 +108,17 @@ class SlimGPTPruner:
 
     def pruned(self, weights: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
         """Give the matrices of both blocks, without the removed groups."""
-        yield from self._block(self._anatomy.attention, self._quota.groups, weights)
-        yield from self._block(self._anatomy.mlp, self._quota.neurons, weights)
+        blocks = (self._anatomy.attention, self._anatomy.mlp)
+        if self._task.choice != "error":
+            quota = self._fixed_quota()
+            for block, n_remove in zip(blocks, (quota.groups, quota.neurons), strict=True):
+                yield from self._without(block, self._control(block, n_remove, weights), weights, None)
+            return
+        inputs = [damped_and_said(self._moments[block.output.name], block.output.name) for block in blocks]
+        quota = self._fixed_quota() if self._task.split != "error" else self._cheapest_quota(weights, inputs)
+        for block, n_remove, known in zip(blocks, (quota.groups, quota.neurons), inputs, strict=True):
+            gone = _cheapest(block, weights[block.output.name], known, n_remove).order
+            yield from self._without(block, gone, weights, known)
 
     def removed(self) -> Removed:
         """The removed heads, groups and neurons, in ascending order."""
@@ -104,37 +127,52 @@ class SlimGPTPruner:
         heads = [head for group in groups.tolist() for head in self._anatomy.heads_of(group)]
         return Removed(torch.tensor(heads, dtype=torch.long), groups, neurons)
 
-    def _block(self, block: Block, n_remove: int, weights: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    def _fixed_quota(self) -> Quota:
+        n_groups, split = self._anatomy.attention.n_groups, self._task.split
+        return fixed_quota(self._quotas, split, self._task.pattern.sparsity, n_groups)
+
+    def _cheapest_quota(self, weights: Mapping[str, Tensor], inputs: Sequence[Damped]) -> Quota:
+        """The split of the layer's share with the smallest sum of both blocks' errors."""
+        if len(self._quotas) == 1:
+            return self._quotas[0]
+        attention, mlp = (
+            _cheapest(block, weights[block.output.name], known, most)
+            for block, known, most in zip(
+                (self._anatomy.attention, self._anatomy.mlp), inputs,
+                (max(q.groups for q in self._quotas), max(q.neurons for q in self._quotas)), strict=True,
+            )
+        )  # fmt: skip
+        return min(self._quotas, key=lambda q: attention.error_at(q.groups) + mlp.error_at(q.neurons))
+
+    def _control(self, block: Block, n_remove: int, weights: Mapping[str, Tensor]) -> Int[Tensor, " removed"]:
+        """What a control removes: the smallest groups, or any."""
+        if self._task.choice == "magnitude":
+            return torch.argsort(_squared_size(block, weights), stable=True)[:n_remove]
+        return torch.randperm(block.n_groups, generator=self._generator)[:n_remove]
+
+    def _without(
+        self, block: Block, gone: Int[Tensor, " removed"], weights: Mapping[str, Tensor], inputs: Damped | None
+    ) -> Iterator[tuple[str, Tensor]]:
+        """The matrices of a block without some groups; with ``inputs``, the output matrix makes up for them."""
         weight = weights[block.output.name]
-        inputs = None
-        if self._task.choice == "error" and n_remove:
-            inputs = damped_and_said(self._moments[block.output.name], block.output.name)
-        gone = self._choose(block, weight, n_remove, inputs, weights)
+        gone = gone.to(weight.device)
         self._gone[block.output.name] = gone
         columns = block.columns.to(weight.device)[gone].flatten()
-        without = weight.index_fill(1, columns, 0) if inputs is None else refitted(weight, inputs, columns)
+        if inputs is not None and len(gone):
+            without = refitted(weight, inputs, columns)
+        else:  # bit for bit what it was, where nothing goes
+            without = weight.index_fill(1, columns, 0)
         yield block.output.name, without.to(weight.dtype)
         for matrix, rows in block.inputs:
             feeding = weights[matrix.name]
             yield matrix.name, feeding.index_fill(0, rows.to(feeding.device)[gone].flatten(), 0)
 
-    def _choose(
-        self,
-        block: Block,
-        weight: Float[Tensor, "out in"],
-        n_remove: int,
-        inputs: Damped | None,
-        weights: Mapping[str, Tensor],
-    ) -> Int[Tensor, " removed"]:
-        """The groups to remove, in the order of removal."""
-        if self._task.choice == "magnitude":
-            return torch.argsort(_squared_size(block, weights), stable=True)[:n_remove]
-        if inputs is None:
-            return torch.randperm(block.n_groups, generator=self._generator)[:n_remove].to(weight.device)
-        columns = block.columns.to(weight.device)
-        if columns.shape[1] == 1:
-            return cheapest_columns(weight, inputs, n_remove)
-        return torch.tensor(cheapest_groups(weight, inputs, columns, n_remove), device=weight.device)
+
+def _cheapest(block: Block, weight: Float[Tensor, "out in"], inputs: Damped, n_remove: int) -> Removal:
+    columns = block.columns.to(weight.device)
+    if columns.shape[1] == 1:
+        return cheapest_columns(weight, inputs, n_remove)
+    return cheapest_groups(weight, inputs, columns, n_remove)
 
 
 def _squared_size(block: Block, weights: Mapping[str, Tensor]) -> Float[Tensor, " group"]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -64,6 +65,30 @@ def layer_ratios(schedule: Schedule, ratio: float, n_layers: int, spread: float 
     return ratios[::-1] if schedule == "falling" else ratios
 
 
+@dataclass(frozen=True)
+class Removal:
+    """What goes, in that order, and the output error after each step."""
+
+    steps: tuple[Tensor, ...]
+    """Positions of the groups or columns that go together, each ``[removed]``."""
+    errors: tuple[float, ...]
+    """Squared change of the outputs after each step, when what stays has made up for it."""
+
+    @property
+    def order(self) -> Int[Tensor, " removed"]:
+        """All that goes, in the order of removal."""
+        return torch.cat(self.steps) if self.steps else torch.empty(0, dtype=torch.long)
+
+    def error_at(self, n: int) -> float:
+        """The error after ``n`` removals, between two steps by interpolation."""
+        done, error = 0, 0.0
+        for step, after in zip(self.steps, self.errors, strict=True):
+            if done + len(step) >= n:
+                return error + (after - error) * (n - done) / len(step)
+            done, error = done + len(step), after
+        return error
+
+
 def group_errors(
     weight: Float[Tensor, "out in"], inverse: Float[Tensor, "in in"], groups: Int[Tensor, "group column"]
 ) -> Float[Tensor, " group"]:
@@ -90,7 +115,7 @@ def group_errors(
 
 def cheapest_groups(
     weight: Float[Tensor, "out in"], inputs: Damped, groups: Int[Tensor, "group column"], n_remove: int
-) -> list[int]:
+) -> Removal:
     """Choose groups of columns one after another, the cheapest first, each time as if the rest had made up for it.
 
     Args:
@@ -100,21 +125,23 @@ def cheapest_groups(
         n_remove: how many to remove.
 
     Returns:
-        Positions in ``groups``, in the order of removal.
+        Positions in ``groups``, one a step.
     """
     precise, inverse = weight.to(inputs.moment.dtype).clone(), inputs.inverse()
-    left, removed = list(range(len(groups))), list[int]()
+    left, removed, after = list(range(len(groups))), list[Tensor](), list[float]()
     while len(removed) < n_remove:
         errors = group_errors(precise, inverse, groups[left])
-        removed.append(left.pop(int(errors.argmin())))
+        cheapest = int(errors.argmin())
+        after.append(float(errors[cheapest]) + (after[-1] if after else 0.0))
+        removed.append(torch.tensor([left.pop(cheapest)], device=weight.device))
         if len(removed) < n_remove:
-            _eliminate(precise, inverse, groups[removed[-1]])
-    return removed
+            _eliminate(precise, inverse, groups[removed[-1][0]])
+    return Removal(tuple(removed), tuple(after))
 
 
 def cheapest_columns(
     weight: Float[Tensor, "out in"], inputs: Damped, n_remove: int, group_share: float = _GROUP_SHARE
-) -> Int[Tensor, " removed"]:
+) -> Removal:
     """Choose single columns in groups that shrink as pruning goes on: many at first, one by one at the end.
 
     Args:
@@ -124,23 +151,25 @@ def cheapest_columns(
         group_share: size of the next group as a share of what is still to go; 0 removes one column at a time.
 
     Returns:
-        The columns, in the order of removal.
+        The columns, a group a step.
 
     Reference:
         Ling et al. 2024 (SlimGPT), section 3.3, dynamic group size.
     """
     precise, inverse = weight.to(inputs.moment.dtype).clone(), inputs.inverse()
     is_gone = torch.zeros(weight.shape[1], dtype=torch.bool, device=weight.device)
-    removed: list[Tensor] = []
+    removed, after = list[Tensor](), list[float]()
     while (n_left := n_remove - sum(len(group) for group in removed)) > 0:
         errors = (precise.square().sum(dim=0) / inverse.diagonal()).masked_fill(is_gone, math.inf)
         size = max(1, int(n_left * group_share))
         group = torch.argsort(errors, stable=True)[:size]
+        together = float(group_errors(precise, inverse, group[None]))
+        after.append(together + (after[-1] if after else 0.0))
         removed.append(group)
         is_gone[group] = True
         if n_left > size:
             _eliminate(precise, inverse, group)
-    return torch.cat(removed) if removed else torch.empty(0, dtype=torch.long, device=weight.device)
+    return Removal(tuple(removed), tuple(after))
 
 
 def refitted(

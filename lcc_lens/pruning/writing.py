@@ -78,6 +78,7 @@ def _structure(config: PruneConfig, anatomies: Sequence[LayerAnatomy], finished:
         "sliced": config.sliced,
         "schedule": config.schedule,
         "choice": config.choice,
+        "split": config.chosen_split,
         "share_removed": sum(n_removed) / sum(anatomy.n_weights for anatomy in anatomies),
         "removed_heads": [removed.heads.tolist() for removed in gone],
         "removed_neurons": [len(removed.neurons) for removed in gone],
