@@ -1,13 +1,11 @@
-"""Time every pruner against two bare forward passes of the same tokens, and against llm-compressor.
+"""Peak memory of pruning, time by layer, and llm-compressor beside us on the same model and tokens.
 
-    python benchmarks/pruners.py [--repeats 3] [--n-samples 32] [--peer OTHER_VENV/bin/python] [--out ...]
+    python benchmarks/pruners.py [--repeats 1] [--n-samples 32] [--peer OTHER_VENV/bin/python]
 
-Two passes through every layer are the least that pruning layer after layer needs: one to see a layer's inputs, one to
-feed the next. They are timed on the model's body, without the unembedding, which pruning never runs. A pruner's time is
-that of `lcc_lens.pruning.prune`, from loading to the written checkpoint. All sides take turns within every round; a
-ratio is the median over rounds. `--peer` names the Python of an environment with llm-compressor (see
-`llm_compressor.py`); both sides then run in one format and batch size, and WikiText-2 perplexity (every sixth block of
-512 tokens) is measured for both results. Peak memory is that of a process of its own.
+`--peer` names the Python of an environment with llm-compressor (see `llm_compressor.py`); both sides run in one format
+and batch size and take turns within every round, and WikiText-2 perplexity is measured for both results as in
+`pruning_quality.py`. Our time goes from reading the checkpoint to the written one, theirs is that of `oneshot` alone.
+Peak memory is that of a process of its own.
 """
 
 from __future__ import annotations
@@ -30,14 +28,14 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
 from pruning_quality import blocks, measure
-from run import describe, timed
+from run import describe
 from safetensors.torch import save_file
 from transformers.utils import logging as transformers_logging
 
 from lcc_lens.config import compute_dtype, default_device
 from lcc_lens.data import load_data
 from lcc_lens.files import write_json
-from lcc_lens.models import load_plain, resolve
+from lcc_lens.models import resolve
 from lcc_lens.progress import tracked_by
 from lcc_lens.pruning import NofM, Unstructured, prune
 from lcc_lens.recipe import calibration_tokens
@@ -62,14 +60,6 @@ def run_ours(name: str, tokens: torch.Tensor, out: Path) -> None:
         resolve("smollm2"), out, calibration=tokens, seed=0, device=device, dtype=compute_dtype(device),
         overwrite=True, provenance={}, **OURS[name],
     )  # fmt: skip
-
-
-def two_passes(model: Any, tokens: torch.Tensor, batch_size: int = 8) -> None:
-    body = model.get_decoder()
-    with torch.inference_mode():
-        for _ in range(2):
-            for start in range(0, len(tokens), batch_size):
-                body(tokens[start : start + batch_size].to(model.device), use_cache=False)
 
 
 def layer_seconds(name: str, tokens: torch.Tensor, out: Path) -> list[float]:
@@ -122,62 +112,56 @@ def spread(values: list[float]) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--n-samples", type=int, default=32)
     parser.add_argument("--peer", type=Path)
+    parser.add_argument("--memory", nargs="*", default=["wanda", "sparsegpt", "slimgpt 20%"], choices=list(OURS))
     parser.add_argument("--memory-samples", type=int, default=128)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "pruners.json")
     arguments = parser.parse_args()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     # Memory first: a child's peak begins at its parent's size.
-    memory = {name: peak_memory(name, arguments.memory_samples) for name in ("wanda", "sparsegpt", "slimgpt 20%")}
+    memory = {name: peak_memory(name, arguments.memory_samples) for name in arguments.memory}
     print(memory, flush=True)
     tokens = tokens_of(arguments.n_samples)
-    seconds: dict[str, list[float]] = defaultdict(list)
-    peers: dict[str, list[float]] = defaultdict(list)
+    ours: dict[str, list[float]] = defaultdict(list)
+    theirs: dict[str, list[float]] = defaultdict(list)
+    layers: dict[str, list[float]] = {}
     versions: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         save_file({"tokens": tokens}, folder / "tokens.safetensors")
-        plain = load_plain(resolve("smollm2"))
-        two_passes(plain, tokens[:8])
-        for _ in range(arguments.repeats):
-            seconds["two passes"].append(timed(lambda: two_passes(plain, tokens)))
-            for method in OURS:
-                seconds[method].append(timed(lambda method=method: run_ours(method, tokens, folder / method)))
-            for method in PEER if arguments.peer else ():
+        for method in [method for _ in range(arguments.repeats) for method in PEER]:
+            start = time.perf_counter()
+            layers[method] = layer_seconds(method, tokens, folder / method)
+            ours[method].append(time.perf_counter() - start)
+            if arguments.peer:
                 found = run_peer(arguments.peer, method, folder / "tokens.safetensors", folder / f"peer {method}")
-                peers[method].append(found["seconds"])
+                theirs[method].append(found["seconds"])
                 versions = {key: found[key] for key in ("llmcompressor", "torch", "transformers")}
-            print({key: round(values[-1], 1) for key, values in [*seconds.items(), *peers.items()]}, flush=True)
-        layers = {method: layer_seconds(method, tokens, folder / method) for method in OURS}
-        sequences = blocks()
+            print(method, ours[method][-1], theirs[method][-1:], flush=True)
+        sequences = blocks() if arguments.peer else []
         compared = {
             method: {
-                "ours_s": spread(seconds[method]),
+                "ours_s": spread(ours[method]),
                 "theirs_s": spread(values),
-                "ratio": spread([a / b for a, b in zip(seconds[method], values, strict=True)]),
+                "ratio": spread([a / b for a, b in zip(ours[method], values, strict=True)]),
                 "our_perplexity": round(measure(folder / method, sequences)["perplexity"], 2),
                 "their_perplexity": round(measure(folder / f"peer {method}", sequences)["perplexity"], 2),
             }
-            for method, values in peers.items()
+            for method, values in theirs.items()
         }
-    base = seconds["two passes"]
     result = {
-        "command": "python benchmarks/pruners.py --peer OTHER_VENV/bin/python" if peers else "make bench",
+        "command": "python benchmarks/pruners.py --peer OTHER_VENV/bin/python",
         "machine": describe(),
         "tokens": tokens.numel(),
-        "two_passes_s": spread(base),
-        "ratio_to_two_passes": {
-            method: spread([a / b for a, b in zip(seconds[method], base, strict=True)]) for method in OURS
-        },
         "layer_seconds": layers,
         "peak_memory_mb": {"tokens": arguments.memory_samples * SEQ_LEN, **memory},
-        "llm_compressor": {"versions": versions, **compared} if peers else None,
+        "llm_compressor": {"versions": versions, **compared} if theirs else None,
     }
     write_json(arguments.out, result)
-    print(json.dumps(result["ratio_to_two_passes"], indent=1), flush=True)
+    print(json.dumps(result["llm_compressor"], indent=1), flush=True)
 
 
 if __name__ == "__main__":

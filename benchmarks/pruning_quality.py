@@ -1,10 +1,14 @@
-"""Perplexity of the embedded model after every pruner, over three seeds of calibration data.
+"""Perplexity of the embedded model after every pruner, and every pruner's time, over three seeds of calibration data.
 
     python benchmarks/pruning_quality.py [--folder runs/quality] [--out benchmarks/pruning_quality.json]
 
-A cell is one model: pruned, measured on every sixth block of WikiText-2's test text (512 tokens each), noted in the
+A cell is one model: pruned, measured on every eighth block of WikiText-2's test text (512 tokens each), noted in the
 folder, and deleted. Finished cells are not computed again, so the study can be stopped at any time and goes on. The
 committed file is written anew after every cell.
+
+Times stand beside two bare forward passes of the same tokens, measured once a seed: the least that pruning layer after
+layer needs is one pass to see a layer's inputs and one to feed the next. The passes run the model's body, without the
+unembedding, which pruning never runs; a pruner's time goes from the request to the written checkpoint.
 """
 
 from __future__ import annotations
@@ -19,17 +23,18 @@ from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-from run import describe
+import torch
+from run import describe, timed
 from transformers.utils import logging as transformers_logging
 
 from lcc_lens.data import encode, load_data
 from lcc_lens.evaluation import sequence_loss
 from lcc_lens.files import read_json, write_json
 from lcc_lens.models import load_plain, load_tokenizer, resolve
-from lcc_lens.recipe import prune
+from lcc_lens.recipe import calibration_tokens, prune
 
 CALIBRATION = {"calibration": "c4", "n_samples": 64, "seq_len": 512}
-LENGTH, EVERY = 512, 6
+LENGTH, EVERY = 512, 8
 METHODS: dict[str, dict[str, Any]] = {
     "wanda 50%": {"method": "wanda", "sparsity": 0.5},
     "sparsegpt 50%": {"method": "sparsegpt", "sparsity": 0.5},
@@ -46,6 +51,8 @@ for share in (0.1, 0.2, 0.3):
     }
 # As many heads as the controls remove: what sparing them is worth.
 METHODS["slimgpt sliced, heads in proportion 20%"] = {**METHODS["slimgpt sliced 20%"], "split": "proportional"}
+# One cell each: the smallest heads draw nothing and read no data; the others only fill in the picture.
+ONCE = ("smallest heads", "slimgpt zeroed 10%", "slimgpt zeroed 30%", "slimgpt sliced, heads in proportion")
 
 
 def blocks() -> list[Any]:
@@ -78,6 +85,24 @@ def cell(name: str, seed: int, sequences: list[Any], folder: Path) -> dict[str, 
     return found
 
 
+def two_passes(seed: int, folder: Path) -> float:
+    """Seconds of two passes of the body over the calibration tokens, in the batches that pruning uses."""
+    note = folder / f"two_passes_{seed}.json"
+    if not note.exists():
+        path = resolve("smollm2")
+        data = load_data(CALIBRATION["calibration"], role="calibration")
+        tokens = calibration_tokens(data, path, CALIBRATION["n_samples"], CALIBRATION["seq_len"], seed)
+        body = load_plain(path).get_decoder()
+
+        def passes() -> None:
+            with torch.inference_mode():
+                for batch in [*tokens.split(8), *tokens.split(8)]:
+                    body(batch.to(body.device), use_cache=False)
+
+        write_json(note, {"seconds": round(timed(passes), 1)})
+    return read_json(note)["seconds"]
+
+
 def dense(sequences: list[Any], folder: Path) -> dict[str, Any]:
     note = folder / "dense.json"
     if not note.exists():
@@ -89,6 +114,13 @@ def summary(cells: list[dict[str, Any]]) -> dict[str, float]:
     values = [cell["perplexity"] for cell in cells]
     spread = statistics.stdev(values) if len(values) > 1 else 0.0
     return {"mean": round(statistics.mean(values), 3), "stdev": round(spread, 3), "n": len(values)}
+
+
+def times(cells: list[dict[str, Any]], passes: list[float]) -> dict[str, float]:
+    """A pruner's seconds over those of two forward passes, seed by seed."""
+    ratios = sorted(cell["prune_seconds"] / passes[cell["seed"]] for cell in cells)
+    keys = ("median", "smallest", "largest")
+    return {key: round(v, 3) for key, v in zip(keys, (statistics.median(ratios), ratios[0], ratios[-1]), strict=True)}
 
 
 def main() -> None:
@@ -113,15 +145,21 @@ def main() -> None:
     }
     print(f"dense  {result['dense']['perplexity']:.2f}", flush=True)
     cells: dict[str, list[dict[str, Any]]] = {name: [] for name in METHODS}
+    passes: list[float] = []
     for seed in range(arguments.seeds):
+        passes.append(two_passes(seed, arguments.folder))
+        result["two_passes_seconds"] = passes
         for name in arguments.methods:
-            if seed > 0 and METHODS[name].get("choice") == "magnitude":
-                continue  # it draws nothing and reads no data
+            if seed > 0 and name.startswith(ONCE):
+                continue
             cells[name].append(cell(name, seed, sequences, arguments.folder))
             last = cells[name][-1]
             print(f"{name} seed {seed}  {last['perplexity']:.2f}  ({last['prune_seconds']} s)", flush=True)
             done = {name: found for name, found in cells.items() if found}
-            result["methods"] = {name: {**summary(found), "cells": found} for name, found in done.items()}
+            result["methods"] = {
+                name: {**summary(found), "time / two passes": times(found, passes), "cells": found}
+                for name, found in done.items()
+            }
             write_json(arguments.out, result)
 
 

@@ -30,7 +30,8 @@ def plot_loss_map(scan: Scan, heads: Sequence[Head] = ()) -> go.Figure:
     r"""The layer x head loss map: how much of each head's output pruning changed.
 
     Each cell shows $\sqrt{\sum|\delta|^2 / \sum|z_{dense}|^2}$; hovering also gives the cosine, the constant share and
-    the share of the first direction. Framed cells are the chosen heads.
+    the share of the first direction. Framed cells are the chosen heads. Heads that pruning removed whole are blank;
+    where heads moved, hovering says which one of the dense model each was.
 
     Args:
         scan: the scan of a pair.
@@ -42,7 +43,7 @@ def plot_loss_map(scan: Scan, heads: Sequence[Head] = ()) -> go.Figure:
     n_layers, n_heads = scan.relative_loss.shape
     figure = go.Figure(
         go.Heatmap(
-            z=_rows(100 * scan.relative_loss),
+            z=_present(scan, _rows(100 * scan.relative_loss)),
             customdata=details,
             colorscale=SEQUENTIAL,
             zmin=0,
@@ -50,7 +51,7 @@ def plot_loss_map(scan: Scan, heads: Sequence[Head] = ()) -> go.Figure:
             hovertemplate=(
                 "<b>L%{y}H%{x}</b><br>changed: %{z:.1f} %<br>cosine to dense: %{customdata[0]:.3f}"
                 "<br>constant share: %{customdata[1]:.1f} %<br>first direction: %{customdata[2]:.1f} %"
-                "%{customdata[3]}<extra></extra>"
+                "%{customdata[3]}%{customdata[4]}<extra></extra>"
             ),
             xgap=1,
             ygap=1,
@@ -156,9 +157,17 @@ def _hover_values(scan: Scan) -> list[list[list[Any]]]:
     def cell(layer: int, head: int) -> list[Any]:
         probe = "" if accuracy is None else f"<br>probe accuracy: {100 * float(accuracy[layer, head]):.1f} %"
         constant, direction = 100 * float(scan.constant_share[layer, head]), 100 * float(first[layer, head])
-        return [float(scan.cosine[layer, head]), constant, direction, probe]
+        was = scan.head_map.dense_heads[layer][head]
+        moved = "" if was == head else f"<br>in the dense model: L{layer}H{was}"
+        return [float(scan.cosine[layer, head]), constant, direction, probe, moved]
 
     return [[cell(layer, head) for head in range(n_heads)] for layer in range(n_layers)]
+
+
+def _present(scan: Scan, rows: list[list[float]]) -> list[list[float | None]]:
+    """Blank cells for heads that pruning removed whole."""
+    removed = scan.head_map.removed
+    return [[None if h in removed[i] else value for h, value in enumerate(row)] for i, row in enumerate(rows)]
 
 
 def _rows(values: Float[Tensor, "layer head"]) -> list[list[float]]:

@@ -44,7 +44,7 @@ def show_scan(found: Scan, run_dir: Path) -> None:
 
     page = run_dir / "loss_map.html"
     write_html(plot_loss_map(found), page)
-    frame = found.table().sort_values("relative_loss", ascending=False).head(10)
+    frame = found.table().query("not is_removed").sort_values("relative_loss", ascending=False).head(10)
     rows = [
         [f"L{row.layer}H{row.head}", f"{row.relative_loss:.1%}", f"{row.cosine:.3f}", f"{row.constant_share:.1%}"]
         for row in frame.itertuples()

