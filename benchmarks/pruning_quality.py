@@ -44,15 +44,16 @@ METHODS: dict[str, dict[str, Any]] = {
 for share in (0.1, 0.2, 0.3):
     slimgpt = {"method": "slimgpt", "sparsity": share}
     METHODS |= {
-        f"slimgpt zeroed {share:.0%}": slimgpt,
+        f"slimgpt zeroed, split by error {share:.0%}": {**slimgpt, "split": "error"},
         f"slimgpt sliced {share:.0%}": {**slimgpt, "sliced": True},
         f"smallest heads {share:.0%}": {**slimgpt, "sliced": True, "choice": "magnitude"},
         f"random heads {share:.0%}": {**slimgpt, "sliced": True, "choice": "random"},
     }
 # As many heads as the controls remove: what sparing them is worth.
 METHODS["slimgpt sliced, heads in proportion 20%"] = {**METHODS["slimgpt sliced 20%"], "split": "proportional"}
+METHODS["slimgpt zeroed 20%"] = {"method": "slimgpt", "sparsity": 0.2}
 # One cell each: the smallest heads draw nothing and read no data; the others only fill in the picture.
-ONCE = ("smallest heads", "slimgpt zeroed 10%", "slimgpt zeroed 30%", "slimgpt sliced, heads in proportion")
+ONCE = ("smallest heads", "slimgpt zeroed", "slimgpt sliced, heads in proportion")
 
 
 def blocks() -> list[Any]:

@@ -28,7 +28,8 @@ def quality_table(study: dict[str, Any]) -> str:
         "| whole heads and neurons | 10 % | 20 % | 30 % |", "|---|---:|---:|---:|",
         *(f"| {label} | " + " | ".join(cell(f"{name} {share}%") for share in (10, 20, 30)) + " |"
           for name, label in (
-              ("slimgpt zeroed", "SlimGPT, zeroed"), ("slimgpt sliced", "SlimGPT, sliced"),
+              ("slimgpt sliced", "SlimGPT, sliced"), ("slimgpt zeroed", "SlimGPT, zeroed, rising ratio"),
+              ("slimgpt zeroed, split by error", "the same, heads and neurons split by error"),
               ("slimgpt sliced, heads in proportion", "SlimGPT, sliced, heads in proportion"),
               ("smallest heads", "smallest weights, sliced"), ("random heads", "random, sliced"))),
     ]  # fmt: skip
@@ -45,7 +46,6 @@ TIMED = {
     "sparsegpt 50%": "SparseGPT 50 %",
     "sparsegpt 2:4": "SparseGPT 2:4",
     "slimgpt sliced 20%": "SlimGPT 20 %, sliced",
-    "slimgpt zeroed 20%": "SlimGPT 20 %, zeroed",
 }
 
 

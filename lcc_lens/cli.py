@@ -61,8 +61,8 @@ class Prune(Common):
     """slimgpt: write a smaller model of standard configuration instead of zeros."""
     schedule: Literal["log", "linear", "uniform", "falling"] | None = None
     """slimgpt: how the sparsity is spread over the layers (log; uniform if sliced)."""
-    split: Literal["error", "spared", "proportional"] | None = None
-    """slimgpt: how many heads go in each layer: by error, rounded down (if sliced), or nearest; neurons make up the
+    split: Literal["spared", "proportional", "error"] | None = None
+    """slimgpt: how many heads go in each layer: rounded down (spared), nearest, or by error; neurons make up the
     difference."""
     overwrite: bool = False
     """Replace an existing directory."""

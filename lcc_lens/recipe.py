@@ -68,8 +68,8 @@ def prune(
         sliced: write a smaller model of standard configuration instead of zeros (slimgpt only).
         schedule: how slimgpt spreads the sparsity over the layers; ``log`` if not given, ``uniform`` if sliced.
         choice: how slimgpt chooses heads and neurons: by ``error``, or the controls ``magnitude`` and ``random``.
-        split: how slimgpt divides a layer's share between heads and neurons: by ``error``, heads ``spared`` (rounded
-            down; the default if sliced) or ``proportional``; neurons make up the difference.
+        split: how slimgpt divides a layer's share between heads and neurons: heads ``spared`` (rounded down; the
+            default), ``proportional``, or by ``error``; neurons make up the difference.
         overwrite: replace an existing directory.
 
     Raises:

@@ -30,7 +30,7 @@ from lcc_lens.export import export
 from lcc_lens.headmap import HEAD_MAP, HeadMap, read_head_map
 from lcc_lens.heads import Head
 from lcc_lens.pair import load_pair
-from lcc_lens.pruning import PruneConfig, Unstructured, prune
+from lcc_lens.pruning import NofM, PruneConfig, Unstructured, prune
 from lcc_lens.pruning.anatomy import find_anatomies
 from lcc_lens.pruning.matrices import find_matrices
 from lcc_lens.pruning.slimgpt import Quota, fixed_quota, possible_quotas
@@ -217,7 +217,7 @@ def test_the_split_between_heads_and_neurons_follows_the_error(dense: Callable[[
                 if idle in name:
                     parameter *= 1e-3
         model.save_pretrained(tmp_path / f"idle_{kind}")
-        report = run(tmp_path / f"idle_{kind}", tmp_path / kind, calibration=tokens, schedule="uniform")
+        report = run(tmp_path / f"idle_{kind}", tmp_path / kind, calibration=tokens, schedule="uniform", split="error")
         n_heads = [len(gone) for gone in report["removed_heads"]]
         assert all(n >= 4 for n in n_heads) if kind == "heads" else n_heads == [0, 0, 0]
         assert report["share_removed"] == pytest.approx(0.3, abs=0.02)
@@ -356,8 +356,14 @@ def test_too_few_calibration_tokens_name_the_minimum(dense: Callable[[str], Path
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        ({"method": "wanda", "sliced": True, "schedule": "uniform"}, "wanted slimgpt for a sliced model, got wanda"),
-        ({"sliced": True}, "wanted the schedule uniform for a sliced model, got log"),
+        ({"method": "wanda", "sliced": True}, "wanted slimgpt for sliced, schedule, split and choice, got wanda"),
+        (
+            {"method": "sparsegpt", "schedule": "log"},
+            "wanted slimgpt for sliced, schedule, split and choice, got spars",
+        ),
+        ({"method": "magnitude", "choice": "random"}, "wanted slimgpt for sliced, .* got magnitude"),
+        ({"sliced": True, "schedule": "log"}, "wanted the schedule uniform for a sliced model, got log"),
+        ({"pattern": NofM(2, 4)}, "wanted a share for slimgpt, got the pattern 2:4"),
         ({"sliced": True, "schedule": "uniform", "split": "error"}, "wanted the split spared or proportional"),
         ({"choice": "random", "split": "error"}, "wanted the split spared or proportional"),
     ],

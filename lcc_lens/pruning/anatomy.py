@@ -18,8 +18,9 @@ from lcc_lens.pruning.matrices import Matrix
 # How families name the two output matrices of a layer, seen from the layer.
 _ATTENTION_OUTPUTS = (
     "self_attn.o_proj", "self_attn.out_proj", "self_attn.dense", "attn.c_proj", "attn.out_proj", "attention.dense",
+    "self_attention.dense",
 )  # fmt: skip
-_MLP_OUTPUTS = ("mlp.down_proj", "mlp.fc2", "fc2", "mlp.c_proj", "mlp.dense_4h_to_h", "mlp.fc_out")
+_MLP_OUTPUTS = ("mlp.down_proj", "mlp.fc2", "fc2", "mlp.c_proj", "mlp.dense_4h_to_h", "mlp.fc_out", "ffn.down_proj")
 _MLP_INPUTS = ("gate_proj", "up_proj", "gate_up_proj", "fc1", "c_fc", "dense_h_to_4h", "fc_in")
 
 
@@ -120,7 +121,7 @@ def _projections(
     if all(separate):
         return tuple((m, rows) for m, rows in zip(separate, (queries, keys, keys), strict=True) if m is not None)
     n_queries, n_keys = queries.numel(), keys.numel()
-    for name in ("qkv_proj", "c_attn"):
+    for name in ("qkv_proj", "c_attn", "Wqkv"):
         if matrix := by_path.get(f"{where}.{name}"):  # queries, then keys, then values
             return ((matrix, torch.cat([queries, n_queries + keys, n_queries + n_keys + keys], dim=1)),)
     matrix = by_path.get(f"{where}.query_key_value")

@@ -100,9 +100,7 @@ def prune(
     Reference:
         Sun et al. 2023 (Wanda); Frantar & Alistarh 2023 (SparseGPT); Ling et al. 2024 (SlimGPT).
     """
-    config = PruneConfig(
-        method, pattern, scope, seed, batch_size, sliced, schedule or ("uniform" if sliced else "log"), choice, split
-    )
+    config = PruneConfig(method, pattern, scope, seed, batch_size, sliced, schedule, choice, split)
     if model_dir.resolve().is_relative_to(out.resolve()):
         raise RequestError(f"wanted an output folder that does not hold the model, got {out}; name another folder")
     plan = find_matrices(model_dir)

@@ -35,7 +35,7 @@ class LayerTask:
     """Heads and neurons of the layer, for structured methods."""
     choice: Choice = "error"
     """How a structured method chooses heads and neurons: by error, or the controls."""
-    split: Split = "error"
+    split: Split = "spared"
     """How it divides the share between heads and neurons."""
     multiple: int = 1
     """A structured method removes neurons in multiples of this."""

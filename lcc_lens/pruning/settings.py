@@ -37,12 +37,11 @@ class PruneConfig:
         seed: seed that chose the calibration sequences; pruning itself draws only with the choice ``random``.
         batch_size: calibration sequences per forward pass.
         sliced: whether heads and neurons go from the shapes too (slimgpt only); layers then lose equally much.
-        schedule: how slimgpt spreads the sparsity over the layers.
+        schedule: how slimgpt spreads the sparsity over the layers; ``log`` if not given, ``uniform`` if sliced.
         choice: how slimgpt chooses: by ``error`` as in the paper, or the controls ``magnitude`` and ``random``.
-        split: how slimgpt divides a layer's share: by ``error`` between heads and neurons (not if sliced, since all
-            layers then lose equally many), heads ``spared`` (their number rounded down) or ``proportional`` (to the
-            nearest); neurons make up the difference. If not given, the first of these that applies; the controls are
-            proportional.
+        split: how slimgpt divides a layer's share: heads ``spared`` (their number rounded down), ``proportional`` (to
+            the nearest), or whatever costs least ``error`` in the layer's outputs (not if sliced, since all layers then
+            lose equally many); neurons make up the difference. Spared if not given; the controls are proportional.
 
     Raises:
         RequestError: an unknown word, a combination that the method does not have, or an empty batch.
@@ -59,14 +58,14 @@ class PruneConfig:
     seed: int = 0
     batch_size: int = 8
     sliced: bool = False
-    schedule: Schedule = "log"
+    schedule: Schedule | None = None
     choice: Choice = "error"
     split: Split | None = None
 
     def __post_init__(self) -> None:
         _one_of("method", self.method, tuple(PRUNERS))
         _one_of("scope", self.scope, ("row", "matrix"))
-        _one_of("schedule", self.schedule, SCHEDULES)
+        _one_of("schedule", self.chosen_schedule, SCHEDULES)
         _one_of("choice", self.choice, get_args(Choice))
         _one_of("split", self.chosen_split, get_args(Split))
         if self.scope == "matrix" and self.method != "magnitude":
@@ -77,12 +76,15 @@ class PruneConfig:
 
     def _check_structure(self) -> None:
         if not self.is_structured:
-            if self.sliced:
-                raise RequestError(f"wanted slimgpt for a sliced model, got {self.method}; it removes single weights")
+            if self.sliced or self.schedule or self.split or self.choice != "error":
+                raise RequestError(
+                    f"wanted slimgpt for sliced, schedule, split and choice, got {self.method}; it removes single "
+                    "weights, equally many in every layer"
+                )
             return
         if isinstance(self.pattern, NofM):
             raise RequestError(f"wanted a share for slimgpt, got the pattern {self.pattern}; name a sparsity")
-        if self.sliced and self.schedule != "uniform":
+        if self.sliced and self.chosen_schedule != "uniform":
             raise RequestError(
                 f"wanted the schedule uniform for a sliced model, got {self.schedule}; "
                 "a standard configuration has one size for all layers"
@@ -95,11 +97,16 @@ class PruneConfig:
             )
 
     @property
+    def chosen_schedule(self) -> Schedule:
+        """How the sparsity is spread over the layers."""
+        return self.schedule or ("uniform" if self.sliced else "log")
+
+    @property
     def chosen_split(self) -> Split:
         """How a layer's share is divided between heads and neurons."""
         if self.split is not None:
             return self.split
-        return "proportional" if self.choice != "error" else "spared" if self.sliced else "error"
+        return "spared" if self.choice == "error" else "proportional"
 
     @property
     def is_structured(self) -> bool:
@@ -131,7 +138,7 @@ class PruneConfig:
             return [task] * n_layers
         width = anatomies[0].mlp.n_groups
         multiple = next(m for m in (_ROUND_WIDTH, 16, 8, 4, 2, 1) if width % m == 0) if self.sliced else 1
-        ratios = layer_ratios(self.schedule, self.pattern.sparsity, n_layers)
+        ratios = layer_ratios(self.chosen_schedule, self.pattern.sparsity, n_layers)
         return [
             replace(
                 task, pattern=Unstructured(ratio), anatomy=anatomy, multiple=multiple, seed=1000 * self.seed + layer

@@ -76,7 +76,7 @@ def _structure(config: PruneConfig, anatomies: Sequence[LayerAnatomy], finished:
     ]
     return {
         "sliced": config.sliced,
-        "schedule": config.schedule,
+        "schedule": config.chosen_schedule,
         "choice": config.choice,
         "split": config.chosen_split,
         "share_removed": sum(n_removed) / sum(anatomy.n_weights for anatomy in anatomies),
