@@ -1,6 +1,6 @@
 """Peak memory of pruning, time by layer, and llm-compressor beside us on the same model and tokens.
 
-    python benchmarks/pruners.py [--repeats 1] [--n-samples 32] [--peer OTHER_VENV/bin/python]
+    python benchmarks/pruners.py [--repeats 1] [--n-samples 16] [--peer OTHER_VENV/bin/python]
 
 `--peer` names the Python of an environment with llm-compressor (see `llm_compressor.py`); both sides run in one format
 and batch size and take turns within every round, and WikiText-2 perplexity is measured for both results as in
@@ -113,9 +113,9 @@ def spread(values: list[float]) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=1)
-    parser.add_argument("--n-samples", type=int, default=32)
+    parser.add_argument("--n-samples", type=int, default=16)
     parser.add_argument("--peer", type=Path)
-    parser.add_argument("--memory", nargs="*", default=["wanda", "sparsegpt", "slimgpt 20%"], choices=list(OURS))
+    parser.add_argument("--memory", nargs="*", default=["sparsegpt"], choices=list(OURS))
     parser.add_argument("--memory-samples", type=int, default=128)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "pruners.json")
     arguments = parser.parse_args()
