@@ -12,7 +12,7 @@ import torch
 
 from lcc_lens.config import compute_dtype
 from lcc_lens.data import encode, load_data
-from lcc_lens.demo import DemoConfig, DemoResult, run_demo
+from lcc_lens.demo import DemoConfig, DemoResult, run_demo, texts
 from lcc_lens.embedded import EMBEDDED_SHA256, embedded_model
 from lcc_lens.evaluation import sequence_loss
 from lcc_lens.export import export
@@ -143,7 +143,7 @@ def pruned_by(tmp_path_factory: pytest.TempPathFactory, model_cache: Path):
 
 
 def loss_of(path: Path) -> float:
-    text = encode(load_data("boolq", role="held-out"), load_tokenizer(path), max_length=256, limit=16)
+    text = encode(texts("held-out"), load_tokenizer(path), max_length=256, limit=16)
     return sequence_loss(load_plain(path), text)["loss"]
 
 
