@@ -19,3 +19,7 @@ class InterruptedRun(LensError):
     """A run stopped by the user after its state was saved; the command line ends with exit code 130."""
 
     exit_code = 130
+
+
+class DiskFullError(LensError):
+    """The disk filled up while something was written."""

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lcc_lens.errors import LensError, RequestError
+from lcc_lens.errors import DiskFullError, RequestError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,7 +31,7 @@ def disk_errors(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise LensError(
+            raise DiskFullError(
                 f"no space left on the disk of {path}; free some and run again (nothing was kept)"
             ) from error
         if error.errno in (errno.EACCES, errno.EROFS, errno.ENOTDIR):
@@ -39,7 +39,7 @@ def disk_errors(path: Path) -> Iterator[None]:
         raise
     except Exception as error:  # safetensors reports a full disk through its own error type
         if "No space left" in str(error):
-            raise LensError(
+            raise DiskFullError(
                 f"no space left on the disk of {path}; free some and run again (nothing was kept)"
             ) from error
         raise
@@ -68,9 +68,7 @@ def atomic_directory(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
     Raises:
         RequestError: ``path`` is there already and ``overwrite`` is false.
     """
-    if path.exists() and not overwrite:
-        if not path.is_dir() or any(path.iterdir()):
-            raise RequestError(f"{path} exists already; name another folder or pass --overwrite")
+    require_free(path, overwrite=overwrite)
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         part = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
@@ -86,6 +84,16 @@ def atomic_directory(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
                 os.replace(part, path)
         finally:
             shutil.rmtree(part, ignore_errors=True)
+
+
+def require_free(path: Path, *, overwrite: bool) -> None:
+    """Refuse a folder that is there already with something in it, unless it may be replaced.
+
+    Raises:
+        RequestError: ``path`` is a file or a folder that is not empty, and ``overwrite`` is false.
+    """
+    if path.exists() and not overwrite and (not path.is_dir() or any(path.iterdir())):
+        raise RequestError(f"{path} exists already; name another folder or pass --overwrite")
 
 
 def require_space(path: Path, n_bytes: int) -> None:

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig, ViTConfig
 
-from lcc_lens.errors import LensError, RequestError
+from lcc_lens.errors import DiskFullError, LensError, RequestError
 from lcc_lens.pruning import NofM, Pattern, PruneConfig, Unstructured, prune
 from lcc_lens.pruning.layers import decoder_layers
 from lcc_lens.pruning.pruners import MagnitudePruner, WandaPruner
@@ -212,7 +212,7 @@ def test_a_disk_that_fills_up(monkeypatch: pytest.MonkeyPatch, refused: Callable
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr("safetensors.torch.save_file", fail)
-    refused("no space left on the disk of .*out", LensError)
+    refused("no space left on the disk of .*out", DiskFullError)
 
 
 class Toy(nn.Module):

@@ -14,8 +14,8 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from lcc_lens.config import package_version
-from lcc_lens.errors import LensError, RequestError
-from lcc_lens.files import require_space, weight_files, weights_sha256
+from lcc_lens.errors import DiskFullError, LensError, RequestError
+from lcc_lens.files import require_free, require_space, weight_files, weights_sha256
 from lcc_lens.progress import track, without_loading_bars
 from lcc_lens.pruning.anatomy import LayerAnatomy, find_anatomies
 from lcc_lens.pruning.layers import decoder_layers, read_config
@@ -108,8 +108,7 @@ def prune(
         require_fit(pattern, matrix.d_in, matrix.name)
     tasks, anatomies = _tasks(model_dir, plan, config)
     tokens = _checked(calibration, model_dir, plan, config) if config.uses_inputs else None
-    if out.exists() and not overwrite and (not out.is_dir() or any(out.iterdir())):
-        raise RequestError(f"{out} exists already; name another folder or pass --overwrite")
+    require_free(out, overwrite=overwrite)
     # Twice: the finished layers lie beside the output until it is whole.
     require_space(out, 2 * sum(file.stat().st_size for file in weight_files(model_dir)) + _SIDE_FILES_BYTES)
 
@@ -122,7 +121,7 @@ def prune(
             dense_sha256=digest, overwrite=overwrite,
         )  # fmt: skip
     except LensError as error:
-        if "no space left" not in str(error) or finished.n_layers == 0:  # else the next try would fail the same way
+        if not isinstance(error, DiskFullError) or finished.n_layers == 0:  # the next try would fail the same way
             finished.discard()
         raise
     finished.discard()

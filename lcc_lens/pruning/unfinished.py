@@ -67,8 +67,11 @@ class FinishedLayers(Mapping[str, Tensor]):
 
     def removed(self, index: int) -> Removed:
         """What a finished layer lost as a whole."""
-        tensors, _ = read_tensors(self._file(index))
-        return Removed(**{n.removeprefix(_REMOVED): t for n, t in tensors.items() if n.startswith(_REMOVED)})
+        from safetensors import safe_open
+
+        with safe_open(self._file(index), framework="pt") as handle:  # not the weights, which are large
+            names = [name for name in handle.keys() if name.startswith(_REMOVED)]
+            return Removed(**{name.removeprefix(_REMOVED): handle.get_tensor(name) for name in names})
 
     def add(self, weights: Mapping[str, Tensor], removed: Removed) -> None:
         """Keep the next layer; it counts as finished once it is wholly on disk."""
