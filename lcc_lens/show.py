@@ -10,12 +10,14 @@ if TYPE_CHECKING:
 
 
 def console() -> Any:
+    """The terminal, as wide as it is now."""
     from rich.console import Console
 
     return Console()
 
 
 def show_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
+    """Print a table; the first column is text, the others are numbers."""
     from rich.table import Table
 
     table = Table(title=title, title_justify="left", show_header=any(columns))
@@ -27,6 +29,7 @@ def show_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
 
 
 def pruning_rows(report: dict[str, Any]) -> list[list[str]]:
+    """What a pruning report says, as rows of a name and a value."""
     if "share_removed" not in report:
         rows = [["sparsity", f"{report['sparsity']:.4f}"], ["pattern", report["pattern_found"]]]
         return [*rows, ["matrices", str(len(report["matrices"]))]]
@@ -40,6 +43,7 @@ def pruning_rows(report: dict[str, Any]) -> list[list[str]]:
 
 
 def show_scan(found: Scan, run_dir: Path) -> None:
+    """Write the loss map and print the heads that changed most."""
     from lcc_lens.plotting import plot_loss_map, write_html
 
     page = run_dir / "loss_map.html"
@@ -54,6 +58,7 @@ def show_scan(found: Scan, run_dir: Path) -> None:
 
 
 def show_losses(losses: dict[str, float], n_heads: int, run_dir: Path) -> None:
+    """Print held-out losses and the share of the loss that was recovered."""
     from lcc_lens.metrics import share_recovered
 
     rows = [[name, f"{value:.4f}"] for name, value in losses.items()]
@@ -64,6 +69,7 @@ def show_losses(losses: dict[str, float], n_heads: int, run_dir: Path) -> None:
 
 
 def show_results(models: dict[str, Any], title: str) -> None:
+    """Print the scores of models side by side."""
     from lcc_lens.page import format_scores
 
     columns = ["model", *format_scores(next(iter(models.values()))["tasks"])]
@@ -71,6 +77,7 @@ def show_results(models: dict[str, Any], title: str) -> None:
 
 
 def show_report(found: dict[str, Any], title: str) -> None:
+    """Print an efficiency report: sizes, times, and what they say."""
     from lcc_lens.report_text import findings, size_table, time_table
 
     show_table(title, *size_table(found))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from pathlib import Path
 
@@ -117,3 +118,4 @@ def found(pair, question_file: Path):
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LCC_LENS_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("LCC_LENS_DATA", raising=False)
+    logging.getLogger("lcc_lens").setLevel(logging.INFO)  # a command run with --quiet leaves it higher
