@@ -33,12 +33,14 @@ from transformers import DynamicCache
 from transformers.utils import logging as transformers_logging
 
 from lcc_lens.activations import SITES
+from lcc_lens.config import bound_kernel_cache
 from lcc_lens.contrast import shared_length
-from lcc_lens.data import Data, TokenSequence, load_data, pad
+from lcc_lens.data import Data, TokenSequence, batches, load_data
 from lcc_lens.files import write_json
 from lcc_lens.models import load_plain
 from lcc_lens.pair import Pair, load_pair
 from lcc_lens.passes import ScanPlan
+from lcc_lens.prefix import chosen_rows
 from lcc_lens.recipe import prune
 from lcc_lens.scan import Scan, scan
 from lcc_lens.scan_request import pair_sequences
@@ -62,28 +64,26 @@ def plan_of(data: Data, pair: Pair) -> ScanPlan:
 
 
 def bare_forwards(plan: ScanPlan, dense: Any, pruned: Any) -> None:
+    questions = [TokenSequence(s.tokens[: s.loss_from], 1) for s in plan.sequences]
     with torch.inference_mode():
-        for shard in plan.shards():
-            for batch in plan.dense_batches(shard):
-                cache = DynamicCache()
-                dense(batch.tokens, past_key_values=cache, use_cache=True)
-                members = [shard[i] for i in batch.index]
-                right, wrong = [plan.sequences[i] for i in members], [plan.wrong[i] for i in members]
-                _go_on(dense, cache, right, wrong)
-            for batch in plan.pruned_batches(shard):
-                pruned(batch.tokens, use_cache=False)
+        for batch in batches(plan.sequences):
+            cache = DynamicCache()
+            dense(batch.tokens, past_key_values=cache, use_cache=True)
+            right, wrong = ([side[i] for i in batch.index] for side in (plan.sequences, plan.wrong))
+            _go_on(dense, cache, right, wrong)
+        for batch in batches(questions):
+            pruned(batch.tokens, use_cache=False)
 
 
 def _go_on(model: Any, cache: Any, right: list[TokenSequence], wrong: list[TokenSequence]) -> None:
-    shared = torch.tensor([shared_length(r, w) for r, w in zip(right, wrong, strict=True)])
-    rest = [TokenSequence(w.tokens[int(n) :], 1) for w, n in zip(wrong, shared, strict=True)]
-    beyond, batch = cache.get_seq_length() - int(shared.max()), pad(rest, range(len(rest)))
-    if beyond:
-        cache.crop(-beyond)
-    past = torch.arange(int(shared.max()))[None] < shared[:, None]
-    mask = torch.cat([past, batch.is_valid()], dim=1).long()
-    positions = shared[:, None] + torch.arange(batch.tokens.shape[1])
-    model(batch.tokens, past_key_values=cache, use_cache=True, attention_mask=mask, position_ids=positions)
+    lengths = torch.tensor([shared_length(r, w) for r, w in zip(right, wrong, strict=True)])
+    for batch in batches([TokenSequence(w.tokens[int(n) :], 1) for w, n in zip(wrong, lengths, strict=True)]):
+        shared = lengths[list(batch.index)]
+        past = torch.arange(int(shared.max()))[None] < shared[:, None]
+        mask = torch.cat([past, batch.is_valid()], dim=1).long()
+        positions = shared[:, None] + torch.arange(batch.tokens.shape[1])
+        rows = chosen_rows(cache, batch.index, int(shared.max()))
+        model(batch.tokens, past_key_values=rows, use_cache=True, attention_mask=mask, position_ids=positions)
 
 
 class Peak:
@@ -131,6 +131,7 @@ def main() -> None:
     parser.add_argument("--memory-of", type=int, help="only the memory of a scan of so many examples, as JSON")
     arguments = parser.parse_args()
     transformers_logging.set_verbosity_error()
+    bound_kernel_cache()
     pruned = pruned_model(arguments.folder / "wanda50")
     if arguments.memory_of:
         print(json.dumps(measure_memory(pruned, arguments.memory_of)))

@@ -39,6 +39,7 @@ from lcc_lens.metrics import share_recovered
 from lcc_lens.outcome import measure
 from lcc_lens.pair import Pair, load_pair
 from lcc_lens.recipe import prune
+from lcc_lens.running import forward
 from lcc_lens.scan import Scan, scan
 from lcc_lens.selectors import SELECTORS
 from lcc_lens.training import TrainConfig, train
@@ -98,7 +99,7 @@ class Held:
     @staticmethod
     def _logits(model: HookedModel, batch: Batch, hooks: list[NamedHook]) -> torch.Tensor:
         with torch.inference_mode():
-            return model.run_with_hooks(batch.tokens, fwd_hooks=[*hooks, *logits_at(model, batch.is_target())])[0]
+            return forward(model, batch.tokens, [*hooks, *logits_at(model, batch.is_target())])[0]
 
 
 def recovered(pair: Pair, found: Scan, task: str, seed: int, note: Path) -> list[dict[str, Any]]:

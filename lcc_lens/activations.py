@@ -11,8 +11,9 @@ from jaxtyping import Int
 from torch import Tensor
 
 from lcc_lens.errors import LensError, RequestError
-from lcc_lens.hooks import HookedModel, NamedHook, mlp_name, readers, resid_name, run_without_logits, z_name
+from lcc_lens.hooks import HookedModel, NamedHook, mlp_name, readers, resid_name, z_name
 from lcc_lens.models import device_of
+from lcc_lens.running import run_without_logits
 from lcc_lens.sequences import Batch, TokenSequence
 
 Site = Literal["z", "mlp", "resid"]

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
+from lcc_lens.config import bound_kernel_cache
 from lcc_lens.errors import LensError, RequestError
 from lcc_lens.progress import shown
 from lcc_lens.selectors import SelectorName
@@ -359,6 +360,7 @@ def run(arguments: list[str] | None = None) -> int:
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else 2
     _set_up_logging(command.quiet)
+    bound_kernel_cache()
     try:
         with nullcontext() if command.quiet else shown():
             command.execute()

@@ -44,6 +44,15 @@ def default_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def bound_kernel_cache() -> None:
+    """Keep fewer of oneDNN's kernels, unless ``ONEDNN_PRIMITIVE_CACHE_CAPACITY`` says how many.
+
+    It compiles one for each new shape of a batch on a CPU and keeps 1,024, which grow to hundreds of MiB; those of the
+    last few shapes serve as well. Has an effect only before the first computation, so commands call it, not functions.
+    """
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
+
+
 def compute_dtype(device: torch.device) -> torch.dtype:
     """The format of model weights and activations during computation.
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol, runtime_checkable
 
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from lcc_lens.errors import RequestError
@@ -108,13 +108,6 @@ def logits_at(model: HookedModel, mask: Bool[Tensor, "batch pos"] | None) -> lis
         return resid[:1, :0] if mask is None else resid[mask][None]
 
     return [(name, narrow)]
-
-
-def run_without_logits(
-    model: HookedModel, tokens: Int[Tensor, "batch pos"], hooks: list[NamedHook], **options: Any
-) -> None:
-    """Run forward for the sake of the hooks alone; ``options`` go to the model (a mask, positions, a cache)."""
-    model.run_with_hooks(tokens, fwd_hooks=[*hooks, *logits_at(model, None)], **options)
 
 
 @contextmanager

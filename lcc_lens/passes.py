@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from lcc_lens.activations import Places, Positions, Site, parts_of, sampled_positions, visit_sites
+from lcc_lens.activations import Places, Positions, Site, parts_of, sampled_positions
 from lcc_lens.contrast import visit_pairs
 from lcc_lens.data import Batch, TokenSequence, batches
 from lcc_lens.hooks import HookedModel
 from lcc_lens.models import device_of
 from lcc_lens.pair import Pair
+from lcc_lens.prefix import Prefix
 from lcc_lens.statistics import RunningDifferences
 
 #: Examples of one shard where few positions count: enough to sort them by length once more for the pruned model.
 SHARD = 128
 #: Head outputs at single places of contrastive pairs, beside the sampled ones.
 ENDS = ("question", "right", "wrong")
+#: Shared first tokens are read once where they are at least so many, in at least so many examples.
+LEAST_PREFIX, LEAST_MEMBERS = 16, 6
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,43 @@ class ScanPlan:
     sites: tuple[Site, ...]
     batch_tokens: int
 
+    @cached_property
+    def prefixes(self) -> tuple[Int[Tensor, " prefix"], ...]:
+        """What groups of examples begin with, such as a task's preamble, before anything is read; number 0 is empty."""
+        return self._grouped[0]
+
+    @cached_property
+    def prefix_of(self) -> tuple[int, ...]:
+        """Every example's prefix, by number."""
+        return self._grouped[1]
+
+    @cached_property
+    def _grouped(self) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+        groups: dict[bytes, list[int]] = {}
+        for i in range(len(self.sequences)):
+            if self._before_reading(i) >= LEAST_PREFIX:
+                groups.setdefault(self.sequences[i].tokens[:LEAST_PREFIX].numpy().tobytes(), []).append(i)
+        prefixes, number = [torch.zeros(0, dtype=torch.long)], [0] * len(self.sequences)
+        for members in groups.values():
+            if len(members) >= LEAST_MEMBERS:
+                for i in members:
+                    number[i] = len(prefixes)
+                prefixes.append(self._common(members))
+        return tuple(prefixes), tuple(number)
+
+    def _common(self, members: Sequence[int]) -> Int[Tensor, " prefix"]:
+        """What some examples all begin with, before anything is read."""
+        first, n = self.sequences[members[0]].tokens, min(map(self._before_reading, members))
+        for i in members:
+            differs = (self.sequences[i].tokens[:n] != first[:n]).nonzero()
+            n = int(differs[0]) if len(differs) else n
+        return first[:n]
+
+    def _before_reading(self, example: int) -> int:
+        """How many first tokens of an example nothing is read at."""
+        ends = [self.question_end(example)] if self.wrong is not None else []
+        return min([len(self.sequences[example]) - 1, *self.sampled(example), *ends])
+
     def shards(self) -> list[tuple[int, ...]]:
         """The examples, longest first, in portions that are finished one by one."""
         if self.positions == "all":
@@ -40,13 +81,16 @@ class ScanPlan:
         order = sorted(range(len(self.sequences)), key=lambda i: -len(self.sequences[i]))
         return [tuple(order[start : start + SHARD]) for start in range(0, len(order), SHARD)]
 
-    def dense_batches(self, shard: Sequence[int]) -> list[Batch]:
-        """A shard's batches for the dense model; ``Batch.index`` counts within the shard."""
-        return batches([self.sequences[i] for i in shard], max_tokens=self.batch_tokens)
+    def dense_batches(self, shard: Sequence[int]) -> list[tuple[int, Batch]]:
+        """A shard's batches for the dense model, each with its prefix's number and without that prefix.
 
-    def pruned_batches(self, shard: Sequence[int]) -> list[Batch]:
+        ``Batch.index`` counts within the shard.
+        """
+        return self._batches(shard, [len(self.sequences[i]) for i in shard])
+
+    def pruned_batches(self, shard: Sequence[int]) -> list[tuple[int, Batch]]:
         """A shard's batches for the pruned model, which reads no further than an activation counts."""
-        return batches([_needed(self, i) for i in shard], max_tokens=self.batch_tokens)
+        return self._batches(shard, [self._needed(i) for i in shard])
 
     def sampled(self, example: int) -> list[int]:
         """The positions of one example that count."""
@@ -55,6 +99,30 @@ class ScanPlan:
     def question_end(self, example: int) -> int:
         """The question's last token."""
         return self.sequences[example].loss_from - 1
+
+    def _needed(self, example: int) -> int:
+        """How many tokens of an example the pruned model has to read."""
+        ends = [self.question_end(example)] if self.wrong is not None else []
+        return 1 + max([self.n_prefix(example), *self.sampled(example), *ends])
+
+    def n_prefix(self, example: int) -> int:
+        """The tokens of an example's prefix."""
+        return len(self.prefixes[self.prefix_of[example]])
+
+    def _batches(self, shard: Sequence[int], ends: Sequence[int]) -> list[tuple[int, Batch]]:
+        """Batches of what follows the prefixes, as far as each example's end."""
+        found: list[tuple[int, Batch]] = []
+        for number in sorted({self.prefix_of[i] for i in shard}):
+            members = [k for k, i in enumerate(shard) if self.prefix_of[i] == number]
+            parts = [self._part(shard[k], ends[k]) for k in members]
+            for batch in batches(parts, max_tokens=self.batch_tokens):
+                found.append((number, replace(batch, index=tuple(members[k] for k in batch.index))))
+        return found
+
+    def _part(self, example: int, end: int) -> TokenSequence:
+        """An example from its prefix to a position."""
+        sequence, n = self.sequences[example], self.n_prefix(example)
+        return TokenSequence(sequence.tokens[n:end], max(1, min(sequence.loss_from, end) - n))
 
 
 class Rows:
@@ -92,20 +160,18 @@ def dense_pass(pair: Pair, plan: ScanPlan, shard: Sequence[int]) -> Generator[No
     counts = [len(plan.sampled(i)) for i in shard]
     rows = {site: Rows(counts) for site in plan.sites}
     ends = {name: Rows([1] * len(shard)) for name in (ENDS if plan.wrong is not None else ())}
-    sequences = [plan.sequences[i] for i in shard]
-    for batch in plan.dense_batches(shard):
-        where = _sampled_places(plan, shard, batch.index)
+    prefixes = [Prefix(pair.dense, tokens) for tokens in plan.prefixes]
+    for number, batch in plan.dense_batches(shard):
+        members = [shard[i] for i in batch.index]
+        where = _sampled_places(plan, members)
         reader = _DenseReader(pair, rows, ends, batch.index, len(where))
-        question = torch.tensor([plan.question_end(shard[i]) for i in batch.index])
         places = dict.fromkeys(plan.sites, where)
         if plan.wrong is None:
-            visit_sites(pair.dense, batch.tokens, places, reader.visit)
+            prefixes[number].visit(batch.tokens, places, reader.visit)
         else:
-            places["z"] = _joined(where, question, batch)
-            visit_pairs(
-                pair.dense, batch, [sequences[i] for i in batch.index], [plan.wrong[shard[i]] for i in batch.index],
-                places, reader.visit, reader.visit_wrong,
-            )  # fmt: skip
+            places["z"] = _joined(where, _question_ends(plan, members), batch)
+            right, wrong = ([sequences[i] for i in members] for sequences in (plan.sequences, plan.wrong))
+            visit_pairs(prefixes[number], batch, right, wrong, places, reader.visit, reader.visit_wrong)
         yield
     return {**{str(site): r.by_layer() for site, r in rows.items()}, **{name: r.by_layer() for name, r in ends.items()}}
 
@@ -124,18 +190,20 @@ def pruned_pass(
     """
     counts = [len(plan.sampled(i)) for i in shard]
     rows, question = Rows(counts), Rows([1] * len(shard))
-    for batch in plan.pruned_batches(shard):
-        where = _sampled_places(plan, shard, batch.index)
+    prefixes = [Prefix(pair.pruned, tokens) for tokens in plan.prefixes]
+    for number, batch in plan.pruned_batches(shard):
+        within = [shard[i] for i in batch.index]
+        where = _sampled_places(plan, within)
         ids, members = rows.ids(batch.index), question.ids(batch.index)
         example = torch.repeat_interleave(torch.tensor([counts[i] for i in batch.index]))
         places = dict.fromkeys(plan.sites, where)
         if plan.wrong is not None:
-            ends = torch.tensor([plan.question_end(shard[i]) for i in batch.index])
+            ends = _question_ends(plan, within)
             places["z"] = Places(
                 torch.cat([where.sequence, torch.arange(len(ends))]), torch.cat([where.position, ends])
             )
         reader = _PrunedReader(dense, sums, question, ids, members, example)
-        visit_sites(pair.pruned, batch.tokens, places, reader.visit)
+        prefixes[number].visit(batch.tokens, places, reader.visit)
         for running in sums.values():
             running.count(example)
         yield
@@ -193,21 +261,20 @@ class _PrunedReader:
             self.question.put(layer, self.members, ends)
 
 
-def _sampled_places(plan: ScanPlan, shard: Sequence[int], members: Sequence[int]) -> Places:
-    """Where the examples of one batch are sampled, example by example."""
-    positions = [plan.sampled(shard[i]) for i in members]
+def _sampled_places(plan: ScanPlan, examples: Sequence[int]) -> Places:
+    """Where the examples of one batch are sampled, example by example, counted from the prefix's end."""
+    positions = [[p - plan.n_prefix(i) for p in plan.sampled(i)] for i in examples]
     sequence = torch.repeat_interleave(torch.tensor([len(p) for p in positions]))
-    return Places(sequence, torch.tensor([p for example in positions for p in example], dtype=torch.long))
+    position = torch.tensor([p for example in positions for p in example], dtype=torch.long)
+    return Places(sequence, position)
+
+
+def _question_ends(plan: ScanPlan, examples: Sequence[int]) -> Int[Tensor, " example"]:
+    """Where the questions of one batch end, counted from the prefix's end."""
+    return torch.tensor([plan.question_end(i) - plan.n_prefix(i) for i in examples])
 
 
 def _joined(where: Places, question: Int[Tensor, " sequence"], batch: Batch) -> Places:
     """The sampled places, then the questions' ends, then the sequences' ends."""
     every = torch.arange(len(question))
     return Places(torch.cat([where.sequence, every, every]), torch.cat([where.position, question, batch.lengths - 1]))
-
-
-def _needed(plan: ScanPlan, example: int) -> TokenSequence:
-    """A sequence as far as the pruned model has to read it."""
-    last = max([0, *plan.sampled(example), *([plan.question_end(example)] if plan.wrong is not None else [])])
-    sequence = plan.sequences[example]
-    return TokenSequence(sequence.tokens[: last + 1], min(sequence.loss_from, last + 1))

@@ -20,7 +20,8 @@ from lcc_lens.heads import Head
 from lcc_lens.pair import Pair
 from lcc_lens.passes import ScanPlan, dense_pass, pruned_pass, running_sums
 from lcc_lens.progress import track
-from lcc_lens.pruning.zeros import zero_pattern
+from lcc_lens.pruning.report import common_pattern
+from lcc_lens.pruning.zeros import matrix_zeros, share_of_zeros
 from lcc_lens.scan_request import checked_length, pair_sequences, possible_selectors
 from lcc_lens.scan_state import ScanState
 from lcc_lens.scanned import SCAN_RECORD, SCAN_TENSORS, Scan, ScanRecord
@@ -106,7 +107,7 @@ def scan(
         work = _Work(pair, plan, [site for site in spectra if site in present], state)
         for _ in track(work.batches(), work.n_batches(), "scan heads"):
             pass
-        heads = work.sums["z"].finish()
+        heads, *others = (work.sums.pop(site).finish() for site in present)  # the sums are large and let go one by one
         if heads.n_samples < 2:
             raise RequestError(f"wanted at least 2 positions to compare, got {heads.n_samples}; scan more examples")
         components = heads.components()
@@ -118,7 +119,7 @@ def scan(
             record=_record(pair, data, plan, heads.n_samples, length, probe_rank if wrong is not None else None, seed),
             heads=heads,
             components=components,
-            others={site: work.sums[site].finish() for site in present if site != "z"},
+            others=dict(zip(present[1:], others, strict=True)),
             selected_by=dict(scores),
             tokens=token_losses(pair, plan.sequences, display),
         )
@@ -235,11 +236,11 @@ def _record(
 def _zeros(pair: Pair) -> tuple[str, float | None]:
     """Pattern and share of the pruned model's zeros, whoever pruned it."""
     try:
-        zeros = zero_pattern(pair.pruned_id.path)
+        matrices = matrix_zeros(pair.pruned_id.path)
     except RequestError as error:  # matrices that cannot be told apart (fused experts) keep no one from scanning heads
         logger.info("zeros not counted: %s", error)
         return "", None
-    return zeros.pattern, zeros.sparsity
+    return common_pattern({matrix.pattern for matrix in matrices}), share_of_zeros(matrices)
 
 
 def _warn(n_samples: int, d_head: int, silent: Iterable[Sequence[int]]) -> None:

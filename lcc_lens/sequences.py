@@ -13,8 +13,8 @@ from torch import Tensor
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-#: A sequence shorter than this share of its batch's longest opens a new batch: small batches cost less than padding.
-_LEAST_FILL = 0.75
+#: What a forward pass costs beside its tokens, in tokens: padding up to that many is cheaper than another batch.
+_COST_OF_A_BATCH = 64
 
 
 @dataclass(frozen=True)
@@ -99,15 +99,21 @@ def batches(sequences: Sequence[TokenSequence], *, max_tokens: int = 1024, max_b
         max_batch: sequences per batch at most.
     """
     order = sorted(range(len(sequences)), key=lambda i: -len(sequences[i]))  # sorted() keeps ties in order
-    groups: list[list[int]] = []
-    for i in order:
-        longest = len(sequences[groups[-1][0]]) if groups else 0
-        fits = groups and len(groups[-1]) < max_batch and (len(groups[-1]) + 1) * longest <= max_tokens
-        if fits and len(sequences[i]) >= _LEAST_FILL * longest:
-            groups[-1].append(i)
-        else:
-            groups.append([i])
-    return [pad(sequences, group) for group in groups]
+    ends = _cheapest_ends([len(sequences[i]) for i in order], max_tokens, max_batch)
+    return [pad(sequences, order[start:end]) for start, end in zip([0, *ends], ends, strict=False)]
+
+
+def _cheapest_ends(lengths: Sequence[int], max_tokens: int, max_batch: int) -> list[int]:
+    """Where batches of descending lengths end, so that padded tokens and the number of batches cost least."""
+    cost, start_of = [0] + [0] * len(lengths), [0] * (len(lengths) + 1)
+    for end in range(1, len(lengths) + 1):
+        starts = range(end - 1, max(end - 1 - max_batch, -1), -1)
+        allowed = [i for i in starts if i == end - 1 or (end - i) * lengths[i] <= max_tokens]
+        cost[end], start_of[end] = min((cost[i] + (end - i) * lengths[i] + _COST_OF_A_BATCH, i) for i in allowed)
+    ends = [len(lengths)] if lengths else []
+    while ends and start_of[ends[0]]:
+        ends.insert(0, start_of[ends[0]])
+    return ends
 
 
 def pad(sequences: Sequence[TokenSequence], index: Sequence[int]) -> Batch:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -11,8 +11,10 @@ from torch import Tensor
 
 from lcc_lens.components import LostComponents, components_from_moments, effective_rank, explained_share
 
-#: A part wider than this has its outer products summed in float32, and only their spectrum is kept.
+#: A part wider than this has its outer products summed in float32 below the diagonal, and only their spectrum is kept.
 _WIDE = 512
+#: How wide the square blocks are, at most, in which that is done.
+_BLOCK = 256
 
 
 @dataclass(frozen=True)
@@ -129,8 +131,11 @@ class RunningDifferences:
         self.n_samples, self.n_examples, self.squared_counts = 0, 0, 0
         self.sums = {name: zeros() for name in ("dense", "pruned", "difference", "dot", "examples", "examples_by_n")}
         self.sums["total"] = zeros(width)
-        if second_moment:  # sums of many float32 products: exact to about 1e-6, at half the memory of float64
-            self.sums["moment"] = zeros(width, width, narrow=width > _WIDE)
+        if second_moment and width <= _WIDE:
+            self.sums["moment"] = zeros(width, width)
+        if second_moment and width > _WIDE:  # sums of many float32 products: exact to about 1e-6
+            self.triangle = Triangle.of(width)
+            self.sums["moment"] = zeros(self.triangle.numel, narrow=True)
 
     def update(
         self,
@@ -163,9 +168,9 @@ class RunningDifferences:
         sums["examples_by_n"][layer] += (by_example * counts[:, None]).sum(0)
         if "moment" in sums:
             by_part = difference.transpose(0, 1)
-            if by_part.shape[0] == 1:
-                whole = by_part[0].to(sums["moment"])
-                sums["moment"][layer, 0].addmm_(whole.T, whole)
+            if self.width > _WIDE:
+                for moment, part in zip(sums["moment"][layer], by_part, strict=True):
+                    self.triangle.add(moment, part)
             else:
                 sums["moment"][layer] += by_part.transpose(1, 2) @ by_part
 
@@ -193,9 +198,17 @@ class RunningDifferences:
             squared_difference=sums["difference"].float().cpu(),
             dot=sums["dot"].float().cpu(),
             mse_stderr=(spread / self.width).float().cpu(),
-            singular_values=None if moment is None else _spectrum(moment),
+            singular_values=None if moment is None else self._spectrum(moment),
             second_moment=None if moment is None or self.width > _WIDE else moment.float().cpu(),
         )
+
+    def _spectrum(self, moment: Tensor) -> Float[Tensor, "layer part width"]:
+        """Singular values of the stacked differences from their second moment, layer by layer."""
+        values = []
+        for layer in moment:
+            whole = layer if self.width <= _WIDE else torch.stack([self.triangle.matrix(part) for part in layer])
+            values.append(torch.linalg.eigvalsh(whole).flip(-1).clamp_min(0).sqrt())
+        return torch.stack(values).float().cpu()
 
     def state(self) -> dict[str, Tensor]:
         """The sums so far, to go on from later."""
@@ -208,7 +221,44 @@ class RunningDifferences:
         self.sums = {name: state[name].to(self.sums[name]) for name in self.sums}
 
 
-def _spectrum(moment: Float[Tensor, "layer part width width"]) -> Float[Tensor, "layer part width"]:
-    """Singular values of the stacked differences from their second moment, layer by layer."""
-    values = [torch.linalg.eigvalsh(layer).flip(-1).clamp_min(0).sqrt() for layer in moment.unbind(0)]
-    return torch.stack(values).float().cpu()
+@dataclass(frozen=True)
+class Triangle:
+    """A symmetric matrix of sums, of which only square blocks on and below the diagonal are kept, row by row."""
+
+    width: int
+    block: int
+
+    @classmethod
+    def of(cls, width: int) -> Triangle:
+        """Equal blocks, none wider than needed."""
+        n = -(-width // _BLOCK)
+        return cls(width, -(-width // n))
+
+    @property
+    def numel(self) -> int:
+        """How many numbers are kept."""
+        return sum(rows.stop * (rows.stop - rows.start) for rows in self._rows())
+
+    def add(self, kept: Float[Tensor, " kept"], samples: Float[Tensor, "sample width"]) -> None:
+        """Add the samples' outer products, in place."""
+        samples = samples.to(kept)
+        for rows, view in self._views(kept):
+            view.addmm_(samples[:, rows].T, samples[:, : rows.stop])
+
+    def matrix(self, kept: Float[Tensor, " kept"]) -> Float[Tensor, "width width"]:
+        """The matrix, right on and below its diagonal."""
+        whole = kept.new_zeros(self.width, self.width)
+        for rows, view in self._views(kept):
+            whole[rows, : rows.stop] = view
+        return whole
+
+    def _rows(self) -> list[slice]:
+        starts = range(0, self.width, self.block)
+        return [slice(start, min(start + self.block, self.width)) for start in starts]
+
+    def _views(self, kept: Float[Tensor, " kept"]) -> Iterator[tuple[slice, Float[Tensor, "block columns"]]]:
+        start = 0
+        for rows in self._rows():
+            shape = rows.stop - rows.start, rows.stop
+            yield rows, kept[start : start + shape[0] * shape[1]].view(shape)
+            start += shape[0] * shape[1]

@@ -10,8 +10,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lcc_lens.activations import Places, visit_sites
-from lcc_lens.data import TokenSequence
+from lcc_lens.activations import Places, Site, SiteVisitor, visit_sites
+from lcc_lens.data import TokenSequence, batches
 from lcc_lens.pair import Pair
 
 if TYPE_CHECKING:
@@ -38,10 +38,20 @@ def token_losses(pair: Pair, sequences: Sequence[TokenSequence], n: int) -> tupl
     The dense model runs over all of them before the pruned one does, so a pair may hold one model at a time.
     """
     chosen = sequences[:n]
-    dense = [_all_z(pair, sequence, of_dense=True) for sequence in chosen]
-    pruned = [_all_z(pair, sequence, of_dense=False) for sequence in chosen]
+    if not chosen:  # where one model is in memory at a time, asking for it loads it
+        return ()
+    parts = batches(chosen)
+    places: list[dict[Site, Places]] = [{"z": Places.all_tokens(batch)} for batch in parts]
+    dense: list[list[Tensor]] = [[] for _ in parts]
+    found: dict[int, Tensor] = {}
+    for batch, where, z_dense in zip(parts, places, dense, strict=True):
+        visit_sites(pair.dense, batch.tokens, where, _keeper(pair, z_dense))
+    for batch, where, z_dense in zip(parts, places, dense, strict=True):
+        loss: list[Tensor] = []
+        visit_sites(pair.pruned, batch.tokens, where, _comparer(z_dense, loss))
+        found.update(zip(batch.index, torch.stack(loss, dim=1).split(batch.lengths.tolist()), strict=True))
     return tuple(
-        TokenLoss(i, pieces_of(pair.tokenizer, sequence), sequence.loss_from, _relative(dense[i], pruned[i]))
+        TokenLoss(i, pieces_of(pair.tokenizer, sequence), sequence.loss_from, found[i])
         for i, sequence in enumerate(chosen)
     )
 
@@ -51,17 +61,23 @@ def pieces_of(tokenizer: PreTrainedTokenizerBase, sequence: TokenSequence) -> tu
     return tuple(str(tokenizer.decode([int(token)])) for token in sequence.tokens)
 
 
-def _all_z(pair: Pair, sequence: TokenSequence, *, of_dense: bool) -> Float[Tensor, "token layer head d_head"]:
-    every = Places(torch.zeros(len(sequence), dtype=torch.long), torch.arange(len(sequence)))
-    layers: dict[int, Tensor] = {}
-    model = pair.dense if of_dense else pair.pruned
-    visit_sites(model, sequence.tokens[None], {"z": every}, lambda site, layer, z: layers.__setitem__(layer, z.cpu()))
-    kept = [pair.kept_heads(i, layers[i]) if of_dense else layers[i] for i in range(len(layers))]
-    return torch.stack(kept, dim=1).float()
+def _keeper(pair: Pair, kept: list[Tensor]) -> SiteVisitor:
+    """Keeps the dense model's head outputs layer by layer."""
+    return lambda site, layer, z: kept.append(pair.kept_heads(layer, z).cpu())
+
+
+def _comparer(dense: list[Tensor], loss: list[Tensor]) -> SiteVisitor:
+    """Compares the pruned model's head outputs with the dense model's and lets those go."""
+
+    def compare(site: Site, layer: int, z: Tensor) -> None:
+        loss.append(_relative(dense[layer].float(), z.float().cpu()))
+        dense[layer] = dense[layer].new_empty(0)
+
+    return compare
 
 
 def _relative(
-    dense: Float[Tensor, "token layer head d_head"], pruned: Float[Tensor, "token layer head d_head"]
-) -> Float[Tensor, "token layer head"]:
+    dense: Float[Tensor, "token head d_head"], pruned: Float[Tensor, "token head d_head"]
+) -> Float[Tensor, "token head"]:
     norm = dense.norm(dim=-1)
     return torch.where(norm > 0, (dense - pruned).norm(dim=-1) / norm, 0.0)

@@ -23,6 +23,7 @@ from lcc_lens.hooks import HookedModel, logits_at
 from lcc_lens.injection import LccInjection
 from lcc_lens.metrics import token_nll
 from lcc_lens.models import device_of
+from lcc_lens.running import forward
 
 CHECKPOINT = "checkpoint.safetensors"
 _BUCKET = 8  # batches among which sequences are sorted by length: less padding, order still random
@@ -96,9 +97,7 @@ class Interruption:
 def response_nll(model: HookedModel, batch: Batch, hooks: Sequence[Any] = ()) -> Tensor:
     """Summed negative log-likelihood (nats) of a batch's counted tokens; logits only at their positions."""
     device = device_of(model)
-    logits = model.run_with_hooks(
-        batch.tokens.to(device), fwd_hooks=[*hooks, *logits_at(model, batch.is_target().to(device))]
-    )
+    logits = forward(model, batch.tokens.to(device), [*hooks, *logits_at(model, batch.is_target().to(device))])
     return token_nll(logits[0], batch.targets().to(device)).sum()
 
 

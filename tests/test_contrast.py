@@ -16,12 +16,13 @@ from hypothesis import strategies as st
 from reference import head_outputs
 from torch import Tensor
 
-from lcc_lens import contrast, passes
-from lcc_lens.activations import Places, visit_sites
-from lcc_lens.contrast import reuses_cache, shared_length, visit_pairs
+from lcc_lens import passes, prefix
+from lcc_lens.activations import Places, sampled_positions, visit_sites
+from lcc_lens.contrast import shared_length, visit_pairs
 from lcc_lens.data import Data, TokenSequence, pad
 from lcc_lens.models import load_hooked
 from lcc_lens.pair import load_pair
+from lcc_lens.prefix import Prefix, reuses_cache
 from lcc_lens.scan import scan
 from lcc_lens.sequences import encode_pair
 from lcc_lens.tasks import Example
@@ -68,8 +69,13 @@ EXAMPLES = tuple(
 )
 
 
-def made_up(examples: tuple[Example, ...] = EXAMPLES) -> Data:
-    return Data("made up", "contrastive", examples, "this file")
+PREAMBLE = "Below is a question. Answer it! "
+
+
+def made_up(preamble: str = "") -> Data:
+    """The examples, each with the same words before it."""
+    examples = (Example(preamble + e.prompt, e.response, preamble + e.prompt, e.wrong) for e in EXAMPLES)
+    return Data("made up", "contrastive", tuple(examples), "this file")
 
 
 def family(name: str, path: Path) -> Any:
@@ -77,8 +83,10 @@ def family(name: str, path: Path) -> Any:
     return load_hooked(save_model(FAMILIES[name]().eval(), path / "model")).model
 
 
-def encoded(tokenizer: Any) -> tuple[list[TokenSequence], list[TokenSequence]]:
-    sides = [[encode_pair(tokenizer, e.prompt, str(t), 128) for t in (e.response, e.wrong)] for e in EXAMPLES]
+def encoded(tokenizer: Any, preamble: str = "") -> tuple[list[TokenSequence], list[TokenSequence]]:
+    sides = [
+        [encode_pair(tokenizer, preamble + e.prompt, str(t), 128) for t in (e.response, e.wrong)] for e in EXAMPLES
+    ]
     return [right for right, _ in sides], [wrong for _, wrong in sides]
 
 
@@ -96,7 +104,7 @@ def paired(model: Any, right: list[TokenSequence], wrong: list[TokenSequence]) -
     ends = Places(torch.arange(len(right)), batch.lengths - 1)
     found: tuple[dict[int, Tensor], dict[int, Tensor]] = ({}, {})
     readers = [lambda site, layer, z, into=into: into.__setitem__(layer, z.clone()) for into in found]
-    visit_pairs(model, batch, right, wrong, {"z": ends}, *readers)
+    visit_pairs(Prefix(model), batch, right, wrong, {"z": ends}, *readers)
     return tuple([layers[i] for i in range(model.cfg.n_layers)] for layers in found)
 
 
@@ -198,9 +206,18 @@ def test_shared_tokens_are_shared_and_leave_one(right: list[int], wrong: list[in
     assert n == len(right) or n == len(wrong) - 1 or right[n] != wrong[n]
 
 
-@pytest.mark.parametrize(("positions", "shard"), [("all", 128), ("last", 2), ("end", 3)])
+@pytest.mark.parametrize(
+    ("positions", "shard", "preamble"),
+    [("all", 128, ""), ("last", 2, ""), ("end", 3, ""), ("last", 2, PREAMBLE), ("response", 128, PREAMBLE)],
+)
 def test_probes_read_what_plain_models_give(
-    pair, dense_dir: Path, pruned_dir: Path, monkeypatch: pytest.MonkeyPatch, positions: str, shard: int
+    pair,
+    dense_dir: Path,
+    pruned_dir: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    positions: str,
+    shard: int,
+    preamble: str,
 ) -> None:
     """Four places of every pair; those at the question's end come from the pass over the question and its answer."""
     features: list[Any] = []
@@ -210,8 +227,8 @@ def test_probes_read_what_plain_models_give(
     monkeypatch.setattr(
         scan_module, "score", lambda names, evidence: (features.extend(evidence.layers()), score(names, evidence))[1]
     )
-    scan(pair, made_up(), positions=positions, batch_tokens=80)
-    right, wrong = encoded(pair.tokenizer)
+    found_scan = scan(pair, made_up(preamble), positions=positions, batch_tokens=200, display=0)
+    right, wrong = encoded(pair.tokenizer, preamble)
     question = [s.tokens[: s.loss_from] for s in right]
     expected = {
         "z_pruned_question": head_outputs(pruned_dir, question, N_HEADS),
@@ -223,17 +240,42 @@ def test_probes_read_what_plain_models_give(
     for name, z in expected.items():
         found = torch.stack([getattr(layer, name) for layer in features], dim=1)
         assert torch.allclose(found, torch.stack([one[-1] for one in z]), rtol=1e-4, atol=1e-5), name
+    whole = [head_outputs(path, [s.tokens for s in right], N_HEADS) for path in (dense_dir, pruned_dir)]
+    counted = [sampled_positions(sequence, positions) for sequence in right]
+    dense, pruned = (torch.cat([z[where] for z, where in zip(side, counted, strict=True)]) for side in whole)
+    assert torch.allclose(found_scan.mean_difference, (dense - pruned).mean(0), atol=1e-5)
 
 
-def test_scan_of_a_model_without_reuse_equals_plain_models(tmp_path: Path) -> None:
+def test_what_all_examples_begin_with_is_read_once(pair, n_read: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    scan(pair, made_up(), positions="last", display=0)  # what is tried once is tried
+    read = [n_read(model) for model in (pair.dense, pair.pruned)]
+    tokens = []
+    for least in (16, 1000):
+        monkeypatch.setattr(passes, "LEAST_PREFIX", least)
+        scan(pair, made_up(PREAMBLE), positions="last", display=0, batch_tokens=10_000)
+        tokens.append([sum(one) for one in read])
+        for one in read:
+            one.clear()
+    for once, every_time in zip(*tokens, strict=True):
+        assert every_time - once == (len(EXAMPLES) - 1) * (len(PREAMBLE) - 2)
+
+
+@pytest.mark.parametrize("preamble", ["", PREAMBLE])
+def test_scan_of_a_model_without_reuse_equals_plain_models(tmp_path: Path, preamble: str) -> None:
     folders = [tmp_path / "dense", tmp_path / "pruned"]
     for seed, path in enumerate(folders):
         torch.manual_seed(seed)
         save_model(FAMILIES["mistral, 4"]().eval(), path)
     windowed = load_pair(*folders)
-    found = scan(windowed, made_up(), batch_tokens=60)
-    right, _ = encoded(windowed.tokenizer)
-    dense, pruned = (torch.cat(head_outputs(path, [s.tokens for s in right], 4)) for path in folders)
+    found = scan(windowed, made_up(preamble), batch_tokens=60, positions="response")
+    right, _ = encoded(windowed.tokenizer, preamble)
+    dense, pruned = (
+        torch.cat([
+            z[sampled_positions(sequence, "response")]
+            for z, sequence in zip(head_outputs(path, [s.tokens for s in right], 4), right, strict=True)
+        ])
+        for path in folders
+    )  # fmt: skip
     assert torch.allclose(found.mean_difference, (dense - pruned).mean(0), atol=1e-5)
     assert found.selected_by.keys() == {"probe", "interaction"}
-    assert not contrast.reuses_cache(windowed.dense)
+    assert not prefix.reuses_cache(windowed.dense)

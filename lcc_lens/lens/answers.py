@@ -15,9 +15,10 @@ from lcc_lens.activations import Places
 from lcc_lens.data import Data, TokenSequence, batches, encode_pair
 from lcc_lens.errors import LensError, RequestError
 from lcc_lens.head_writer import HeadWriter
-from lcc_lens.hooks import HookedModel, NamedHook, resid_name, run_without_logits
+from lcc_lens.hooks import HookedModel, NamedHook, resid_name
 from lcc_lens.models import device_of
 from lcc_lens.pair import Pair
+from lcc_lens.running import run_without_logits
 
 logger = logging.getLogger(__name__)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -68,7 +69,7 @@ class ZeroPattern:
     @property
     def sparsity(self) -> float:
         """The share of zeros among the weights of the linear maps inside the decoder layers."""
-        return sum(matrix.zeros for matrix in self.matrices) / sum(matrix.parameters for matrix in self.matrices)
+        return share_of_zeros(self.matrices)
 
     @property
     def pattern(self) -> str:
@@ -108,6 +109,17 @@ class ZeroComparison:
         return sum(matrix.is_equal for matrix in self.matrices)
 
 
+def share_of_zeros(matrices: Sequence[MatrixZeros]) -> float:
+    """The share of zeros among the weights of some matrices."""
+    return sum(matrix.zeros for matrix in matrices) / sum(matrix.parameters for matrix in matrices)
+
+
+def matrix_zeros(path: Path) -> tuple[MatrixZeros, ...]:
+    """Count the zeros of the linear maps inside a checkpoint's decoder layers (see :func:`zero_pattern`)."""
+    found = [matrix for layer in find_matrices(path) for matrix in layer]
+    return tuple(_matrix_zeros(matrix.name, read_rows(matrix)) for matrix in track(found, len(found), "zeros"))
+
+
 def zero_pattern(path: Path) -> ZeroPattern:
     """Count the zeros of a checkpoint, whoever made it: sharded or not, in any float format, embeddings tied or not.
 
@@ -124,7 +136,7 @@ def zero_pattern(path: Path) -> ZeroPattern:
         0.5
     """
     found = [matrix for layer in find_matrices(path) for matrix in layer]
-    matrices = tuple(_matrix_zeros(matrix.name, read_rows(matrix)) for matrix in track(found, len(found), "zeros"))
+    matrices = matrix_zeros(path)
     stored, missing = _stored_parameters(path)
     others = [_numel_and_zeros(stored[name], name) for name in stored.keys() - {matrix.name for matrix in matrices}]
     parameters = sum(matrix.parameters for matrix in matrices) + sum(numel for numel, _ in others)

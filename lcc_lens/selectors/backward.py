@@ -16,6 +16,7 @@ from lcc_lens.models import device_of
 from lcc_lens.outcome import response_log_likelihood
 from lcc_lens.pair import Pair
 from lcc_lens.progress import track
+from lcc_lens.running import forward
 
 _N_GROUPS = 10
 
@@ -95,7 +96,7 @@ def dense_run(
     readers = z_readers(range(pair.n_layers), lambda layer, z: z_dense.append(pair.kept_heads(layer, z).clone()))
     with torch.inference_mode():
         hooks = [*readers, *logits_at(pair.dense, mask)]
-        logits = pair.dense.run_with_hooks(batch.tokens.to(device), fwd_hooks=hooks)
+        logits = forward(pair.dense, batch.tokens.to(device), hooks)
     return z_dense, logits[0] if with_logits else None
 
 
@@ -107,7 +108,7 @@ def _batch_gradients(pair: Pair, batch: Batch) -> list[tuple[Tensor, Tensor]]:
     hooks = _gradient_readers(z_dense, found)
     with torch.enable_grad():
         narrow = logits_at(pair.pruned, batch.is_target().to(device))
-        logits = pair.pruned.run_with_hooks(batch.tokens.to(device), fwd_hooks=[*hooks, *narrow])
+        logits = forward(pair.pruned, batch.tokens.to(device), [*hooks, *narrow])
         # Examples do not meet in a batch, so the gradient of the sum holds every example's own.
         response_log_likelihood(logits[0], batch).sum().backward()
     return [found[layer] for layer in range(pair.n_layers)]

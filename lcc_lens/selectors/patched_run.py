@@ -17,6 +17,7 @@ from lcc_lens.hooks import HookedModel, HookFunction, NamedHook, logits_at, read
 from lcc_lens.models import device_of
 from lcc_lens.outcome import Outcome, measure
 from lcc_lens.pair import Pair
+from lcc_lens.running import forward
 from lcc_lens.selectors.backward import dense_run
 
 logger = logging.getLogger(__name__)
@@ -55,7 +56,7 @@ class PatchedRuns:
         hooks = resid_readers(pair.n_layers, resid) if may_start else []
         with torch.inference_mode():
             narrow = logits_at(pair.pruned, batch.is_target().to(device))
-            logits = pair.pruned.run_with_hooks(batch.tokens.to(device), fwd_hooks=[*hooks, *narrow])
+            logits = forward(pair.pruned, batch.tokens.to(device), [*hooks, *narrow])
             unpatched = measure(logits[0], batch, dense_logits)
         position = torch.arange(batch.tokens.shape[1])
         is_patched = (position >= batch.loss_from[:, None] - 1).to(device) if positions == "response" else None
@@ -122,7 +123,7 @@ def starts_in_the_middle(model: HookedModel) -> bool:
     tokens = (torch.arange(1, 25, device=device) * 7919 % int(model.cfg.d_vocab)).reshape(2, 12)
     resid: list[Tensor] = []
     with torch.inference_mode():
-        expected = model.run_with_hooks(tokens, fwd_hooks=resid_readers(n_layers, resid)).float()
+        expected = forward(model, tokens, resid_readers(n_layers, resid)).float()
         for layer in sorted({1, n_layers // 2, n_layers - 1} & set(range(1, n_layers))):
             try:
                 got = _run_from(model, layer, resid[layer], tokens, []).float()
@@ -138,10 +139,10 @@ def starts_in_the_middle(model: HookedModel) -> bool:
 def _run_from(model: HookedModel, layer: int, resid: Tensor | None, tokens: Tensor, hooks: list[NamedHook]) -> Any:
     """Run from a layer on with the given residual stream; from the tokens where there is none."""
     if resid is None:
-        return model.run_with_hooks(tokens, fwd_hooks=hooks)
+        return forward(model, tokens, hooks)
     swap: NamedHook = (resid_pre_name(layer), lambda x, hook: resid)
     with _skipped_blocks(model, layer):
-        return model.run_with_hooks(tokens, fwd_hooks=[swap, *hooks])
+        return forward(model, tokens, [swap, *hooks])
 
 
 @contextmanager

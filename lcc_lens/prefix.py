@@ -1,0 +1,162 @@
+"""Key-value caches: going on from tokens that were read before, where a model gives the same that way."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from lcc_lens.activations import Places, Site, SiteVisitor, visit_sites
+from lcc_lens.hooks import HookedModel
+from lcc_lens.models import device_of
+from lcc_lens.sequences import Batch, TokenSequence, pad
+
+#: How far a model's activations with a reused cache may lie from those without, relative to the largest.
+_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8}
+_COARSE_TOLERANCE = 5e-2
+#: What architectures call the reach of local attention in their configuration.
+_WINDOWS = ("sliding_window", "attention_chunk_size", "window_size")
+_REUSES: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()
+
+
+class Prefix:
+    """The first tokens that many sequences share: a model reads them once, and every batch goes on from there.
+
+    Args:
+        model: a hooked model.
+        tokens: the shared tokens; may be none.
+
+    A model that does not give the same from a cache reads them again with every batch.
+    """
+
+    def __init__(self, model: HookedModel, tokens: Int[Tensor, " prefix"] | None = None) -> None:
+        self.model = model
+        self.tokens = torch.zeros(0, dtype=torch.long) if tokens is None else tokens
+        self._layers: list[tuple[Tensor, Tensor]] | None = None
+
+    def visit(
+        self,
+        tokens: Int[Tensor, "batch pos"],
+        places: Mapping[Site, Places],
+        visit: SiteVisitor,
+        *,
+        keep: bool = False,
+    ) -> Any:
+        """Run forward over what follows the prefix (see :func:`lcc_lens.activations.visit_sites`).
+
+        Args:
+            tokens: right-padded, without the prefix; positions in ``places`` count from its end.
+            places: where to read.
+            visit: takes the activations.
+            keep: also give the key-value cache of the whole, prefix included.
+
+        Returns:
+            The cache; None if it was not wanted or the model cannot go on from one.
+        """
+        n_prefix = len(self.tokens)
+        fits = n_prefix + tokens.shape[1] <= reach(self.model)
+        if not ((keep or n_prefix) and fits and reuses_cache(self.model)):
+            whole = torch.cat([self.tokens.expand(len(tokens), -1), tokens], dim=1)
+            moved = {site: Places(p.sequence, p.position + n_prefix) for site, p in places.items()}
+            visit_sites(self.model, whole, moved, visit)
+            return None
+        cache = self._start(len(tokens))
+        visit_sites(self.model, tokens, places, visit, past_key_values=cache)
+        return cache if keep else None
+
+    def _start(self, n: int) -> Any:
+        """A cache that holds the prefix ``n`` times."""
+        from transformers import DynamicCache
+
+        if self._layers is None:
+            cache = DynamicCache()
+            if len(self.tokens):
+                visit_sites(self.model, self.tokens[None], {}, _ignore, past_key_values=cache)
+            self._layers = [(layer.keys, layer.values) for layer in cache.layers if len(self.tokens)]
+        started = DynamicCache()
+        for i, (keys, values) in enumerate(self._layers):
+            started.update(keys.expand(n, -1, -1, -1), values.expand(n, -1, -1, -1), i)
+        return started
+
+
+def chosen_rows(cache: Any, rows: Sequence[int], length: int) -> Any:
+    """A new cache of some rows of another one, as far as a length."""
+    from transformers import DynamicCache
+
+    chosen = DynamicCache()
+    for i, layer in enumerate(cache.layers):
+        chosen.update(layer.keys[list(rows), :, :length], layer.values[list(rows), :, :length], i)
+    return chosen
+
+
+def go_on(model: HookedModel, cache: Any, shared: Int[Tensor, " row"], rest: Batch, visit: SiteVisitor) -> None:
+    """Go on from the first ``shared`` positions of each row of a cache as long as the longest of them.
+
+    What lies between a row's end and its rest is masked. ``visit`` takes the head outputs at the last token of every
+    row.
+    """
+    batch, n_past = rest, int(shared.max())
+    position = torch.arange(n_past + batch.tokens.shape[1])
+    is_past = position[None, :n_past] < shared[:, None]
+    mask = torch.cat([is_past, batch.is_valid()], dim=1).long()
+    positions = shared[:, None] + torch.arange(batch.tokens.shape[1])
+    device = device_of(model)
+    visit_sites(
+        model, batch.tokens, {"z": Places.ends(batch)}, visit, past_key_values=cache, attention_mask=mask.to(device),
+        position_ids=positions.to(device),
+    )  # fmt: skip
+
+
+def reuses_cache(model: HookedModel) -> bool:
+    """Whether the model gives the same head outputs from another sequence's key-value cache; tried once."""
+    known: Any = model
+    if known not in _REUSES:
+        try:
+            _REUSES[known] = _is_exact(model)
+        except (RuntimeError, TypeError, ValueError, AttributeError, IndexError, NotImplementedError):
+            _REUSES[known] = False
+    return _REUSES[known]
+
+
+def reach(model: HookedModel) -> float:
+    """The tokens that every layer attends to at least, in sliding windows or chunks."""
+    config: Any = getattr(getattr(model, "original_model", None), "config", None)
+    found = [getattr(getattr(config, "text_config", config), name, None) for name in _WINDOWS]
+    return min((float(window) for window in found if window), default=float("inf"))
+
+
+def _is_exact(model: HookedModel) -> bool:
+    """Compare both ways on two short sequences that part after 9 and 4 tokens, the second with a gap in its cache."""
+    from transformers import DynamicCache
+
+    ids = torch.arange(1, 33) * 7919 % int(model.cfg.d_vocab)
+    first = [ids[:9], ids[9:15]]
+    whole = [torch.cat([ids[:6], ids[20:22]]), torch.cat([ids[9:13], ids[22:25]])]
+    shared = torch.tensor([6, 4])
+    batch, cache = pad([TokenSequence(tokens, 1) for tokens in first], (0, 1)), DynamicCache()
+    visit_sites(model, batch.tokens, {}, _ignore, past_key_values=cache)
+    reused: dict[int, Tensor] = {}
+    rest = pad([TokenSequence(tokens[int(n) :], 1) for tokens, n in zip(whole, shared, strict=True)], (0, 1))
+    go_on(
+        model, chosen_rows(cache, (0, 1), 6), shared, rest,
+        lambda site, layer, z: reused.__setitem__(layer, z.float()),
+    )  # fmt: skip
+    expected: dict[int, list[Tensor]] = {}
+    for tokens in whole:
+        end = Places(torch.tensor([0]), torch.tensor([len(tokens) - 1]))
+        visit_sites(
+            model, tokens[None], {"z": end}, lambda site, layer, z: expected.setdefault(layer, []).append(z.float())
+        )
+    tolerance = _TOLERANCE.get(model.cfg.dtype, _COARSE_TOLERANCE)
+    return all(
+        bool((reused[i] - torch.cat(z)).abs().max() <= tolerance * torch.cat(z).abs().max().clamp_min(1e-6))
+        for i, z in expected.items()
+    )
+
+
+def _ignore(site: Site, layer: int, activation: Tensor) -> None:
+    """Read nothing."""

@@ -1,0 +1,163 @@
+"""Forward passes of hooked models: with the model's own attention kernels where nobody looks inside attention.
+
+TransformerBridge computes attention step by step, so that scores and patterns can be read; that costs a tensor of every
+head's weights over all pairs of positions. What enters the output projection (``hook_z``) and everything outside
+attention fires as well under the model's own forward with PyTorch's fused kernels, which need no such tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from lcc_lens.hooks import HookedModel, NamedHook, logits_at, z_name, z_readers
+
+_KERNELS = "sdpa"
+#: How far fused attention may lie from stepwise, relative to the whole (its norm).
+_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8}
+_COARSE_TOLERANCE = 1e-1
+#: What architectures call the soft cap of attention scores, which fused kernels leave out.
+_SOFT_CAPS = ("attn_logit_softcapping", "attn_logit_softcap")
+#: Settings of TransformerLens under which heads' inputs or results are computed one by one.
+_STEPWISE_SETTINGS = ("use_split_qkv_input", "use_attn_in", "use_attn_result")
+
+
+@dataclass(frozen=True)
+class _Fusion:
+    """How a model's attention is switched: its configurations, and the hook points of a layer that then are silent."""
+
+    configs: tuple[Any, ...]
+    silent: frozenset[str]
+
+
+_TRIED: WeakKeyDictionary[Any, _Fusion | None] = WeakKeyDictionary()
+
+
+def forward(model: HookedModel, tokens: Int[Tensor, "batch pos"], hooks: list[NamedHook], **options: Any) -> Any:
+    """Run forward under hooks outside attention (``hook_z`` included); gives what ``run_with_hooks`` gives."""
+    with fused_attention(model) as is_fused:
+        if is_fused:
+            options.setdefault("use_cache", "past_key_values" in options)
+        return model.run_with_hooks(tokens, fwd_hooks=hooks, **options)
+
+
+def run_without_logits(
+    model: HookedModel, tokens: Int[Tensor, "batch pos"], hooks: list[NamedHook], **options: Any
+) -> None:
+    """Run forward for the sake of the hooks alone; ``options`` go to the model (a mask, positions, a cache)."""
+    forward(model, tokens, [*hooks, *logits_at(model, None)], **options)
+
+
+@contextmanager
+def fused_attention(model: HookedModel) -> Iterator[bool]:
+    """Let the model's own attention run inside the block where it gives the same and nobody looks inside it.
+
+    Yields:
+        Whether it does.
+    """
+    fusion = _fusion(model)
+    if fusion is None or _is_watched(model, fusion):
+        yield False
+        return
+    with _own_attention(model, fusion):
+        yield True
+
+
+def can_fuse(model: HookedModel) -> bool:
+    """Whether the model's own attention gives the same head outputs and takes the same edits; tried once."""
+    return _fusion(model) is not None
+
+
+def _fusion(model: HookedModel) -> _Fusion | None:
+    known: Any = model
+    if known not in _TRIED:
+        try:
+            _TRIED[known] = _try(model)
+        except (AttributeError, RuntimeError, TypeError, ValueError, KeyError, IndexError, NotImplementedError):
+            _TRIED[known] = None
+    return _TRIED[known]
+
+
+def _is_watched(model: HookedModel, fusion: _Fusion) -> bool:
+    """Whether somebody has hooks where fused kernels show nothing."""
+    cfg = model.cfg
+    if any(getattr(cfg, name, False) for name in _STEPWISE_SETTINGS):
+        return True
+    points = model.hook_dict  # collected anew at every access
+    names = (_attention(layer) + name for layer in range(int(cfg.n_layers)) for name in fusion.silent)
+    return any((point := points.get(name)) is not None and (point.fwd_hooks or point.bwd_hooks) for name in names)
+
+
+@contextmanager
+def _own_attention(model: Any, fusion: _Fusion) -> Iterator[None]:
+    attentions = [block.attn for block in model.blocks]
+    if any("forward" in attention.__dict__ for attention in attentions):  # already inside such a block
+        yield
+        return
+    before = [config._attn_implementation for config in fusion.configs]
+    try:
+        for config in fusion.configs:
+            config._attn_implementation = _KERNELS
+        for attention in attentions:  # not setattr: the bridge hands that on to the component
+            attention.__dict__["forward"] = attention.original_component.forward
+        yield
+    finally:
+        for attention in attentions:
+            attention.__dict__.pop("forward", None)
+        for config, name in zip(fusion.configs, before, strict=True):
+            config._attn_implementation = name
+
+
+def _try(model: Any) -> _Fusion | None:
+    """Run both ways, bare and with edited head outputs, and compare."""
+    plain = model.original_model
+    modules = plain.modules()
+    found = {id(module.config): module.config for module in modules if hasattr(module, "config")}
+    configs = tuple(config for config in found.values() if hasattr(config, "_attn_implementation"))
+    capped = any(getattr(config, name, None) for config in configs for name in _SOFT_CAPS)
+    if capped or not getattr(plain, "_supports_sdpa", False):
+        return None
+    expected, stepwise = _sample(model)
+    fusion = _Fusion(configs, frozenset())
+    with _own_attention(model, fusion):
+        got, fused = _sample(model, use_cache=False)
+    tolerance = _TOLERANCE.get(model.cfg.dtype, _COARSE_TOLERANCE)
+    is_same = all(
+        a.shape == b.shape and float((a - b).norm()) <= tolerance * float(a.norm().clamp_min(1e-6))
+        for a, b in zip(expected, got, strict=True)
+    )
+    return _Fusion(configs, frozenset(stepwise - fused)) if is_same else None
+
+
+def _sample(model: Any, **options: Any) -> tuple[list[Tensor], set[str]]:
+    """Logits, logits with edited head outputs and all head outputs of a few tokens; which hook points fired."""
+    n_layers, device = int(model.cfg.n_layers), next(iter(model.original_model.parameters())).device
+    tokens = (torch.arange(1, 33, device=device) * 7919 % int(model.cfg.d_vocab)).reshape(2, 16)
+    z: dict[int, Tensor] = {}
+    fired: set[str] = set()
+    readers = z_readers(range(n_layers), lambda layer, activation: z.__setitem__(layer, activation.float()))
+    edits: list[NamedHook] = [(z_name(layer), lambda z, hook: 1.5 * z) for layer in (0, n_layers - 1)]
+    with torch.inference_mode(), ExitStack() as stack:
+        for name, point in model.hook_dict.items():
+            if name.startswith(_attention(0)):  # by PyTorch's own hooks: TransformerLens refuses some names
+                note = _noting(fired, name.removeprefix(_attention(0)))
+                stack.callback(point.register_forward_hook(note).remove)
+        logits = model.run_with_hooks(tokens, fwd_hooks=readers, **options).float()
+        edited = model.run_with_hooks(tokens, fwd_hooks=edits, **options).float()
+    return [logits, edited, *(z[layer] for layer in range(n_layers))], fired
+
+
+def _noting(fired: set[str], name: str) -> Any:
+    return lambda *_: fired.add(name)
+
+
+def _attention(layer: int) -> str:
+    """The beginning of a layer's hook points within attention."""
+    return z_name(layer).removesuffix("hook_z")
