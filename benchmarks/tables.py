@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 HERE = Path(__file__).parent
@@ -128,6 +129,28 @@ def recovery_table(study: dict[str, Any], what: str) -> str:
     return "\n".join(lines)
 
 
+def task_table(study: dict[str, Any]) -> str:
+    """Both measures of recovery by task, at the larger share of heads, for some selectors: means over seeds."""
+    names = ("attribution", "probe", "mse", "random")
+    tasks, models = (list(dict.fromkeys(cell[key] for cell in study["cells"])) for key in ("task", "model"))
+    share = max(row["share"] for row in study["cells"][0]["recovery"])
+    lines = [
+        "| likelihood recovered / divergence removed (%) | " + " | ".join(SELECTOR_LABELS[n] for n in names) + " |"
+    ]
+    lines.append("|---|" + "---:|" * len(names))
+    for task in tasks:
+        for model in models:
+            rows = [
+                row for cell in study["cells"] if (cell["task"], cell["model"]) == (task, model)
+                for row in cell["recovery"] if row["share"] == share
+            ]  # fmt: skip
+            chosen = [[row for row in rows if row["selector"] == name] for name in names]
+            means = [[fmean(row[what] for row in own) for what in MEASURE_LABELS] for own in chosen]
+            cells = [" / ".join(f"{100 * value:.0f}" for value in pair) for pair in means]
+            lines.append(f"| {task}, {model} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def _range(found: dict[str, float], digits: int, scale: float) -> str:
     mean, low, high = (f"{scale * found[key]:.{digits}f}" for key in ("mean", "low", "high"))
     return f"{mean} [{low}, {high}]"
@@ -145,5 +168,6 @@ if __name__ == "__main__":
         report_table(read("report.json")),
         correlation_table(read("selector_study.json")),
         *(recovery_table(read("selector_study.json"), what) for what in MEASURE_LABELS),
+        task_table(read("selector_study.json")),
     ):
         print(table, end="\n\n")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from lcc_lens.activations import Site, site_widths
 from lcc_lens.errors import RequestError
 from lcc_lens.headmap import HEAD_MAP, HeadMap, read_head_map
 from lcc_lens.hooks import HookedModel
+from lcc_lens.memory import release_memory
 from lcc_lens.models import LoadedModel, ModelIdentity, load_hooked, resolve
 
 if TYPE_CHECKING:
@@ -105,13 +105,6 @@ class Pair:
         """A layer's dense head outputs in the order of the pruned model's heads."""
         heads = self.head_map.dense_heads[layer]
         return z if heads == tuple(range(z.shape[-2])) else z[..., list(heads), :]
-
-
-def release_memory() -> None:
-    """Give back what nothing refers to; hooked models refer to themselves, so counting references is not enough."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def load_pair(

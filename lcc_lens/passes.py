@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -189,24 +189,30 @@ def pruned_pass(
         Head outputs at the ends of the questions, ``[pair, head, d_head]`` per layer; None without wrong answers.
     """
     counts = [len(plan.sampled(i)) for i in shard]
-    rows, question = Rows(counts), Rows([1] * len(shard))
+    rows, question = {site: Rows(counts) for site in plan.sites}, Rows([1] * len(shard))
+    example = torch.repeat_interleave(torch.tensor(counts))
+
+    def compare(site: Site, layer: int) -> None:
+        values = rows[site].layers.pop(layer)
+        sums[site].update(layer, dense[site][layer].to(values.device), values, example.to(values.device))
+
     prefixes = [Prefix(pair.pruned, tokens) for tokens in plan.prefixes]
     for number, batch in plan.pruned_batches(shard):
         within = [shard[i] for i in batch.index]
         where = _sampled_places(plan, within)
-        ids, members = rows.ids(batch.index), question.ids(batch.index)
-        example = torch.repeat_interleave(torch.tensor([counts[i] for i in batch.index]))
         places = dict.fromkeys(plan.sites, where)
         if plan.wrong is not None:
             ends = _question_ends(plan, within)
             places["z"] = Places(
                 torch.cat([where.sequence, torch.arange(len(ends))]), torch.cat([where.position, ends])
             )
-        reader = _PrunedReader(dense, sums, question, ids, members, example)
+        reader = _PrunedReader(rows, question, batch.index, compare)
         prefixes[number].visit(batch.tokens, places, reader.visit)
-        for running in sums.values():
-            running.count(example)
         yield
+    for site, running in sums.items():
+        running.count(example)
+        for layer in sorted(rows[site].layers):
+            compare(site, layer)
     return question.by_layer() if plan.wrong is not None else None
 
 
@@ -241,24 +247,21 @@ class _DenseReader:
         self.ends["wrong"].put(layer, self.members, self.pair.kept_heads(layer, values))
 
 
-@dataclass(frozen=True)
 class _PrunedReader:
-    """Compares what one batch of the pruned model gives with the dense model's rows."""
+    """Sorts what one batch of the pruned model gives into rows; compares a layer once all its rows are there."""
 
-    dense: Mapping[str, Sequence[Tensor]]
-    sums: Mapping[Site, RunningDifferences]
-    question: Rows
-    ids: Int[Tensor, " sample"]
-    members: Int[Tensor, " pair"]
-    example: Int[Tensor, " sample"]
+    def __init__(
+        self, rows: Mapping[Site, Rows], question: Rows, members: Sequence[int], compare: Callable[[Site, int], None]
+    ) -> None:
+        self.rows, self.question, self.members, self.compare = rows, question, torch.tensor(members), compare
+        self.ids = next(iter(rows.values())).ids(members)
 
     def visit(self, site: Site, layer: int, values: Tensor) -> None:
-        values, ends = values[: len(self.ids)], values[len(self.ids) :]
-        reference = self.dense[site][layer]
-        reference = reference[self.ids.to(reference.device)].to(values.device)
-        self.sums[site].update(layer, reference, values, self.example.to(values.device))
-        if len(ends):
-            self.question.put(layer, self.members, ends)
+        self.rows[site].put(layer, self.ids, values[: len(self.ids)])
+        if len(values) > len(self.ids):
+            self.question.put(layer, self.members, values[len(self.ids) :])
+        if len(self.ids) == self.rows[site].start[-1]:
+            self.compare(site, layer)
 
 
 def _sampled_places(plan: ScanPlan, examples: Sequence[int]) -> Places:

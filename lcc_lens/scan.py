@@ -17,6 +17,7 @@ from lcc_lens.data import Data
 from lcc_lens.errors import InterruptedRun, RequestError
 from lcc_lens.headmap import HeadMap
 from lcc_lens.heads import Head
+from lcc_lens.memory import trim_heap
 from lcc_lens.pair import Pair
 from lcc_lens.passes import ScanPlan, dense_pass, pruned_pass, running_sums
 from lcc_lens.progress import track
@@ -106,7 +107,7 @@ def scan(
     with _state(run, pair, plan, spectra) as state, _interruptible(can_go_on=run is not None):
         work = _Work(pair, plan, [site for site in spectra if site in present], state)
         for _ in track(work.batches(), work.n_batches(), "scan heads"):
-            pass
+            trim_heap()
         heads, *others = (work.sums.pop(site).finish() for site in present)  # the sums are large and let go one by one
         if heads.n_samples < 2:
             raise RequestError(f"wanted at least 2 positions to compare, got {heads.n_samples}; scan more examples")

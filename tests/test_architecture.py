@@ -16,7 +16,7 @@ PACKAGE = ROOT / "lcc_lens"
 
 # A module imports from its own layer or from those above it in this list. "" is the package itself, the facade.
 LAYERS: list[tuple[str, ...]] = [
-    ("errors", "heads", "headmap", "progress", "config", "files"),
+    ("errors", "heads", "headmap", "progress", "config", "files", "memory"),
     (
         "components",
         "statistics",
@@ -28,6 +28,7 @@ LAYERS: list[tuple[str, ...]] = [
         "pruning.scores",
         "pruning.masks",
         "pruning.obs",
+        "pruning.least_squares",
         "pruning.structured",
     ),
     (

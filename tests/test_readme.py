@@ -52,6 +52,7 @@ def test_selector_tables_are_drawn_from_the_committed_study() -> None:
     assert tables.correlation_table(study) in README
     assert tables.recovery_table(study, "recovered") in README
     assert tables.recovery_table(study, "kl_removed") in README
+    assert tables.task_table(study) in README
     assert study["command"] in README
     assert {cell["seed"] for cell in study["cells"]} == {0, 1, 2}
 

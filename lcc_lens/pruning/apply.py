@@ -11,14 +11,14 @@ from typing import Any
 
 import torch
 from jaxtyping import Int
-from torch import Tensor, nn
+from torch import Tensor
 
 from lcc_lens.config import package_version
 from lcc_lens.errors import DiskFullError, LensError, RequestError
 from lcc_lens.files import require_free, require_space, weight_files, weights_sha256
-from lcc_lens.progress import track, without_loading_bars
+from lcc_lens.progress import track
 from lcc_lens.pruning.anatomy import LayerAnatomy, find_anatomies
-from lcc_lens.pruning.layers import decoder_layers, read_config
+from lcc_lens.pruning.layers import read_config
 from lcc_lens.pruning.masks import Pattern, Scope, require_fit
 from lcc_lens.pruning.matrices import Matrix, StoredWeights, find_matrices
 from lcc_lens.pruning.pruners import Choice, LayerTask, Removed, Split
@@ -197,7 +197,7 @@ def _walk(
         logger.info("going on at layer %d of %d", finished.n_layers, len(plan))
     if finished.n_layers == len(plan):
         return
-    stream = None if tokens is None else _stream(model_dir, tokens, config.batch_size, device, dtype)
+    stream = None if tokens is None else LayerStream.of(model_dir, tokens, config.batch_size, device, dtype)
     for index, matrices in enumerate(track(plan, len(plan), "pruning layers")):
         if index < finished.n_layers:
             weights = finished.layer(index)
@@ -229,16 +229,3 @@ def _pruned_layer(
             raise LensError(f"wanted finite pruned weights, got NaN or infinity in {name}; compute in float32")
         weights[name] = by_name[name].stored(weight).cpu()
     return weights, pruner.removed()
-
-
-def _stream(
-    model_dir: Path, tokens: Int[Tensor, "sequence pos"], batch_size: int, device: torch.device, dtype: torch.dtype
-) -> LayerStream:
-    """Load the model and bring the calibration data to its first layer."""
-    from transformers import AutoModelForCausalLM
-
-    # No attention is named: transformers takes sdpa, or eager for architectures that sdpa cannot compute (Gemma 2).
-    with without_loading_bars():
-        model: nn.Module = AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype)
-    model.to(device).eval().requires_grad_(False)
-    return LayerStream(model, decoder_layers(model, read_config(model_dir))[1], tokens, batch_size)

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from lcc_lens.errors import LensError, RequestError
+from lcc_lens.progress import without_loading_bars
+from lcc_lens.pruning.layers import decoder_layers, read_config
 from lcc_lens.pruning.matrices import Matrix
 from lcc_lens.pruning.pruners import LayerPruner
 from lcc_lens.pruning.recording import LayerCall, record_calls
+
+#: Takes a matrix's name and a batch of its inputs ``[token, in]``.
+Observer = Callable[[str, Tensor], None]
 
 
 class LayerStream:
@@ -55,7 +61,12 @@ class LayerStream:
         self._hidden: Float[Tensor, "sequence pos d_model"] = hidden
 
     def observe(self, matrices: Sequence[Matrix], pruner: LayerPruner) -> None:
-        """Run the current layer and show a pruner the inputs of its matrices.
+        """Run the current layer and show a pruner the inputs of its matrices (see :meth:`batches_observed`)."""
+        for _ in self.batches_observed(matrices, pruner.observe):
+            pass
+
+    def batches_observed(self, matrices: Sequence[Matrix], observe: Observer) -> Generator[None, None, None]:
+        """Run the current layer and show the inputs of its matrices; yields after every batch.
 
         Raises:
             LensError: a weight of the layer is not finite in the compute format.
@@ -67,9 +78,9 @@ class LayerStream:
                     f"wanted finite weights, got NaN or infinity in {path} of layer {self._index}; "
                     "check the checkpoint or compute in float32"
                 )
-        with _observed({matrix.name: layer.get_submodule(matrix.path) for matrix in matrices}, pruner):
+        with _observed({matrix.name: layer.get_submodule(matrix.path) for matrix in matrices}, observe):
             for _ in self._outputs():
-                pass
+                yield
 
     def replace(self, matrix: Matrix, weight: Tensor) -> None:
         """Put a new weight, in the layout of the checkpoint, into the current layer."""
@@ -93,6 +104,24 @@ class LayerStream:
                 self._hidden[start : start + len(output)] = output
         self._index += 1
 
+    @classmethod
+    def of(
+        cls,
+        model_dir: Path,
+        tokens: Int[Tensor, "sequence pos"],
+        batch_size: int,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> LayerStream:
+        """Load a model and bring the calibration data to its first layer."""
+        from transformers import AutoModelForCausalLM
+
+        # No attention is named: transformers takes sdpa, or eager for architectures that sdpa cannot compute (Gemma 2).
+        with without_loading_bars():
+            model: nn.Module = AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype)
+        model.to(device).eval().requires_grad_(False)
+        return cls(model, decoder_layers(model, read_config(model_dir))[1], tokens, batch_size)
+
     @torch.no_grad()
     def _outputs(self) -> Iterator[tuple[int, Float[Tensor, "batch pos d_model"]]]:
         """Run the current layer batch by batch; each output comes with the position of its first sequence."""
@@ -104,11 +133,11 @@ class LayerStream:
 
 
 @contextmanager
-def _observed(modules: Mapping[str, nn.Module], pruner: LayerPruner) -> Iterator[None]:
-    """Show a pruner every input of some modules while the block runs."""
+def _observed(modules: Mapping[str, nn.Module], observe: Observer) -> Iterator[None]:
+    """Show every input of some modules while the block runs."""
 
     def watcher(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        return lambda _, args: pruner.observe(name, args[0].reshape(-1, args[0].shape[-1]))
+        return lambda _, args: observe(name, args[0].reshape(-1, args[0].shape[-1]))
 
     handles = [module.register_forward_pre_hook(watcher(name)) for name, module in modules.items()]
     try:

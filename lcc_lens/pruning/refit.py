@@ -1,0 +1,245 @@
+"""Masked refit: the surviving weights of every linear map, fitted anew to what the dense model computes."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from lcc_lens.config import package_version
+from lcc_lens.errors import LensError, RequestError
+from lcc_lens.files import (
+    atomic_directory,
+    copy_checkpoint,
+    require_free,
+    require_space,
+    weight_files,
+    weights_sha256,
+    write_json,
+)
+from lcc_lens.progress import track
+from lcc_lens.pruning.least_squares import NormalEquations, masked_least_squares
+from lcc_lens.pruning.matrices import Matrix, StoredWeights, find_matrices
+from lcc_lens.pruning.moments import InputMoments
+from lcc_lens.pruning.obs import output_error
+from lcc_lens.pruning.pruners import Removed
+from lcc_lens.pruning.stream import LayerStream
+from lcc_lens.pruning.unfinished import FinishedLayers
+from lcc_lens.pruning.zeros import compare_zeros
+
+logger = logging.getLogger(__name__)
+
+Target = Literal["weights", "outputs"]
+REFIT_RECORD = "refit.json"
+
+
+@dataclass(frozen=True)
+class RefitConfig:
+    """How to refit.
+
+    Args:
+        target: fit each map to what the dense *weights* give on the inputs that it sees now, or to the dense model's
+            own *outputs*, whose inputs no pruning has touched: then later layers also make up for earlier ones' errors.
+        ridge: pull towards the dense weights, as a share of the inputs' mean square.
+        batch_size: sequences per forward pass.
+    """
+
+    target: Target = "outputs"
+    ridge: float = 0.01
+    batch_size: int = 8
+
+    def __post_init__(self) -> None:
+        if self.target not in get_args(Target):
+            raise RequestError(f"wanted the target weights or outputs, got {self.target!r}")
+        if not 0 < self.ridge < float("inf"):
+            raise RequestError(f"wanted a ridge above 0, got {self.ridge}")
+        if self.batch_size < 1:
+            raise RequestError(f"wanted a batch size of at least 1, got {self.batch_size}")
+
+
+def refit(
+    dense: Path,
+    pruned: Path,
+    out: Path,
+    *,
+    tokens: Int[Tensor, "sequence pos"],
+    config: RefitConfig | None = None,
+    device: torch.device,
+    dtype: torch.dtype,
+    overwrite: bool = False,
+    provenance: Mapping[str, Any],
+) -> dict[str, Any]:
+    r"""Fit the surviving weights of a pruned checkpoint by least squares and write the result; no training.
+
+    Layer by layer, and within a layer in the order in which maps read each other's results: for every row of a map,
+    $\min_w \lVert X w - y \rVert^2 + \lambda \lVert w - w_{dense} \rVert^2$ over the weights that pruning left,
+    with $X$ the map's inputs behind all that is refitted already. Zeros stay zeros, bit for bit.
+
+    Finished layers are kept beside ``out`` until the whole is written; the same call goes on there.
+
+    Args:
+        dense: Hugging Face directory of the dense model.
+        pruned: the same model with zeros.
+        out: directory to write; it appears whole or not at all.
+        tokens: calibration sequences of equal length, without padding.
+        config: settings.
+        device: where to compute.
+        dtype: format to run both models in; moments and solutions are float32.
+        overwrite: whether ``out`` may replace what is there.
+        provenance: where the tokens come from, for the record.
+
+    Returns:
+        What ``refit.json`` beside the weights holds: settings and, by matrix, the squared error of its outputs on the
+        calibration inputs that it sees, relative to the pruned weights' on the same.
+
+    Raises:
+        RequestError: the two are not a dense model and its zeroed version.
+        LensError: an activation or a weight is not finite, or a zero was lost; nothing is written.
+
+    Reference:
+        SparseGPT's compensation with the mask given (Frantar & Alistarh 2023); layer-wise reconstruction after pruning
+        as in arXiv 2510.14444.
+    """
+    config = config or RefitConfig()
+    plans = find_matrices(dense), find_matrices(pruned)
+    _check_shapes(*plans)
+    require_free(out, overwrite=overwrite)
+    require_space(out, 2 * sum(file.stat().st_size for file in weight_files(pruned)))
+    digests = {"dense_sha256": weights_sha256(dense), "pruned_sha256": weights_sha256(pruned)}
+    identity = {
+        "config": [config.target, config.ridge, config.batch_size], **digests, "dtype": str(dtype),
+        "tokens": tokens.tolist(), "version": package_version(),
+    }  # fmt: skip
+    finished = FinishedLayers(out, identity)
+    errors = _walk(dense, pruned, plans, tokens, config, device, dtype, finished)
+    report = {
+        "target": config.target, "ridge": config.ridge, **digests, "lcc_lens_version": package_version(),
+        "calibration": {**provenance, "sequences": len(tokens), "length": tokens.shape[1]}, "error_left": errors,
+    }  # fmt: skip
+    with atomic_directory(out, overwrite=overwrite) as part:
+        copy_checkpoint(pruned, part, replaced=finished)
+        if not compare_zeros(pruned, part).is_equal:
+            raise LensError("wanted the zeros of the pruned model in the refitted one, got others; nothing was kept")
+        write_json(part / REFIT_RECORD, report)
+    finished.discard()
+    return report
+
+
+def _check_shapes(dense: Sequence[Sequence[Matrix]], pruned: Sequence[Sequence[Matrix]]) -> None:
+    names = [[(matrix.name, matrix.d_in) for layer in plan for matrix in layer] for plan in (dense, pruned)]
+    if names[0] != names[1]:
+        raise RequestError(
+            "wanted a dense model and the same model with zeros, got matrices of other names or sizes; a sliced model "
+            "cannot be refitted"
+        )
+
+
+def _walk(
+    dense: Path,
+    pruned: Path,
+    plans: tuple[Sequence[Sequence[Matrix]], Sequence[Sequence[Matrix]]],
+    tokens: Int[Tensor, "sequence pos"],
+    config: RefitConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    finished: FinishedLayers,
+) -> dict[str, float]:
+    """Refit layer after layer; each is on disk before the next one begins."""
+    stream = LayerStream.of(pruned, tokens, config.batch_size, device, dtype)
+    guide = LayerStream.of(dense, tokens, config.batch_size, device, dtype) if config.target == "outputs" else None
+    errors: dict[str, float] = {}
+    for index, matrices in enumerate(track(plans[1], len(plans[1]), "refitting layers")):
+        if index < finished.n_layers:
+            for matrix in matrices:
+                stream.replace(matrix, finished[matrix.name])
+        else:
+            layer = _LayerRefit(StoredWeights(plans[0][index], device), StoredWeights(matrices, device), config)
+            weights = layer.run(matrices, stream, guide)
+            finished.add({name: weight.cpu() for name, weight in weights.items()}, Removed())
+            errors |= layer.errors
+        for one in (stream, guide):
+            if one is not None:
+                one.advance()
+    return errors
+
+
+class _LayerRefit:
+    """One layer: maps that read the same inputs together, in the order of the layer's computation."""
+
+    def __init__(self, dense: Mapping[str, Tensor], pruned: Mapping[str, Tensor], config: RefitConfig) -> None:
+        self.dense, self.pruned, self.config = dense, pruned, config
+        self.errors: dict[str, float] = {}
+
+    def run(self, matrices: Sequence[Matrix], stream: LayerStream, guide: LayerStream | None) -> dict[str, Tensor]:
+        """The new weights in the checkpoint's layout and format; they are in the stream's layer as well."""
+        found: dict[str, Tensor] = {}
+        for group in _groups(matrices, stream):
+            moments = _Moments()
+            moments.gather(group, stream, guide)
+            for matrix in group:
+                found[matrix.name] = matrix.stored(self._solve(matrix.name, moments))
+                stream.replace(matrix, found[matrix.name])
+        return found
+
+    def _solve(self, name: str, moments: _Moments) -> Float[Tensor, "out in"]:
+        target, start = self.dense[name], self.pruned[name]
+        equations = NormalEquations.of(
+            moments.inputs[name], target, cross_moment=moments.cross_of(name), ridge=self.config.ridge
+        )
+        weight = masked_least_squares(equations, start != 0, start)
+        moment = moments.inputs[name]
+        before, after = (output_error(w - target, moment) for w in (start, weight))
+        self.errors[name] = after / before if before > 0 else 1.0
+        return weight
+
+
+def _groups(matrices: Sequence[Matrix], stream: LayerStream) -> list[list[Matrix]]:
+    """Maps that read the same inputs, in the order of the computation; one batch tells."""
+    moments = _Moments()
+    first_batch = stream.batches_observed(matrices, moments.note)
+    next(first_batch)
+    first_batch.close()
+    by_name = {matrix.name: matrix for matrix in matrices}
+    groups: dict[str, list[Matrix]] = {}
+    for name in moments.seen:
+        groups.setdefault(moments.inputs.same_input(name), []).append(by_name[name])
+    return list(groups.values())
+
+
+class _Moments:
+    """Second moments of the inputs of some maps, and with the dense model's inputs at the same tokens."""
+
+    def __init__(self) -> None:
+        self.inputs = InputMoments()
+        self.seen: list[str] = []
+        self._cross: dict[str, Tensor] = {}
+        self._dense: dict[str, Tensor] = {}
+
+    def gather(self, matrices: Sequence[Matrix], stream: LayerStream, guide: LayerStream | None) -> None:
+        """Run the layer of both models over all batches, in step."""
+        own = stream.batches_observed(matrices, self.note)
+        if guide is None:
+            for _ in own:
+                pass
+        else:
+            for _ in zip(guide.batches_observed(matrices, self._dense.__setitem__), own, strict=True):
+                self._dense.clear()
+
+    def cross_of(self, name: str) -> Float[Tensor, "in in"] | None:
+        """$X_{dense}^T X$ of a map; None where no dense model ran along."""
+        return self._cross.get(self.inputs.same_input(name))
+
+    def note(self, name: str, inputs: Float[Tensor, "token in"]) -> None:
+        """Add a batch of inputs of a map."""
+        self.inputs.add(name, inputs)
+        if name not in self.seen:
+            self.seen.append(name)
+        if self.inputs.same_input(name) == name and name in self._dense:
+            product = self._dense[name].float().T @ inputs.float()
+            self._cross[name] = self._cross[name] + product if name in self._cross else product
