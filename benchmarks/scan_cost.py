@@ -8,8 +8,8 @@ artefact. The bare side runs the same batches through plain transformers' models
 default attention: the dense model over question and right answer, then over the wrong answer from the key-value cache,
 the pruned model over the question. Sides are interleaved.
 
-Memory is the largest resident set during the scan above that after one batch through both models, each in a process of
-its own, for 100 and for all examples.
+Memory is the most during the scan above what is taken after one batch through both models, each in a process of its
+own, for 100 and for all examples (as many as the data's probe share holds).
 """
 
 from __future__ import annotations
@@ -87,11 +87,14 @@ def _go_on(model: Any, cache: Any, right: list[TokenSequence], wrong: list[Token
 
 
 class Peak:
-    """The largest resident set of this process while the block runs, in MiB above the start."""
+    """The most memory of this process while the block runs, in MiB above the start; pages of mapped files do not count.
+
+    Those come and go as the system likes.
+    """
 
     def __enter__(self) -> Peak:
         self.process, self.running = psutil.Process(), True
-        self.start = self.most = self.process.memory_info().rss
+        self.start = self.most = self._now()
         self.thread = threading.Thread(target=self._watch)
         self.thread.start()
         return self
@@ -106,8 +109,12 @@ class Peak:
 
     def _watch(self) -> None:
         while self.running:
-            self.most = max(self.most, self.process.memory_info().rss)
-            time.sleep(0.02)
+            self.most = max(self.most, self._now())
+            time.sleep(0.005)
+
+    def _now(self) -> int:
+        memory = self.process.memory_info()
+        return int(memory.rss - memory.shared)
 
 
 def measure_memory(pruned: Path, n: int) -> dict[str, float]:
@@ -117,9 +124,9 @@ def measure_memory(pruned: Path, n: int) -> dict[str, float]:
         model(torch.arange(512).reshape(4, 128))  # touches every weight
     with Peak() as peak:
         start = time.perf_counter()
-        full_scan(pair, data)
+        found = full_scan(pair, data)
         seconds = time.perf_counter() - start
-    return {"examples": n, "mib_above_models": peak.mib, "seconds": round(seconds, 1)}
+    return {"examples": found.record.n_examples, "mib_above_models": peak.mib, "seconds": round(seconds, 1)}
 
 
 def main() -> None:

@@ -151,6 +151,34 @@ def task_table(study: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def cost_table(cost: dict[str, Any], probes: dict[str, Any]) -> str:
+    """What a scan takes beside bare forwards, and its probes beside a loop over heads."""
+    time = cost["scan / bare forwards"]
+    spread = "" if time["smallest"] == time["largest"] else f" ({time['smallest']:.2f} to {time['largest']:.2f})"
+    memory = "; ".join(f"{row['mib_above_models']:.0f} MiB for {row['examples']} pairs" for row in cost["memory"])
+    loop = probes["loop / ours"]["newton"]
+    return "\n".join([
+        "| | |", "|---|---|",
+        f"| scan of {cost['examples']} Alpaca pairs / the bare forwards it needs | {time['ratio']:.2f}{spread} |",
+        f"| memory above the models | {memory} |",
+        f"| published loop over heads / converged probes of all heads | {loop['median']:.1f} "
+        f"({loop['smallest']:.1f} to {loop['largest']:.1f}) |",
+    ])  # fmt: skip
+
+
+def published_table(published: dict[str, Any]) -> str:
+    """Seconds of the published extraction and of ours on the same examples."""
+    lines = ["| | examples | published (s) | ours (s) | times as fast |", "|---|---:|---:|---:|---:|"]
+    for task, found in published["tasks"].items():
+        for name, row in found["extraction"].items():
+            seconds = [row[side]["median"] for side in ("published_s", "ours_s")]
+            lines.append(
+                f"| {task}, {name} | {found['examples']} | {seconds[0]:.0f} | {seconds[1]:.0f} "
+                f"| {1 / row['ratio']['median']:.1f} |"
+            )
+    return "\n".join(lines)
+
+
 def _range(found: dict[str, float], digits: int, scale: float) -> str:
     mean, low, high = (f"{scale * found[key]:.{digits}f}" for key in ("mean", "low", "high"))
     return f"{mean} [{low}, {high}]"
@@ -169,5 +197,7 @@ if __name__ == "__main__":
         correlation_table(read("selector_study.json")),
         *(recovery_table(read("selector_study.json"), what) for what in MEASURE_LABELS),
         task_table(read("selector_study.json")),
+        cost_table(read("scan_cost.json"), read("probes.json")),
+        published_table(read("published.json")),
     ):
         print(table, end="\n\n")

@@ -48,7 +48,8 @@ def bound_kernel_cache() -> None:
     """Keep fewer of oneDNN's kernels, unless ``ONEDNN_PRIMITIVE_CACHE_CAPACITY`` says how many.
 
     It compiles one for each new shape of a batch on a CPU and keeps 1,024, which grow to hundreds of MiB; those of the
-    last few shapes serve as well. Has an effect only before the first computation, so commands call it, not functions.
+    last few shapes serve as well (a training step alone needs some twenty, again in every layer). Has an effect only
+    before the first computation, so commands call it, not functions.
     """
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
 

@@ -218,11 +218,14 @@ def encode(
 
 
 def _read_named(name: str, role: Role | None) -> tuple[Kind, _Pairs, str]:
-    source = SOURCES[name]
-    split, has_own = choose_split(source, available_splits(name), role)
+    source, splits = SOURCES[name], available_splits(name)
+    split, has_own = choose_split(source, splits, role)
     pairs, origin = read_named(name, split)
     if role is not None and not (role == "held-out" and has_own):
         pairs = [pair for pair in pairs if _in_role(pair[1], role, has_held_out=has_own)]
+        if has_own:  # splits may share a passage
+            held_out = {read.group for _, read in read_named(name, choose_split(source, splits, "held-out")[0])[0]}
+            pairs = [pair for pair in pairs if pair[1].group not in held_out]
     return source.kind, pairs, origin
 
 

@@ -107,7 +107,7 @@ def scan(
     with _state(run, pair, plan, spectra) as state, _interruptible(can_go_on=run is not None):
         work = _Work(pair, plan, [site for site in spectra if site in present], state)
         for _ in track(work.batches(), work.n_batches(), "scan heads"):
-            trim_heap()
+            pass
         heads, *others = (work.sums.pop(site).finish() for site in present)  # the sums are large and let go one by one
         if heads.n_samples < 2:
             raise RequestError(f"wanted at least 2 positions to compare, got {heads.n_samples}; scan more examples")
@@ -189,6 +189,7 @@ class _Work:
         if question is not None:
             features = {"pruned_question": question, **{name: dense[name] for name in ("question", "right", "wrong")}}
         self.state.finish(self.sums, features)
+        trim_heap()
 
     def _dense_to_come(self) -> list[int]:
         to_come = range(self.state.n_done, len(self.shards))

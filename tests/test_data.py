@@ -357,3 +357,16 @@ def test_targets_are_the_counted_tokens() -> None:
         assert batch.targets().tolist() == expected
         assert int(batch.is_target().sum()) == len(expected)
         assert batch.is_valid().sum(1).tolist() == [len(sequences[i]) for i in batch.index]
+
+
+def test_a_passage_in_two_splits_is_held_out_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As some of BoolQ's are."""
+    monkeypatch.setenv("LCC_LENS_DATA", str(tmp_path))
+    (tmp_path / "boolq").mkdir()
+    for split, passages in (("train", range(300)), ("validation", range(250, 320))):
+        rows = [{"passage": f"Passage {i}.", "question": f"is it {split} {i}", "answer": i % 2 == 0} for i in passages]
+        (tmp_path / "boolq" / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    parts = {role: load_data("boolq", role=role) for role in ("calibration", "probe", "train", "held-out")}
+    assert len(parts["held-out"]) == 70
+    assert sum(map(len, parts.values())) == 250 + 70
+    assert_disjoint(*parts.values())

@@ -57,6 +57,14 @@ def test_selector_tables_are_drawn_from_the_committed_study() -> None:
     assert {cell["seed"] for cell in study["cells"]} == {0, 1, 2}
 
 
+def test_costs_are_drawn_from_the_committed_benchmarks() -> None:
+    tables = benchmark("tables")
+    cost, probes, published = (tables.read(f"{name}.json") for name in ("scan_cost", "probes", "published"))
+    assert tables.cost_table(cost, probes) in README
+    assert tables.published_table(published) in README
+    assert all(file["command"] in README for file in (cost, probes, published))
+
+
 def test_pictures_and_pages_that_the_readme_names_exist() -> None:
     targets = re.findall(r"\]\((?!http)([^)#]+)|src=\"([^\"]+)", README)
     targets = [link or picture for link, picture in targets]

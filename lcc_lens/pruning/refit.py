@@ -17,6 +17,7 @@ from lcc_lens.errors import LensError, RequestError
 from lcc_lens.files import (
     atomic_directory,
     copy_checkpoint,
+    read_json,
     require_free,
     require_space,
     weight_files,
@@ -37,6 +38,8 @@ logger = logging.getLogger(__name__)
 
 Target = Literal["weights", "outputs"]
 REFIT_RECORD = "refit.json"
+#: Beside the finished layers of a run that is not through.
+_ERRORS = "errors.json"
 
 
 @dataclass(frozen=True)
@@ -153,7 +156,7 @@ def _walk(
     """Refit layer after layer; each is on disk before the next one begins."""
     stream = LayerStream.of(pruned, tokens, config.batch_size, device, dtype)
     guide = LayerStream.of(dense, tokens, config.batch_size, device, dtype) if config.target == "outputs" else None
-    errors: dict[str, float] = {}
+    errors: dict[str, float] = read_json(finished.folder / _ERRORS) if finished.n_layers else {}
     for index, matrices in enumerate(track(plans[1], len(plans[1]), "refitting layers")):
         if index < finished.n_layers:
             for matrix in matrices:
@@ -161,8 +164,9 @@ def _walk(
         else:
             layer = _LayerRefit(StoredWeights(plans[0][index], device), StoredWeights(matrices, device), config)
             weights = layer.run(matrices, stream, guide)
-            finished.add({name: weight.cpu() for name, weight in weights.items()}, Removed())
             errors |= layer.errors
+            write_json(finished.folder / _ERRORS, errors)
+            finished.add({name: weight.cpu() for name, weight in weights.items()}, Removed())
         for one in (stream, guide):
             if one is not None:
                 one.advance()

@@ -1,0 +1,125 @@
+"""The masked refit of a whole checkpoint: zeros stay, the model comes nearer to the dense one, and runs go on."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import build_model, save_model
+from transformers import AutoModelForCausalLM
+
+from lcc_lens.errors import RequestError
+from lcc_lens.files import read_json, read_tensors
+from lcc_lens.pruning import refit as module
+from lcc_lens.pruning.refit import REFIT_RECORD, RefitConfig, refit
+from lcc_lens.pruning.zeros import compare_zeros
+
+CPU = torch.device("cpu")
+TOKENS = torch.randint(1, 257, (24, 40), generator=torch.Generator().manual_seed(0))
+HELD_OUT = torch.randint(1, 257, (16, 40), generator=torch.Generator().manual_seed(1))
+SETTINGS: dict[str, Any] = {"tokens": TOKENS, "device": CPU, "dtype": torch.float32, "provenance": {"data": "random"}}
+
+
+def logits(path: Path) -> torch.Tensor:
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    with torch.no_grad():
+        return model(HELD_OUT).logits.log_softmax(-1)
+
+
+def divergence(path: Path, dense: Path) -> float:
+    expected = logits(dense)
+    return float((expected.exp() * (expected - logits(path))).sum(-1).mean())
+
+
+def weights(path: Path) -> dict[str, torch.Tensor]:
+    return read_tensors(path / "model.safetensors")[0]
+
+
+@pytest.mark.parametrize("target", ["weights", "outputs"])
+def test_zeros_stay_and_the_model_comes_nearer(target: Any, dense_dir: Path, pruned_dir: Path, tmp_path: Path) -> None:
+    report = refit(dense_dir, pruned_dir, tmp_path / "refit", config=RefitConfig(target), **SETTINGS)
+    assert compare_zeros(pruned_dir, tmp_path / "refit").is_equal
+    assert divergence(tmp_path / "refit", dense_dir) < 0.9 * divergence(pruned_dir, dense_dir)
+    assert report == read_json(tmp_path / "refit" / REFIT_RECORD)
+    assert len(report["error_left"]) == 3 * 7
+    if target == "weights":
+        assert max(report["error_left"].values()) < 1
+    before, after = weights(pruned_dir), weights(tmp_path / "refit")
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == set(report["error_left"])
+
+
+def test_first_map_equals_least_squares_on_its_own_inputs(dense_dir: Path, pruned_dir: Path, tmp_path: Path) -> None:
+    """The first layer's query map reads normalised embeddings, which no pruning touches."""
+    refit(dense_dir, pruned_dir, tmp_path / "refit", config=RefitConfig("weights", ridge=1e-3), **SETTINGS)
+    model = AutoModelForCausalLM.from_pretrained(pruned_dir, dtype=torch.float32).eval()
+    with torch.no_grad():
+        X = model.model.layers[0].input_layernorm(model.model.embed_tokens(TOKENS)).flatten(0, 1).double()
+    name = "model.layers.0.self_attn.q_proj.weight"
+    dense, pruned, found = (weights(path)[name].double() for path in (dense_dir, pruned_dir, tmp_path / "refit"))
+    pull = 1e-3 * float((X * X).sum(0).mean())
+    for row in range(len(dense)):
+        columns = pruned[row].nonzero()[:, 0]
+        samples = torch.cat([X[:, columns], pull**0.5 * torch.eye(len(columns), dtype=torch.float64)])
+        wanted = torch.cat([X @ dense[row], pull**0.5 * dense[row, columns]])
+        assert torch.allclose(found[row, columns], torch.linalg.lstsq(samples, wanted).solution, atol=1e-4)
+
+
+def test_maps_of_a_layer_see_what_was_refitted_before_them(
+    dense_dir: Path, pruned_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    groups: list[list[str]] = []
+    found = module._groups
+    monkeypatch.setattr(
+        module, "_groups", lambda *args: groups.append([[m.path for m in g] for g in found(*args)]) or found(*args)
+    )
+    refit(dense_dir, pruned_dir, tmp_path / "refit", **SETTINGS)
+    attention = [[f"self_attn.{name}_proj" for name in part] for part in ("qkv", "o")]
+    assert groups == 3 * [[*attention, ["mlp.gate_proj", "mlp.up_proj"], ["mlp.down_proj"]]]
+
+
+@pytest.mark.parametrize("target", ["weights", "outputs"])
+def test_a_refit_that_was_stopped_goes_on_to_the_same_bits(
+    target: Any, dense_dir: Path, pruned_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = RefitConfig(target)
+    whole = refit(dense_dir, pruned_dir, tmp_path / "whole", config=config, **SETTINGS)
+    run, layers = module._LayerRefit.run, []
+
+    def stopping(self: Any, *args: Any) -> Any:
+        layers.append(1)
+        if len(layers) == 3:
+            raise KeyboardInterrupt
+        return run(self, *args)
+
+    monkeypatch.setattr(module._LayerRefit, "run", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        refit(dense_dir, pruned_dir, tmp_path / "broken", config=config, **SETTINGS)
+    assert not (tmp_path / "broken").exists()
+    report = refit(dense_dir, pruned_dir, tmp_path / "broken", config=config, **SETTINGS)
+    assert len(layers) == 4
+    assert report == whole
+    first, second = weights(tmp_path / "whole"), weights(tmp_path / "broken")
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["broken", "whole"]
+
+
+def test_other_models_are_refused(dense_dir: Path, pruned_dir: Path, tmp_path: Path) -> None:
+    wider = save_model(build_model(intermediate_size=48), tmp_path / "wider")
+    with pytest.raises(RequestError, match="wanted a dense model and the same model with zeros"):
+        refit(wider, pruned_dir, tmp_path / "refit", **SETTINGS)
+    with pytest.raises(RequestError, match="already"):
+        refit(dense_dir, pruned_dir, shutil.copytree(pruned_dir, tmp_path / "there"), **SETTINGS)
+    assert not (tmp_path / "refit").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [({"ridge": 0.0}, "ridge above 0"), ({"ridge": float("inf")}, "ridge above 0"), ({"batch_size": 0}, "at least 1")],
+)
+def test_settings_out_of_range_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(RequestError, match=message):
+        RefitConfig(**settings)
