@@ -4,9 +4,9 @@
 
 The scan is that of Alpaca on the embedded model and its Wanda 50 % version, at the question's last token, with every
 statistic of all three sites (spectra too), both probes and the losses token by token: from loaded models to a finished
-artefact. The bare side runs the same batches through plain transformers' models, without logits and with transformers'
-default attention: the dense model over question and right answer, then over the wrong answer from the key-value cache,
-the pruned model over the question. Sides are interleaved.
+artefact. The bare side runs the same sequences through plain transformers' models, batched by the same rule but each
+read whole, without logits and with transformers' default attention: the dense model over question and right answer,
+then over the wrong answer from the key-value cache, the pruned model over the question. Sides are interleaved.
 
 Memory is the most during the scan above what is taken after one batch through both models, each in a process of its
 own, for 100 and for all examples (as many as the data's probe share holds).

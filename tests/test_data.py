@@ -24,6 +24,7 @@ from lcc_lens.data import (
     text_blocks,
 )
 from lcc_lens.errors import RequestError
+from lcc_lens.sequences import TokenSequence
 from lcc_lens.tasks import SOURCES, Example
 
 CHOICES = {"text": ["iron and steel", "iron and zinc", "a cat"], "label": ["A", "B", "C"]}
@@ -370,3 +371,22 @@ def test_a_passage_in_two_splits_is_held_out_only(tmp_path: Path, monkeypatch: p
     assert len(parts["held-out"]) == 70
     assert sum(map(len, parts.values())) == 250 + 70
     assert_disjoint(*parts.values())
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_batches_cost_least_of_all_ways_to_cut(seed: int) -> None:
+    """Padded tokens and a price for every batch, against all cuts of the sorted lengths."""
+    lengths = sorted(torch.randint(1, 200, (9,), generator=torch.Generator().manual_seed(seed)).tolist(), reverse=True)
+
+    def cost(sizes: list[int]) -> float:
+        starts = [sum(sizes[:i]) for i in range(len(sizes))]
+        tokens = [n * lengths[start] for n, start in zip(sizes, starts, strict=True)]
+        fits = all(n == 1 or (n <= 4 and t <= 500) for n, t in zip(sizes, tokens, strict=True))
+        return sum(tokens) + 64 * len(sizes) if fits else float("inf")
+
+    def cuts(n: int) -> list[list[int]]:
+        return [[first, *rest] for first in range(1, n + 1) for rest in cuts(n - first)] if n else [[]]
+
+    sequences = [TokenSequence(torch.ones(n, dtype=torch.long), 1) for n in lengths]
+    found = [len(batch.index) for batch in batches(sequences, max_tokens=500, max_batch=4)]
+    assert cost(found) == min(map(cost, cuts(9)))

@@ -181,6 +181,7 @@ def test_wide_parts_keep_only_their_spectrum(monkeypatch: pytest.MonkeyPatch) ->
     dense, pruned = activations([3, 4, 2], seed=5)
     narrow = fed(dense, pruned).finish()
     monkeypatch.setattr(statistics, "_WIDE", WIDTH - 1)
+    monkeypatch.setattr(statistics, "_BLOCK", 2)  # several blocks, the last one narrower
     wide = fed(dense, pruned).finish()
     assert wide.second_moment is None
     assert torch.allclose(wide.singular_values, narrow.singular_values, rtol=1e-4)

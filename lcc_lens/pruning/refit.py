@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,8 +32,6 @@ from lcc_lens.pruning.pruners import Removed
 from lcc_lens.pruning.stream import LayerStream
 from lcc_lens.pruning.unfinished import FinishedLayers
 from lcc_lens.pruning.zeros import compare_zeros
-
-logger = logging.getLogger(__name__)
 
 Target = Literal["weights", "outputs"]
 REFIT_RECORD = "refit.json"

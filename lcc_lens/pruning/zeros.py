@@ -116,7 +116,10 @@ def share_of_zeros(matrices: Sequence[MatrixZeros]) -> float:
 
 def matrix_zeros(path: Path) -> tuple[MatrixZeros, ...]:
     """Count the zeros of the linear maps inside a checkpoint's decoder layers (see :func:`zero_pattern`)."""
-    found = [matrix for layer in find_matrices(path) for matrix in layer]
+    return _counted([matrix for layer in find_matrices(path) for matrix in layer])
+
+
+def _counted(found: Sequence[Matrix]) -> tuple[MatrixZeros, ...]:
     return tuple(_matrix_zeros(matrix.name, read_rows(matrix)) for matrix in track(found, len(found), "zeros"))
 
 
@@ -136,7 +139,7 @@ def zero_pattern(path: Path) -> ZeroPattern:
         0.5
     """
     found = [matrix for layer in find_matrices(path) for matrix in layer]
-    matrices = matrix_zeros(path)
+    matrices = _counted(found)
     stored, missing = _stored_parameters(path)
     others = [_numel_and_zeros(stored[name], name) for name in stored.keys() - {matrix.name for matrix in matrices}]
     parameters = sum(matrix.parameters for matrix in matrices) + sum(numel for numel, _ in others)
