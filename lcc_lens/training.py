@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import signal
 import threading
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from lcc_lens.data import Batch, TokenSequence, batches
-from lcc_lens.errors import InterruptedRun, LensError, RequestError
+from lcc_lens.errors import InterruptedRun, RequestError
 from lcc_lens.files import read_tensors, write_tensors
 from lcc_lens.hooks import HookedModel, logits_at
 from lcc_lens.injection import LccInjection
@@ -25,7 +26,9 @@ from lcc_lens.metrics import token_nll
 from lcc_lens.models import device_of
 from lcc_lens.running import forward
 
+logger = logging.getLogger(__name__)
 CHECKPOINT = "checkpoint.safetensors"
+_DIVERGED = 2.0  # times the validation loss before the first step
 _BUCKET = 8  # batches among which sequences are sorted by length: less padding, order still random
 
 
@@ -129,7 +132,8 @@ def train(
 
     AdamW with linear decay to zero. The model's weights take no gradient, so backward work stops at the lowest
     injected layer, and logits are computed only where the loss counts. At the end the injection holds the numbers with
-    the lowest validation loss (the start included).
+    the lowest validation loss (the start included). A run that diverges (a loss that is not finite, or a validation
+    loss of twice the first one) stops there, with a warning, and keeps the best.
 
     Args:
         model: the hooked pruned model.
@@ -144,24 +148,21 @@ def train(
     Raises:
         RequestError: nothing to resume, or a checkpoint of another run.
         InterruptedRun: Ctrl-C; the state was saved.
-        LensError: the loss is no longer finite; the best numbers so far are kept.
     """
     state = _State(injection, config, n_sequences=len(sequences), identity=identity)
     injection.to(device_of(model))
     if resume:
         state.load(run)
     if state.step == 0:
-        state.keep_best(validation_loss(model, injection, validation, config.micro_tokens))
+        state.first_loss = validation_loss(model, injection, validation, config.micro_tokens)
+        state.keep_best(state.first_loss)
     with Interruption().watched() as interruption:
         for index in state.remaining_batches(sequences):
             start, lr = time.perf_counter(), state.begin_step()
             loss, n_targets = _optimise(model, injection, state, sequences, index)
             if not math.isfinite(loss):
-                state.restore_best()
-                raise LensError(
-                    f"wanted a finite loss, got {loss} at step {state.step + 1}; the best numbers so far are kept "
-                    "(lower the learning rate)"
-                )
+                _warn_of_divergence(state.step + 1, state.n_steps, f"a loss of {loss}", config.lr)
+                break
             state.step += 1
             is_last = state.step == state.n_steps
             measured = None
@@ -174,7 +175,18 @@ def train(
             if interruption.requested and not is_last:
                 what = f"state saved in {run}; go on with --resume" if run else "nothing saved: no run directory"
                 raise InterruptedRun(f"stopped after step {state.step} of {state.n_steps}; {what}")
+            if measured is not None and not measured <= _DIVERGED * state.first_loss:
+                what = f"a validation loss of {measured:.3g} ({state.first_loss:.3g} at first)"
+                _warn_of_divergence(state.step, state.n_steps, what, config.lr)
+                break
     state.restore_best()
+
+
+def _warn_of_divergence(step: int, n_steps: int, got: str, lr: float) -> None:
+    logger.warning(
+        "stopped at step %d of %d: training diverged, got %s; the best numbers so far are kept; lower the learning "
+        "rate (%g)", step, n_steps, got, lr,
+    )  # fmt: skip
 
 
 def _optimise(
@@ -204,7 +216,7 @@ class _State:
         self.optimizer = torch.optim.AdamW(injection.parameters(), lr=config.lr, weight_decay=config.weight_decay)
         self.n_steps = config.epochs * math.ceil(n_sequences / config.batch_size)
         self.step = 0
-        self.best_loss = math.inf
+        self.first_loss = self.best_loss = math.inf
         self.best = self._numbers()
 
     def remaining_batches(self, sequences: Sequence[TokenSequence]) -> Iterator[list[int]]:
@@ -240,7 +252,8 @@ class _State:
         for name, parameter in self.injection.named_parameters():
             for key, value in self.optimizer.state[parameter].items():
                 tensors[f"adam.{name}.{key}"] = value
-        record = {"step": str(self.step), "best_loss": repr(self.best_loss), "identity": self.identity}
+        losses = {"first_loss": repr(self.first_loss), "best_loss": repr(self.best_loss)}
+        record = {"step": str(self.step), **losses, "identity": self.identity}
         write_tensors(run / CHECKPOINT, tensors, record)
 
     def load(self, run: Path | None) -> None:
@@ -254,6 +267,7 @@ class _State:
                 "repeat its settings or start without --resume"
             )
         self.step, self.best_loss = int(record["step"]), float(record["best_loss"])
+        self.first_loss = float(record.get("first_loss", "inf"))
         self.best = {name: tensors[f"best.{name}"] for name, _ in self.injection.named_parameters()}
         with torch.no_grad():
             for name, parameter in self.injection.named_parameters():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 from pathlib import Path
@@ -140,13 +141,31 @@ def test_training_lowers_the_loss_and_keeps_the_best(pair, found: Scan, sequence
     assert all(p.grad is None for p in pair.pruned.parameters())
 
 
-def test_diverging_run_keeps_the_best(pair, found: Scan, sequences) -> None:
+def test_diverging_run_stops_and_keeps_the_best(pair, found: Scan, sequences, caplog, monkeypatch) -> None:
+    """A random model answers even absurd constants with a flat distribution, so the bar is lowered to meet it."""
+    monkeypatch.setattr("lcc_lens.training._DIVERGED", 0.5)
     injection = LccInjection(found.components, found.select("mse", share=1.0))
     validation = sequences[40:]
     before = validation_loss(pair.pruned, None, validation)
     config = TrainConfig(lr=1e5, batch_size=4, validate_every=1)
-    list(train(pair.pruned, injection, sequences[:12], validation, config))
+    steps = list(train(pair.pruned, injection, sequences[:12], validation, config))
+    assert [s.step for s in steps] == [1]
+    assert "stopped at step 1 of 3: training diverged, got a validation loss of" in caplog.text
+    assert "lower the learning rate (100000)" in caplog.text
     assert validation_loss(pair.pruned, injection, validation) <= before
+
+
+def test_loss_that_is_not_finite_stops_the_run_and_keeps_the_best(pair, found: Scan, sequences, caplog) -> None:
+    injection = LccInjection(found.components, found.select("mse", share=1.0))
+    config = TrainConfig(lr=1e-3, batch_size=4, validate_every=1)
+    kept = {}
+    for step in train(pair.pruned, injection, sequences[:12], sequences[40:], config):
+        assert step.step == 1
+        kept = {name: p.detach().clone() for name, p in injection.named_parameters()}
+        with torch.no_grad():
+            injection.offset += math.nan
+    assert "stopped at step 2 of 3: training diverged, got a loss of nan" in caplog.text
+    assert all(torch.equal(p, kept[name]) for name, p in injection.named_parameters())
 
 
 def test_trained_numbers_are_float32_in_a_bfloat16_model(
