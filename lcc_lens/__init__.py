@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from lcc_lens.export import export
     from lcc_lens.heads import Head
     from lcc_lens.headscores import HeadScores
-    from lcc_lens.injection import LccInjection
+    from lcc_lens.injection import LccInjection, MeanShift, OffsetInjection
     from lcc_lens.lens import (
         answer_streams,
         component_similarity,
@@ -57,7 +57,7 @@ _HOMES = {
     "export": ("export",),
     "heads": ("Head",),
     "headscores": ("HeadScores",),
-    "injection": ("LccInjection",),
+    "injection": ("LccInjection", "MeanShift", "OffsetInjection"),
     "lens": (
         "answer_streams",
         "component_similarity",
@@ -90,6 +90,8 @@ __all__ = [
     "LccInjection",
     "LensError",
     "LostComponents",
+    "MeanShift",
+    "OffsetInjection",
     "Pair",
     "RequestError",
     "Restoration",

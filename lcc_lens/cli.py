@@ -139,7 +139,7 @@ class ScanPair(Common):
 
 @dataclass(frozen=True, kw_only=True)
 class Restore(Common):
-    """Train a constant per head that makes up for what pruning took (scans first where RUN holds no scan)."""
+    """Find a constant per head that makes up for what pruning took (scans first where RUN holds no scan)."""
 
     dense: DenseModel
     """The dense model."""
@@ -147,8 +147,9 @@ class Restore(Common):
     """The model pruned from it."""
     run: RunPath
     """The run directory: holds the scan, receives the restoration."""
-    method: Literal["lcc"] = "lcc"
-    """The injection: magnitudes over lost directions plus an offset."""
+    method: Literal["lcc", "offset", "mean-shift", "random-basis"] = "lcc"
+    """lcc: magnitudes over lost directions plus an offset. Its controls: offset without directions; mean-shift (the
+    scan's mean difference, nothing trained); random-basis (the same training over random directions)."""
     data: str = "alpaca"
     """Training data: instructions, questions or text."""
     examples: int = 480
@@ -200,8 +201,8 @@ class Restore(Common):
         found = self._scan(pair)
         heads = self._heads(found)
         restoration = restore(
-            pair, found, heads, data, config=config, validation=validation, rank=self.rank, start=self.start,
-            max_length=self.max_length, limit=self.examples, run=self.run, resume=self.resume,
+            pair, found, heads, data, method=self.method, config=config, validation=validation, rank=self.rank,
+            start=self.start, max_length=self.max_length, limit=self.examples, run=self.run, resume=self.resume,
         )  # fmt: skip
         show_losses(restoration.record.losses, len(heads), self.run)
 

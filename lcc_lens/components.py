@@ -61,6 +61,21 @@ class LostComponents:
             raise RequestError(f"wanted a rank between 1 and d_head = {self.d_head}, got {rank}")
         return torch.einsum("lhk,lhkd->lhd", self.coefficients[..., :rank], self.directions[..., :rank, :])
 
+    def in_random_basis(self, seed: int = 0) -> LostComponents:
+        r"""The same mean difference over a random orthonormal basis per head: a control for what the directions bring.
+
+        ``singular_values`` hold the root of the difference's energy along each new direction, so that the total energy
+        is unchanged; they are not in order.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        *heads, _, d_head = self.directions.shape
+        normal = torch.randn(*heads, d_head, d_head, dtype=torch.float64, generator=generator)
+        basis = torch.linalg.qr(normal.to(self.directions.device)).Q
+        along = torch.einsum("lhrd,lhkd->lhrk", basis, self.directions.double())
+        energy = torch.einsum("lhrk,lhk->lhr", along.square(), self.singular_values.double().square())
+        mean = torch.einsum("lhk,lhkd->lhd", self.coefficients.double(), self.directions.double())
+        return _signed(basis, energy.sqrt(), mean, self.n_samples)
+
     def root_mean_square(self) -> Float[Tensor, "layer head"]:
         r"""The size of each head's difference per coordinate, $\sqrt{\sum_i S_i^2 / (N d_{head})}$."""
         return (self.singular_values.double().square().sum(-1) / (self.n_samples * self.d_head)).sqrt().float()

@@ -15,6 +15,7 @@ from lcc_lens.heads import Head, check_heads, head_indices
 from lcc_lens.hooks import NamedHook, z_adders
 
 Start = Literal["zero", "mean"]
+ConstantMethod = Literal["lcc", "offset", "mean-shift", "random-basis"]
 
 
 def constants_by_layer(
@@ -44,7 +45,7 @@ class LccInjection(nn.Module):
     Args:
         components: lost components of the pair (their directions, and coefficients as a start).
         heads: the heads to restore.
-        rank: K; all directions if not given.
+        rank: K; all directions if not given, the offset alone if 0.
         start: ``zero`` begins at the pruned model; ``mean`` begins with $\beta_i = \alpha_i$, the lost component.
 
     Reference: RestoreLCC (arXiv 2510.21834), Eq. 8.
@@ -59,8 +60,8 @@ class LccInjection(nn.Module):
         super().__init__()
         n_layers, n_heads, _, d_head = components.directions.shape
         rank = d_head if rank is None else rank
-        if not 1 <= rank <= d_head:
-            raise RequestError(f"wanted a rank between 1 and d_head = {d_head}, got {rank}")
+        if not 0 <= rank <= d_head:
+            raise RequestError(f"wanted a rank between 0 (offset alone) and d_head = {d_head}, got {rank}")
         self.heads = check_heads(heads, n_layers, n_heads)
         self.n_heads = n_heads
         chosen = head_indices(self.heads)
@@ -78,3 +79,67 @@ class LccInjection(nn.Module):
     def hooks(self) -> list[NamedHook]:
         """Hooks that add the present constants to ``hook_z``; gradients flow into the trained numbers."""
         return z_adders(constants_by_layer(self.heads, self.constants(), self.n_heads))
+
+
+class OffsetInjection(LccInjection):
+    r"""A free constant per head without directions, $c = b$: what the directions of Eq. 8 add is seen against it.
+
+    Args:
+        components: lost components of the pair (their size, and their mean as a start).
+        heads: the heads to restore.
+        start: ``zero`` begins at the pruned model; ``mean`` at the mean difference.
+    """
+
+    def __init__(self, components: LostComponents, heads: Sequence[Head], *, start: Start = "zero") -> None:
+        super().__init__(components, heads, rank=0)
+        if start == "mean":
+            with torch.no_grad():
+                self.offset.copy_(components.component()[head_indices(self.heads)] / self.unit)
+
+
+class MeanShift(LccInjection):
+    r"""The mean difference itself, $c = \sum_{i \le K} \alpha_i v_i$ (Eq. 4): closed form, nothing is trained.
+
+    Args:
+        components: lost components of the pair.
+        heads: the heads to restore.
+        rank: K; all directions if not given, which is the whole mean.
+    """
+
+    def __init__(self, components: LostComponents, heads: Sequence[Head], *, rank: int | None = None) -> None:
+        super().__init__(components, heads, rank=rank, start="mean")
+        self.requires_grad_(False)
+
+
+def constant_injection(
+    method: ConstantMethod,
+    components: LostComponents,
+    heads: Sequence[Head],
+    *,
+    rank: int | None = None,
+    start: Start = "zero",
+    seed: int = 0,
+) -> LccInjection:
+    """Build the injection of a method's name.
+
+    Args:
+        method: ``lcc`` (Eq. 8), and its controls: ``offset`` (no directions), ``mean-shift`` (no training),
+            ``random-basis`` (Eq. 8 over random orthonormal directions).
+        components: lost components of the pair.
+        heads: the heads to restore.
+        rank: K; all directions if not given.
+        start: where training begins.
+        seed: of the random basis.
+
+    Raises:
+        RequestError: a rank beyond d_head or one that the method has no use for, or heads outside the model.
+    """
+    if method == "offset":
+        if rank:
+            raise RequestError(f"wanted no rank with the offset alone, got {rank}; leave it out or restore by lcc")
+        return OffsetInjection(components, heads, start=start)
+    if method == "mean-shift":
+        return MeanShift(components, heads, rank=rank)
+    if method == "random-basis":
+        components = components.in_random_basis(seed)
+    return LccInjection(components, heads, rank=rank, start=start)

@@ -16,7 +16,7 @@ from lcc_lens.data import Data, TokenSequence, check_disjoint, encode, load_data
 from lcc_lens.errors import RequestError
 from lcc_lens.files import disk_errors, read_json, write_json, write_text
 from lcc_lens.heads import Head
-from lcc_lens.injection import LccInjection, Start
+from lcc_lens.injection import ConstantMethod, Start, constant_injection
 from lcc_lens.metrics import share_recovered
 from lcc_lens.models import load_tokenizer, resolve
 from lcc_lens.pair import Pair
@@ -129,6 +129,7 @@ def restore(
     heads: Sequence[Head],
     data: Data,
     *,
+    method: ConstantMethod = "lcc",
     config: TrainConfig | None = None,
     validation: Data | None = None,
     rank: int | None = None,
@@ -139,13 +140,14 @@ def restore(
     resume: bool = False,
     on_step: Callable[[Step], None] | None = None,
 ) -> Restoration:
-    """Train a constant per chosen head on the response loss and freeze the best (Eq. 8).
+    """Train a constant per chosen head on the response loss and freeze the best (Eq. 8), or a control's constant.
 
     Args:
         pair: the hooked models.
         scan: the scan of this pair, for directions.
         heads: which heads to restore.
-        data: training examples (role ``train``).
+        data: training examples (role ``train``); mean-shift learns from none, and uses their held-out part alone.
+        method: ``lcc``, or a control: see :func:`~lcc_lens.injection.constant_injection`.
         config: training settings.
         validation: held-out examples of the same kind; a tenth of the training examples' groups if not given.
         rank: directions per head; all if not given.
@@ -169,9 +171,13 @@ def restore(
     config = config or TrainConfig()
     run = Path(run) if run is not None else None
     training, held_out = _training_sequences(pair, scan, data, validation, max_length, limit)
-    injection = LccInjection(scan.components, heads, rank=rank, start=start)
+    injection = constant_injection(method, scan.components, heads, rank=rank, start=start, seed=config.seed)
+    n_trained = sum(number.numel() for number in injection.parameters() if number.requires_grad)
+    if n_trained == 0:
+        training = []
     settings = {
         **asdict(config),
+        "method": method,
         "rank": rank,
         "start": start,
         "max_length": max_length,
@@ -189,9 +195,10 @@ def restore(
     )  # fmt: skip
     log = _Log(run, resume=resume)
     n_steps = config.epochs * -(-len(training) // config.batch_size)
+    description = _identified(pair, config.seed, {"restore": settings, "data": data.source})
     for step in track(steps, n_steps, "restore"):
         if run is not None and not log.is_open:  # not before: what cannot be resumed must not touch the run
-            write_json(run / RUN_CONFIG, _identified(pair, config.seed, {"restore": settings, "data": data.source}))
+            write_json(run / RUN_CONFIG, description)
         log.add(step)
         if on_step is not None:
             on_step(step)
@@ -201,15 +208,19 @@ def restore(
         pruned=pair.pruned_id.reference,
         dense_sha256=pair.dense_id.sha256,
         pruned_sha256=pair.pruned_id.sha256,
-        method="lcc",
-        data=data.name,
-        n_examples=len(training),
+        method=method,
+        data=data.name if n_trained else scan.record.data,
+        n_examples=len(training) if n_trained else scan.record.n_examples,
         seed=config.seed,
         settings=settings,
         losses=losses,
+        n_trained=n_trained,
     )
     restoration = Restoration.of(injection, record)
     if run is not None:
+        if not log.is_open:  # nothing was trained
+            write_json(run / RUN_CONFIG, description)
+            log.open(before=1)
         restoration.save(run)
         recovered = share_recovered(losses["dense"], losses["pruned"], losses["restored"])
         validation_numbers = {"losses": losses, "share_recovered": recovered, "sequences": len(held_out)}
@@ -310,10 +321,15 @@ class _Log:
         if self.path is None:
             return
         if not self.is_open:
-            write_text(self.path, "".join(line + "\n" for line in self._kept_lines(before=step.step)))
-            self.is_open = True
+            self.open(before=step.step)
         with disk_errors(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(asdict(step)) + "\n")
+
+    def open(self, before: int) -> None:
+        """Begin the file with the lines of the steps before this one, if the run goes on from them."""
+        if self.path is not None:
+            write_text(self.path, "".join(line + "\n" for line in self._kept_lines(before)))
+            self.is_open = True
 
     def _kept_lines(self, before: int) -> list[str]:
         if self.path is None or not (self.resume and self.path.exists()):

@@ -26,7 +26,11 @@ RESTORATION_TENSORS = "restoration.safetensors"
 
 @dataclass(frozen=True)
 class RestorationRecord:
-    """Where a restoration comes from: weights, data, settings, and its losses in nats per response token."""
+    """Where a restoration comes from: weights, data, settings, and its losses in nats per response token.
+
+    ``data`` and ``n_examples`` are what its numbers were learned from: the training data, or the scan's where nothing
+    was trained. ``n_trained`` counts the trained numbers.
+    """
 
     dense: str
     pruned: str
@@ -39,6 +43,7 @@ class RestorationRecord:
     settings: dict[str, Any] = field(default_factory=dict)
     losses: dict[str, float] = field(default_factory=dict)
     version: str = field(default_factory=package_version)
+    n_trained: int = 0
 
 
 @dataclass(frozen=True)

@@ -185,3 +185,17 @@ def test_text_is_scanned_and_trained_in_as_many_blocks_as_asked(
     assert json.loads((tmp_path / "run" / "scan.json").read_text())["n_examples"] == 3
     assert json.loads((tmp_path / "run" / "metrics.json").read_text())["validation"]["sequences"] == 8
     assert (tmp_path / "run" / "log.jsonl").read_text().count("\n") == 2
+
+
+@pytest.mark.parametrize("method", ["offset", "mean-shift", "random-basis"])
+def test_controls_of_the_method_export_like_it(
+    method: str, dense_dir: Path, pruned_dir: Path, question_file: Path, tmp_path: Path
+) -> None:
+    work, out = tmp_path / "run", tmp_path / "out"
+    settings = ("--data", question_file, "--scan-data", question_file, "--selector", "mse", "--quiet")
+    assert call("restore", dense_dir, pruned_dir, work, "--method", method, *settings) == 0
+    assert call("export", work, out, "--quiet") == 0
+    card = (out / "README.md").read_text()
+    trained = {"offset": 4 * 6, "mean-shift": 0, "random-basis": 4 * 12}[method]
+    assert f"| method | {method} |" in card
+    assert f"| numbers trained | {trained} |" in card

@@ -71,3 +71,26 @@ def test_rank_outside_the_head_is_refused(rank: int) -> None:
     lost = extract_lost_components(*random_pair((9, 2, 3, 6)))
     with pytest.raises(RequestError, match="wanted a rank between 1 and d_head = 6"):
         lost.component(rank)
+
+
+@settings(max_examples=30, deadline=None)
+@given(shape=SHAPES, seed=st.integers(0, 999))
+def test_random_basis_keeps_the_mean_and_the_energy(shape: tuple[int, int, int, int], seed: int) -> None:
+    dense, pruned = random_pair(shape, seed)
+    lost = components_from_moments(*moments(dense, pruned))
+    turned = lost.in_random_basis(seed)
+    gram = turned.directions @ turned.directions.mT
+    assert torch.allclose(gram, torch.eye(shape[-1]).expand_as(gram), atol=1e-5)
+    assert torch.allclose(turned.component(), lost.component(), atol=1e-4)
+    assert torch.allclose(turned.root_mean_square(), lost.root_mean_square(), rtol=1e-4)
+    along = torch.einsum("nlhd,lhrd->nlhr", dense - pruned, turned.directions).square().sum(0).sqrt()
+    assert torch.allclose(turned.singular_values, along, rtol=1e-2, atol=1e-3)
+
+
+def test_random_basis_is_another_one_for_every_head_and_seed() -> None:
+    lost = components_from_moments(*moments(*random_pair((40, 2, 3, 6))))
+    turned = lost.in_random_basis(0).directions
+    assert torch.equal(turned, lost.in_random_basis(0).directions)
+    assert not torch.allclose(turned, lost.in_random_basis(1).directions, atol=0.1)
+    assert not torch.allclose(turned[0, 0].abs(), turned[0, 1].abs(), atol=0.1)
+    assert not torch.allclose(turned.abs(), lost.directions.abs(), atol=0.1)

@@ -14,9 +14,9 @@ from conftest import D_HEAD, N_HEADS, N_LAYERS, build_model, save_model
 
 from lcc_lens.data import batches, encode, load_data, pad
 from lcc_lens.errors import InterruptedRun, RequestError
-from lcc_lens.heads import Head
+from lcc_lens.heads import Head, head_indices
 from lcc_lens.hooks import z_readers
-from lcc_lens.injection import LccInjection, constants_by_layer
+from lcc_lens.injection import LccInjection, constant_injection, constants_by_layer
 from lcc_lens.models import load_hooked
 from lcc_lens.pair import load_pair
 from lcc_lens.recipe import restore
@@ -295,3 +295,64 @@ def test_probe_and_training_data_of_one_role_may_not_overlap(pair, found: Scan, 
 def test_senseless_settings_are_refused(changes: dict[str, float]) -> None:
     with pytest.raises(RequestError, match="wanted"):
         TrainConfig(**changes)
+
+
+def test_offset_alone_has_no_magnitudes_and_may_start_at_the_mean(found: Scan) -> None:
+    heads = found.select("mse", share=0.5)
+    expected = torch.stack([found.mean_difference[h] for h in heads])
+    assert not bool(constant_injection("offset", found.components, heads).constants().any())
+    injection = constant_injection("offset", found.components, heads, start="mean")
+    assert torch.allclose(injection.constants(), expected, atol=1e-5)
+    assert injection.magnitudes.shape == (len(heads), 0)
+    assert sum(p.numel() for p in injection.parameters()) == len(heads) * D_HEAD
+    with pytest.raises(RequestError, match="wanted no rank with the offset alone, got 3"):
+        constant_injection("offset", found.components, heads, rank=3)
+
+
+@pytest.mark.parametrize("rank", [-1, D_HEAD + 1])
+def test_rank_outside_the_head_is_refused(found: Scan, rank: int) -> None:
+    with pytest.raises(RequestError, match=rf"wanted a rank between 0 \(offset alone\) and d_head = {D_HEAD}"):
+        LccInjection(found.components, [Head(0, 0)], rank=rank)
+
+
+@pytest.mark.parametrize("method", ["offset", "random-basis"])
+def test_controls_are_trained_and_resumed_like_the_method(
+    pair, found: Scan, question_file: Path, tmp_path: Path, method: str
+) -> None:
+    plain = run_restore(pair, found, question_file, tmp_path / "lcc")
+    unbroken = run_restore(pair, found, question_file, tmp_path / "whole", method=method)
+    losses = unbroken.record.losses
+    assert unbroken.record.method == method
+    n_directions = 0 if method == "offset" else D_HEAD
+    assert unbroken.record.n_trained == len(unbroken.heads) * (n_directions + D_HEAD)
+    assert losses["restored"] < losses["pruned"] - 0.1
+    assert not torch.allclose(unbroken.constants, plain.constants, atol=1e-4)
+
+    def stop(step) -> None:
+        if step.step == 5:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(InterruptedRun):
+        run_restore(pair, found, question_file, tmp_path / "broken", method=method, on_step=stop)
+    with pytest.raises(RequestError, match="another run's"):
+        run_restore(pair, found, question_file, tmp_path / "broken", resume=True)
+    run_restore(pair, found, question_file, tmp_path / "broken", method=method, resume=True)
+    assert torch.equal(Restoration.load(tmp_path / "broken").constants, unbroken.constants)
+
+
+def test_mean_shift_is_the_mean_difference_and_trains_nothing(
+    pair, found: Scan, question_file: Path, tmp_path: Path
+) -> None:
+    run_restore(pair, found, question_file, tmp_path)  # leaves a log that is not the mean shift's
+    steps: list = []
+    restoration = run_restore(pair, found, question_file, tmp_path, method="mean-shift", on_step=steps.append)
+    expected = torch.stack([found.mean_difference[h] for h in restoration.heads])
+    assert torch.allclose(restoration.constants, expected, atol=1e-5)
+    assert steps == []
+    assert (tmp_path / "log.jsonl").read_text() == ""
+    assert json.loads((tmp_path / "config.json").read_text())["restore"]["method"] == "mean-shift"
+    assert restoration.record.n_trained == 0
+    assert (restoration.record.data, restoration.record.n_examples) == (found.record.data, found.record.n_examples)
+    part = run_restore(pair, found, question_file, tmp_path, method="mean-shift", rank=1)
+    chosen = head_indices(part.heads)
+    assert torch.allclose(part.constants, found.components.component(1)[chosen], atol=1e-5)
