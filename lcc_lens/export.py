@@ -76,7 +76,7 @@ def find_slots(path: Path, output_projections: tuple[str, ...]) -> BiasSlots:
     if not all(bias in shapes for bias in biases):
         raise RequestError(
             f"wanted an architecture with a bias on the attention output projection, got {config.get('model_type')}, "
-            "which has none; keep the restoration as restoration.safetensors and apply it with Restoration.applied_to"
+            "which has none; restore it for hooks alone (exportable=False, --hooks-only) and use Restoration.applied_to"
         )
     plain = _parameter_shapes(path, {})
     zero_biases = {n: s for n, s in shapes.items() if n not in plain and n not in stored and n not in biases}

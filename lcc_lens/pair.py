@@ -83,6 +83,8 @@ class Pair:
     """Tokens that a sequence may have at most."""
     dtype: torch.dtype
     """What both compute in."""
+    output_projections: tuple[str, ...]
+    """The pruned model's output projections by layer, as its checkpoint names them."""
 
     @property
     def dense(self) -> HookedModel:
@@ -158,6 +160,7 @@ def load_pair(
         sites=described.shared_sites(other),
         context=int(second.model.cfg.n_ctx),
         dtype=second.model.cfg.dtype,
+        output_projections=second.output_projections,
     )
 
 

@@ -14,6 +14,7 @@ import torch
 from lcc_lens.config import compute_dtype, default_device, package_version
 from lcc_lens.data import Data, TokenSequence, check_disjoint, encode, load_data, text_blocks
 from lcc_lens.errors import RequestError
+from lcc_lens.export import find_slots
 from lcc_lens.files import disk_errors, read_json, write_json, write_text
 from lcc_lens.heads import Head
 from lcc_lens.injection import ConstantMethod, Start, constant_injection
@@ -136,6 +137,7 @@ def restore(
     start: Start = "zero",
     max_length: int = 512,
     limit: int | None = None,
+    exportable: bool = True,
     run: str | Path | None = None,
     resume: bool = False,
     on_step: Callable[[Step], None] | None = None,
@@ -154,13 +156,16 @@ def restore(
         start: see :class:`~lcc_lens.injection.LccInjection`.
         max_length: tokens per example at most.
         limit: training sequences at most (text is cut into many), and a tenth of it for validation.
+        exportable: refuse, before anything is trained, a model whose checkpoint cannot hold the result. Without it the
+            restoration serves under hooks alone.
         run: a run directory for ``config.json``, ``restoration.safetensors``, ``metrics.json``, ``log.jsonl`` and
             checkpoints; nothing is written if not given.
         resume: go on from the run directory's checkpoint.
         on_step: called after every optimiser step.
 
     Raises:
-        RequestError: a scan of other weights, data that overlap, or nothing to resume.
+        RequestError: a scan of other weights, a model that the export cannot serve, data that overlap, or nothing to
+            resume.
         InterruptedRun: Ctrl-C, after the state was saved.
 
     Example:
@@ -168,6 +173,8 @@ def restore(
     """
     check_scan(scan, pair)
     _refuse_removed(heads, pair)
+    if exportable:
+        find_slots(pair.pruned_id.path, pair.output_projections)
     config = config or TrainConfig()
     run = Path(run) if run is not None else None
     training, held_out = _training_sequences(pair, scan, data, validation, max_length, limit)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from conftest import D_HEAD, N_HEADS, N_LAYERS, build_model, save_model
 
 from lcc_lens.data import batches, encode, load_data, pad
@@ -356,3 +357,29 @@ def test_mean_shift_is_the_mean_difference_and_trains_nothing(
     part = run_restore(pair, found, question_file, tmp_path, method="mean-shift", rank=1)
     chosen = head_indices(part.heads)
     assert torch.allclose(part.constants, found.components.component(1)[chosen], atol=1e-5)
+
+
+def test_model_that_the_export_cannot_serve_is_refused_before_training(question_file: Path, tmp_path: Path) -> None:
+    """Mistral's output projection has no bias: its restoration works under hooks alone."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 30, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 5}
+    cfg = transformers.MistralConfig(**sizes, vocab_size=300, num_key_value_heads=5, head_dim=6)
+    model = transformers.MistralForCausalLM(cfg)
+    dense = save_model(model, tmp_path / "dense")
+    with torch.no_grad():
+        model.model.layers[0].self_attn.v_proj.weight[:, ::2] = 0
+    mistral = load_pair(dense, save_model(model, tmp_path / "pruned"))
+    data = load_data(str(question_file))
+    lost = scan(mistral, data)
+    steps: list = []
+    with pytest.raises(RequestError, match=r"got mistral, which has none; restore it for hooks alone.*--hooks-only"):
+        restore(mistral, lost, [Head(0, 1)], data, config=FAST, run=tmp_path / "run", on_step=steps.append)
+    assert steps == []
+    assert not (tmp_path / "run").exists()
+    restoration = restore(mistral, lost, [Head(0, 1)], data, config=FAST, exportable=False)
+    tokens = torch.arange(1, 20)[None]
+    with torch.no_grad():
+        before = mistral.pruned(tokens)
+        with restoration.applied_to(mistral.pruned) as restored:
+            assert float((restored(tokens) - before).abs().max()) > 1e-4
+        assert torch.equal(mistral.pruned(tokens), before)
