@@ -174,6 +174,8 @@ class Restore(Common):
     """AdamW's learning rate, in units of each head's difference; decays linearly to zero."""
     max_length: int = 512
     """Tokens per example at most."""
+    shuffle_responses: bool = False
+    """A control: train on every prompt with another one's response."""
     hooks_only: bool = False
     """Restore even where the checkpoint cannot hold the result (it then works under hooks alone)."""
     checkpoint_every: int = 20
@@ -205,7 +207,7 @@ class Restore(Common):
         restoration = restore(
             pair, found, heads, data, method=self.method, config=config, validation=validation, rank=self.rank,
             start=self.start, max_length=self.max_length, limit=self.examples, exportable=not self.hooks_only,
-            run=self.run, resume=self.resume,
+            shuffle_responses=self.shuffle_responses, run=self.run, resume=self.resume,
         )  # fmt: skip
         show_losses(restoration.record.losses, len(heads), self.run)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -89,6 +89,22 @@ class Data:
     def groups(self) -> frozenset[str]:
         """Short hashes of everything these examples must not share with another role."""
         return frozenset(_digest(example.group) for example in self.examples)
+
+    def with_shuffled_responses(self, seed: int = 0) -> Data:
+        """Every prompt with the response of another example: a control for what the pairing teaches.
+
+        Raises:
+            RequestError: text, which has no prompts, or fewer than two examples.
+        """
+        if self.kind == "text" or len(self) < 2:
+            raise RequestError(
+                f"wanted at least 2 prompts with responses to shuffle, got {len(self)} of kind {self.kind} in "
+                f"{self.source}; name other data"
+            )
+        order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed)).tolist()
+        donor = dict(zip(order, order[1:] + order[:1], strict=True))
+        examples = (replace(e, response=self.examples[donor[i]].response) for i, e in enumerate(self.examples))
+        return replace(self, examples=tuple(examples))
 
 
 def load_data(name: str, n: int | None = None, *, role: Role | None = None, seed: int = 0) -> Data:

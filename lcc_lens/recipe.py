@@ -137,6 +137,7 @@ def restore(
     start: Start = "zero",
     max_length: int = 512,
     limit: int | None = None,
+    shuffle_responses: bool = False,
     exportable: bool = True,
     run: str | Path | None = None,
     resume: bool = False,
@@ -156,6 +157,7 @@ def restore(
         start: see :class:`~lcc_lens.injection.LccInjection`.
         max_length: tokens per example at most.
         limit: training sequences at most (text is cut into many), and a tenth of it for validation.
+        shuffle_responses: a control: train on every prompt with another one's response; validation stays as it is.
         exportable: refuse, before anything is trained, a model whose checkpoint cannot hold the result. Without it the
             restoration serves under hooks alone.
         run: a run directory for ``config.json``, ``restoration.safetensors``, ``metrics.json``, ``log.jsonl`` and
@@ -177,7 +179,9 @@ def restore(
         find_slots(pair.pruned_id.path, pair.output_projections)
     config = config or TrainConfig()
     run = Path(run) if run is not None else None
-    training, held_out = _training_sequences(pair, scan, data, validation, max_length, limit)
+    training, held_out = _training_sequences(
+        pair, scan, data, validation, max_length, limit, config.seed if shuffle_responses else None
+    )
     injection = constant_injection(method, scan.components, heads, rank=rank, start=start, seed=config.seed)
     n_trained = sum(number.numel() for number in injection.parameters() if number.requires_grad)
     if n_trained == 0:
@@ -189,6 +193,7 @@ def restore(
         "start": start,
         "max_length": max_length,
         "limit": limit,
+        "shuffle_responses": shuffle_responses,
         "heads": [str(h) for h in heads],
     }
     described = [pair.pruned_id.sha256, asdict(scan.record), data.source, sorted(data.groups), settings]
@@ -263,12 +268,14 @@ def _refuse_removed(heads: Sequence[Head], pair: Pair) -> None:
 
 
 def _training_sequences(
-    pair: Pair, scan: Scan, data: Data, validation: Data | None, max_length: int, limit: int | None
+    pair: Pair, scan: Scan, data: Data, validation: Data | None, max_length: int, limit: int | None, shuffle: int | None
 ) -> tuple[list[TokenSequence], list[TokenSequence]]:
     """Training and validation sequences that share nothing with each other, the probe or the calibration data."""
     if validation is None:
         data, validation = _split_off(data)
     check_disjoint(data.groups, validation.groups, "training data", "validation data")
+    if shuffle is not None:
+        data = data.with_shuffled_responses(shuffle)
     calibration = _calibration_groups(pair.pruned_id.path)
     for part, name in ((data, "training data"), (validation, "validation data")):
         if part.role is not None:  # data loaded without a role are the caller's own affair

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ import torch
 import transformers
 from conftest import D_HEAD, N_HEADS, N_LAYERS, build_model, save_model
 
-from lcc_lens.data import batches, encode, load_data, pad
+from lcc_lens.data import Data, batches, encode, load_data, pad
 from lcc_lens.errors import InterruptedRun, RequestError
 from lcc_lens.heads import Head, head_indices
 from lcc_lens.hooks import z_readers
@@ -383,3 +384,25 @@ def test_model_that_the_export_cannot_serve_is_refused_before_training(question_
         with restoration.applied_to(mistral.pruned) as restored:
             assert float((restored(tokens) - before).abs().max()) > 1e-4
         assert torch.equal(mistral.pruned(tokens), before)
+
+
+def test_shuffled_responses_pair_every_prompt_with_anothers(question_file: Path, text_file: Path) -> None:
+    data = load_data(str(question_file))
+    mixed = data.with_shuffled_responses(3)
+    assert [e.prompt for e in mixed.examples] == [e.prompt for e in data.examples]
+    assert sorted(e.response for e in mixed.examples) == sorted(e.response for e in data.examples)
+    assert mixed.groups == data.groups
+    assert mixed == data.with_shuffled_responses(3) != data.with_shuffled_responses(4)
+    named = Data("a", "instruction", tuple(replace(e, response=str(i)) for i, e in enumerate(data.examples)), "a")
+    assert all(int(e.response) != i for i, e in enumerate(named.with_shuffled_responses().examples))
+    with pytest.raises(RequestError, match=r"wanted at least 2 prompts with responses to shuffle, got .* of kind text"):
+        load_data(str(text_file)).with_shuffled_responses()
+
+
+def test_shuffled_training_is_measured_on_the_same_validation(pair, found: Scan, question_file: Path) -> None:
+    data, heads = load_data(str(question_file)), [Head(1, 2)]
+    plain = restore(pair, found, heads, data, config=FAST)
+    mixed = restore(pair, found, heads, data, config=FAST, shuffle_responses=True)
+    assert mixed.record.losses["pruned"] == plain.record.losses["pruned"]
+    assert mixed.record.settings["shuffle_responses"]
+    assert not torch.equal(mixed.constants, plain.constants)
