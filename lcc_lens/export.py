@@ -162,7 +162,7 @@ def model_card(restoration: Restoration, metrics: Mapping[str, Any], difference:
         "| | |", "|---|---|",
         f"| method | {record.method} |",
         f"| heads | {len(restoration.heads)} |",
-        f"| numbers trained | {record.n_trained} |",
+        *([f"| numbers trained | {record.n_trained} |"] if record.n_trained is not None else []),
         f"| learned from | {record.data}, {record.n_examples} examples, seed {record.seed} |",
         f"| largest logit difference to the hooked model | {difference:.2g} |",
         f"| pruned weights (SHA-256) | `{record.pruned_sha256}` |",

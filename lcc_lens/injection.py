@@ -72,6 +72,11 @@ class LccInjection(nn.Module):
         self.magnitudes = nn.Parameter(coefficients if start == "mean" else torch.zeros_like(coefficients))
         self.offset = nn.Parameter(torch.zeros(len(self.heads), d_head))
 
+    @property
+    def n_trained(self) -> int:
+        """How many numbers training moves."""
+        return sum(number.numel() for number in self.parameters() if number.requires_grad)
+
     def constants(self) -> Float[Tensor, "chosen d_head"]:
         """The learned component of every chosen head."""
         return self.unit * (torch.einsum("ck,ckd->cd", self.magnitudes, self.directions) + self.offset)

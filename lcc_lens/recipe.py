@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -11,15 +10,14 @@ from typing import Any
 
 import torch
 
-from lcc_lens.config import compute_dtype, default_device, package_version
+from lcc_lens.config import compute_dtype, default_device
 from lcc_lens.data import Data, TokenSequence, check_disjoint, encode, load_data, text_blocks
 from lcc_lens.errors import RequestError
 from lcc_lens.export import find_slots
-from lcc_lens.files import disk_errors, read_json, write_json, write_text
+from lcc_lens.files import read_json
 from lcc_lens.heads import Head
 from lcc_lens.injection import ConstantMethod, Start, constant_injection
-from lcc_lens.metrics import share_recovered
-from lcc_lens.models import load_tokenizer, resolve
+from lcc_lens.models import device_of, load_tokenizer, resolve
 from lcc_lens.pair import Pair
 from lcc_lens.progress import track
 from lcc_lens.pruning import parse_pattern
@@ -29,12 +27,9 @@ from lcc_lens.pruning.pruners import Choice, Split
 from lcc_lens.pruning.settings import Method
 from lcc_lens.pruning.structured import Schedule
 from lcc_lens.restoration import Restoration, RestorationRecord
+from lcc_lens.run_folder import RunFolder
 from lcc_lens.scan import Scan
 from lcc_lens.training import Step, TrainConfig, train, validation_loss
-
-RUN_CONFIG = "config.json"
-RUN_METRICS = "metrics.json"
-RUN_LOG = "log.jsonl"
 
 
 def prune(
@@ -177,15 +172,16 @@ def restore(
     _refuse_removed(heads, pair)
     if exportable:
         find_slots(pair.pruned_id.path, pair.output_projections)
+    if shuffle_responses and method == "mean-shift":
+        raise RequestError(
+            "wanted a method that trains to shuffle responses for, got mean-shift; leave one of them out"
+        )
     config = config or TrainConfig()
     run = Path(run) if run is not None else None
     training, held_out = _training_sequences(
         pair, scan, data, validation, max_length, limit, config.seed if shuffle_responses else None
     )
     injection = constant_injection(method, scan.components, heads, rank=rank, start=start, seed=config.seed)
-    n_trained = sum(number.numel() for number in injection.parameters() if number.requires_grad)
-    if n_trained == 0:
-        training = []
     settings = {
         **asdict(config),
         "method": method,
@@ -202,18 +198,16 @@ def restore(
         "dense": validation_loss(pair.dense, None, held_out, config.micro_tokens),
         "pruned": validation_loss(pair.pruned, None, held_out, config.micro_tokens),
     }
-    steps = train(
-        pair.pruned, injection, training, held_out, config, run=run, resume=resume, identity=identity
-    )  # fmt: skip
-    log = _Log(run, resume=resume)
-    n_steps = config.epochs * -(-len(training) // config.batch_size)
-    description = _identified(pair, config.seed, {"restore": settings, "data": data.source})
-    for step in track(steps, n_steps, "restore"):
-        if run is not None and not log.is_open:  # not before: what cannot be resumed must not touch the run
-            write_json(run / RUN_CONFIG, description)
-        log.add(step)
-        if on_step is not None:
-            on_step(step)
+    injection.to(device_of(pair.pruned))
+    folder = RunFolder(run, pair, settings, data.source, config.seed, resume=resume)
+    if injection.n_trained:
+        steps = train(
+            pair.pruned, injection, training, held_out, config, run=run, resume=resume, identity=identity
+        )  # fmt: skip
+        for step in track(steps, config.epochs * -(-len(training) // config.batch_size), "restore"):
+            folder.add(step)
+            if on_step is not None:
+                on_step(step)
     losses["restored"] = validation_loss(pair.pruned, injection, held_out, config.micro_tokens)
     record = RestorationRecord(
         dense=pair.dense_id.reference,
@@ -221,24 +215,15 @@ def restore(
         dense_sha256=pair.dense_id.sha256,
         pruned_sha256=pair.pruned_id.sha256,
         method=method,
-        data=data.name if n_trained else scan.record.data,
-        n_examples=len(training) if n_trained else scan.record.n_examples,
+        data=data.name if injection.n_trained else scan.record.data,
+        n_examples=len(training) if injection.n_trained else scan.record.n_examples,
         seed=config.seed,
         settings=settings,
         losses=losses,
-        n_trained=n_trained,
+        n_trained=injection.n_trained,
     )
     restoration = Restoration.of(injection, record)
-    if run is not None:
-        if not log.is_open:  # nothing was trained
-            write_json(run / RUN_CONFIG, description)
-            log.open(before=1)
-        restoration.save(run)
-        recovered = share_recovered(losses["dense"], losses["pruned"], losses["restored"])
-        validation_numbers = {"losses": losses, "share_recovered": recovered, "sequences": len(held_out)}
-        write_json(
-            run / RUN_METRICS, _identified(pair, config.seed, {"validation": validation_numbers, "heads": len(heads)})
-        )
+    folder.finish(restoration, len(held_out))
     return restoration
 
 
@@ -309,44 +294,3 @@ def _calibration_groups(pruned: Path) -> frozenset[str]:
         return frozenset()
     calibration = read_json(file).get("calibration") or {}
     return frozenset(calibration.get("groups", ()))
-
-
-def _identified(pair: Pair, seed: int, values: dict[str, Any]) -> dict[str, Any]:
-    identity = {
-        "dense": pair.dense_id.reference,
-        "pruned": pair.pruned_id.reference,
-        "dense_sha256": pair.dense_id.sha256,
-        "pruned_sha256": pair.pruned_id.sha256,
-        "seed": seed,
-        "version": package_version(),
-    }
-    return {**identity, **values, "written": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
-
-
-class _Log:
-    """One line per optimiser step in ``log.jsonl``; a resumed run drops the lines of steps it repeats."""
-
-    def __init__(self, run: Path | None, *, resume: bool) -> None:
-        self.path = run / RUN_LOG if run is not None else None
-        self.resume = resume
-        self.is_open = False
-
-    def add(self, step: Step) -> None:
-        if self.path is None:
-            return
-        if not self.is_open:
-            self.open(before=step.step)
-        with disk_errors(self.path), self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(asdict(step)) + "\n")
-
-    def open(self, before: int) -> None:
-        """Begin the file with the lines of the steps before this one, if the run goes on from them."""
-        if self.path is not None:
-            write_text(self.path, "".join(line + "\n" for line in self._kept_lines(before)))
-            self.is_open = True
-
-    def _kept_lines(self, before: int) -> list[str]:
-        if self.path is None or not (self.resume and self.path.exists()):
-            return []
-        lines = self.path.read_text(encoding="utf-8").splitlines()
-        return [line for line in lines if json.loads(line)["step"] < before]

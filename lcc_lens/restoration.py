@@ -29,7 +29,7 @@ class RestorationRecord:
     """Where a restoration comes from: weights, data, settings, and its losses in nats per response token.
 
     ``data`` and ``n_examples`` are what its numbers were learned from: the training data, or the scan's where nothing
-    was trained. ``n_trained`` counts the trained numbers.
+    was trained. ``n_trained`` counts the trained numbers (None where an earlier version did not say).
     """
 
     dense: str
@@ -43,7 +43,7 @@ class RestorationRecord:
     settings: dict[str, Any] = field(default_factory=dict)
     losses: dict[str, float] = field(default_factory=dict)
     version: str = field(default_factory=package_version)
-    n_trained: int = 0
+    n_trained: int | None = None
 
 
 @dataclass(frozen=True)

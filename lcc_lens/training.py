@@ -170,15 +170,15 @@ def train(
                 measured = validation_loss(model, injection, validation, config.micro_tokens)
                 state.keep_best(measured)
             yield Step(state.step, state.n_steps, loss, lr, n_targets, time.perf_counter() - start, measured)
+            if measured is not None and not measured <= _DIVERGED * state.first_loss:
+                what = f"a validation loss of {measured:.3g} ({state.first_loss:.3g} at first)"
+                _warn_of_divergence(state.step, state.n_steps, what, config.lr)
+                break  # before the state is saved: a resumed run meets the same end
             if run is not None and (is_last or interruption.requested or state.step % config.checkpoint_every == 0):
                 state.save(run)
             if interruption.requested and not is_last:
                 what = f"state saved in {run}; go on with --resume" if run else "nothing saved: no run directory"
                 raise InterruptedRun(f"stopped after step {state.step} of {state.n_steps}; {what}")
-            if measured is not None and not measured <= _DIVERGED * state.first_loss:
-                what = f"a validation loss of {measured:.3g} ({state.first_loss:.3g} at first)"
-                _warn_of_divergence(state.step, state.n_steps, what, config.lr)
-                break
     state.restore_best()
 
 

@@ -77,6 +77,7 @@ LAYERS: list[tuple[str, ...]] = [
         "plotting",
         "page",
         "recipe",
+        "run_folder",
         "lens",
         "lens.*",
         "latency",

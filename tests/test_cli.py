@@ -74,7 +74,7 @@ def test_interrupted_restore_goes_on(
 ) -> None:  # fmt: skip
     from lcc_lens import recipe
 
-    class Stopping(recipe._Log):
+    class Stopping(recipe.RunFolder):
         def add(self, step) -> None:
             super().add(step)
             if step.step == 2:
@@ -84,7 +84,7 @@ def test_interrupted_restore_goes_on(
     for name in ("whole", "broken"):
         with monkeypatch.context() as patch:
             if name == "broken":
-                patch.setattr(recipe, "_Log", Stopping)
+                patch.setattr(recipe, "RunFolder", Stopping)
             code = call("restore", dense_dir, pruned_dir, tmp_path / name, *data, "--quiet")
         assert code == (0 if name == "whole" else 130)
     assert "stopped after step 2" in capsys.readouterr().err

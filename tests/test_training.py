@@ -406,3 +406,30 @@ def test_shuffled_training_is_measured_on_the_same_validation(pair, found: Scan,
     assert mixed.record.losses["pruned"] == plain.record.losses["pruned"]
     assert mixed.record.settings["shuffle_responses"]
     assert not torch.equal(mixed.constants, plain.constants)
+
+
+def test_diverged_run_resumes_to_the_same_end(
+    pair, found: Scan, question_file: Path, tmp_path: Path, monkeypatch
+) -> None:
+    """What is saved is from before the divergence, so a resumed run does not go on beyond it."""
+
+    def diverge(model, injection, *rest) -> float:
+        moved = injection is not None and bool(injection.constants().abs().max() > 0)
+        step = len((tmp_path / "log.jsonl").read_text().splitlines()) if (tmp_path / "log.jsonl").exists() else 0
+        return 9.0 if moved and step == 3 else 1.0
+
+    monkeypatch.setattr("lcc_lens.training.validation_loss", diverge)  # as if the fourth step led astray
+    run_restore(pair, found, question_file, tmp_path)
+    first = Restoration.load(tmp_path)
+    assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 4
+    steps: list = []
+    run_restore(pair, found, question_file, tmp_path, resume=True, on_step=steps.append)
+    assert [s.step for s in steps] == [3, 4]
+    again = Restoration.load(tmp_path)
+    assert torch.equal(again.constants, first.constants)
+    assert again.record.losses == first.record.losses
+
+
+def test_mean_shift_has_no_training_to_shuffle(pair, found: Scan, question_file: Path) -> None:
+    with pytest.raises(RequestError, match="wanted a method that trains to shuffle responses for, got mean-shift"):
+        run_restore(pair, found, question_file, None, method="mean-shift", shuffle_responses=True)
