@@ -28,7 +28,7 @@ from lcc_lens.demo import passages
 from lcc_lens.evaluation import _batch_nll
 from lcc_lens.export import export
 from lcc_lens.files import write_json
-from lcc_lens.injection import LccInjection
+from lcc_lens.injections import LccInjection
 from lcc_lens.models import load_plain, resolve
 from lcc_lens.pair import Pair, load_pair
 from lcc_lens.recipe import prune

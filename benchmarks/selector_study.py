@@ -34,7 +34,7 @@ from lcc_lens.data import Batch, Data, TokenSequence, batches, encode, load_data
 from lcc_lens.files import read_json, write_json
 from lcc_lens.headscores import HeadScores
 from lcc_lens.hooks import HookedModel, NamedHook, logits_at
-from lcc_lens.injection import LccInjection
+from lcc_lens.injections import LccInjection
 from lcc_lens.metrics import share_recovered
 from lcc_lens.outcome import measure
 from lcc_lens.pair import Pair, load_pair

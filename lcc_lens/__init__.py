@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from lcc_lens.export import export
     from lcc_lens.heads import Head
     from lcc_lens.headscores import HeadScores
-    from lcc_lens.injection import LccInjection, MeanShift, OffsetInjection
+    from lcc_lens.injections import Composite, Injection, LccInjection, MeanShift, OffsetInjection, WeightInjection
     from lcc_lens.lens import (
         answer_streams,
         component_similarity,
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     )
     from lcc_lens.metrics import share_recovered
     from lcc_lens.models import load_hooked
+    from lcc_lens.objectives import Objective
     from lcc_lens.pair import Pair, load_pair
     from lcc_lens.plotting import plot_loss_map, plot_training
     from lcc_lens.progress import shown
@@ -57,7 +58,7 @@ _HOMES = {
     "export": ("export",),
     "heads": ("Head",),
     "headscores": ("HeadScores",),
-    "injection": ("LccInjection", "MeanShift", "OffsetInjection"),
+    "injections": ("Composite", "Injection", "LccInjection", "MeanShift", "OffsetInjection", "WeightInjection"),
     "lens": (
         "answer_streams",
         "component_similarity",
@@ -69,6 +70,7 @@ _HOMES = {
     ),
     "metrics": ("share_recovered",),
     "models": ("load_hooked",),
+    "objectives": ("Objective",),
     "pair": ("Pair", "load_pair"),
     "plotting": ("plot_loss_map", "plot_training"),
     "progress": ("shown",),
@@ -83,14 +85,17 @@ _HOMES = {
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 
 __all__ = [
+    "Composite",
     "Data",
     "DifferenceStatistics",
     "Head",
     "HeadScores",
+    "Injection",
     "LccInjection",
     "LensError",
     "LostComponents",
     "MeanShift",
+    "Objective",
     "OffsetInjection",
     "Pair",
     "RequestError",
@@ -99,6 +104,7 @@ __all__ = [
     "Step",
     "TokenLoss",
     "TrainConfig",
+    "WeightInjection",
     "answer_streams",
     "component_similarity",
     "components_from_moments",

@@ -147,9 +147,11 @@ class Restore(Common):
     """The model pruned from it."""
     run: RunPath
     """The run directory: holds the scan, receives the restoration."""
-    method: Literal["lcc", "offset", "mean-shift", "random-basis"] = "lcc"
-    """lcc: magnitudes over lost directions plus an offset. Its controls: offset without directions; mean-shift (the
-    scan's mean difference, nothing trained); random-basis (the same training over random directions)."""
+    method: str = "lcc"
+    """lcc: magnitudes over lost directions plus an offset, a constant per head. Its controls: offset without
+    directions; mean-shift (the scan's mean difference, nothing trained); random-basis (the same training over random
+    directions). Changed weights, whose zeros stay: gain (of head outputs), norms, low-rank (on every linear map),
+    masked (all surviving weights). Joined by + they train together: lcc+low-rank."""
     data: str = "alpaca"
     """Training data: instructions, questions or text."""
     examples: int = 480
@@ -164,14 +166,23 @@ class Restore(Common):
     """Examples for that scan."""
     rank: int | None = None
     """Directions per head (all if not given)."""
+    low_rank: int = 8
+    """Rank of low-rank."""
     start: Literal["zero", "mean"] = "zero"
     """Where the magnitudes start: at the pruned model, or at the mean difference."""
     epochs: int = 1
     """Passes over the training data."""
     batch_size: int = 8
     """Examples per optimiser step."""
-    lr: float = 3e-2
-    """AdamW's learning rate, in units of each head's difference; decays linearly to zero."""
+    lr: float | None = None
+    """AdamW's learning rate of the method's first part (its own if not given; a constant's is in units of each head's
+    difference); decays linearly to zero."""
+    objective: Literal["response", "distillation", "response+distillation"] = "response"
+    """Minimise the response's loss, the distance to the dense model's distribution, or half of each."""
+    temperature: float = 1.0
+    """Of distillation."""
+    patience: int | None = None
+    """Stop after so many validations without a new best."""
     max_length: int = 512
     """Tokens per example at most."""
     shuffle_responses: bool = False
@@ -188,6 +199,8 @@ class Restore(Common):
     """Replace a restoration that is there."""
 
     def execute(self) -> None:
+        from lcc_lens.injections import parse_method, uses_components, uses_heads
+        from lcc_lens.objectives import Objective
         from lcc_lens.pair import load_pair
         from lcc_lens.recipe import restore
         from lcc_lens.restoration import RESTORATION_TENSORS
@@ -195,19 +208,21 @@ class Restore(Common):
 
         if (self.run / RESTORATION_TENSORS).exists() and not (self.overwrite or self.resume):
             raise RequestError(f"{self.run} holds a restoration already; name another run or pass --overwrite")
+        parse_method(self.method)
         config = TrainConfig(
             epochs=self.epochs, batch_size=self.batch_size, lr=self.lr, checkpoint_every=self.checkpoint_every,
-            seed=self.seed,
+            seed=self.seed, patience=self.patience,
+            objective=Objective.parse(self.objective, temperature=self.temperature),
         )  # fmt: skip
         data = _load(self.data, self.examples, "train", self.seed)
         validation = _load(self.data, max(8, self.examples // 10), "held-out", self.seed)
         pair = load_pair(self.dense, self.pruned)
-        found = self._scan(pair)
-        heads = self._heads(found)
+        found = self._scan(pair) if uses_components(self.method) or uses_heads(self.method) else None
+        heads = self._heads(found) if found is not None else []
         restoration = restore(
             pair, found, heads, data, method=self.method, config=config, validation=validation, rank=self.rank,
-            start=self.start, max_length=self.max_length, limit=self.examples, exportable=not self.hooks_only,
-            shuffle_responses=self.shuffle_responses, run=self.run, resume=self.resume,
+            low_rank=self.low_rank, start=self.start, max_length=self.max_length, limit=self.examples,
+            exportable=not self.hooks_only, shuffle_responses=self.shuffle_responses, run=self.run, resume=self.resume,
         )  # fmt: skip
         show_losses(restoration.record.losses, len(heads), self.run)
 

@@ -1,4 +1,4 @@
-"""Exports: a restoration folded into the output projections' biases of a plain Hugging Face directory, verified."""
+"""Exports: a restoration folded into the tensors of a plain Hugging Face directory, verified."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from lcc_lens.files import (
     weight_files,
     write_text,
 )
+from lcc_lens.injections.changes import merged
 from lcc_lens.models import LoadedModel, ModelIdentity, identify, load_hooked, load_plain, load_tokenizer, resolve
 from lcc_lens.restoration import Restoration
 
@@ -113,9 +114,9 @@ def export(
 ) -> ExportReport:
     """Write the restored model as a plain Hugging Face directory and verify it.
 
-    The pruned checkpoint is copied from disk with the folded biases; every other tensor stays bit-identical. The
-    copy is loaded with plain transformers and its float32 logits are compared with the hooked model's before the
-    directory appears under its name.
+    The pruned checkpoint is copied from disk with the folded biases and the changed weights, whose zeros stay; every
+    other tensor stays bit-identical. The copy is loaded with plain transformers and its float32 logits are compared
+    with the hooked model's before the directory appears under its name.
 
     Args:
         restoration: what to fold in.
@@ -139,7 +140,7 @@ def export(
             f"{identity.sha256[:12]}… in {path}; name the model that was restored"
         )
     loaded = load_hooked(pruned, dtype=torch.float32)
-    slots = find_slots(path, loaded.output_projections)
+    slots = find_slots(path, loaded.output_projections) if restoration.heads else BiasSlots((), {}, {})
     require_space(out, 2 * sum(file.stat().st_size for file in weight_files(path)))
     with atomic_directory(out, overwrite=overwrite) as part:
         replaced, added = _edited_tensors(restoration, path, slots, loaded)
@@ -156,12 +157,12 @@ def model_card(restoration: Restoration, metrics: Mapping[str, Any], difference:
     lines = [
         "---", "library_name: transformers", "tags: [pruned, restorelcc, lcc-lens]", "---", "",
         f"# {Path(record.pruned).name}, restored", "",
-        f"`{record.pruned}` (pruned from `{record.dense}`) with a constant per head folded into the biases of "
-        "the attention output projections. Loads with plain transformers; every other tensor is bit-identical to the "
-        "pruned model, so its zeros stay.", "",
+        f"`{record.pruned}` (pruned from `{record.dense}`) with {_what_is_folded(restoration)}. Loads with plain "
+        "transformers; every other tensor is bit-identical to the pruned model, and its zeros stay.", "",
         "| | |", "|---|---|",
         f"| method | {record.method} |",
-        f"| heads | {len(restoration.heads)} |",
+        *([f"| heads | {len(restoration.heads)} |"] if restoration.heads else []),
+        *([f"| weights changed | {len(dict(restoration.changes))} |"] if restoration.changes else []),
         *([f"| numbers trained | {record.n_trained} |"] if record.n_trained is not None else []),
         f"| learned from | {record.data}, {record.n_examples} examples, seed {record.seed} |",
         f"| largest logit difference to the hooked model | {difference:.2g} |",
@@ -180,28 +181,70 @@ def model_card(restoration: Restoration, metrics: Mapping[str, Any], difference:
 def _edited_tensors(
     restoration: Restoration, path: Path, slots: BiasSlots, loaded: LoadedModel
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The tensors to replace (biases that are there) and to add (biases that the configuration switches on)."""
+    """The tensors to replace (weights, biases that are there) and to add (biases that the configuration brings)."""
     stored = tensor_names(path)
+    changed = _changed_weights(restoration, stored, loaded)
     layers = sorted({head.layer for head in restoration.heads})
-    weights = {
-        layer: _linear_weight(stored, loaded.output_projections[layer], loaded.is_transposed) for layer in layers
+    if not layers:
+        return changed, {}
+    weights = {  # constants pass through the changed projections
+        layer: _linear_weight(stored, loaded.output_projections[layer], loaded.is_transposed, changed)
+        for layer in layers
     }
     folded = fold(restoration.constants, restoration.heads, weights)
     if not slots.config:
         old = {layer: read_tensor(stored, slots.biases[layer]) for layer in layers}
-        return {slots.biases[layer]: (old[layer].double() + folded[layer]).to(old[layer].dtype) for layer in layers}, {}
+        biases = {slots.biases[layer]: (old[layer].double() + folded[layer]).to(old[layer].dtype) for layer in layers}
+        return changed | biases, {}
     dtype = next(iter(weights.values())).dtype
     added = {name: torch.zeros(shape, dtype=dtype) for name, shape in slots.zero_biases.items()}
     for layer, bias in enumerate(slots.biases):
         added[bias] = (
             folded[layer].to(dtype) if layer in folded else torch.zeros_like(next(iter(folded.values())), dtype=dtype)
         )
-    return {}, added
+    return changed, added
 
 
-def _linear_weight(stored: Mapping[str, Path], projection: str, is_transposed: bool) -> Tensor:
+def _changed_weights(restoration: Restoration, stored: Mapping[str, Path], loaded: LoadedModel) -> dict[str, Tensor]:
+    """The changed weights in the checkpoint's layout and format.
+
+    Raises:
+        LensError: a zero of a matrix was lost, or a weight is not finite.
+    """
+    changed: dict[str, Tensor] = {}
+    for module, change in merged({name: one} for name, one in restoration.changes).items():
+        name = f"{module}.weight"
+        old = read_tensor(stored, name)
+        is_turned = loaded.is_transposed and old.ndim > 1
+        with torch.no_grad():
+            new = change(old.float().T).T if is_turned else change(old.float())
+        new = new.to(old.dtype).contiguous()
+        if not bool(torch.isfinite(new).all()):
+            raise LensError(f"wanted finite weights, got NaN or infinity in {name}; lower the learning rate")
+        if old.ndim > 1:
+            if bool(new[old == 0].any()):
+                raise LensError(f"wanted the zeros of {name} kept, got others; nothing was kept")
+            new = torch.where(old == 0, old, new)  # minus zero stays what it was, too
+        changed[name] = new
+    return changed
+
+
+def _what_is_folded(restoration: Restoration) -> str:
+    parts = []
+    if restoration.heads:
+        parts.append("a constant per head folded into the biases of the attention output projections")
+    if restoration.changes:
+        kinds = sorted({change.kind for _, change in restoration.changes})
+        parts.append(f"weights changed under their zero pattern ({', '.join(kinds)})")
+    return " and ".join(parts) or "nothing changed"
+
+
+def _linear_weight(
+    stored: Mapping[str, Path], projection: str, is_transposed: bool, changed: Mapping[str, Tensor]
+) -> Tensor:
     """The output projection's weight as ``[d_model, n_heads * d_head]``."""
-    weight = read_tensor(stored, f"{projection}.weight")
+    name = f"{projection}.weight"
+    weight = changed[name] if name in changed else read_tensor(stored, name)
     return weight.T if is_transposed else weight
 
 
@@ -268,8 +311,8 @@ def _compare_logits(
 
 
 def _tolerance(path: Path, projection: str) -> float:
-    """Relative tolerance of the logits: rounding of the stored bias is all that may differ."""
-    dtype = read_tensor(tensor_names(path), f"{projection}.bias").dtype
+    """Relative tolerance of the logits: rounding of what is stored is all that may differ."""
+    dtype = read_tensor(tensor_names(path), f"{projection}.weight").dtype
     return 1e-5 if dtype in (torch.float32, torch.float64) else 2e-2
 
 

@@ -17,6 +17,7 @@ from lcc_lens.embedded import EMBEDDED_NAME, embedded_model, gguf_model
 from lcc_lens.errors import LensError, RequestError
 from lcc_lens.files import weight_files, weights_sha256
 from lcc_lens.hooks import HookedModel, z_adders, z_name
+from lcc_lens.plain_modules import remember_plain_names
 from lcc_lens.progress import without_loading_bars
 from lcc_lens.pruning.layers import is_transposed
 
@@ -162,6 +163,7 @@ def load_hooked(
         expected = plain(tokens).logits.float()
     names = {id(module): name for name, module in plain.named_modules()}
     model = _bridge(plain, tokenizer, path)
+    remember_plain_names(model, names)
     _check_hooked(model, tokens, expected, str(reference))
     modules = [block.attn.o.original_component for block in model.blocks]
     return LoadedModel(

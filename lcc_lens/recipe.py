@@ -16,7 +16,15 @@ from lcc_lens.errors import RequestError
 from lcc_lens.export import find_slots
 from lcc_lens.files import read_json
 from lcc_lens.heads import Head
-from lcc_lens.injection import ConstantMethod, Start, constant_injection
+from lcc_lens.injections import (
+    Ingredients,
+    Start,
+    build_injection,
+    check_reached,
+    parse_method,
+    uses_components,
+    uses_heads,
+)
 from lcc_lens.models import device_of, load_tokenizer, resolve
 from lcc_lens.pair import Pair
 from lcc_lens.progress import track
@@ -29,7 +37,7 @@ from lcc_lens.pruning.structured import Schedule
 from lcc_lens.restoration import Restoration, RestorationRecord
 from lcc_lens.run_folder import RunFolder
 from lcc_lens.scan import Scan
-from lcc_lens.training import Step, TrainConfig, train, validation_loss
+from lcc_lens.training import Step, TrainConfig, learning_rates, train, validation_loss
 
 
 def prune(
@@ -121,14 +129,15 @@ def calibration_tokens(data: Data, model: Path, n_samples: int, seq_len: int, se
 
 def restore(
     pair: Pair,
-    scan: Scan,
+    scan: Scan | None,
     heads: Sequence[Head],
     data: Data,
     *,
-    method: ConstantMethod = "lcc",
+    method: str = "lcc",
     config: TrainConfig | None = None,
     validation: Data | None = None,
     rank: int | None = None,
+    low_rank: int = 8,
     start: Start = "zero",
     max_length: int = 512,
     limit: int | None = None,
@@ -138,18 +147,20 @@ def restore(
     resume: bool = False,
     on_step: Callable[[Step], None] | None = None,
 ) -> Restoration:
-    """Train a constant per chosen head on the response loss and freeze the best (Eq. 8), or a control's constant.
+    """Train a constant per chosen head and freeze the best (Eq. 8), or restore by another method or a control.
 
     Args:
         pair: the hooked models.
-        scan: the scan of this pair, for directions.
-        heads: which heads to restore.
+        scan: the scan of this pair, for directions; None for methods that need none.
+        heads: which heads to restore; none for methods that act on no heads.
         data: training examples (role ``train``); mean-shift learns from none, and uses their held-out part alone.
-        method: ``lcc``, or a control: see :func:`~lcc_lens.injection.constant_injection`.
+        method: ``lcc``, a control, or another part of :data:`~lcc_lens.injections.METHODS`; parts joined by ``+`` train
+            together (``lcc+low-rank``).
         config: training settings.
         validation: held-out examples of the same kind; a tenth of the training examples' groups if not given.
         rank: directions per head; all if not given.
-        start: see :class:`~lcc_lens.injection.LccInjection`.
+        low_rank: the rank of a masked low rank.
+        start: see :class:`~lcc_lens.injections.LccInjection`.
         max_length: tokens per example at most.
         limit: training sequences at most (text is cut into many), and a tenth of it for validation.
         shuffle_responses: a control: train on every prompt with another one's response; validation stays as it is.
@@ -168,9 +179,8 @@ def restore(
     Example:
         >>> restore(pair, scan, scan.select("mse", share=0.25), load_data("alpaca", n=480))  # doctest: +SKIP
     """
-    check_scan(scan, pair)
-    _refuse_removed(heads, pair)
-    if exportable:
+    _check_request(pair, scan, heads, method)
+    if exportable and uses_components(method):
         find_slots(pair.pruned_id.path, pair.output_projections)
     if shuffle_responses and method == "mean-shift":
         raise RequestError(
@@ -181,28 +191,50 @@ def restore(
     training, held_out = _training_sequences(
         pair, scan, data, validation, max_length, limit, config.seed if shuffle_responses else None
     )
-    injection = constant_injection(method, scan.components, heads, rank=rank, start=start, seed=config.seed)
+    injection = build_injection(
+        method,
+        Ingredients(
+            pair.pruned,
+            None if scan is None else scan.components,
+            heads,
+            pair.output_projections,
+            rank,
+            start,
+            low_rank,
+            config.seed,
+        ),
+    ).to(device_of(pair.pruned))
+    check_reached(pair.pruned, injection)
     settings = {
         **asdict(config),
         "method": method,
         "rank": rank,
+        "low_rank": low_rank,
+        "learning_rates": learning_rates(injection, config.lr),
         "start": start,
         "max_length": max_length,
         "limit": limit,
         "shuffle_responses": shuffle_responses,
         "heads": [str(h) for h in heads],
     }
-    described = [pair.pruned_id.sha256, asdict(scan.record), data.source, sorted(data.groups), settings]
+    described = [
+        pair.pruned_id.sha256,
+        None if scan is None else asdict(scan.record),
+        data.source,
+        sorted(data.groups),
+        settings,
+    ]
     identity = json.dumps([*described, [len(s) for s in held_out]], sort_keys=True)
     losses = {
         "dense": validation_loss(pair.dense, None, held_out, config.micro_tokens),
         "pruned": validation_loss(pair.pruned, None, held_out, config.micro_tokens),
     }
-    injection.to(device_of(pair.pruned))
     folder = RunFolder(run, pair, settings, data.source, config.seed, resume=resume)
     if injection.n_trained:
+        teacher = pair.dense if config.objective.needs_teacher else None
         steps = train(
-            pair.pruned, injection, training, held_out, config, run=run, resume=resume, identity=identity
+            pair.pruned, injection, training, held_out, config, teacher=teacher, run=run, resume=resume,
+            identity=identity,
         )  # fmt: skip
         for step in track(steps, config.epochs * -(-len(training) // config.batch_size), "restore"):
             folder.add(step)
@@ -215,8 +247,8 @@ def restore(
         dense_sha256=pair.dense_id.sha256,
         pruned_sha256=pair.pruned_id.sha256,
         method=method,
-        data=data.name if injection.n_trained else scan.record.data,
-        n_examples=len(training) if injection.n_trained else scan.record.n_examples,
+        data=data.name if injection.n_trained or scan is None else scan.record.data,
+        n_examples=len(training) if injection.n_trained or scan is None else scan.record.n_examples,
         seed=config.seed,
         settings=settings,
         losses=losses,
@@ -225,6 +257,18 @@ def restore(
     restoration = Restoration.of(injection, record)
     folder.finish(restoration, len(held_out))
     return restoration
+
+
+def _check_request(pair: Pair, scan: Scan | None, heads: Sequence[Head], method: str) -> None:
+    """Refuse a method that lacks what it acts on, and a scan or heads that do not fit."""
+    parse_method(method)
+    if scan is not None:
+        check_scan(scan, pair)
+    elif uses_components(method):
+        raise RequestError(f"wanted a scan of this pair for {method}, got none; scan it first")
+    if uses_heads(method) and not heads:
+        raise RequestError(f"wanted heads to restore by {method}, got none; choose some by scan.select")
+    _refuse_removed(heads, pair)
 
 
 def check_scan(scan: Scan, pair: Pair) -> None:
@@ -253,7 +297,13 @@ def _refuse_removed(heads: Sequence[Head], pair: Pair) -> None:
 
 
 def _training_sequences(
-    pair: Pair, scan: Scan, data: Data, validation: Data | None, max_length: int, limit: int | None, shuffle: int | None
+    pair: Pair,
+    scan: Scan | None,
+    data: Data,
+    validation: Data | None,
+    max_length: int,
+    limit: int | None,
+    shuffle: int | None,
 ) -> tuple[list[TokenSequence], list[TokenSequence]]:
     """Training and validation sequences that share nothing with each other, the probe or the calibration data."""
     if validation is None:
@@ -264,7 +314,8 @@ def _training_sequences(
     calibration = _calibration_groups(pair.pruned_id.path)
     for part, name in ((data, "training data"), (validation, "validation data")):
         if part.role is not None:  # data loaded without a role are the caller's own affair
-            check_disjoint(part.groups, frozenset(scan.record.groups), name, "the scan's data")
+            if scan is not None:
+                check_disjoint(part.groups, frozenset(scan.record.groups), name, "the scan's data")
             check_disjoint(part.groups, calibration, name, "the pruning's calibration data")
     return (
         encode(data, pair.tokenizer, max_length=max_length, limit=limit),

@@ -1,4 +1,4 @@
-"""Training of injections: response loss only, gradients only where needed, resumable at every checkpoint."""
+"""Training of injections: gradients only where needed, resumable at every checkpoint."""
 
 from __future__ import annotations
 
@@ -10,21 +10,20 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lcc_lens.data import Batch, TokenSequence, batches
 from lcc_lens.errors import InterruptedRun, RequestError
 from lcc_lens.files import read_tensors, write_tensors
-from lcc_lens.hooks import HookedModel, logits_at
-from lcc_lens.injection import LccInjection
-from lcc_lens.metrics import token_nll
+from lcc_lens.hooks import HookedModel
+from lcc_lens.injections.base import Injection
 from lcc_lens.models import device_of
-from lcc_lens.running import forward
+from lcc_lens.objectives import Objective
 
 logger = logging.getLogger(__name__)
 CHECKPOINT = "checkpoint.safetensors"
@@ -36,32 +35,38 @@ _BUCKET = 8  # batches among which sequences are sorted by length: less padding,
 class TrainConfig:
     """Settings of a training run; one epoch is enough for a constant.
 
-    ``lr`` is in units of each head's root mean square difference (see :class:`~lcc_lens.injection.LccInjection`), so
-    that one rate fits all heads and models; the paper's 1e-3 to 1e-5 are in units of activations.
+    ``lr`` is each injection's own if not given; given, it is that of the first injection, and the others keep their
+    ratio to it. A constant's is in units of each head's root mean square difference (see
+    :class:`~lcc_lens.injections.LccInjection`), so that one rate fits all heads and models; the paper's 1e-3 to 1e-5
+    are in units of activations. ``patience`` ends the run after so many validations in a row without a new best.
     ``micro_tokens`` bounds the padded tokens of one backward pass (a batch is split and its gradients summed, with
     the same result); it decides memory, not the outcome.
     """
 
     epochs: int = 1
     batch_size: int = 8
-    lr: float = 3e-2
+    lr: float | None = None
     weight_decay: float = 0.0
     micro_tokens: int = 1024
     validate_every: int = 20
     checkpoint_every: int = 20
     seed: int = 0
+    patience: int | None = None
+    objective: Objective = field(default_factory=Objective)
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "micro_tokens", "validate_every", "checkpoint_every"):
             if getattr(self, name) < 1:
                 raise RequestError(f"wanted {name} of at least 1, got {getattr(self, name)}")
-        if not (self.lr > 0 and math.isfinite(self.lr)):
+        if self.lr is not None and not (self.lr > 0 and math.isfinite(self.lr)):
             raise RequestError(f"wanted a learning rate above 0, got {self.lr}")
+        if self.patience is not None and self.patience < 1:
+            raise RequestError(f"wanted a patience of at least 1 validation, got {self.patience}")
 
 
 @dataclass(frozen=True)
 class Step:
-    """One optimiser step: loss in nats per response token, learning rate, response tokens, seconds."""
+    """One optimiser step: objective in nats per counted token, learning rate (the first part's), tokens, seconds."""
 
     step: int
     n_steps: int
@@ -99,41 +104,47 @@ class Interruption:
 
 def response_nll(model: HookedModel, batch: Batch, hooks: Sequence[Any] = ()) -> Tensor:
     """Summed negative log-likelihood (nats) of a batch's counted tokens; logits only at their positions."""
-    device = device_of(model)
-    logits = forward(model, batch.tokens.to(device), [*hooks, *logits_at(model, batch.is_target().to(device))])
-    return token_nll(logits[0], batch.targets().to(device)).sum()
+    return Objective().loss(model, batch, hooks)
 
 
 def validation_loss(
-    model: HookedModel, injection: LccInjection | None, sequences: Sequence[TokenSequence], micro_tokens: int = 1024
+    model: HookedModel,
+    injection: Injection | None,
+    sequences: Sequence[TokenSequence],
+    micro_tokens: int = 1024,
+    objective: Objective | None = None,
+    teacher: HookedModel | None = None,
 ) -> float:
-    """Token-weighted response loss in nats; of the bare model where there is no injection."""
+    """Token-weighted objective in nats (the response loss if none is given); of the bare model without an injection."""
     total, count = 0.0, 0
-    with torch.inference_mode():
+    objective = objective or Objective()
+    with torch.inference_mode(), (injection or Injection()).attached(model):
         hooks = injection.hooks() if injection is not None else []
         for batch in batches(sequences, max_tokens=micro_tokens):
-            total += float(response_nll(model, batch, hooks))
+            total += float(objective.loss(model, batch, hooks, teacher))
             count += int(batch.is_target().sum())
     return total / count
 
 
 def train(
     model: HookedModel,
-    injection: LccInjection,
+    injection: Injection,
     sequences: Sequence[TokenSequence],
     validation: Sequence[TokenSequence],
     config: TrainConfig,
     *,
+    teacher: HookedModel | None = None,
     run: Path | None = None,
     resume: bool = False,
     identity: str = "",
 ) -> Iterator[Step]:
-    r"""Train an injection on the response loss; yields a record per optimiser step.
+    r"""Train an injection on the objective; yields a record per optimiser step.
 
     AdamW with linear decay to zero. The model's weights take no gradient, so backward work stops at the lowest
-    injected layer, and logits are computed only where the loss counts. At the end the injection holds the numbers with
-    the lowest validation loss (the start included). A run that diverges (a loss that is not finite, or a validation
-    loss of twice the first one) stops there, with a warning, and keeps the best.
+    injected layer, and logits are computed only where the loss counts. Between steps the model is as it was. At the
+    end the injection holds the numbers with the lowest objective on the held-out data (the start included). A run that
+    diverges (a loss that is not finite, or a validation loss of twice the first one) stops there, with a warning, and
+    keeps the best.
 
     Args:
         model: the hooked pruned model.
@@ -141,6 +152,7 @@ def train(
         sequences: training data.
         validation: held-out data of the same kind.
         config: settings.
+        teacher: the dense model, for distillation.
         run: where ``checkpoint.safetensors`` is kept; none if not given.
         resume: go on from the checkpoint in ``run``; the result equals an unbroken run's.
         identity: a text that a checkpoint must share to be resumed (weights, data, heads).
@@ -151,34 +163,41 @@ def train(
     """
     state = _State(injection, config, n_sequences=len(sequences), identity=identity)
     injection.to(device_of(model))
+
+    def validate() -> float:
+        return validation_loss(model, injection, validation, config.micro_tokens, config.objective, teacher)
+
     if resume:
         state.load(run)
     if state.step == 0:
-        state.first_loss = validation_loss(model, injection, validation, config.micro_tokens)
+        state.first_loss = validate()
         state.keep_best(state.first_loss)
     with Interruption().watched() as interruption:
         for index in state.remaining_batches(sequences):
             start, lr = time.perf_counter(), state.begin_step()
-            loss, n_targets = _optimise(model, injection, state, sequences, index)
+            loss, n_targets = _optimise(model, injection, state, [sequences[i] for i in index], teacher)
             if not math.isfinite(loss):
-                _warn_of_divergence(state.step + 1, state.n_steps, f"a loss of {loss}", config.lr)
+                _warn_of_divergence(state.step + 1, state.n_steps, f"a loss of {loss}", lr)
                 break
             state.step += 1
             is_last = state.step == state.n_steps
             measured = None
             if is_last or state.step % config.validate_every == 0:
-                measured = validation_loss(model, injection, validation, config.micro_tokens)
+                measured = validate()
                 state.keep_best(measured)
             yield Step(state.step, state.n_steps, loss, lr, n_targets, time.perf_counter() - start, measured)
             if measured is not None and not measured <= _DIVERGED * state.first_loss:
                 what = f"a validation loss of {measured:.3g} ({state.first_loss:.3g} at first)"
-                _warn_of_divergence(state.step, state.n_steps, what, config.lr)
+                _warn_of_divergence(state.step, state.n_steps, what, lr)
                 break  # before the state is saved: a resumed run meets the same end
             if run is not None and (is_last or interruption.requested or state.step % config.checkpoint_every == 0):
                 state.save(run)
             if interruption.requested and not is_last:
                 what = f"state saved in {run}; go on with --resume" if run else "nothing saved: no run directory"
                 raise InterruptedRun(f"stopped after step {state.step} of {state.n_steps}; {what}")
+            if config.patience is not None and state.n_worse >= config.patience and not is_last:
+                logger.info("stopped at step %d: %d validations without a new best", state.step, state.n_worse)
+                break
     state.restore_best()
 
 
@@ -190,17 +209,21 @@ def _warn_of_divergence(step: int, n_steps: int, got: str, lr: float) -> None:
 
 
 def _optimise(
-    model: HookedModel, injection: LccInjection, state: _State, sequences: Sequence[TokenSequence], index: Sequence[int]
+    model: HookedModel,
+    injection: Injection,
+    state: _State,
+    chosen: Sequence[TokenSequence],
+    teacher: HookedModel | None,
 ) -> tuple[float, int]:
     """One optimiser step over one batch, in micro-batches; gives the loss per token and the token count."""
-    chosen = [sequences[i] for i in index]
     n_targets = sum(len(s) - s.loss_from for s in chosen)
     state.optimizer.zero_grad(set_to_none=True)
     total = 0.0
-    for batch in batches(chosen, max_tokens=state.config.micro_tokens):
-        loss = response_nll(model, batch, injection.hooks()) / n_targets
-        loss.backward()
-        total += float(loss.detach())
+    with injection.attached(model):
+        for batch in batches(chosen, max_tokens=state.config.micro_tokens):
+            loss = state.config.objective.loss(model, batch, injection.hooks(), teacher) / n_targets
+            loss.backward()
+            total += float(loss.detach())
     if math.isfinite(total):
         state.optimizer.step()
     return total, n_targets
@@ -209,13 +232,18 @@ def _optimise(
 class _State:
     """Everything that decides how a run goes on: numbers, optimiser, schedule, position, best so far."""
 
-    def __init__(self, injection: nn.Module, config: TrainConfig, *, n_sequences: int, identity: str) -> None:
+    def __init__(self, injection: Injection, config: TrainConfig, *, n_sequences: int, identity: str) -> None:
         self.injection, self.config = injection, config
         self.n_sequences = n_sequences
         self.identity = json.dumps({**asdict(config), "n": n_sequences, "identity": identity}, sort_keys=True)
-        self.optimizer = torch.optim.AdamW(injection.parameters(), lr=config.lr, weight_decay=config.weight_decay)
+        self.rates = learning_rates(injection, config.lr)
+        groups = [
+            {"params": [n for n in part.parameters() if n.requires_grad], "lr": rate}
+            for part, rate in zip(injection.parts, self.rates, strict=True)
+        ]
+        self.optimizer = torch.optim.AdamW(groups, weight_decay=config.weight_decay)
         self.n_steps = config.epochs * math.ceil(n_sequences / config.batch_size)
-        self.step = 0
+        self.step = self.n_worse = 0
         self.first_loss = self.best_loss = math.inf
         self.best = self._numbers()
 
@@ -228,16 +256,16 @@ class _State:
         yield from order[self.step :]
 
     def begin_step(self) -> float:
-        """Set and give the learning rate of the coming step: linear decay from the first to zero after the last."""
-        lr = self.config.lr * (1 - self.step / self.n_steps)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        return lr
+        """Set the learning rates of the coming step, with linear decay to zero after the last; gives the first."""
+        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
+            group["lr"] = rate * (1 - self.step / self.n_steps)
+        return float(self.optimizer.param_groups[0]["lr"])
 
     def keep_best(self, loss: float) -> None:
         """Remember the present numbers if no earlier ones were better."""
+        self.n_worse += 1
         if loss < self.best_loss:
-            self.best_loss, self.best = loss, self._numbers()
+            self.best_loss, self.best, self.n_worse = loss, self._numbers(), 0
 
     def restore_best(self) -> None:
         """Put the best numbers back into the injection."""
@@ -253,7 +281,7 @@ class _State:
             for key, value in self.optimizer.state[parameter].items():
                 tensors[f"adam.{name}.{key}"] = value
         losses = {"first_loss": repr(self.first_loss), "best_loss": repr(self.best_loss)}
-        record = {"step": str(self.step), **losses, "identity": self.identity}
+        record = {"step": str(self.step), "n_worse": str(self.n_worse), **losses, "identity": self.identity}
         write_tensors(run / CHECKPOINT, tensors, record)
 
     def load(self, run: Path | None) -> None:
@@ -267,6 +295,7 @@ class _State:
                 "repeat its settings or start without --resume"
             )
         self.step, self.best_loss = int(record["step"]), float(record["best_loss"])
+        self.n_worse = int(record.get("n_worse", "0"))
         self.first_loss = float(record.get("first_loss", "inf"))
         self.best = {name: tensors[f"best.{name}"] for name, _ in self.injection.named_parameters()}
         with torch.no_grad():
@@ -277,6 +306,12 @@ class _State:
 
     def _numbers(self) -> dict[str, Tensor]:
         return {name: parameter.detach().clone() for name, parameter in self.injection.named_parameters()}
+
+
+def learning_rates(injection: Injection, lr: float | None) -> list[float]:
+    """The learning rate of every part: its own, or scaled so that the first one's is ``lr``."""
+    scale = 1.0 if lr is None else lr / injection.default_lr
+    return [part.default_lr * scale for part in injection.parts]
 
 
 def epoch_batches(sequences: Sequence[TokenSequence], batch_size: int, seed: int) -> list[list[int]]:

@@ -18,7 +18,7 @@ from lcc_lens.data import Data, batches, encode, load_data, pad
 from lcc_lens.errors import InterruptedRun, RequestError
 from lcc_lens.heads import Head, head_indices
 from lcc_lens.hooks import z_readers
-from lcc_lens.injection import LccInjection, constant_injection, constants_by_layer
+from lcc_lens.injections import LccInjection, OffsetInjection, constants_by_layer
 from lcc_lens.models import load_hooked
 from lcc_lens.pair import load_pair
 from lcc_lens.recipe import restore
@@ -302,13 +302,11 @@ def test_senseless_settings_are_refused(changes: dict[str, float]) -> None:
 def test_offset_alone_has_no_magnitudes_and_may_start_at_the_mean(found: Scan) -> None:
     heads = found.select("mse", share=0.5)
     expected = torch.stack([found.mean_difference[h] for h in heads])
-    assert not bool(constant_injection("offset", found.components, heads).constants().any())
-    injection = constant_injection("offset", found.components, heads, start="mean")
+    assert not bool(OffsetInjection(found.components, heads).constants().any())
+    injection = OffsetInjection(found.components, heads, start="mean")
     assert torch.allclose(injection.constants(), expected, atol=1e-5)
     assert injection.magnitudes.shape == (len(heads), 0)
     assert sum(p.numel() for p in injection.parameters()) == len(heads) * D_HEAD
-    with pytest.raises(RequestError, match="wanted no rank with the offset alone, got 3"):
-        constant_injection("offset", found.components, heads, rank=3)
 
 
 @pytest.mark.parametrize("rank", [-1, D_HEAD + 1])

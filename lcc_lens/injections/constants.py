@@ -1,4 +1,4 @@
-"""Injections: small trainable modules that act on head outputs and fold into existing tensors."""
+"""Constants at head outputs: trained magnitudes over lost directions, and the controls of that."""
 
 from __future__ import annotations
 
@@ -13,15 +13,17 @@ from lcc_lens.components import LostComponents
 from lcc_lens.errors import RequestError
 from lcc_lens.heads import Head, check_heads, head_indices
 from lcc_lens.hooks import NamedHook, z_adders
+from lcc_lens.injections.base import Injection
 
 Start = Literal["zero", "mean"]
-ConstantMethod = Literal["lcc", "offset", "mean-shift", "random-basis"]
 
 
 def constants_by_layer(
     heads: Sequence[Head], constants: Float[Tensor, "chosen d_head"], n_heads: int
 ) -> dict[int, Float[Tensor, "head d_head"]]:
     """Spread the constants of chosen heads over whole layers (zero rows elsewhere); differentiable."""
+    if not heads:
+        return {}
     layers = sorted({head.layer for head in heads})
     row = {layer: i for i, layer in enumerate(layers)}
     layer_index, head_index = head_indices(heads)
@@ -31,7 +33,7 @@ def constants_by_layer(
     return dict(zip(layers, spread.unbind(0), strict=True))
 
 
-class LccInjection(nn.Module):
+class LccInjection(Injection):
     r"""A constant per head: trained magnitudes over fixed lost directions plus a free offset.
 
     $c_{learned} = \sum_{i \le K} \beta_i v_i + b$ with the directions $v_i$ fixed, the magnitudes $\beta_i$ and the
@@ -51,6 +53,7 @@ class LccInjection(nn.Module):
     Reference: RestoreLCC (arXiv 2510.21834), Eq. 8.
     """
 
+    default_lr = 3e-2
     directions: Float[Tensor, "chosen component d_head"]
     unit: Float[Tensor, "chosen 1"]
 
@@ -71,11 +74,6 @@ class LccInjection(nn.Module):
         coefficients = components.coefficients[chosen][:, :rank].float() / self.unit
         self.magnitudes = nn.Parameter(coefficients if start == "mean" else torch.zeros_like(coefficients))
         self.offset = nn.Parameter(torch.zeros(len(self.heads), d_head))
-
-    @property
-    def n_trained(self) -> int:
-        """How many numbers training moves."""
-        return sum(number.numel() for number in self.parameters() if number.requires_grad)
 
     def constants(self) -> Float[Tensor, "chosen d_head"]:
         """The learned component of every chosen head."""
@@ -114,37 +112,3 @@ class MeanShift(LccInjection):
     def __init__(self, components: LostComponents, heads: Sequence[Head], *, rank: int | None = None) -> None:
         super().__init__(components, heads, rank=rank, start="mean")
         self.requires_grad_(False)
-
-
-def constant_injection(
-    method: ConstantMethod,
-    components: LostComponents,
-    heads: Sequence[Head],
-    *,
-    rank: int | None = None,
-    start: Start = "zero",
-    seed: int = 0,
-) -> LccInjection:
-    """Build the injection of a method's name.
-
-    Args:
-        method: ``lcc`` (Eq. 8), and its controls: ``offset`` (no directions), ``mean-shift`` (no training),
-            ``random-basis`` (Eq. 8 over random orthonormal directions).
-        components: lost components of the pair.
-        heads: the heads to restore.
-        rank: K; all directions if not given.
-        start: where training begins.
-        seed: of the random basis.
-
-    Raises:
-        RequestError: a rank beyond d_head or one that the method has no use for, or heads outside the model.
-    """
-    if method == "offset":
-        if rank:
-            raise RequestError(f"wanted no rank with the offset alone, got {rank}; leave it out or restore by lcc")
-        return OffsetInjection(components, heads, start=start)
-    if method == "mean-shift":
-        return MeanShift(components, heads, rank=rank)
-    if method == "random-basis":
-        components = components.in_random_basis(seed)
-    return LccInjection(components, heads, rank=rank, start=start)

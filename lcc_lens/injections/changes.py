@@ -1,0 +1,120 @@
+"""Changes of one weight: functions of the pruned weight that keep its zeros, with numbers to train."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+ChangeKind = Literal["low-rank", "gain", "shift"]
+
+
+class Change(nn.Module):
+    """A function of a weight ``[out, in]`` (or of a norm's ``[d]``), computed in float32, given in the weight's format.
+
+    Weights that are zero stay exactly zero.
+    """
+
+    kind: ChangeKind
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """The changed weight."""
+        raise NotImplementedError
+
+
+class LowRank(Change):
+    r"""$W + M \odot (B A)$ with the pattern $M$ of the weights that survived: masked LoRA, which merges.
+
+    Args:
+        A: ``[rank, in]``; B: ``[out, rank]``.
+
+    Reference:
+        PERP's masked LoRA (arXiv 2312.15230), LoRA (arXiv 2106.09685).
+    """
+
+    kind: ChangeKind = "low-rank"
+
+    def __init__(self, A: Float[Tensor, "rank in"], B: Float[Tensor, "out rank"]) -> None:
+        super().__init__()
+        self.A, self.B = nn.Parameter(A), nn.Parameter(B)
+
+    @classmethod
+    def random(cls, n_out: int, n_in: int, rank: int, generator: torch.Generator) -> LowRank:
+        """No change yet: A drawn uniformly with variance 1 / (3 n_in) as LoRA does, B zero."""
+        A = (torch.rand(rank, n_in, generator=generator) * 2 - 1) / n_in**0.5
+        return cls(A, torch.zeros(n_out, rank))
+
+    def forward(self, weight: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
+        """The changed weight."""
+        delta = self.B.to(weight.device) @ self.A.to(weight.device)
+        return (weight + delta * (weight != 0)).to(weight.dtype)
+
+
+class Gain(Change):
+    """$W (1 + g)$ by column: what scales the map's inputs, without a number at inference.
+
+    Args:
+        gain: g of the chosen inputs.
+        columns: the chosen inputs; all others keep their weights.
+
+    Reference:
+        LoFiT's scaling of head outputs (arXiv 2406.01563).
+    """
+
+    kind: ChangeKind = "gain"
+
+    columns: Int[Tensor, " chosen"]
+
+    def __init__(self, gain: Float[Tensor, " chosen"], columns: Int[Tensor, " chosen"]) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(gain)
+        self.register_buffer("columns", columns)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """The changed weight."""
+        scale = self.gain.new_ones(weight.shape[-1]).index_put((self.columns,), 1 + self.gain)
+        return (weight * scale.to(weight.device)).to(weight.dtype)
+
+
+class Shift(Change):
+    """$W + M * D$: every surviving weight on its own; of a norm, every weight.
+
+    Args:
+        shift: D, of the weight's shape.
+    """
+
+    kind: ChangeKind = "shift"
+
+    def __init__(self, shift: Tensor) -> None:
+        super().__init__()
+        self.shift = nn.Parameter(shift.float())
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """The changed weight."""
+        shift = self.shift.to(weight.device)
+        return (weight + (shift if weight.ndim == 1 else shift * (weight != 0))).to(weight.dtype)
+
+
+_KINDS: dict[str, type[Change]] = {"low-rank": LowRank, "gain": Gain, "shift": Shift}
+
+
+def merged(sets: Iterable[Mapping[str, Change]]) -> dict[str, Callable[[Tensor], Tensor]]:
+    """Sets of changes by name as one: those of the same weight act one after the other."""
+    by_name: dict[str, list[Change]] = {}
+    for changes in sets:
+        for name, change in changes.items():
+            by_name.setdefault(name, []).append(change)
+    return {name: changes[0] if len(changes) == 1 else nn.Sequential(*changes) for name, changes in by_name.items()}
+
+
+def read_change(kind: str, numbers: dict[str, Tensor]) -> Change:
+    """A change as it was saved.
+
+    Raises:
+        KeyError: an unknown kind; TypeError: other numbers than the kind's.
+    """
+    change = _KINDS[kind](**numbers)
+    return change.requires_grad_(False)

@@ -1,0 +1,133 @@
+"""Injections that change weights under their zero pattern: masked low rank, gains, norms, all surviving weights."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import nn
+
+from lcc_lens.errors import RequestError
+from lcc_lens.heads import Head
+from lcc_lens.hooks import HookedModel
+from lcc_lens.injections.base import Injection
+from lcc_lens.injections.changes import Change, Gain, LowRank, Shift
+from lcc_lens.plain_modules import plain_modules
+from lcc_lens.pruning.layers import is_linear, is_transposed
+from lcc_lens.running import forward
+from lcc_lens.wiring import probe_tokens
+
+_IN_LAYER = re.compile(r"\.\d+\.")
+
+
+class WeightInjection(Injection):
+    """Changes of weights by the plain name of their module.
+
+    Args:
+        changes: what to train, by module name.
+        default_lr: see :class:`~lcc_lens.injections.base.Injection`.
+    """
+
+    def __init__(self, changes: Mapping[str, Change], *, default_lr: float) -> None:
+        super().__init__()
+        self.default_lr = default_lr
+        self._names = tuple(changes)
+        self.members = nn.ModuleList(changes.values())
+
+    def changes(self) -> Mapping[str, Change]:
+        """Changed weights by the plain name of their module."""
+        members = [member for member in self.members if isinstance(member, Change)]
+        return dict(zip(self._names, members, strict=True))
+
+
+def masked_low_rank(model: HookedModel, *, rank: int = 8, seed: int = 0) -> WeightInjection:
+    r"""$W + M \odot BA$ on every linear map of the decoder layers; nothing is changed at first.
+
+    Args:
+        model: the hooked pruned model.
+        rank: of every change.
+        seed: of the draw of A.
+
+    Raises:
+        RequestError: a rank below 1.
+    """
+    if rank < 1:
+        raise RequestError(f"wanted a rank of at least 1 for a masked low rank, got {rank}")
+    generator = torch.Generator().manual_seed(seed)
+    changes = {name: LowRank.random(*_shape(m), rank, generator) for name, m in layer_maps(model).items()}
+    return WeightInjection(changes, default_lr=2e-3)
+
+
+def masked_weights(model: HookedModel) -> WeightInjection:
+    """Every surviving weight of the decoder layers' linear maps: full fine-tuning under the mask, an upper bound."""
+    changes = {name: Shift(torch.zeros(_shape(module))) for name, module in layer_maps(model).items()}
+    return WeightInjection(changes, default_lr=1e-4)
+
+
+def norm_gains(model: HookedModel) -> WeightInjection:
+    """The weight of every norm, as in PERP (arXiv 2312.15230).
+
+    Raises:
+        RequestError: the model's norms have no weights.
+    """
+    changes = {
+        name: Shift(torch.zeros_like(module.get_parameter("weight"), dtype=torch.float32, device="cpu"))
+        for name, module in plain_modules(model).items()
+        if isinstance(getattr(module, "weight", None), nn.Parameter) and module.get_parameter("weight").ndim == 1
+    }
+    if not changes:
+        raise RequestError("wanted norms with weights to train, got none in this architecture; leave norms out")
+    return WeightInjection(changes, default_lr=1e-2)
+
+
+def output_gains(model: HookedModel, projections: Sequence[str], heads: Sequence[Head]) -> WeightInjection:
+    """LoFiT's scaling of ``hook_z``, one number per head and dimension, as gains of the output projections' columns.
+
+    Args:
+        model: the hooked pruned model.
+        projections: its output projections by layer.
+        heads: the heads to scale.
+    """
+    d_head = int(model.cfg.d_head)
+    own = torch.arange(d_head)
+    changes: dict[str, Change] = {}
+    for layer in sorted({head.layer for head in heads}):
+        columns = torch.cat([chosen.head * d_head + own for chosen in heads if chosen.layer == layer])
+        changes[projections[layer]] = Gain(torch.zeros(len(columns)), columns)
+    return WeightInjection(changes, default_lr=1e-2)
+
+
+def layer_maps(model: HookedModel) -> dict[str, nn.Module]:
+    """The linear maps of the decoder layers by plain name."""
+    return {n: m for n, m in plain_modules(model).items() if is_linear(m) and _IN_LAYER.search(n)}
+
+
+def check_reached(model: HookedModel, injection: Injection) -> None:
+    """Refuse an injection whose changed weights the hooked forward pass does not read.
+
+    TransformerLens computes joint query-key-value maps from copies; a change of the original would go nowhere.
+
+    Raises:
+        RequestError: names the first such weight.
+    """
+    changes = {name: change for part in injection.parts for name, change in part.changes().items()}
+    if not changes:
+        return
+    with torch.enable_grad(), injection.attached(model):
+        logits = forward(model, probe_tokens(model), injection.hooks())
+        numbers = {name: list(change.parameters()) for name, change in changes.items()}
+        flat = [number for own in numbers.values() for number in own]
+        grads = torch.autograd.grad(logits.float().square().mean(), flat, allow_unused=True)
+    is_reached = {id(number): grad is not None for number, grad in zip(flat, grads, strict=True)}
+    for name, own in numbers.items():
+        if not any(is_reached[id(number)] for number in own):
+            raise RequestError(
+                f"wanted a model whose hooked forward pass reads {name}, got one that computes with a copy of it; "
+                "train it by a method of constants (lcc, offset)"
+            )
+
+
+def _shape(module: nn.Module) -> tuple[int, int]:
+    weight = module.get_parameter("weight")
+    return tuple(weight.shape[::-1] if is_transposed(module) else weight.shape)  # type: ignore[return-value]

@@ -1,0 +1,208 @@
+"""Injections that change weights: zeros stay, what trains is what is saved and exported, and parts act together."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from lcc_lens.data import load_data
+from lcc_lens.errors import RequestError
+from lcc_lens.export import export
+from lcc_lens.heads import Head
+from lcc_lens.injections import METHODS, Ingredients, build_injection, check_reached
+from lcc_lens.injections.changes import Gain, LowRank, Shift
+from lcc_lens.models import load_plain
+from lcc_lens.objectives import Objective, divergence
+from lcc_lens.plain_modules import changed_weights, plain_modules
+from lcc_lens.recipe import restore
+from lcc_lens.restoration import Restoration
+from lcc_lens.scan import Scan
+from lcc_lens.training import TrainConfig, learning_rates, validation_loss
+
+WEIGHT_METHODS = ("gain", "norms", "low-rank", "masked")
+TOKENS = torch.arange(12)[None]
+
+
+def build(pair, found: Scan, method: str):
+    heads = found.select("mse", share=0.5)
+    return build_injection(method, Ingredients(pair.pruned, found.components, heads, pair.output_projections))
+
+
+def disturbed(injection, size: float = 0.1):
+    """The injection with all its numbers moved."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for number in injection.parameters():
+            number += size * torch.randn(number.shape, generator=generator)
+    return injection
+
+
+@pytest.mark.parametrize("change", [
+    LowRank(torch.randn(2, 6), torch.randn(4, 2)), Gain(torch.randn(3), torch.tensor([0, 2, 5])),
+    Shift(torch.randn(4, 6)),
+])  # fmt: skip
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_change_keeps_zeros_and_format(change, dtype: torch.dtype) -> None:
+    weight = torch.randn(4, 6).masked_fill(torch.rand(4, 6) < 0.5, 0).to(dtype)
+    new = change(weight)
+    assert new.dtype == dtype
+    assert not bool(new[weight == 0].any())
+    assert bool((new != weight).any())
+
+
+def test_low_rank_by_hand() -> None:
+    weight, A, B = torch.tensor([[1.0, 0.0], [2.0, 3.0]]), torch.tensor([[1.0, 2.0]]), torch.tensor([[1.0], [10.0]])
+    assert LowRank(A, B)(weight).tolist() == [[2.0, 0.0], [12.0, 23.0]]
+
+
+@pytest.mark.parametrize("method", WEIGHT_METHODS)
+def test_nothing_changes_at_first_and_all_comes_back(pair, found: Scan, method: str) -> None:
+    injection = build(pair, found, method)
+    before = pair.pruned(TOKENS)
+    with injection.applied_to(pair.pruned) as model:
+        assert torch.equal(model(TOKENS), before)
+    with torch.no_grad(), disturbed(injection).applied_to(pair.pruned) as model:
+        assert float((model(TOKENS) - before).abs().max()) > 1e-3
+    assert torch.equal(pair.pruned(TOKENS), before)
+
+
+def test_changed_weights_come_back_after_an_error(pair) -> None:
+    name = pair.output_projections[0]
+    weight = plain_modules(pair.pruned)[name].weight
+
+    def fail(old):
+        raise ValueError("no")
+
+    with pytest.raises(ValueError, match="no"), changed_weights(pair.pruned, {name: fail}) as model:
+        model(TOKENS)
+    assert plain_modules(pair.pruned)[name].weight is weight
+    with pytest.raises(RequestError, match="got one without; wrong model"), changed_weights(pair.pruned, {"x": fail}):
+        pass
+
+
+def test_gain_scales_chosen_head_outputs(pair, found: Scan) -> None:
+    heads = [Head(1, 2)]
+    injection = build_injection("gain", Ingredients(pair.pruned, None, heads, pair.output_projections))
+    assert injection.n_trained == pair.d_head
+    disturbed(injection, 0.5)
+    gain = next(injection.parameters()).detach()
+
+    def scale(z, hook):
+        z = z.clone()
+        z[..., 2, :] *= 1 + gain
+        return z
+
+    expected = pair.pruned.run_with_hooks(TOKENS, fwd_hooks=[("blocks.1.attn.hook_z", scale)])
+    with injection.applied_to(pair.pruned) as model:
+        assert torch.allclose(model(TOKENS), expected, atol=1e-5)
+
+
+def test_parts_act_together(pair, found: Scan) -> None:
+    injection = disturbed(build(pair, found, "lcc+gain+low-rank"), 0.02)
+    assert injection.n_trained == sum(build(pair, found, name).n_trained for name in ("lcc", "gain", "low-rank"))
+    assert learning_rates(injection, None) == [3e-2, 1e-2, 2e-3]
+    assert learning_rates(injection, 6e-2) == [6e-2, 2e-2, 4e-3]
+    results = []
+    for part in (injection, *injection.parts):
+        with torch.no_grad(), part.applied_to(pair.pruned) as model:
+            results.append(model(TOKENS))
+    assert all(float((results[0] - other).abs().max()) > 1e-4 for other in results[1:])
+
+
+@pytest.mark.parametrize("method", [*WEIGHT_METHODS, "lcc+low-rank", "offset+gain"])
+def test_restore_save_export(pair, found: Scan, question_file: Path, pruned_dir: Path, tmp_path: Path, method) -> None:
+    data, heads = load_data(str(question_file)), found.select("mse", share=0.5)
+    config = TrainConfig(batch_size=4, validate_every=2)
+    restoration = restore(pair, found, heads, data, method=method, config=config, run=tmp_path / "run")
+    losses = restoration.record.losses
+    assert losses["restored"] < losses["pruned"]
+    again = Restoration.load(tmp_path / "run")
+    with restoration.applied_to(pair.pruned) as model:
+        expected = model(TOKENS)
+    with again.applied_to(pair.pruned) as model:
+        assert torch.equal(model(TOKENS), expected)
+    report = export(again, pruned_dir, tmp_path / "out")
+    assert report.logit_effect > 1e-4
+    plain = load_plain(tmp_path / "out", dtype=torch.float32, attention="eager")
+    assert torch.allclose(plain(TOKENS).logits, expected, atol=1e-4)
+    old, new = load_file(pruned_dir / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
+    assert all(torch.equal(new[name] == 0, tensor == 0) for name, tensor in old.items() if tensor.ndim > 1)
+
+
+def test_weights_need_no_scan(pair, question_file: Path) -> None:
+    data = load_data(str(question_file))
+    assert restore(pair, None, (), data, method="low-rank").heads == ()
+    with pytest.raises(RequestError, match="wanted a scan of this pair for lcc, got none"):
+        restore(pair, None, [Head(0, 0)], data)
+    with pytest.raises(RequestError, match="wanted heads to restore by gain, got none"):
+        restore(pair, None, (), data, method="gain")
+
+
+@pytest.mark.parametrize(("method", "message"), [
+    ("magic", r"wanted a method \(lcc, .*joined by \+\), got 'magic'"),
+    ("lcc+lcc", "wanted every part once"), ("lcc+offset", "one constant per head"),
+])  # fmt: skip
+def test_wrong_methods_are_refused(pair, found: Scan, method: str, message: str) -> None:
+    with pytest.raises(RequestError, match=message):
+        build(pair, found, method)
+
+
+def test_a_rank_that_offset_has_no_use_for(pair, found: Scan) -> None:
+    given = Ingredients(pair.pruned, found.components, [Head(0, 0)], pair.output_projections, rank=3)
+    with pytest.raises(RequestError, match="wanted no rank with the offset alone, got 3"):
+        build_injection("offset", given)
+
+
+def test_every_weight_is_reached(pair, found: Scan) -> None:
+    for method in METHODS:
+        check_reached(pair.pruned, build(pair, found, method))
+    injection = build(pair, found, "low-rank")
+    injection._names = tuple("model.embed_tokens" if "q_proj" in name else name for name in injection._names)
+    injection.changes()["model.embed_tokens"].forward = lambda weight: weight  # as if a copy were computed with
+    with pytest.raises(RequestError, match=r"reads model\.embed_tokens, got one that computes with a copy"):
+        check_reached(pair.pruned, injection)
+
+
+def test_distillation_objective(pair, found: Scan, question_file: Path) -> None:
+    logits = torch.randn(5, 11)
+    assert torch.allclose(divergence(logits, logits + 3.0), torch.zeros(5), atol=1e-6)
+    other = torch.randn(5, 11)
+    for T in (1.0, 2.0):
+        p, q = (torch.softmax(x.double() / T, -1) for x in (logits, other))
+        expected = T**2 * (p * (p.log() - q.log())).sum(-1)
+        assert torch.allclose(divergence(logits, other, T).double(), expected, atol=1e-5)
+    data = load_data(str(question_file))
+    config = TrainConfig(batch_size=4, validate_every=2, objective=Objective.parse("distillation"))
+    restoration = restore(pair, None, (), data, method="masked", config=config)
+    from lcc_lens.recipe import _training_sequences
+
+    _, held_out = _training_sequences(pair, None, data, None, 512, None, None)
+    kl = [validation_loss(pair.dense, None, held_out, 1024, config.objective, pair.dense)]
+    kl.append(validation_loss(pair.pruned, None, held_out, 1024, config.objective, pair.dense))
+    with restoration.applied_to(pair.pruned) as model:
+        kl.append(validation_loss(model, None, held_out, 1024, config.objective, pair.dense))
+    assert abs(kl[0]) < 1e-6
+    assert kl[2] < 0.95 * kl[1]
+
+
+@pytest.mark.parametrize("text", ["both", "response+response"])
+def test_wrong_objectives_are_refused(text: str) -> None:
+    with pytest.raises(RequestError, match="wanted an objective"):
+        Objective.parse(text)
+
+
+@pytest.mark.parametrize("numbers", [(0.0, 0.0, 1.0), (-1.0, 2.0, 1.0), (1.0, 1.0, 0.0), (1.0, float("nan"), 1.0)])
+def test_objectives_without_sense_are_refused(numbers: tuple[float, float, float]) -> None:
+    with pytest.raises(RequestError, match="wanted"):
+        Objective(*numbers)
+
+
+def test_patience_ends_a_run_without_progress(pair, question_file: Path) -> None:
+    data, steps = load_data(str(question_file)), []
+    config = TrainConfig(batch_size=1, epochs=3, lr=1e-12, validate_every=1, patience=2)
+    restore(pair, None, (), data, method="norms", config=config, on_step=steps.append)
+    assert len(steps) == 2
+    assert steps[-1].n_steps > 2
