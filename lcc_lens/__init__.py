@@ -19,6 +19,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lcc_lens.compare import CompareConfig, compare
     from lcc_lens.components import LostComponents, components_from_moments, extract_lost_components
     from lcc_lens.data import Data, load_data
     from lcc_lens.errors import LensError, RequestError
@@ -42,7 +43,7 @@ if TYPE_CHECKING:
     from lcc_lens.pair import Pair, load_pair
     from lcc_lens.plotting import plot_loss_map, plot_training
     from lcc_lens.progress import shown
-    from lcc_lens.recipe import prune, restore
+    from lcc_lens.recipe import prune, refit, restore
     from lcc_lens.report import report
     from lcc_lens.restoration import Restoration
     from lcc_lens.scan import Scan, scan
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
     from lcc_lens.training import Step, TrainConfig, train
 
 _HOMES = {
+    "compare": ("CompareConfig", "compare"),
     "components": ("LostComponents", "components_from_moments", "extract_lost_components"),
     "data": ("Data", "load_data"),
     "errors": ("LensError", "RequestError"),
@@ -74,7 +76,7 @@ _HOMES = {
     "pair": ("Pair", "load_pair"),
     "plotting": ("plot_loss_map", "plot_training"),
     "progress": ("shown",),
-    "recipe": ("prune", "restore"),
+    "recipe": ("prune", "refit", "restore"),
     "report": ("report",),
     "restoration": ("Restoration",),
     "scan": ("Scan", "scan"),
@@ -85,6 +87,7 @@ _HOMES = {
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 
 __all__ = [
+    "CompareConfig",
     "Composite",
     "Data",
     "DifferenceStatistics",
@@ -106,6 +109,7 @@ __all__ = [
     "TrainConfig",
     "WeightInjection",
     "answer_streams",
+    "compare",
     "component_similarity",
     "components_from_moments",
     "direct_effect",
@@ -121,6 +125,7 @@ __all__ = [
     "plot_training",
     "promoted_tokens",
     "prune",
+    "refit",
     "relation_to_W_O",
     "report",
     "restore",

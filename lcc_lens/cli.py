@@ -17,7 +17,17 @@ from lcc_lens.config import bound_kernel_cache
 from lcc_lens.errors import LensError, RequestError
 from lcc_lens.progress import shown
 from lcc_lens.selectors import SelectorName
-from lcc_lens.show import console, pruning_rows, show_losses, show_report, show_results, show_scan, show_table
+from lcc_lens.show import (
+    console,
+    pruning_rows,
+    refit_rows,
+    show_comparison,
+    show_losses,
+    show_report,
+    show_results,
+    show_scan,
+    show_table,
+)
 
 if TYPE_CHECKING:
     from lcc_lens.heads import Head
@@ -78,6 +88,41 @@ class Prune(Common):
             sliced=self.sliced, schedule=self.schedule, split=self.split, overwrite=self.overwrite,
         )  # fmt: skip
         show_table(f"{self.method}: {self.out}", ["", ""], pruning_rows(report))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Refit(Common):
+    """Fit the surviving weights of a pruned model by least squares: no training, all zeros stay."""
+
+    dense: DenseModel
+    """The dense model."""
+    pruned: PrunedModel
+    """The model pruned from it."""
+    out: Out
+    """The directory to write."""
+    calibration: tuple[str, ...] = ("alpaca", "c4")
+    """Data whose activations are fitted, in equal parts: names, or .jsonl or .txt files."""
+    n_samples: int = 32
+    """Calibration sequences in all."""
+    seq_len: int = 512
+    """Tokens per calibration sequence."""
+    target: Literal["weights", "outputs"] = "weights"
+    """Fit to what the dense weights give on the inputs seen now, or to the dense model's own outputs."""
+    ridge: float = 0.01
+    """Pull towards the dense weights, as a share of the inputs' mean square."""
+    seed: int = 0
+    """Of the draw of calibration data."""
+    overwrite: bool = False
+    """Replace an existing directory. A refit that was interrupted goes on by itself."""
+
+    def execute(self) -> None:
+        from lcc_lens.recipe import refit
+
+        report = refit(
+            self.dense, self.pruned, self.out, calibration=self.calibration, n_samples=self.n_samples,
+            seq_len=self.seq_len, target=self.target, ridge=self.ridge, seed=self.seed, overwrite=self.overwrite,
+        )  # fmt: skip
+        show_table(f"refitted: {self.out}", ["", ""], refit_rows(report))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -243,6 +288,49 @@ class Restore(Common):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Compare(Common):
+    """Train and measure several methods, baselines and controls by the same rule; finished cells are kept."""
+
+    dense: DenseModel
+    """The dense model."""
+    pruned: PrunedModel
+    """The model pruned from it."""
+    run: RunPath
+    """A folder for the comparison; the same command goes on there."""
+    methods: tuple[str, ...] = ("lcc", "lcc@dense", "random-basis", "offset", "mean-shift", "lora")
+    """Restore's methods, lora or dora; refit+ before one starts from the refitted model; @dense, @shuffled or
+    @random-heads after it is a control; :distillation trains towards the dense model."""
+    seeds: int = 3
+    """How many seeds (the draw of examples, their order, initial values)."""
+    data: str = "alpaca"
+    """Training data."""
+    examples: int = 480
+    """Training examples."""
+    text: str = "wikitext"
+    """Text of another kind, for perplexity."""
+    blocks: int = 16
+    """Blocks of 512 tokens of it."""
+    responses: int = 96
+    """Held-out responses for the divergence from the dense model and the response loss."""
+    heads: float = 1.0
+    """Share of heads to restore."""
+    selector: SelectorName = "mse"
+    """How heads are chosen."""
+    max_length: int = 256
+    """Tokens per example at most."""
+
+    def execute(self) -> None:
+        from lcc_lens.compare import CompareConfig, compare, summary
+
+        config = CompareConfig(
+            data=self.data, examples=self.examples, text=self.text, blocks=self.blocks, responses=self.responses,
+            heads=self.heads, selector=self.selector, max_length=self.max_length,
+        )  # fmt: skip
+        found = compare(self.dense, self.pruned, self.run, self.methods, seeds=self.seeds, config=config)
+        show_comparison(found["bare"], summary(found), self.run)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Export(Common):
     """Fold a restoration into a plain Hugging Face directory and verify it."""
 
@@ -362,8 +450,10 @@ class Demo(Common):
 
 Command = (
     Annotated[Prune, tyro.conf.subcommand("prune")]
+    | Annotated[Refit, tyro.conf.subcommand("refit")]
     | Annotated[ScanPair, tyro.conf.subcommand("scan")]
     | Annotated[Restore, tyro.conf.subcommand("restore")]
+    | Annotated[Compare, tyro.conf.subcommand("compare")]
     | Annotated[Export, tyro.conf.subcommand("export")]
     | Annotated[Eval, tyro.conf.subcommand("eval")]
     | Annotated[Report, tyro.conf.subcommand("report")]

@@ -32,6 +32,8 @@ from lcc_lens.pruning import parse_pattern
 from lcc_lens.pruning import prune as prune_checkpoint
 from lcc_lens.pruning.masks import Pattern, Unstructured
 from lcc_lens.pruning.pruners import Choice, Split
+from lcc_lens.pruning.refit import REFIT_RECORD, RefitConfig, Target
+from lcc_lens.pruning.refit import refit as refit_checkpoint
 from lcc_lens.pruning.settings import Method
 from lcc_lens.pruning.structured import Schedule
 from lcc_lens.restoration import Restoration, RestorationRecord
@@ -108,6 +110,67 @@ def prune(
         split=split,
         provenance={"dense": str(model), **provenance},
     )
+
+
+def refit(
+    dense: str | Path,
+    pruned: str | Path,
+    out: str | Path,
+    *,
+    calibration: Sequence[str | Data] = ("alpaca", "c4"),
+    n_samples: int = 32,
+    seq_len: int = 512,
+    target: Target = "weights",
+    ridge: float = 0.01,
+    seed: int = 0,
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Fit the surviving weights of a pruned model by least squares; nothing is trained, and all zeros stay.
+
+    Args:
+        dense: reference of the dense model.
+        pruned: reference of the same model with zeros.
+        out: the directory to write.
+        calibration: data whose activations are fitted (their role is ``calibration``), in equal parts.
+        n_samples: calibration sequences in all.
+        seq_len: tokens per sequence.
+        target: fit to what the dense ``weights`` give on the inputs that a map sees now, or to the dense model's own
+            ``outputs``.
+        ridge: pull towards the dense weights, as a share of the inputs' mean square.
+        seed: of the draw of calibration data.
+        overwrite: replace an existing directory.
+
+    Returns:
+        What ``refit.json`` holds; see :func:`lcc_lens.pruning.refit.refit`.
+
+    Raises:
+        RequestError: the two are not a dense model and its zeroed version, or there is too little text; nothing is
+            written.
+
+    Example:
+        >>> refit("smollm2", "out/wanda50", "out/wanda50-refit")  # doctest: +SKIP
+    """
+    if not calibration or n_samples < len(calibration):
+        raise RequestError(
+            f"wanted at least one calibration sequence of each data set, got {n_samples} for {len(calibration)}; "
+            "raise n_samples"
+        )
+    config = RefitConfig(target, ridge)
+    paths, device = (resolve(dense), resolve(pruned)), default_device()
+    parts = [load_data(one, role="calibration", seed=seed) if isinstance(one, str) else one for one in calibration]
+    share, rest = divmod(n_samples, len(parts))
+    tokens = [
+        calibration_tokens(part, paths[1], share + (place < rest), seq_len, seed) for place, part in enumerate(parts)
+    ]
+    provenance = {
+        "data": "+".join(part.name for part in parts),
+        "source": [part.source for part in parts],
+        "groups": sorted(set().union(*(part.groups for part in parts))),
+    }
+    return refit_checkpoint(
+        *paths, Path(out), tokens=torch.cat(tokens), config=config, device=device, dtype=compute_dtype(device),
+        overwrite=overwrite, provenance={**provenance, "dense": str(dense), "pruned": str(pruned), "seed": seed},
+    )  # fmt: skip
 
 
 def calibration_tokens(data: Data, model: Path, n_samples: int, seq_len: int, seed: int) -> torch.Tensor:
@@ -339,9 +402,9 @@ def _split_off(data: Data) -> tuple[Data, Data]:
 
 
 def _calibration_groups(pruned: Path) -> frozenset[str]:
-    """What the pruning's calibration used, where the checkpoint says so."""
-    file = pruned / "pruning.json"
-    if not file.exists():
-        return frozenset()
-    calibration = read_json(file).get("calibration") or {}
-    return frozenset(calibration.get("groups", ()))
+    """What the calibration of pruning and refit used, where the checkpoint says so."""
+    groups: set[str] = set()
+    for file in (pruned / "pruning.json", pruned / REFIT_RECORD):
+        if file.exists():
+            groups.update((read_json(file).get("calibration") or {}).get("groups", ()))
+    return frozenset(groups)

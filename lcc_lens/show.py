@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -43,6 +44,37 @@ def pruning_rows(report: dict[str, Any]) -> list[list[str]]:
         ["heads removed", str(heads)],
         ["neurons removed", str(neurons)],
     ]
+
+
+def refit_rows(report: dict[str, Any]) -> list[list[str]]:
+    """What a refit's report says, as rows of a name and a value."""
+    left = sorted(report["error_left"].values())
+    return [
+        ["matrices refitted, zeros kept", str(len(left))],
+        ["squared error left on the calibration inputs, median", f"{median(left):.3f}"],
+        ["least and most", f"{left[0]:.3f} and {left[-1]:.3f}"],
+        ["calibration", f"{report['calibration']['data']}, {report['calibration']['sequences']} sequences"],
+    ]
+
+
+def show_comparison(bare: dict[str, Any], rows: list[dict[str, Any]], run: Path) -> None:
+    """Print a comparison: means over seeds, with the standard deviation where there are several."""
+
+    def number(row: dict[str, Any], key: str, form: str) -> str:
+        value, spread = row[key], row[f"{key}_sd"]
+        return "" if value is None else format(value, form) + ("" if spread is None else f" ± {spread:{form}}")
+
+    columns = ["", "perplexity", "recovered", "KL to dense", "response loss", "trained", "seconds"]
+    keys = [("perplexity", ".2f"), ("recovered", ".1%"), ("kl", ".3f"), ("response_loss", ".3f")]
+    table = [
+        [name, f"{m['perplexity']:.2f}", "", f"{m['kl']:.3f}", f"{m['response_loss']:.3f}", "", ""]
+        for name, m in bare.items()
+    ]
+    for row in rows:
+        label = row["entry"] + (f" ({row['failed']} failed)" if row["failed"] else "")
+        counts = [f"{row['n_trained'] or 0:,}", number(row, "training_seconds", ".0f")]
+        table.append([label, *(number(row, *key) for key in keys), *counts])
+    show_table(f"comparison: {run}", columns, table)
 
 
 def show_scan(found: Scan, run_dir: Path) -> None:

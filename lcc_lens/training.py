@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lcc_lens.data import Batch, TokenSequence, batches
 from lcc_lens.errors import InterruptedRun, RequestError
@@ -270,14 +270,14 @@ class _State:
     def restore_best(self) -> None:
         """Put the best numbers back into the injection."""
         with torch.no_grad():
-            for name, parameter in self.injection.named_parameters():
+            for name, parameter in self._trained():
                 parameter.copy_(self.best[name])
 
     def save(self, run: Path) -> None:
         """Write one atomic file."""
         tensors = {f"now.{name}": value for name, value in self._numbers().items()}
         tensors |= {f"best.{name}": value for name, value in self.best.items()}
-        for name, parameter in self.injection.named_parameters():
+        for name, parameter in self._trained():
             for key, value in self.optimizer.state[parameter].items():
                 tensors[f"adam.{name}.{key}"] = value
         losses = {"first_loss": repr(self.first_loss), "best_loss": repr(self.best_loss)}
@@ -297,15 +297,18 @@ class _State:
         self.step, self.best_loss = int(record["step"]), float(record["best_loss"])
         self.n_worse = int(record.get("n_worse", "0"))
         self.first_loss = float(record.get("first_loss", "inf"))
-        self.best = {name: tensors[f"best.{name}"] for name, _ in self.injection.named_parameters()}
+        self.best = {name: tensors[f"best.{name}"] for name, _ in self._trained()}
         with torch.no_grad():
-            for name, parameter in self.injection.named_parameters():
+            for name, parameter in self._trained():
                 parameter.copy_(tensors[f"now.{name}"])
                 keys = [key for key in tensors if key.startswith(f"adam.{name}.")]
                 self.optimizer.state[parameter] = {key.rsplit(".", 1)[1]: tensors[key] for key in keys}
 
     def _numbers(self) -> dict[str, Tensor]:
-        return {name: parameter.detach().clone() for name, parameter in self.injection.named_parameters()}
+        return {name: parameter.detach().clone() for name, parameter in self._trained()}
+
+    def _trained(self) -> list[tuple[str, nn.Parameter]]:
+        return [(name, number) for name, number in self.injection.named_parameters() if number.requires_grad]
 
 
 def learning_rates(injection: Injection, lr: float | None) -> list[float]:

@@ -79,6 +79,7 @@ LAYERS: list[tuple[str, ...]] = [
         "export",
         "plotting",
         "page",
+        "compare",
         "recipe",
         "run_folder",
         "lens",

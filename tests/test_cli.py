@@ -199,3 +199,21 @@ def test_controls_of_the_method_export_like_it(
     trained = {"offset": 4 * 6, "mean-shift": 0, "random-basis": 4 * 12}[method]
     assert f"| method | {method} |" in card
     assert f"| numbers trained | {trained} |" in card
+
+
+def test_refit_by_command(
+    dense_dir: Path, pruned_dir: Path, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    few = ("--calibration", text_file, text_file, "--n-samples", 3, "--seq-len", 16, "--quiet")
+    assert call("refit", dense_dir, pruned_dir, tmp_path / "out", *few) == 0
+    assert "matrices refitted, zeros kept" in capsys.readouterr().out
+    old, new = (load_file(path / "model.safetensors") for path in (pruned_dir, tmp_path / "out"))
+    assert all(((old[name] == 0) == (new[name] == 0)).all() for name in old if old[name].ndim > 1)
+    assert any((old[name] != new[name]).any() for name in old)
+    record = json.loads((tmp_path / "out" / "refit.json").read_text())
+    assert record["calibration"]["sequences"] == 3
+    assert record["calibration"]["groups"]
+    refused(capsys, 2, "wanted at least one calibration sequence of each data set, got 1 for 2", "refit", dense_dir,
+            pruned_dir, tmp_path / "other", *few[:4], 1)  # fmt: skip
+    refused(capsys, 2, "exists already", "refit", dense_dir, pruned_dir, tmp_path / "out", *few)
+    assert not (tmp_path / "other").exists()

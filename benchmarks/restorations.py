@@ -1,0 +1,58 @@
+"""What each way to restore brings back on SmolLM2-135M: methods, baselines and controls by the same rule.
+
+    python benchmarks/restorations.py [--folder runs/restorations] [--minutes M]
+
+For each pruned model this is ``lcc-lens compare`` (see ``lcc_lens/compare.py`` for what a cell is), with the learning
+rates below; cells are kept in ``benchmarks/restorations_*.json`` as they come, and the study can be stopped at any time.
+Delete a file to begin anew.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+from transformers.utils import logging as transformers_logging
+
+from lcc_lens.compare import CompareConfig, compare
+from lcc_lens.recipe import prune
+
+HERE = Path(__file__).parent
+MODELS: dict[str, dict[str, Any]] = {"wanda50": {"sparsity": 0.5}, "wanda24": {"pattern": "2:4"}}
+#: In the order in which they are computed, seed by seed.
+ENTRIES = (
+    "lcc", "lora", "refit", "refit+low-rank", "refit+low-rank+lcc:distillation", "lora:distillation", "low-rank",
+    "lcc@dense", "lora@dense", "refit+low-rank:distillation", "random-basis", "offset", "mean-shift", "lcc@shuffled",
+    "lcc:distillation", "gain", "norms", "masked", "refit+masked:distillation",
+)  # fmt: skip
+
+
+def main(folder: Path, minutes: float, seeds: int, models: list[str], entries: list[str]) -> None:
+    """All cells that are not there, until the time is up."""
+    end = time.monotonic() + 60 * minutes
+    for name in models:
+        pruned = folder / name / "pruned"
+        if not pruned.exists():
+            prune("smollm2", pruned, method="wanda", calibration="c4", n_samples=64, **MODELS[name])
+        compare(
+            "smollm2", pruned, folder / name, entries, seeds=seeds, config=CompareConfig(), deadline=end,
+            out=HERE / f"restorations_{name}.json", on_cell=lambda cell, got: print(cell, got, flush=True),
+        )  # fmt: skip
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, default=Path("runs/restorations"))
+    parser.add_argument("--minutes", type=float, default=math.inf, help="begin no cell after so many minutes")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
+    parser.add_argument("--entries", nargs="+", default=list(ENTRIES))
+    args = parser.parse_args()
+    transformers_logging.set_verbosity_error()
+    main(args.folder, args.minutes, args.seeds, args.models, args.entries)

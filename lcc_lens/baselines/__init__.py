@@ -1,0 +1,5 @@
+"""What restorations are compared with: other people's methods, trained by the same code on the same batches."""
+
+from lcc_lens.baselines.adapters import AdapterInjection, adapters
+
+__all__ = ["AdapterInjection", "adapters"]
