@@ -2,9 +2,8 @@
 
     python benchmarks/restorations.py [--folder runs/restorations] [--minutes M]
 
-For each pruned model this is ``lcc-lens compare`` (see ``lcc_lens/compare.py`` for what a cell is), with the learning
-rates below; cells are kept in ``benchmarks/restorations_*.json`` as they come, and the study can be stopped at any time.
-Delete a file to begin anew.
+For each pruned model this is ``lcc-lens compare`` (see ``lcc_lens/compare.py`` for what a cell is). Cells are kept in
+``benchmarks/restorations_*.json`` as they come; the study can be stopped at any time. Delete a file to begin anew.
 """
 
 from __future__ import annotations
