@@ -188,6 +188,58 @@ def read(name: str) -> dict[str, Any]:
     return json.loads((HERE / name).read_text())
 
 
+RESTORED = {
+    "lcc": "`lcc`, the paper's",
+    "random-basis": "the same, random directions",
+    "offset": "the same, no directions",
+    "mean-shift": "mean difference, no training",
+    "lcc@shuffled": "`lcc`, shuffled responses",
+    "lcc:distillation": "`lcc`, distilled",
+    "gain": "`gain`",
+    "norms": "`norms`",
+    "low-rank": "`low-rank`",
+    "masked": "`masked`, all surviving weights",
+    "lora": "LoRA (peft; q, k, v, o)",
+    "lora:distillation": "LoRA, distilled",
+    "refit": "`refit`, no training",
+    "refit+low-rank": "`refit`, then `low-rank`",
+    "refit+low-rank:distillation": "`refit`, then `low-rank`, distilled",
+    "refit+low-rank+lcc:distillation": "`refit`, then `low-rank+lcc`, distilled",
+    "refit+masked:distillation": "`refit`, then `masked`, distilled",
+    "lcc@dense": "*`lcc` on the dense model*",
+    "lora@dense": "*LoRA on the dense model*",
+}
+
+
+def restoration_table(study: dict[str, Any]) -> str:
+    """Mean over seeds, with the standard deviation where there are several, of every entry of a comparison."""
+    from lcc_lens.compare import summary
+
+    def cell(row: dict[str, Any], key: str, digits: int, scale: float = 1.0) -> str:
+        value, spread = row[key], row[f"{key}_sd"]
+        if value is None:
+            return ""
+        return f"{scale * value:.{digits}f}" + ("" if spread is None else f" ± {scale * spread:.{digits}f}")
+
+    lines = [
+        "| | WikiText perplexity | recovered, % | KL to dense | response loss | numbers trained | seconds | seeds |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|",
+        *(f"| {name} | {m['perplexity']:.2f} | | {m['kl']:.3f} | {m['response_loss']:.3f} | | | |"
+          for name, m in study["bare"].items()),
+    ]  # fmt: skip
+    rows = {row["entry"]: row for row in summary(study) if row["seeds"]}
+    for entry, label in RESTORED.items():
+        if entry in rows:
+            row = rows[entry]
+            values = [
+                cell(row, "perplexity", 2), cell(row, "recovered", 1, 100), cell(row, "kl", 3),
+                cell(row, "response_loss", 3), f"{row['n_trained'] or 0:,}", cell(row, "training_seconds", 0),
+                str(row["seeds"]),
+            ]  # fmt: skip
+            lines.append(f"| {label} | " + " | ".join(values) + " |")
+    return "\n".join(lines)
+
+
 if __name__ == "__main__":
     for table in (
         quality_table(read("pruning_quality.json")),
@@ -199,5 +251,6 @@ if __name__ == "__main__":
         task_table(read("selector_study.json")),
         cost_table(read("scan_cost.json"), read("probes.json")),
         published_table(read("published.json")),
+        restoration_table(read("restorations_wanda50.json")),
     ):
         print(table, end="\n\n")

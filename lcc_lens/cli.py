@@ -222,6 +222,8 @@ class Restore(Common):
     lr: float | None = None
     """AdamW's learning rate of the method's first part (its own if not given; a constant's is in units of each head's
     difference); decays linearly to zero."""
+    tune_lr: bool = False
+    """Choose the learning rate by a few steps at each of five first."""
     objective: Literal["response", "distillation", "response+distillation"] = "response"
     """Minimise the response's loss, the distance to the dense model's distribution, or half of each."""
     temperature: float = 1.0
@@ -267,7 +269,8 @@ class Restore(Common):
         restoration = restore(
             pair, found, heads, data, method=self.method, config=config, validation=validation, rank=self.rank,
             low_rank=self.low_rank, start=self.start, max_length=self.max_length, limit=self.examples,
-            exportable=not self.hooks_only, shuffle_responses=self.shuffle_responses, run=self.run, resume=self.resume,
+            exportable=not self.hooks_only, shuffle_responses=self.shuffle_responses, tune_lr=self.tune_lr,
+            run=self.run, resume=self.resume,
         )  # fmt: skip
         show_losses(restoration.record.losses, len(heads), self.run)
 
@@ -299,7 +302,7 @@ class Compare(Common):
     """A folder for the comparison; the same command goes on there."""
     methods: tuple[str, ...] = ("lcc", "lcc@dense", "random-basis", "offset", "mean-shift", "lora")
     """Restore's methods, lora or dora; refit+ before one starts from the refitted model; @dense, @shuffled or
-    @random-heads after it is a control; :distillation trains towards the dense model."""
+    @random-heads after it is a control; :distillation trains towards the dense model; =3e-3 sets a learning rate."""
     seeds: int = 3
     """How many seeds (the draw of examples, their order, initial values)."""
     data: str = "alpaca"

@@ -7,7 +7,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, get_args
 
@@ -45,11 +45,12 @@ _REFIT = "refit"
 
 @dataclass(frozen=True)
 class Entry:
-    """A line of a comparison: ``[refit+]method[@control][:objective]``.
+    """A line of a comparison: ``[refit+]method[@control][:objective][=learning rate]``.
 
     ``refit`` starts from the refitted model. ``method`` are parts of :data:`~lcc_lens.injections.METHODS` joined by
     ``+``, or ``lora`` or ``dora``. ``@dense`` trains the same on the dense model: what that lowers is not restoration;
-    ``@shuffled`` trains on other prompts' responses; ``@random-heads`` chooses heads at random.
+    ``@shuffled`` trains on other prompts' responses; ``@random-heads`` chooses heads at random. Without a
+    learning rate each part takes its own.
 
     Example:
         >>> Entry.parse("refit+low-rank+lcc:distillation").method
@@ -61,6 +62,7 @@ class Entry:
     on_refit: bool
     control: str | None
     objective: Objective
+    lr: float | None = None
 
     @classmethod
     def parse(cls, text: str) -> Entry:
@@ -69,7 +71,8 @@ class Entry:
         Raises:
             RequestError: an unknown method, control or objective.
         """
-        whole, _, objective = text.partition(":")
+        whole, _, rate = text.partition("=")
+        whole, _, objective = whole.partition(":")
         whole, _, control = whole.partition("@")
         on_refit = whole == _REFIT or whole.startswith(f"{_REFIT}+")
         method = whole.removeprefix(_REFIT).removeprefix("+") if on_refit else whole
@@ -81,7 +84,11 @@ class Entry:
             raise RequestError(f"wanted a method that acts on heads for random heads, got {text!r}")
         if (control == "dense" and on_refit) or (control and not method):
             raise RequestError(f"wanted a control of something that trains on the pruned model, got {text!r}")
-        return cls(text, method or None, on_refit, control or None, Objective.parse(objective or "response"))
+        try:
+            lr = float(rate) if rate else None
+        except ValueError:
+            raise RequestError(f"wanted a learning rate behind =, got {rate!r} in {text!r}") from None
+        return cls(text, method or None, on_refit, control or None, Objective.parse(objective or "response"), lr)
 
 
 @dataclass(frozen=True)
@@ -89,8 +96,7 @@ class CompareConfig:
     """What every cell shares.
 
     ``examples`` train; ``validation`` held-out responses choose the best numbers, ``responses`` others are measured;
-    ``text`` is of another kind than the training data, in ``blocks`` of ``block_length`` tokens. ``rates`` are learning
-    rates by entry, where not the method's own.
+    ``text`` is of another kind than the training data, in ``blocks`` of ``block_length`` tokens.
     """
 
     data: str = "alpaca"
@@ -109,7 +115,6 @@ class CompareConfig:
     low_rank: int = 8
     lora_rank: int = 8
     refit_samples: int = 32
-    rates: dict[str, float] = field(default_factory=dict)
 
 
 def compare(
@@ -239,10 +244,10 @@ class _Bench:
         if entry.method is None:
             return self._measure(pair, model, None)
         injection = self._injection(entry, pair, model, seed)
-        lr, steps, start = self.config.rates.get(entry.text), 0, time.perf_counter()
+        steps, start = 0, time.perf_counter()
         if injection.n_trained:
             settings = TrainConfig(
-                epochs=self.config.epochs, batch_size=self.config.batch_size, lr=lr, seed=seed,
+                epochs=self.config.epochs, batch_size=self.config.batch_size, lr=entry.lr, seed=seed,
                 objective=entry.objective,
             )  # fmt: skip
             data = self._training(entry, pair, seed)
@@ -250,7 +255,7 @@ class _Bench:
                 steps = step.step
         numbers = {"training_seconds": round(time.perf_counter() - start, 1), "steps": steps}
         numbers["n_trained"] = injection.n_trained
-        rates = learning_rates(injection, lr)
+        rates = learning_rates(injection, entry.lr)
         return {**self._measure(pair, model, injection), **numbers, "learning_rates": rates}
 
     def _injection(self, entry: Entry, pair: Pair, model: HookedModel, seed: int) -> Injection:

@@ -226,6 +226,11 @@ def encode(
         encoded = (encode_pair(tokenizer, e.prompt, e.response, max_length) for e in data.examples[:limit])
         sequences = [s for s in encoded if s is not None]
         n_cut = min(len(data.examples), limit or len(data.examples)) - len(sequences)
+        if n_cut and not sequences:
+            raise RequestError(
+                f"wanted responses that begin within {max_length} tokens from {data.source}, got none: all {n_cut} are "
+                "cut off; raise the length limit"
+            )
         if n_cut:
             logger.warning("%d examples left out: no response within %d tokens", n_cut, max_length)
     if not sequences:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from lcc_lens.injections import (
     uses_components,
     uses_heads,
 )
+from lcc_lens.lr_range import range_test
 from lcc_lens.models import device_of, load_tokenizer, resolve
 from lcc_lens.pair import Pair
 from lcc_lens.progress import track
@@ -205,6 +206,7 @@ def restore(
     max_length: int = 512,
     limit: int | None = None,
     shuffle_responses: bool = False,
+    tune_lr: bool = False,
     exportable: bool = True,
     run: str | Path | None = None,
     resume: bool = False,
@@ -227,6 +229,8 @@ def restore(
         max_length: tokens per example at most.
         limit: training sequences at most (text is cut into many), and a tenth of it for validation.
         shuffle_responses: a control: train on every prompt with another one's response; validation stays as it is.
+        tune_lr: choose the learning rate by a short range test first (see :mod:`lcc_lens.lr_range`); its losses are
+            noted in the settings.
         exportable: refuse, before anything is trained, a model whose checkpoint cannot hold the result. Without it the
             restoration serves under hooks alone.
         run: a run directory for ``config.json``, ``restoration.safetensors``, ``metrics.json``, ``log.jsonl`` and
@@ -268,8 +272,14 @@ def restore(
         ),
     ).to(device_of(pair.pruned))
     check_reached(pair.pruned, injection)
+    teacher = pair.dense if config.objective.needs_teacher else None
+    tested = None
+    if tune_lr and injection.n_trained:
+        tested = range_test(pair.pruned, injection, training, held_out, config, teacher=teacher)
+        config = replace(config, lr=tested.best)
     settings = {
         **asdict(config),
+        "lr_range": None if tested is None else dict(zip(map(str, tested.rates), tested.losses, strict=True)),
         "method": method,
         "rank": rank,
         "low_rank": low_rank,
@@ -294,7 +304,6 @@ def restore(
     }
     folder = RunFolder(run, pair, settings, data.source, config.seed, resume=resume)
     if injection.n_trained:
-        teacher = pair.dense if config.objective.needs_teacher else None
         steps = train(
             pair.pruned, injection, training, held_out, config, teacher=teacher, run=run, resume=resume,
             identity=identity,

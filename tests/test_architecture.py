@@ -70,6 +70,7 @@ LAYERS: list[tuple[str, ...]] = [
         "objectives",
         "restoration",
         "training",
+        "lr_range",
         "baselines",
         "baselines.*",
     ),

@@ -37,12 +37,14 @@ def config(question_file: Path, text_file: Path, tmp_path_factory: pytest.TempPa
 def test_entries_are_read(text: str, expected: tuple) -> None:
     entry = Entry.parse(text)
     assert (entry.method, entry.on_refit, entry.control, entry.objective.distillation) == expected
+    assert (entry.lr, Entry.parse(f"{text}=3e-3").lr) == (None, 0.003)
 
 
 @pytest.mark.parametrize(("text", "message"), [
     ("magic", "wanted a method"), ("lcc@nothing", "wanted a control"), ("lcc:joy", "wanted an objective"),
     ("refit@dense", "wanted a control of something that trains"),
     ("refit+lcc@dense", "that trains on the pruned model"),
+    ("lcc=fast", "wanted a learning rate behind =, got 'fast'"),
     ("norms@random-heads", "wanted a method that acts on heads"), ("lora@random-heads", "that acts on heads"),
 ])  # fmt: skip
 def test_wrong_entries_are_refused(text: str, message: str) -> None:

@@ -8,12 +8,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lcc_lens.data import load_data
+from lcc_lens.data import encode, load_data
 from lcc_lens.errors import RequestError
 from lcc_lens.export import export
 from lcc_lens.heads import Head
 from lcc_lens.injections import METHODS, Ingredients, build_injection, check_reached
 from lcc_lens.injections.changes import Gain, LowRank, Shift
+from lcc_lens.lr_range import range_test
 from lcc_lens.models import load_plain
 from lcc_lens.objectives import Objective, divergence
 from lcc_lens.plain_modules import changed_weights, plain_modules
@@ -206,3 +207,30 @@ def test_patience_ends_a_run_without_progress(pair, question_file: Path) -> None
     restore(pair, None, (), data, method="norms", config=config, on_step=steps.append)
     assert len(steps) == 2
     assert steps[-1].n_steps > 2
+
+
+def test_learning_rate_by_range_test(pair, question_file: Path, tmp_path: Path) -> None:
+    data = load_data(str(question_file))
+    config = TrainConfig(batch_size=2, epochs=2, validate_every=1)
+    restoration = restore(pair, None, (), data, method="masked", config=config, tune_lr=True, run=tmp_path)
+    tried = {float(rate): loss for rate, loss in restoration.record.settings["lr_range"].items()}
+    assert sorted(tried) == pytest.approx([1e-5, 3e-5, 1e-4, 3e-4, 1e-3])
+    assert restoration.record.settings["lr"] == min(tried, key=tried.__getitem__)
+    again = restore(
+        pair, None, (), data, method="masked", config=config, tune_lr=True, run=tmp_path, resume=True
+    )  # the same choice, so the checkpoint fits
+    assert torch.equal(again._tensors()["heads"], restoration._tensors()["heads"])
+    assert again.record.settings == restoration.record.settings
+
+
+def test_range_test_leaves_the_injection_and_counts_divergence(pair, question_file: Path) -> None:
+    sequences = encode(load_data(str(question_file)), pair.tokenizer)
+    injection = build_injection("masked", Ingredients(pair.pruned, None, (), pair.output_projections))
+    before = {name: value.clone() for name, value in injection.state_dict().items()}
+    config = TrainConfig(batch_size=2)
+    found = range_test(pair.pruned, injection, sequences, sequences, config, factors=(1.0, 1e8), n_steps=3)
+    assert found.n_steps == 3
+    assert found.losses[0] < found.losses[1]
+    assert found.best == pytest.approx(1e-4)
+    assert found.is_at_edge
+    assert all(torch.equal(value, before[name]) for name, value in injection.state_dict().items())

@@ -36,7 +36,7 @@ class AdapterInjection(Injection):
         self.members = nn.ModuleList(layers.values())
 
     @contextmanager
-    def attached(self, model: HookedModel) -> Iterator[HookedModel]:  # type: ignore[override]
+    def attached(self, model: HookedModel) -> Iterator[HookedModel]:
         """Put the adapters in their places inside the block."""
         original = cast("Any", model).original_model
         plain = {path: original.get_submodule(path) for path in self._paths}

@@ -1,0 +1,79 @@
+"""Choosing a learning rate: the same few steps at several rates, judged on held-out data."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from lcc_lens.data import TokenSequence
+from lcc_lens.hooks import HookedModel
+from lcc_lens.injections.base import Injection
+from lcc_lens.progress import track
+from lcc_lens.training import TrainConfig, train
+
+logger = logging.getLogger(__name__)
+#: Around the method's own rate.
+FACTORS = (0.1, 0.3, 1.0, 3.0, 10.0)
+
+
+@dataclass(frozen=True)
+class RangeTest:
+    """Held-out objective (nats per counted token) after a few steps at each rate; infinite where it diverged."""
+
+    rates: tuple[float, ...]
+    losses: tuple[float, ...]
+    n_steps: int
+
+    @property
+    def best(self) -> float:
+        """The rate with the lowest loss; of equal ones the smallest."""
+        return min(zip(self.losses, self.rates, strict=True))[1]
+
+    @property
+    def is_at_edge(self) -> bool:
+        """Whether the best rate is the smallest or largest tried, so that a better one may lie beyond."""
+        return self.best in (self.rates[0], self.rates[-1])
+
+
+def range_test(
+    model: HookedModel,
+    injection: Injection,
+    sequences: Sequence[TokenSequence],
+    validation: Sequence[TokenSequence],
+    config: TrainConfig,
+    *,
+    teacher: HookedModel | None = None,
+    factors: Sequence[float] = FACTORS,
+    n_steps: int = 10,
+) -> RangeTest:
+    """Train a few steps at several learning rates, each from the same start; the injection ends as it began.
+
+    Args:
+        model: the hooked pruned model.
+        injection: what is to be trained.
+        sequences: training data; the first ones of the first epoch's order are used.
+        validation: held-out data.
+        config: settings of the run to come; rates are multiples of its rate, or of the method's own.
+        teacher: the dense model, for distillation.
+        factors: the multiples.
+        n_steps: steps at each rate, with the decay of a whole run.
+    """
+    middle = config.lr if config.lr is not None else injection.default_lr
+    rates = tuple(sorted(middle * factor for factor in factors))
+    start = {name: value.clone() for name, value in injection.state_dict().items()}
+    few = list(sequences[: n_steps * config.batch_size])
+    losses = []
+    for rate in track(rates, len(rates), "learning rates"):
+        one = replace(config, lr=rate, epochs=1, validate_every=max(n_steps, 1), patience=None)
+        last = math.inf
+        for step in train(model, injection, few, validation, one, teacher=teacher):
+            last = step.validation_loss if step.validation_loss is not None else math.inf
+        losses.append(last if math.isfinite(last) else math.inf)
+        injection.load_state_dict(start)
+    found = RangeTest(rates, tuple(losses), min(n_steps, -(-len(few) // config.batch_size)))
+    tried = ", ".join(f"{rate:.2g}: {loss:.4f}" for rate, loss in zip(rates, losses, strict=True))
+    edge = "; it is the outermost one tried" if found.is_at_edge else ""
+    logger.info("learning rate %g, by held-out loss after %d steps (%s)%s", found.best, found.n_steps, tried, edge)
+    return found
