@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import save_model
 from safetensors.torch import load_file
+from test_contrast import FAMILIES
 
 from lcc_lens.data import encode, load_data
 from lcc_lens.errors import RequestError
@@ -15,14 +17,16 @@ from lcc_lens.heads import Head
 from lcc_lens.injections import METHODS, Ingredients, build_injection, check_reached
 from lcc_lens.injections.changes import Gain, LowRank, Shift
 from lcc_lens.lr_range import range_test
-from lcc_lens.models import load_plain
+from lcc_lens.models import load_hooked, load_plain
 from lcc_lens.objectives import Objective, divergence
 from lcc_lens.plain_modules import changed_weights, plain_modules
 from lcc_lens.recipe import restore
-from lcc_lens.restoration import Restoration
+from lcc_lens.restoration import Restoration, RestorationRecord
 from lcc_lens.scan import Scan
 from lcc_lens.training import TrainConfig, learning_rates, validation_loss
 
+#: Joint query-key-value maps, which TransformerLens computes from copies.
+REFUSED = {("gpt2", "low-rank"), ("gpt_neox", "low-rank")}
 WEIGHT_METHODS = ("gain", "norms", "low-rank", "masked")
 TOKENS = torch.arange(12)[None]
 
@@ -234,3 +238,22 @@ def test_range_test_leaves_the_injection_and_counts_divergence(pair, question_fi
     assert found.best == pytest.approx(1e-4)
     assert found.is_at_edge
     assert all(torch.equal(value, before[name]) for name, value in injection.state_dict().items())
+
+
+@pytest.mark.parametrize("method", ["low-rank", "norms"])
+@pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "gemma2", "mistral", "phi", "opt"])
+def test_families_fold_or_refuse(family: str, method: str, tmp_path: Path) -> None:
+    """An export compares itself with the hooked model; what hooks compute from copies is refused before."""
+    path = save_model(FAMILIES[family](), tmp_path / "model")
+    loaded = load_hooked(path, dtype=torch.float32)
+    injection = build_injection(method, Ingredients(loaded.model, None, (), loaded.output_projections))
+    if (family, method) in REFUSED:
+        with pytest.raises(RequestError, match="got one that computes with a copy of it"):
+            check_reached(loaded.model, injection)
+        return
+    check_reached(loaded.model, injection)
+    record = RestorationRecord("d", str(path), "", loaded.identity.sha256, method, "none", 0, 0)
+    report = export(Restoration.of(disturbed(injection), record), path, tmp_path / "out")
+    assert report.logit_effect > 1e-3
+    assert report.logit_difference < 1e-4
+    assert set(report.changed) == {f"{name}.weight" for part in injection.parts for name in part.changes()}

@@ -6,11 +6,11 @@ import re
 from collections.abc import Mapping, Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lcc_lens.errors import RequestError
 from lcc_lens.heads import Head
-from lcc_lens.hooks import HookedModel
+from lcc_lens.hooks import HookedModel, NamedHook
 from lcc_lens.injections.base import Injection
 from lcc_lens.injections.changes import Change, Gain, LowRank, Shift
 from lcc_lens.plain_modules import plain_modules
@@ -104,9 +104,10 @@ def layer_maps(model: HookedModel) -> dict[str, nn.Module]:
 
 
 def check_reached(model: HookedModel, injection: Injection) -> None:
-    """Refuse an injection whose changed weights the hooked forward pass does not read.
+    """Refuse an injection whose changed weights a hooked forward pass does not read, fused or stepwise.
 
-    TransformerLens computes joint query-key-value maps from copies; a change of the original would go nowhere.
+    TransformerLens computes joint query-key-value maps (gpt2, gpt_neox) from copies; a change of the original would go
+    nowhere.
 
     Raises:
         RequestError: names the first such weight.
@@ -114,18 +115,26 @@ def check_reached(model: HookedModel, injection: Injection) -> None:
     changes = {name: change for part in injection.parts for name, change in part.changes().items()}
     if not changes:
         return
-    with torch.enable_grad(), injection.attached(model):
-        logits = forward(model, probe_tokens(model), injection.hooks())
-        numbers = {name: list(change.parameters()) for name, change in changes.items()}
-        flat = [number for own in numbers.values() for number in own]
-        grads = torch.autograd.grad(logits.float().square().mean(), flat, allow_unused=True)
-    is_reached = {id(number): grad is not None for number, grad in zip(flat, grads, strict=True)}
+    numbers = {name: list(change.parameters()) for name, change in changes.items()}
+    flat = [number for own in numbers.values() for number in own]
+    is_reached = dict.fromkeys(map(id, flat), True)
+    for run in (forward, _stepwise):
+        with torch.enable_grad(), injection.attached(model):
+            logits = run(model, probe_tokens(model), injection.hooks())
+            grads = torch.autograd.grad(logits.float().square().mean(), flat, allow_unused=True)
+        for number, grad in zip(flat, grads, strict=True):
+            is_reached[id(number)] &= grad is not None
     for name, own in numbers.items():
         if not any(is_reached[id(number)] for number in own):
             raise RequestError(
                 f"wanted a model whose hooked forward pass reads {name}, got one that computes with a copy of it; "
                 "train it by a method of constants (lcc, offset)"
             )
+
+
+def _stepwise(model: HookedModel, tokens: Tensor, hooks: list[NamedHook]) -> Tensor:
+    logits: Tensor = model.run_with_hooks(tokens, fwd_hooks=hooks)
+    return logits
 
 
 def _shape(module: nn.Module) -> tuple[int, int]:
