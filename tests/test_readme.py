@@ -65,6 +65,11 @@ def test_costs_are_drawn_from_the_committed_benchmarks() -> None:
     assert all(file["command"] in README for file in (cost, probes, published))
 
 
+def test_restoration_table_is_drawn_from_the_committed_comparison() -> None:
+    tables = benchmark("tables")
+    assert tables.restoration_table(tables.read("restorations_wanda50.json")) in README
+
+
 def test_pictures_and_pages_that_the_readme_names_exist() -> None:
     targets = re.findall(r"\]\((?!http)([^)#]+)|src=\"([^\"]+)", README)
     targets = [link or picture for link, picture in targets]
