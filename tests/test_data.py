@@ -338,7 +338,7 @@ def test_response_begins_where_the_prompt_ends() -> None:
 
 def test_nothing_within_the_limit_is_refused() -> None:
     data = Data("own", "instruction", (Example("x" * 50, "y", "g"),), "here")
-    with pytest.raises(RequestError, match="wanted responses that begin within 20 tokens from here, got none: all 1 are"):
+    with pytest.raises(RequestError, match="wanted responses that begin within 20 tokens from here, got none: all 1"):
         encode(data, tiny_tokenizer(), max_length=20)
 
 
