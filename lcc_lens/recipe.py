@@ -118,7 +118,7 @@ def refit(
     pruned: str | Path,
     out: str | Path,
     *,
-    calibration: Sequence[str | Data] = ("alpaca", "c4"),
+    calibration: str | Data | Sequence[str | Data] = ("alpaca", "c4"),
     n_samples: int = 32,
     seq_len: int = 512,
     target: Target = "weights",
@@ -132,7 +132,7 @@ def refit(
         dense: reference of the dense model.
         pruned: reference of the same model with zeros.
         out: the directory to write.
-        calibration: data whose activations are fitted (their role is ``calibration``), in equal parts.
+        calibration: data whose activations are fitted (their role is ``calibration``); several in equal parts.
         n_samples: calibration sequences in all.
         seq_len: tokens per sequence.
         target: fit to what the dense ``weights`` give on the inputs that a map sees now, or to the dense model's own
@@ -151,7 +151,10 @@ def refit(
     Example:
         >>> refit("smollm2", "out/wanda50", "out/wanda50-refit")  # doctest: +SKIP
     """
-    if not calibration or n_samples < len(calibration):
+    calibration = [calibration] if isinstance(calibration, str | Data) else calibration
+    if not calibration:
+        raise RequestError("wanted data to calibrate on, got none; name some")
+    if n_samples < len(calibration):
         raise RequestError(
             f"wanted at least one calibration sequence of each data set, got {n_samples} for {len(calibration)}; "
             "raise n_samples"
@@ -166,7 +169,8 @@ def refit(
     provenance = {
         "data": "+".join(part.name for part in parts),
         "source": [part.source for part in parts],
-        "groups": sorted(set().union(*(part.groups for part in parts))),
+        # the pruned model may be a refitted one itself; what fitted it still counts
+        "groups": sorted(_recorded_groups(paths[1] / REFIT_RECORD).union(*(part.groups for part in parts))),
     }
     return refit_checkpoint(
         *paths, Path(out), tokens=torch.cat(tokens), config=config, device=device, dtype=compute_dtype(device),
@@ -412,8 +416,10 @@ def _split_off(data: Data) -> tuple[Data, Data]:
 
 def _calibration_groups(pruned: Path) -> frozenset[str]:
     """What the calibration of pruning and refit used, where the checkpoint says so."""
-    groups: set[str] = set()
-    for file in (pruned / "pruning.json", pruned / REFIT_RECORD):
-        if file.exists():
-            groups.update((read_json(file).get("calibration") or {}).get("groups", ()))
-    return frozenset(groups)
+    return _recorded_groups(pruned / "pruning.json") | _recorded_groups(pruned / REFIT_RECORD)
+
+
+def _recorded_groups(file: Path) -> frozenset[str]:
+    """The groups of the calibration data in a record beside the weights; none where there is no record."""
+    calibration = read_json(file).get("calibration") if file.exists() else None
+    return frozenset((calibration or {}).get("groups", ()))

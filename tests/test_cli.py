@@ -217,3 +217,20 @@ def test_refit_by_command(
             pruned_dir, tmp_path / "other", *few[:4], 1)  # fmt: skip
     refused(capsys, 2, "exists already", "refit", dense_dir, pruned_dir, tmp_path / "out", *few)
     assert not (tmp_path / "other").exists()
+
+
+def test_refit_of_other_models_is_refused_by_command(
+    dense_dir: Path, pruned_dir: Path, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    few = ("--calibration", text_file, "--n-samples", 4, "--seq-len", 48, "--quiet")
+    out, gone = tmp_path / "out", tmp_path / "gone"
+    other_heads = save_model(build_model(num_key_value_heads=5), tmp_path / "heads")
+    sliced = ("--method", "slimgpt", "--sparsity", 0.3, "--sliced")
+    assert call("prune", dense_dir, tmp_path / "sliced", *sliced, *few) == 0
+    capsys.readouterr()
+    refused(capsys, 2, f"got '{gone}', which is not there", "refit", gone, pruned_dir, out, *few)
+    refused(capsys, 2, f"got '{gone}', which is not there", "refit", dense_dir, gone, out, *few)
+    mismatch = "wanted a dense model and the same model with zeros"
+    refused(capsys, 2, mismatch, "refit", dense_dir, tmp_path / "sliced", out, *few)
+    refused(capsys, 2, mismatch, "refit", other_heads, pruned_dir, out, *few)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["heads", "sliced"]

@@ -11,8 +11,11 @@ import torch
 from conftest import build_model, save_model
 from transformers import AutoModelForCausalLM
 
+from lcc_lens import recipe
+from lcc_lens.data import load_data
 from lcc_lens.errors import RequestError
 from lcc_lens.files import read_json, read_tensors
+from lcc_lens.pair import load_pair
 from lcc_lens.pruning import refit as module
 from lcc_lens.pruning.refit import REFIT_RECORD, RefitConfig, refit
 from lcc_lens.pruning.zeros import compare_zeros
@@ -111,9 +114,64 @@ def test_other_models_are_refused(dense_dir: Path, pruned_dir: Path, tmp_path: P
     wider = save_model(build_model(intermediate_size=48), tmp_path / "wider")
     with pytest.raises(RequestError, match="wanted a dense model and the same model with zeros"):
         refit(wider, pruned_dir, tmp_path / "refit", **SETTINGS)
+    other_heads = save_model(build_model(num_key_value_heads=5), tmp_path / "heads")  # maps read as many as before
+    with pytest.raises(RequestError, match="wanted a dense model and the same model with zeros"):
+        refit(other_heads, pruned_dir, tmp_path / "refit", **SETTINGS)
     with pytest.raises(RequestError, match="already"):
         refit(dense_dir, pruned_dir, shutil.copytree(pruned_dir, tmp_path / "there"), **SETTINGS)
     assert not (tmp_path / "refit").exists()
+
+
+def test_calibration_is_split_evenly_and_named(
+    dense_dir: Path, pruned_dir: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "other.txt").write_text("\n\n".join(f"{i} xylophones: " + "x" * 80 for i in range(60)))
+    texts = [load_data(name, role="calibration") for name in (str(text_file), str(tmp_path / "other.txt"))]
+    passed: dict[str, Any] = {}
+    monkeypatch.setattr(recipe, "refit_checkpoint", lambda *_, **settings: passed.update(settings) or {})
+    recipe.refit(dense_dir, pruned_dir, tmp_path / "refit", calibration=texts, n_samples=5, seq_len=16)
+    parts = [recipe.calibration_tokens(text, pruned_dir, n, 16, 0) for text, n in zip(texts, (3, 2), strict=True)]
+    assert torch.equal(passed["tokens"], torch.cat(parts))
+    assert not torch.equal(parts[0][:2], parts[1])
+    told = passed["provenance"]
+    assert told["data"] == "+".join(text.name for text in texts)
+    assert told["source"] == [text.source for text in texts]
+    assert told["groups"] == sorted(texts[0].groups | texts[1].groups)
+    assert passed["config"] == RefitConfig("weights", 0.01)
+
+
+def test_one_data_set_needs_no_list(dense_dir: Path, pruned_dir: Path, text_file: Path, tmp_path: Path) -> None:
+    named, loaded, listed = str(text_file), load_data(str(text_file), role="calibration"), [str(text_file)]
+    reports = [
+        recipe.refit(dense_dir, pruned_dir, tmp_path / str(i), calibration=calibration, n_samples=2, seq_len=16)
+        for i, calibration in enumerate((named, loaded, listed))
+    ]
+    assert reports[0]["calibration"]["sequences"] == 2
+    assert reports[0] == reports[1] == reports[2]
+
+
+def test_a_second_refit_remembers_the_first_one_s_data(
+    dense_dir: Path, pruned_dir: Path, text_file: Path, tmp_path: Path
+) -> None:
+    few: dict[str, Any] = {"n_samples": 2, "seq_len": 16}
+    first, second = (load_data(str(text_file), role=role) for role in ("calibration", "train"))
+    assert not first.groups & second.groups
+    recipe.refit(dense_dir, pruned_dir, tmp_path / "once", calibration=first, **few)
+    record = recipe.refit(dense_dir, tmp_path / "once", tmp_path / "twice", calibration=second, **few)
+    assert set(record["calibration"]["groups"]) == first.groups | second.groups
+    with pytest.raises(RequestError, match="wanted data to calibrate on, got none"):
+        recipe.refit(dense_dir, pruned_dir, tmp_path / "none", calibration=[])
+
+
+def test_training_may_not_use_what_the_refit_read(
+    pair: Any, dense_dir: Path, pruned_dir: Path, text_file: Path, tmp_path: Path
+) -> None:
+    """The pruning read other groups, so that the refit's record alone decides."""
+    data = load_data(str(text_file), role="train")
+    recipe.refit(dense_dir, pruned_dir, tmp_path / "refit", calibration=data, n_samples=2, seq_len=16)
+    assert recipe._training_sequences(pair, None, data, None, 32, None, None)[0]
+    with pytest.raises(RequestError, match="wanted training data and the pruning's calibration data without a shared"):
+        recipe.restore(load_pair(dense_dir, tmp_path / "refit"), None, [], data, method="norms", max_length=32)
 
 
 @pytest.mark.parametrize(

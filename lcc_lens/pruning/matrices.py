@@ -28,6 +28,8 @@ class Matrix:
     """Its module, seen from the decoder layer."""
     d_in: int
     """How many features it reads."""
+    d_out: int
+    """How many it gives."""
     is_transposed: bool
     """Whether model and checkpoint hold ``[in, out]``."""
     file: Path
@@ -123,4 +125,5 @@ def _locate(files: Mapping[str, Path], full_name: str, base: str, path: str, mod
             "use a checkpoint that is not quantised"
         )
     transposed = is_transposed(module)
-    return Matrix(name, path, shape[0 if transposed else 1], transposed, files[name], _STORED_DTYPES[dtype])
+    d_in, d_out = shape if transposed else shape[::-1]
+    return Matrix(name, path, d_in, d_out, transposed, files[name], _STORED_DTYPES[dtype])

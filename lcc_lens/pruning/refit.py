@@ -132,8 +132,8 @@ def refit(
 
 
 def _check_shapes(dense: Sequence[Sequence[Matrix]], pruned: Sequence[Sequence[Matrix]]) -> None:
-    names = [[(matrix.name, matrix.d_in) for layer in plan for matrix in layer] for plan in (dense, pruned)]
-    if names[0] != names[1]:
+    found = [[(one.name, one.d_in, one.d_out) for layer in plan for one in layer] for plan in (dense, pruned)]
+    if found[0] != found[1]:
         raise RequestError(
             "wanted a dense model and the same model with zeros, got matrices of other names or sizes; a sliced model "
             "cannot be refitted"
