@@ -35,10 +35,10 @@ from transformers.utils import logging as transformers_logging
 from lcc_lens.config import compute_dtype, default_device
 from lcc_lens.data import load_data
 from lcc_lens.files import write_json
+from lcc_lens.job_data import calibration_tokens
 from lcc_lens.models import resolve
 from lcc_lens.progress import tracked_by
 from lcc_lens.pruning import NofM, Unstructured, prune
-from lcc_lens.recipe import calibration_tokens
 
 SEQ_LEN = 512
 OURS: dict[str, dict[str, Any]] = {

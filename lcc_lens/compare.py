@@ -9,32 +9,31 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 from lcc_lens.baselines.adapters import AdapterKind, adapters
 from lcc_lens.config import package_version
 from lcc_lens.data import Data, TokenSequence, check_disjoint, encode, load_data
-from lcc_lens.errors import LensError, RequestError
+from lcc_lens.errors import InterruptedRun, LensError, RequestError
 from lcc_lens.files import read_json, write_json
 from lcc_lens.hooks import HookedModel
 from lcc_lens.injections import (
     Ingredients,
     Injection,
     build_injection,
-    check_reached,
     parse_method,
-    uses_components,
     uses_heads,
 )
 from lcc_lens.memory import release_memory
 from lcc_lens.metrics import share_recovered
-from lcc_lens.models import device_of
+from lcc_lens.models import device_of, identify, resolve
 from lcc_lens.objectives import Objective
 from lcc_lens.pair import Pair, load_pair
-from lcc_lens.recipe import refit
+from lcc_lens.pruning.refit import REFIT_RECORD
+from lcc_lens.recipe import check_scan, refit
 from lcc_lens.scan import Scan, scan
 from lcc_lens.selectors import SelectorName
-from lcc_lens.training import TrainConfig, learning_rates, train, validation_loss
+from lcc_lens.training import TrainConfig, learning_rates, train, validation_loss, validation_terms
 
 logger = logging.getLogger(__name__)
 COMPARISON = "comparison.json"
@@ -147,12 +146,14 @@ def compare(
         on_cell: called with every new cell.
 
     Raises:
-        RequestError: an unknown entry, or a file of another comparison.
+        RequestError: an unknown entry, or a file, scan or refitted model of another comparison.
+        InterruptedRun: Ctrl-C; finished cells are kept.
     """
     parsed, config, run = [Entry.parse(text) for text in entries], config or CompareConfig(), Path(run)
     out = Path(out) if out is not None else run / COMPARISON
     bench = _Bench(dense, pruned, run, config)
-    found = _begun(out, bench, config)
+    found = _begun(out, bench.identity, config)
+    bench.check_refit()
     for seed in range(seeds):
         for entry in parsed:
             name = f"{entry.text} | {seed}"
@@ -162,6 +163,10 @@ def compare(
                 return found
             try:
                 found["cells"][name] = bench.cell(entry, seed, found)
+            except InterruptedRun as error:
+                raise InterruptedRun(
+                    f"stopped in {name}; finished cells are in {out}: the same call goes on"
+                ) from error
             except (LensError, ArithmeticError, RuntimeError, MemoryError) as error:
                 first = (str(error).strip().splitlines() or [type(error).__name__])[0]
                 found["cells"][name] = {"error": first}
@@ -182,15 +187,13 @@ def summary(found: dict[str, Any]) -> list[dict[str, Any]]:
         cells = [cell for name, cell in found["cells"].items() if name.rpartition(" | ")[0] == text]
         done = [cell for cell in cells if "perplexity" in cell]
         row: dict[str, Any] = {"entry": text, "seeds": len(done), "failed": len(cells) - len(done)}
-        for measure in (*MEASURES, "training_seconds"):
-            values = [cell[measure] for cell in done if measure in cell]
-            row[measure] = statistics.mean(values) if values else None
-            row[f"{measure}_sd"] = statistics.stdev(values) if len(values) > 1 else None
+        columns = {key: [cell[key] for cell in done if key in cell] for key in (*MEASURES, "training_seconds")}
+        shares = [] if Entry.parse(text).control == "dense" else [_share(found["bare"], cell) for cell in done]
+        columns["recovered"] = [share for share in shares if share is not None]
+        for key, values in columns.items():
+            row[key] = statistics.mean(values) if values else None
+            row[f"{key}_sd"] = statistics.stdev(values) if len(values) > 1 else None
         row["n_trained"] = max((cell.get("n_trained", 0) for cell in done), default=None)
-        shares = [_share(found["bare"], cell) for cell in done]
-        is_restored = done and Entry.parse(text).control != "dense" and None not in shares
-        row["recovered"] = statistics.mean(shares) if is_restored else None  # type: ignore[type-var]
-        row["recovered_sd"] = statistics.stdev(shares) if is_restored and len(shares) > 1 else None  # type: ignore[type-var]
         rows.append(row)
     return rows
 
@@ -200,10 +203,8 @@ def _share(bare: dict[str, dict[str, float]], cell: dict[str, float]) -> float |
     return share_recovered(dense, pruned, cell["log_perplexity"])
 
 
-def _begun(out: Path, bench: _Bench, config: CompareConfig) -> dict[str, Any]:
-    """What the file holds already, if it is of this comparison; learning rates may come with new entries."""
-    identity = {"dense_sha256": bench.pair(on_refit=False).dense_id.sha256}
-    identity["pruned_sha256"] = bench.pair(on_refit=False).pruned_id.sha256
+def _begun(out: Path, identity: dict[str, str], config: CompareConfig) -> dict[str, Any]:
+    """What the file holds already, if it is of this comparison."""
     settings = asdict(config)
     found: dict[str, Any] = read_json(out) if out.exists() else {"cells": {}}
     for name, value in (("identity", identity), ("settings", settings)):
@@ -221,6 +222,10 @@ class _Bench:
 
     def __init__(self, dense: str | Path, pruned: str | Path, run: Path, config: CompareConfig) -> None:
         self.dense, self.pruned, self.run, self.config = dense, pruned, run, config
+        self.identity = {
+            f"{name}_sha256": identify(model, resolve(model)).sha256
+            for name, model in (("dense", dense), ("pruned", pruned))
+        }
         self._held: tuple[bool, Pair] | None = None
         self._sequences: tuple[list[TokenSequence], ...] | None = None
 
@@ -232,6 +237,12 @@ class _Bench:
             path = self._refitted(found if found is not None else {}) if on_refit else self.pruned
             self._held = (on_refit, load_pair(self.dense, path))
         return self._held[1]
+
+    def check_refit(self) -> None:
+        """Refuse a refitted model of another pair in the folder."""
+        record = self.run / _REFIT / REFIT_RECORD
+        if record.exists() and {name: read_json(record).get(name) for name in self.identity} != self.identity:
+            raise RequestError(f"wanted a refit of this pair in {record.parent}, got another's; name another run")
 
     def cell(self, entry: Entry, seed: int, found: dict[str, Any]) -> dict[str, Any]:
         """Train and measure one entry with one seed."""
@@ -260,25 +271,28 @@ class _Bench:
 
     def _injection(self, entry: Entry, pair: Pair, model: HookedModel, seed: int) -> Injection:
         assert entry.method is not None
+        if entry.control == "dense" and pair.n_heads != int(pair.dense.cfg.n_heads):
+            raise RequestError(f"wanted models with the same heads for {entry.text}, got a sliced one; leave it out")
         if entry.method in get_args(AdapterKind):
-            return adapters(model, kind=entry.method, rank=self.config.lora_rank, seed=seed).to(device_of(model))  # type: ignore[arg-type]
+            kind = cast("AdapterKind", entry.method)
+            return adapters(model, kind=kind, rank=self.config.lora_rank, seed=seed).to(device_of(model))
         scanned = self._scan(pair, on_refit=entry.on_refit) if uses_heads(entry.method) else None
         heads = []
         if scanned is not None:
             selector = "random" if entry.control == "random-heads" else self.config.selector
             heads = scanned.select(selector, share=self.config.heads, seed=seed)
-        components = scanned.components if scanned is not None and uses_components(entry.method) else None
+        components = None if scanned is None else scanned.components
         given = Ingredients(
             model, components, heads, pair.output_projections, low_rank=self.config.low_rank, seed=seed
         )  # fmt: skip
-        injection = build_injection(entry.method, given).to(device_of(model))
-        check_reached(model, injection)
-        return injection
+        return build_injection(entry.method, given)
 
     def _scan(self, pair: Pair, *, on_refit: bool) -> Scan:
         run = self.run / ("scan_refit" if on_refit else "scan")
         if (run / "scan.json").exists():
-            return Scan.load(run)
+            found = Scan.load(run)
+            check_scan(found, pair)
+            return found
         data = load_data(self.config.data, self.config.scan_examples, role="probe")
         named = () if self.config.selector in ("mse", "random") else (self.config.selector,)
         return scan(pair, data, sites=("z",), display=0, max_length=self.config.max_length, selectors=named, run=run)
@@ -314,9 +328,10 @@ class _Bench:
     def _measure(self, pair: Pair, model: HookedModel, injection: Injection | None) -> dict[str, float]:
         _, responses, blocks = self._data(pair)
         log_perplexity = validation_loss(model, injection, blocks)
+        terms = validation_terms(model, injection, responses, 1024, Objective(1.0, 1.0), pair.dense)
         return {
             "perplexity": math.exp(log_perplexity),
             "log_perplexity": log_perplexity,
-            "kl": validation_loss(model, injection, responses, 1024, Objective(0.0, 1.0), pair.dense),
-            "response_loss": validation_loss(model, injection, responses),
+            "kl": terms["distillation"],
+            "response_loss": terms["response"],
         }

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections import ChainMap
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -180,10 +181,10 @@ def model_card(restoration: Restoration, metrics: Mapping[str, Any], difference:
 
 def _edited_tensors(
     restoration: Restoration, path: Path, slots: BiasSlots, loaded: LoadedModel
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+) -> tuple[Mapping[str, Tensor], dict[str, Tensor]]:
     """The tensors to replace (weights, biases that are there) and to add (biases that the configuration brings)."""
     stored = tensor_names(path)
-    changed = _changed_weights(restoration, stored, loaded)
+    changed = _ChangedWeights(restoration, stored, is_transposed=loaded.is_transposed)
     layers = sorted({head.layer for head in restoration.heads})
     if not layers:
         return changed, {}
@@ -195,7 +196,7 @@ def _edited_tensors(
     if not slots.config:
         old = {layer: read_tensor(stored, slots.biases[layer]) for layer in layers}
         biases = {slots.biases[layer]: (old[layer].double() + folded[layer]).to(old[layer].dtype) for layer in layers}
-        return changed | biases, {}
+        return ChainMap(biases, cast("dict[str, Tensor]", changed)), {}
     dtype = next(iter(weights.values())).dtype
     added = {name: torch.zeros(shape, dtype=dtype) for name, shape in slots.zero_biases.items()}
     for layer, bias in enumerate(slots.biases):
@@ -205,28 +206,37 @@ def _edited_tensors(
     return changed, added
 
 
-def _changed_weights(restoration: Restoration, stored: Mapping[str, Path], loaded: LoadedModel) -> dict[str, Tensor]:
-    """The changed weights in the checkpoint's layout and format.
+class _ChangedWeights(Mapping[str, Tensor]):
+    """The changed weights in the checkpoint's layout and format, each computed when asked for: one at a time in memory.
 
-    Raises:
+    Raises, when asked:
         LensError: a zero of a matrix was lost, or a weight is not finite.
     """
-    changed: dict[str, Tensor] = {}
-    for module, change in merged({name: one} for name, one in restoration.changes).items():
-        name = f"{module}.weight"
-        old = read_tensor(stored, name)
-        is_turned = loaded.is_transposed and old.ndim > 1
+
+    def __init__(self, restoration: Restoration, stored: Mapping[str, Path], *, is_transposed: bool) -> None:
+        changes = merged({name: one} for name, one in restoration.changes)
+        self._changes = {f"{module}.weight": change for module, change in changes.items()}
+        self._stored, self._is_transposed = stored, is_transposed
+
+    def __getitem__(self, name: str) -> Tensor:
+        change, old = self._changes[name], read_tensor(self._stored, name)
+        is_turned = self._is_transposed and old.ndim > 1
         with torch.no_grad():
             new = change(old.float().T).T if is_turned else change(old.float())
         new = new.to(old.dtype).contiguous()
         if not bool(torch.isfinite(new).all()):
             raise LensError(f"wanted finite weights, got NaN or infinity in {name}; lower the learning rate")
-        if old.ndim > 1:
-            if bool(new[old == 0].any()):
-                raise LensError(f"wanted the zeros of {name} kept, got others; nothing was kept")
-            new = torch.where(old == 0, old, new)  # minus zero stays what it was, too
-        changed[name] = new
-    return changed
+        if old.ndim == 1:
+            return new
+        if bool(new[old == 0].any()):
+            raise LensError(f"wanted the zeros of {name} kept, got others; nothing was kept")
+        return torch.where(old == 0, old, new)  # minus zero stays what it was, too
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._changes)
+
+    def __len__(self) -> int:
+        return len(self._changes)
 
 
 def _what_is_folded(restoration: Restoration) -> str:

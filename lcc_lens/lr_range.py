@@ -53,7 +53,7 @@ def range_test(
     Args:
         model: the hooked pruned model.
         injection: what is to be trained.
-        sequences: training data; the first ones of the first epoch's order are used.
+        sequences: training data, of which the first few are used.
         validation: held-out data.
         config: settings of the run to come; rates are multiples of its rate, or of the method's own.
         teacher: the dense model, for distillation.
@@ -66,7 +66,7 @@ def range_test(
     few = list(sequences[: n_steps * config.batch_size])
     losses = []
     for rate in track(rates, len(rates), "learning rates"):
-        one = replace(config, lr=rate, epochs=1, validate_every=max(n_steps, 1), patience=None)
+        one = replace(config, lr=rate, epochs=1, validate_every=n_steps, patience=None)
         last = math.inf
         for step in train(model, injection, few, validation, one, teacher=teacher):
             last = step.validation_loss if step.validation_loss is not None else math.inf

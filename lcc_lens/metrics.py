@@ -49,3 +49,26 @@ def token_nll(
         for start in range(0, logits.shape[0], chunk)
     ]
     return torch.cat(losses) if losses else logits.new_zeros(0, dtype=torch.float32)
+
+
+def token_divergence(
+    wanted: Float[Tensor, "token vocab"],
+    got: Float[Tensor, "token vocab"],
+    temperature: float = 1.0,
+    chunk: int = 512,
+) -> Float[Tensor, " token"]:
+    r"""$T^2\, KL(p_T \Vert q_T)$ of each token in nats, in float32, a chunk at a time (vocabularies are large).
+
+    Args:
+        wanted: logits of p, the dense model's.
+        got: logits of q.
+        temperature: T, by which both distributions are flattened; the factor keeps the size of gradients (Hinton et
+            al., arXiv 1503.02531).
+        chunk: tokens at a time.
+    """
+    divergences = []
+    for start in range(0, got.shape[0], chunk):
+        part = slice(start, start + chunk)
+        log_p, log_q = (torch.log_softmax(x[part].float() / temperature, dim=-1) for x in (wanted, got))
+        divergences.append(temperature**2 * (log_p.exp() * (log_p - log_q)).sum(-1))
+    return torch.cat(divergences) if divergences else got.new_zeros(0, dtype=torch.float32)

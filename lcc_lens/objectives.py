@@ -14,7 +14,7 @@ from torch import Tensor
 from lcc_lens.data import Batch
 from lcc_lens.errors import RequestError
 from lcc_lens.hooks import HookedModel, logits_at
-from lcc_lens.metrics import token_nll
+from lcc_lens.metrics import token_divergence, token_nll
 from lcc_lens.models import device_of
 from lcc_lens.running import forward
 
@@ -66,27 +66,29 @@ class Objective:
         self, model: HookedModel, batch: Batch, hooks: Sequence[Any] = (), teacher: HookedModel | None = None
     ) -> Tensor:
         """The objective summed over a batch's counted tokens; logits are computed only at their positions."""
+        terms = self.terms(model, batch, hooks, teacher)
+        return torch.stack([getattr(self, name) * term for name, term in terms.items()]).sum()
+
+    def terms(
+        self, model: HookedModel, batch: Batch, hooks: Sequence[Any] = (), teacher: HookedModel | None = None
+    ) -> dict[str, Tensor]:
+        """The losses that have a weight, each summed over a batch's counted tokens and not weighted, from one pass.
+
+        Raises:
+            RequestError: no dense model for distillation.
+        """
         mask = batch.is_target().to(device_of(model))
         logits = _logits(model, batch, mask, hooks)
-        loss = logits.new_zeros((), dtype=torch.float32)
+        terms = {}
         if self.response:
-            loss = loss + self.response * token_nll(logits, batch.targets().to(logits.device)).sum()
+            terms["response"] = token_nll(logits, batch.targets().to(logits.device)).sum()
         if self.distillation:
             if teacher is None:
                 raise RequestError("wanted the dense model for distillation, got none")
             with torch.no_grad():
                 wanted = _logits(teacher, batch, mask.to(device_of(teacher)), ())
-            loss = loss + self.distillation * divergence(wanted.to(logits.device), logits, self.temperature).sum()
-        return loss
-
-
-def divergence(
-    wanted: Float[Tensor, "token vocab"], got: Float[Tensor, "token vocab"], temperature: float = 1.0
-) -> Float[Tensor, " token"]:
-    r"""$T^2\, KL(p_T \Vert q_T)$ in nats per token, in float32, of the distributions that two sets of logits give."""
-    log_p = torch.log_softmax(wanted.float() / temperature, dim=-1)
-    log_q = torch.log_softmax(got.float() / temperature, dim=-1)
-    return temperature**2 * (log_p.exp() * (log_p - log_q)).sum(-1)
+            terms["distillation"] = token_divergence(wanted.to(logits.device), logits, self.temperature).sum()
+        return terms
 
 
 def _logits(model: HookedModel, batch: Batch, mask: Tensor, hooks: Sequence[Any]) -> Float[Tensor, "token vocab"]:

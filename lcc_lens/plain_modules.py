@@ -40,6 +40,12 @@ def plain_modules(model: HookedModel) -> dict[str, nn.Module]:
     return {name: original.get_submodule(path) for name, path in _PATHS[model].items()}
 
 
+def weight_shape(module: nn.Module) -> tuple[int, ...]:
+    """The shape of a module's weight: ``[out, in]`` of a linear map whatever its layout, ``[d]`` of a norm."""
+    weight = module.get_parameter("weight")
+    return tuple(weight.shape[::-1] if is_transposed(module) else weight.shape)
+
+
 @contextmanager
 def changed_weights(model: HookedModel, changes: Mapping[str, Callable[[Tensor], Tensor]]) -> Iterator[HookedModel]:
     """Let plain modules compute with other weights inside the block; the model leaves it as it was.

@@ -11,22 +11,21 @@ from typing import Any
 import torch
 
 from lcc_lens.config import compute_dtype, default_device
-from lcc_lens.data import Data, TokenSequence, check_disjoint, encode, load_data, text_blocks
+from lcc_lens.data import Data, TokenSequence, load_data
 from lcc_lens.errors import RequestError
 from lcc_lens.export import find_slots
-from lcc_lens.files import read_json
 from lcc_lens.heads import Head
 from lcc_lens.injections import (
     Ingredients,
     Start,
     build_injection,
-    check_reached,
     parse_method,
     uses_components,
     uses_heads,
 )
+from lcc_lens.job_data import calibration_tokens, recorded_groups, training_sequences
 from lcc_lens.lr_range import range_test
-from lcc_lens.models import device_of, load_tokenizer, resolve
+from lcc_lens.models import resolve
 from lcc_lens.pair import Pair
 from lcc_lens.progress import track
 from lcc_lens.pruning import parse_pattern
@@ -170,29 +169,12 @@ def refit(
         "data": "+".join(part.name for part in parts),
         "source": [part.source for part in parts],
         # the pruned model may be a refitted one itself; what fitted it still counts
-        "groups": sorted(_recorded_groups(paths[1] / REFIT_RECORD).union(*(part.groups for part in parts))),
+        "groups": sorted(recorded_groups(paths[1] / REFIT_RECORD).union(*(part.groups for part in parts))),
     }
     return refit_checkpoint(
         *paths, Path(out), tokens=torch.cat(tokens), config=config, device=device, dtype=compute_dtype(device),
         overwrite=overwrite, provenance={**provenance, "dense": str(dense), "pruned": str(pruned), "seed": seed},
     )  # fmt: skip
-
-
-def calibration_tokens(data: Data, model: Path, n_samples: int, seq_len: int, seed: int) -> torch.Tensor:
-    """Equally long token blocks ``[sequence, pos]`` from shuffled documents.
-
-    Raises:
-        RequestError: too little text for ``n_samples`` blocks.
-    """
-    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed)).tolist()
-    text = "\n\n".join(data.examples[i].prompt + data.examples[i].response for i in order)
-    blocks = text_blocks(text, load_tokenizer(model), seq_len, n_samples)
-    if len(blocks) < n_samples:
-        raise RequestError(
-            f"wanted {n_samples} calibration sequences of {seq_len} tokens from {data.source}, got text for "
-            f"{len(blocks)}; name more data or lower --n-samples or --seq-len"
-        )
-    return torch.stack([block.tokens for block in blocks])
 
 
 def restore(
@@ -254,54 +236,27 @@ def restore(
     if exportable and uses_components(method):
         find_slots(pair.pruned_id.path, pair.output_projections)
     if shuffle_responses and method == "mean-shift":
-        raise RequestError(
-            "wanted a method that trains to shuffle responses for, got mean-shift; leave one of them out"
-        )
+        raise RequestError("wanted a method that trains to shuffle responses for, got mean-shift; leave one out")
     config = config or TrainConfig()
     run = Path(run) if run is not None else None
-    training, held_out = _training_sequences(
+    training, held_out = training_sequences(
         pair, scan, data, validation, max_length, limit, config.seed if shuffle_responses else None
     )
+    components = None if scan is None else scan.components
     injection = build_injection(
         method,
-        Ingredients(
-            pair.pruned,
-            None if scan is None else scan.components,
-            heads,
-            pair.output_projections,
-            rank,
-            start,
-            low_rank,
-            config.seed,
-        ),
-    ).to(device_of(pair.pruned))
-    check_reached(pair.pruned, injection)
+        Ingredients(pair.pruned, components, heads, pair.output_projections, rank, start, low_rank, config.seed),
+    )
     teacher = pair.dense if config.objective.needs_teacher else None
-    tested = None
+    tested: dict[str, float] | None = None
     if tune_lr and injection.n_trained:
-        tested = range_test(pair.pruned, injection, training, held_out, config, teacher=teacher)
-        config = replace(config, lr=tested.best)
+        found = range_test(pair.pruned, injection, training, held_out, config, teacher=teacher)
+        tested, config = dict(zip(map(str, found.rates), found.losses, strict=True)), replace(config, lr=found.best)
     settings = {
-        **asdict(config),
-        "lr_range": None if tested is None else dict(zip(map(str, tested.rates), tested.losses, strict=True)),
-        "method": method,
-        "rank": rank,
-        "low_rank": low_rank,
-        "learning_rates": learning_rates(injection, config.lr),
-        "start": start,
-        "max_length": max_length,
-        "limit": limit,
-        "shuffle_responses": shuffle_responses,
-        "heads": [str(h) for h in heads],
-    }
-    described = [
-        pair.pruned_id.sha256,
-        None if scan is None else asdict(scan.record),
-        data.source,
-        sorted(data.groups),
-        settings,
-    ]
-    identity = json.dumps([*described, [len(s) for s in held_out]], sort_keys=True)
+        **asdict(config), "method": method, "rank": rank, "low_rank": low_rank, "start": start,
+        "learning_rates": learning_rates(injection, config.lr), "lr_range": tested, "max_length": max_length,
+        "limit": limit, "shuffle_responses": shuffle_responses, "heads": [str(h) for h in heads],
+    }  # fmt: skip
     losses = {
         "dense": validation_loss(pair.dense, None, held_out, config.micro_tokens),
         "pruned": validation_loss(pair.pruned, None, held_out, config.micro_tokens),
@@ -310,29 +265,34 @@ def restore(
     if injection.n_trained:
         steps = train(
             pair.pruned, injection, training, held_out, config, teacher=teacher, run=run, resume=resume,
-            identity=identity,
+            identity=_identity(pair, scan, data, settings, held_out),
         )  # fmt: skip
         for step in track(steps, config.epochs * -(-len(training) // config.batch_size), "restore"):
             folder.add(step)
             if on_step is not None:
                 on_step(step)
     losses["restored"] = validation_loss(pair.pruned, injection, held_out, config.micro_tokens)
+    # what was trained learned from the data; what was not, from the scan
+    name, n_examples = data.name, len(training)
+    if scan is not None and not injection.n_trained:
+        name, n_examples = scan.record.data, scan.record.n_examples
     record = RestorationRecord(
-        dense=pair.dense_id.reference,
-        pruned=pair.pruned_id.reference,
-        dense_sha256=pair.dense_id.sha256,
-        pruned_sha256=pair.pruned_id.sha256,
-        method=method,
-        data=data.name if injection.n_trained or scan is None else scan.record.data,
-        n_examples=len(training) if injection.n_trained or scan is None else scan.record.n_examples,
-        seed=config.seed,
-        settings=settings,
-        losses=losses,
-        n_trained=injection.n_trained,
-    )
+        dense=pair.dense_id.reference, pruned=pair.pruned_id.reference, dense_sha256=pair.dense_id.sha256,
+        pruned_sha256=pair.pruned_id.sha256, method=method, data=name, n_examples=n_examples, seed=config.seed,
+        settings=settings, losses=losses, n_trained=injection.n_trained,
+    )  # fmt: skip
     restoration = Restoration.of(injection, record)
     folder.finish(restoration, len(held_out))
     return restoration
+
+
+def _identity(
+    pair: Pair, scan: Scan | None, data: Data, settings: dict[str, Any], held_out: Sequence[TokenSequence]
+) -> str:
+    """What a checkpoint must share to be resumed."""
+    scanned = None if scan is None else asdict(scan.record)
+    described = [pair.pruned_id.sha256, scanned, data.source, sorted(data.groups), settings]
+    return json.dumps([*described, [len(s) for s in held_out]], sort_keys=True)
 
 
 def _check_request(pair: Pair, scan: Scan | None, heads: Sequence[Head], method: str) -> None:
@@ -370,56 +330,3 @@ def _refuse_removed(heads: Sequence[Head], pair: Pair) -> None:
     gone = sorted(removed.intersection(heads))
     if gone:
         raise RequestError(f"wanted heads that are still there, got {gone[0]}, removed whole; choose by scan.select")
-
-
-def _training_sequences(
-    pair: Pair,
-    scan: Scan | None,
-    data: Data,
-    validation: Data | None,
-    max_length: int,
-    limit: int | None,
-    shuffle: int | None,
-) -> tuple[list[TokenSequence], list[TokenSequence]]:
-    """Training and validation sequences that share nothing with each other, the probe or the calibration data."""
-    if validation is None:
-        data, validation = _split_off(data)
-    check_disjoint(data.groups, validation.groups, "training data", "validation data")
-    if shuffle is not None:
-        data = data.with_shuffled_responses(shuffle)
-    calibration = _calibration_groups(pair.pruned_id.path)
-    for part, name in ((data, "training data"), (validation, "validation data")):
-        if part.role is not None:  # data loaded without a role are the caller's own affair
-            if scan is not None:
-                check_disjoint(part.groups, frozenset(scan.record.groups), name, "the scan's data")
-            check_disjoint(part.groups, calibration, name, "the pruning's calibration data")
-    return (
-        encode(data, pair.tokenizer, max_length=max_length, limit=limit),
-        encode(validation, pair.tokenizer, max_length=max_length, limit=limit and max(8, limit // 10)),
-    )
-
-
-def _split_off(data: Data) -> tuple[Data, Data]:
-    """Keep every tenth group of the data for validation."""
-    groups = sorted({example.group for example in data.examples})
-    chosen = set(groups[::10])
-    kept = tuple(example for example in data.examples if example.group not in chosen)
-    held_out = tuple(example for example in data.examples if example.group in chosen)
-    if not kept or not held_out:
-        raise RequestError(
-            f"wanted at least 2 different examples to train and validate on, got {len(groups)}; add data"
-        )
-    return Data(data.name, data.kind, kept, data.source, data.role), Data(
-        data.name, data.kind, held_out, data.source, data.role
-    )
-
-
-def _calibration_groups(pruned: Path) -> frozenset[str]:
-    """What the calibration of pruning and refit used, where the checkpoint says so."""
-    return _recorded_groups(pruned / "pruning.json") | _recorded_groups(pruned / REFIT_RECORD)
-
-
-def _recorded_groups(file: Path) -> frozenset[str]:
-    """The groups of the calibration data in a record beside the weights; none where there is no record."""
-    calibration = read_json(file).get("calibration") if file.exists() else None
-    return frozenset((calibration or {}).get("groups", ()))

@@ -22,7 +22,7 @@ from lcc_lens.hooks import HookedModel, kept_hooks, z_adders
 from lcc_lens.injections.base import Injection
 from lcc_lens.injections.changes import Change, merged, read_change
 from lcc_lens.injections.constants import LccInjection, constants_by_layer
-from lcc_lens.plain_modules import changed_weights
+from lcc_lens.plain_modules import changed_weights, plain_modules, weight_shape
 
 RESTORATION_TENSORS = "restoration.safetensors"
 #: In the names of a change's tensors: its place, kind, module and number; no module name holds this sign.
@@ -102,6 +102,7 @@ class Restoration:
         cfg = model.cfg
         if self.heads:
             check_heads(self.heads, int(cfg.n_layers), int(cfg.n_heads))
+        self._check_weights(model)
         if self.heads and self.constants.shape[-1] != int(cfg.d_head):
             raise RequestError(f"wanted a model with d_head {self.constants.shape[-1]}, got {cfg.d_head}; wrong model")
         by_layer = constants_by_layer(self.heads, self.constants, int(cfg.n_heads))
@@ -109,6 +110,15 @@ class Restoration:
         weights = changed_weights(model, changes) if changes else nullcontext()
         with weights, kept_hooks(model, z_adders(by_layer)) as restored:
             yield restored
+
+    def _check_weights(self, model: HookedModel) -> None:
+        """Refuse a model whose weights the changes do not fit."""
+        modules = plain_modules(model) if self.changes else {}
+        for name, change in self.changes:
+            shape = weight_shape(modules[name]) if name in modules else None
+            if shape is None or not change.fits(shape):
+                got = "none" if shape is None else f"one of shape {shape}"
+                raise RequestError(f"wanted a model with the weight {name} that was restored, got {got}; wrong model")
 
     def save(self, run: str | Path) -> None:
         """Write ``restoration.safetensors`` into a run directory, atomically; its metadata hold the record."""

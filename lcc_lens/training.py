@@ -116,14 +116,29 @@ def validation_loss(
     teacher: HookedModel | None = None,
 ) -> float:
     """Token-weighted objective in nats (the response loss if none is given); of the bare model without an injection."""
-    total, count = 0.0, 0
     objective = objective or Objective()
+    terms = validation_terms(model, injection, sequences, micro_tokens, objective, teacher)
+    return sum(float(getattr(objective, name)) * value for name, value in terms.items())
+
+
+def validation_terms(
+    model: HookedModel,
+    injection: Injection | None,
+    sequences: Sequence[TokenSequence],
+    micro_tokens: int,
+    objective: Objective,
+    teacher: HookedModel | None = None,
+) -> dict[str, float]:
+    """Every loss of an objective by its name, not weighted, in nats per counted token, all from the same passes."""
+    totals: dict[str, float] = {}
+    count = 0
     with torch.inference_mode(), (injection or Injection()).attached(model):
         hooks = injection.hooks() if injection is not None else []
         for batch in batches(sequences, max_tokens=micro_tokens):
-            total += float(objective.loss(model, batch, hooks, teacher))
+            for name, term in objective.terms(model, batch, hooks, teacher).items():
+                totals[name] = totals.get(name, 0.0) + float(term)
             count += int(batch.is_target().sum())
-    return total / count
+    return {name: total / count for name, total in totals.items()}
 
 
 def train(
@@ -177,7 +192,7 @@ def train(
             start, lr = time.perf_counter(), state.begin_step()
             loss, n_targets = _optimise(model, injection, state, [sequences[i] for i in index], teacher)
             if not math.isfinite(loss):
-                _warn_of_divergence(state.step + 1, state.n_steps, f"a loss of {loss}", lr)
+                _warn_of_divergence(state.step + 1, state.n_steps, f"a loss of {loss}", state.rates[0])
                 break
             state.step += 1
             is_last = state.step == state.n_steps
@@ -188,7 +203,7 @@ def train(
             yield Step(state.step, state.n_steps, loss, lr, n_targets, time.perf_counter() - start, measured)
             if measured is not None and not measured <= _DIVERGED * state.first_loss:
                 what = f"a validation loss of {measured:.3g} ({state.first_loss:.3g} at first)"
-                _warn_of_divergence(state.step, state.n_steps, what, lr)
+                _warn_of_divergence(state.step, state.n_steps, what, state.rates[0])
                 break  # before the state is saved: a resumed run meets the same end
             if run is not None and (is_last or interruption.requested or state.step % config.checkpoint_every == 0):
                 state.save(run)
@@ -239,7 +254,7 @@ class _State:
         self.rates = learning_rates(injection, config.lr)
         groups = [
             {"params": [n for n in part.parameters() if n.requires_grad], "lr": rate}
-            for part, rate in zip(injection.parts, self.rates, strict=True)
+            for part, rate in zip(_trained_parts(injection), self.rates, strict=True)
         ]
         self.optimizer = torch.optim.AdamW(groups, weight_decay=config.weight_decay)
         self.n_steps = config.epochs * math.ceil(n_sequences / config.batch_size)
@@ -312,9 +327,14 @@ class _State:
 
 
 def learning_rates(injection: Injection, lr: float | None) -> list[float]:
-    """The learning rate of every part: its own, or scaled so that the first one's is ``lr``."""
-    scale = 1.0 if lr is None else lr / injection.default_lr
-    return [part.default_lr * scale for part in injection.parts]
+    """The learning rate of every part that trains: its own, or scaled so that the first one's is ``lr``."""
+    rates = [part.default_lr for part in _trained_parts(injection)]
+    scale = 1.0 if lr is None or not rates else lr / rates[0]
+    return [rate * scale for rate in rates]
+
+
+def _trained_parts(injection: Injection) -> list[Injection]:
+    return [part for part in injection.parts if part.n_trained]
 
 
 def epoch_batches(sequences: Sequence[TokenSequence], batch_size: int, seed: int) -> list[list[int]]:

@@ -82,6 +82,7 @@ LAYERS: list[tuple[str, ...]] = [
         "page",
         "compare",
         "recipe",
+        "job_data",
         "run_folder",
         "lens",
         "lens.*",

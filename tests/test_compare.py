@@ -7,10 +7,15 @@ import json
 from pathlib import Path
 
 import pytest
+from conftest import build_model, save_model
 
 from lcc_lens.compare import CompareConfig, Entry, compare, summary
-from lcc_lens.errors import LensError, RequestError
+from lcc_lens.data import encode, load_data
+from lcc_lens.errors import InterruptedRun, LensError, RequestError
 from lcc_lens.files import read_json
+from lcc_lens.objectives import Objective
+from lcc_lens.recipe import prune
+from lcc_lens.training import validation_loss, validation_terms
 
 module = importlib.import_module("lcc_lens.compare")  # not the function of the same name
 SMALL = {
@@ -105,3 +110,57 @@ def test_refit_and_what_is_trained_upon_it(
     assert refitted["kl"] != bare["kl"]
     assert both["kl"] < refitted["kl"]
     assert "n_trained" not in refitted
+
+
+def test_an_interruption_ends_the_comparison_and_keeps_cells(
+    dense_dir: Path, pruned_dir: Path, config: CompareConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C is not a failed cell."""
+    cells = {}
+    real = module.train
+
+    def interrupted(model, injection, *args, **kwargs):
+        if cells:
+            raise InterruptedRun("stopped after step 1 of 3")
+        yield from real(model, injection, *args, **kwargs)
+
+    monkeypatch.setattr(module, "train", interrupted)
+    with pytest.raises(InterruptedRun, match=r"stopped in norms \| 0; finished cells are in .*comparison\.json"):
+        compare(
+            dense_dir, pruned_dir, tmp_path, ["low-rank", "norms", "gain"], seeds=1, config=config,
+            on_cell=cells.__setitem__,
+        )  # fmt: skip
+    assert list(cells) == list(read_json(tmp_path / "comparison.json")["cells"]) == ["low-rank | 0"]
+
+
+def test_a_folder_of_another_pair_is_refused(
+    dense_dir: Path, pruned_dir: Path, config: CompareConfig, tmp_path: Path
+) -> None:
+    (tmp_path / "refit").mkdir()
+    (tmp_path / "refit" / "refit.json").write_text(json.dumps({"dense_sha256": "a", "pruned_sha256": "b"}))
+    with pytest.raises(RequestError, match=r"wanted a refit of this pair in .*refit, got another's"):
+        compare(dense_dir, pruned_dir, tmp_path, ["norms"], config=config)
+    other = compare(dense_dir, dense_dir, tmp_path / "other", ["lcc"], seeds=1, config=config)
+    assert "perplexity" in other["cells"]["lcc | 0"]
+    found = compare(
+        dense_dir, pruned_dir, tmp_path / "other", ["lcc"], seeds=1, config=config, out=tmp_path / "file.json"
+    )
+    assert found["cells"]["lcc | 0"]["error"].startswith("wanted the pruned model of the scan")
+
+
+def test_measures_agree_with_the_losses_one_by_one(pair, question_file: Path) -> None:
+    sequences = encode(load_data(str(question_file)), pair.tokenizer)
+    both = validation_terms(pair.pruned, None, sequences, 1024, Objective(1.0, 1.0), pair.dense)
+    assert both["response"] == pytest.approx(validation_loss(pair.pruned, None, sequences))
+    kl = validation_loss(pair.pruned, None, sequences, 1024, Objective(0.0, 1.0), pair.dense)
+    assert both["distillation"] == pytest.approx(kl)
+    weighted = validation_loss(pair.pruned, None, sequences, 1024, Objective(0.25, 0.5), pair.dense)
+    assert weighted == pytest.approx(0.25 * both["response"] + 0.5 * kl)
+
+
+def test_dense_control_of_a_sliced_model_is_reported(text_file: Path, config: CompareConfig, tmp_path: Path) -> None:
+    dense_dir = save_model(build_model(num_key_value_heads=5), tmp_path / "dense")
+    prune(dense_dir, tmp_path / "sliced", method="slimgpt", sparsity=0.5, sliced=True, calibration=str(text_file),
+          n_samples=4, seq_len=32)  # fmt: skip
+    found = compare(dense_dir, tmp_path / "sliced", tmp_path / "run", ["lcc@dense"], seeds=1, config=config)
+    assert "wanted models with the same heads for lcc@dense" in found["cells"]["lcc@dense | 0"]["error"]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import save_model
+from conftest import build_model, save_model
 from safetensors.torch import load_file
 from test_contrast import FAMILIES
 
@@ -16,9 +16,11 @@ from lcc_lens.export import export
 from lcc_lens.heads import Head
 from lcc_lens.injections import METHODS, Ingredients, build_injection, check_reached
 from lcc_lens.injections.changes import Gain, LowRank, Shift
+from lcc_lens.job_data import training_sequences
 from lcc_lens.lr_range import range_test
+from lcc_lens.metrics import token_divergence
 from lcc_lens.models import load_hooked, load_plain
-from lcc_lens.objectives import Objective, divergence
+from lcc_lens.objectives import Objective
 from lcc_lens.plain_modules import changed_weights, plain_modules
 from lcc_lens.recipe import restore
 from lcc_lens.restoration import Restoration, RestorationRecord
@@ -163,7 +165,7 @@ def test_a_rank_that_offset_has_no_use_for(pair, found: Scan) -> None:
 
 def test_every_weight_is_reached(pair, found: Scan) -> None:
     for method in METHODS:
-        check_reached(pair.pruned, build(pair, found, method))
+        build(pair, found, method)
     injection = build(pair, found, "low-rank")
     injection._names = tuple("model.embed_tokens" if "q_proj" in name else name for name in injection._names)
     injection.changes()["model.embed_tokens"].forward = lambda weight: weight  # as if a copy were computed with
@@ -173,18 +175,16 @@ def test_every_weight_is_reached(pair, found: Scan) -> None:
 
 def test_distillation_objective(pair, found: Scan, question_file: Path) -> None:
     logits = torch.randn(5, 11)
-    assert torch.allclose(divergence(logits, logits + 3.0), torch.zeros(5), atol=1e-6)
+    assert torch.allclose(token_divergence(logits, logits + 3.0), torch.zeros(5), atol=1e-6)
     other = torch.randn(5, 11)
     for T in (1.0, 2.0):
         p, q = (torch.softmax(x.double() / T, -1) for x in (logits, other))
         expected = T**2 * (p * (p.log() - q.log())).sum(-1)
-        assert torch.allclose(divergence(logits, other, T).double(), expected, atol=1e-5)
+        assert torch.allclose(token_divergence(logits, other, T, chunk=2).double(), expected, atol=1e-5)
     data = load_data(str(question_file))
     config = TrainConfig(batch_size=4, validate_every=2, objective=Objective.parse("distillation"))
     restoration = restore(pair, None, (), data, method="masked", config=config)
-    from lcc_lens.recipe import _training_sequences
-
-    _, held_out = _training_sequences(pair, None, data, None, 512, None, None)
+    _, held_out = training_sequences(pair, None, data, None, 512, None, None)
     kl = [validation_loss(pair.dense, None, held_out, 1024, config.objective, pair.dense)]
     kl.append(validation_loss(pair.pruned, None, held_out, 1024, config.objective, pair.dense))
     with restoration.applied_to(pair.pruned) as model:
@@ -246,14 +246,37 @@ def test_families_fold_or_refuse(family: str, method: str, tmp_path: Path) -> No
     """An export compares itself with the hooked model; what hooks compute from copies is refused before."""
     path = save_model(FAMILIES[family](), tmp_path / "model")
     loaded = load_hooked(path, dtype=torch.float32)
-    injection = build_injection(method, Ingredients(loaded.model, None, (), loaded.output_projections))
+    given = Ingredients(loaded.model, None, (), loaded.output_projections)
     if (family, method) in REFUSED:
         with pytest.raises(RequestError, match="got one that computes with a copy of it"):
-            check_reached(loaded.model, injection)
+            build_injection(method, given)
         return
-    check_reached(loaded.model, injection)
+    injection = build_injection(method, given)
     record = RestorationRecord("d", str(path), "", loaded.identity.sha256, method, "none", 0, 0)
     report = export(Restoration.of(disturbed(injection), record), path, tmp_path / "out")
     assert report.logit_effect > 1e-3
     assert report.logit_difference < 1e-4
     assert set(report.changed) == {f"{name}.weight" for part in injection.parts for name in part.changes()}
+
+
+@pytest.mark.parametrize("method", ["low-rank", "norms", "gain"])
+def test_another_model_is_refused(pair, found: Scan, tmp_path: Path, method: str) -> None:
+    restoration = Restoration.of(build(pair, found, method), RestorationRecord("d", "p", "", "", method, "none", 0, 0))
+    shape = {"hidden_size": 20, "num_attention_heads": 5, "head_dim": 4, "intermediate_size": 24}
+    other = load_hooked(save_model(build_model(**shape), tmp_path / "other"), dtype=torch.float32).model
+    message = r"wanted a model with the weight .* got one of shape .*; wrong model"
+    with pytest.raises(RequestError, match=message), restoration.applied_to(other):
+        pass
+
+
+def test_parts_that_do_not_train_have_no_rate(pair, found: Scan, question_file: Path) -> None:
+    injection = build(pair, found, "mean-shift+low-rank")
+    assert learning_rates(injection, 1e-3) == [1e-3]
+    assert learning_rates(build(pair, found, "mean-shift"), 1e-3) == []
+    steps: list = []
+    config = TrainConfig(batch_size=4, lr=1e-3)
+    restore(
+        pair, found, found.select("mse", share=0.5), load_data(str(question_file)), method="mean-shift+low-rank",
+        config=config, on_step=steps.append,
+    )  # fmt: skip
+    assert steps[0].lr == 1e-3

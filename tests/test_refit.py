@@ -15,6 +15,7 @@ from lcc_lens import recipe
 from lcc_lens.data import load_data
 from lcc_lens.errors import RequestError
 from lcc_lens.files import read_json, read_tensors
+from lcc_lens.job_data import calibration_tokens, training_sequences
 from lcc_lens.pair import load_pair
 from lcc_lens.pruning import refit as module
 from lcc_lens.pruning.refit import REFIT_RECORD, RefitConfig, refit
@@ -130,7 +131,7 @@ def test_calibration_is_split_evenly_and_named(
     passed: dict[str, Any] = {}
     monkeypatch.setattr(recipe, "refit_checkpoint", lambda *_, **settings: passed.update(settings) or {})
     recipe.refit(dense_dir, pruned_dir, tmp_path / "refit", calibration=texts, n_samples=5, seq_len=16)
-    parts = [recipe.calibration_tokens(text, pruned_dir, n, 16, 0) for text, n in zip(texts, (3, 2), strict=True)]
+    parts = [calibration_tokens(text, pruned_dir, n, 16, 0) for text, n in zip(texts, (3, 2), strict=True)]
     assert torch.equal(passed["tokens"], torch.cat(parts))
     assert not torch.equal(parts[0][:2], parts[1])
     told = passed["provenance"]
@@ -169,7 +170,7 @@ def test_training_may_not_use_what_the_refit_read(
     """The pruning read other groups, so that the refit's record alone decides."""
     data = load_data(str(text_file), role="train")
     recipe.refit(dense_dir, pruned_dir, tmp_path / "refit", calibration=data, n_samples=2, seq_len=16)
-    assert recipe._training_sequences(pair, None, data, None, 32, None, None)[0]
+    assert training_sequences(pair, None, data, None, 32, None, None)[0]
     with pytest.raises(RequestError, match="wanted training data and the pruning's calibration data without a shared"):
         recipe.restore(load_pair(dense_dir, tmp_path / "refit"), None, [], data, method="norms", max_length=32)
 

@@ -90,8 +90,7 @@ def adapters(
         _put(original, path, module)
     for number in trained:  # peft freezes everything that is not its own
         number.requires_grad_(True)
-    for name in ("peft_config",):
-        original.__dict__.pop(name, None)
+    original.__dict__.pop("peft_config", None)
     for layer in layers.values():
         for number in layer.parameters():
             if number.requires_grad:

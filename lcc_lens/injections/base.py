@@ -55,13 +55,13 @@ class Composite(Injection):
     """Several injections at once.
 
     Args:
-        parts: what acts together; the first one's learning rate is the one that a request names.
+        parts: what acts together; the learning rate that a request names is that of the first one that trains.
     """
 
     def __init__(self, parts: Sequence[Injection]) -> None:
         super().__init__()
         self.members = nn.ModuleList(parts)
-        self.default_lr = parts[0].default_lr
+        self.default_lr = next((part.default_lr for part in parts if part.n_trained), parts[0].default_lr)
 
     @property
     def parts(self) -> Sequence[Injection]:

@@ -24,6 +24,10 @@ class Change(nn.Module):
         """The changed weight."""
         raise NotImplementedError
 
+    def fits(self, shape: tuple[int, ...]) -> bool:
+        """Whether a weight of this shape (``[out, in]``, or ``[d]``) can be changed so."""
+        raise NotImplementedError
+
 
 class LowRank(Change):
     r"""$W + M \odot (B A)$ with the pattern $M$ of the weights that survived: masked LoRA, which merges.
@@ -42,8 +46,9 @@ class LowRank(Change):
         self.A, self.B = nn.Parameter(A), nn.Parameter(B)
 
     @classmethod
-    def random(cls, n_out: int, n_in: int, rank: int, generator: torch.Generator) -> LowRank:
+    def random(cls, shape: tuple[int, ...], rank: int, generator: torch.Generator) -> LowRank:
         """No change yet: A drawn uniformly with variance 1 / (3 n_in) as LoRA does, B zero."""
+        n_out, n_in = shape
         A = (torch.rand(rank, n_in, generator=generator) * 2 - 1) / n_in**0.5
         return cls(A, torch.zeros(n_out, rank))
 
@@ -51,6 +56,10 @@ class LowRank(Change):
         """The changed weight."""
         delta = self.B.to(weight) @ self.A.to(weight)  # in the weight's format: several times faster in bfloat16
         return torch.addcmul(weight, delta, (weight != 0).to(weight))
+
+    def fits(self, shape: tuple[int, ...]) -> bool:
+        """Whether a weight of this shape can be changed so."""
+        return shape == (self.B.shape[0], self.A.shape[1])
 
 
 class Gain(Change):
@@ -78,6 +87,10 @@ class Gain(Change):
         scale = self.gain.new_ones(weight.shape[-1]).index_put((self.columns,), 1 + self.gain)
         return (weight * scale.to(weight.device)).to(weight.dtype)
 
+    def fits(self, shape: tuple[int, ...]) -> bool:
+        """Whether a weight of this shape can be changed so."""
+        return len(shape) == 2 and int(self.columns.max()) < shape[1]
+
 
 class Shift(Change):
     """$W + M * D$: every surviving weight on its own; of a norm, every weight.
@@ -96,6 +109,10 @@ class Shift(Change):
         """The changed weight."""
         shift = self.shift.to(weight)
         return weight + shift if weight.ndim == 1 else torch.addcmul(weight, shift, (weight != 0).to(weight))
+
+    def fits(self, shape: tuple[int, ...]) -> bool:
+        """Whether a weight of this shape can be changed so."""
+        return shape == tuple(self.shift.shape)
 
 
 _KINDS: dict[str, type[Change]] = {"low-rank": LowRank, "gain": Gain, "shift": Shift}

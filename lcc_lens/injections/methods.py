@@ -11,7 +11,8 @@ from lcc_lens.heads import Head
 from lcc_lens.hooks import HookedModel
 from lcc_lens.injections.base import Composite, Injection
 from lcc_lens.injections.constants import LccInjection, MeanShift, OffsetInjection, Start
-from lcc_lens.injections.weights import masked_low_rank, masked_weights, norm_gains, output_gains
+from lcc_lens.injections.weights import check_reached, masked_low_rank, masked_weights, norm_gains, output_gains
+from lcc_lens.models import device_of
 
 
 @dataclass(frozen=True)
@@ -50,9 +51,8 @@ def _offset(given: Ingredients) -> Injection:
 
 
 def _random_basis(given: Ingredients) -> Injection:
-    return LccInjection(
-        given.lost().in_random_basis(given.seed), given.heads, rank=given.rank, start=given.start
-    )  # fmt: skip
+    components = given.lost().in_random_basis(given.seed)
+    return LccInjection(components, given.heads, rank=given.rank, start=given.start)
 
 
 #: ``lcc`` is the paper's (Eq. 8); ``offset``, ``mean-shift`` and ``random-basis`` are its controls.
@@ -95,10 +95,13 @@ def uses_components(method: str) -> bool:
 
 
 def build_injection(method: str, given: Ingredients) -> Injection:
-    """Build the injection of a method's name.
+    """Build the injection of a method's name, on the model's device.
 
     Raises:
-        RequestError: an unknown name, or ingredients that do not fit it.
+        RequestError: an unknown name, ingredients that do not fit it, or a model whose hooked forward pass would not
+            read the changed weights (see :func:`~lcc_lens.injections.weights.check_reached`).
     """
     parts = [METHODS[name](given) for name in parse_method(method)]
-    return parts[0] if len(parts) == 1 else Composite(parts)
+    injection = (parts[0] if len(parts) == 1 else Composite(parts)).to(device_of(given.model))
+    check_reached(given.model, injection)
+    return injection

@@ -13,8 +13,8 @@ from lcc_lens.heads import Head
 from lcc_lens.hooks import HookedModel, NamedHook
 from lcc_lens.injections.base import Injection
 from lcc_lens.injections.changes import Change, Gain, LowRank, Shift
-from lcc_lens.plain_modules import plain_modules
-from lcc_lens.pruning.layers import is_linear, is_transposed
+from lcc_lens.plain_modules import plain_modules, weight_shape
+from lcc_lens.pruning.layers import is_linear
 from lcc_lens.running import forward
 from lcc_lens.wiring import probe_tokens
 
@@ -55,13 +55,13 @@ def masked_low_rank(model: HookedModel, *, rank: int = 8, seed: int = 0) -> Weig
     if rank < 1:
         raise RequestError(f"wanted a rank of at least 1 for a masked low rank, got {rank}")
     generator = torch.Generator().manual_seed(seed)
-    changes = {name: LowRank.random(*_shape(m), rank, generator) for name, m in layer_maps(model).items()}
+    changes = {name: LowRank.random(weight_shape(m), rank, generator) for name, m in layer_maps(model).items()}
     return WeightInjection(changes, default_lr=2e-3)
 
 
 def masked_weights(model: HookedModel) -> WeightInjection:
     """Every surviving weight of the decoder layers' linear maps: full fine-tuning under the mask, an upper bound."""
-    changes = {name: Shift(torch.zeros(_shape(module))) for name, module in layer_maps(model).items()}
+    changes = {name: Shift(torch.zeros(weight_shape(module))) for name, module in layer_maps(model).items()}
     return WeightInjection(changes, default_lr=1e-4)
 
 
@@ -135,8 +135,3 @@ def check_reached(model: HookedModel, injection: Injection) -> None:
 def _stepwise(model: HookedModel, tokens: Tensor, hooks: list[NamedHook]) -> Tensor:
     logits: Tensor = model.run_with_hooks(tokens, fwd_hooks=hooks)
     return logits
-
-
-def _shape(module: nn.Module) -> tuple[int, int]:
-    weight = module.get_parameter("weight")
-    return tuple(weight.shape[::-1] if is_transposed(module) else weight.shape)  # type: ignore[return-value]

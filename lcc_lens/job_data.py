@@ -1,0 +1,85 @@
+"""The data of whole jobs: calibration blocks, and training and validation that share nothing with other uses."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from lcc_lens.data import Data, TokenSequence, check_disjoint, encode, text_blocks
+from lcc_lens.errors import RequestError
+from lcc_lens.files import read_json
+from lcc_lens.models import load_tokenizer
+from lcc_lens.pair import Pair
+from lcc_lens.pruning.refit import REFIT_RECORD
+from lcc_lens.scan import Scan
+
+
+def calibration_tokens(data: Data, model: Path, n_samples: int, seq_len: int, seed: int) -> torch.Tensor:
+    """Equally long token blocks ``[sequence, pos]`` from shuffled documents.
+
+    Raises:
+        RequestError: too little text for ``n_samples`` blocks.
+    """
+    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed)).tolist()
+    text = "\n\n".join(data.examples[i].prompt + data.examples[i].response for i in order)
+    blocks = text_blocks(text, load_tokenizer(model), seq_len, n_samples)
+    if len(blocks) < n_samples:
+        raise RequestError(
+            f"wanted {n_samples} calibration sequences of {seq_len} tokens from {data.source}, got text for "
+            f"{len(blocks)}; name more data or lower --n-samples or --seq-len"
+        )
+    return torch.stack([block.tokens for block in blocks])
+
+
+def training_sequences(
+    pair: Pair,
+    scan: Scan | None,
+    data: Data,
+    validation: Data | None,
+    max_length: int,
+    limit: int | None,
+    shuffle: int | None,
+) -> tuple[list[TokenSequence], list[TokenSequence]]:
+    """Training and validation sequences that share nothing with each other, the probe or the calibration data."""
+    if validation is None:
+        data, validation = _split_off(data)
+    check_disjoint(data.groups, validation.groups, "training data", "validation data")
+    if shuffle is not None:
+        data = data.with_shuffled_responses(shuffle)
+    calibration = _calibration_groups(pair.pruned_id.path)
+    for part, name in ((data, "training data"), (validation, "validation data")):
+        if part.role is not None:  # data loaded without a role are the caller's own affair
+            if scan is not None:
+                check_disjoint(part.groups, frozenset(scan.record.groups), name, "the scan's data")
+            check_disjoint(part.groups, calibration, name, "the pruning's calibration data")
+    return (
+        encode(data, pair.tokenizer, max_length=max_length, limit=limit),
+        encode(validation, pair.tokenizer, max_length=max_length, limit=limit and max(8, limit // 10)),
+    )
+
+
+def _split_off(data: Data) -> tuple[Data, Data]:
+    """Keep every tenth group of the data for validation."""
+    groups = sorted({example.group for example in data.examples})
+    chosen = set(groups[::10])
+    kept = tuple(example for example in data.examples if example.group not in chosen)
+    held_out = tuple(example for example in data.examples if example.group in chosen)
+    if not kept or not held_out:
+        raise RequestError(
+            f"wanted at least 2 different examples to train and validate on, got {len(groups)}; add data"
+        )
+    return Data(data.name, data.kind, kept, data.source, data.role), Data(
+        data.name, data.kind, held_out, data.source, data.role
+    )
+
+
+def _calibration_groups(pruned: Path) -> frozenset[str]:
+    """What the calibration of pruning and refit used, where the checkpoint says so."""
+    return recorded_groups(pruned / "pruning.json") | recorded_groups(pruned / REFIT_RECORD)
+
+
+def recorded_groups(file: Path) -> frozenset[str]:
+    """The groups of the calibration data in a record beside the weights; none where there is no record."""
+    calibration = read_json(file).get("calibration") if file.exists() else None
+    return frozenset((calibration or {}).get("groups", ()))
