@@ -17,9 +17,11 @@ from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+from run import describe
 from transformers.utils import logging as transformers_logging
 
 from lcc_lens.compare import CompareConfig, compare
+from lcc_lens.files import read_json, write_json
 from lcc_lens.recipe import prune
 
 HERE = Path(__file__).parent
@@ -39,9 +41,14 @@ def main(folder: Path, minutes: float, seeds: int, models: list[str], entries: l
         pruned = folder / name / "pruned"
         if not pruned.exists():
             prune("smollm2", pruned, method="wanda", calibration="c4", n_samples=64, **MODELS[name])
+        out = HERE / f"restorations_{name}.json"
+        found = read_json(out) if out.exists() else {"cells": {}}
+        write_json(
+            out, {**found, "command": f"python benchmarks/restorations.py --models {name}", "machine": describe()}
+        )
         compare(
             "smollm2", pruned, folder / name, entries, seeds=seeds, config=CompareConfig(), deadline=end,
-            out=HERE / f"restorations_{name}.json", on_cell=lambda cell, got: print(cell, got, flush=True),
+            out=out, on_cell=lambda cell, got: print(cell, got, flush=True),
         )  # fmt: skip
 
 

@@ -26,7 +26,7 @@ def show_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
 
     table = Table(title=title, title_justify="left", show_header=any(columns))
     for number, column in enumerate(columns):
-        table.add_column(column, justify="left" if number == 0 else "right")
+        table.add_column(column, justify="left" if number == 0 else "right", overflow="fold")
     for row in rows:
         table.add_row(*row)
     console().print(table)
@@ -64,7 +64,7 @@ def show_comparison(bare: dict[str, Any], rows: list[dict[str, Any]], run: Path)
         value, spread = row[key], row[f"{key}_sd"]
         return "" if value is None else format(value, form) + ("" if spread is None else f" ± {spread:{form}}")
 
-    columns = ["", "perplexity", "recovered", "KL to dense", "response loss", "trained", "seconds"]
+    columns = ["", "perplexity", "recovered", "KL", "loss", "trained", "seconds"]
     keys = [("perplexity", ".2f"), ("recovered", ".1%"), ("kl", ".3f"), ("response_loss", ".3f")]
     table = [
         [name, f"{m['perplexity']:.2f}", "", f"{m['kl']:.3f}", f"{m['response_loss']:.3f}", "", ""]
@@ -72,9 +72,16 @@ def show_comparison(bare: dict[str, Any], rows: list[dict[str, Any]], run: Path)
     ]
     for row in rows:
         label = row["entry"] + (f" ({row['failed']} failed)" if row["failed"] else "")
-        counts = [f"{row['n_trained'] or 0:,}", number(row, "training_seconds", ".0f")]
+        counts = [_rounded(row["n_trained"] or 0), number(row, "training_seconds", ".0f")]
         table.append([label, *(number(row, *key) for key in keys), *counts])
-    show_table(f"comparison: {run}", columns, table)
+    show_table(f"comparison: {run} (KL to the dense model and loss on held-out responses)", columns, table)
+
+
+def _rounded(count: int) -> str:
+    """A count in few characters: 960, 34.6k, 2.4M."""
+    if count < 1000:
+        return str(count)
+    return f"{count / 1e3:.1f}k" if count < 1e6 else f"{count / 1e6:.1f}M"
 
 
 def show_scan(found: Scan, run_dir: Path) -> None:

@@ -67,7 +67,10 @@ def test_costs_are_drawn_from_the_committed_benchmarks() -> None:
 
 def test_restoration_table_is_drawn_from_the_committed_comparison() -> None:
     tables = benchmark("tables")
-    assert tables.restoration_table(tables.read("restorations_wanda50.json")) in README
+    study = tables.read("restorations_wanda50.json")
+    assert tables.restoration_table(study) in README
+    assert study["command"] in README
+    assert study["identity"].keys() == {"dense_sha256", "pruned_sha256"}
 
 
 def test_pictures_and_pages_that_the_readme_names_exist() -> None:

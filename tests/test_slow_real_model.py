@@ -18,11 +18,12 @@ from lcc_lens.evaluation import sequence_loss
 from lcc_lens.export import export
 from lcc_lens.files import read_json, sha256_file
 from lcc_lens.models import load_hooked, load_plain, load_tokenizer
+from lcc_lens.objectives import Objective
 from lcc_lens.pair import load_pair
-from lcc_lens.pruning.zeros import zero_pattern
-from lcc_lens.recipe import prune, restore
+from lcc_lens.pruning.zeros import compare_zeros, zero_pattern
+from lcc_lens.recipe import prune, refit, restore
 from lcc_lens.scan import scan
-from lcc_lens.training import TrainConfig
+from lcc_lens.training import TrainConfig, validation_loss
 
 pytestmark = pytest.mark.slow
 
@@ -121,6 +122,31 @@ def test_alpaca_recovers_a_third_of_the_lost_response_likelihood(
     steps = [json.loads(line)["step"] for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     assert steps == list(range(1, len(steps) + 1))
     assert len(steps) >= 75
+
+
+@pytest.mark.skipif(not SHARED_DATA.is_dir(), reason="needs a folder of data sets for LCC_LENS_DATA")
+def test_refit_and_masked_low_rank_come_closer_to_the_dense_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each step lowers the divergence from the dense model; the plain export computes the same, zero for zero."""
+    monkeypatch.setenv("LCC_LENS_DATA", str(SHARED_DATA))
+    prune("smollm2", tmp_path / "pruned", calibration="c4", n_samples=24, seq_len=256)
+    refit("smollm2", tmp_path / "pruned", tmp_path / "refit", n_samples=8)
+    pair = load_pair("smollm2", tmp_path / "refit")
+    distilled, following = TrainConfig(objective=Objective.parse("distillation")), Objective.parse("distillation")
+    responses = encode(load_data("alpaca", 40, role="held-out"), pair.tokenizer, max_length=192)[16:]
+    restoration = restore(
+        pair, None, (), load_data("alpaca", 96, role="train"), method="low-rank", config=distilled, max_length=192,
+        validation=load_data("alpaca", 16, role="held-out"),
+    )  # fmt: skip
+    report = export(restoration, tmp_path / "refit", tmp_path / "restored")
+    assert compare_zeros(tmp_path / "pruned", report.path).is_equal
+    assert report.logit_effect > 0.1
+    kl = [
+        validation_loss(load_hooked(path).model, None, responses, 1024, following, pair.dense)
+        for path in (tmp_path / "pruned", tmp_path / "refit", report.path)
+    ]
+    assert kl[0] > kl[1] > kl[2]
 
 
 @pytest.fixture(scope="module")
