@@ -150,6 +150,8 @@ def compare(
         InterruptedRun: Ctrl-C; finished cells are kept.
     """
     parsed, config, run = [Entry.parse(text) for text in entries], config or CompareConfig(), Path(run)
+    if config.heads >= 1 and any(entry.control == "random-heads" for entry in parsed):
+        raise RequestError("wanted a share of heads below 1 for random heads, got all of them; lower it")
     out = Path(out) if out is not None else run / COMPARISON
     bench = _Bench(dense, pruned, run, config)
     found = _begun(out, bench.identity, config)

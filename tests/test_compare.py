@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import json
 from pathlib import Path
@@ -164,3 +165,23 @@ def test_dense_control_of_a_sliced_model_is_reported(text_file: Path, config: Co
           n_samples=4, seq_len=32)  # fmt: skip
     found = compare(dense_dir, tmp_path / "sliced", tmp_path / "run", ["lcc@dense"], seeds=1, config=config)
     assert "wanted models with the same heads for lcc@dense" in found["cells"]["lcc@dense | 0"]["error"]
+
+
+def test_random_heads_are_others_and_want_a_choice(
+    dense_dir: Path, pruned_dir: Path, config: CompareConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(RequestError, match="wanted a share of heads below 1 for random heads, got all"):
+        compare(dense_dir, pruned_dir, tmp_path, ["lcc@random-heads"], config=config)
+    chosen, real = [], module.build_injection
+
+    def noting(method, given):
+        chosen.append(given.heads)
+        return real(method, given)
+
+    monkeypatch.setattr(module, "build_injection", noting)
+    few = dataclasses.replace(config, heads=0.2)
+    compare(dense_dir, pruned_dir, tmp_path, ["lcc", "lcc@random-heads"], seeds=2, config=few)
+    first, random_0, again, random_1 = chosen
+    assert first == again
+    assert random_0 != random_1
+    assert first not in (random_0, random_1)
