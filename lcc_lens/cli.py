@@ -224,8 +224,9 @@ class Restore(Common):
     difference); decays linearly to zero."""
     tune_lr: bool = False
     """Choose the learning rate by a few steps at each of five first."""
-    objective: Literal["response", "distillation", "response+distillation"] = "response"
-    """Minimise the response's loss, the distance to the dense model's distribution, or half of each."""
+    objective: str = "response"
+    """Minimise the response's loss (response), the distance to the dense model's distribution (distillation) or to its
+    head outputs (heads), or several joined by +, as in response+3*distillation."""
     temperature: float = 1.0
     """Of distillation."""
     patience: int | None = None

@@ -330,7 +330,7 @@ class _Bench:
     def _measure(self, pair: Pair, model: HookedModel, injection: Injection | None) -> dict[str, float]:
         _, responses, blocks = self._data(pair)
         log_perplexity = validation_loss(model, injection, blocks)
-        terms = validation_terms(model, injection, responses, 1024, Objective(1.0, 1.0), pair.dense)
+        terms = validation_terms(model, injection, responses, 1024, Objective(1.0, 1.0, prompts=False), pair.dense)
         return {
             "perplexity": math.exp(log_perplexity),
             "log_perplexity": log_perplexity,

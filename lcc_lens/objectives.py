@@ -3,41 +3,50 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
-from lcc_lens.data import Batch
+from lcc_lens.data import Batch, TokenSequence
 from lcc_lens.errors import RequestError
-from lcc_lens.hooks import HookedModel, logits_at
+from lcc_lens.hooks import HookedModel, logits_at, z_readers
 from lcc_lens.metrics import token_divergence, token_nll
 from lcc_lens.models import device_of
 from lcc_lens.running import forward
 
-_NAMES = ("response", "distillation")
+_NAMES = ("response", "distillation", "heads")
 
 
 @dataclass(frozen=True)
 class Objective:
-    """A weighted sum of losses, each in nats per counted token.
+    r"""A weighted sum of losses, each per counted token.
+
+    The response's loss counts its own tokens. The dense model says more: it has an answer at every token, so what
+    follows it counts those of the prompt as well (``prompts``).
 
     Args:
-        response: weight of the response's cross-entropy (the paper's objective).
-        distillation: weight of the Kullback-Leibler divergence from the dense model's next-token distribution.
+        response: weight of the response's cross-entropy in nats (the paper's objective).
+        distillation: weight of the Kullback-Leibler divergence in nats from the dense model's next-token distribution.
         temperature: of that divergence; both distributions are flattened by it, and the result is multiplied by its
             square, so that gradients keep their size (Hinton et al., arXiv 1503.02531).
+        heads: weight of the squared distance from the dense model's head outputs (``hook_z``) relative to their squared
+            size, $\lVert \tilde z_l - z_l \rVert^2 / \lVert z_l \rVert^2$ over all heads of a layer at a token, as a
+            mean over layers: layer by layer, each behind the ones below.
+        prompts: whether distillation and head outputs count the prompts' tokens.
     """
 
     response: float = 1.0
     distillation: float = 0.0
     temperature: float = 1.0
+    heads: float = 0.0
+    prompts: bool = True
 
     def __post_init__(self) -> None:
-        weights = self.response, self.distillation
+        weights = tuple(self.weights.values())
         if not (all(weight >= 0 and math.isfinite(weight) for weight in weights) and sum(weights) > 0):
             raise RequestError(f"wanted weights of the objective of at least 0, one above, got {weights}")
         if not (self.temperature > 0 and math.isfinite(self.temperature)):
@@ -45,29 +54,54 @@ class Objective:
 
     @classmethod
     def parse(cls, text: str, *, temperature: float = 1.0) -> Objective:
-        """Read ``response``, ``distillation``, or both joined by ``+`` with equal weights.
+        """Read ``response``, ``distillation``, ``heads`` or several joined by ``+``, with weights as in ``3*heads``.
+
+        The weights' sum is made 1.
 
         Raises:
-            RequestError: another name.
+            RequestError: another name, a name twice, or a weight that is no number.
         """
-        names = text.split("+")
-        wrong = [name for name in names if name not in _NAMES]
-        if wrong or len(set(names)) < len(names):
-            raise RequestError(f"wanted an objective ({', '.join(_NAMES)}, or both joined by +), got {text!r}")
-        weights = {name: 1 / len(names) for name in names}
-        return cls(weights.get("response", 0.0), weights.get("distillation", 0.0), temperature)
+        weights: dict[str, float] = {}
+        for part in text.split("+"):
+            weight, _, name = part.strip().rpartition("*")
+            try:
+                known = name in _NAMES and name not in weights
+                weights[name] = float(weight) if weight else 1.0
+            except ValueError:
+                known = False
+            if not known or not 0 < weights[name] < math.inf:
+                names = ", ".join(_NAMES)
+                raise RequestError(f"wanted an objective ({names}, joined by +, as in 3*heads), got {text!r}")
+        response, distillation, heads = (weights.get(name, 0.0) / sum(weights.values()) for name in _NAMES)
+        return cls(response, distillation, temperature, heads)
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """The weight of every loss by its name."""
+        return {name: getattr(self, name) for name in _NAMES}
 
     @property
     def needs_teacher(self) -> bool:
         """Whether the dense model must run along."""
-        return self.distillation > 0
+        return self.distillation > 0 or self.heads > 0
+
+    def counts(self, sequences: Sequence[TokenSequence]) -> dict[str, int]:
+        """How many tokens of the sequences every loss that has a weight counts."""
+        response = sum(len(one) - one.loss_from for one in sequences)
+        followed = sum(len(one) - 1 for one in sequences) if self.prompts else response
+        return {name: response if name == "response" else followed for name, weight in self.weights.items() if weight}
 
     def loss(
-        self, model: HookedModel, batch: Batch, hooks: Sequence[Any] = (), teacher: HookedModel | None = None
+        self,
+        model: HookedModel,
+        batch: Batch,
+        counts: Mapping[str, int],
+        hooks: Sequence[Any] = (),
+        teacher: HookedModel | None = None,
     ) -> Tensor:
-        """The objective summed over a batch's counted tokens; logits are computed only at their positions."""
+        """A batch's part of the objective over all the sequences that ``counts`` counts (see :meth:`counts`)."""
         terms = self.terms(model, batch, hooks, teacher)
-        return torch.stack([getattr(self, name) * term for name, term in terms.items()]).sum()
+        return torch.stack([self.weights[name] * term / counts[name] for name, term in terms.items()]).sum()
 
     def terms(
         self, model: HookedModel, batch: Batch, hooks: Sequence[Any] = (), teacher: HookedModel | None = None
@@ -75,22 +109,63 @@ class Objective:
         """The losses that have a weight, each summed over a batch's counted tokens and not weighted, from one pass.
 
         Raises:
-            RequestError: no dense model for distillation.
+            RequestError: no dense model to follow, or one whose heads are others.
         """
-        mask = batch.is_target().to(device_of(model))
-        logits = _logits(model, batch, mask, hooks)
+        if self.needs_teacher and teacher is None:
+            raise RequestError("wanted the dense model for distillation, got none")
+        mask = batch.is_followed() if self.needs_teacher and self.prompts else batch.is_target()
+        reads = {"with_logits": bool(self.response or self.distillation), "with_z": self.heads > 0}
+        got = _run(model, batch, mask, hooks, **reads)
         terms = {}
         if self.response:
-            terms["response"] = token_nll(logits, batch.targets().to(logits.device)).sum()
-        if self.distillation:
-            if teacher is None:
-                raise RequestError("wanted the dense model for distillation, got none")
+            targets = batch.targets().to(got.logits.device)
+            terms["response"] = token_nll(got.logits[batch.is_target()[mask].to(targets.device)], targets).sum()
+        if teacher is not None and self.needs_teacher:
             with torch.no_grad():
-                wanted = _logits(teacher, batch, mask.to(device_of(teacher)), ())
-            terms["distillation"] = token_divergence(wanted.to(logits.device), logits, self.temperature).sum()
+                wanted = _run(teacher, batch, mask, (), **{**reads, "with_logits": self.distillation > 0})
+            if self.distillation:
+                logits = wanted.logits.to(got.logits.device)
+                terms["distillation"] = token_divergence(logits, got.logits, self.temperature).sum()
+            if self.heads:
+                terms["heads"] = _relative_distance(wanted.z, got.z).sum()
         return terms
 
 
-def _logits(model: HookedModel, batch: Batch, mask: Tensor, hooks: Sequence[Any]) -> Float[Tensor, "token vocab"]:
-    logits: Tensor = forward(model, batch.tokens.to(mask.device), [*hooks, *logits_at(model, mask)])
-    return logits[0]
+@dataclass(frozen=True)
+class _Outputs:
+    """What a model gives at the counted tokens: logits, and head outputs by layer; none that nobody asked for."""
+
+    logits: Float[Tensor, "token vocab"]
+    z: dict[int, Float[Tensor, "counted zwidth"]]
+
+
+def _run(
+    model: HookedModel,
+    batch: Batch,
+    mask: Bool[Tensor, "batch pos"],
+    hooks: Sequence[Any],
+    *,
+    with_logits: bool,
+    with_z: bool,
+) -> _Outputs:
+    device = device_of(model)
+    mask, z = mask.to(device), {}
+
+    def keep(layer: int, outputs: Tensor) -> None:
+        z[layer] = outputs[mask].flatten(1)
+
+    readers = z_readers(range(int(model.cfg.n_layers)), keep) if with_z else []
+    narrowed = logits_at(model, mask if with_logits else None)
+    return _Outputs(forward(model, batch.tokens.to(device), [*hooks, *readers, *narrowed])[0], z)
+
+
+def _relative_distance(wanted: dict[int, Tensor], got: dict[int, Tensor]) -> Float[Tensor, " token"]:
+    """The mean over layers of the squared distance relative to the squared size, in float32."""
+    if {layer: z.shape for layer, z in wanted.items()} != {layer: z.shape for layer, z in got.items()}:
+        raise RequestError("wanted a model with the dense model's heads to match, got a sliced one; leave heads out")
+    ratios = []
+    for layer, z in wanted.items():
+        z = z.to(got[layer].device).float()
+        size = z.square().sum(-1).clamp_min(torch.finfo(torch.float32).tiny)
+        ratios.append((got[layer].float() - z).square().sum(-1) / size)
+    return torch.stack(ratios).mean(0)

@@ -42,6 +42,10 @@ class Batch:
         position = torch.arange(self.tokens.shape[1])
         return (position >= self.loss_from[:, None] - 1) & (position < self.lengths[:, None] - 1)
 
+    def is_followed(self) -> Tensor:
+        """Boolean ``[batch, pos]``: the positions whose logits predict a token of the sequence, its prompt included."""
+        return torch.arange(self.tokens.shape[1]) < self.lengths[:, None] - 1
+
     def is_valid(self) -> Tensor:
         """Boolean ``[batch, pos]``: the positions that are not padding."""
         return torch.arange(self.tokens.shape[1]) < self.lengths[:, None]

@@ -66,7 +66,7 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class Step:
-    """One optimiser step: objective in nats per counted token, learning rate (the first part's), tokens, seconds."""
+    """One optimiser step: objective per counted token, learning rate (the first part's), response tokens, seconds."""
 
     step: int
     n_steps: int
@@ -104,7 +104,7 @@ class Interruption:
 
 def response_nll(model: HookedModel, batch: Batch, hooks: Sequence[Any] = ()) -> Tensor:
     """Summed negative log-likelihood (nats) of a batch's counted tokens; logits only at their positions."""
-    return Objective().loss(model, batch, hooks)
+    return Objective().terms(model, batch, hooks)["response"]
 
 
 def validation_loss(
@@ -115,10 +115,10 @@ def validation_loss(
     objective: Objective | None = None,
     teacher: HookedModel | None = None,
 ) -> float:
-    """Token-weighted objective in nats (the response loss if none is given); of the bare model without an injection."""
+    """The objective per counted token (the response loss if none is given); of the bare model without an injection."""
     objective = objective or Objective()
     terms = validation_terms(model, injection, sequences, micro_tokens, objective, teacher)
-    return sum(float(getattr(objective, name)) * value for name, value in terms.items())
+    return sum(objective.weights[name] * value for name, value in terms.items())
 
 
 def validation_terms(
@@ -129,16 +129,15 @@ def validation_terms(
     objective: Objective,
     teacher: HookedModel | None = None,
 ) -> dict[str, float]:
-    """Every loss of an objective by its name, not weighted, in nats per counted token, all from the same passes."""
+    """Every loss of an objective by its name, not weighted, per counted token, all from the same passes."""
     totals: dict[str, float] = {}
-    count = 0
+    counts = objective.counts(sequences)
     with torch.inference_mode(), (injection or Injection()).attached(model):
         hooks = injection.hooks() if injection is not None else []
         for batch in batches(sequences, max_tokens=micro_tokens):
             for name, term in objective.terms(model, batch, hooks, teacher).items():
                 totals[name] = totals.get(name, 0.0) + float(term)
-            count += int(batch.is_target().sum())
-    return {name: total / count for name, total in totals.items()}
+    return {name: total / counts[name] for name, total in totals.items()}
 
 
 def train(
@@ -230,13 +229,14 @@ def _optimise(
     chosen: Sequence[TokenSequence],
     teacher: HookedModel | None,
 ) -> tuple[float, int]:
-    """One optimiser step over one batch, in micro-batches; gives the loss per token and the token count."""
-    n_targets = sum(len(s) - s.loss_from for s in chosen)
+    """One optimiser step over one batch, in micro-batches; gives the objective and the response's token count."""
+    objective, n_targets = state.config.objective, sum(len(s) - s.loss_from for s in chosen)
+    counts = objective.counts(chosen)
     state.optimizer.zero_grad(set_to_none=True)
     total = 0.0
     with injection.attached(model):
         for batch in batches(chosen, max_tokens=state.config.micro_tokens):
-            loss = state.config.objective.loss(model, batch, injection.hooks(), teacher) / n_targets
+            loss = objective.loss(model, batch, counts, injection.hooks(), teacher)
             loss.backward()
             total += float(loss.detach())
     if math.isfinite(total):
