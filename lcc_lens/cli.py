@@ -100,9 +100,9 @@ class Refit(Common):
     """The model pruned from it."""
     out: Out
     """The directory to write."""
-    calibration: tuple[str, ...] = ("alpaca", "c4")
+    calibration: tuple[str, ...] = ("alpaca", "c4", "wikitext")
     """Data whose activations are fitted, in equal parts: names, or .jsonl or .txt files."""
-    n_samples: int = 32
+    n_samples: int = 48
     """Calibration sequences in all."""
     seq_len: int = 512
     """Tokens per calibration sequence."""
@@ -302,18 +302,23 @@ class Compare(Common):
     run: RunPath
     """A folder for the comparison; the same command goes on there."""
     methods: tuple[str, ...] = ("lcc", "lcc@dense", "random-basis", "offset", "mean-shift", "lora")
-    """Restore's methods, lora or dora; refit+ before one starts from the refitted model; @dense, @shuffled or
-    @random-heads after it is a control; :distillation trains towards the dense model; =3e-3 sets a learning rate."""
+    """Restore's methods, lora, dora (-vo: on v and o alone) or lofit; refit+ before one starts from the refitted model;
+    @dense, @shuffled or @random-heads after it is a control; :distillation trains towards the dense model; =3e-3 sets a
+    learning rate."""
     seeds: int = 3
     """How many seeds (the draw of examples, their order, initial values)."""
     data: str = "alpaca"
     """Training data."""
     examples: int = 480
     """Training examples."""
-    text: str = "wikitext"
-    """Text of another kind, for perplexity."""
+    texts: tuple[str, ...] = ("wikitext", "c4")
+    """Texts of another kind, for perplexity; the first is the main figure."""
     blocks: int = 16
-    """Blocks of 512 tokens of it."""
+    """Blocks of 512 tokens of each."""
+    tasks: tuple[str, ...] = ()
+    """Zero-shot tasks of lm-eval."""
+    limit: int = 200
+    """Items of each task at most."""
     responses: int = 96
     """Held-out responses for the divergence from the dense model and the response loss."""
     heads: float = 1.0
@@ -327,8 +332,8 @@ class Compare(Common):
         from lcc_lens.compare import CompareConfig, compare, summary
 
         config = CompareConfig(
-            data=self.data, examples=self.examples, text=self.text, blocks=self.blocks, responses=self.responses,
-            heads=self.heads, selector=self.selector, max_length=self.max_length,
+            data=self.data, examples=self.examples, texts=self.texts, blocks=self.blocks, responses=self.responses,
+            tasks=self.tasks, limit=self.limit, heads=self.heads, selector=self.selector, max_length=self.max_length,
         )  # fmt: skip
         found = compare(self.dense, self.pruned, self.run, self.methods, seeds=self.seeds, config=config)
         show_comparison(found["bare"], summary(found), self.run)

@@ -2,92 +2,40 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, cast, get_args
+from typing import Any
 
-from lcc_lens.baselines.adapters import AdapterKind, adapters
+from lcc_lens.baselines import adapters, lofit_heads
 from lcc_lens.config import package_version
 from lcc_lens.data import Data, TokenSequence, check_disjoint, encode, load_data
+from lcc_lens.entries import ADAPTERS, REFIT, Entry
 from lcc_lens.errors import InterruptedRun, LensError, RequestError
 from lcc_lens.files import read_json, write_json
 from lcc_lens.hooks import HookedModel
-from lcc_lens.injections import (
-    Ingredients,
-    Injection,
-    build_injection,
-    parse_method,
-    uses_heads,
-)
-from lcc_lens.memory import release_memory
-from lcc_lens.metrics import share_recovered
+from lcc_lens.injections import Ingredients, Injection, build_injection, uses_heads
+from lcc_lens.measures import Measures
+from lcc_lens.memory import peak_memory, release_memory
+from lcc_lens.merging import merging_costs
+from lcc_lens.metrics import bootstrap_interval, share_recovered
 from lcc_lens.models import device_of, identify, resolve
-from lcc_lens.objectives import Objective
 from lcc_lens.pair import Pair, load_pair
 from lcc_lens.pruning.refit import REFIT_RECORD
-from lcc_lens.recipe import check_scan, refit
+from lcc_lens.recipe import REFIT_DATA, REFIT_SAMPLES, check_scan, refit
 from lcc_lens.scan import Scan, scan
 from lcc_lens.selectors import SelectorName
-from lcc_lens.training import TrainConfig, learning_rates, train, validation_loss, validation_terms
+from lcc_lens.training import TrainConfig, learning_rates, train
 
 logger = logging.getLogger(__name__)
 COMPARISON = "comparison.json"
-CONTROLS = ("dense", "shuffled", "random-heads")
 MEASURES = ("perplexity", "log_perplexity", "kl", "response_loss")
-_REFIT = "refit"
-
-
-@dataclass(frozen=True)
-class Entry:
-    """A line of a comparison: ``[refit+]method[@control][:objective][=learning rate]``.
-
-    ``refit`` starts from the refitted model. ``method`` are parts of :data:`~lcc_lens.injections.METHODS` joined by
-    ``+``, or ``lora`` or ``dora``. ``@dense`` trains the same on the dense model: what that lowers is not restoration;
-    ``@shuffled`` trains on other prompts' responses; ``@random-heads`` chooses heads at random. Without a
-    learning rate each part takes its own.
-
-    Example:
-        >>> Entry.parse("refit+low-rank+lcc:distillation").method
-        'low-rank+lcc'
-    """
-
-    text: str
-    method: str | None
-    on_refit: bool
-    control: str | None
-    objective: Objective
-    lr: float | None = None
-
-    @classmethod
-    def parse(cls, text: str) -> Entry:
-        """Read a line.
-
-        Raises:
-            RequestError: an unknown method, control or objective.
-        """
-        whole, _, rate = text.partition("=")
-        whole, _, objective = whole.partition(":")
-        whole, _, control = whole.partition("@")
-        on_refit = whole == _REFIT or whole.startswith(f"{_REFIT}+")
-        method = whole.removeprefix(_REFIT).removeprefix("+") if on_refit else whole
-        if control and control not in CONTROLS:
-            raise RequestError(f"wanted a control ({', '.join(CONTROLS)}), got {control!r} in {text!r}")
-        if method and method not in get_args(AdapterKind):
-            parse_method(method)
-        if control == "random-heads" and not (method and method not in get_args(AdapterKind) and uses_heads(method)):
-            raise RequestError(f"wanted a method that acts on heads for random heads, got {text!r}")
-        if (control == "dense" and on_refit) or (control and not method):
-            raise RequestError(f"wanted a control of something that trains on the pruned model, got {text!r}")
-        try:
-            lr = float(rate) if rate else None
-        except ValueError:
-            raise RequestError(f"wanted a learning rate behind =, got {rate!r} in {text!r}") from None
-        return cls(text, method or None, on_refit, control or None, Objective.parse(objective or "response"), lr)
+COSTS = ("n_trained", "n_added", "zeros_kept", "training_seconds", "memory_mib")
 
 
 @dataclass(frozen=True)
@@ -95,16 +43,19 @@ class CompareConfig:
     """What every cell shares.
 
     ``examples`` train; ``validation`` held-out responses choose the best numbers, ``responses`` others are measured;
-    ``text`` is of another kind than the training data, in ``blocks`` of ``block_length`` tokens.
+    ``texts`` are of another kind than the training data, in ``blocks`` of ``block_length`` tokens each, the first being
+    the main figure; ``tasks`` are measured zero-shot on their first ``limit`` items. ``refit_data`` calibrates refits.
     """
 
     data: str = "alpaca"
     examples: int = 480
     validation: int = 24
     responses: int = 96
-    text: str = "wikitext"
+    texts: tuple[str, ...] = ("wikitext", "c4")
     blocks: int = 16
     block_length: int = 512
+    tasks: tuple[str, ...] = ()
+    limit: int | None = 200
     max_length: int = 256
     scan_examples: int = 96
     heads: float = 1.0
@@ -113,7 +64,13 @@ class CompareConfig:
     epochs: int = 1
     low_rank: int = 8
     lora_rank: int = 8
-    refit_samples: int = 32
+    lofit_share: float = 0.2
+    refit_data: tuple[str, ...] = REFIT_DATA
+    refit_samples: int = REFIT_SAMPLES
+
+    def __post_init__(self) -> None:
+        if not self.texts:
+            raise RequestError("wanted at least one text to measure perplexity on, got none; name one")
 
 
 def compare(
@@ -130,9 +87,9 @@ def compare(
 ) -> dict[str, Any]:
     """Train and measure every entry with every seed; finished cells are kept, failed ones are reported and tried anew.
 
-    A cell holds the perplexity of ``text``, the divergence from the dense model on held-out responses (nats per
-    token), the loss of those responses, the numbers trained, and the training's seconds. The seed draws the examples,
-    their order and initial values.
+    A cell holds what :class:`~lcc_lens.measures.Measures` measures, the numbers trained, the numbers that the
+    checkpoint of the result gains, the share of the pruned weights' zeros that are left once it is merged, and the
+    training's seconds and memory. The seed draws the examples, their order and initial values.
 
     Args:
         dense: reference of the dense model.
@@ -182,32 +139,66 @@ def compare(
 def summary(found: dict[str, Any]) -> list[dict[str, Any]]:
     """A row per entry: mean and standard deviation over its seeds, and the share of lost log-perplexity that came back.
 
-    Entries trained on the dense model have no share. The deviation of a single seed is None.
+    ``recovered_interval`` is a 95 % interval from drawing the first text's blocks anew, those of all models alike, with
+    the losses' mean over seeds; ``tasks`` has by name the accuracy's mean and spread over seeds, the standard error of
+    one seed's, and ``gain_interval`` of the difference from the pruned model on the same items. Entries trained on the
+    dense model have no share. The deviation of a single seed is None.
     """
     rows: list[dict[str, Any]] = []
     for text in dict.fromkeys(name.rpartition(" | ")[0] for name in found["cells"]):
         cells = [cell for name, cell in found["cells"].items() if name.rpartition(" | ")[0] == text]
         done = [cell for cell in cells if "perplexity" in cell]
         row: dict[str, Any] = {"entry": text, "seeds": len(done), "failed": len(cells) - len(done)}
-        columns = {key: [cell[key] for cell in done if key in cell] for key in (*MEASURES, "training_seconds")}
-        shares = [] if Entry.parse(text).control == "dense" else [_share(found["bare"], cell) for cell in done]
+        columns = {key: [cell[key] for cell in done if cell.get(key) is not None] for key in (*MEASURES, *COSTS)}
+        is_restoration = Entry.parse(text).control != "dense"
+        shares = [_share(found["bare"], cell) for cell in done] if is_restoration else []
         columns["recovered"] = [share for share in shares if share is not None]
+        for name in done[0].get("texts", {}) if done else ():
+            columns[f"perplexity_{name}"] = [cell["texts"][name]["perplexity"] for cell in done]
         for key, values in columns.items():
             row[key] = statistics.mean(values) if values else None
             row[f"{key}_sd"] = statistics.stdev(values) if len(values) > 1 else None
-        row["n_trained"] = max((cell.get("n_trained", 0) for cell in done), default=None)
+        has_blocks = bool(columns["recovered"]) and "texts" in found["bare"]["dense"]
+        row["recovered_interval"] = _recovered_interval(found["bare"], done) if has_blocks else None
+        row["tasks"] = _task_rows(found["bare"]["pruned"], done) if done else {}
         rows.append(row)
     return rows
 
 
-def _share(bare: dict[str, dict[str, float]], cell: dict[str, float]) -> float | None:
+def _share(bare: dict[str, Any], cell: dict[str, Any]) -> float | None:
     dense, pruned = (bare[name]["log_perplexity"] for name in ("dense", "pruned"))
     return share_recovered(dense, pruned, cell["log_perplexity"])
 
 
+def _recovered_interval(bare: dict[str, Any], cells: Sequence[dict[str, Any]]) -> list[float]:
+    name = next(iter(bare["dense"]["texts"]))
+    dense, pruned = (bare[model]["texts"][name]["losses"] for model in ("dense", "pruned"))
+    losses = zip(*(cell["texts"][name]["losses"] for cell in cells), strict=True)
+    gained = [p - statistics.mean(r) for p, r in zip(pruned, losses, strict=True)]
+    return list(bootstrap_interval(gained, [p - d for p, d in zip(pruned, dense, strict=True)]))
+
+
+def _task_rows(pruned: dict[str, Any], cells: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    rows = {}
+    for task, before in pruned.get("tasks", {}).items():
+        scores = [cell["tasks"][task] for cell in cells]
+        accuracies = [score["acc"] for score in scores]
+        right = [statistics.mean(map(float, item)) for item in zip(*(score["items"] for score in scores), strict=True)]
+        rows[task] = {
+            "acc": statistics.mean(accuracies),
+            "acc_sd": statistics.stdev(accuracies) if len(accuracies) > 1 else None,
+            "stderr": scores[0]["stderr"],
+            "n": scores[0]["n"],
+            "gain_interval": list(
+                bootstrap_interval([now - float(was) for now, was in zip(right, before["items"], strict=True)])
+            ),
+        }
+    return rows
+
+
 def _begun(out: Path, identity: dict[str, str], config: CompareConfig) -> dict[str, Any]:
     """What the file holds already, if it is of this comparison."""
-    settings = asdict(config)
+    settings = json.loads(json.dumps(asdict(config)))  # as the file holds them
     found: dict[str, Any] = read_json(out) if out.exists() else {"cells": {}}
     for name, value in (("identity", identity), ("settings", settings)):
         if found.setdefault(name, value) != value:
@@ -229,7 +220,8 @@ class _Bench:
             for name, model in (("dense", dense), ("pruned", pruned))
         }
         self._held: tuple[bool, Pair] | None = None
-        self._sequences: tuple[list[TokenSequence], ...] | None = None
+        self._validation: list[TokenSequence] | None = None
+        self._measures: Measures | None = None
 
     def pair(self, *, on_refit: bool, found: dict[str, Any] | None = None) -> Pair:
         """The pair with the pruned or the refitted model."""
@@ -242,7 +234,7 @@ class _Bench:
 
     def check_refit(self) -> None:
         """Refuse a refitted model of another pair in the folder."""
-        record = self.run / _REFIT / REFIT_RECORD
+        record = self.run / REFIT / REFIT_RECORD
         if record.exists() and {name: read_json(record).get(name) for name in self.identity} != self.identity:
             raise RequestError(f"wanted a refit of this pair in {record.parent}, got another's; name another run")
 
@@ -256,38 +248,60 @@ class _Bench:
         model = pair.dense if entry.control == "dense" else pair.pruned
         if entry.method is None:
             return self._measure(pair, model, None)
-        injection = self._injection(entry, pair, model, seed)
+        settings = TrainConfig(
+            epochs=self.config.epochs, batch_size=self.config.batch_size, lr=entry.lr, seed=seed,
+            objective=entry.objective,
+        )  # fmt: skip
+        data, validation = self._training(entry, pair, seed), self._validating(pair)
         steps, start = 0, time.perf_counter()
-        if injection.n_trained:
-            settings = TrainConfig(
-                epochs=self.config.epochs, batch_size=self.config.batch_size, lr=entry.lr, seed=seed,
-                objective=entry.objective,
-            )  # fmt: skip
-            data = self._training(entry, pair, seed)
-            for step in train(model, injection, data, self._data(pair)[0], settings, teacher=pair.dense):
-                steps = step.step
-        numbers = {"training_seconds": round(time.perf_counter() - start, 1), "steps": steps}
-        numbers["n_trained"] = injection.n_trained
-        rates = learning_rates(injection, entry.lr)
-        return {**self._measure(pair, model, injection), **numbers, "learning_rates": rates}
+        with peak_memory(device_of(model)) as peak:
+            injection = self._injection(entry, pair, model, seed, lambda: (data, validation, settings))
+            if injection.n_trained:
+                for step in train(model, injection, data, validation, settings, teacher=pair.dense):
+                    steps = step.step
+        seconds = time.perf_counter() - start
+        return {
+            **self._measure(pair, model, injection),
+            **merging_costs(injection, pair, model),
+            "n_trained": injection.n_trained,
+            "learning_rates": learning_rates(injection, entry.lr),
+            "steps": steps,
+            "training_seconds": round(seconds, 1),
+            "memory_mib": None if peak.mib is None else round(peak.mib),
+        }
 
-    def _injection(self, entry: Entry, pair: Pair, model: HookedModel, seed: int) -> Injection:
+    def _injection(
+        self,
+        entry: Entry,
+        pair: Pair,
+        model: HookedModel,
+        seed: int,
+        training: Callable[[], tuple[list[TokenSequence], list[TokenSequence], TrainConfig]],
+    ) -> Injection:
         assert entry.method is not None
         if entry.control == "dense" and pair.n_heads != int(pair.dense.cfg.n_heads):
             raise RequestError(f"wanted models with the same heads for {entry.text}, got a sliced one; leave it out")
-        if entry.method in get_args(AdapterKind):
-            kind = cast("AdapterKind", entry.method)
-            return adapters(model, kind=kind, rank=self.config.lora_rank, seed=seed).to(device_of(model))
-        scanned = self._scan(pair, on_refit=entry.on_refit) if uses_heads(entry.method) else None
-        heads = []
-        if scanned is not None:
+        if entry.method in ADAPTERS:
+            kind, targets = ADAPTERS[entry.method]
+            built = adapters(model, kind=kind, rank=self.config.lora_rank, targets=targets, seed=seed)
+            return built.to(device_of(model))
+        method, components, heads = entry.method, None, []
+        if method == "lofit" or uses_heads(method):
+            scanned = self._scan(pair, on_refit=entry.on_refit)
             selector = "random" if entry.control == "random-heads" else self.config.selector
-            heads = scanned.select(selector, share=self.config.heads, seed=seed)
-        components = None if scanned is None else scanned.components
+            heads, components = scanned.select(selector, share=self.config.heads, seed=seed), scanned.components
+        if method == "lofit":
+            data, validation, settings = training()
+            every = scanned.select("random", share=1.0, seed=seed)
+            heads = lofit_heads(
+                model, pair.output_projections, every, data, validation, replace(settings, lr=None),
+                share=self.config.lofit_share, teacher=pair.dense,
+            )  # fmt: skip
+            method = "offset"
         given = Ingredients(
             model, components, heads, pair.output_projections, low_rank=self.config.low_rank, seed=seed
         )  # fmt: skip
-        return build_injection(entry.method, given)
+        return build_injection(method, given)
 
     def _scan(self, pair: Pair, *, on_refit: bool) -> Scan:
         run = self.run / ("scan_refit" if on_refit else "scan")
@@ -300,10 +314,12 @@ class _Bench:
         return scan(pair, data, sites=("z",), display=0, max_length=self.config.max_length, selectors=named, run=run)
 
     def _refitted(self, found: dict[str, Any]) -> Path:
-        path = self.run / _REFIT
+        path = self.run / REFIT
         if not path.exists():
             start = time.perf_counter()
-            refit(self.dense, self.pruned, path, n_samples=self.config.refit_samples)
+            refit(
+                self.dense, self.pruned, path, calibration=self.config.refit_data, n_samples=self.config.refit_samples
+            )  # fmt: skip
             found["refit_seconds"] = round(time.perf_counter() - start, 1)
         return path
 
@@ -317,23 +333,28 @@ class _Bench:
     def _held_out(self) -> Data:
         return load_data(self.config.data, self.config.validation + self.config.responses, role="held-out")
 
-    def _data(self, pair: Pair) -> tuple[list[TokenSequence], ...]:
-        """Responses to validate on, responses to measure on, blocks of text."""
-        if self._sequences is None:
-            held_out = encode(self._held_out(), pair.tokenizer, max_length=self.config.max_length)
-            text = load_data(self.config.text, role="held-out")
-            blocks = encode(text, pair.tokenizer, max_length=self.config.block_length, limit=self.config.blocks)
-            n = self.config.validation
-            self._sequences = (held_out[:n], held_out[n:], blocks)
-        return self._sequences
+    def _validating(self, pair: Pair) -> list[TokenSequence]:
+        """Responses that choose the best numbers."""
+        self._prepare(pair)
+        assert self._validation is not None
+        return self._validation
 
-    def _measure(self, pair: Pair, model: HookedModel, injection: Injection | None) -> dict[str, float]:
-        _, responses, blocks = self._data(pair)
-        log_perplexity = validation_loss(model, injection, blocks)
-        terms = validation_terms(model, injection, responses, 1024, Objective(1.0, 1.0, prompts=False), pair.dense)
-        return {
-            "perplexity": math.exp(log_perplexity),
-            "log_perplexity": log_perplexity,
-            "kl": terms["distillation"],
-            "response_loss": terms["response"],
+    def _measure(self, pair: Pair, model: HookedModel, injection: Injection | None) -> dict[str, Any]:
+        self._prepare(pair)
+        assert self._measures is not None
+        return self._measures.of(pair, model, injection)
+
+    def _prepare(self, pair: Pair) -> None:
+        """Read the held-out data once."""
+        if self._measures is not None:
+            return
+        config = self.config
+        held_out = encode(self._held_out(), pair.tokenizer, max_length=config.max_length)
+        texts = {
+            Path(text).stem: encode(
+                load_data(text, role="held-out"), pair.tokenizer, max_length=config.block_length, limit=config.blocks
+            )
+            for text in config.texts
         }
+        self._validation = held_out[: config.validation]
+        self._measures = Measures(texts, held_out[config.validation :], config.tasks, config.limit)

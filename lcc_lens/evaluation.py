@@ -63,6 +63,7 @@ def evaluate_task(
     limit: int | None = None,
     records: Sequence[Record] | None = None,
     batch_size: int = 8,
+    with_items: bool = False,
 ) -> Scores:
     """Zero-shot accuracy on one of lm-eval's tasks, with its prompts, scoring and standard error.
 
@@ -73,9 +74,10 @@ def evaluate_task(
         limit: items at most, the first ones.
         records: the items to use instead of the task's own evaluation split.
         batch_size: requests per forward pass.
+        with_items: also say of each item whether it was right, for paired comparisons.
 
     Returns:
-        ``acc``, ``stderr``, ``n``, and ``acc_norm`` where the task has it.
+        ``acc``, ``stderr``, ``n``, and ``acc_norm`` where the task has it; ``items`` as a text of 1 and 0 if wanted.
 
     Raises:
         RequestError: unknown task, or no data for it.
@@ -87,7 +89,7 @@ def evaluate_task(
         manager, name = _task_spec(task, Path(folder), records)
         lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_length=_context(model))
         loaded = manager.load([name])
-        results = run_lm_eval(lm, loaded, limit=limit, bootstrap_iters=0, log_samples=False)
+        results = run_lm_eval(lm, loaded, limit=limit, bootstrap_iters=0, log_samples=with_items)
     scores = next(iter(results["results"].values()))
     n = next(iter(results["n-samples"].values()))["effective"]
     if "acc,none" not in scores:
@@ -96,6 +98,9 @@ def evaluate_task(
     found: Scores = {"acc": accuracy, "stderr": math.sqrt(accuracy * (1 - accuracy) / max(n - 1, 1)), "n": n}
     if "acc_norm,none" in scores:
         found["acc_norm"] = float(scores["acc_norm,none"])
+    if with_items:
+        samples = sorted(next(iter(results["samples"].values())), key=lambda sample: sample["doc_id"])
+        found["items"] = "".join(str(int(sample["acc"])) for sample in samples)
     return found
 
 

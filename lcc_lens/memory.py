@@ -1,13 +1,20 @@
-"""Giving memory back: what Python no longer refers to, and what the C library keeps for later."""
+"""Memory: giving back what Python no longer refers to and what the C library keeps for later; peaks."""
 
 from __future__ import annotations
 
 import ctypes
 import functools
 import gc
-from collections.abc import Callable
+import mmap
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+
+_PAGE = mmap.PAGESIZE
 
 
 def release_memory() -> None:
@@ -23,6 +30,56 @@ def trim_heap() -> None:
     trim = _malloc_trim()
     if trim is not None:
         trim(0)
+
+
+@dataclass
+class PeakMemory:
+    """The most memory in use inside a block beyond what was in use before, in MiB; None where it cannot be told."""
+
+    mib: float | None = None
+
+
+@contextmanager
+def peak_memory(device: torch.device, every: float = 0.02) -> Iterator[PeakMemory]:
+    """Measure a block's peak: the allocator's on a GPU, else the process's resident pages, looked at now and then.
+
+    Args:
+        device: where the block computes.
+        every: seconds between two looks at the process.
+    """
+    peak = PeakMemory()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        yield peak
+        peak.mib = (torch.cuda.max_memory_allocated(device) - before) / 2**20
+        return
+    start = _resident()
+    if start is None:
+        yield peak
+        return
+    highest, ended = [start], threading.Event()
+
+    def watch() -> None:
+        while not ended.wait(every):
+            highest.append(max(highest.pop(), _resident() or 0))
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield peak
+    finally:
+        ended.set()
+        watcher.join()
+        peak.mib = (max(highest[0], _resident() or 0) - start) / 2**20
+
+
+def _resident() -> int | None:
+    """Bytes of this process in memory, where the system says so (Linux)."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * _PAGE
+    except (OSError, ValueError, IndexError):
+        return None
 
 
 @functools.cache

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float, Int
@@ -36,6 +37,38 @@ def share_recovered(dense: float, pruned: float, restored: float) -> float | Non
     if not math.isfinite(lost) or lost <= 0:
         return None
     return round((pruned - restored) / lost, 12)
+
+
+def bootstrap_interval(
+    numerators: Sequence[float],
+    denominators: Sequence[float] | None = None,
+    *,
+    level: float = 0.95,
+    n_samples: int = 2000,
+    seed: int = 0,
+) -> tuple[float, float]:
+    r"""Percentile interval of $\sum_i a_i / \sum_i b_i$ when items are drawn anew (Efron 1979).
+
+    With differences of two models on the same items as ``numerators`` the interval is a paired one.
+
+    Args:
+        numerators: a, one per item.
+        denominators: b; ones if not given, so that the statistic is a mean.
+        level: share of the draws inside.
+        n_samples: draws.
+        seed: of the draws.
+
+    Raises:
+        ValueError: no items, or lists of different length.
+    """
+    a = torch.tensor(numerators, dtype=torch.float64)
+    b = torch.ones_like(a) if denominators is None else torch.tensor(denominators, dtype=torch.float64)
+    if not len(a) or len(a) != len(b):
+        raise ValueError(f"wanted as many numerators as denominators, at least one, got {len(a)} and {len(b)}")
+    drawn = torch.randint(len(a), (n_samples, len(a)), generator=torch.Generator().manual_seed(seed))
+    statistics = a[drawn].sum(1) / b[drawn].sum(1)
+    low, high = torch.quantile(statistics, torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64))
+    return float(low), float(high)
 
 
 def token_nll(

@@ -41,6 +41,10 @@ from lcc_lens.run_folder import RunFolder
 from lcc_lens.scan import Scan
 from lcc_lens.training import Step, TrainConfig, learning_rates, train, validation_loss
 
+#: What a refit is calibrated on: instructions, web text and an encyclopedia.
+REFIT_DATA = ("alpaca", "c4", "wikitext")
+REFIT_SAMPLES = 48
+
 
 def prune(
     model: str | Path,
@@ -117,8 +121,8 @@ def refit(
     pruned: str | Path,
     out: str | Path,
     *,
-    calibration: str | Data | Sequence[str | Data] = ("alpaca", "c4"),
-    n_samples: int = 32,
+    calibration: str | Data | Sequence[str | Data] = REFIT_DATA,
+    n_samples: int = REFIT_SAMPLES,
     seq_len: int = 512,
     target: Target = "weights",
     ridge: float = 0.01,

@@ -64,23 +64,52 @@ def show_comparison(bare: dict[str, Any], rows: list[dict[str, Any]], run: Path)
         value, spread = row[key], row[f"{key}_sd"]
         return "" if value is None else format(value, form) + ("" if spread is None else f" ± {spread:{form}}")
 
-    columns = ["", "perplexity", "recovered", "KL", "loss", "trained", "seconds"]
+    columns = ["", "perplexity", "recovered", "KL", "loss", "trained", "added", "zeros", "seconds"]
     keys = [("perplexity", ".2f"), ("recovered", ".1%"), ("kl", ".3f"), ("response_loss", ".3f")]
     table = [
-        [name, f"{m['perplexity']:.2f}", "", f"{m['kl']:.3f}", f"{m['response_loss']:.3f}", "", ""]
+        [name, f"{m['perplexity']:.2f}", "", f"{m['kl']:.3f}", f"{m['response_loss']:.3f}", "", "", "", ""]
         for name, m in bare.items()
     ]
     for row in rows:
         label = row["entry"] + (f" ({row['failed']} failed)" if row["failed"] else "")
-        counts = [_rounded(row["n_trained"] or 0), number(row, "training_seconds", ".0f")]
+        zeros = "" if row["zeros_kept"] is None else f"{row['zeros_kept']:.0%}"
+        counts = [_rounded(row["n_trained"]), _rounded(row["n_added"]), zeros, number(row, "training_seconds", ".0f")]
         table.append([label, *(number(row, *key) for key in keys), *counts])
-    show_table(f"comparison: {run} (KL to the dense model and loss on held-out responses)", columns, table)
+    first = next(iter(bare["dense"]["texts"]))
+    show_table(
+        f"comparison: {run} (perplexity of {first}; KL to the dense model and loss on held-out responses; numbers "
+        "trained and added to the checkpoint; zeros left once merged)",
+        columns, table,
+    )  # fmt: skip
+    _show_texts_and_tasks(bare, rows)
 
 
-def _rounded(count: int) -> str:
-    """A count in few characters: 960, 34.6k, 2.4M."""
+def _show_texts_and_tasks(bare: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+    """Print the perplexity of all texts and the accuracy of all tasks, if there are several or any."""
+    texts, tasks = list(bare["dense"]["texts"]), list(bare["dense"]["tasks"])
+    if len(texts) + len(tasks) < 2:
+        return
+    table = [
+        [name, *(f"{m['texts'][text]['perplexity']:.2f}" for text in texts),
+         *(f"{m['tasks'][task]['acc']:.1%}" for task in tasks)]
+        for name, m in bare.items()
+    ]  # fmt: skip
+    for row in rows:
+        if row["seeds"]:
+            accuracies = (row["tasks"][task] for task in tasks)
+            gains = ("[{:+.1%}, {:+.1%}]".format(*accuracy["gain_interval"]) for accuracy in accuracies)
+            scored = [f"{row['tasks'][task]['acc']:.1%} {gain}" for task, gain in zip(tasks, gains, strict=True)]
+            table.append([row["entry"], *(f"{row[f'perplexity_{text}']:.2f}" for text in texts), *scored])
+    title = "perplexity by text" + ("; zero-shot accuracy [95 % interval of its gain]" if tasks else "")
+    show_table(title, ["", *texts, *tasks], table)
+
+
+def _rounded(count: float | None) -> str:
+    """A count in few characters: 960, 34.6k, 2.4M; none where there is none."""
+    if count is None:
+        return ""
     if count < 1000:
-        return str(count)
+        return f"{count:.0f}"
     return f"{count / 1e3:.1f}k" if count < 1e6 else f"{count / 1e6:.1f}M"
 
 

@@ -239,6 +239,10 @@ def _optimise(
             loss = objective.loss(model, batch, counts, injection.hooks(), teacher)
             loss.backward()
             total += float(loss.detach())
+        penalty = injection.penalty()
+        if penalty is not None:
+            penalty.backward()
+            total += float(penalty.detach())
     if math.isfinite(total):
         state.optimizer.step()
     return total, n_targets

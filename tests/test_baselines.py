@@ -6,10 +6,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import build_model, save_model
 
-from lcc_lens.baselines import adapters
+from lcc_lens.baselines import adapters, lofit_heads
 from lcc_lens.data import encode, load_data
 from lcc_lens.errors import RequestError
+from lcc_lens.heads import Head
+from lcc_lens.injections import Composite, Ingredients, build_injection
+from lcc_lens.merging import merging_costs
+from lcc_lens.objectives import Objective
+from lcc_lens.pair import load_pair
+from lcc_lens.plain_modules import plain_modules
 from lcc_lens.training import TrainConfig, train, validation_loss
 
 TOKENS = torch.arange(12)[None]
@@ -51,3 +58,56 @@ def test_lora_is_peft_s_own(pair) -> None:
 def test_targets_that_are_not_there(pair) -> None:
     with pytest.raises(RequestError, match="wanted linear maps named nothing, got none"):
         adapters(pair.pruned, targets=("nothing",))
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_merged_adapters_fill_the_zeros(pair, kind: str) -> None:
+    injection = adapters(pair.pruned, kind=kind, rank=2, targets=("o_proj",))
+    assert merging_costs(injection, pair, pair.pruned) == {"n_added": injection.n_trained, "zeros_kept": 1.0}
+    layer, name = injection.members[0], "model.layers.0.self_attn.o_proj"
+    with torch.no_grad():
+        layer.lora_B["default"].weight.normal_()
+    weight = plain_modules(pair.pruned)[name].weight
+    before = weight.detach().clone()
+    merged = injection.merged_weights()[name](weight)
+    x = torch.randn(3, weight.shape[1])
+    assert torch.allclose(x @ merged.T, layer(x), atol=1e-4)
+    assert torch.equal(weight, before)
+    modules = [m for n, m in plain_modules(pair.pruned).items() if n.endswith("_proj")]
+    zeros = sum(int((module.weight == 0).sum()) for module in modules)
+    expected = 1 - int(((weight == 0) & (merged != 0)).sum()) / zeros
+    assert expected < 1
+    assert merging_costs(injection, pair, pair.pruned)["zeros_kept"] == pytest.approx(expected)
+
+
+def test_what_acts_under_the_zero_pattern_costs_biases_at_most(pair, found) -> None:
+    given = Ingredients(pair.pruned, found.components, [Head(0, 1)], pair.output_projections, low_rank=2)
+    low_rank = build_injection("low-rank", given)
+    with torch.no_grad():
+        for number in low_rank.parameters():
+            number.normal_()
+    assert merging_costs(low_rank, pair, pair.pruned) == {"n_added": 0, "zeros_kept": 1.0}
+    # the switch that adds an output bias to a llama layer brings those of q, k and v along
+    d_model, width, d_kv = int(pair.pruned.cfg.d_model), pair.n_heads * pair.d_head, pair.d_head
+    both = merging_costs(Composite([low_rank, build_injection("lcc", given)]), pair, pair.pruned)
+    assert both == {"n_added": pair.n_layers * (d_model + width + 2 * d_kv), "zeros_kept": 1.0}
+
+
+def test_lofit_finds_the_head_that_was_weakened(question_file: Path, tmp_path: Path) -> None:
+    dense_dir, weak_dir = save_model(build_model(), tmp_path / "dense"), tmp_path / "weak"
+    weak = build_model()
+    d_head = weak.config.head_dim
+    with torch.no_grad():
+        weak.model.layers[1].self_attn.o_proj.weight[:, 2 * d_head : 3 * d_head] *= 0.2
+    pair = load_pair(dense_dir, save_model(weak, weak_dir))
+    sequences = encode(load_data(str(question_file)), pair.tokenizer)
+    heads = [Head(layer, head) for layer in range(pair.n_layers) for head in range(pair.n_heads)]
+    distillation = Objective.parse("distillation")
+    config = TrainConfig(batch_size=4, validate_every=4, lr=3e-2, objective=distillation)
+    given = pair.output_projections, heads, sequences, sequences, config
+    assert lofit_heads(pair.pruned, *given, share=0.05, teacher=pair.dense) == [Head(1, 2)]
+    assert len(lofit_heads(pair.pruned, *given, share=0.2, teacher=pair.dense)) == 3
+    with pytest.raises(RequestError, match="wanted gains that lower the held-out loss"):
+        lofit_heads(pair.dense, *given, teacher=pair.dense)
+    with pytest.raises(RequestError, match="wanted a share of heads above 0"):
+        lofit_heads(pair.pruned, *given, share=0.0)

@@ -9,11 +9,15 @@ from pathlib import Path
 
 import pytest
 from conftest import build_model, save_model
+from test_evaluation import ARC
 
-from lcc_lens.compare import CompareConfig, Entry, compare, summary
+from lcc_lens.compare import CompareConfig, compare, summary
 from lcc_lens.data import encode, load_data
+from lcc_lens.entries import Entry
 from lcc_lens.errors import InterruptedRun, LensError, RequestError
+from lcc_lens.evaluation import evaluate_task
 from lcc_lens.files import read_json
+from lcc_lens.models import load_plain, load_tokenizer
 from lcc_lens.objectives import Objective
 from lcc_lens.recipe import prune
 from lcc_lens.training import validation_loss, validation_terms
@@ -32,7 +36,7 @@ def config(question_file: Path, text_file: Path, tmp_path_factory: pytest.TempPa
     ]
     data = tmp_path_factory.mktemp("data") / "many.jsonl"
     data.write_text("\n".join(lines))
-    return CompareConfig(data=str(data), text=str(text_file), **SMALL)
+    return CompareConfig(data=str(data), texts=(str(text_file),), **SMALL)
 
 
 @pytest.mark.parametrize(("text", "expected"), [
@@ -90,20 +94,53 @@ def test_cells_are_kept_and_failures_reported(
         sum(found["cells"][f"lcc | {seed}"]["perplexity"] for seed in (0, 1)) / 2
     )
     assert rows["lcc@dense"]["recovered"] is None
+    low, high = rows["low-rank"]["recovered_interval"]
+    assert low <= rows["low-rank"]["recovered"] <= high
+    assert (rows["low-rank"]["n_added"], rows["low-rank"]["zeros_kept"]) == (0, 1.0)
+    assert rows["lora"]["n_added"] == rows["lora"]["n_trained"] > 0
+    assert rows["lora"]["zeros_kept"] < 1
+    blocks = again["bare"]["pruned"]["texts"][Path(config.texts[0]).stem]["losses"]
+    assert len(blocks) == config.blocks
+    assert again["bare"]["pruned"]["log_perplexity"] == pytest.approx(sum(blocks) / len(blocks))
     assert summary(found)[1]["failed"] == 2
     with pytest.raises(RequestError, match="wanted a comparison of the same models and settings"):
         compare(dense_dir, dense_dir, tmp_path, entries, config=config)
 
 
+def test_tasks_are_scored_under_the_injection(
+    dense_dir: Path, pruned_dir: Path, config: CompareConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Zero-shot accuracies come with every item, and with a paired interval against the pruned model."""
+    folder = tmp_path / "sets" / "arc_easy"
+    folder.mkdir(parents=True)
+    (folder / "test.jsonl").write_text("".join(json.dumps(record) + "\n" for record in ARC))
+    monkeypatch.setenv("LCC_LENS_DATA", str(folder.parent))
+    config = dataclasses.replace(config, tasks=("arc_easy",), limit=5)
+    found = compare(dense_dir, pruned_dir, tmp_path, ["masked=1e-1", "lofit"], seeds=1, config=config)
+    row = summary(found)[0]["tasks"]["arc_easy"]
+    items = [
+        model["tasks"]["arc_easy"]["items"] for model in (found["bare"]["pruned"], found["cells"]["masked=1e-1 | 0"])
+    ]
+    assert len(items[0]) == len(items[1]) == 5
+    assert items[0] != items[1]
+    plain = load_plain(pruned_dir)
+    assert evaluate_task(plain, load_tokenizer(pruned_dir), "arc_easy", with_items=True)["items"] == items[0]
+    gain = (items[1].count("1") - items[0].count("1")) / 5
+    assert row["acc"] == pytest.approx(items[1].count("1") / 5)
+    assert row["gain_interval"][0] <= gain <= row["gain_interval"][1]
+    assert found["cells"]["lofit | 0"]["n_trained"] == 3 * 6  # a fifth of the 15 heads, an offset of d_head each
+
+
 def test_refit_and_what_is_trained_upon_it(
     dense_dir: Path, pruned_dir: Path, config: CompareConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def on_own_text(dense, pruned, out, *, n_samples):
-        from lcc_lens.recipe import refit
+    config = dataclasses.replace(config, refit_data=config.texts)
+    real = module.refit
 
-        return refit(dense, pruned, out, calibration=[config.text], n_samples=n_samples, seq_len=16)
+    def with_short_sequences(*args, **kwargs):
+        return real(*args, **kwargs, seq_len=16)
 
-    monkeypatch.setattr(module, "refit", on_own_text)
+    monkeypatch.setattr(module, "refit", with_short_sequences)
     found = compare(
         dense_dir, pruned_dir, tmp_path, ["refit", "refit+low-rank:distillation"], seeds=1, config=config
     )  # fmt: skip

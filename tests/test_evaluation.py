@@ -15,7 +15,7 @@ from lcc_lens import data
 from lcc_lens.data import encode, load_data
 from lcc_lens.errors import RequestError
 from lcc_lens.evaluation import check_tasks, evaluate, evaluate_model, evaluate_task, sequence_loss, unique_names
-from lcc_lens.metrics import perplexity, share_recovered
+from lcc_lens.metrics import bootstrap_interval, perplexity, share_recovered
 from lcc_lens.models import load_plain, load_tokenizer
 from lcc_lens.negatives import with_other_answers
 
@@ -50,12 +50,14 @@ def test_loss_is_transformers_own(dense_dir: Path, text_file: Path) -> None:
 
 def test_boolq_accuracy_by_hand(dense_dir: Path) -> None:
     model, tokenizer = load_plain(dense_dir), load_tokenizer(dense_dir)
-    found = evaluate_task(model, tokenizer, "boolq", records=BOOLQ)
-    right = 0
+    found = evaluate_task(model, tokenizer, "boolq", records=BOOLQ, with_items=True)
+    right, items = 0, ""
     for record in BOOLQ:
         context = f"{record['passage']}\nQuestion: {record['question']}?\nAnswer:"
         says_yes = score(model, tokenizer, context, " yes") > score(model, tokenizer, context, " no")
         right += says_yes == record["answer"]
+        items += str(int(says_yes == record["answer"]))
+    assert found["items"] == items
     assert found["n"] == 6
     assert found["acc"] == pytest.approx(right / 6)
     assert found["stderr"] == pytest.approx(math.sqrt(found["acc"] * (1 - found["acc"]) / 5))
@@ -93,6 +95,22 @@ def test_no_more_responses_are_loaded_than_are_scored(
     assert (compared, found["sequences"]) == ([4], 4)
     expected = encode(load_data("alpaca", 4, role="held-out"), load_tokenizer(dense_dir))
     assert found["response_loss"] == sequence_loss(load_plain(dense_dir), expected)["loss"]
+
+
+def test_bootstrap_intervals() -> None:
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(400, generator=generator, dtype=torch.float64)
+    low, high = bootstrap_interval(values.tolist())
+    half = 1.96 * float(values.std(unbiased=False)) / 20  # the normal approximation's
+    assert low == pytest.approx(float(values.mean()) - half, abs=0.1 * half)
+    assert high == pytest.approx(float(values.mean()) + half, abs=0.1 * half)
+    sizes = (1 + torch.rand(400, generator=generator, dtype=torch.float64)).tolist()
+    assert bootstrap_interval([3 * size for size in sizes], sizes) == pytest.approx((3, 3))  # paired: no spread at all
+    narrow = bootstrap_interval(values.tolist(), level=0.5)
+    assert low < narrow[0] < narrow[1] < high
+    for wrong in (([], None), ([1.0], [1.0, 2.0])):
+        with pytest.raises(ValueError, match="wanted as many numerators"):
+            bootstrap_interval(*wrong)
 
 
 @given(dense=st.floats(0.5, 3), lost=st.floats(0.01, 3), share=st.floats(-1, 1.5))

@@ -1,5 +1,6 @@
 """What restorations are compared with: other people's methods, trained by the same code on the same batches."""
 
 from lcc_lens.baselines.adapters import AdapterInjection, adapters
+from lcc_lens.baselines.lofit import lofit_heads
 
-__all__ = ["AdapterInjection", "adapters"]
+__all__ = ["AdapterInjection", "adapters", "lofit_heads"]

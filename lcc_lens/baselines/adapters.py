@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lcc_lens.errors import RequestError
 from lcc_lens.hooks import HookedModel
 from lcc_lens.injections.base import Injection
 from lcc_lens.injections.weights import layer_maps
+from lcc_lens.pruning.layers import is_transposed
 
 AdapterKind = Literal["lora", "dora"]
 #: The attention's projections, as llama-like architectures name them.
@@ -26,13 +28,14 @@ class AdapterInjection(Injection):
 
     Args:
         layers: adapter layers by the path of the module that they stand in for, within the plain model.
+        names: those modules' plain names.
         default_lr: the learning rate if none is asked for.
     """
 
-    def __init__(self, layers: Mapping[str, nn.Module], *, default_lr: float = 3e-3) -> None:
+    def __init__(self, layers: Mapping[str, nn.Module], names: Sequence[str], *, default_lr: float = 3e-3) -> None:
         super().__init__()
         self.default_lr = default_lr
-        self._paths = tuple(layers)
+        self._paths, self._names = tuple(layers), tuple(names)
         self.members = nn.ModuleList(layers.values())
 
     @contextmanager
@@ -47,6 +50,13 @@ class AdapterInjection(Injection):
         finally:
             for path, module in plain.items():
                 _put(original, path, module)
+
+    def merged_weights(self) -> dict[str, Callable[[Tensor], Tensor]]:
+        """By plain name of a map, what gives its weight ``[out, in]`` with the adapter merged."""
+        return {
+            name: functools.partial(_merged_weight, layer)
+            for name, layer in zip(self._names, self.members, strict=True)
+        }
 
 
 def adapters(
@@ -75,8 +85,9 @@ def adapters(
         raise RequestError("wanted peft for LoRA and DoRA, got none; install lcc-lens[baselines]") from error
 
     original = cast("Any", model).original_model
-    chosen = {id(m) for name, m in layer_maps(model).items() if name.rsplit(".", 1)[-1] in targets}
-    paths = [path for path, module in original.named_modules() if id(module) in chosen]
+    chosen = {id(m): name for name, m in layer_maps(model).items() if name.rsplit(".", 1)[-1] in targets}
+    names = {path: chosen[id(module)] for path, module in original.named_modules() if id(module) in chosen}
+    paths = list(names)
     if not paths:
         raise RequestError(f"wanted linear maps named {', '.join(targets)}, got none in this architecture")
     plain = {path: original.get_submodule(path) for path in paths}
@@ -95,7 +106,19 @@ def adapters(
         for number in layer.parameters():
             if number.requires_grad:
                 number.data = number.data.float()
-    return AdapterInjection(layers)
+    return AdapterInjection(layers, list(names.values()))
+
+
+def _merged_weight(layer: Any, weight: Tensor) -> Tensor:
+    """What peft merges the adapter into; the layer stays unmerged, bit for bit."""
+    base = layer.get_base_layer()
+    before = base.weight.detach().clone()
+    layer.merge()
+    after: Tensor = base.weight.detach().clone()
+    layer.unmerge()
+    with torch.no_grad():
+        base.weight.copy_(before)
+    return after.T if is_transposed(base) else after
 
 
 def _put(model: nn.Module, path: str, module: nn.Module) -> None:

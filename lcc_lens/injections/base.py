@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
-from torch import nn
+from torch import Tensor, nn
 
 from lcc_lens.hooks import HookedModel, NamedHook, kept_hooks
 from lcc_lens.injections.changes import Change, merged
@@ -38,6 +38,10 @@ class Injection(nn.Module):
     def changes(self) -> Mapping[str, Change]:
         """Changed weights by the plain name of their module."""
         return {}
+
+    def penalty(self) -> Tensor | None:
+        """What training adds to the objective of every step, once; nothing by default."""
+        return None
 
     def attached(self, model: HookedModel) -> AbstractContextManager[HookedModel]:
         """Let the model compute with the changed weights inside the block; :meth:`hooks` are for every forward pass."""

@@ -1,0 +1,71 @@
+"""Lines of a comparison: a method, baseline or control, what it minimises and how fast."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lcc_lens.baselines.adapters import AdapterKind
+from lcc_lens.errors import RequestError
+from lcc_lens.injections import parse_method, uses_heads
+from lcc_lens.objectives import Objective
+
+CONTROLS = ("dense", "shuffled", "random-heads")
+#: Adapters by name: peft's kind, and the maps that they stand beside.
+ADAPTERS: dict[str, tuple[AdapterKind, tuple[str, ...]]] = {
+    "lora": ("lora", ("q_proj", "k_proj", "v_proj", "o_proj")),
+    "dora": ("dora", ("q_proj", "k_proj", "v_proj", "o_proj")),
+    "lora-vo": ("lora", ("v_proj", "o_proj")),
+    "dora-vo": ("dora", ("v_proj", "o_proj")),
+}
+BASELINES = (*ADAPTERS, "lofit")
+REFIT = "refit"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A line of a comparison: ``[refit+]method[@control][:objective][=learning rate]``.
+
+    ``refit`` starts from the refitted model. ``method`` are parts of :data:`~lcc_lens.injections.METHODS` joined by
+    ``+``, or a baseline: ``lora`` or ``dora`` (on q, k, v, o; with ``-vo`` on v, o), ``lofit``. ``@dense`` trains the
+    same on the dense model: what that lowers is not restoration; ``@shuffled`` trains on other prompts' responses;
+    ``@random-heads`` chooses heads at random. The objective is read by :meth:`~lcc_lens.objectives.Objective.parse`.
+    Without a learning rate each part takes its own.
+
+    Example:
+        >>> Entry.parse("refit+low-rank+lcc:distillation").method
+        'low-rank+lcc'
+    """
+
+    text: str
+    method: str | None
+    on_refit: bool
+    control: str | None
+    objective: Objective
+    lr: float | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> Entry:
+        """Read a line.
+
+        Raises:
+            RequestError: an unknown method, control or objective.
+        """
+        whole, _, rate = text.partition("=")
+        whole, _, objective = whole.partition(":")
+        whole, _, control = whole.partition("@")
+        on_refit = whole == REFIT or whole.startswith(f"{REFIT}+")
+        method = whole.removeprefix(REFIT).removeprefix("+") if on_refit else whole
+        if control and control not in CONTROLS:
+            raise RequestError(f"wanted a control ({', '.join(CONTROLS)}), got {control!r} in {text!r}")
+        is_own = bool(method) and method not in BASELINES
+        if is_own:
+            parse_method(method)
+        if control == "random-heads" and not (is_own and uses_heads(method)):
+            raise RequestError(f"wanted a method that acts on heads for random heads, got {text!r}")
+        if (control == "dense" and on_refit) or (control and not method):
+            raise RequestError(f"wanted a control of something that trains on the pruned model, got {text!r}")
+        try:
+            lr = float(rate) if rate else None
+        except ValueError:
+            raise RequestError(f"wanted a learning rate behind =, got {rate!r} in {text!r}") from None
+        return cls(text, method or None, on_refit, control or None, Objective.parse(objective or "response"), lr)

@@ -1,0 +1,69 @@
+"""What a comparison measures of a model, with or without an injection."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+from lcc_lens.data import TokenSequence
+from lcc_lens.hooks import HookedModel
+from lcc_lens.injections import Injection
+from lcc_lens.objectives import Objective
+from lcc_lens.pair import Pair
+from lcc_lens.running import fused_attention
+from lcc_lens.training import validation_loss, validation_terms
+
+
+@dataclass(frozen=True)
+class Measures:
+    """Data to measure on.
+
+    Args:
+        texts: blocks of text by name; the first one's perplexity is the main figure.
+        responses: held-out instructions, for the divergence from the dense model and the loss of their responses.
+        tasks: zero-shot tasks of lm-eval.
+        limit: items of each at most.
+    """
+
+    texts: Mapping[str, Sequence[TokenSequence]]
+    responses: Sequence[TokenSequence]
+    tasks: Sequence[str] = ()
+    limit: int | None = None
+
+    def of(self, pair: Pair, model: HookedModel, injection: Injection | None) -> dict[str, Any]:
+        """Measure one of a pair's models.
+
+        Returns:
+            ``perplexity`` and ``log_perplexity`` of the first text, ``kl`` and ``response_loss`` in nats per response
+            token, ``texts`` (by name the ``perplexity``, and ``losses`` in nats per token of every block), ``tasks``
+            (by name ``acc``, ``stderr``, ``n``, and ``items``: 1 for each one right, 0 for each one wrong).
+        """
+        texts: dict[str, dict[str, Any]] = {}
+        for name, blocks in self.texts.items():
+            # blocks are of equal length: the mean of their losses is the loss per token
+            losses = [validation_loss(model, injection, [block]) for block in blocks]
+            texts[name] = {"perplexity": math.exp(sum(losses) / len(losses)), "losses": losses}
+        main = next(iter(texts.values()))
+        terms = validation_terms(
+            model, injection, self.responses, 1024, Objective(1.0, 1.0, prompts=False), pair.dense
+        )  # fmt: skip
+        return {
+            "perplexity": main["perplexity"],
+            "log_perplexity": math.log(main["perplexity"]),
+            "kl": terms["distillation"],
+            "response_loss": terms["response"],
+            "texts": texts,
+            "tasks": self._tasks(pair, model, injection) if self.tasks else {},
+        }
+
+    def _tasks(self, pair: Pair, model: HookedModel, injection: Injection | None) -> dict[str, Any]:
+        from lcc_lens.evaluation import evaluate_task
+
+        found = {}
+        with (injection or Injection()).applied_to(model), fused_attention(model):
+            plain = cast("Any", model).original_model  # its modules carry the hooks
+            for task in self.tasks:
+                found[task] = evaluate_task(plain, pair.tokenizer, task, limit=self.limit, with_items=True)
+        return found
