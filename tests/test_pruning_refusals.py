@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig, ViTCo
 from lcc_lens.errors import DiskFullError, LensError, RequestError
 from lcc_lens.pruning import NofM, Pattern, PruneConfig, Unstructured, prune
 from lcc_lens.pruning.layers import decoder_layers
+from lcc_lens.pruning.matrices import Matrix
 from lcc_lens.pruning.pruners import MagnitudePruner, WandaPruner
 from lcc_lens.pruning.settings import PRUNERS
 from lcc_lens.pruning.stream import LayerStream
@@ -261,3 +262,43 @@ def test_two_passes_through_every_layer_and_none_through_the_head() -> None:
         stream.advance()
     assert [layer.runs for layer in model.layers] == [7, 3]
     assert model.head_runs == 0
+
+
+class TwoMaps(ToyLayer):
+    """Two maps, the second of which runs once or twice in a pass."""
+
+    def __init__(self, n_runs: int) -> None:
+        super().__init__()
+        self.second, self.n_runs = nn.Linear(4, 4), n_runs
+        self.is_through = 0
+
+    def forward(self, hidden: Tensor, extra: Tensor | None) -> tuple[Tensor, None]:
+        hidden = hidden + self.linear(hidden)
+        for _ in range(self.n_runs):
+            hidden = hidden + self.second(hidden)
+        self.is_through += 1
+        return hidden, None
+
+
+@pytest.mark.parametrize(("paths", "n_runs", "passes"), [
+    (("linear",), 1, 1), (("linear", "second"), 1, 1), (("linear", "second"), 2, 3),
+])  # fmt: skip
+def test_a_batch_goes_no_further_than_to_the_last_observed_map(
+    paths: tuple[str, ...], n_runs: int, passes: int
+) -> None:
+    """Everything that an observed map reads is seen; what comes after the last of them does not run."""
+    torch.manual_seed(0)
+    model = Toy()
+    model.layers = nn.ModuleList([TwoMaps(n_runs)])
+    stream, seen = LayerStream(model, model.layers, TOKENS, batch_size=1), dict.fromkeys(paths, torch.empty(0, 4))
+
+    def note(name: str, inputs: Tensor) -> None:
+        seen[name] = torch.cat([seen[name], inputs])
+
+    matrices = [Matrix(path, path, 4, 4, False, Path("none"), torch.float32) for path in paths]
+    for _ in stream.batches_observed(matrices, note):
+        pass
+    assert model.layers[0].is_through == passes
+    assert torch.equal(seen["linear"], model.embed(TOKENS).flatten(0, 1))
+    if "second" in paths:
+        assert len(seen["second"]) == n_runs * TOKENS.numel()

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -68,6 +69,8 @@ class LayerStream:
     def batches_observed(self, matrices: Sequence[Matrix], observe: Observer) -> Generator[None, None, None]:
         """Run the current layer and show the inputs of its matrices; yields after every batch.
 
+        Where the first batch showed that each of them runs once, later ones go no further than to the last of them.
+
         Raises:
             LensError: a weight of the layer is not finite in the compute format.
         """
@@ -78,8 +81,23 @@ class LayerStream:
                     f"wanted finite weights, got NaN or infinity in {path} of layer {self._index}; "
                     "check the checkpoint or compute in float32"
                 )
-        with _observed({matrix.name: layer.get_submodule(matrix.path) for matrix in matrices}, observe):
-            for _ in self._outputs():
+        runs = dict.fromkeys((matrix.name for matrix in matrices), 0)
+        last, n_runs = math.inf, 0
+
+        def show(name: str, inputs: Tensor) -> None:
+            nonlocal n_runs
+            observe(name, inputs)
+            n_runs, runs[name] = n_runs + 1, runs[name] + 1
+            if n_runs == last:
+                raise _AllSeen
+
+        with _observed({name: layer.get_submodule(m.path) for name, m in zip(runs, matrices, strict=True)}, show):
+            for start in range(0, len(self._hidden), self._batch_size):
+                n_runs = 0
+                with suppress(_AllSeen):
+                    self._output(start)
+                if start == 0 and set(runs.values()) == {1}:
+                    last = len(runs)
                 yield
 
     def replace(self, matrix: Matrix, weight: Tensor) -> None:
@@ -95,7 +113,8 @@ class LayerStream:
             LensError: an output is not finite.
         """
         if self._index + 1 < len(self._layers):  # nobody reads what the last layer gives
-            for start, output in self._outputs():
+            for start in range(0, len(self._hidden), self._batch_size):
+                output = self._output(start)
                 if not bool(torch.isfinite(output).all()):
                     raise LensError(
                         f"wanted finite activations, got NaN or infinity from layer {self._index}; "
@@ -123,13 +142,15 @@ class LayerStream:
         return cls(model, decoder_layers(model, read_config(model_dir))[1], tokens, batch_size)
 
     @torch.no_grad()
-    def _outputs(self) -> Iterator[tuple[int, Float[Tensor, "batch pos d_model"]]]:
-        """Run the current layer batch by batch; each output comes with the position of its first sequence."""
-        layer = self._layers[self._index]
-        for start in range(0, len(self._hidden), self._batch_size):
-            # A copy, since a layer may add to its input in place and the buffer is read twice.
-            batch = self._hidden[start : start + self._batch_size].clone()
-            yield start, self._calls[len(batch)][self._index](layer, batch)
+    def _output(self, start: int) -> Float[Tensor, "batch pos d_model"]:
+        """What the current layer gives for the batch that begins with this sequence."""
+        # A copy, since a layer may add to its input in place and the buffer is read twice.
+        batch = self._hidden[start : start + self._batch_size].clone()
+        return self._calls[len(batch)][self._index](self._layers[self._index], batch)
+
+
+class _AllSeen(Exception):
+    """Ends a layer's pass once all observed modules have run."""
 
 
 @contextmanager
