@@ -225,8 +225,8 @@ class Restore(Common):
     tune_lr: bool = False
     """Choose the learning rate by a few steps at each of five first."""
     objective: str = "response"
-    """Minimise the response's loss (response), the distance to the dense model's distribution (distillation) or to its
-    head outputs (heads), or several joined by +, as in response+3*distillation."""
+    """Minimise the loss of the response (response) or of all tokens (text), the distance to the dense model's
+    distribution (distillation) or to its head outputs (heads), or several joined by +, as in text+3*distillation."""
     temperature: float = 1.0
     """Of distillation."""
     patience: int | None = None

@@ -18,7 +18,7 @@ from lcc_lens.metrics import token_divergence, token_nll
 from lcc_lens.models import device_of
 from lcc_lens.running import forward
 
-_NAMES = ("response", "distillation", "heads")
+_NAMES = ("response", "distillation", "heads", "text")
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,7 @@ class Objective:
             size, $\lVert \tilde z_l - z_l \rVert^2 / \lVert z_l \rVert^2$ over all heads of a layer at a token, as a
             mean over layers: layer by layer, each behind the ones below.
         prompts: whether distillation and head outputs count the prompts' tokens.
+        text: weight of the cross-entropy in nats of all tokens, the prompts' included.
     """
 
     response: float = 1.0
@@ -44,6 +45,7 @@ class Objective:
     temperature: float = 1.0
     heads: float = 0.0
     prompts: bool = True
+    text: float = 0.0
 
     def __post_init__(self) -> None:
         weights = tuple(self.weights.values())
@@ -72,8 +74,8 @@ class Objective:
             if not known or not 0 < weights[name] < math.inf:
                 names = ", ".join(_NAMES)
                 raise RequestError(f"wanted an objective ({names}, joined by +, as in 3*heads), got {text!r}")
-        response, distillation, heads = (weights.get(name, 0.0) / sum(weights.values()) for name in _NAMES)
-        return cls(response, distillation, temperature, heads)
+        shares = {name: weights.get(name, 0.0) / sum(weights.values()) for name in _NAMES}
+        return cls(shares["response"], shares["distillation"], temperature, shares["heads"], text=shares["text"])
 
     @property
     def weights(self) -> dict[str, float]:
@@ -88,8 +90,10 @@ class Objective:
     def counts(self, sequences: Sequence[TokenSequence]) -> dict[str, int]:
         """How many tokens of the sequences every loss that has a weight counts."""
         response = sum(len(one) - one.loss_from for one in sequences)
-        followed = sum(len(one) - 1 for one in sequences) if self.prompts else response
-        return {name: response if name == "response" else followed for name, weight in self.weights.items() if weight}
+        whole = sum(len(one) - 1 for one in sequences)
+        followed = whole if self.prompts else response
+        counts = {"response": response, "distillation": followed, "heads": followed, "text": whole}
+        return {name: counts[name] for name, weight in self.weights.items() if weight}
 
     def loss(
         self,
@@ -113,21 +117,25 @@ class Objective:
         """
         if self.needs_teacher and teacher is None:
             raise RequestError("wanted the dense model for distillation, got none")
-        mask = batch.is_followed() if self.needs_teacher and self.prompts else batch.is_target()
-        reads = {"with_logits": bool(self.response or self.distillation), "with_z": self.heads > 0}
+        reads = {"with_logits": bool(self.response or self.distillation or self.text), "with_z": self.heads > 0}
+        follows_prompts = self.needs_teacher and self.prompts
+        mask = batch.is_followed() if follows_prompts or self.text else batch.is_target()
         got = _run(model, batch, mask, hooks, **reads)
+        in_response = batch.is_target()[mask].to(got.logits.device)
         terms = {}
-        if self.response:
-            targets = batch.targets().to(got.logits.device)
-            terms["response"] = token_nll(got.logits[batch.is_target()[mask].to(targets.device)], targets).sum()
+        if self.response or self.text:
+            nll = token_nll(got.logits, batch.tokens[:, 1:][mask[:, :-1]].to(got.logits.device))
+            terms = {"response": nll[in_response].sum()} if self.response else {}
+            terms |= {"text": nll.sum()} if self.text else {}
         if teacher is not None and self.needs_teacher:
             with torch.no_grad():
                 wanted = _run(teacher, batch, mask, (), **{**reads, "with_logits": self.distillation > 0})
+            counted = slice(None) if self.prompts else in_response
             if self.distillation:
                 logits = wanted.logits.to(got.logits.device)
-                terms["distillation"] = token_divergence(logits, got.logits, self.temperature).sum()
+                terms["distillation"] = token_divergence(logits, got.logits, self.temperature)[counted].sum()
             if self.heads:
-                terms["heads"] = _relative_distance(wanted.z, got.z).sum()
+                terms["heads"] = _relative_distance(wanted.z, got.z)[counted].sum()
         return terms
 
 

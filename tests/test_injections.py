@@ -209,6 +209,13 @@ def test_objectives_count_what_they_compare(pair, question_file: Path) -> None:
     terms = validation_terms(pair.pruned, None, sequences, 1024, Objective(1.0, 1.0, heads=1.0), pair.dense)
     assert terms["response"] == pytest.approx(validation_loss(pair.pruned, None, sequences))
     assert terms["distillation"] == pytest.approx(whole)
+    both = validation_terms(
+        pair.pruned, None, sequences, 1024, Objective(1.0, 1.0, prompts=False, text=1.0), pair.dense
+    )
+    assert both["text"] == pytest.approx(validation_loss(pair.pruned, None, everything))
+    assert both["response"] == pytest.approx(terms["response"])
+    expected = validation_loss(pair.pruned, None, sequences, 1024, narrow, pair.dense)
+    assert both["distillation"] == pytest.approx(expected)
 
 
 def test_head_outputs_as_an_objective(pair, question_file: Path) -> None:
