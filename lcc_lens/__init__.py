@@ -19,7 +19,8 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lcc_lens.compare import CompareConfig, compare
+    from lcc_lens.bench import CompareConfig
+    from lcc_lens.compare import compare
     from lcc_lens.components import LostComponents, components_from_moments, extract_lost_components
     from lcc_lens.data import Data, load_data
     from lcc_lens.errors import LensError, RequestError
@@ -52,7 +53,8 @@ if TYPE_CHECKING:
     from lcc_lens.training import Step, TrainConfig, train
 
 _HOMES = {
-    "compare": ("CompareConfig", "compare"),
+    "bench": ("CompareConfig",),
+    "compare": ("compare",),
     "components": ("LostComponents", "components_from_moments", "extract_lost_components"),
     "data": ("Data", "load_data"),
     "errors": ("LensError", "RequestError"),

@@ -329,7 +329,8 @@ class Compare(Common):
     """Tokens per example at most."""
 
     def execute(self) -> None:
-        from lcc_lens.compare import CompareConfig, compare, summary
+        from lcc_lens.bench import CompareConfig
+        from lcc_lens.compare import compare, summary
 
         config = CompareConfig(
             data=self.data, examples=self.examples, texts=self.texts, blocks=self.blocks, responses=self.responses,

@@ -64,21 +64,25 @@ def show_comparison(bare: dict[str, Any], rows: list[dict[str, Any]], run: Path)
         value, spread = row[key], row[f"{key}_sd"]
         return "" if value is None else format(value, form) + ("" if spread is None else f" ± {spread:{form}}")
 
-    columns = ["", "perplexity", "recovered", "KL", "loss", "trained", "added", "zeros", "seconds"]
+    columns = ["", "perplexity", "recovered", "KL", "loss", "trained", "added", "zeros", "decode", "seconds"]
     keys = [("perplexity", ".2f"), ("recovered", ".1%"), ("kl", ".3f"), ("response_loss", ".3f")]
     table = [
-        [name, f"{m['perplexity']:.2f}", "", f"{m['kl']:.3f}", f"{m['response_loss']:.3f}", "", "", "", ""]
+        [name, f"{m['perplexity']:.2f}", "", f"{m['kl']:.3f}", f"{m['response_loss']:.3f}", *5 * [""]]
         for name, m in bare.items()
     ]
     for row in rows:
         label = row["entry"] + (f" ({row['failed']} failed)" if row["failed"] else "")
         zeros = "" if row["zeros_kept"] is None else f"{row['zeros_kept']:.0%}"
-        counts = [_rounded(row["n_trained"]), _rounded(row["n_added"]), zeros, number(row, "training_seconds", ".0f")]
-        table.append([label, *(number(row, *key) for key in keys), *counts])
+        speed = row["inference"]
+        costs = [
+            _rounded(row["n_trained"]), _rounded(row["n_added"]), zeros,
+            "" if speed is None else f"{speed['decode_ratio']['median']:.2f}×", number(row, "training_seconds", ".0f"),
+        ]  # fmt: skip
+        table.append([label, *(number(row, *key) for key in keys), *costs])
     first = next(iter(bare["dense"]["texts"]))
     show_table(
         f"comparison: {run} (perplexity of {first}; KL to the dense model and loss on held-out responses; numbers "
-        "trained and added to the checkpoint; zeros left once merged)",
+        "trained and added to the checkpoint; zeros left once merged; decoding's time by the pruned model's)",
         columns, table,
     )  # fmt: skip
     _show_texts_and_tasks(bare, rows)

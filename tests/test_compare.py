@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import json
 from pathlib import Path
 
@@ -11,7 +10,9 @@ import pytest
 from conftest import build_model, save_model
 from test_evaluation import ARC
 
-from lcc_lens.compare import CompareConfig, compare, summary
+from lcc_lens import bench as module
+from lcc_lens.bench import CompareConfig
+from lcc_lens.compare import compare, summary
 from lcc_lens.data import encode, load_data
 from lcc_lens.entries import Entry
 from lcc_lens.errors import InterruptedRun, LensError, RequestError
@@ -22,10 +23,9 @@ from lcc_lens.objectives import Objective
 from lcc_lens.recipe import prune
 from lcc_lens.training import validation_loss, validation_terms
 
-module = importlib.import_module("lcc_lens.compare")  # not the function of the same name
 SMALL = {
     "examples": 24, "validation": 4, "responses": 4, "blocks": 2, "block_length": 16, "scan_examples": 24,
-    "batch_size": 8, "low_rank": 2, "lora_rank": 2, "refit_samples": 2, "max_length": 64,
+    "batch_size": 8, "low_rank": 2, "lora_rank": 2, "refit_samples": 2, "max_length": 64, "speed_rounds": 2,
 }  # fmt: skip
 
 
@@ -99,6 +99,9 @@ def test_cells_are_kept_and_failures_reported(
     assert (rows["low-rank"]["n_added"], rows["low-rank"]["zeros_kept"]) == (0, 1.0)
     assert rows["lora"]["n_added"] == rows["lora"]["n_trained"] > 0
     assert rows["lora"]["zeros_kept"] < 1
+    assert set(again["inference"]) == {"pruned", "biases", "lora"}
+    assert rows["low-rank"]["inference"]["decode_ratio"]["median"] == 1.0
+    assert rows["lora"]["inference"] == again["inference"]["lora"] != again["inference"]["biases"]
     blocks = again["bare"]["pruned"]["texts"][Path(config.texts[0]).stem]["losses"]
     assert len(blocks) == config.blocks
     assert again["bare"]["pruned"]["log_perplexity"] == pytest.approx(sum(blocks) / len(blocks))

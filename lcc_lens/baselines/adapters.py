@@ -79,11 +79,6 @@ def adapters(
     Raises:
         RequestError: no map of such a name, or peft is not installed.
     """
-    try:
-        from peft import LoraConfig, inject_adapter_in_model
-    except ImportError as error:
-        raise RequestError("wanted peft for LoRA and DoRA, got none; install lcc-lens[baselines]") from error
-
     original = cast("Any", model).original_model
     chosen = {id(m): name for name, m in layer_maps(model).items() if name.rsplit(".", 1)[-1] in targets}
     names = {path: chosen[id(module)] for path, module in original.named_modules() if id(module) in chosen}
@@ -91,11 +86,8 @@ def adapters(
     if not paths:
         raise RequestError(f"wanted linear maps named {', '.join(targets)}, got none in this architecture")
     plain = {path: original.get_submodule(path) for path in paths}
-    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=paths, use_dora=kind == "dora", bias="none")
     trained = [number for number in original.parameters() if number.requires_grad]
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        inject_adapter_in_model(config, original)
+    adapted(original, paths, kind=kind, rank=rank, seed=seed)
     layers = {path: original.get_submodule(path) for path in paths}
     for path, module in plain.items():
         _put(original, path, module)
@@ -107,6 +99,22 @@ def adapters(
             if number.requires_grad:
                 number.data = number.data.float()
     return AdapterInjection(layers, list(names.values()))
+
+
+def adapted(model: nn.Module, paths: Sequence[str], *, kind: AdapterKind, rank: int, seed: int) -> None:
+    """Let peft put adapters beside a plain model's linear maps, in place; alpha is twice the rank.
+
+    Raises:
+        RequestError: peft is not installed.
+    """
+    try:
+        from peft import LoraConfig, inject_adapter_in_model
+    except ImportError as error:
+        raise RequestError("wanted peft for LoRA and DoRA, got none; install lcc-lens[baselines]") from error
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=list(paths), use_dora=kind == "dora", bias="none")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        inject_adapter_in_model(config, model)
 
 
 def _merged_weight(layer: Any, weight: Tensor) -> Tensor:

@@ -1,0 +1,229 @@
+"""The bench of a comparison: models, data and settings that all cells share, and a cell's training."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from lcc_lens.baselines import adapters, lofit_heads
+from lcc_lens.data import Data, TokenSequence, check_disjoint, encode, load_data
+from lcc_lens.entries import ADAPTERS, REFIT, Entry
+from lcc_lens.errors import RequestError
+from lcc_lens.files import read_json
+from lcc_lens.hooks import HookedModel
+from lcc_lens.inference_cost import inference_costs, served_as
+from lcc_lens.injections import Ingredients, Injection, build_injection, uses_heads
+from lcc_lens.measures import Measures
+from lcc_lens.memory import peak_memory, release_memory
+from lcc_lens.merging import merging_costs
+from lcc_lens.models import device_of, identify, resolve
+from lcc_lens.pair import Pair, load_pair
+from lcc_lens.pruning.refit import REFIT_RECORD
+from lcc_lens.recipe import REFIT_DATA, REFIT_SAMPLES, check_scan, refit
+from lcc_lens.scan import Scan, scan
+from lcc_lens.selectors import SelectorName
+from lcc_lens.speed import SpeedConfig
+from lcc_lens.training import TrainConfig, learning_rates, train
+
+
+@dataclass(frozen=True)
+class CompareConfig:
+    """What every cell shares.
+
+    ``examples`` train; ``validation`` held-out responses choose the best numbers, ``responses`` others are measured;
+    ``texts`` are of another kind than the training data, in ``blocks`` of ``block_length`` tokens each, the first being
+    the main figure; ``tasks`` are measured zero-shot on their first ``limit`` items. ``refit_data`` calibrates refits.
+    Inference is timed at the end in ``speed_rounds`` rounds (not at all if 0).
+    """
+
+    data: str = "alpaca"
+    examples: int = 480
+    validation: int = 24
+    responses: int = 96
+    texts: tuple[str, ...] = ("wikitext", "c4")
+    blocks: int = 16
+    block_length: int = 512
+    tasks: tuple[str, ...] = ()
+    limit: int | None = 200
+    max_length: int = 256
+    scan_examples: int = 96
+    heads: float = 1.0
+    selector: SelectorName = "mse"
+    batch_size: int = 8
+    epochs: int = 1
+    low_rank: int = 8
+    lora_rank: int = 8
+    lofit_share: float = 0.2
+    refit_data: tuple[str, ...] = REFIT_DATA
+    refit_samples: int = REFIT_SAMPLES
+    speed_rounds: int = 15
+
+    def __post_init__(self) -> None:
+        if not self.texts:
+            raise RequestError("wanted at least one text to measure perplexity on, got none; name one")
+
+
+class Bench:
+    """The models, data and measurements that cells share; one pair in memory at a time."""
+
+    def __init__(self, dense: str | Path, pruned: str | Path, run: Path, config: CompareConfig) -> None:
+        self.dense, self.pruned, self.run, self.config = dense, pruned, run, config
+        self.identity = {
+            f"{name}_sha256": identify(model, resolve(model)).sha256
+            for name, model in (("dense", dense), ("pruned", pruned))
+        }
+        self._held: tuple[bool, Pair] | None = None
+        self._validation: list[TokenSequence] | None = None
+        self._measures: Measures | None = None
+
+    def pair(self, *, on_refit: bool, found: dict[str, Any] | None = None) -> Pair:
+        """The pair with the pruned or the refitted model."""
+        if self._held is None or self._held[0] != on_refit:
+            self._held = None
+            release_memory()
+            path = self._refitted(found if found is not None else {}) if on_refit else self.pruned
+            self._held = (on_refit, load_pair(self.dense, path))
+        return self._held[1]
+
+    def check_refit(self) -> None:
+        """Refuse a refitted model of another pair in the folder."""
+        record = self.run / REFIT / REFIT_RECORD
+        if record.exists() and {name: read_json(record).get(name) for name in self.identity} != self.identity:
+            raise RequestError(f"wanted a refit of this pair in {record.parent}, got another's; name another run")
+
+    def cell(self, entry: Entry, seed: int, found: dict[str, Any]) -> dict[str, Any]:
+        """Train and measure one entry with one seed."""
+        if not found["bare"]:
+            plain = self.pair(on_refit=False)
+            for name, model in (("dense", plain.dense), ("pruned", plain.pruned)):
+                found["bare"][name] = self._measure(plain, model, None)
+        pair = self.pair(on_refit=entry.on_refit, found=found)
+        model = pair.dense if entry.control == "dense" else pair.pruned
+        if entry.method is None:
+            return self._measure(pair, model, None)
+        settings = TrainConfig(
+            epochs=self.config.epochs, batch_size=self.config.batch_size, lr=entry.lr, seed=seed,
+            objective=entry.objective,
+        )  # fmt: skip
+        data, validation = self._training(entry, pair, seed), self._validating(pair)
+        steps, start = 0, time.perf_counter()
+        with peak_memory(device_of(model)) as peak:
+            injection = self._injection(entry, pair, model, seed, lambda: (data, validation, settings))
+            if injection.n_trained:
+                for step in train(model, injection, data, validation, settings, teacher=pair.dense):
+                    steps = step.step
+        seconds = time.perf_counter() - start
+        return {
+            **self._measure(pair, model, injection),
+            **merging_costs(injection, pair, model),
+            "n_trained": injection.n_trained,
+            "learning_rates": learning_rates(injection, entry.lr),
+            "steps": steps,
+            "training_seconds": round(seconds, 1),
+            "memory_mib": None if peak.mib is None else round(peak.mib),
+        }
+
+    def time(self, entries: Sequence[Entry], found: dict[str, Any]) -> None:
+        """Time what is served, unless that was done."""
+        kinds = {served_as(entry) for entry in entries if entry.control is None}
+        if kinds <= set(found.get("inference", {})):
+            return
+        pair = self.pair(on_refit=False)
+        path, projections = pair.pruned_id.path, pair.output_projections
+        del pair
+        self._held = None
+        release_memory()
+        speed = SpeedConfig(repeats=self.config.speed_rounds)
+        found["inference"] = inference_costs(path, projections, kinds, rank=self.config.lora_rank, config=speed)
+
+    def _injection(
+        self,
+        entry: Entry,
+        pair: Pair,
+        model: HookedModel,
+        seed: int,
+        training: Callable[[], tuple[list[TokenSequence], list[TokenSequence], TrainConfig]],
+    ) -> Injection:
+        assert entry.method is not None
+        if entry.control == "dense" and pair.n_heads != int(pair.dense.cfg.n_heads):
+            raise RequestError(f"wanted models with the same heads for {entry.text}, got a sliced one; leave it out")
+        if entry.method in ADAPTERS:
+            kind, targets = ADAPTERS[entry.method]
+            built = adapters(model, kind=kind, rank=self.config.lora_rank, targets=targets, seed=seed)
+            return built.to(device_of(model))
+        method, components, heads = entry.method, None, []
+        if method == "lofit" or uses_heads(method):
+            scanned = self._scan(pair, on_refit=entry.on_refit)
+            selector = "random" if entry.control == "random-heads" else self.config.selector
+            heads, components = scanned.select(selector, share=self.config.heads, seed=seed), scanned.components
+        if method == "lofit":
+            data, validation, settings = training()
+            every = scanned.select("random", share=1.0, seed=seed)
+            heads = lofit_heads(
+                model, pair.output_projections, every, data, validation, replace(settings, lr=None),
+                share=self.config.lofit_share, teacher=pair.dense,
+            )  # fmt: skip
+            method = "offset"
+        given = Ingredients(
+            model, components, heads, pair.output_projections, low_rank=self.config.low_rank, seed=seed
+        )  # fmt: skip
+        return build_injection(method, given)
+
+    def _scan(self, pair: Pair, *, on_refit: bool) -> Scan:
+        run = self.run / ("scan_refit" if on_refit else "scan")
+        if (run / "scan.json").exists():
+            found = Scan.load(run)
+            check_scan(found, pair)
+            return found
+        data = load_data(self.config.data, self.config.scan_examples, role="probe")
+        named = () if self.config.selector in ("mse", "random") else (self.config.selector,)
+        return scan(pair, data, sites=("z",), display=0, max_length=self.config.max_length, selectors=named, run=run)
+
+    def _refitted(self, found: dict[str, Any]) -> Path:
+        path = self.run / REFIT
+        if not path.exists():
+            start = time.perf_counter()
+            refit(
+                self.dense, self.pruned, path, calibration=self.config.refit_data, n_samples=self.config.refit_samples
+            )  # fmt: skip
+            found["refit_seconds"] = round(time.perf_counter() - start, 1)
+        return path
+
+    def _training(self, entry: Entry, pair: Pair, seed: int) -> list[TokenSequence]:
+        data = load_data(self.config.data, self.config.examples, role="train", seed=seed)
+        check_disjoint(data.groups, self._held_out().groups, "training data", "held-out data")
+        if entry.control == "shuffled":
+            data = data.with_shuffled_responses(seed)
+        return encode(data, pair.tokenizer, max_length=self.config.max_length)
+
+    def _held_out(self) -> Data:
+        return load_data(self.config.data, self.config.validation + self.config.responses, role="held-out")
+
+    def _validating(self, pair: Pair) -> list[TokenSequence]:
+        """Responses that choose the best numbers."""
+        self._prepare(pair)
+        assert self._validation is not None
+        return self._validation
+
+    def _measure(self, pair: Pair, model: HookedModel, injection: Injection | None) -> dict[str, Any]:
+        self._prepare(pair)
+        assert self._measures is not None
+        return self._measures.of(pair, model, injection)
+
+    def _prepare(self, pair: Pair) -> None:
+        """Read the held-out data once."""
+        if self._measures is not None:
+            return
+        config = self.config
+        held_out = encode(self._held_out(), pair.tokenizer, max_length=config.max_length)
+        texts = {
+            Path(text).stem: encode(
+                load_data(text, role="held-out"), pair.tokenizer, max_length=config.block_length, limit=config.blocks
+            )
+            for text in config.texts
+        }
+        self._validation = held_out[: config.validation]
+        self._measures = Measures(texts, held_out[config.validation :], config.tasks, config.limit)
