@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lcc_lens.bench import CompareConfig
+    from lcc_lens.best import restore_best
     from lcc_lens.compare import compare
     from lcc_lens.components import LostComponents, components_from_moments, extract_lost_components
     from lcc_lens.data import Data, load_data
@@ -54,6 +55,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "bench": ("CompareConfig",),
+    "best": ("restore_best",),
     "compare": ("compare",),
     "components": ("LostComponents", "components_from_moments", "extract_lost_components"),
     "data": ("Data", "load_data"),
@@ -131,6 +133,7 @@ __all__ = [
     "relation_to_W_O",
     "report",
     "restore",
+    "restore_best",
     "scan",
     "share_recovered",
     "shown",

@@ -196,7 +196,8 @@ class Restore(Common):
     """lcc: magnitudes over lost directions plus an offset, a constant per head. Its controls: offset without
     directions; mean-shift (the scan's mean difference, nothing trained); random-basis (the same training over random
     directions). Changed weights, whose zeros stay: gain (of head outputs), norms, low-rank (on every linear map),
-    masked (all surviving weights). Joined by + they train together: lcc+low-rank."""
+    masked (all surviving weights). Joined by + they train together: lcc+low-rank. best: what brings back most, a refit
+    by least squares and then a low-rank that follows the dense model."""
     data: str = "alpaca"
     """Training data: instructions, questions or text."""
     examples: int = 480
@@ -211,8 +212,8 @@ class Restore(Common):
     """Examples for that scan."""
     rank: int | None = None
     """Directions per head (all if not given)."""
-    low_rank: int = 8
-    """Rank of low-rank."""
+    low_rank: int | None = None
+    """Rank of low-rank (8 if not given; best: 16)."""
     start: Literal["zero", "mean"] = "zero"
     """Where the magnitudes start: at the pruned model, or at the mean difference."""
     epochs: int = 1
@@ -224,9 +225,10 @@ class Restore(Common):
     difference); decays linearly to zero."""
     tune_lr: bool = False
     """Choose the learning rate by a few steps at each of five first."""
-    objective: str = "response"
+    objective: str | None = None
     """Minimise the loss of the response (response) or of all tokens (text), the distance to the dense model's
-    distribution (distillation) or to its head outputs (heads), or several joined by +, as in text+3*distillation."""
+    distribution (distillation) or to its head outputs (heads), or several joined by +, as in text+3*distillation
+    (response if not given; best: text+distillation)."""
     temperature: float = 1.0
     """Of distillation."""
     patience: int | None = None
@@ -247,6 +249,7 @@ class Restore(Common):
     """Replace a restoration that is there."""
 
     def execute(self) -> None:
+        from lcc_lens.best import BEST_LOW_RANK, BEST_OBJECTIVE, restore_best
         from lcc_lens.injections import parse_method, uses_components, uses_heads
         from lcc_lens.objectives import Objective
         from lcc_lens.pair import load_pair
@@ -256,20 +259,31 @@ class Restore(Common):
 
         if (self.run / RESTORATION_TENSORS).exists() and not (self.overwrite or self.resume):
             raise RequestError(f"{self.run} holds a restoration already; name another run or pass --overwrite")
-        parse_method(self.method)
+        is_best = self.method == "best"
+        if not is_best:
+            parse_method(self.method)
+        objective = self.objective or (BEST_OBJECTIVE if is_best else "response")
         config = TrainConfig(
             epochs=self.epochs, batch_size=self.batch_size, lr=self.lr, checkpoint_every=self.checkpoint_every,
             seed=self.seed, patience=self.patience,
-            objective=Objective.parse(self.objective, temperature=self.temperature),
+            objective=Objective.parse(objective, temperature=self.temperature),
         )  # fmt: skip
         data = _load(self.data, self.examples, "train", self.seed)
         validation = _load(self.data, max(8, self.examples // 10), "held-out", self.seed)
+        if is_best:
+            restoration = restore_best(
+                self.dense, self.pruned, self.run, data, config=config, validation=validation,
+                low_rank=self.low_rank or BEST_LOW_RANK, max_length=self.max_length, limit=self.examples,
+                resume=self.resume,
+            )  # fmt: skip
+            show_losses(restoration.record.losses, 0, self.run)
+            return
         pair = load_pair(self.dense, self.pruned)
         found = self._scan(pair) if uses_components(self.method) or uses_heads(self.method) else None
         heads = self._heads(found) if found is not None else []
         restoration = restore(
             pair, found, heads, data, method=self.method, config=config, validation=validation, rank=self.rank,
-            low_rank=self.low_rank, start=self.start, max_length=self.max_length, limit=self.examples,
+            low_rank=self.low_rank or 8, start=self.start, max_length=self.max_length, limit=self.examples,
             exportable=not self.hooks_only, shuffle_responses=self.shuffle_responses, tune_lr=self.tune_lr,
             run=self.run, resume=self.resume,
         )  # fmt: skip

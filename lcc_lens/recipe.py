@@ -13,6 +13,7 @@ import torch
 from lcc_lens.config import compute_dtype, default_device
 from lcc_lens.data import Data, TokenSequence, load_data
 from lcc_lens.errors import RequestError
+from lcc_lens.evaluation import sequence_loss
 from lcc_lens.export import find_slots
 from lcc_lens.heads import Head
 from lcc_lens.injections import (
@@ -25,7 +26,7 @@ from lcc_lens.injections import (
 )
 from lcc_lens.job_data import calibration_tokens, recorded_groups, training_sequences
 from lcc_lens.lr_range import range_test
-from lcc_lens.models import resolve
+from lcc_lens.models import load_plain, resolve
 from lcc_lens.pair import Pair
 from lcc_lens.progress import track
 from lcc_lens.pruning import parse_pattern
@@ -201,6 +202,7 @@ def restore(
     run: str | Path | None = None,
     resume: bool = False,
     on_step: Callable[[Step], None] | None = None,
+    before_refit: str | Path | None = None,
 ) -> Restoration:
     """Train a constant per chosen head and freeze the best (Eq. 8), or restore by another method or a control.
 
@@ -227,6 +229,7 @@ def restore(
             checkpoints; nothing is written if not given.
         resume: go on from the run directory's checkpoint.
         on_step: called after every optimiser step.
+        before_refit: the pruned model that the pair's was refitted from: recovery is counted from its loss.
 
     Raises:
         RequestError: a scan of other weights, a model that the export cannot serve, data that overlap, or nothing to
@@ -265,6 +268,9 @@ def restore(
         "dense": validation_loss(pair.dense, None, held_out, config.micro_tokens),
         "pruned": validation_loss(pair.pruned, None, held_out, config.micro_tokens),
     }
+    if before_refit is not None:
+        pruned = sequence_loss(load_plain(resolve(before_refit)), held_out)["loss"]
+        losses |= {"pruned": pruned, "refitted": losses["pruned"]}
     folder = RunFolder(run, pair, settings, data.source, config.seed, resume=resume)
     if injection.n_trained:
         steps = train(

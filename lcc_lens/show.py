@@ -161,7 +161,8 @@ def show_losses(losses: dict[str, float], n_heads: int, run_dir: Path) -> None:
     rows = [[name, f"{value:.4f}"] for name, value in losses.items()]
     share = share_recovered(losses["dense"], losses["pruned"], losses["restored"])
     rows.append(["share recovered", "nothing was lost" if share is None else f"{share:.1%}"])
-    show_table(f"held-out response loss, {n_heads} heads", ["model", "nats per token"], rows)
+    title = "held-out response loss" + (f", {n_heads} heads" if n_heads else "")
+    show_table(title, ["model", "nats per token"], rows)
     console().print(f"restoration {run_dir}", soft_wrap=True)
 
 

@@ -81,6 +81,7 @@ LAYERS: list[tuple[str, ...]] = [
         "plotting",
         "page",
         "bench",
+        "best",
         "compare",
         "entries",
         "measures",

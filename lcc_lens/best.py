@@ -1,0 +1,89 @@
+"""The combination that brings back most at no cost at inference: refit, then a masked low rank that follows the dense
+model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from lcc_lens.data import Data
+from lcc_lens.errors import RequestError
+from lcc_lens.files import read_json
+from lcc_lens.models import identify, resolve
+from lcc_lens.objectives import Objective
+from lcc_lens.pair import load_pair
+from lcc_lens.pruning.refit import REFIT_RECORD
+from lcc_lens.recipe import REFIT_DATA, REFIT_SAMPLES, refit, restore
+from lcc_lens.restoration import Restoration
+from lcc_lens.training import Step, TrainConfig
+
+#: What ``best`` stands for; the study of restorations says why.
+BEST_METHOD, BEST_LOW_RANK, BEST_OBJECTIVE = "low-rank", 16, "text+distillation"
+REFITTED = "refit"
+
+
+def restore_best(
+    dense: str | Path,
+    pruned: str | Path,
+    run: str | Path,
+    data: Data,
+    *,
+    config: TrainConfig | None = None,
+    validation: Data | None = None,
+    low_rank: int = BEST_LOW_RANK,
+    calibration: Sequence[str | Data] = REFIT_DATA,
+    n_samples: int = REFIT_SAMPLES,
+    seq_len: int = 512,
+    max_length: int = 512,
+    limit: int | None = None,
+    resume: bool = False,
+    on_step: Callable[[Step], None] | None = None,
+) -> Restoration:
+    """Refit the surviving weights in closed form, then train a masked low rank on every linear map.
+
+    The refitted model is kept in ``run/refit`` and used again if it is of this pair. The restoration belongs to it:
+    ``export(restoration, run / "refit", out)`` writes the result, whose zeros are the pruned model's.
+
+    Args:
+        dense: reference of the dense model.
+        pruned: reference of the same model with zeros.
+        run: the run directory.
+        data: training examples (role ``train``).
+        config: settings of the training; its objective is the loss of all tokens and the divergence from the dense
+            model in equal parts if none is given.
+        validation: see :func:`~lcc_lens.recipe.restore`.
+        low_rank: the rank.
+        calibration: data for the refit.
+        n_samples: sequences of it.
+        seq_len: tokens per sequence.
+        max_length: tokens per training example at most.
+        limit: training sequences at most.
+        resume: go on from the run directory's checkpoint.
+        on_step: called after every optimiser step.
+
+    Raises:
+        RequestError: a sliced model, data that overlap, or a refitted model of another pair in the run directory.
+
+    Example:
+        >>> restore_best("smollm2", "out/wanda50", "runs/best", load_data("alpaca", n=480))  # doctest: +SKIP
+    """
+    folder = Path(run) / REFITTED
+    _check_refit(folder, dense, pruned)
+    if not folder.exists():
+        refit(dense, pruned, folder, calibration=calibration, n_samples=n_samples, seq_len=seq_len)
+    config = config or TrainConfig(objective=Objective.parse(BEST_OBJECTIVE))
+    return restore(
+        load_pair(dense, folder), None, (), data, method=BEST_METHOD, config=config, validation=validation,
+        low_rank=low_rank, max_length=max_length, limit=limit, run=run, resume=resume, on_step=on_step,
+        before_refit=pruned,
+    )  # fmt: skip
+
+
+def _check_refit(folder: Path, dense: str | Path, pruned: str | Path) -> None:
+    """Refuse a refitted model of another pair."""
+    if not folder.exists():
+        return
+    record = read_json(folder / REFIT_RECORD)
+    for name, model in (("dense", dense), ("pruned", pruned)):
+        if record.get(f"{name}_sha256") != identify(model, resolve(model)).sha256:
+            raise RequestError(f"wanted a refit of this pair in {folder}, got another's; name another run")
