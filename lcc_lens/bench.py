@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from lcc_lens.baselines import adapters, lofit_heads
+from lcc_lens.baselines import adapters, eora, lofit_heads
 from lcc_lens.data import Data, TokenSequence, check_disjoint, encode, load_data
 from lcc_lens.entries import ADAPTERS, REFIT, Entry
 from lcc_lens.errors import RequestError
@@ -154,6 +154,8 @@ class Bench:
             kind, targets = ADAPTERS[entry.method]
             built = adapters(model, kind=kind, rank=self.config.lora_rank, targets=targets, seed=seed)
             return built.to(device_of(model))
+        if entry.method == "eora":
+            return eora(model, pair.dense, training()[0], rank=self.config.lora_rank)
         method, components, heads = entry.method, None, []
         if method == "lofit" or uses_heads(method):
             scanned = self._scan(pair, on_refit=entry.on_refit)

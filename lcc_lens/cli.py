@@ -316,9 +316,9 @@ class Compare(Common):
     run: RunPath
     """A folder for the comparison; the same command goes on there."""
     methods: tuple[str, ...] = ("lcc", "lcc@dense", "random-basis", "offset", "mean-shift", "lora")
-    """Restore's methods, lora, dora (-vo: on v and o alone) or lofit; refit+ before one starts from the refitted model;
-    @dense, @shuffled or @random-heads after it is a control; :distillation trains towards the dense model; =3e-3 sets a
-    learning rate."""
+    """Restore's methods, lora, dora (-vo: on v and o alone), lofit or eora; refit+ before one starts from the refitted
+    model; @dense, @shuffled or @random-heads after it is a control; :distillation trains towards the dense model; =3e-3
+    sets a learning rate."""
     seeds: int = 3
     """How many seeds (the draw of examples, their order, initial values)."""
     data: str = "alpaca"

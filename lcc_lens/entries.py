@@ -17,7 +17,7 @@ ADAPTERS: dict[str, tuple[AdapterKind, tuple[str, ...]]] = {
     "lora-vo": ("lora", ("v_proj", "o_proj")),
     "dora-vo": ("dora", ("v_proj", "o_proj")),
 }
-BASELINES = (*ADAPTERS, "lofit")
+BASELINES = (*ADAPTERS, "lofit", "eora")
 REFIT = "refit"
 
 
@@ -26,10 +26,10 @@ class Entry:
     """A line of a comparison: ``[refit+]method[@control][:objective][=learning rate]``.
 
     ``refit`` starts from the refitted model. ``method`` are parts of :data:`~lcc_lens.injections.METHODS` joined by
-    ``+``, or a baseline: ``lora`` or ``dora`` (on q, k, v, o; with ``-vo`` on v, o), ``lofit``. ``@dense`` trains the
-    same on the dense model: what that lowers is not restoration; ``@shuffled`` trains on other prompts' responses;
-    ``@random-heads`` chooses heads at random. The objective is read by :meth:`~lcc_lens.objectives.Objective.parse`.
-    Without a learning rate each part takes its own.
+    ``+``, or a baseline: ``lora`` or ``dora`` (on q, k, v, o; with ``-vo`` on v, o), ``lofit``, ``eora``. ``@dense``
+    trains the same on the dense model: what that lowers is not restoration; ``@shuffled`` trains on other prompts'
+    responses; ``@random-heads`` chooses heads at random. The objective is read by
+    :meth:`~lcc_lens.objectives.Objective.parse`. Without a learning rate each part takes its own.
 
     Example:
         >>> Entry.parse("refit+low-rank+lcc:distillation").method

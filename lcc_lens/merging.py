@@ -31,7 +31,7 @@ def merging_costs(injection: Injection, pair: Pair, model: HookedModel) -> dict[
         after merging; 1 for all that acts under the zero pattern. None where there are no zeros.
     """
     if isinstance(injection, AdapterInjection):
-        return {"n_added": injection.n_trained, "zeros_kept": _zeros_kept(model, injection.merged_weights())}
+        return {"n_added": injection.n_beside, "zeros_kept": _zeros_kept(model, injection.merged_weights())}
     changes = merged(part.changes() for part in injection.parts)
     has_constants = any(isinstance(part, LccInjection) for part in injection.parts)
     return {"n_added": _bias_numbers(pair) if has_constants else 0, "zeros_kept": _zeros_kept(model, changes)}

@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import build_model, save_model
 
-from lcc_lens.baselines import adapters, lofit_heads
+from lcc_lens.baselines import adapters, eora, lofit_heads
 from lcc_lens.data import encode, load_data
 from lcc_lens.errors import RequestError
 from lcc_lens.heads import Head
@@ -111,3 +111,37 @@ def test_lofit_finds_the_head_that_was_weakened(question_file: Path, tmp_path: P
         lofit_heads(pair.dense, *given, teacher=pair.dense)
     with pytest.raises(RequestError, match="wanted a share of heads above 0"):
         lofit_heads(pair.pruned, *given, share=0.0)
+
+
+def test_eora_is_the_best_low_rank_on_the_inputs(pair, question_file: Path) -> None:
+    """Nothing of its rank gives outputs nearer to the dense map's; at full rank it gives them exactly."""
+    sequences = encode(load_data(str(question_file)), pair.tokenizer)
+    before = pair.pruned(TOKENS)
+    injection = eora(pair.pruned, pair.dense, sequences, rank=2)
+    assert torch.equal(pair.pruned(TOKENS), before)
+    name = "model.layers.0.self_attn.q_proj"
+    module, seen = plain_modules(pair.pruned)[name], []
+    handle = module.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    for one in sequences:
+        pair.pruned(one.tokens[None])
+    handle.remove()
+    x = torch.cat([inputs.flatten(0, 1) for inputs in seen]).double()
+    weight, wanted = (plain_modules(model)[name].weight.detach() for model in (pair.pruned, pair.dense))
+    lost = (wanted - weight).double()
+    merged = injection.merged_weights()[name](weight).double()
+    error = float((x @ (wanted.double() - merged).T).square().sum())
+    # the optimum: what the outputs' own singular values beyond the rank leave (Eckart and Young)
+    expected = float(torch.linalg.svdvals(x @ lost.T)[2:].square().sum())
+    assert error == pytest.approx(expected, rel=1e-3)
+    tokens, full = sequences[0].tokens[None], eora(pair.pruned, pair.dense, sequences, rank=44)
+    with injection.applied_to(pair.pruned) as model:
+        assert not torch.allclose(model(tokens), pair.dense(tokens), atol=0.1)
+    with full.applied_to(pair.pruned) as model:
+        assert torch.allclose(model(tokens), pair.dense(tokens), atol=1e-4)
+    costs = merging_costs(injection, pair, pair.pruned)
+    modules = [m for n, m in plain_modules(pair.pruned).items() if n.endswith("_proj")]
+    assert costs["n_added"] == sum(2 * sum(m.weight.shape) for m in modules)
+    assert costs["zeros_kept"] < 0.1
+    assert injection.n_trained == 0
+    with pytest.raises(RequestError, match="wanted a rank of at least 1"):
+        eora(pair.pruned, pair.dense, sequences, rank=0)

@@ -1,6 +1,7 @@
 """What restorations are compared with: other people's methods, trained by the same code on the same batches."""
 
 from lcc_lens.baselines.adapters import AdapterInjection, adapters
+from lcc_lens.baselines.eora import eora
 from lcc_lens.baselines.lofit import lofit_heads
 
-__all__ = ["AdapterInjection", "adapters", "lofit_heads"]
+__all__ = ["AdapterInjection", "adapters", "eora", "lofit_heads"]

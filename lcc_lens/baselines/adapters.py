@@ -38,6 +38,11 @@ class AdapterInjection(Injection):
         self._paths, self._names = tuple(layers), tuple(names)
         self.members = nn.ModuleList(layers.values())
 
+    @property
+    def n_beside(self) -> int:
+        """How many numbers stand beside the model's weights: those of the adapters."""
+        return self.n_trained
+
     @contextmanager
     def attached(self, model: HookedModel) -> Iterator[HookedModel]:
         """Put the adapters in their places inside the block."""

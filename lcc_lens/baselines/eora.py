@@ -1,0 +1,167 @@
+"""EoRA: the lost weights' best low rank in the eigenspace of the inputs, in closed form (arXiv 2410.21271)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from lcc_lens.baselines.adapters import AdapterInjection
+from lcc_lens.data import TokenSequence, batches
+from lcc_lens.errors import LensError, RequestError
+from lcc_lens.hooks import HookedModel
+from lcc_lens.injections.weights import layer_maps
+from lcc_lens.models import device_of
+from lcc_lens.plain_modules import weight_shape
+from lcc_lens.pruning.layers import is_transposed
+from lcc_lens.pruning.moments import InputMoments
+from lcc_lens.running import run_without_logits
+
+
+class EoraInjection(AdapterInjection):
+    """Fixed low-rank maps beside linear maps, $y = W x + B A x$; nothing is trained.
+
+    Args:
+        layers: a map with its low rank by the path of the plain module that it stands in for.
+        names: those modules' plain names.
+    """
+
+    @property
+    def n_beside(self) -> int:
+        """How many numbers stand beside the model's weights."""
+        return sum(number.numel() for number in self.buffers())
+
+    def merged_weights(self) -> dict[str, Callable[[Tensor], Tensor]]:
+        """By plain name of a map, what gives its weight ``[out, in]`` with the low rank merged."""
+        return {
+            name: member.merged for name, member in zip(self._names, self.members, strict=True)
+            if isinstance(member, _WithLowRank)
+        }  # fmt: skip
+
+
+class _WithLowRank(nn.Module):
+    """A linear map and what stands beside it."""
+
+    A: Tensor
+    B: Tensor
+
+    def __init__(self, base: nn.Module, A: Float[Tensor, "rank in"], B: Float[Tensor, "out rank"]) -> None:
+        super().__init__()
+        self.__dict__["base"] = base  # not a child: the model's weights are its own
+        self.register_buffer("A", A)
+        self.register_buffer("B", B)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The map's output and the low rank's, computed in float32."""
+        output: Tensor = self.__dict__["base"](x)
+        return output + ((x.float() @ self.A.T) @ self.B.T).to(output)
+
+    def merged(self, weight: Tensor) -> Tensor:
+        """The map's weight ``[out, in]`` and the low rank in one."""
+        return (weight.float() + self.B @ self.A).to(weight)
+
+
+def eora(
+    model: HookedModel,
+    dense: HookedModel,
+    sequences: Sequence[TokenSequence],
+    *,
+    rank: int = 8,
+    max_tokens: int = 1024,
+) -> EoraInjection:
+    r"""The best rank-$r$ stand-in for $\Delta W = W_{dense} - W$ on the inputs seen, for every linear map.
+
+    With $X X^\top = Q \Lambda Q^\top$ of a map's inputs in the pruned model, the best rank-$r$ form $U S V^\top$ of
+    $\Delta W Q \Lambda^{1/2}$ gives $B = U S$ and $A = V^\top \Lambda^{-1/2} Q^\top$, which minimises
+    $\lVert (\Delta W - B A) X \rVert$. It adds numbers and time at inference; merged it fills the zeros.
+
+    Args:
+        model: the hooked pruned model.
+        dense: the hooked dense model.
+        sequences: calibration data.
+        rank: r.
+        max_tokens: padded tokens per forward pass.
+
+    Raises:
+        RequestError: a rank below 1, models whose maps differ in shape, or maps that the hooked model computes with
+            copies of.
+
+    Reference:
+        EoRA (arXiv 2410.21271), from the paper alone.
+    """
+    if rank < 1:
+        raise RequestError(f"wanted a rank of at least 1, got {rank}")
+    maps, originals = layer_maps(model), layer_maps(dense)
+    shapes = [{name: weight_shape(module) for name, module in group.items()} for group in (maps, originals)]
+    if shapes[0] != shapes[1]:
+        raise RequestError("wanted models whose maps have the same shapes, got a sliced one; leave eora out")
+    moments = _input_moments(model, maps, sequences, max_tokens)
+    layers: dict[str, nn.Module] = {}
+    paths = {id(module): path for path, module in _original(model).named_modules()}
+    for name, module in maps.items():
+        try:
+            moment = moments[name]
+        except LensError as error:
+            raise RequestError(
+                f"wanted a model that computes with {name}, got one that uses a copy of it; leave eora out"
+            ) from error
+        lost = _rows(originals[name]).float().to(moment) - _rows(module).float()
+        layers[paths[id(module)]] = _WithLowRank(module, *_low_rank(lost, moment, rank))
+    return EoraInjection(layers, list(maps))
+
+
+def _low_rank(
+    lost: Float[Tensor, "out in"], moment: Float[Tensor, "in in"], rank: int
+) -> tuple[Float[Tensor, "rank in"], Float[Tensor, "out rank"]]:
+    values, Q = torch.linalg.eigh(moment.double())
+    seen = values > values[-1] * 1e-9  # directions without input take no part
+    root, Q = values[seen].sqrt(), Q[:, seen]
+    U, S, Vh = torch.linalg.svd(lost.double() @ Q * root, full_matrices=False)
+    A = (Vh[:rank] / root) @ Q.T
+    return A.float(), (U[:, :rank] * S[:rank]).float()
+
+
+@torch.inference_mode()
+def _input_moments(
+    model: HookedModel, maps: Mapping[str, nn.Module], sequences: Sequence[TokenSequence], max_tokens: int
+) -> InputMoments:
+    moments, device = InputMoments(), device_of(model)
+    valid = torch.empty(0)
+
+    def observe(name: str, inputs: Tensor) -> None:
+        moments.add(name, inputs[valid])
+
+    with _watched(maps, observe):
+        for batch in batches(sequences, max_tokens=max_tokens):
+            valid = batch.is_valid().to(device)
+            run_without_logits(model, batch.tokens.to(device), [])
+    return moments
+
+
+@contextmanager
+def _watched(maps: Mapping[str, nn.Module], observe: Callable[[str, Tensor], None]) -> Iterator[None]:
+    with ExitStack() as stack:
+        for name, module in maps.items():
+            stack.callback(module.register_forward_pre_hook(_shower(name, observe)).remove)
+        yield
+
+
+def _shower(name: str, observe: Callable[[str, Tensor], None]) -> Callable[..., None]:
+    def show(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+        observe(name, args[0])
+
+    return show
+
+
+def _rows(module: nn.Module) -> Tensor:
+    weight = module.get_parameter("weight").detach()
+    return weight.T if is_transposed(module) else weight
+
+
+def _original(model: Any) -> nn.Module:
+    original: nn.Module = model.original_model
+    return original
