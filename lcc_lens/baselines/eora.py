@@ -130,10 +130,13 @@ def _input_moments(
     model: HookedModel, maps: Mapping[str, nn.Module], sequences: Sequence[TokenSequence], max_tokens: int
 ) -> InputMoments:
     moments, device = InputMoments(), device_of(model)
-    valid = torch.empty(0)
+    valid = last = kept = torch.empty(0)
 
     def observe(name: str, inputs: Tensor) -> None:
-        moments.add(name, inputs[valid])
+        nonlocal last, kept
+        if inputs is not last:  # q, k and v read the same, and share their moment if handed the same
+            last, kept = inputs, inputs[valid]
+        moments.add(name, kept)
 
     with _watched(maps, observe):
         for batch in batches(sequences, max_tokens=max_tokens):
