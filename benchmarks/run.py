@@ -9,9 +9,12 @@ a ratio is the median over repeats of ours / theirs, with the smallest and large
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import platform
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -22,19 +25,25 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import torch
 from transformers.utils import logging as transformers_logging
 
+from lcc_lens.baselines import adapters
 from lcc_lens.config import compute_dtype, default_device, package_version
 from lcc_lens.data import Batch, batches, encode, load_data
 from lcc_lens.demo import passages
 from lcc_lens.evaluation import _batch_nll
 from lcc_lens.export import export
 from lcc_lens.files import write_json
-from lcc_lens.injections import LccInjection
-from lcc_lens.models import load_plain, resolve
+from lcc_lens.injections import Ingredients, Injection, LccInjection, build_injection
+from lcc_lens.latency import interleaved
+from lcc_lens.memory import peak_memory, release_memory
+from lcc_lens.models import device_of, load_plain, resolve
 from lcc_lens.pair import Pair, load_pair
 from lcc_lens.recipe import prune
 from lcc_lens.restoration import Restoration, RestorationRecord
 from lcc_lens.scan import Scan, scan
 from lcc_lens.training import TrainConfig, _optimise, _State
+
+#: Methods whose training step is timed; the first also against LoRA's.
+STEPS = ("lcc", "offset", "gain", "norms", "low-rank", "masked")
 
 
 def timed(work: Callable[[], object]) -> float:
@@ -64,21 +73,69 @@ def compare(
     }
 
 
-def bench_training(pair: Pair, found: Scan, repeats: int) -> dict[str, dict[str, float]]:
-    """One optimiser step of all heads against forward + activation backward of the plain model on the same batch."""
+def training_steps(pair: Pair, found: Scan) -> dict[str, Callable[[], object]]:
+    """One optimiser step of every method over the same batch, and the floor: what no training of activations avoids."""
     sequences = encode(passages("train", 8, 0), pair.tokenizer, max_length=128)
     config = TrainConfig(micro_tokens=1024)
-    injection = LccInjection(found.components, found.select("mse", share=1.0))
-    state = _State(injection, config, n_sequences=len(sequences), identity="")
     plain = load_plain(pair.pruned_id.path)
     grouped = batches(sequences, max_tokens=config.micro_tokens)
+    given = Ingredients(pair.pruned, found.components, found.select("mse", share=1.0), pair.output_projections)
 
     def bare() -> None:
         for batch in grouped:
             _activation_backward(plain, batch)
 
-    ours = lambda: _optimise(pair.pruned, injection, state, sequences, range(len(sequences)))  # noqa: E731
-    return {"training step / bare forward + activation backward": compare(ours, bare, repeats)}
+    def step(injection: Injection) -> Callable[[], object]:
+        state = _State(injection, config, n_sequences=len(sequences), identity="")
+        return lambda: _optimise(pair.pruned, injection, state, sequences, None)
+
+    own = {method: step(build_injection(method, given)) for method in STEPS}
+    return {"bare": bare, "lora": step(adapters(pair.pruned)), **own}
+
+
+def bench_training(pair: Pair, found: Scan, repeats: int) -> dict[str, dict[str, float]]:
+    """Every method's step against forward + activation backward of the plain model, and against peft's LoRA step."""
+    steps = training_steps(pair, found)
+    jobs = {name: functools.partial(timed, work) for name, work in steps.items()}
+    seconds = interleaved(jobs, repeats, "training steps")
+    rows = {}
+    for base, floor in (("bare", "bare forward + activation backward"), ("lora", "LoRA step (peft; q, k, v, o)")):
+        for name in ("lora", *STEPS) if base == "bare" else STEPS[:1]:
+            rows[f"training step, {name} / {floor}"] = _ratios(seconds[name], seconds[base])
+    return rows
+
+
+def _ratios(ours: list[float], theirs: list[float]) -> dict[str, float]:
+    ratios = sorted(a / b for a, b in zip(ours, theirs, strict=True))
+    return {
+        "ratio": round(statistics.median(ratios), 3),
+        "smallest": round(ratios[0], 3),
+        "largest": round(ratios[-1], 3),
+        "ours_s": round(statistics.median(ours), 4),
+        "theirs_s": round(statistics.median(theirs), 4),
+    }
+
+
+def bench_memory(folder: Path, repeats: int) -> dict[str, dict[str, float]]:
+    """The most memory that a step takes beyond the loaded models, lcc against LoRA, each in a process of its own."""
+    peaks: dict[str, list[float]] = {"lcc": [], "lora": []}
+    for _ in range(repeats):
+        for name, found in peaks.items():
+            command = [sys.executable, __file__, "--memory-of", name, "--folder", str(folder)]
+            found.append(float(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
+    row = _ratios(peaks["lcc"], peaks["lora"])
+    row["ours_MiB"], row["theirs_MiB"] = row.pop("ours_s"), row.pop("theirs_s")
+    return {"peak memory of a training step, lcc / LoRA": row}
+
+
+def print_memory(name: str, folder: Path) -> None:
+    """What one step takes, in MiB."""
+    pair = load_pair(resolve("smollm2"), folder / "pruned")
+    step = training_steps(pair, Scan.load(folder / "scan"))[name]
+    release_memory()
+    with peak_memory(device_of(pair.pruned), every=0.002) as peak:
+        step()
+    print(peak.mib)
 
 
 def bench_latency(pair: Pair, found: Scan, folder: Path, repeats: int) -> dict[str, dict[str, float]]:
@@ -128,19 +185,25 @@ def describe() -> dict[str, object]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--memory-of", help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results.json")
     arguments = parser.parse_args()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
+    if arguments.memory_of:
+        print_memory(arguments.memory_of, arguments.folder)
+        return
     results: dict[str, dict[str, float]] = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         prune("smollm2", folder / "pruned", method="magnitude")
         pair = load_pair(resolve("smollm2"), folder / "pruned")
-        found = scan(pair, load_data("boolq", 8, role="probe"), max_length=256)
+        found = scan(pair, load_data("boolq", 8, role="probe"), max_length=256, run=folder / "scan")
         for part in (
             bench_training(pair, found, arguments.repeats),
             bench_latency(pair, found, folder, arguments.repeats),
+            bench_memory(folder, min(3, arguments.repeats)),
         ):
             for title, row in part.items():
                 results[title] = row
