@@ -21,18 +21,23 @@ from run import describe
 from transformers.utils import logging as transformers_logging
 
 from lcc_lens.bench import CompareConfig
+from lcc_lens.best import BEST_METHOD, BEST_OBJECTIVE
 from lcc_lens.compare import compare
 from lcc_lens.files import read_json, write_json
 from lcc_lens.recipe import prune
 
 HERE = Path(__file__).parent
 MODELS: dict[str, dict[str, Any]] = {"wanda50": {"sparsity": 0.5}, "wanda24": {"pattern": "2:4"}}
-#: In the order in which they are computed, seed by seed.
-ENTRIES = (
-    "lcc", "lora", "refit", "refit+low-rank", "refit+low-rank+lcc:distillation", "lora:distillation", "low-rank",
-    "lcc@dense", "lora@dense", "refit+low-rank:distillation", "random-basis", "offset", "mean-shift", "lcc@shuffled",
-    "lcc:distillation", "gain", "norms", "masked", "refit+masked:distillation",
+BEST = f"refit+{BEST_METHOD}:{BEST_OBJECTIVE}"
+#: Computed first, with every seed.
+MAIN = (BEST, "lora", "lcc")
+#: Then, with the first seed alone: what the best is made of, baselines and controls.
+OTHERS = (
+    "refit", f"{BEST_METHOD}:{BEST_OBJECTIVE}", f"lora:{BEST_OBJECTIVE}", "lcc@dense", "lora@dense",
+    f"{BEST_METHOD}@dense:{BEST_OBJECTIVE}", "random-basis", "offset", "mean-shift", "lcc@shuffled", "lofit", "dora",
+    "eora", "lora-vo", "lora=1e-2", "lora=1e-3", "gain", "norms", "low-rank", "masked", "lcc:distillation",
 )  # fmt: skip
+TASKS = ("arc_easy", "piqa")
 
 
 def main(folder: Path, minutes: float, seeds: int, models: list[str], entries: list[str]) -> None:
@@ -47,10 +52,12 @@ def main(folder: Path, minutes: float, seeds: int, models: list[str], entries: l
         write_json(
             out, {**found, "command": f"python benchmarks/restorations.py --models {name}", "machine": describe()}
         )
-        compare(
-            "smollm2", pruned, folder / name, entries, seeds=seeds, config=CompareConfig(), deadline=end,
-            out=out, on_cell=lambda cell, got: print(cell, got, flush=True),
-        )  # fmt: skip
+        main = [entry for entry in entries if entry in MAIN]
+        for some, n_seeds in ((main, seeds), (entries, 1)):
+            compare(
+                "smollm2", pruned, folder / name, some, seeds=n_seeds, config=CompareConfig(tasks=TASKS), deadline=end,
+                out=out, on_cell=lambda cell, got: print(cell, got, flush=True),
+            )  # fmt: skip
 
 
 if __name__ == "__main__":
@@ -59,7 +66,7 @@ if __name__ == "__main__":
     parser.add_argument("--minutes", type=float, default=math.inf, help="begin no cell after so many minutes")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
-    parser.add_argument("--entries", nargs="+", default=list(ENTRIES))
+    parser.add_argument("--entries", nargs="+", default=[*MAIN, *OTHERS])
     args = parser.parse_args()
     transformers_logging.set_verbosity_error()
     main(args.folder, args.minutes, args.seeds, args.models, args.entries)

@@ -54,7 +54,7 @@ class CompareConfig:
     selector: SelectorName = "mse"
     batch_size: int = 8
     epochs: int = 1
-    low_rank: int = 8
+    low_rank: int = 16
     lora_rank: int = 8
     lofit_share: float = 0.2
     refit_data: tuple[str, ...] = REFIT_DATA

@@ -92,17 +92,27 @@ def z_adders(constants: dict[int, Float[Tensor, "head d_head"]]) -> list[NamedHo
     return [(z_name(layer), adder(constant)) for layer, constant in constants.items()]
 
 
-def logits_at(model: HookedModel, mask: Bool[Tensor, "batch pos"] | None) -> list[NamedHook]:
-    """A hook that lets only the masked positions reach the unembedding.
+def before_unembed(model: HookedModel) -> str:
+    """The hook point at which the residual stream enters the unembedding.
 
-    The run then returns logits ``[1, n_masked, d_vocab]`` in row-major order of the mask; with ``None`` no logits at
-    all. The unembedding is a fifth of a small model's work and most of its memory.
+    Raises:
+        RequestError: the model has none.
     """
     name = next((name for name in _BEFORE_UNEMBED if name in model.hook_dict), None)
     if name is None:
         raise RequestError(
             f"wanted a hook point before the unembedding ({' or '.join(_BEFORE_UNEMBED)}), got a model without"
         )
+    return name
+
+
+def logits_at(model: HookedModel, mask: Bool[Tensor, "batch pos"] | None) -> list[NamedHook]:
+    """A hook that lets only the masked positions reach the unembedding.
+
+    The run then returns logits ``[1, n_masked, d_vocab]`` in row-major order of the mask; with ``None`` no logits at
+    all. The unembedding is a fifth of a small model's work and most of its memory.
+    """
+    name = before_unembed(model)
 
     def narrow(resid: Tensor, hook: Any) -> Tensor:
         return resid[:1, :0] if mask is None else resid[mask][None]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,24 @@ from lcc_lens.models import device_of
 from lcc_lens.running import forward
 
 _NAMES = ("response", "distillation", "heads", "text")
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What a model gives at the counted tokens: logits, and head outputs by layer; none that nobody asked for."""
+
+    logits: Float[Tensor, "token vocab"]
+    z: dict[int, Float[Tensor, "counted zwidth"]]
+
+
+class Source(ABC):
+    """What gives a model's outputs another way than by a whole forward pass (see :mod:`lcc_lens.reuse`)."""
+
+    @abstractmethod
+    def outputs(
+        self, batch: Batch, mask: Bool[Tensor, "batch pos"], hooks: Sequence[Any], *, with_logits: bool, with_z: bool
+    ) -> Outputs:
+        """What :func:`run_model` gives."""
 
 
 @dataclass(frozen=True)
@@ -97,18 +116,22 @@ class Objective:
 
     def loss(
         self,
-        model: HookedModel,
+        model: HookedModel | Source,
         batch: Batch,
         counts: Mapping[str, int],
         hooks: Sequence[Any] = (),
-        teacher: HookedModel | None = None,
+        teacher: HookedModel | Source | None = None,
     ) -> Tensor:
         """A batch's part of the objective over all the sequences that ``counts`` counts (see :meth:`counts`)."""
         terms = self.terms(model, batch, hooks, teacher)
         return torch.stack([self.weights[name] * term / counts[name] for name, term in terms.items()]).sum()
 
     def terms(
-        self, model: HookedModel, batch: Batch, hooks: Sequence[Any] = (), teacher: HookedModel | None = None
+        self,
+        model: HookedModel | Source,
+        batch: Batch,
+        hooks: Sequence[Any] = (),
+        teacher: HookedModel | Source | None = None,
     ) -> dict[str, Tensor]:
         """The losses that have a weight, each summed over a batch's counted tokens and not weighted, from one pass.
 
@@ -120,7 +143,7 @@ class Objective:
         reads = {"with_logits": bool(self.response or self.distillation or self.text), "with_z": self.heads > 0}
         follows_prompts = self.needs_teacher and self.prompts
         mask = batch.is_followed() if follows_prompts or self.text else batch.is_target()
-        got = _run(model, batch, mask, hooks, **reads)
+        got = _outputs(model, batch, mask, hooks, **reads)
         in_response = batch.is_target()[mask].to(got.logits.device)
         terms = {}
         if self.response or self.text:
@@ -129,7 +152,7 @@ class Objective:
             terms |= {"text": nll.sum()} if self.text else {}
         if teacher is not None and self.needs_teacher:
             with torch.no_grad():
-                wanted = _run(teacher, batch, mask, (), **{**reads, "with_logits": self.distillation > 0})
+                wanted = _outputs(teacher, batch, mask, (), **{**reads, "with_logits": self.distillation > 0})
             counted = slice(None) if self.prompts else in_response
             if self.distillation:
                 logits = wanted.logits.to(got.logits.device)
@@ -139,15 +162,13 @@ class Objective:
         return terms
 
 
-@dataclass(frozen=True)
-class _Outputs:
-    """What a model gives at the counted tokens: logits, and head outputs by layer; none that nobody asked for."""
-
-    logits: Float[Tensor, "token vocab"]
-    z: dict[int, Float[Tensor, "counted zwidth"]]
+def _outputs(model: HookedModel | Source, batch: Batch, mask: Tensor, hooks: Sequence[Any], **reads: bool) -> Outputs:
+    if isinstance(model, Source):
+        return model.outputs(batch, mask, hooks, **reads)
+    return run_model(model, batch, mask, hooks, **reads)
 
 
-def _run(
+def run_model(
     model: HookedModel,
     batch: Batch,
     mask: Bool[Tensor, "batch pos"],
@@ -155,7 +176,17 @@ def _run(
     *,
     with_logits: bool,
     with_z: bool,
-) -> _Outputs:
+) -> Outputs:
+    """Run a model over a batch.
+
+    Args:
+        model: a hooked model.
+        batch: the tokens.
+        mask: the counted positions, those before a counted token.
+        hooks: of an injection.
+        with_logits: whether to compute logits, at the counted positions only.
+        with_z: whether to keep head outputs there.
+    """
     device = device_of(model)
     mask, z = mask.to(device), {}
 
@@ -164,7 +195,7 @@ def _run(
 
     readers = z_readers(range(int(model.cfg.n_layers)), keep) if with_z else []
     narrowed = logits_at(model, mask if with_logits else None)
-    return _Outputs(forward(model, batch.tokens.to(device), [*hooks, *readers, *narrowed])[0], z)
+    return Outputs(forward(model, batch.tokens.to(device), [*hooks, *readers, *narrowed])[0], z)
 
 
 def _relative_distance(wanted: dict[int, Tensor], got: dict[int, Tensor]) -> Float[Tensor, " token"]:

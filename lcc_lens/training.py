@@ -23,7 +23,8 @@ from lcc_lens.files import read_tensors, write_tensors
 from lcc_lens.hooks import HookedModel
 from lcc_lens.injections.base import Injection
 from lcc_lens.models import device_of
-from lcc_lens.objectives import Objective
+from lcc_lens.objectives import Objective, Source
+from lcc_lens.reuse import CachedTeacher, StartedLater, reused
 
 logger = logging.getLogger(__name__)
 CHECKPOINT = "checkpoint.safetensors"
@@ -40,7 +41,8 @@ class TrainConfig:
     :class:`~lcc_lens.injections.LccInjection`), so that one rate fits all heads and models; the paper's 1e-3 to 1e-5
     are in units of activations. ``patience`` ends the run after so many validations in a row without a new best.
     ``micro_tokens`` bounds the padded tokens of one backward pass (a batch is split and its gradients summed, with
-    the same result); it decides memory, not the outcome.
+    the same result); it decides memory, not the outcome. ``reuse`` computes once per sequence what no step changes (see
+    :mod:`lcc_lens.reuse`): faster over several epochs, in return for memory and for equality within rounding only.
     """
 
     epochs: int = 1
@@ -53,6 +55,7 @@ class TrainConfig:
     seed: int = 0
     patience: int | None = None
     objective: Objective = field(default_factory=Objective)
+    reuse: bool = False
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "micro_tokens", "validate_every", "checkpoint_every"):
@@ -108,12 +111,12 @@ def response_nll(model: HookedModel, batch: Batch, hooks: Sequence[Any] = ()) ->
 
 
 def validation_loss(
-    model: HookedModel,
+    model: HookedModel | StartedLater,
     injection: Injection | None,
     sequences: Sequence[TokenSequence],
     micro_tokens: int = 1024,
     objective: Objective | None = None,
-    teacher: HookedModel | None = None,
+    teacher: HookedModel | Source | None = None,
 ) -> float:
     """The objective per counted token (the response loss if none is given); of the bare model without an injection."""
     objective = objective or Objective()
@@ -122,17 +125,17 @@ def validation_loss(
 
 
 def validation_terms(
-    model: HookedModel,
+    model: HookedModel | StartedLater,
     injection: Injection | None,
     sequences: Sequence[TokenSequence],
     micro_tokens: int,
     objective: Objective,
-    teacher: HookedModel | None = None,
+    teacher: HookedModel | Source | None = None,
 ) -> dict[str, float]:
     """Every loss of an objective by its name, not weighted, per counted token, all from the same passes."""
     totals: dict[str, float] = {}
     counts = objective.counts(sequences)
-    with torch.inference_mode(), (injection or Injection()).attached(model):
+    with torch.inference_mode(), (injection or Injection()).attached(_hooked(model)):
         hooks = injection.hooks() if injection is not None else []
         for batch in batches(sequences, max_tokens=micro_tokens):
             for name, term in objective.terms(model, batch, hooks, teacher).items():
@@ -177,9 +180,14 @@ def train(
     """
     state = _State(injection, config, n_sequences=len(sequences), identity=identity)
     injection.to(device_of(model))
+    kept_teacher = None if teacher is None else CachedTeacher(teacher)
+    source: HookedModel | StartedLater = model
+    teaching: HookedModel | Source | None = teacher
+    if config.reuse:
+        source, teaching = reused(model, injection), kept_teacher
 
     def validate() -> float:
-        return validation_loss(model, injection, validation, config.micro_tokens, config.objective, teacher)
+        return validation_loss(source, injection, validation, config.micro_tokens, config.objective, kept_teacher)
 
     if resume:
         state.load(run)
@@ -189,7 +197,7 @@ def train(
     with Interruption().watched() as interruption:
         for index in state.remaining_batches(sequences):
             start, lr = time.perf_counter(), state.begin_step()
-            loss, n_targets = _optimise(model, injection, state, [sequences[i] for i in index], teacher)
+            loss, n_targets = _optimise(source, injection, state, [sequences[i] for i in index], teaching)
             if not math.isfinite(loss):
                 _warn_of_divergence(state.step + 1, state.n_steps, f"a loss of {loss}", state.rates[0])
                 break
@@ -223,18 +231,18 @@ def _warn_of_divergence(step: int, n_steps: int, got: str, lr: float) -> None:
 
 
 def _optimise(
-    model: HookedModel,
+    model: HookedModel | StartedLater,
     injection: Injection,
     state: _State,
     chosen: Sequence[TokenSequence],
-    teacher: HookedModel | None,
+    teacher: HookedModel | Source | None,
 ) -> tuple[float, int]:
     """One optimiser step over one batch, in micro-batches; gives the objective and the response's token count."""
     objective, n_targets = state.config.objective, sum(len(s) - s.loss_from for s in chosen)
     counts = objective.counts(chosen)
     state.optimizer.zero_grad(set_to_none=True)
     total = 0.0
-    with injection.attached(model):
+    with injection.attached(_hooked(model)):
         for batch in batches(chosen, max_tokens=state.config.micro_tokens):
             loss = objective.loss(model, batch, counts, injection.hooks(), teacher)
             loss.backward()
@@ -246,6 +254,10 @@ def _optimise(
     if math.isfinite(total):
         state.optimizer.step()
     return total, n_targets
+
+
+def _hooked(model: HookedModel | StartedLater) -> HookedModel:
+    return model.model if isinstance(model, StartedLater) else model
 
 
 class _State:

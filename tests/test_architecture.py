@@ -68,6 +68,7 @@ LAYERS: list[tuple[str, ...]] = [
         "injections",
         "injections.*",
         "objectives",
+        "reuse",
         "restoration",
         "training",
         "lr_range",

@@ -1,0 +1,217 @@
+"""Training that computes once what does not change: the dense model's last hidden states, the layers below the first
+injected one."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from lcc_lens.data import Batch
+from lcc_lens.hooks import HookedModel, before_unembed, logits_at
+from lcc_lens.injections.base import Injection
+from lcc_lens.models import device_of
+from lcc_lens.objectives import Outputs, Source, run_model
+from lcc_lens.running import forward
+from lcc_lens.wiring import probe_tokens
+
+_LAYER = re.compile(r"\.(\d+)\.")
+#: How far reused results may lie from a whole pass, relative to the largest.
+_TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
+_COARSE_TOLERANCE = 2e-2
+
+
+class _Store:
+    """One tensor ``[pos, width]`` per token sequence, up to a number of bytes; what does not fit is computed again."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self.max_bytes = max_bytes
+        self.n_bytes = 0
+        self._kept: dict[tuple[int, ...], Tensor] = {}
+
+    def of(self, batch: Batch, compute: Callable[[], Float[Tensor, "batch pos width"]]) -> Tensor:
+        """A batch's tensors ``[batch, pos, width]``, zero where it is padded; computed unless all are there."""
+        keys = [tuple(tokens[:n].tolist()) for tokens, n in zip(batch.tokens, batch.lengths.tolist(), strict=True)]
+        if not all(key in self._kept for key in keys):
+            with torch.inference_mode(mode=False), torch.no_grad():  # what is kept may enter a backward pass
+                computed = compute()
+            for key, one in zip(keys, computed, strict=True):
+                own = one[: len(key)]
+                size = own.numel() * own.element_size()
+                if key not in self._kept and self.n_bytes + size <= self.max_bytes:
+                    self._kept[key], self.n_bytes = own.detach().clone(), self.n_bytes + size
+            return computed
+        return torch.nn.utils.rnn.pad_sequence([self._kept[key] for key in keys], batch_first=True)
+
+
+class CachedTeacher(Source):
+    """The dense model's logits from its last hidden states, which are kept per sequence.
+
+    Logits are hundreds of times larger than the hidden states that they are one product of, so the states are kept
+    (in the model's own format) and the product is repeated. Where a model makes more of it than that product, and for
+    head outputs, it runs as a whole every time.
+
+    Args:
+        model: the hooked dense model.
+        max_bytes: memory for hidden states.
+    """
+
+    def __init__(self, model: HookedModel, *, max_bytes: int = 2**30) -> None:
+        self.model = model
+        self._store = _Store(max_bytes)
+
+    def outputs(
+        self, batch: Batch, mask: Bool[Tensor, "batch pos"], hooks: Sequence[Any], *, with_logits: bool, with_z: bool
+    ) -> Outputs:
+        """See :class:`~lcc_lens.objectives.Source`; there may be no hooks."""
+        if with_z or hooks or not with_logits or not _is_product(self.model):
+            return run_model(self.model, batch, mask, hooks, with_logits=with_logits, with_z=with_z)
+        hidden = self._store.of(batch, lambda: _hidden(self.model, batch.tokens.to(device_of(self.model))))
+        return Outputs(_unembed(self.model, hidden[mask.to(hidden.device)][None])[0], {})
+
+
+class StartedLater(Source):
+    """A model whose lower layers are run once per sequence: passes go on from the residual stream that they leave.
+
+    Args:
+        model: the hooked model; what is injected must leave the layers below ``layer`` alone.
+        layer: where to start.
+        max_bytes: memory for residual streams.
+    """
+
+    def __init__(self, model: HookedModel, layer: int, *, max_bytes: int = 2**30) -> None:
+        self.model, self.layer = model, layer
+        self._store = _Store(max_bytes)
+
+    def outputs(
+        self, batch: Batch, mask: Bool[Tensor, "batch pos"], hooks: Sequence[Any], *, with_logits: bool, with_z: bool
+    ) -> Outputs:
+        """See :class:`~lcc_lens.objectives.Source`."""
+        if with_z or not can_start_later(self.model):
+            return run_model(self.model, batch, mask, hooks, with_logits=with_logits, with_z=with_z)
+        tokens = batch.tokens.to(device_of(self.model))
+        stream = self._store.of(batch, lambda: _stream(self.model, self.layer, tokens))
+        with _skipped(self.model, self.layer, stream):
+            return run_model(self.model, batch, mask, hooks, with_logits=with_logits, with_z=False)
+
+
+def first_layer(injection: Injection) -> int:
+    """The lowest layer that an injection acts on; 0 where a name does not tell."""
+    names = [name for name, _ in injection.hooks()]
+    names += [name for part in injection.parts for name in part.changes()]
+    layers = [int(found[1]) if (found := _LAYER.search(f".{name}.")) else 0 for name in names]
+    return min(layers, default=0)
+
+
+def reused(model: HookedModel, injection: Injection) -> HookedModel | StartedLater:
+    """The model; started at the first layer that the injection acts on where that leaves something out."""
+    layer = first_layer(injection)
+    return StartedLater(model, layer) if layer > 0 and can_start_later(model) else model
+
+
+_STARTS: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()
+_PRODUCTS: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()
+
+
+def can_start_later(model: HookedModel) -> bool:
+    """Whether a pass from a kept residual stream gives the logits of a whole one; tried once per model."""
+    key: Any = model
+    if key not in _STARTS:
+        _STARTS[key] = _tried(_starts_later, model)
+    return _STARTS[key]
+
+
+def _is_product(model: HookedModel) -> bool:
+    """Whether a model's logits are what its unembedding makes of its last hidden states; tried once per model."""
+    key: Any = model
+    if key not in _PRODUCTS:
+        _PRODUCTS[key] = _tried(_unembeds, model)
+    return _PRODUCTS[key]
+
+
+def _tried(same: Callable[[HookedModel], bool], model: HookedModel) -> bool:
+    try:
+        with torch.no_grad():
+            return same(model)
+    except (AttributeError, RuntimeError, TypeError, ValueError, KeyError, IndexError):
+        return False
+
+
+def _starts_later(model: HookedModel) -> bool:
+    tokens, n_layers = probe_tokens(model), int(model.cfg.n_layers)
+    if n_layers < 2:
+        return False
+    whole = forward(model, tokens, [])
+    for layer in (1, n_layers - 1):
+        with _skipped(model, layer, _stream(model, layer, tokens)):
+            if not _is_near(forward(model, tokens, []), whole):
+                return False
+    return True
+
+
+def _unembeds(model: HookedModel) -> bool:
+    tokens = probe_tokens(model)
+    return _is_near(_unembed(model, _hidden(model, tokens)), forward(model, tokens, []))
+
+
+def _is_near(got: Tensor, expected: Tensor) -> bool:
+    tolerance = _TOLERANCE.get(expected.dtype, _COARSE_TOLERANCE) * float(expected.abs().max())
+    return got.shape == expected.shape and float((got - expected).abs().max()) <= tolerance
+
+
+@torch.no_grad()
+def _hidden(model: HookedModel, tokens: Tensor) -> Float[Tensor, "batch pos d_model"]:
+    """What enters the unembedding."""
+    kept: list[Tensor] = []
+
+    def keep(resid: Tensor, hook: Any) -> None:
+        kept.append(resid)
+
+    forward(model, tokens, [(before_unembed(model), keep), *logits_at(model, None)])
+    return kept[0]
+
+
+def _unembed(model: Any, hidden: Tensor) -> Tensor:
+    logits: Tensor = model.unembed(hidden)
+    return logits
+
+
+@torch.no_grad()
+def _stream(model: Any, layer: int, tokens: Tensor) -> Float[Tensor, "batch pos d_model"]:
+    """The residual stream that enters a layer."""
+    kept: list[Tensor] = []
+
+    def keep(module: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        kept.append(output[0] if isinstance(output, tuple) else output)
+
+    handle = model.blocks[layer - 1].register_forward_hook(keep)
+    try:
+        forward(model, tokens, logits_at(model, None))
+    finally:
+        handle.remove()
+    return kept[0]
+
+
+@contextmanager
+def _skipped(model: Any, layer: int, stream: Tensor) -> Iterator[None]:
+    """Let the layers below pass on what they get, the last of them the stream, inside the block."""
+    below = [model.blocks[index] for index in range(layer)]
+    handle = below[-1].register_forward_hook(lambda module, inputs, output: stream)
+    try:
+        for block in below:  # not setattr: the bridge hands that on to the component
+            block.__dict__["forward"] = _pass_on
+        yield
+    finally:
+        handle.remove()
+        for block in below:
+            block.__dict__.pop("forward", None)
+
+
+def _pass_on(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    return hidden_states

@@ -1,0 +1,108 @@
+"""Reused passes: equal to whole ones, and the lower layers really do not run."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import save_model
+from test_contrast import FAMILIES
+
+from lcc_lens.data import batches, encode, load_data
+from lcc_lens.heads import Head
+from lcc_lens.injections import Ingredients, LccInjection, build_injection
+from lcc_lens.models import load_hooked
+from lcc_lens.objectives import Objective
+from lcc_lens.reuse import CachedTeacher, StartedLater, _is_product, can_start_later, first_layer, reused
+from lcc_lens.sequences import TokenSequence
+from lcc_lens.training import TrainConfig, train, validation_loss
+
+
+def passes(model, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The layers that run from now on."""
+    seen: list[int] = []
+    for index, block in enumerate(model.blocks):
+        component = block.original_component
+        monkeypatch.setattr(component, "forward", _noted(component.forward, seen, index))
+    return seen
+
+
+def _noted(forward, seen: list[int], index: int):
+    def run(*args, **kwargs):
+        seen.append(index)
+        return forward(*args, **kwargs)
+
+    return run
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_every_family_starts_later_or_runs_as_a_whole(family: str, tmp_path: Path) -> None:
+    model = load_hooked(save_model(FAMILIES[family](), tmp_path / family), dtype=torch.float32).model
+    tokens = torch.arange(1, 25).reshape(2, 12)
+
+    sequences = [TokenSequence(row, 3) for row in tokens]
+    sequences.append(TokenSequence(torch.arange(40, 47), 2))
+    batch = next(iter(batches(sequences, max_tokens=999)))
+    whole, started = Objective(1.0, 1.0), StartedLater(model, 1)
+    expected = whole.terms(model, batch, (), model)
+    for _ in range(2):  # computed, then taken from what was kept
+        terms = whole.terms(started, batch, (), CachedTeacher(model))
+        assert torch.allclose(terms["response"], expected["response"], rtol=1e-5)
+        assert abs(float(terms["distillation"])) < 1e-4
+    assert can_start_later(model)
+    if family in ("llama", "gpt2"):
+        assert _is_product(model)
+
+
+def test_lower_layers_run_once_per_sequence(pair, found, question_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sequences = encode(load_data(str(question_file)), pair.tokenizer)
+    injection = LccInjection(found.components, [Head(2, 1), Head(1, 3)])
+    assert first_layer(injection) == 1
+    source = reused(pair.pruned, injection)
+    assert isinstance(source, StartedLater)
+    with torch.no_grad():
+        injection.offset += torch.randn(injection.offset.shape)
+    whole = validation_loss(pair.pruned, injection, sequences)
+    assert whole != pytest.approx(validation_loss(pair.pruned, None, sequences), rel=1e-3)
+    assert validation_loss(source, injection, sequences) == pytest.approx(whole, rel=1e-5)
+    seen = passes(pair.pruned, monkeypatch)
+    assert validation_loss(source, injection, sequences) == pytest.approx(whole, rel=1e-5)
+    assert set(seen) == {1, 2}
+    low_rank = build_injection("low-rank", Ingredients(pair.pruned, None, (), pair.output_projections))
+    assert first_layer(low_rank) == 0
+    assert reused(pair.pruned, low_rank) is pair.pruned
+
+
+def test_training_with_reuse_equals_training_without(pair, found, question_file: Path) -> None:
+    sequences = encode(load_data(str(question_file)), pair.tokenizer)
+    config = TrainConfig(batch_size=4, epochs=2, validate_every=3, objective=Objective(1.0, 1.0))
+    results = []
+    for reuse in (False, True):
+        injection = LccInjection(found.components, [Head(2, 1), Head(1, 3)])
+        steps = list(
+            train(
+                pair.pruned, injection, sequences, sequences, replace(config, reuse=reuse), teacher=pair.dense
+            )
+        )  # fmt: skip
+        results.append((steps, injection.constants().detach()))
+    (plain, constants), (reused_steps, same) = results
+    assert [step.loss for step in reused_steps] == pytest.approx([step.loss for step in plain], rel=1e-4)
+    assert constants.abs().max() > 0.01
+    assert torch.allclose(same, constants, atol=1e-3 * float(constants.abs().max()))
+
+
+def test_what_does_not_fit_is_computed_again(pair, question_file: Path) -> None:
+    sequences = encode(load_data(str(question_file)), pair.tokenizer)
+    distillation = Objective(0.0, 1.0)
+    expected = validation_loss(pair.pruned, None, sequences, 1024, distillation, pair.dense)
+    width = int(pair.dense.cfg.d_model) * 4
+    for max_bytes in (0, width * sum(len(s) for s in sequences) // 2):
+        teacher = CachedTeacher(pair.dense, max_bytes=max_bytes)
+        for _ in range(2):
+            got = validation_loss(pair.pruned, None, sequences, 1024, distillation, teacher)
+            assert got == pytest.approx(expected, rel=1e-5)
+        assert teacher._store.n_bytes <= max_bytes
+        assert (teacher._store.n_bytes > 0) == (max_bytes > 0)
