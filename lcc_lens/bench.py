@@ -23,6 +23,7 @@ from lcc_lens.models import device_of, identify, resolve
 from lcc_lens.pair import Pair, load_pair
 from lcc_lens.pruning.refit import REFIT_RECORD
 from lcc_lens.recipe import REFIT_DATA, REFIT_SAMPLES, check_scan, refit
+from lcc_lens.reuse import CachedTeacher
 from lcc_lens.scan import Scan, scan
 from lcc_lens.selectors import SelectorName
 from lcc_lens.speed import SpeedConfig
@@ -78,14 +79,16 @@ class Bench:
         self._held: tuple[bool, Pair] | None = None
         self._validation: list[TokenSequence] | None = None
         self._measures: Measures | None = None
+        self._teacher: CachedTeacher | None = None
 
     def pair(self, *, on_refit: bool, found: dict[str, Any] | None = None) -> Pair:
         """The pair with the pruned or the refitted model."""
         if self._held is None or self._held[0] != on_refit:
-            self._held = None
+            self._held = self._teacher = None
             release_memory()
             path = self._refitted(found if found is not None else {}) if on_refit else self.pruned
             self._held = (on_refit, load_pair(self.dense, path))
+            self._teacher = CachedTeacher(self._held[1].dense)
         return self._held[1]
 
     def check_refit(self) -> None:
@@ -134,7 +137,7 @@ class Bench:
         pair = self.pair(on_refit=False)
         path, projections = pair.pruned_id.path, pair.output_projections
         del pair
-        self._held = None
+        self._held = self._teacher = None
         release_memory()
         speed = SpeedConfig(repeats=self.config.speed_rounds)
         found["inference"] = inference_costs(path, projections, kinds, rank=self.config.lora_rank, config=speed)
@@ -213,7 +216,7 @@ class Bench:
     def _measure(self, pair: Pair, model: HookedModel, injection: Injection | None) -> dict[str, Any]:
         self._prepare(pair)
         assert self._measures is not None
-        return self._measures.of(pair, model, injection)
+        return self._measures.of(pair, model, injection, self._teacher)
 
     def _prepare(self, pair: Pair) -> None:
         """Read the held-out data once."""
