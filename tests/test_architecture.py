@@ -77,6 +77,8 @@ LAYERS: list[tuple[str, ...]] = [
     ),
     (
         "",
+        "accuracies",
+        "comparison_tables",
         "evaluation",
         "export",
         "plotting",
@@ -97,6 +99,7 @@ LAYERS: list[tuple[str, ...]] = [
         "speed",
         "report",
         "report_text",
+        "task_recovery",
     ),
     ("cli", "cli.*", "show", "demo", "__main__", "explorer", "explorer.*"),
 ]

@@ -23,6 +23,11 @@ class Compare(Common):
     """Restore's methods, lora, dora (-vo: on v and o alone), lofit or eora; refit+ before one starts from the refitted
     model; @dense, @shuffled or @random-heads after it is a control; :distillation trains towards the dense model; =3e-3
     sets a learning rate."""
+    baselines: bool = False
+    """Also every baseline there is."""
+    controls: bool = False
+    """Also lcc's controls: on the dense model, with shuffled responses, over a random basis, offset alone, mean
+    difference, and at random heads where not all are restored."""
     seeds: int = 3
     """How many seeds (the draw of examples, their order, initial values)."""
     data: str = "alpaca"
@@ -43,16 +48,21 @@ class Compare(Common):
     """Share of heads to restore."""
     selector: SelectorName = "mse"
     """How heads are chosen."""
+    epochs: int = 1
+    """Passes over the training data."""
     max_length: int = 256
     """Tokens per example at most."""
 
     def execute(self) -> None:
         from lcc_lens.bench import CompareConfig
-        from lcc_lens.compare import compare, summary
+        from lcc_lens.compare import COMPARISON, compare
+        from lcc_lens.entries import all_entries
 
         config = CompareConfig(
             data=self.data, examples=self.examples, texts=self.texts, blocks=self.blocks, responses=self.responses,
             tasks=self.tasks, limit=self.limit, heads=self.heads, selector=self.selector, max_length=self.max_length,
+            epochs=self.epochs,
         )  # fmt: skip
-        found = compare(self.dense, self.pruned, self.run, self.methods, seeds=self.seeds, config=config)
-        show_comparison(found["bare"], summary(found), self.run)
+        entries = all_entries(self.methods, baselines=self.baselines, controls=self.controls, heads=self.heads)
+        found = compare(self.dense, self.pruned, self.run, entries, seeds=self.seeds, config=config)
+        show_comparison(found["bare"], found["summary"], self.run / COMPARISON)

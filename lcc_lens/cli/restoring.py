@@ -8,12 +8,16 @@ from typing import TYPE_CHECKING, Literal
 from lcc_lens.cli.options import Common, DenseModel, Out, PrunedModel, RunPath, load_role
 from lcc_lens.errors import RequestError
 from lcc_lens.selectors import SelectorName
-from lcc_lens.show import show_losses, show_table
+from lcc_lens.show import show_losses, show_recovery, show_table
+from lcc_lens.tasks import RecoveryTask
 
 if TYPE_CHECKING:
-    from lcc_lens.heads import Head
+    from lcc_lens.data import Data
     from lcc_lens.pair import Pair
+    from lcc_lens.restoration import Restoration
     from lcc_lens.scan import Scan
+    from lcc_lens.task_recovery import TaskMeasures
+    from lcc_lens.training import TrainConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,16 +36,23 @@ class Restore(Common):
     directions). Changed weights, whose zeros stay: gain (of head outputs), norms, low-rank (on every linear map),
     masked (all surviving weights). Joined by + they train together: lcc+low-rank. best: what brings back most, a refit
     by least squares and then a low-rank that follows the dense model."""
-    data: str = "alpaca"
-    """Training data: instructions, questions or text."""
-    examples: int = 480
-    """Training examples at most."""
+    task: RecoveryTask | None = None
+    """Recover this task: train on the right answers of its training split, choose heads on other examples of it,
+    then measure the task's held-out items and what another text's perplexity cost. Sets data, examples, epochs."""
+    data: str | None = None
+    """Training data: instructions, questions or text (alpaca if not given)."""
+    examples: int | None = None
+    """Training examples at most (480 if not given; 200 of a task, no fewer)."""
+    items: int = 500
+    """With a task: held-out items to measure at most."""
+    text: str = "wikitext"
+    """With a task: the other text."""
     heads: float = 0.25
     """Share of all heads to restore."""
     selector: SelectorName = "probe"
     """How heads are chosen."""
-    scan_data: str = "boolq"
-    """Data for the scan where RUN holds none."""
+    scan_data: str | None = None
+    """Data for the scan where RUN holds none (boolq, or the task)."""
     scan_examples: int = 256
     """Examples for that scan."""
     rank: int | None = None
@@ -50,8 +61,8 @@ class Restore(Common):
     """Rank of low-rank (8 if not given; best: 16)."""
     start: Literal["zero", "mean"] = "zero"
     """Where the magnitudes start: at the pruned model, or at the mean difference."""
-    epochs: int = 1
-    """Passes over the training data."""
+    epochs: int | None = None
+    """Passes over the training data (1 if not given; 3 over a task)."""
     batch_size: int = 8
     """Examples per optimiser step."""
     lr: float | None = None
@@ -83,60 +94,120 @@ class Restore(Common):
     """Replace a restoration that is there."""
 
     def execute(self) -> None:
-        from lcc_lens.best import BEST_LOW_RANK, BEST_OBJECTIVE, restore_best
-        from lcc_lens.injections import parse_method, uses_components, uses_heads
-        from lcc_lens.objectives import Objective
-        from lcc_lens.pair import load_pair
-        from lcc_lens.recipe import restore
+        from lcc_lens.injections import parse_method
         from lcc_lens.restoration import RESTORATION_TENSORS
-        from lcc_lens.training import TrainConfig
 
         if (self.run / RESTORATION_TENSORS).exists() and not (self.overwrite or self.resume):
             raise RequestError(f"{self.run} holds a restoration already; name another run or pass --overwrite")
-        is_best = self.method == "best"
-        if not is_best:
+        if self.task is not None and (self.data is not None or self.scan_data is not None):
+            raise RequestError(
+                "wanted a task or data of your own, got both; leave out --task, or --data and --scan-data"
+            )
+        if self.method != "best":
             parse_method(self.method)
-        objective = self.objective or (BEST_OBJECTIVE if is_best else "response")
-        config = TrainConfig(
-            epochs=self.epochs, batch_size=self.batch_size, lr=self.lr, checkpoint_every=self.checkpoint_every,
-            seed=self.seed, patience=self.patience,
+        measures = self._measures()
+        data, validation = self._examples()
+        if self.method == "best":
+            restoration = self._best(data, validation)
+            pair, n_heads = None, 0
+        else:
+            restoration, pair, n_heads = self._one_method(data, validation)
+        show_losses(restoration.record.losses, n_heads, self.run)
+        if measures is not None:
+            self._measure(measures, restoration, pair)
+
+    @property
+    def _n_examples(self) -> int:
+        from lcc_lens.task_recovery import TASK_EXAMPLES
+
+        return self.examples or (480 if self.task is None else TASK_EXAMPLES)
+
+    def _examples(self) -> tuple[Data, Data]:
+        """Training and validation data."""
+        from lcc_lens.task_recovery import load_task_data
+
+        n = self._n_examples
+        if self.task is not None:
+            return load_task_data(self.task, n, seed=self.seed)
+        name = self.data or "alpaca"
+        return load_role(name, n, "train", self.seed), load_role(name, max(8, n // 10), "held-out", self.seed)
+
+    def _config(self) -> TrainConfig:
+        from lcc_lens.best import BEST_OBJECTIVE
+        from lcc_lens.objectives import Objective
+        from lcc_lens.task_recovery import TASK_EPOCHS
+        from lcc_lens.training import TrainConfig
+
+        objective = self.objective or (BEST_OBJECTIVE if self.method == "best" else "response")
+        return TrainConfig(
+            epochs=self.epochs or (1 if self.task is None else TASK_EPOCHS), batch_size=self.batch_size, lr=self.lr,
+            checkpoint_every=self.checkpoint_every, seed=self.seed, patience=self.patience,
             objective=Objective.parse(objective, temperature=self.temperature),
         )  # fmt: skip
-        data = load_role(self.data, self.examples, "train", self.seed)
-        validation = load_role(self.data, max(8, self.examples // 10), "held-out", self.seed)
-        if is_best:
-            restoration = restore_best(
-                self.dense, self.pruned, self.run, data, config=config, validation=validation,
-                low_rank=self.low_rank or BEST_LOW_RANK, max_length=self.max_length, limit=self.examples,
-                resume=self.resume,
-            )  # fmt: skip
-            show_losses(restoration.record.losses, 0, self.run)
-            return
+
+    def _best(self, data: Data, validation: Data) -> Restoration:
+        from lcc_lens.best import BEST_LOW_RANK, restore_best
+
+        return restore_best(
+            self.dense, self.pruned, self.run, data, config=self._config(), validation=validation,
+            low_rank=self.low_rank or BEST_LOW_RANK, max_length=self.max_length, limit=self._n_examples,
+            resume=self.resume,
+        )  # fmt: skip
+
+    def _one_method(self, data: Data, validation: Data) -> tuple[Restoration, Pair, int]:
+        from lcc_lens.injections import uses_components, uses_heads
+        from lcc_lens.pair import load_pair
+        from lcc_lens.recipe import restore
+
+        config = self._config()
         pair = load_pair(self.dense, self.pruned)
         found = self._scan(pair) if uses_components(self.method) or uses_heads(self.method) else None
-        heads = self._heads(found) if found is not None else []
+        heads = [] if found is None else found.select(self.selector, share=self.heads, seed=self.seed)
         restoration = restore(
             pair, found, heads, data, method=self.method, config=config, validation=validation, rank=self.rank,
-            low_rank=self.low_rank or 8, start=self.start, max_length=self.max_length, limit=self.examples,
+            low_rank=self.low_rank or 8, start=self.start, max_length=self.max_length, limit=self._n_examples,
             exportable=not self.hooks_only, shuffle_responses=self.shuffle_responses, tune_lr=self.tune_lr,
             run=self.run, resume=self.resume,
         )  # fmt: skip
-        show_losses(restoration.record.losses, len(heads), self.run)
+        return restoration, pair, len(heads)
 
     def _scan(self, pair: Pair) -> Scan:
         from lcc_lens.scan import SCAN_RECORD, Scan, scan
 
+        name = self.task or self.scan_data or "boolq"
         if (self.run / SCAN_RECORD).exists():
-            return Scan.load(self.run)
-        data = load_role(self.scan_data, self.scan_examples, "probe", self.seed)
+            found = Scan.load(self.run)
+            if self.task is not None and found.record.data != self.task:
+                raise RequestError(
+                    f"wanted a scan of {self.task} in {self.run}, got one of {found.record.data}; name another run"
+                )
+            return found
+        data = load_role(name, self.scan_examples, "probe", self.seed)
         named = None if self.selector in ("mse", "random") else (self.selector,)
         return scan(
             pair, data, selectors=named, max_length=min(self.max_length, pair.context), limit=self.scan_examples,
             seed=self.seed, run=self.run,
         )  # fmt: skip
 
-    def _heads(self, found: Scan) -> list[Head]:
-        return found.select(self.selector, share=self.heads, seed=self.seed)
+    def _measures(self) -> TaskMeasures | None:
+        """What a task is measured on, if there is one; what has no data is refused before any work."""
+        from lcc_lens.task_recovery import TaskMeasures
+
+        if self.task is None:
+            return None
+        measures = TaskMeasures(self.task, items=self.items, text=self.text, seed=self.seed)
+        measures.check()
+        return measures
+
+    def _measure(self, measures: TaskMeasures, restoration: Restoration, pair: Pair | None) -> None:
+        from lcc_lens.best import REFITTED
+        from lcc_lens.pair import load_pair
+        from lcc_lens.task_recovery import note_task
+
+        bare = self.pruned if pair is None else None
+        found = measures.of(restoration, pair or load_pair(self.dense, self.run / REFITTED), bare=bare)
+        note_task(self.run, found)
+        show_recovery(found, self.run)
 
 
 @dataclass(frozen=True, kw_only=True)
