@@ -76,7 +76,7 @@ def compare(
             if time.monotonic() > deadline:
                 return _summarised(found, out)
             try:
-                found["cells"][name] = bench.cell(entry, seed, found)
+                found["cells"][name] = _finite(bench.cell(entry, seed, found))
             except InterruptedRun as error:
                 raise InterruptedRun(
                     f"stopped in {name}; finished cells are in {out}: the same call goes on"
@@ -134,6 +134,14 @@ def summary(found: dict[str, Any]) -> list[dict[str, Any]]:
         row["errors"] = [cell["error"] for cell in cells if "error" in cell]
         rows.append(row)
     return rows
+
+
+def _finite(cell: dict[str, Any]) -> dict[str, Any]:
+    """Refuse figures that are no numbers: what diverged has failed, and JSON could not hold it."""
+    for name in MEASURES:
+        if not math.isfinite(cell[name]):
+            raise LensError(f"wanted finite figures, got a {name} of {cell[name]}; lower the learning rate")
+    return cell
 
 
 def _share(bare: dict[str, Any], cell: dict[str, Any]) -> float | None:

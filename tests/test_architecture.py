@@ -100,6 +100,9 @@ LAYERS: list[tuple[str, ...]] = [
         "report",
         "report_text",
         "task_recovery",
+        "paper_recipes",
+        "paper_run",
+        "paper_tables",
     ),
     ("cli", "cli.*", "show", "demo", "__main__", "explorer", "explorer.*"),
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from pathlib import Path
 
@@ -156,16 +157,25 @@ def test_compare_by_command(
     lines = (json.dumps({"prompt": f"Say {i} twice:", "response": f" {i}, {i}"}) for i in range(300))
     data.write_text("\n".join(lines))
     few = ("--data", data, "--examples", 16, "--texts", text_file, "--blocks", 2, "--responses", 4, "--seeds", 1)
-    methods = ("--methods", "lora", "norms")
+    few = (*few, "--speed-rounds", 0)
+    methods = ("--methods", "lora", "norms", "gain")
 
     def broken(*args: object, **kwargs: object) -> None:
         raise LensError("no adapters today")
 
+    original = bench.Bench._measure
+
+    def diverging(self, pair, model, injection):
+        found = original(self, pair, model, injection)
+        return {**found, "kl": math.nan} if injection is not None and "gain" in str(injection).lower() else found
+
     monkeypatch.setattr(bench, "adapters", broken)
+    monkeypatch.setattr(bench.Bench, "_measure", diverging)
     assert call("compare", dense_dir, pruned_dir, tmp_path / "run", *few, *methods, "--quiet") == 0
     printed = capsys.readouterr().out
     saved = json.loads((tmp_path / "run" / "comparison.json").read_text())
-    assert [(row["entry"], row["failed"]) for row in saved["summary"]] == [("lora", 1), ("norms", 0)]
+    assert [(row["entry"], row["failed"]) for row in saved["summary"]] == [("lora", 1), ("norms", 0), ("gain", 1)]
+    assert saved["cells"]["gain | 0"]["error"].startswith("wanted finite figures, got a kl of nan")
     assert "lora: 1 failed: no adapters today" in printed
     assert "numbers trained and added" in printed
     assert "comparison.json" in printed

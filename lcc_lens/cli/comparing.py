@@ -52,6 +52,8 @@ class Compare(Common):
     """Passes over the training data."""
     max_length: int = 256
     """Tokens per example at most."""
+    speed_rounds: int = 15
+    """Rounds in which inference is timed at the end (0: not at all)."""
 
     def execute(self) -> None:
         from lcc_lens.bench import CompareConfig
@@ -61,7 +63,7 @@ class Compare(Common):
         config = CompareConfig(
             data=self.data, examples=self.examples, texts=self.texts, blocks=self.blocks, responses=self.responses,
             tasks=self.tasks, limit=self.limit, heads=self.heads, selector=self.selector, max_length=self.max_length,
-            epochs=self.epochs,
+            epochs=self.epochs, speed_rounds=self.speed_rounds,
         )  # fmt: skip
         entries = all_entries(self.methods, baselines=self.baselines, controls=self.controls, heads=self.heads)
         found = compare(self.dense, self.pruned, self.run, entries, seeds=self.seeds, config=config)

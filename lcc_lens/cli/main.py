@@ -15,6 +15,7 @@ from lcc_lens.cli.comparing import Compare
 from lcc_lens.cli.demonstrating import Demo
 from lcc_lens.cli.measuring import Eval, Report
 from lcc_lens.cli.pruning import Prune, Refit
+from lcc_lens.cli.recipes import Recipe
 from lcc_lens.cli.restoring import Export, Restore
 from lcc_lens.cli.scanning import ScanPair
 from lcc_lens.config import bound_kernel_cache
@@ -27,6 +28,7 @@ Command = (
     | Annotated[ScanPair, tyro.conf.subcommand("scan")]
     | Annotated[Restore, tyro.conf.subcommand("restore")]
     | Annotated[Compare, tyro.conf.subcommand("compare")]
+    | Annotated[Recipe, tyro.conf.subcommand("recipe")]
     | Annotated[Export, tyro.conf.subcommand("export")]
     | Annotated[Eval, tyro.conf.subcommand("eval")]
     | Annotated[Report, tyro.conf.subcommand("report")]
