@@ -124,8 +124,8 @@ def read_recipe(path: str | Path) -> PaperRecipe:
 def dry(recipe: PaperRecipe) -> PaperRecipe:
     """The same job with the least data that every step takes: whether it runs, not what comes of it."""
     config = replace(
-        recipe.compare, examples=24, validation=4, responses=4, blocks=2, block_length=32, limit=4, max_length=128,
-        scan_examples=24, batch_size=8, epochs=1, low_rank=2, lora_rank=2, refit_samples=3,
+        recipe.compare, examples=8, validation=2, responses=2, blocks=2, block_length=32, limit=4, max_length=128,
+        scan_examples=16, batch_size=8, epochs=1, low_rank=2, lora_rank=2, refit_samples=3,
         speed_rounds=2,
     )  # fmt: skip
     return replace(recipe, prune=replace(recipe.prune, n_samples=16, seq_len=64), seeds=1, compare=config)

@@ -19,7 +19,7 @@ from lcc_lens.pair import Pair
 from lcc_lens.restoration import Restoration
 from lcc_lens.run_folder import RUN_METRICS
 from lcc_lens.running import fused_attention
-from lcc_lens.tasks import Record, RecoveryTask
+from lcc_lens.tasks import SOURCES, Record, RecoveryTask
 
 RECOVERY_TASKS: tuple[str, ...] = get_args(RecoveryTask)
 #: What a task's recovery takes if nothing else is said: the paper's 100 to 200 examples, three times.
@@ -82,6 +82,8 @@ class TaskMeasures:
 
     def check(self) -> None:
         """Refuse a task or text without data before anything is trained."""
+        if self.text in SOURCES and SOURCES[self.text].kind != "text":
+            raise RequestError(f"wanted running text to measure the cost elsewhere on, got {self.text}; name a corpus")
         check_tasks((self.task, self.text))
 
     def of(self, restoration: Restoration, pair: Pair, *, bare: str | Path | None = None) -> dict[str, Any]:

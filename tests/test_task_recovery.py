@@ -82,6 +82,8 @@ def test_requests_that_contradict_a_task_are_refused(
     refused(capsys, 2, "wanted a task or data of your own, got both", "restore", *pair, *rte, "--data", "alpaca")
     refused(capsys, 2, "wanted 200 training examples of rte", "restore", *pair, "--task", "rte")
     refused(capsys, 2, "got nothing there", "restore", *pair, *rte, "--text", tmp_path / "gone.txt")
+    refused(capsys, 2, "wanted running text to measure", "restore", *pair, *rte, "--text", "boolq")
+    refused(capsys, 2, "got n = 0", "restore", *pair, "--examples", 0)
     assert call("restore", *pair, "--task", "piqa") == 2
     capsys.readouterr()
     assert not (tmp_path / "run").exists()

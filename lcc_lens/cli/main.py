@@ -13,10 +13,11 @@ import tyro
 
 from lcc_lens.cli.comparing import Compare
 from lcc_lens.cli.demonstrating import Demo
+from lcc_lens.cli.exporting import Export
 from lcc_lens.cli.measuring import Eval, Report
 from lcc_lens.cli.pruning import Prune, Refit
 from lcc_lens.cli.recipes import Recipe
-from lcc_lens.cli.restoring import Export, Restore
+from lcc_lens.cli.restoring import Restore
 from lcc_lens.cli.scanning import ScanPair
 from lcc_lens.config import bound_kernel_cache
 from lcc_lens.errors import LensError

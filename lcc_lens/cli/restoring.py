@@ -1,14 +1,14 @@
-"""Subcommands that put back what pruning took: restore and export."""
+"""The subcommand restore: puts back what pruning took, in general or for one task."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from lcc_lens.cli.options import Common, DenseModel, Out, PrunedModel, RunPath, load_role
+from lcc_lens.cli.options import Common, DenseModel, PrunedModel, RunPath, load_role
 from lcc_lens.errors import RequestError
 from lcc_lens.selectors import SelectorName
-from lcc_lens.show import show_losses, show_recovery, show_table
+from lcc_lens.show import show_losses, show_recovery
 from lcc_lens.tasks import RecoveryTask
 
 if TYPE_CHECKING:
@@ -120,7 +120,9 @@ class Restore(Common):
     def _n_examples(self) -> int:
         from lcc_lens.task_recovery import TASK_EXAMPLES
 
-        return self.examples or (480 if self.task is None else TASK_EXAMPLES)
+        if self.examples is not None:
+            return self.examples
+        return 480 if self.task is None else TASK_EXAMPLES
 
     def _examples(self) -> tuple[Data, Data]:
         """Training and validation data."""
@@ -139,8 +141,9 @@ class Restore(Common):
         from lcc_lens.training import TrainConfig
 
         objective = self.objective or (BEST_OBJECTIVE if self.method == "best" else "response")
+        usual = 1 if self.task is None else TASK_EPOCHS
         return TrainConfig(
-            epochs=self.epochs or (1 if self.task is None else TASK_EPOCHS), batch_size=self.batch_size, lr=self.lr,
+            epochs=usual if self.epochs is None else self.epochs, batch_size=self.batch_size, lr=self.lr,
             checkpoint_every=self.checkpoint_every, seed=self.seed, patience=self.patience,
             objective=Objective.parse(objective, temperature=self.temperature),
         )  # fmt: skip
@@ -208,33 +211,3 @@ class Restore(Common):
         found = measures.of(restoration, pair or load_pair(self.dense, self.run / REFITTED), bare=bare)
         note_task(self.run, found)
         show_recovery(found, self.run)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Export(Common):
-    """Fold a restoration into a plain Hugging Face directory and verify it."""
-
-    run: RunPath
-    """The run directory with the restoration."""
-    out: Out
-    """The directory to write."""
-    pruned: str | None = None
-    """Where the pruned model lies now (where the run found it, if not given)."""
-    overwrite: bool = False
-    """Replace an existing directory."""
-
-    def execute(self) -> None:
-        from lcc_lens.export import export
-        from lcc_lens.restoration import Restoration
-
-        restoration = Restoration.load(self.run)
-        report = export(restoration, self.pruned or restoration.record.pruned, self.out, overwrite=self.overwrite)
-        rows = [
-            ["biases added", str(len(report.added))],
-            ["tensors changed", str(len(report.changed))],
-            ["tensors bit-identical", str(report.identical_tensors)],
-            ["zeros in matrices", f"{report.zeros:,}"],
-            ["largest logit difference to the hooked model", f"{report.logit_difference:.2g}"],
-            ["largest effect on the logits", f"{report.logit_effect:.2g}"],
-        ]
-        show_table(f"exported and verified: {self.out}", ["", ""], rows)
