@@ -6,7 +6,8 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args
+from types import UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from lcc_lens.bench import CompareConfig
 from lcc_lens.entries import Entry
@@ -14,7 +15,6 @@ from lcc_lens.errors import RequestError
 from lcc_lens.files import read_json
 from lcc_lens.pruning.masks import Unstructured, parse_pattern
 from lcc_lens.pruning.settings import Method, PruneConfig
-from lcc_lens.selectors import SELECTORS
 
 Status = Literal["not run at size", "run at size"]
 #: Rows of a table that no training makes.
@@ -78,12 +78,8 @@ class PaperRecipe:
     rows: tuple[PaperRow, ...]
 
     def __post_init__(self) -> None:
-        if self.status not in get_args(Status):
-            raise RequestError(f"wanted the status {' or '.join(get_args(Status))}, got {self.status!r}")
         if not self.data or self.seeds < 1 or not self.entries:
             raise RequestError(f"wanted data, a seed and a row to train in {self.title!r}, got none; add some")
-        if self.compare.selector not in SELECTORS:
-            raise RequestError(f"wanted one of the selectors {', '.join(SELECTORS)}, got {self.compare.selector!r}")
         for entry in self.entries:
             Entry.parse(entry)
 
@@ -124,7 +120,7 @@ def read_recipe(path: str | Path) -> PaperRecipe:
 def dry(recipe: PaperRecipe) -> PaperRecipe:
     """The same job with the least data that every step takes: whether it runs, not what comes of it."""
     config = replace(
-        recipe.compare, examples=8, validation=2, responses=2, blocks=2, block_length=32, limit=4, max_length=128,
+        recipe.compare, examples=8, validation=2, responses=2, blocks=2, block_length=32, limit=4, max_length=384,
         scan_examples=16, batch_size=8, epochs=1, low_rank=2, lora_rank=2, refit_samples=3,
         speed_rounds=2,
     )  # fmt: skip
@@ -142,7 +138,28 @@ def _build(kind: type[_T], values: Any, where: str) -> _T:
     missing = [n for n, f in fields.items() if n not in given and f.default is absent and f.default_factory is absent]
     if missing:
         raise RequestError(f"wanted {missing[0]!r} in the {where}, got none; add it")
-    return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in given.items()})
+    hints = get_type_hints(kind)
+    return kind(**{name: _typed(value, hints[name], f"{name!r} in the {where}") for name, value in given.items()})
+
+
+def _typed(value: Any, hint: Any, what: str) -> Any:
+    """A value of JSON as what a field takes: lists become tuples, whole numbers may stand for others."""
+    options = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    value = tuple(value) if isinstance(value, list) else value
+    for option in options:
+        if get_origin(option) is Literal and value in get_args(option):
+            return value
+        if option is float and type(value) is int:
+            return float(value)
+        if get_origin(option) is tuple and isinstance(value, tuple):
+            if all(isinstance(item, get_args(option)[0]) for item in value):
+                return value
+        elif isinstance(option, type) and type(value) is option:
+            return value
+    wanted = [
+        ", ".join(map(str, get_args(o))) if get_origin(o) is Literal else getattr(o, "__name__", o) for o in options
+    ]
+    raise RequestError(f"wanted {' or '.join(map(str, wanted))} for {what}, got {value!r}")
 
 
 def _mapping(values: Any, where: str) -> Mapping[str, Any]:

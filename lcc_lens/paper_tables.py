@@ -87,7 +87,7 @@ def _ours(recipe: PaperRecipe, row: PaperRow, results: Results | None) -> dict[s
 
 def _row(comparison: Mapping[str, Any], entry: str) -> Mapping[str, Any] | None:
     if entry in BARE:
-        bare: Mapping[str, Any] = comparison["bare"][entry]
+        bare: Mapping[str, Any] | None = comparison["bare"].get(entry)
         return bare
     return next((row for row in comparison["rows"] if row["entry"] == entry and row["seeds"]), None)
 

@@ -32,13 +32,17 @@ class Recipe(Common):
     """A tiny model to run every step on, with next to no data: whether it runs, not what comes of it."""
 
     def execute(self) -> None:
+        from lcc_lens.comparison_tables import failures
         from lcc_lens.paper_recipes import read_recipe
         from lcc_lens.paper_run import RECIPE_TABLE, run_recipe
 
         recipe, out = read_recipe(self.file), self.out or Path("runs") / self.file.stem
-        run_recipe(
+        results = run_recipe(
             recipe, out, model=self.model, seeds=self.seeds, examples=self.examples, limit=self.limit,
             dry_run=self.dry_run,
         )  # fmt: skip
         console().print((out / RECIPE_TABLE).read_text(encoding="utf-8"), highlight=False, markup=False, soft_wrap=True)
+        for comparison in results["comparisons"].values():
+            for line in failures(comparison["rows"]):
+                console().print(line, highlight=False, markup=False, soft_wrap=True)
         console().print(f"table {out / RECIPE_TABLE}", soft_wrap=True)
