@@ -43,6 +43,8 @@ if TYPE_CHECKING:
     from lcc_lens.models import load_hooked
     from lcc_lens.objectives import Objective
     from lcc_lens.pair import Pair, load_pair
+    from lcc_lens.paper_recipes import read_recipe
+    from lcc_lens.paper_run import run_recipe
     from lcc_lens.plotting import plot_loss_map, plot_training
     from lcc_lens.progress import shown
     from lcc_lens.recipe import prune, refit, restore
@@ -50,6 +52,7 @@ if TYPE_CHECKING:
     from lcc_lens.restoration import Restoration
     from lcc_lens.scan import Scan, scan
     from lcc_lens.statistics import DifferenceStatistics
+    from lcc_lens.task_recovery import TaskMeasures, load_task_data
     from lcc_lens.token_loss import TokenLoss
     from lcc_lens.training import Step, TrainConfig, train
 
@@ -86,6 +89,9 @@ _HOMES = {
     "scan": ("Scan", "scan"),
     "statistics": ("DifferenceStatistics",),
     "token_loss": ("TokenLoss",),
+    "paper_recipes": ("read_recipe",),
+    "paper_run": ("run_recipe",),
+    "task_recovery": ("TaskMeasures", "load_task_data"),
     "training": ("Step", "TrainConfig", "train"),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
@@ -109,6 +115,7 @@ __all__ = [
     "Restoration",
     "Scan",
     "Step",
+    "TaskMeasures",
     "TokenLoss",
     "TrainConfig",
     "WeightInjection",
@@ -124,16 +131,19 @@ __all__ = [
     "load_data",
     "load_hooked",
     "load_pair",
+    "load_task_data",
     "logit_gain",
     "plot_loss_map",
     "plot_training",
     "promoted_tokens",
     "prune",
+    "read_recipe",
     "refit",
     "relation_to_W_O",
     "report",
     "restore",
     "restore_best",
+    "run_recipe",
     "scan",
     "share_recovered",
     "shown",

@@ -34,7 +34,8 @@ from lcc_lens.training import TrainConfig, learning_rates, train
 class CompareConfig:
     """What every cell shares.
 
-    ``examples`` train; ``validation`` held-out responses choose the best numbers, ``responses`` others are measured;
+    ``examples`` train; ``validation`` held-out responses choose the best numbers (calibration ones, where ``data`` is
+    one of the ``tasks``, whose held-out items are measured), ``responses`` others are measured;
     ``texts`` are of another kind than the training data, in ``blocks`` of ``block_length`` tokens each, the first being
     the main figure; ``tasks`` are measured zero-shot on their first ``limit`` items. ``refit_data`` calibrates refits.
     Inference is timed at the end in ``speed_rounds`` rounds (not at all if 0).
@@ -224,11 +225,15 @@ class Bench:
             return
         config = self.config
         held_out = encode(self._held_out(), pair.tokenizer, max_length=config.max_length)
+        validation, responses = held_out[: config.validation], held_out[config.validation :]
+        if config.data in config.tasks:  # what is measured item by item chooses nothing
+            data = load_data(config.data, config.validation, role="calibration")
+            validation, responses = encode(data, pair.tokenizer, max_length=config.max_length), held_out
         texts = {
             Path(text).stem: encode(
                 load_data(text, role="held-out"), pair.tokenizer, max_length=config.block_length, limit=config.blocks
             )
             for text in config.texts
         }
-        self._validation = held_out[: config.validation]
-        self._measures = Measures(texts, held_out[config.validation :], config.tasks, config.limit)
+        self._validation = validation
+        self._measures = Measures(texts, responses, config.tasks, config.limit)

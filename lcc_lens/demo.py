@@ -15,6 +15,7 @@ from lcc_lens.data import Data, Role, assert_disjoint, encode, load_data, load_r
 from lcc_lens.evaluation import evaluate_task, sequence_loss
 from lcc_lens.export import export, model_card
 from lcc_lens.files import write_json, write_text
+from lcc_lens.job_data import split_examples
 from lcc_lens.metrics import share_recovered
 from lcc_lens.models import load_plain, load_tokenizer, resolve
 from lcc_lens.page import format_scores, write_page
@@ -88,7 +89,7 @@ def run_demo(config: DemoConfig, *, stage: Callable[[str], None] | None = None) 
     pruned, restored, run = folder / "pruned", folder / "restored", folder / "run"
     training = passages("train", config.n_train, config.seed)
     probe = load_data("boolq", config.n_probe, role="probe", seed=config.seed)
-    validation, held_out = _halves(passages("held-out", config.n_held_out, config.seed), config.n_validation)
+    validation, held_out = split_examples(passages("held-out", config.n_held_out, config.seed), config.n_validation)
     text = texts("held-out", without=frozenset(example.group for example in validation.examples))
     calibration = texts("calibration")
     for measured in (held_out, text):
@@ -157,14 +158,6 @@ def _shares(models: dict[str, Any]) -> dict[str, float | None]:
         name: share_recovered(*(models[m]["tasks"][name]["loss"] for m in ("dense", "pruned", "restored")))
         for name in ("held-out text", "held-out responses")
     }
-
-
-def _halves(data: Data, n_first: int) -> tuple[Data, Data]:
-    """The first ``n_first`` examples, and the others that share no group with them."""
-    first = data.examples[:n_first]
-    groups = {example.group for example in first}
-    rest = tuple(example for example in data.examples if example.group not in groups)
-    return dataclasses.replace(data, examples=first), dataclasses.replace(data, examples=rest)
 
 
 def _passage(example: Example) -> Example:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lcc_lens.baselines.adapters import AdapterKind
@@ -69,3 +70,24 @@ class Entry:
         except ValueError:
             raise RequestError(f"wanted a learning rate behind =, got {rate!r} in {text!r}") from None
         return cls(text, method or None, on_refit, control or None, Objective.parse(objective or "response"), lr)
+
+
+#: What tells restoration from fitting the task, from any training at all, and from any choice of heads.
+CONTROL_ENTRIES = ("lcc@dense", "lcc@shuffled", "random-basis", "offset", "mean-shift")
+
+
+def all_entries(
+    methods: Sequence[str], *, baselines: bool = False, controls: bool = False, heads: float = 1.0
+) -> tuple[str, ...]:
+    """Methods with every baseline and the controls of ``lcc``, each once.
+
+    Args:
+        methods: entries of one's own.
+        baselines: add :data:`BASELINES`.
+        controls: add :data:`CONTROL_ENTRIES`, and random heads where not all are restored.
+        heads: the share of heads to restore.
+    """
+    added: list[str] = list(BASELINES) if baselines else []
+    if controls:
+        added += [*CONTROL_ENTRIES, *(["lcc@random-heads"] if heads < 1 else [])]
+    return tuple(dict.fromkeys([*methods, *added]))

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from lcc_lens.baselines.adapters import adapted
-from lcc_lens.entries import ADAPTERS, Entry
+from lcc_lens.entries import ADAPTERS, BASELINES, Entry
 from lcc_lens.errors import RequestError
 from lcc_lens.export import find_slots
 from lcc_lens.injections import uses_components
@@ -28,7 +28,8 @@ def served_as(entry: Entry) -> str:
     """How a merged entry runs: as the ``pruned`` model does (changed weights), with ``biases``, or with an adapter."""
     if entry.method in ADAPTERS:
         return entry.method
-    has_constants = entry.method is not None and (entry.method == "lofit" or uses_components(entry.method))
+    is_own = entry.method is not None and entry.method not in BASELINES
+    has_constants = entry.method == "lofit" or (is_own and uses_components(str(entry.method)))
     return BIASES if has_constants else PLAIN
 
 

@@ -148,7 +148,9 @@ def test_wrong_usage_ends_with_2(arguments: list[str], capsys: pytest.CaptureFix
     assert run(arguments) == 2
 
 
-@pytest.mark.parametrize("command", ["prune", "scan", "restore", "export", "eval", "report", "demo"])
+@pytest.mark.parametrize(
+    "command", ["prune", "refit", "scan", "restore", "compare", "recipe", "export", "eval", "report", "demo"]
+)
 def test_help_explains_every_option(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run([command, "--help"]) == 0
     text = capsys.readouterr().out
