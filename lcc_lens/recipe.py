@@ -334,7 +334,7 @@ def _check_request(pair: Pair, scan: Scan | None, heads: Sequence[Head], method:
         raise RequestError(f"wanted a scan of this pair for {method}, got none; scan it first")
     if uses_heads(method) and not heads:
         raise RequestError(f"wanted heads to restore by {method}, got none; choose some by scan.select")
-    _refuse_removed(heads, pair)
+    refuse_removed(heads, pair)
 
 
 def check_scan(scan: Scan, pair: Pair) -> None:
@@ -354,8 +354,12 @@ def check_scan(scan: Scan, pair: Pair) -> None:
             )
 
 
-def _refuse_removed(heads: Sequence[Head], pair: Pair) -> None:
-    """Refuse heads that pruning removed whole: nothing put there reaches the output."""
+def refuse_removed(heads: Sequence[Head], pair: Pair) -> None:
+    """Refuse heads that pruning removed whole: nothing put there reaches the output.
+
+    Raises:
+        RequestError: names the first such head.
+    """
     removed = {Head(layer, head) for layer, gone in enumerate(pair.head_map.removed) for head in gone}
     gone = sorted(removed.intersection(heads))
     if gone:
