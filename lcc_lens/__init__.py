@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from lcc_lens.report import report
     from lcc_lens.restoration import Restoration
     from lcc_lens.scan import Scan, scan
+    from lcc_lens.session import RestoreSession
     from lcc_lens.statistics import DifferenceStatistics
     from lcc_lens.task_recovery import TaskMeasures, load_task_data
     from lcc_lens.token_loss import TokenLoss
@@ -87,6 +88,7 @@ _HOMES = {
     "report": ("report",),
     "restoration": ("Restoration",),
     "scan": ("Scan", "scan"),
+    "session": ("RestoreSession",),
     "statistics": ("DifferenceStatistics",),
     "token_loss": ("TokenLoss",),
     "paper_recipes": ("read_recipe",),
@@ -113,6 +115,7 @@ __all__ = [
     "Pair",
     "RequestError",
     "Restoration",
+    "RestoreSession",
     "Scan",
     "Step",
     "TaskMeasures",

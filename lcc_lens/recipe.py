@@ -28,6 +28,7 @@ from lcc_lens.job_data import calibration_tokens, recorded_groups, training_sequ
 from lcc_lens.lr_range import range_test
 from lcc_lens.models import load_plain, resolve
 from lcc_lens.pair import Pair
+from lcc_lens.processes import wait_for_all
 from lcc_lens.progress import track
 from lcc_lens.pruning import parse_pattern
 from lcc_lens.pruning import prune as prune_checkpoint
@@ -38,7 +39,7 @@ from lcc_lens.pruning.refit import refit as refit_checkpoint
 from lcc_lens.pruning.settings import Method
 from lcc_lens.pruning.structured import Schedule
 from lcc_lens.restoration import Restoration, RestorationRecord
-from lcc_lens.run_folder import RunFolder
+from lcc_lens.run_folder import Beginning, RunFolder
 from lcc_lens.scan import Scan
 from lcc_lens.training import Step, TrainConfig, learning_rates, train, validation_loss
 
@@ -225,8 +226,8 @@ def restore(
             noted in the settings.
         exportable: refuse, before anything is trained, a model whose checkpoint cannot hold the result. Without it the
             restoration serves under hooks alone.
-        run: a run directory for ``config.json``, ``restoration.safetensors``, ``metrics.json``, ``log.jsonl`` and
-            checkpoints; nothing is written if not given.
+        run: a run directory for ``config.json``, ``restoration.safetensors``, ``metrics.json``, ``log.jsonl``,
+            checkpoints and what was measured before the first step; nothing is written if not given.
         resume: go on from the run directory's checkpoint.
         on_step: called after every optimiser step.
         before_refit: the pruned model that the pair's was refitted from: recovery is counted from its loss.
@@ -255,27 +256,31 @@ def restore(
         Ingredients(pair.pruned, components, heads, pair.output_projections, rank, start, low_rank, config.seed),
     )
     teacher = pair.dense if config.objective.needs_teacher else None
-    tested: dict[str, float] | None = None
-    if tune_lr and injection.n_trained:
-        found = range_test(pair.pruned, injection, training, held_out, config, teacher=teacher)
-        tested, config = dict(zip(map(str, found.rates), found.losses, strict=True)), replace(config, lr=found.best)
-    settings = {
-        **asdict(config), "method": method, "rank": rank, "low_rank": low_rank, "start": start,
-        "learning_rates": learning_rates(injection, config.lr), "lr_range": tested, "max_length": max_length,
-        "limit": limit, "shuffle_responses": shuffle_responses, "heads": [str(h) for h in heads],
+    asked = {
+        "method": method, "rank": rank, "low_rank": low_rank, "start": start, "max_length": max_length, "limit": limit,
+        "shuffle_responses": shuffle_responses, "heads": [str(h) for h in heads],
     }  # fmt: skip
-    losses = {
-        "dense": validation_loss(pair.dense, None, held_out, config.micro_tokens),
-        "pruned": validation_loss(pair.pruned, None, held_out, config.micro_tokens),
-    }
-    if before_refit is not None:
-        pruned = sequence_loss(load_plain(resolve(before_refit)), held_out)["loss"]
-        losses |= {"pruned": pruned, "refitted": losses["pruned"]}
-    folder = RunFolder(run, pair, settings, data.source, config.seed, resume=resume)
+    wanted = {**asdict(config), **asked, "tune_lr": tune_lr, "before_refit": str(before_refit)}
+    request = _identity(pair, scan, data, wanted, held_out)
+    beginning = Beginning.read(run, request) if resume and run is not None else None
+    if beginning is None:
+        tested = None
+        if tune_lr and injection.n_trained:
+            tested = range_test(pair.pruned, injection, training, held_out, config, teacher=teacher)
+        beginning = Beginning(request, _bare_losses(pair, held_out, config, before_refit), tested)
+    tested, losses = beginning.lr_range, dict(beginning.losses)
+    if tested is not None:
+        config = replace(config, lr=tested.best)
+    settings = {
+        **asdict(config), **asked, "learning_rates": learning_rates(injection, config.lr),
+        "lr_range": None if tested is None else tested.by_rate,
+    }  # fmt: skip
+    folder = RunFolder(run, pair, settings, data.source, beginning, config.seed, resume=resume)
     if injection.n_trained:
         steps = train(
             pair.pruned, injection, training, held_out, config, teacher=teacher, run=run, resume=resume,
             identity=_identity(pair, scan, data, settings, held_out),
+            first_loss=None if tested is None else tested.start_loss,
         )  # fmt: skip
         for step in track(steps, config.epochs * -(-len(training) // config.batch_size), "restore"):
             folder.add(step)
@@ -293,7 +298,22 @@ def restore(
     )  # fmt: skip
     restoration = Restoration.of(injection, record)
     folder.finish(restoration, len(held_out))
+    wait_for_all()
     return restoration
+
+
+def _bare_losses(
+    pair: Pair, held_out: Sequence[TokenSequence], config: TrainConfig, before_refit: str | Path | None
+) -> dict[str, float]:
+    """The losses that a restoration starts from."""
+    losses = {
+        "dense": validation_loss(pair.dense, None, held_out, config.micro_tokens),
+        "pruned": validation_loss(pair.pruned, None, held_out, config.micro_tokens),
+    }
+    if before_refit is not None:
+        pruned = sequence_loss(load_plain(resolve(before_refit)), held_out)["loss"]
+        losses |= {"pruned": pruned, "refitted": losses["pruned"]}
+    return losses
 
 
 def _identity(
@@ -314,7 +334,7 @@ def _check_request(pair: Pair, scan: Scan | None, heads: Sequence[Head], method:
         raise RequestError(f"wanted a scan of this pair for {method}, got none; scan it first")
     if uses_heads(method) and not heads:
         raise RequestError(f"wanted heads to restore by {method}, got none; choose some by scan.select")
-    _refuse_removed(heads, pair)
+    refuse_removed(heads, pair)
 
 
 def check_scan(scan: Scan, pair: Pair) -> None:
@@ -334,8 +354,12 @@ def check_scan(scan: Scan, pair: Pair) -> None:
             )
 
 
-def _refuse_removed(heads: Sequence[Head], pair: Pair) -> None:
-    """Refuse heads that pruning removed whole: nothing put there reaches the output."""
+def refuse_removed(heads: Sequence[Head], pair: Pair) -> None:
+    """Refuse heads that pruning removed whole: nothing put there reaches the output.
+
+    Raises:
+        RequestError: names the first such head.
+    """
     removed = {Head(layer, head) for layer, gone in enumerate(pair.head_map.removed) for head in gone}
     gone = sorted(removed.intersection(heads))
     if gone:

@@ -16,7 +16,7 @@ PACKAGE = ROOT / "lcc_lens"
 
 # A module imports from its own layer or from those above it in this list. "" is the package itself, the facade.
 LAYERS: list[tuple[str, ...]] = [
-    ("errors", "heads", "headmap", "progress", "config", "files", "memory"),
+    ("errors", "heads", "headmap", "progress", "config", "files", "memory", "processes", "interruption", "timeline"),
     (
         "components",
         "statistics",
@@ -49,6 +49,8 @@ LAYERS: list[tuple[str, ...]] = [
         "hooks",
         "plain_modules",
         "running",
+        "recomputing",
+        "kept_states",
         "contrast",
         "prefix",
         "passes",
@@ -71,6 +73,12 @@ LAYERS: list[tuple[str, ...]] = [
         "reuse",
         "restoration",
         "training",
+        "session_state",
+        "side_by_side",
+        "reshaping",
+        "train_config",
+        "training_state",
+        "validation",
         "lr_range",
         "baselines",
         "baselines.*",
@@ -93,6 +101,8 @@ LAYERS: list[tuple[str, ...]] = [
         "recipe",
         "job_data",
         "run_folder",
+        "session",
+        "workbench",
         "lens",
         "lens.*",
         "latency",
