@@ -51,7 +51,8 @@ class LostComponents:
     def effective_rank(self) -> Float[Tensor, "layer head"]:
         r"""How many directions the difference really takes, $\exp(-\sum_i p_i \ln p_i)$ with $p_i = S_i^2/\sum S^2$.
 
-        Between 1 (one direction) and d_head (all alike); 0 where nothing changed.
+        Between 1 (one direction) and d_head (all alike); 0 where nothing changed. Of the directions held: for what is
+        wide ask the statistics.
 
         Reference: Roy and Vetterli, "The effective rank" (2007), with energies for singular values.
         """
@@ -68,9 +69,10 @@ class LostComponents:
         """
         if rank is None and self.mean is not None:
             return self.mean
-        rank = self.n_held if rank is None else rank
-        if not 1 <= rank <= self.n_held:
-            held = f"d_head = {self.d_head}" if self.n_held == self.d_head else f"the {self.n_held} directions held"
+        most = self.d_head if self.mean is None else self.n_held
+        rank = most if rank is None else rank
+        if not 1 <= rank <= most:
+            held = f"d_head = {most}" if self.mean is None else f"the {most} directions held"
             raise RequestError(f"wanted a rank between 1 and {held}, got {rank}")
         return torch.einsum("lhk,lhkd->lhd", self.coefficients[..., :rank], self.directions[..., :rank, :])
 
@@ -83,7 +85,7 @@ class LostComponents:
         Raises:
             RequestError: not all directions are held.
         """
-        if self.n_held < self.d_head:
+        if self.mean is not None:
             raise RequestError(f"wanted all {self.d_head} directions to turn, got the first {self.n_held} alone")
         generator = torch.Generator().manual_seed(seed)
         *heads, _, d_head = self.directions.shape
@@ -101,7 +103,10 @@ class LostComponents:
 
     def explained_share(self) -> Float[Tensor, "layer head component"]:
         r"""The share of the difference within the first $k$ directions, $\sum_{i\le k} S_i^2 / \sum_i S_i^2$."""
-        return explained_share(self.singular_values)
+        if self.energy is None:
+            return explained_share(self.singular_values)
+        tiny = torch.finfo(self.energy.dtype).tiny
+        return self.singular_values.square().cumsum(-1) / self.energy.clamp_min(tiny)[..., None]
 
 
 def explained_share(singular_values: Float[Tensor, "*part component"]) -> Float[Tensor, "*part component"]:

@@ -85,7 +85,9 @@ def inference_costs(
 
 def _served(path: Path, maps: Mapping[ConstantSite, tuple[str, ...]], kind: str, rank: int) -> Any:
     sites = next((sites for sites, name in BIASES.items() if name == kind), ())
-    slots = [find_slots(path, maps.get(site, ()), site) for site in sites]
+    if not set(sites) <= maps.keys():
+        raise RequestError(f"wanted maps that read {' and '.join(sites)}, got none; leave {kind} out")
+    slots = [find_slots(path, maps[site], site) for site in sites]
     model = load_plain(path)
     for slot in slots:
         for name in {*slot.biases, *slot.zero_biases}:

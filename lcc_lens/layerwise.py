@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 from weakref import WeakKeyDictionary
 
 import torch
@@ -119,7 +119,8 @@ def _others_pass_on(model: Any, layer: int, entering: Tensor | None) -> Iterator
     others = [block for index, block in enumerate(model.blocks) if index != layer]
     handle = None
     if layer > 0:
-        handle = model.blocks[layer - 1].register_forward_hook(lambda module, inputs, output: entering)
+        kept = cast("Tensor", entering)  # handed over as a copy: a layer may add to its input in place
+        handle = model.blocks[layer - 1].register_forward_hook(lambda module, inputs, output: kept.clone())
     try:
         for block in others:  # not setattr: the bridge hands that on to the component
             block.__dict__["forward"] = _pass_on

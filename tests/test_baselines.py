@@ -20,6 +20,7 @@ from lcc_lens.plain_modules import plain_modules
 from lcc_lens.reading_maps import reading_maps
 from lcc_lens.recipe import prune
 from lcc_lens.restoration import Restoration, RestorationRecord
+from lcc_lens.running import fused_attention
 from lcc_lens.training import TrainConfig, train, validation_loss
 
 TOKENS = torch.arange(12)[None]
@@ -180,6 +181,9 @@ def test_flap_gives_back_the_mean_of_what_was_removed(pair, question_file: Path)
         handle.remove()
     with injection.applied_to(pair.pruned) as model:
         assert torch.allclose(model(TOKENS), expected, atol=1e-4)
+        with fused_attention(model) as is_fused:
+            assert is_fused
+            assert torch.allclose(model(TOKENS), expected, atol=1e-4)
     assert torch.equal(pair.pruned(TOKENS), before)
     assert float((expected - before).abs().max()) > 0.01
     assert injection.n_trained == 0

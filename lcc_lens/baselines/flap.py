@@ -14,6 +14,7 @@ from lcc_lens.errors import RequestError
 from lcc_lens.hooks import HookedModel, NamedHook, adders
 from lcc_lens.injections.base import Injection
 from lcc_lens.injections.footprint import Footprint
+from lcc_lens.models import device_of
 from lcc_lens.pair import Pair
 from lcc_lens.reading_maps import CONSTANT_SITES, ConstantSite, map_output_name, map_weight, reading_maps
 
@@ -83,7 +84,7 @@ def flap(
             lost = weights[0].double().cpu() - weights[1].double().cpu()
             rows.append(lost @ means[site][layer])
         biases[site] = torch.stack(rows).float()
-    return BiasInjection(biases)
+    return BiasInjection(biases).to(device_of(mended))
 
 
 def mean_inputs(
