@@ -25,12 +25,16 @@ from lcc_lens.files import (
     write_text,
 )
 from lcc_lens.injections.changes import merged
+from lcc_lens.injections.constants import SiteConstants
 from lcc_lens.models import LoadedModel, ModelIdentity, identify, load_hooked, load_plain, load_tokenizer, resolve
+from lcc_lens.reading_maps import ConstantSite, reading_maps
 from lcc_lens.restoration import Restoration
 
 logger = logging.getLogger(__name__)
 
-_BIAS_SWITCH = "attention_bias"
+#: By site, the setting under which the maps that read it have a bias, and what those maps are called.
+_BIAS_SWITCHES: dict[ConstantSite, str] = {"z": "attention_bias", "mlp": "mlp_bias"}
+_MAP_WORDS: dict[ConstantSite, str] = {"z": "attention output projection", "mlp": "MLP's down projection"}
 
 
 @dataclass(frozen=True)
@@ -60,29 +64,34 @@ class BiasSlots:
     zero_biases: Mapping[str, tuple[int, ...]]
 
 
-def find_slots(path: Path, output_projections: tuple[str, ...]) -> BiasSlots:
-    """Find the output projections' biases in a checkpoint, or the switch that adds them.
+def find_slots(path: Path, projections: tuple[str, ...], site: ConstantSite = "z") -> BiasSlots:
+    """Find the biases of the maps that read a site in a checkpoint, or the switch that adds them.
 
-    The architecture itself is asked: its empty model is built with ``attention_bias`` on and compared with the stored
-    tensors, so that no list of families can be out of date.
+    The architecture itself is asked: its empty model is built with ``attention_bias`` (``mlp_bias``) on and compared
+    with the stored tensors, so that no list of families can be out of date.
+
+    Args:
+        path: the checkpoint.
+        projections: plain names of the output projections by layer; for the site ``mlp``, of the down projections.
+        site: where the constants are.
 
     Raises:
         RequestError: the architecture has no such bias (mistral, qwen2, phi3 and others drop one silently).
     """
-    stored = tensor_names(path)
-    biases = tuple(f"{projection}.bias" for projection in output_projections)
+    stored, switch = tensor_names(path), _BIAS_SWITCHES[site]
+    biases = tuple(f"{projection}.bias" for projection in projections)
     if all(bias in stored for bias in biases):
         return BiasSlots(biases, {}, {})
     config = read_json(path / "config.json")
-    shapes = _parameter_shapes(path, {_BIAS_SWITCH: True}) if _BIAS_SWITCH in _config_attributes(path) else {}
+    shapes = _parameter_shapes(path, {switch: True}) if switch in _config_attributes(path) else {}
     if not all(bias in shapes for bias in biases):
         raise RequestError(
-            f"wanted an architecture with a bias on the attention output projection, got {config.get('model_type')}, "
+            f"wanted an architecture with a bias on the {_MAP_WORDS[site]}, got {config.get('model_type')}, "
             "which has none; restore it for hooks alone (exportable=False, --hooks-only) and use Restoration.applied_to"
         )
     plain = _parameter_shapes(path, {})
     zero_biases = {n: s for n, s in shapes.items() if n not in plain and n not in stored and n not in biases}
-    return BiasSlots(biases, {_BIAS_SWITCH: True}, zero_biases)
+    return BiasSlots(biases, {switch: True}, zero_biases)
 
 
 def fold(
@@ -91,6 +100,8 @@ def fold(
     weights: Mapping[int, Float[Tensor, "d_model zwidth"]],
 ) -> dict[int, Float[Tensor, " d_model"]]:
     r"""The bias that replaces constants at ``hook_z``: $b_O \mathrel{+}= \sum_h W_O^{(h)} c_h$ per layer, in float64.
+
+    Constants at an MLP, as head 0 of its layer, become the down projection's bias the same way.
 
     Args:
         constants: the learned components.
@@ -141,11 +152,12 @@ def export(
             f"{identity.sha256[:12]}… in {path}; name the model that was restored"
         )
     loaded = load_hooked(pruned, dtype=torch.float32)
-    slots = find_slots(path, loaded.output_projections) if restoration.heads else BiasSlots((), {}, {})
+    slots = {site: find_slots(path, _projections(loaded, site), site) for site in restoration.footprint.biases}
     require_space(out, 2 * sum(file.stat().st_size for file in weight_files(path)))
     with atomic_directory(out, overwrite=overwrite) as part:
         replaced, added = _edited_tensors(restoration, path, slots, loaded)
-        copy_checkpoint(path, part, replaced=replaced, added=added, config=slots.config)
+        config = {name: value for one in slots.values() for name, value in one.config.items()}
+        copy_checkpoint(path, part, replaced=replaced, added=added, config=config)
         identical = _count_identical(path, part, set(replaced))
         difference, effect, zeros = _compare_logits(restoration, loaded, part, identity)
         write_text(part / "README.md", model_card(restoration, metrics or {}, difference))
@@ -163,6 +175,7 @@ def model_card(restoration: Restoration, metrics: Mapping[str, Any], difference:
         "| | |", "|---|---|",
         f"| method | {record.method} |",
         *([f"| heads | {len(restoration.heads)} |"] if restoration.heads else []),
+        *([f"| MLPs | {len(restoration.mlp.parts)} |"] if restoration.mlp is not None else []),
         *([f"| weights changed | {len(dict(restoration.changes))} |"] if restoration.changes else []),
         *([f"| numbers trained | {record.n_trained} |"] if record.n_trained is not None else []),
         f"| learned from | {record.data}, {record.n_examples} examples, seed {record.seed} |",
@@ -180,30 +193,40 @@ def model_card(restoration: Restoration, metrics: Mapping[str, Any], difference:
 
 
 def _edited_tensors(
-    restoration: Restoration, path: Path, slots: BiasSlots, loaded: LoadedModel
+    restoration: Restoration, path: Path, slots: Mapping[ConstantSite, BiasSlots], loaded: LoadedModel
 ) -> tuple[Mapping[str, Tensor], dict[str, Tensor]]:
     """The tensors to replace (weights, biases that are there) and to add (biases that the configuration brings)."""
     stored = tensor_names(path)
     changed = _ChangedWeights(restoration, stored, is_transposed=loaded.is_transposed)
-    layers = sorted({head.layer for head in restoration.heads})
-    if not layers:
-        return changed, {}
-    weights = {  # constants pass through the changed projections
-        layer: _linear_weight(stored, loaded.output_projections[layer], loaded.is_transposed, changed)
-        for layer in layers
-    }
-    folded = fold(restoration.constants, restoration.heads, weights)
+    replaced: dict[str, Tensor] = {}
+    added: dict[str, Tensor] = {}
+    for found in restoration.constant_sites:
+        maps = _projections(loaded, found.site)
+        weights = {  # constants pass through the changed projections
+            layer: _linear_weight(stored, maps[layer], loaded.is_transposed, changed)
+            for layer in sorted({part.layer for part in found.parts})
+        }
+        biases = _biases(found, slots[found.site], weights, stored)
+        (added if slots[found.site].config else replaced).update(biases)
+    return ChainMap(replaced, cast("dict[str, Tensor]", changed)), added
+
+
+def _biases(
+    found: SiteConstants, slots: BiasSlots, weights: Mapping[int, Tensor], stored: Mapping[str, Path]
+) -> dict[str, Tensor]:
+    """The biases that hold a site's constants: those that are there with more, or new ones for every layer."""
+    folded = fold(found.values, found.parts, weights)
     if not slots.config:
-        old = {layer: read_tensor(stored, slots.biases[layer]) for layer in layers}
-        biases = {slots.biases[layer]: (old[layer].double() + folded[layer]).to(old[layer].dtype) for layer in layers}
-        return ChainMap(biases, cast("dict[str, Tensor]", changed)), {}
+        old = {layer: read_tensor(stored, slots.biases[layer]) for layer in folded}
+        return {slots.biases[layer]: (old[layer].double() + folded[layer]).to(old[layer].dtype) for layer in folded}
     dtype = next(iter(weights.values())).dtype
-    added = {name: torch.zeros(shape, dtype=dtype) for name, shape in slots.zero_biases.items()}
-    for layer, bias in enumerate(slots.biases):
-        added[bias] = (
-            folded[layer].to(dtype) if layer in folded else torch.zeros_like(next(iter(folded.values())), dtype=dtype)
-        )
-    return changed, added
+    biases = {name: torch.zeros(shape, dtype=dtype) for name, shape in slots.zero_biases.items()}
+    none = torch.zeros_like(next(iter(folded.values())))
+    return biases | {bias: folded.get(layer, none).to(dtype) for layer, bias in enumerate(slots.biases)}
+
+
+def _projections(loaded: LoadedModel, site: ConstantSite) -> tuple[str, ...]:
+    return loaded.output_projections if site == "z" else reading_maps(loaded.model, site)
 
 
 class _ChangedWeights(Mapping[str, Tensor]):
@@ -240,9 +263,9 @@ class _ChangedWeights(Mapping[str, Tensor]):
 
 
 def _what_is_folded(restoration: Restoration) -> str:
-    parts = []
-    if restoration.heads:
-        parts.append("a constant per head folded into the biases of the attention output projections")
+    what = {"z": "head folded into the biases of the attention output projections",
+            "mlp": "MLP folded into the biases of the down projections"}  # fmt: skip
+    parts = [f"a constant per {what[site]}" for site in restoration.footprint.biases]
     if restoration.changes:
         kinds = sorted({change.kind for _, change in restoration.changes})
         parts.append(f"weights changed under their zero pattern ({', '.join(kinds)})")

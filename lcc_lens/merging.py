@@ -9,16 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lcc_lens.baselines import AdapterInjection
 from lcc_lens.errors import RequestError
 from lcc_lens.export import find_slots
 from lcc_lens.files import tensor_names
 from lcc_lens.hooks import HookedModel
-from lcc_lens.injections import Injection, LccInjection
-from lcc_lens.injections.changes import merged
+from lcc_lens.injections import Injection
 from lcc_lens.injections.weights import layer_maps
 from lcc_lens.pair import Pair
 from lcc_lens.pruning.layers import is_transposed
+from lcc_lens.reading_maps import ConstantSite, reading_maps
 
 
 def merging_costs(injection: Injection, pair: Pair, model: HookedModel) -> dict[str, Any]:
@@ -30,18 +29,19 @@ def merging_costs(injection: Injection, pair: Pair, model: HookedModel) -> dict[
         merged they fill the zeros. ``zeros_kept``: the share of zeros in the decoder layers' linear maps that are zeros
         after merging; 1 for all that acts under the zero pattern. None where there are no zeros.
     """
-    if isinstance(injection, AdapterInjection):
-        return {"n_added": injection.n_beside, "zeros_kept": _zeros_kept(model, injection.merged_weights())}
-    changes = merged(part.changes() for part in injection.parts)
-    has_constants = any(isinstance(part, LccInjection) for part in injection.parts)
-    return {"n_added": _bias_numbers(pair) if has_constants else 0, "zeros_kept": _zeros_kept(model, changes)}
+    footprint = injection.footprint
+    added = [_bias_numbers(pair, site) for site in footprint.biases]
+    return {
+        "n_added": None if None in added else footprint.n_beside + sum(n for n in added if n is not None),
+        "zeros_kept": _zeros_kept(model, injection.merged_weights()),
+    }
 
 
-def _bias_numbers(pair: Pair) -> int | None:
-    """What biases at the attention's outputs add to the checkpoint, with those that come along as zeros."""
+def _bias_numbers(pair: Pair, site: ConstantSite) -> int | None:
+    """What biases behind a site add to the checkpoint, with those that come along as zeros."""
     path = pair.pruned_id.path
     try:
-        slots = find_slots(path, pair.output_projections)
+        slots = find_slots(path, reading_maps(pair.pruned, site), site)
     except RequestError:
         return None
     stored = tensor_names(path)

@@ -19,10 +19,13 @@ from lcc_lens.heads import Head
 from lcc_lens.injections import (
     Ingredients,
     Start,
+    bias_sites,
     build_injection,
     parse_method,
+    trains_numbers,
     uses_components,
     uses_heads,
+    uses_sequences,
 )
 from lcc_lens.job_data import calibration_tokens, recorded_groups, training_sequences
 from lcc_lens.lr_range import range_test
@@ -38,6 +41,7 @@ from lcc_lens.pruning.refit import REFIT_RECORD, RefitConfig, Target
 from lcc_lens.pruning.refit import refit as refit_checkpoint
 from lcc_lens.pruning.settings import Method
 from lcc_lens.pruning.structured import Schedule
+from lcc_lens.reading_maps import reading_maps
 from lcc_lens.restoration import Restoration, RestorationRecord
 from lcc_lens.run_folder import Beginning, RunFolder
 from lcc_lens.scan import Scan
@@ -193,6 +197,7 @@ def restore(
     config: TrainConfig | None = None,
     validation: Data | None = None,
     rank: int | None = None,
+    mlp_rank: int | None = None,
     low_rank: int = 8,
     start: Start = "zero",
     max_length: int = 512,
@@ -211,12 +216,14 @@ def restore(
         pair: the hooked models.
         scan: the scan of this pair, for directions; None for methods that need none.
         heads: which heads to restore; none for methods that act on no heads.
-        data: training examples (role ``train``); mean-shift learns from none, and uses their held-out part alone.
+        data: training examples (role ``train``); mean-shift learns from none, and uses their held-out part alone; a
+            sequential one is measured on them.
         method: ``lcc``, a control, or another part of :data:`~lcc_lens.injections.METHODS`; parts joined by ``+`` train
             together (``lcc+low-rank``).
         config: training settings.
         validation: held-out examples of the same kind; a tenth of the training examples' groups if not given.
         rank: directions per head; all if not given.
+        mlp_rank: directions per MLP; those that the scan holds if not given.
         low_rank: the rank of a masked low rank.
         start: see :class:`~lcc_lens.injections.LccInjection`.
         max_length: tokens per example at most.
@@ -241,24 +248,24 @@ def restore(
         >>> restore(pair, scan, scan.select("mse", share=0.25), load_data("alpaca", n=480))  # doctest: +SKIP
     """
     _check_request(pair, scan, heads, method)
-    if exportable and uses_components(method):
-        find_slots(pair.pruned_id.path, pair.output_projections)
-    if shuffle_responses and method == "mean-shift":
-        raise RequestError("wanted a method that trains to shuffle responses for, got mean-shift; leave one out")
+    for site in bias_sites(method) if exportable else ():
+        find_slots(pair.pruned_id.path, reading_maps(pair.pruned, site), site)
+    if shuffle_responses and not trains_numbers(method):
+        raise RequestError(f"wanted a method that trains to shuffle responses for, got {method}; leave one out")
     config = config or TrainConfig()
     run = Path(run) if run is not None else None
     training, held_out = training_sequences(
         pair, scan, data, validation, max_length, limit, config.seed if shuffle_responses else None
     )
-    components = None if scan is None else scan.components
-    injection = build_injection(
-        method,
-        Ingredients(pair.pruned, components, heads, pair.output_projections, rank, start, low_rank, config.seed),
-    )
+    given = Ingredients(
+        pair.pruned, None if scan is None else scan.components, heads, pair.output_projections, rank, start, low_rank,
+        config.seed, None if scan is None else scan.others.get("mlp"), mlp_rank, pair, training,
+    )  # fmt: skip
+    injection = build_injection(method, given)
     teacher = pair.dense if config.objective.needs_teacher else None
     asked = {
-        "method": method, "rank": rank, "low_rank": low_rank, "start": start, "max_length": max_length, "limit": limit,
-        "shuffle_responses": shuffle_responses, "heads": [str(h) for h in heads],
+        "method": method, "rank": rank, "mlp_rank": mlp_rank, "low_rank": low_rank, "start": start,
+        "max_length": max_length, "limit": limit, "shuffle_responses": shuffle_responses, "heads": [str(h) for h in heads],
     }  # fmt: skip
     wanted = {**asdict(config), **asked, "tune_lr": tune_lr, "before_refit": str(before_refit)}
     request = _identity(pair, scan, data, wanted, held_out)
@@ -289,7 +296,7 @@ def restore(
     losses["restored"] = validation_loss(pair.pruned, injection, held_out, config.micro_tokens)
     # what was trained learned from the data; what was not, from the scan
     name, n_examples = data.name, len(training)
-    if scan is not None and not injection.n_trained:
+    if scan is not None and not injection.n_trained and not uses_sequences(method):
         name, n_examples = scan.record.data, scan.record.n_examples
     record = RestorationRecord(
         dense=pair.dense_id.reference, pruned=pair.pruned_id.reference, dense_sha256=pair.dense_id.sha256,
