@@ -108,7 +108,10 @@ def _spectra(run: Path) -> go.Figure:
 def _training(run: Path) -> go.Figure:
     if not (run / RUN_LOG).exists() or not (run / RESTORATION_TENSORS).exists():
         raise RequestError(f"wanted {run / RUN_LOG} of a finished restoration, got none; make it with lcc-lens restore")
-    steps = [Step(**json.loads(line)) for line in (run / RUN_LOG).read_text(encoding="utf-8").splitlines()]
+    try:
+        steps = [Step(**json.loads(line)) for line in (run / RUN_LOG).read_text(encoding="utf-8").splitlines()]
+    except (ValueError, TypeError) as error:
+        raise RequestError(f"wanted steps in {run / RUN_LOG}, got a damaged line ({error}); restore again") from error
     record = Restoration.load(run).record
     told = f"{record.method}, {record.n_examples} examples of {Path(record.data).name}, seed {record.seed}."
     return plot_training(steps, record.losses.get("dense"), record.losses.get("pruned"), told)

@@ -13,12 +13,13 @@ import plotly.graph_objects as go
 import pytest
 import torch
 
-from lcc_lens.drawing import draw_figures, run_figures
+from lcc_lens.drawing import Drawn, draw_figures, run_figures
 from lcc_lens.errors import LensError, RequestError
 from lcc_lens.heads import Head
 from lcc_lens.lens import LogitGain, PromotedTokens, TokenScore, load_lens, save_lens
 from lcc_lens.plotting import (
     COLORS,
+    Recovery,
     drawn_from,
     figure_json,
     figure_sha256,
@@ -41,6 +42,7 @@ from lcc_lens.plotting import (
 from lcc_lens.plotting.labels import entry_kind, entry_label
 from lcc_lens.plotting.theme import styled
 from lcc_lens.scan import Scan
+from lcc_lens.show import show_drawn
 
 PNG = b"\x89PNG\r\n\x1a\n" + b"".join(
     struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
@@ -301,6 +303,30 @@ def test_run_with_everything_lacks_nothing_but_variation(
     few = {**comparison, "settings": {**comparison["settings"], "heads": 0.1}}
     write_json(tmp_path / "few" / "comparison.json", few)
     assert list(run_figures(tmp_path)[0]["recovery_by_heads"].data[0].y) == pytest.approx([19.5, 19.5])
+
+
+def test_drawn_and_lacking_are_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    show_drawn(Drawn((tmp_path / "a.png", tmp_path / "a.svg"), {"b": "wanted c, got none"}), tmp_path)
+    shown = capsys.readouterr().out
+    assert shown.splitlines()[0].endswith(": a")
+    assert "wanted c, got none" in shown
+
+
+def test_a_damaged_log_is_named(found: Scan, tmp_path: Path) -> None:
+    from lcc_lens.restoration import Restoration, RestorationRecord
+
+    record = RestorationRecord("d", "p", "", "", "lcc", "alpaca", 7, 4)
+    Restoration(record, (Head(0, 1),), *(found.mean_difference[0, :1].clone() for _ in range(3))).save(tmp_path)
+    (tmp_path / "log.jsonl").write_text('{"step": 1')
+    assert "got a damaged line" in run_figures(tmp_path)[1]["training"]
+
+
+def test_too_many_series_are_told() -> None:
+    points = [Recovery(f"<b>{name}", x, name / 10, None, 1) for name in range(10) for x in (0.1, 0.2)]
+    figure = plot_recovery(points, "heads")
+    assert len(figure.data) == 8
+    assert figure.data[0].name == "&lt;b&gt;9"
+    assert "The 8 best of 10 series" in text_of(figure)
 
 
 def test_missing_browser_leaves_the_pages(found: Scan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

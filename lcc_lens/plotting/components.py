@@ -148,7 +148,9 @@ def _visible(text: str) -> str:
 
 
 def _spread(values: Float[Tensor, "part component"], *, is_first: bool) -> list[go.Scatter]:
-    low, middle, high = torch.quantile(values.double(), torch.tensor([0.05, 0.5, 0.95], dtype=torch.float64), dim=0)
+    low, middle, high = torch.quantile(
+        values.double(), torch.tensor([0.05, 0.5, 0.95]).to(values.device, torch.float64), dim=0
+    )
     edge = {"width": 0}
     return [
         _line(low, "", "rgba(0,0,0,0)", is_first=False).update(hoverinfo="skip", line=edge),

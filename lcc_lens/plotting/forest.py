@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from html import escape
 
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
@@ -42,6 +43,7 @@ def forest(labels: Sequence[str], panels: Sequence[Panel], looks: Mapping[str, t
         panels: what is drawn, left to right.
         looks: colour and marker of every kind, in the legend's order.
     """
+    labels = [escape(label) for label in labels]
     figure = make_subplots(1, len(panels), shared_yaxes=True, horizontal_spacing=0.035)
     in_legend: set[str] = set()
     for column, panel in enumerate(panels, 1):
@@ -55,7 +57,11 @@ def forest(labels: Sequence[str], panels: Sequence[Panel], looks: Mapping[str, t
                 figure.add_trace(trace.update(showlegend=kind not in in_legend), 1, column)
                 in_legend.add(kind)
         figure.update_xaxes(
-            title=panel.title, type="log" if panel.is_log else "linear", range=_range(panel), col=column
+            title=panel.title,
+            type="log" if panel.is_log else "linear",
+            range=_range(panel),
+            col=column,
+            nticks=4 if len(panels) > 4 else None,
         )
     figure.update_yaxes(range=[len(labels) - 0.45, -0.55], showgrid=False)
     figure.update_yaxes(tickvals=list(range(len(labels))), ticktext=list(labels), ticks="", col=1)

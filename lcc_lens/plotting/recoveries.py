@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from html import escape
 from statistics import fmean
 from typing import Any, Literal
 
@@ -65,13 +66,17 @@ def plot_recovery(
     ]
     if not series:
         raise RequestError(f"wanted recovery at two or more values of {along}, got one; {_HOW[along]}")
+    if len(series) > len(_LOOKS):
+        best = {name: max(p.share for p in points if p.series == name) for name in series}
+        series = sorted(series, key=lambda name: -best[name])[: len(_LOOKS)]
+        caption = f"{caption} The {len(_LOOKS)} best of {len(best)} series.".strip()
     figure = go.Figure()
     for place, (name, (color, symbol)) in enumerate(zip(series, _LOOKS, strict=False)):
         mine = sorted((p for p in points if p.series == name), key=lambda p: p.x)
         aside = _ASIDE * (place - (len(series) - 1) / 2)  # so that bars at one x do not hide each other
         figure.add_scatter(
             x=[rounded(100 * p.x + aside if along == "heads" else p.x) for p in mine],
-            y=[rounded(100 * p.share) for p in mine], mode="lines+markers", name=name,
+            y=[rounded(100 * p.share) for p in mine], mode="lines+markers", name=escape(name),
             line={"color": color, "width": 1.6}, marker={"symbol": symbol, "size": 7}, error_y=_bars(mine),
         )  # fmt: skip
     is_log = along != "heads"

@@ -23,13 +23,15 @@ def plot_selector_study(study: Mapping[str, Any], share: str | None = None) -> g
         share: the share of heads that was trained, such as ``25%``; the largest if not given.
 
     Raises:
-        RequestError: the study trained no such share.
+        RequestError: the study trained no such share, or has more than four pruned models.
     """
     models = study["summary"]
     shares = list(next(iter(models.values()))["recovery"])
     share = share or max(shares, key=lambda s: float(s.rstrip("%")))
     if share not in shares:
         raise RequestError(f"wanted one of the shares {', '.join(shares)}, got {share!r}")
+    if len(models) > len(SERIES):
+        raise RequestError(f"wanted at most {len(SERIES)} pruned models, got {len(models)}; draw some of them")
     looks = dict(zip(models, SERIES, strict=False))
     names = list(SELECTOR_LABELS)
     correlation = [
