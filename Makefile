@@ -13,10 +13,11 @@ ARGS ?=
 
 INSTALLED := $(VENV)/.installed
 INSTALLED_NOTEBOOK := $(VENV)/.installed-notebook
+INSTALLED_DOCS := $(VENV)/.installed-docs
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test slow check fix figures notebooks bench clean
+.PHONY: help setup demo test slow check fix figures docs notebooks bench clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -33,6 +34,11 @@ $(INSTALLED): pyproject.toml constraints.txt Makefile
 $(INSTALLED_NOTEBOOK): $(INSTALLED)
 	@echo "Installing JupyterLab into $(VENV)"
 	@$(PIP_INSTALL) --constraint constraints.txt --editable '.[notebook]'
+	@touch $@
+
+$(INSTALLED_DOCS): $(INSTALLED)
+	@echo "Installing MkDocs into $(VENV)"
+	@$(PIP_INSTALL) --constraint constraints.txt --editable '.[docs]'
 	@touch $@
 
 setup: $(INSTALLED)  ## Install everything into .venv
@@ -57,6 +63,10 @@ fix: $(INSTALLED)  ## Repair what the linter can, and format
 
 figures: $(INSTALLED)  ## Draw the figures again
 	$(BIN)/python figures/make.py
+
+docs: $(INSTALLED_DOCS)  ## Build the documentation into build/site; any warning fails
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+	@echo "build/site/index.html"
 
 notebooks: $(INSTALLED_NOTEBOOK)  ## Open the notebooks in JupyterLab
 	$(BIN)/jupyter lab notebooks

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from lcc_lens.compare import compare
     from lcc_lens.components import LostComponents, components_from_moments, extract_lost_components
     from lcc_lens.data import Data, load_data
+    from lcc_lens.drawing import draw_figures
     from lcc_lens.errors import LensError, RequestError
     from lcc_lens.evaluation import evaluate
     from lcc_lens.export import export
@@ -35,9 +36,11 @@ if TYPE_CHECKING:
         component_similarity,
         direct_effect,
         exciting_examples,
+        load_lens,
         logit_gain,
         promoted_tokens,
         relation_to_W_O,
+        save_lens,
     )
     from lcc_lens.metrics import share_recovered
     from lcc_lens.models import load_hooked
@@ -45,7 +48,25 @@ if TYPE_CHECKING:
     from lcc_lens.pair import Pair, load_pair
     from lcc_lens.paper_recipes import read_recipe
     from lcc_lens.paper_run import run_recipe
-    from lcc_lens.plotting import plot_loss_map, plot_training
+    from lcc_lens.plotting import (
+        plot_comparison,
+        plot_inference_cost,
+        plot_logit_gain,
+        plot_loss_map,
+        plot_promoted_tokens,
+        plot_pruning_quality,
+        plot_recovery,
+        plot_report,
+        plot_selector_study,
+        plot_selectors,
+        plot_spectra,
+        plot_tasks,
+        plot_training,
+        recovery_by_selector,
+        recovery_points,
+        write_html,
+        write_image,
+    )
     from lcc_lens.progress import shown
     from lcc_lens.recipe import prune, refit, restore
     from lcc_lens.report import report
@@ -63,6 +84,7 @@ _HOMES = {
     "compare": ("compare",),
     "components": ("LostComponents", "components_from_moments", "extract_lost_components"),
     "data": ("Data", "load_data"),
+    "drawing": ("draw_figures",),
     "errors": ("LensError", "RequestError"),
     "evaluation": ("evaluate",),
     "export": ("export",),
@@ -74,15 +96,35 @@ _HOMES = {
         "component_similarity",
         "direct_effect",
         "exciting_examples",
+        "load_lens",
         "logit_gain",
         "promoted_tokens",
         "relation_to_W_O",
+        "save_lens",
     ),
     "metrics": ("share_recovered",),
     "models": ("load_hooked",),
     "objectives": ("Objective",),
     "pair": ("Pair", "load_pair"),
-    "plotting": ("plot_loss_map", "plot_training"),
+    "plotting": (
+        "plot_comparison",
+        "plot_inference_cost",
+        "plot_logit_gain",
+        "plot_loss_map",
+        "plot_promoted_tokens",
+        "plot_pruning_quality",
+        "plot_recovery",
+        "plot_report",
+        "plot_selector_study",
+        "plot_selectors",
+        "plot_spectra",
+        "plot_tasks",
+        "plot_training",
+        "recovery_by_selector",
+        "recovery_points",
+        "write_html",
+        "write_image",
+    ),
     "progress": ("shown",),
     "recipe": ("prune", "refit", "restore"),
     "report": ("report",),
@@ -127,30 +169,48 @@ __all__ = [
     "component_similarity",
     "components_from_moments",
     "direct_effect",
+    "draw_figures",
     "evaluate",
     "exciting_examples",
     "export",
     "extract_lost_components",
     "load_data",
     "load_hooked",
+    "load_lens",
     "load_pair",
     "load_task_data",
     "logit_gain",
+    "plot_comparison",
+    "plot_inference_cost",
+    "plot_logit_gain",
     "plot_loss_map",
+    "plot_promoted_tokens",
+    "plot_pruning_quality",
+    "plot_recovery",
+    "plot_report",
+    "plot_selector_study",
+    "plot_selectors",
+    "plot_spectra",
+    "plot_tasks",
     "plot_training",
     "promoted_tokens",
     "prune",
     "read_recipe",
+    "recovery_by_selector",
+    "recovery_points",
     "refit",
     "relation_to_W_O",
     "report",
     "restore",
     "restore_best",
     "run_recipe",
+    "save_lens",
     "scan",
     "share_recovered",
     "shown",
     "train",
+    "write_html",
+    "write_image",
 ]
 
 

@@ -7,6 +7,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lcc_lens.drawing import Drawn
     from lcc_lens.scan import Scan
 
 
@@ -149,3 +150,11 @@ def show_report(found: dict[str, Any], title: str) -> None:
         show_table("median and interval of interleaved rounds", *time_table(found))
     for sentence in findings(found):
         console().print(sentence, highlight=False, markup=False)
+
+
+def show_drawn(drawn: Drawn, out: Path) -> None:
+    """Print which figures were drawn, and what would make the others."""
+    names = list(dict.fromkeys(path.stem for path in drawn.files))
+    console().print(f"{out}: {', '.join(names)}", soft_wrap=True)
+    if drawn.lacking:
+        show_table("not drawn", ["figure", "what it needs"], [[name, why] for name, why in drawn.lacking.items()])
