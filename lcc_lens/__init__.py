@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from lcc_lens.data import Data, load_data
     from lcc_lens.errors import LensError, RequestError
     from lcc_lens.evaluation import evaluate
+    from lcc_lens.explorer import explore
     from lcc_lens.export import export
     from lcc_lens.heads import Head
     from lcc_lens.headscores import HeadScores
@@ -61,6 +62,7 @@ _HOMES = {
     "data": ("Data", "load_data"),
     "errors": ("LensError", "RequestError"),
     "evaluation": ("evaluate",),
+    "explorer": ("explore",),
     "export": ("export",),
     "heads": ("Head",),
     "headscores": ("HeadScores",),
@@ -119,6 +121,7 @@ __all__ = [
     "direct_effect",
     "evaluate",
     "exciting_examples",
+    "explore",
     "export",
     "extract_lost_components",
     "load_data",

@@ -80,7 +80,7 @@ LAYERS: list[tuple[str, ...]] = [
         "evaluation",
         "export",
         "plotting",
-        "page",
+        "score_text",
         "bench",
         "best",
         "compare",
