@@ -84,7 +84,7 @@ def picture(page, name: str) -> None:
 
 
 def panel(page) -> str:
-    return page.locator("#panel").inner_text()
+    return page.locator("#panel").inner_text().replace("\N{NO-BREAK SPACE}", " ")
 
 
 def cell(page, name: str):
@@ -132,7 +132,7 @@ def test_examples_are_coloured_by_the_head(visit, file: Path, found: Scan) -> No
     assert strengths.index(max(strengths)) == worst
     assert max(strengths) == 1
     tokens.nth(worst).hover()
-    assert f"changed {100 * float(loss[worst]):.0f} %" in page.locator(".examples .readout").inner_text()
+    assert f"changed {100 * float(loss[worst]):.0f} %" in panel(page)
     page.get_by_role("button", name="next example").click()
     assert page.locator(".example").inner_text().split() == "".join(found.tokens[1].pieces).split()
     assert page.evaluate("document.activeElement.id") == "example-next"
@@ -174,6 +174,21 @@ def test_keys_alone_are_enough(visit, file: Path) -> None:
     page.keyboard.press("v")
     assert page.locator("#view").input_value() == "constant"
     assert page.locator(".cell:focus-visible").evaluate("node => getComputedStyle(node).outlineStyle") == "solid"
+
+
+def test_focus_stays_where_the_reader_is(visit, file: Path) -> None:
+    page = visit(file, "#L0H4")
+    page.get_by_role("button", name="Next head").focus()
+    for _ in range(2):
+        page.keyboard.press("Enter")
+    assert panel(page).startswith("L1H1")
+    assert page.evaluate("document.activeElement.getAttribute('aria-label')") == "Next head"
+    assert "L1H1 opened" in page.locator("#announcer").inner_text()
+    page.get_by_role("button", name="Close this head").press("Enter")
+    page.locator(".ranking a").nth(2).press("Enter")
+    assert page.evaluate("document.activeElement.id") == "panel-title"
+    page.locator(".skip").press("Enter")
+    assert page.locator(".cell[aria-selected]").count() == 1
 
 
 def test_heads_are_found_by_token(visit, file: Path) -> None:
@@ -270,6 +285,8 @@ def test_a_phone_needs_no_sideways_scrolling(visit, file: Path) -> None:
     assert page.evaluate("document.getElementById('panel').scrollWidth") <= 375
     assert overflow(page) <= 0
     page.screenshot(path=PICTURES / "phone_head.png")
+    assert page.evaluate("document.activeElement.id") == "panel-title"
+    assert page.locator("#map-side").evaluate("node => node.inert")
     page.get_by_role("button", name="Close this head").tap()
     assert "Choose a head" in panel(page)
     page.get_by_role("button", name="Table").tap()
@@ -303,7 +320,7 @@ def test_the_map_is_a_table_too(visit, file: Path, found: Scan) -> None:
 def test_every_head_has_a_name_for_screen_readers(visit, file: Path, found: Scan) -> None:
     page = visit(file)
     label = cell(page, "L0H4").get_attribute("aria-label")
-    assert re.match(r"L0H4, Changed [\d.]+ %, restored$", label)
+    assert re.match(r"L0H4, Changed [\d.]+\s%, restored$", label)
     assert page.locator('.cell[tabindex="0"]').count() == 1
     unnamed = "nodes => nodes.filter((n) => !(n.innerText || '').trim() && !n.getAttribute('aria-label')).length"
     assert page.locator("button, input, a, svg").evaluate_all(unnamed) == 0
@@ -337,7 +354,7 @@ def test_two_runs_are_compared(visit, found: Scan, file: Path, tmp_path: Path) -
     assert "vs" in page.locator(".numbers").inner_text()
     picture(page, "difference")
     page.get_by_role("button", name="run", exact=True).click()
-    assert f"Changed {change:.0f} %" in cell(page, "L1H1").get_attribute("aria-label")
+    assert re.search(rf"Changed {change:.0f}\s%", cell(page, "L1H1").get_attribute("aria-label"))
 
 
 def test_a_run_without_a_scan_still_opens(visit, found: Scan, tmp_path: Path) -> None:

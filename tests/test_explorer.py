@@ -18,7 +18,7 @@ from made_runs import HEADS, HOSTILE, LOSSES, write_run
 from lcc_lens.errors import RequestError
 from lcc_lens.explorer import TokenTables, explore
 from lcc_lens.explorer.arrays import packed
-from lcc_lens.explorer.page import render, script_json
+from lcc_lens.explorer.page import _SCRIPTS, _STYLES, render, script_json
 from lcc_lens.explorer.page_data import EXAMPLE_BYTES, page_data
 from lcc_lens.explorer.results import results_table
 from lcc_lens.explorer.run_contents import RunContents
@@ -88,7 +88,13 @@ def test_the_verdict_in_words_and_numbers(run: Path, found: Scan) -> None:
 
 @pytest.mark.parametrize(
     ("restored", "words"),
-    [(1.5, "beats the dense one"), (2.05, "Nearly everything"), (2.8, "A part"), (2.95, "Little"), (3.5, "did harm")],
+    [
+        (1.5, "beats the dense one on held-out loss"),
+        (2.05, "Nearly everything"),
+        (2.8, "A part"),
+        (2.95, "Little"),
+        (3.5, "did harm"),
+    ],
 )
 def test_the_headline_follows_the_share(run: Path, restored: float, words: str) -> None:
     contents = dataclasses.replace(RunContents.read(run), losses={**LOSSES, "restored": restored})
@@ -117,7 +123,7 @@ def test_a_page_is_the_same_every_time_and_small(run: Path, tmp_path: Path) -> N
 
 
 def test_examples_beyond_the_budget_are_left_out(found: Scan, run: Path) -> None:
-    long = dataclasses.replace(found.tokens[0], pieces=("a",) * 200_000, loss=torch.ones(200_000, N_LAYERS, N_HEADS))
+    long = dataclasses.replace(found.tokens[0], pieces=("a",) * 150_000, loss=torch.ones(150_000, N_LAYERS, N_HEADS))
     contents = dataclasses.replace(RunContents.read(run), scan=dataclasses.replace(found, tokens=(long, long, long)))
     shown = page_data(contents, None, None)
     assert len(shown["examples"]) == 1
@@ -157,6 +163,13 @@ def test_the_policy_names_exactly_the_scripts(run: Path) -> None:
     for inline in re.findall(r"<(?:script|style)>(.*?)</(?:script|style)>", text, re.DOTALL):
         digest = base64.b64encode(hashlib.sha256(inline.encode()).digest()).decode()
         assert f"'sha256-{digest}'" in policy[1]
+
+
+def test_every_asset_is_inlined_once() -> None:
+    from importlib.resources import files
+
+    names = [item.name for item in (files("lcc_lens.explorer") / "assets").iterdir()]
+    assert sorted(names) == sorted((*_STYLES, *_SCRIPTS, "boot.js", "page.html"))
 
 
 def test_packed_arrays_come_back() -> None:

@@ -13,7 +13,7 @@ from string import Template
 from typing import Any
 
 from lcc_lens.errors import RequestError
-from lcc_lens.explorer.page_data import page_data
+from lcc_lens.explorer.page_data import EXAMPLE_BYTES, page_data
 from lcc_lens.explorer.results import results_table
 from lcc_lens.explorer.run_contents import RunContents
 from lcc_lens.explorer.token_reading import find_tokens
@@ -63,11 +63,12 @@ def explore(
     out = Path(run) / "explorer.html" if out is None else Path(out)
     if out.is_dir():
         raise RequestError(f"wanted a file to write the page to, got the folder {out}; name an .html file")
-    runs = [RunContents.read(path) for path in (run, *([] if other is None else [other]))]
+    runs = [RunContents.read(path) for path in ([run] if other is None else [run, other])]
     if len(runs) == 2:
         check_comparable(*runs)
     measured = None if results is None else results_table(Path(results))
-    data = [page_data(found, *find_tokens(found, read_model=read_model)) for found in runs]
+    share = EXAMPLE_BYTES // len(runs)
+    data = [page_data(run, *find_tokens(run, read_model=read_model), example_bytes=share) for run in runs]
     text = render(data, measured)
     size = len(text.encode())
     if size > MOST_BYTES:

@@ -18,28 +18,34 @@ from lcc_lens.scan import Scan
 from lcc_lens.token_loss import TokenLoss
 
 #: Bytes of token losses that a page holds; examples beyond are left out. Base64 takes a third more.
-EXAMPLE_BYTES = 4_000_000
-#: Components whose spectrum a page holds per head.
-SPECTRUM_COMPONENTS = 64
+EXAMPLE_BYTES = 3_000_000
+#: Components whose spectrum a page draws per head.
+SPECTRUM_COMPONENTS = 24
 #: Points of a training curve.
 _CURVE_POINTS = 800
 
 
-def page_data(run: RunContents, tokens: TokenTables | None, missing: str | None) -> dict[str, Any]:
+def page_data(
+    run: RunContents, tokens: TokenTables | None, missing: str | None, *, example_bytes: int = EXAMPLE_BYTES
+) -> dict[str, Any]:
     """What the page shows of one run.
 
     Args:
         run: the run.
         tokens: the tokens of its components.
         missing: why there are none.
+        example_bytes: what the losses at the tokens of examples may take.
     """
+    examples = [] if run.scan is None else _examples(run.scan, example_bytes)
     notes = [missing] if missing else []
     if run.scan is None:
         notes.append("This run holds no scan, so there is no map of heads: lcc-lens scan DENSE PRUNED RUN.")
     elif not run.scan.tokens:
         notes.append("The scan kept no examples token by token.")
-    elif len(shown := _examples(run.scan)) < len(run.scan.tokens):
-        notes.append(f"{len(shown)} of {len(run.scan.tokens)} examples are shown; all would make the page too large.")
+    elif len(examples) < len(run.scan.tokens):
+        notes.append(
+            f"{len(examples)} of {len(run.scan.tokens)} examples are shown; all would make the page too large."
+        )
     return {
         "name": run.path.resolve().name,
         "verdict": asdict(verdict(run)),
@@ -47,7 +53,7 @@ def page_data(run: RunContents, tokens: TokenTables | None, missing: str | None)
         "views": [view.to_json() for view in views(run)],
         "heads": None if run.scan is None else _heads(run.scan),
         "layers": None if run.scan is None else _layers(run.scan),
-        "examples": [] if run.scan is None else [_example(example) for example in _examples(run.scan)],
+        "examples": [_example(example) for example in examples],
         "tokens": None if tokens is None else _tokens(tokens),
         "restored": _restored(run),
         "training": _training(run),
@@ -91,13 +97,13 @@ def _layers(scan: Scan) -> list[dict[str, Any]]:
     return sites
 
 
-def _examples(scan: Scan) -> list[TokenLoss]:
+def _examples(scan: Scan, most_bytes: int) -> list[TokenLoss]:
     """The examples that fit, at least one."""
     kept: list[TokenLoss] = []
     size = 0
     for example in scan.tokens:
         size += example.loss.numel()
-        if kept and size > EXAMPLE_BYTES:
+        if kept and size > most_bytes:
             break
         kept.append(example)
     return kept

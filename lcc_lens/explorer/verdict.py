@@ -14,7 +14,7 @@ from lcc_lens.scan import Scan
 
 #: From this share of the lost log-likelihood on, these words.
 _WORDS = (
-    (1.02, "The restored model now beats the dense one"),
+    (1.02, "The restored model beats the dense one on held-out loss"),
     (0.9, "Nearly everything came back"),
     (0.5, "More than half came back"),
     (0.1, "A part came back"),
@@ -44,7 +44,12 @@ def verdict(run: RunContents) -> Verdict:
         figures.append({"name": "came back", "value": value, "note": "of the lost log-likelihood, held-out responses"})
     else:
         sentences.append("Nothing has been restored in this run yet.")
-    return Verdict(_headline(run), tuple(sentences), tuple(figures))
+    # A number and its sign stay on one line
+    return Verdict(_bound(_headline(run)), tuple(map(_bound, sentences)), tuple(figures))
+
+
+def _bound(text: str) -> str:
+    return text.replace(" %", "\N{NO-BREAK SPACE}%")
 
 
 def _headline(run: RunContents) -> str:

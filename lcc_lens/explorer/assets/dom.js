@@ -17,7 +17,7 @@ const el = (tag, attributes = {}, ...children) => build(document.createElement(t
 const svg = (tag, attributes = {}, ...children) => build(document.createElementNS(SVG, tag), attributes, children);
 const byId = (id) => document.getElementById(id);
 
-/** A number as people read it: few digits, a true minus sign, a thin space before the unit. */
+/** A number as people read it: few digits, a true minus sign, no line break before the unit. */
 function number(value, unit = "", signed = false) {
   if (!Number.isFinite(value)) return "–";
   const size = Math.abs(value);
@@ -26,7 +26,15 @@ function number(value, unit = "", signed = false) {
   else if (size !== 0 && (size < 1e-3 || size >= 1e5)) text = size.toExponential(1);
   else text = String(Number(size.toPrecision(3)));
   const sign = value < 0 && Number(text) !== 0 ? "−" : signed && Number(text) !== 0 ? "+" : "";
-  return sign + text + (unit === "%" ? " %" : "");
+  return sign + text + (unit === "%" ? "\u00a0%" : "");
+}
+
+/** A value with its standard error, both to the error's second digit. */
+function measured(value, error) {
+  if (!Number.isFinite(value) || !Number.isFinite(error) || error === 0) return number(value);
+  const digits = Math.max(0, 1 - Math.floor(Math.log10(error)));
+  if (digits > 6) return `${number(value)} ± ${number(error)}`;
+  return `${value.toFixed(digits).replace("-", "−")} ± ${error.toFixed(digits)}`;
 }
 
 /** The text of a token with its spaces and line ends made visible. */

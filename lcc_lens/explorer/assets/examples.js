@@ -6,6 +6,9 @@ function lossesOf(example, { layer, head }) {
   return Array.from({ length: n }, (_, token) => values[(token * layers + layer) * heads + head]);
 }
 
+/** A loss as text; the page holds none above 255 %. */
+const percent = (value) => (value >= 255 ? "≥ " : "") + number(value, "%");
+
 function exampleSection(run, head, redraw) {
   if (run.examples.length === 0) return null;
   const place = Math.min(state.example, run.examples.length - 1), example = run.examples[place];
@@ -13,7 +16,7 @@ function exampleSection(run, head, redraw) {
   const readout = el("p", { class: "readout" });
   const say = (i) => {
     readout.replaceChildren(...(i === null ? [worstTokens(example, loss)]
-      : [el("b", {}, visible(example.pieces[i])), ` changed ${number(loss[i], "%")}${loss[i] === 255 ? " or more" : ""}`]));
+      : [el("b", {}, visible(example.pieces[i])), ` changed ${percent(loss[i])}`]));
   };
   const text = el("p", { class: "example", tabindex: "0", "aria-label": `Example ${place + 1}` }, example.pieces.map((piece, i) => el("span", {
     class: i >= example.response ? "token response" : "token", "data-i": i, vars: { "--v": (loss[i] / most).toFixed(3) } }, piece)));
@@ -30,12 +33,12 @@ function exampleSection(run, head, redraw) {
       el("div", { class: "stepper" }, step(-1, "previous"), el("span", { class: "quiet" }, `${place + 1} of ${run.examples.length}`), step(1, "next"))),
     text, readout,
     el("div", { class: "scale small" }),
-    el("div", { class: "ends" }, el("span", {}, "unchanged"), el("span", {}, "|dense − pruned| / |dense|"), el("span", {}, number(most, "%"))),
+    el("div", { class: "ends" }, el("span", {}, "unchanged"), el("span", {}, "|dense − pruned| / |dense|"), el("span", {}, percent(most))),
     el("p", { class: "quiet" }, "The answer is underlined."));
 }
 
 /** The tokens at which the head changed most, in words. */
 function worstTokens(example, loss) {
   const order = loss.map((value, i) => i).sort((a, b) => loss[b] - loss[a]).slice(0, 4);
-  return el("span", { class: "quiet" }, "Most at ", order.map((i, n) => [n ? ", " : "", el("b", {}, visible(example.pieces[i])), ` ${number(loss[i], "%")}`]).flat());
+  return el("span", { class: "quiet" }, "Most at ", order.map((i, n) => [n ? ", " : "", el("b", {}, visible(example.pieces[i])), ` ${percent(loss[i])}`]).flat());
 }

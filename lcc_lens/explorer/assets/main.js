@@ -15,21 +15,30 @@ function draw() {
 function showHead(head) {
   state.active = head;
   state.open = head;
+  const panel = byId("panel"), focused = panel.contains(document.activeElement) ? document.activeElement.id || "panel-title" : null;
   markMap();
   paintReadout(shownView(), null);
   drawHead(head, { onClose: closeHead, onStep: stepHead });
   document.body.classList.add("has-head");
-  byId("panel").scrollTop = 0;
+  shieldRest();
+  panel.scrollTop = 0;
+  if (focused || isNarrow.matches) byId(focused ?? "panel-title")?.focus({ preventScroll: true });
   document.title = `${nameOf(head)} · ${runs[0].source.pruned_name}`;
+  announce(`${nameOf(head)} opened`);
+}
+
+/** On a narrow screen the open head covers the rest, which then takes no focus. */
+function shieldRest() {
+  for (const part of document.querySelectorAll(".top, .verdict, #map-side, #more")) part.inert = isNarrow.matches && state.open !== null;
 }
 
 /** Open a head by its address, so that back, forward and copied links work. */
 function openHead(head, { replace = false } = {}) {
   const address = `#${nameOf(head)}`;
-  if (location.hash === address) showHead(head);
-  else if (replace) { history.replaceState(null, "", address); showHead(head); }
+  showHead(head);
+  if (location.hash === address) return;
+  if (replace) history.replaceState(null, "", address);
   else location.hash = address;
-  if (isNarrow.matches) byId("panel-title")?.focus({ preventScroll: true });
 }
 
 function closeHead() {
@@ -43,6 +52,7 @@ function closeHead() {
 function hideHead() {
   state.open = null;
   document.body.classList.remove("has-head");
+  shieldRest();
   document.title = `${runs[0].source.pruned_name}: what pruning took`;
   draw();
 }
@@ -55,8 +65,8 @@ function stepHead(by) {
 
 function followAddress() {
   const head = headOf(location.hash.slice(1));
-  if (head) showHead(head);
-  else if (state.open) hideHead();
+  if (head && !(state.open && nameOf(state.open) === nameOf(head))) showHead(head);
+  else if (state.open && location.hash === "") hideHead();
 }
 
 /** Move the head under the keys; an open panel follows. */
@@ -155,8 +165,14 @@ function start() {
   const searchBox = setUpSearch({ onOpen: openHead, onFound: (found) => { state.found = found; if (hasMap) paintMap(shownView()); } });
   document.addEventListener("keydown", (event) => onKey(event, { searchBox, toggleTheme, controls }));
   window.addEventListener("hashchange", followAddress);
-  window.addEventListener("popstate", followAddress);
+  isNarrow.addEventListener("change", shieldRest);
+  show();
   followAddress();
 }
 
-start();
+const show = () => document.documentElement.classList.remove("drawing");
+try {
+  start();
+} finally {
+  show();
+}

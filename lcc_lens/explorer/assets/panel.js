@@ -1,7 +1,5 @@
 // Everything about one head.
 
-const MOST_BARS = 24;
-
 /** The numbers at the top of the panel. */
 function headNumbers(run, head) {
   const place = head.layer * shape.heads + head.head, valueOf = (view) => unpack(view.value).values[place];
@@ -16,9 +14,9 @@ function headNumbers(run, head) {
 function spectrumSection(run, head) {
   const share = [...rowOf(run.heads.share, head)].map((value) => 100 * value);
   let sum = 0;
-  const running = share.map((value) => (sum += value)), n = Math.min(MOST_BARS, share.length);
+  const running = share.map((value) => (sum += value));
   return el("section", {}, el("h3", {}, "How simple the loss is"),
-    bars({ series: [{ values: share.slice(0, n), kind: "pruned", name: "component" }], line: running.slice(0, n), unit: "%",
+    bars({ series: [{ values: share, kind: "pruned", name: "component" }], line: running, unit: "%",
       label: `Share of the squared difference by component; the first holds ${number(share[0], "%")}`, xTitle: `component (of ${run.heads.width})` }),
     keyOf([["pruned", "share of the squared difference"], ["sum", "first components together"]]));
 }
@@ -28,7 +26,7 @@ function trainingSection(run, head) {
   const place = restoredPlace(run, head), title = el("h3", {}, "After training");
   if (place < 0) return el("section", {}, title, el("p", { class: "quiet" }, "This head was not restored."));
   const { shape: [, k], values } = unpack(run.restored.magnitudes);
-  const n = Math.min(MOST_BARS, k, run.heads.coefficient.shape[2]);
+  const n = Math.min(k, run.heads.coefficient.shape[2]);
   const trained = [...values.subarray(place * k, place * k + n)], lost = [...rowOf(run.heads.coefficient, head).subarray(0, n)];
   const length = (packed) => number(unpack(packed).values[place]);
   return el("section", {}, title,
@@ -44,7 +42,7 @@ function drawHead(head, { onClose, onStep }) {
   const run = shownRun(), view = viewOf(run, "changed"), heads = ranking({ ...view, values: unpack(view.value).values, isDiverging: false });
   const rank = heads.findIndex((h) => h.layer === head.layer && h.head === head.head) + 1;
   const badge = run.heads.removed.includes(nameOf(head)) ? "removed by pruning" : restoredPlace(run, head) >= 0 ? "restored" : null;
-  const step = (by, label, sign) => el("button", { type: "button", class: "tool", "aria-label": label, on: { click: () => onStep(by) } }, sign);
+  const step = (by, label, sign) => el("button", { type: "button", class: "tool", id: `step${by}`, "aria-label": label, on: { click: () => onStep(by) } }, sign);
   const redraw = (focused) => {
     drawHead(head, { onClose, onStep });
     byId(focused)?.focus({ preventScroll: true });

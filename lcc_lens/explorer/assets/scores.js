@@ -12,8 +12,7 @@ function scoreRow(view, head) {
   const values = unpack(view.value).values, place = head.layer * shape.heads + head.head;
   const value = values[place], error = unpack(view.stderr).values[place];
   const rank = ranking({ ...view, values, isDiverging: false }).findIndex((h) => h.layer === head.layer && h.head === head.head) + 1;
-  const spread = Number.isFinite(error) ? ` ± ${number(error)}` : "";
-  const text = `${number(value)}${spread}${view.unit ? ` ${view.unit}` : ""}`;
+  const text = `${measured(value, error)}${view.unit ? ` ${view.unit}` : ""}`;
   return el("li", { title: view.meaning },
     el("span", { class: "name" }, view.title), strip(values, value, error, `${view.title} ${text}`),
     el("span", { class: "value" }, text), el("span", { class: "quiet rank" }, rank ? `${rank} of ${values.length}` : ""));

@@ -75,7 +75,7 @@ function scaleOf(view) {
 
 /** A value of a view as text, with its unit. */
 const told = (view, value) =>
-  view.unit === "points" ? `${number(value, "%", true).replace(" %", "")} points`
+  view.unit === "points" ? `${number(value, "%", true).replace("\u00a0%", "")} points`
     : number(value, view.unit, view.isDiverging) + (view.unit && view.unit !== "%" && Number.isFinite(value) ? ` ${view.unit}` : "");
 
 /** All heads with a value, highest first; ties in model order. */

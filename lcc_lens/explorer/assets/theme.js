@@ -4,7 +4,7 @@ function setUpTheme() {
   const root = document.documentElement, button = byId("theme"), system = matchMedia("(prefers-color-scheme: dark)");
   const show = (theme) => {
     root.dataset.theme = theme;
-    button.textContent = theme === "dark" ? "☀" : "☾";
+    button.textContent = theme === "dark" ? "☀\ufe0e" : "☾\ufe0e";
     button.setAttribute("aria-label", theme === "dark" ? "Use the light theme" : "Use the dark theme");
   };
   const stored = () => { try { return localStorage.getItem("lcc-lens-theme"); } catch { return null; } };
