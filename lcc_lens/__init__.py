@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from lcc_lens.drawing import draw_figures
     from lcc_lens.errors import LensError, RequestError
     from lcc_lens.evaluation import evaluate
+    from lcc_lens.explorer import explore
     from lcc_lens.export import export
     from lcc_lens.heads import Head
     from lcc_lens.headscores import HeadScores
@@ -87,6 +88,7 @@ _HOMES = {
     "drawing": ("draw_figures",),
     "errors": ("LensError", "RequestError"),
     "evaluation": ("evaluate",),
+    "explorer": ("explore",),
     "export": ("export",),
     "heads": ("Head",),
     "headscores": ("HeadScores",),
@@ -172,6 +174,7 @@ __all__ = [
     "draw_figures",
     "evaluate",
     "exciting_examples",
+    "explore",
     "export",
     "extract_lost_components",
     "load_data",

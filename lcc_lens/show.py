@@ -135,7 +135,7 @@ def show_recovery(found: dict[str, Any], run: Path) -> None:
 
 def show_results(models: dict[str, Any], title: str) -> None:
     """Print the scores of models side by side."""
-    from lcc_lens.page import format_scores
+    from lcc_lens.score_text import format_scores
 
     columns = ["model", *format_scores(next(iter(models.values()))["tasks"])]
     show_table(title, columns, [[name, *format_scores(entry["tasks"]).values()] for name, entry in models.items()])

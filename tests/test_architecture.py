@@ -95,7 +95,7 @@ LAYERS: list[tuple[str, ...]] = [
         "drawing",
         "plotting",
         "plotting.*",
-        "page",
+        "score_text",
         "bench",
         "best",
         "compare",
