@@ -132,6 +132,7 @@ def refit(
     seq_len: int = 512,
     target: Target = "weights",
     ridge: float = 0.01,
+    mend: float = 0.5,
     seed: int = 0,
     overwrite: bool = False,
 ) -> dict[str, Any]:
@@ -147,6 +148,8 @@ def refit(
         target: fit to what the dense ``weights`` give on the inputs that a map sees now, or to the dense model's own
             ``outputs``.
         ridge: pull towards the dense weights, as a share of the inputs' mean square.
+        mend: the share of what the residual stream lacks that the maps which write to it make up for; see
+            :class:`~lcc_lens.pruning.refit.RefitConfig`.
         seed: of the draw of calibration data.
         overwrite: replace an existing directory.
 
@@ -168,7 +171,7 @@ def refit(
             f"wanted at least one calibration sequence of each data set, got {n_samples} for {len(calibration)}; "
             "raise n_samples"
         )
-    config = RefitConfig(target, ridge)
+    config = RefitConfig(target, ridge, mend)
     paths, device = (resolve(dense), resolve(pruned)), default_device()
     parts = [load_data(one, role="calibration", seed=seed) if isinstance(one, str) else one for one in calibration]
     share, rest = divmod(n_samples, len(parts))
@@ -265,7 +268,8 @@ def restore(
     teacher = pair.dense if config.objective.needs_teacher else None
     asked = {
         "method": method, "rank": rank, "mlp_rank": mlp_rank, "low_rank": low_rank, "start": start,
-        "max_length": max_length, "limit": limit, "shuffle_responses": shuffle_responses, "heads": [str(h) for h in heads],
+        "max_length": max_length, "limit": limit, "shuffle_responses": shuffle_responses,
+        "heads": [str(h) for h in heads],
     }  # fmt: skip
     wanted = {**asdict(config), **asked, "tune_lr": tune_lr, "before_refit": str(before_refit)}
     request = _identity(pair, scan, data, wanted, held_out)

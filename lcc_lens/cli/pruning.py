@@ -75,6 +75,8 @@ class Refit(Common):
     """Fit to what the dense weights give on the inputs seen now, or to the dense model's own outputs."""
     ridge: float = 0.01
     """Pull towards the dense weights, as a share of the inputs' mean square."""
+    mend: float = 0.5
+    """Share of what the residual stream lacks that the maps which write to it make up for (0: each map by itself)."""
     seed: int = 0
     """Of the draw of calibration data."""
     overwrite: bool = False
@@ -85,6 +87,7 @@ class Refit(Common):
 
         report = refit(
             self.dense, self.pruned, self.out, calibration=self.calibration, n_samples=self.n_samples,
-            seq_len=self.seq_len, target=self.target, ridge=self.ridge, seed=self.seed, overwrite=self.overwrite,
+            seq_len=self.seq_len, target=self.target, ridge=self.ridge, mend=self.mend, seed=self.seed,
+            overwrite=self.overwrite,
         )  # fmt: skip
         show_table(f"refitted: {self.out}", ["", ""], refit_rows(report))
