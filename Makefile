@@ -57,7 +57,8 @@ browser: $(INSTALLED) | $(if $(BROWSER),,chromium)  ## Run the tests in a real b
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m browser -n 0 $(ARGS)
 
 chromium:
-	@command -v apt-get >/dev/null || { echo "wanted Chromium or Chrome on the PATH, got none; install it (dnf install chromium, brew install --cask google-chrome) and run this again" >&2; exit 1; }
+	@command -v apt-get >/dev/null || { echo "wanted Chromium or Chrome on the PATH, got none; install it (dnf install" \
+		"chromium, brew install --cask google-chrome) and run this again" >&2; exit 1; }
 	@echo "Installing Chromium"
 	@$(SUDO) apt-get update -qq && $(SUDO) apt-get install -y -qq --no-install-recommends chromium
 

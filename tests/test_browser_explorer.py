@@ -69,6 +69,8 @@ def visit(browser) -> Iterator:
 
     yield open_page
     for context in contexts:
+        shown = context.pages[0].locator("body").inner_text()
+        complaints += re.findall(r".*(?:null|undefined|NaN|\[object).*", shown)
         context.close()
     assert complaints == []
 
@@ -312,6 +314,15 @@ def test_the_map_is_a_table_too(visit, file: Path, found: Scan) -> None:
     page.get_by_role("button", name="Changed (%)").click()
     assert page.locator("table.heads tbody th").all_inner_texts() == names[::-1]
     assert page.locator('th[aria-sort="ascending"]').count() == 1
+    assert page.evaluate("document.activeElement.innerText") == "Changed (%)"
+    page.get_by_role("button", name="Head", exact=True).click()
+    in_order = [f"L{layer}H{head}" for layer in range(N_LAYERS) for head in range(N_HEADS)]
+    assert page.locator("table.heads tbody th").all_inner_texts() == in_order
+    page.get_by_role("button", name="Learned constant (%)").click()
+    assert set(page.locator("table.heads tbody th").all_inner_texts()[:2]) == {"L0H4", "L2H1"}
+    assert rows.count() == N_LAYERS * N_HEADS
+    page.get_by_role("button", name="Changed (%)").click()
+    page.get_by_role("button", name="Changed (%)").click()
     rows.first.get_by_role("link").click()
     assert panel(page).startswith(names[-1])
     picture(page, "table")

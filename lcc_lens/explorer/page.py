@@ -21,11 +21,11 @@ from lcc_lens.files import write_text
 
 #: No page is larger, in bytes.
 MOST_BYTES = 15_000_000
-_STYLES = ("base.css", "layout.css", "map.css", "panel.css")
+_STYLES = ("base.css", "charts.css", "layout.css", "map.css", "panel.css", "phone.css")
 #: In the order in which they run, all inside one function.
 _SCRIPTS = (
     "dom.js", "store.js", "charts.js", "head_map.js", "legend.js", "table.js", "tokens.js", "examples.js", "scores.js",
-    "panel.js", "overview.js", "search.js", "theme.js", "main.js",
+    "panel.js", "overview.js", "search.js", "theme.js", "controls.js", "keys.js", "main.js",
 )  # fmt: skip
 
 

@@ -29,6 +29,8 @@ TABLES_TENSORS = "explorer.safetensors"
 TABLES_RECORD = "explorer.json"
 #: How many single components are read, and how many tokens on either side.
 N_COMPONENTS, N_TOKENS = 4, 8
+#: Logits of so many vectors are held at once, each as long as the vocabulary.
+_VECTORS_AT_ONCE = 64
 #: After the single components: the mean difference, and what training found.
 MEAN, LEARNED = "mean", "learned"
 
@@ -98,14 +100,25 @@ def read_tokens(
     tokens = torch.full((n_layers, n_heads, len(names), 2, k), -1, dtype=torch.int32)
     logits = torch.zeros(tokens.shape)
     for layer in track(range(n_layers), n_layers, "read components"):
-        rows = [reader.writer.output(Head(layer, head), vectors[layer, head]) for head in range(n_heads)]
-        said = reader.logits(torch.stack(rows))
-        for side in (0, 1):
-            found = said.topk(k, largest=side == 0)
-            tokens[layer, :, :, side], logits[layer, :, :, side] = found.indices.int().cpu(), found.values.cpu()
-        tokens[layer][~said.any(-1).cpu()] = -1
+        written = [reader.writer.output(Head(layer, head), vectors[layer, head]) for head in range(n_heads)]
+        tokens[layer], logits[layer] = _strongest(reader, torch.stack(written), k)
     ids = sorted(set(tokens.flatten().tolist()) - {-1})
     return TokenTables(names, tokens, logits, {i: str(tokenizer.decode([i])) for i in ids})
+
+
+def _strongest(
+    reader: TokenReader, written: Float[Tensor, "head vector d_model"], k: int
+) -> tuple[Int[Tensor, "head vector side rank"], Float[Tensor, "head vector side rank"]]:
+    """The k tokens that every vector promotes and suppresses most, and their logits; -1 where a vector is zero."""
+    tokens, logits = [], []
+    for part in written.flatten(0, 1).split(_VECTORS_AT_ONCE):
+        said = reader.logits(part)
+        sides = [said.topk(k, largest=largest) for largest in (True, False)]
+        found = torch.stack([side.indices for side in sides], dim=1)
+        tokens.append(found.masked_fill(~part.any(-1)[:, None, None], -1).int().cpu())
+        logits.append(torch.stack([side.values for side in sides], dim=1).cpu())
+    shape = (*written.shape[:2], 2, k)
+    return torch.cat(tokens).reshape(shape), torch.cat(logits).reshape(shape)
 
 
 def _vectors(

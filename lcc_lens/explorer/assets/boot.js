@@ -2,7 +2,11 @@
 // appears whole instead of growing.
 (() => {
   let stored = null;
-  try { stored = localStorage.getItem("lcc-lens-theme"); } catch { /* no storage here: follow the system */ }
+  try {
+    stored = localStorage.getItem("lcc-lens-theme");
+  } catch {
+    /* no storage here: follow the system */
+  }
   const dark = matchMedia("(prefers-color-scheme: dark)").matches;
   document.documentElement.dataset.theme = stored === "dark" || stored === "light" ? stored : dark ? "dark" : "light";
   document.documentElement.classList.add("drawing");

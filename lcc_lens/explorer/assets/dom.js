@@ -40,7 +40,11 @@ function measured(value, error) {
 /** The text of a token with its spaces and line ends made visible. */
 function visible(text) {
   if (text === "") return "∅";
-  return text.replace(/\r?\n/g, "⏎").replace(/\t/g, "⇥").replace(/^ /, "·").replace(/^ +$/, (s) => "·".repeat(s.length));
+  return text
+    .replace(/\r?\n/g, "⏎")
+    .replace(/\t/g, "⇥")
+    .replace(/^ /, "·")
+    .replace(/^ +$/, (s) => "·".repeat(s.length));
 }
 
 /** Say something to screen readers. */

@@ -1,7 +1,4 @@
-// What happens when: the address, the keys, the choices above the map.
-
-const KEYS = [["← ↑ → ↓", "move over the map"], ["Enter", "open the head"], ["Esc", "close it"], ["/", "search"], ["[ ]", "previous and next head"],
-  ["v", "next thing to show"], ["t", "map or table"], ["d", "dark or light"], ["?", "this help"]];
+// What happens when: opening and closing heads, the address, the start.
 
 /** Draw whatever depends on the choices; keeps the open head open. */
 function draw() {
@@ -15,7 +12,8 @@ function draw() {
 function showHead(head) {
   state.active = head;
   state.open = head;
-  const panel = byId("panel"), focused = panel.contains(document.activeElement) ? document.activeElement.id || "panel-title" : null;
+  const panel = byId("panel"),
+    focused = panel.contains(document.activeElement) ? document.activeElement.id || "panel-title" : null;
   markMap();
   paintReadout(shownView(), null);
   drawHead(head, { onClose: closeHead, onStep: stepHead });
@@ -29,7 +27,8 @@ function showHead(head) {
 
 /** On a narrow screen the open head covers the rest, which then takes no focus. */
 function shieldRest() {
-  for (const part of document.querySelectorAll(".top, .verdict, #map-side, #more")) part.inert = isNarrow.matches && state.open !== null;
+  for (const part of document.querySelectorAll(".top, .verdict, #map-side, #more"))
+    part.inert = isNarrow.matches && state.open !== null;
 }
 
 /** Open a head by its address, so that back, forward and copied links work. */
@@ -59,7 +58,8 @@ function hideHead() {
 
 /** The next or previous head in model order. */
 function stepHead(by) {
-  const n = shape.layers * shape.heads, place = (state.active.layer * shape.heads + state.active.head + by + n) % n;
+  const n = shape.layers * shape.heads,
+    place = (state.active.layer * shape.heads + state.active.head + by + n) % n;
   openHead({ layer: Math.floor(place / shape.heads), head: place % shape.heads }, { replace: true });
 }
 
@@ -72,82 +72,14 @@ function followAddress() {
 /** Move the head under the keys; an open panel follows. */
 function move(rows, columns) {
   const clamp = (value, most) => Math.max(0, Math.min(most - 1, value));
-  state.active = { layer: clamp(state.active.layer + rows, shape.layers), head: clamp(state.active.head + columns, shape.heads) };
+  state.active = {
+    layer: clamp(state.active.layer + rows, shape.layers),
+    head: clamp(state.active.head + columns, shape.heads),
+  };
   markMap();
   cellOf(state.active).focus({ preventScroll: isNarrow.matches });
   if (state.open) openHead(state.active, { replace: true });
   else paintReadout(shownView(), null);
-}
-
-const MOVES = { ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1], Home: [0, -1e6], End: [0, 1e6], PageUp: [-5, 0], PageDown: [5, 0] };
-
-function onKey(event, { searchBox, toggleTheme, controls }) {
-  const target = event.target, isTyping = target.matches?.("input, select, textarea") || byId("help").open;
-  if (event.defaultPrevented || event.ctrlKey || event.metaKey || event.altKey || isTyping) return;
-  const isFree = target === document.body || target.closest?.(".map"), actions = {
-    "/": searchBox.focus, "?": openHelp, d: toggleTheme, v: controls?.nextView, t: controls?.toggleTable, Escape: () => { searchBox.clear(); closeHead(); },
-    "[": () => hasMap && stepHead(-1), "]": () => hasMap && stepHead(1) };
-  if (MOVES[event.key] && isFree && hasMap && !controls.isTable()) move(...MOVES[event.key]);
-  else if ((event.key === "Enter" || event.key === " ") && target.closest?.(".map")) openHead(state.active);
-  else if (actions[event.key]) actions[event.key]();
-  else return;
-  event.preventDefault();
-}
-
-function openHelp() {
-  byId("help").showModal();
-}
-
-function buildHelp() {
-  const dialog = byId("help");
-  dialog.append(el("h2", { id: "help-title" }, "Keys"),
-    el("dl", { class: "keys" }, KEYS.map(([key, does]) => el("div", {}, el("dt", {}, key.split(" ").map((k) => el("kbd", {}, k))), el("dd", {}, does)))),
-    el("p", { class: "quiet" }, "A head has its own address: add #L3H1 to this page's. Everything on this page is inside this file; it fetches nothing."),
-    el("button", { type: "button", class: "primary", on: { click: () => dialog.close() } }, "Close"));
-  dialog.addEventListener("click", (event) => { if (event.target === dialog) dialog.close(); });
-  byId("help-open").addEventListener("click", openHelp);
-}
-
-/** The choices above the map: what to show, which run, map or table. */
-function buildControls(box) {
-  const select = el("select", { id: "view", on: { change: () => { state.view = select.value; headTable.sort = null; refresh(); } } });
-  const fill = () => {
-    select.replaceChildren(...offeredViews().map((view) => el("option", { value: view.key }, view.title)));
-    if (!offeredViews().some(({ key }) => key === state.view)) state.view = offeredViews()[0].key;
-    select.value = state.view;
-  };
-  const choice = (pressed, label, click) => el("button", { type: "button", "aria-pressed": String(pressed), on: { click } }, label);
-  const runChoices = runs.length < 2 ? [] : [[0, runs[0].name], [1, runs[1].name], ["difference", "Difference"]];
-  const runButtons = runChoices.map(([run, label]) => choice(run === state.run, label, () => {
-    state.run = run;
-    runButtons.forEach((button, i) => button.setAttribute("aria-pressed", String(runChoices[i][0] === run)));
-    fill();
-    refresh();
-    drawMore();
-  }));
-  let isTable = false;
-  const shows = [choice(true, "Map", () => setTable(false)), choice(false, "Table", () => setTable(true))];
-  const setTable = (table) => {
-    isTable = table;
-    shows.forEach((button, i) => button.setAttribute("aria-pressed", String((i === 1) === table)));
-    refresh();
-  };
-  const refresh = () => {
-    draw();
-    box.classList.toggle("as-table", isTable);
-    box.querySelector(".table-box")?.remove();
-    if (isTable) box.append(buildTable(refresh));
-  };
-  fill();
-  const node = el("div", { class: "controls" },
-    el("label", {}, el("span", { class: "quiet" }, "Show"), select),
-    runButtons.length ? el("div", { class: "segments", role: "group", "aria-label": "Run" }, runButtons) : null,
-    el("div", { class: "segments", role: "group", "aria-label": "Map or table" }, shows));
-  const nextView = () => {
-    select.selectedIndex = (select.selectedIndex + 1) % select.options.length;
-    select.dispatchEvent(new Event("change"));
-  };
-  return { node, nextView, toggleTable: () => setTable(!isTable), isTable: () => isTable };
 }
 
 function start() {
@@ -158,11 +90,21 @@ function start() {
   if (hasMap) {
     const box = byId("map-side");
     controls = buildControls(box);
-    box.append(controls.node, buildMap(openHead, (head) => paintReadout(shownView(), head)), buildLegend());
+    box.append(
+      controls.node,
+      buildMap(openHead, (head) => paintReadout(shownView(), head)),
+      buildLegend(),
+    );
     draw();
   } else byId("explorer").hidden = true;
   drawMore();
-  const searchBox = setUpSearch({ onOpen: openHead, onFound: (found) => { state.found = found; if (hasMap) paintMap(shownView()); } });
+  const searchBox = setUpSearch({
+    onOpen: openHead,
+    onFound: (found) => {
+      state.found = found;
+      if (hasMap) paintMap(shownView());
+    },
+  });
   document.addEventListener("keydown", (event) => onKey(event, { searchBox, toggleTheme, controls }));
   window.addEventListener("hashchange", followAddress);
   isNarrow.addEventListener("change", shieldRest);

@@ -6,7 +6,9 @@ const KINDS = { float32: Float32Array, uint8: Uint8Array, int32: Int32Array };
 /** A packed array as { shape, values }. */
 function unpack(packed) {
   if (packed.values === undefined) {
-    const bytes = Uint8Array.from(atob(packed.data), (sign) => sign.charCodeAt(0));
+    const text = atob(packed.data),
+      bytes = new Uint8Array(text.length);
+    for (let i = 0; i < text.length; i++) bytes[i] = text.charCodeAt(i);
     packed.values = new KINDS[packed.dtype](bytes.buffer);
     packed.data = null;
   }
@@ -63,7 +65,8 @@ function shownView() {
 /** The ends of the colour scale of a view. */
 function scaleOf(view) {
   const found = view.values.filter(Number.isFinite);
-  const most = found.reduce((a, b) => Math.max(a, b), -Infinity), least = found.reduce((a, b) => Math.min(a, b), Infinity);
+  const most = found.reduce((a, b) => Math.max(a, b), -Infinity),
+    least = found.reduce((a, b) => Math.min(a, b), Infinity);
   if (found.length === 0) return { low: 0, high: 1 };
   if (view.isDiverging) {
     const end = Math.max(Math.abs(least), Math.abs(most)) || 1;
@@ -75,15 +78,21 @@ function scaleOf(view) {
 
 /** A value of a view as text, with its unit. */
 const told = (view, value) =>
-  view.unit === "points" ? `${number(value, "%", true).replace("\u00a0%", "")} points`
-    : number(value, view.unit, view.isDiverging) + (view.unit && view.unit !== "%" && Number.isFinite(value) ? ` ${view.unit}` : "");
+  view.unit === "points"
+    ? `${number(value, "%", true).replace("\u00a0%", "")} points`
+    : number(value, view.unit, view.isDiverging) +
+      (view.unit && view.unit !== "%" && Number.isFinite(value) ? ` ${view.unit}` : "");
 
 /** All heads with a value, highest first; ties in model order. */
 function ranking(view) {
-  const heads = [...view.values].map((value, i) => ({ value, layer: Math.floor(i / shape.heads), head: i % shape.heads }));
+  const heads = [...view.values].map((value, i) => ({
+    value,
+    layer: Math.floor(i / shape.heads),
+    head: i % shape.heads,
+  }));
   const size = ({ value }) => (view.isDiverging ? Math.abs(value) : value);
   return heads.filter(({ value }) => Number.isFinite(value)).sort((a, b) => size(b) - size(a));
 }
 
 /** The place of a head among those restored in the shown run; -1 if it was not. */
-const restoredPlace = (run, head) => run.restored ? run.restored.heads.indexOf(nameOf(head)) : -1;
+const restoredPlace = (run, head) => (run.restored ? run.restored.heads.indexOf(nameOf(head)) : -1);
