@@ -36,6 +36,8 @@ def test_whole_method_from_the_command_line(
     settings = ("--data", question_file, "--heads", 0.5, "--selector", "mse", "--lr", 0.1, "--checkpoint-every", 1)
     assert call("restore", dense_dir, pruned, work, *settings) == 0
     assert call("export", work, out) == 0
+    assert call("explore", work) == 0
+    assert "<script" in (work / "explorer.html").read_text()
     tasks = ("--tasks", text_file, question_file, "--length", 50, "--limit", 4)
     assert call("eval", dense_dir, pruned, out, *tasks, "--out", tmp_path / "results.json") == 0
 
@@ -236,3 +238,9 @@ def test_refit_of_other_models_is_refused_by_command(
     refused(capsys, 2, mismatch, "refit", dense_dir, tmp_path / "sliced", out, *few)
     refused(capsys, 2, mismatch, "refit", other_heads, pruned_dir, out, *few)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["heads", "sliced"]
+
+
+def test_explore_takes_one_run_or_two(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    refused(capsys, 2, "wanted one run, or two to compare, got 3", "explore", *(tmp_path / name for name in "abc"))
+    refused(capsys, 2, "wanted", "explore", tmp_path / "missing")
+    assert not list(tmp_path.iterdir())
