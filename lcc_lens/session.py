@@ -18,11 +18,7 @@ from lcc_lens.errors import RequestError
 from lcc_lens.export import ExportReport, export
 from lcc_lens.heads import Head, check_heads
 from lcc_lens.hooks import HookedModel
-from lcc_lens.injections import (
-    Injection,
-    uses_components,
-    uses_heads,
-)
+from lcc_lens.injections import Injection, uses_components, uses_heads
 from lcc_lens.objectives import Objective
 from lcc_lens.pair import Pair
 from lcc_lens.recipe import refuse_removed
@@ -161,7 +157,7 @@ class RestoreSession:
             if self.scan is None or not uses_heads(self.method):
                 raise RequestError(f"wanted a method of heads to choose them for, got {self.method}")
             if isinstance(heads, str):
-                line = f"session.choose({heads!r}, share={share!r})"
+                line = f"session.choose({heads!r}, share={float(share)!r})"
                 heads = self.scan.select(heads, share=share, seed=self.seed)
             else:
                 heads = sorted(set(heads))
@@ -196,7 +192,7 @@ class RestoreSession:
                 raise RequestError(f"wanted a method of constants to scale, got {self.method}")
             if not abs(scale) < float("inf"):
                 raise RequestError(f"wanted a finite number to scale by, got {scale}")
-            self._timeline.note(replace(self._state, scale=float(scale)), f"session.set_scale({scale!r})")
+            self._timeline.note(replace(self._state, scale=float(scale)), f"session.set_scale({float(scale)!r})")
 
     def train(
         self,
@@ -236,7 +232,7 @@ class RestoreSession:
 
             done = self._bench.train(injection, self._state, n_steps, lr, is_over)
             if done.steps:
-                options = "" if lr is None else f", lr={lr!r}"
+                options = "" if lr is None else f", lr={float(lr)!r}"
                 options += f", stop_after={len(done.steps)}" if done.is_cut else ""
                 steps = (*self.steps, *done.steps)
                 state = replace(self._state, injection=injection, steps=steps, held_out=done.held_out)
@@ -244,7 +240,7 @@ class RestoreSession:
             return done.steps
 
     def stop(self) -> None:
-        """End a running :meth:`train` after the step under way; it keeps the best so far."""
+        """End a running :meth:`train` after the step under way, with the best so far; without one nothing happens."""
         self._stop.set()
 
     def undo(self) -> None:
