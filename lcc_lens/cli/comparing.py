@@ -20,9 +20,9 @@ class Compare(Common):
     run: RunPath
     """A folder for the comparison; the same command goes on there."""
     methods: tuple[str, ...] = ("lcc", "lcc@dense", "random-basis", "offset", "mean-shift", "lora")
-    """Restore's methods, lora, dora (-vo: on v and o alone), lofit or eora; refit+ before one starts from the refitted
-    model; @dense, @shuffled or @random-heads after it is a control; :distillation trains towards the dense model; =3e-3
-    sets a learning rate."""
+    """Restore's methods, lora, dora (-vo: on v and o alone), lofit, eora, flap, perp or perp-lora; refit+ before one
+    starts from the refitted model; @dense, @shuffled or @random-heads after it is a control; :distillation trains
+    towards the dense model; =3e-3 sets a learning rate."""
     baselines: bool = False
     """Also every baseline there is."""
     controls: bool = False

@@ -33,7 +33,8 @@ class Restore(Common):
     method: str = "lcc"
     """lcc: magnitudes over lost directions plus an offset, a constant per head. Its controls: offset without
     directions; mean-shift (the scan's mean difference, nothing trained); random-basis (the same training over random
-    directions). Changed weights, whose zeros stay: gain (of head outputs), norms, low-rank (on every linear map),
+    directions); mean-shift-sequential (each layer's mean measured behind mended ones; -mlp: MLPs too). mlp-lcc,
+    mlp-offset, mlp-mean-shift, mlp-gain: the same at the MLP. Changed weights, whose zeros stay: gain (of head outputs), norms, low-rank (on every linear map),
     masked (all surviving weights). Joined by + they train together: lcc+low-rank. best: what brings back most, a refit
     by least squares and then a low-rank that follows the dense model."""
     task: RecoveryTask | None = None
@@ -57,6 +58,8 @@ class Restore(Common):
     """Examples for that scan."""
     rank: int | None = None
     """Directions per head (all if not given)."""
+    mlp_rank: int | None = None
+    """Directions per MLP (those that the scan holds if not given)."""
     low_rank: int | None = None
     """Rank of low-rank (8 if not given; best: 16)."""
     start: Literal["zero", "mean"] = "zero"
@@ -168,13 +171,14 @@ class Restore(Common):
         heads = [] if found is None else found.select(self.selector, share=self.heads, seed=self.seed)
         restoration = restore(
             pair, found, heads, data, method=self.method, config=config, validation=validation, rank=self.rank,
-            low_rank=self.low_rank or 8, start=self.start, max_length=self.max_length, limit=self._n_examples,
-            exportable=not self.hooks_only, shuffle_responses=self.shuffle_responses, tune_lr=self.tune_lr,
+            mlp_rank=self.mlp_rank, low_rank=self.low_rank or 8, start=self.start, max_length=self.max_length,
+            limit=self._n_examples, exportable=not self.hooks_only, shuffle_responses=self.shuffle_responses, tune_lr=self.tune_lr,
             run=self.run, resume=self.resume,
         )  # fmt: skip
         return restoration, pair, len(heads)
 
     def _scan(self, pair: Pair) -> Scan:
+        from lcc_lens.injections import scanned_sites
         from lcc_lens.scan import SCAN_RECORD, Scan, scan
 
         name = self.task or self.scan_data or "boolq"
@@ -188,8 +192,8 @@ class Restore(Common):
         data = load_role(name, self.scan_examples, "probe", self.seed)
         named = None if self.selector in ("mse", "random") else (self.selector,)
         return scan(
-            pair, data, selectors=named, max_length=min(self.max_length, pair.context), limit=self.scan_examples,
-            seed=self.seed, run=self.run,
+            pair, data, selectors=named, spectra=scanned_sites(self.method)[1], limit=self.scan_examples,
+            max_length=min(self.max_length, pair.context), seed=self.seed, run=self.run,
         )  # fmt: skip
 
     def _measures(self) -> TaskMeasures | None:
