@@ -34,9 +34,10 @@ class Restore(Common):
     """lcc: magnitudes over lost directions plus an offset, a constant per head. Its controls: offset without
     directions; mean-shift (the scan's mean difference, nothing trained); random-basis (the same training over random
     directions); mean-shift-sequential (each layer's mean measured behind mended ones; -mlp: MLPs too). mlp-lcc,
-    mlp-offset, mlp-mean-shift, mlp-gain: the same at the MLP. Changed weights, whose zeros stay: gain (of head outputs), norms, low-rank (on every linear map),
-    masked (all surviving weights). Joined by + they train together: lcc+low-rank. best: what brings back most, a refit
-    by least squares and then a low-rank that follows the dense model."""
+    mlp-offset, mlp-mean-shift, mlp-gain: the same at the MLP. Changed weights, whose zeros stay: gain (of head
+    outputs), norms, low-rank (on every linear map), masked (all surviving weights). Joined by + they train together:
+    lcc+low-rank. best: what brings back most, a refit by least squares and then a low-rank that follows the dense
+    model."""
     task: RecoveryTask | None = None
     """Recover this task: train on the right answers of its training split, choose heads on other examples of it,
     then measure the task's held-out items and what another text's perplexity cost. Sets data, examples, epochs."""
@@ -172,8 +173,8 @@ class Restore(Common):
         restoration = restore(
             pair, found, heads, data, method=self.method, config=config, validation=validation, rank=self.rank,
             mlp_rank=self.mlp_rank, low_rank=self.low_rank or 8, start=self.start, max_length=self.max_length,
-            limit=self._n_examples, exportable=not self.hooks_only, shuffle_responses=self.shuffle_responses, tune_lr=self.tune_lr,
-            run=self.run, resume=self.resume,
+            limit=self._n_examples, exportable=not self.hooks_only, shuffle_responses=self.shuffle_responses,
+            tune_lr=self.tune_lr, run=self.run, resume=self.resume,
         )  # fmt: skip
         return restoration, pair, len(heads)
 
