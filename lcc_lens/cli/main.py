@@ -22,6 +22,7 @@ from lcc_lens.cli.restoring import Restore
 from lcc_lens.cli.scanning import ScanPair
 from lcc_lens.config import bound_kernel_cache
 from lcc_lens.errors import LensError
+from lcc_lens.processes import is_first_process
 from lcc_lens.progress import shown
 
 Command = (
@@ -48,10 +49,11 @@ def run(arguments: list[str] | None = None) -> int:
         )  # fmt: skip
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else 2
-    _set_up_logging(command.quiet)
+    quiet = command.quiet or not is_first_process()
+    _set_up_logging(quiet)
     bound_kernel_cache()
     try:
-        with nullcontext() if command.quiet else shown():
+        with nullcontext() if quiet else shown():
             command.execute()
     except LensError as error:
         return _fail(str(error), error.exit_code)
