@@ -15,6 +15,7 @@ from lcc_lens.cli.comparing import Compare
 from lcc_lens.cli.demonstrating import Demo
 from lcc_lens.cli.exploring import Explore
 from lcc_lens.cli.exporting import Export
+from lcc_lens.cli.figures import Figures
 from lcc_lens.cli.measuring import Eval, Report
 from lcc_lens.cli.pruning import Prune, Refit
 from lcc_lens.cli.recipes import Recipe
@@ -35,6 +36,7 @@ Command = (
     | Annotated[Export, tyro.conf.subcommand("export")]
     | Annotated[Eval, tyro.conf.subcommand("eval")]
     | Annotated[Report, tyro.conf.subcommand("report")]
+    | Annotated[Figures, tyro.conf.subcommand("figures")]
     | Annotated[Explore, tyro.conf.subcommand("explore")]
     | Annotated[Demo, tyro.conf.subcommand("demo")]
 )
