@@ -202,6 +202,7 @@ RESTORED = {
     "lora": "LoRA (peft; q, k, v, o)",
     "lora:distillation": "LoRA, distilled",
     "refit": "`refit`, no training",
+    "refit+low-rank:text+distillation": "`best`: `refit`, then `low-rank`, text and distillation",
     "refit+low-rank": "`refit`, then `low-rank`",
     "refit+low-rank:distillation": "`refit`, then `low-rank`, distilled",
     "refit+low-rank+lcc:distillation": "`refit`, then `low-rank+lcc`, distilled",
@@ -222,9 +223,10 @@ def restoration_table(study: dict[str, Any]) -> str:
         return f"{scale * value:.{digits}f}" + ("" if spread is None else f" ± {scale * spread:.{digits}f}")
 
     lines = [
-        "| | WikiText perplexity | recovered, % | KL to dense | response loss | numbers trained | seconds | seeds |",
+        "| | WikiText perplexity | recovered, % | C4 perplexity | KL to dense | response loss | trained | seeds |",
         "|---|---:|---:|---:|---:|---:|---:|---:|",
-        *(f"| {name} | {m['perplexity']:.2f} | | {m['kl']:.3f} | {m['response_loss']:.3f} | | | |"
+        *(f"| {name} | {m['perplexity']:.2f} | | {m['texts']['c4']['perplexity']:.2f} | {m['kl']:.3f} "
+          f"| {m['response_loss']:.3f} | | |"
           for name, m in study["bare"].items()),
     ]  # fmt: skip
     rows = {row["entry"]: row for row in summary(study) if row["seeds"]}
@@ -232,9 +234,8 @@ def restoration_table(study: dict[str, Any]) -> str:
         if entry in rows:
             row = rows[entry]
             values = [
-                cell(row, "perplexity", 2), cell(row, "recovered", 1, 100), cell(row, "kl", 3),
-                cell(row, "response_loss", 3), f"{row['n_trained'] or 0:,}", cell(row, "training_seconds", 0),
-                str(row["seeds"]),
+                cell(row, "perplexity", 2), cell(row, "recovered", 1, 100), cell(row, "perplexity_c4", 2),
+                cell(row, "kl", 3), cell(row, "response_loss", 3), f"{row['n_trained'] or 0:,}", str(row["seeds"]),
             ]  # fmt: skip
             lines.append(f"| {label} | " + " | ".join(values) + " |")
     return "\n".join(lines)
