@@ -16,7 +16,7 @@ INSTALLED_NOTEBOOK := $(VENV)/.installed-notebook
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test slow check fix figures notebooks bench clean
+.PHONY: help setup demo test slow check fix figures families notebooks bench clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -57,6 +57,9 @@ fix: $(INSTALLED)  ## Repair what the linter can, and format
 
 figures: $(INSTALLED)  ## Draw the figures again
 	$(BIN)/python figures/make.py
+
+families: $(INSTALLED)  ## Try every family of models and write docs/families.md
+	HF_HUB_OFFLINE=1 $(BIN)/python -W ignore tests/conformance.py
 
 notebooks: $(INSTALLED_NOTEBOOK)  ## Open the notebooks in JupyterLab
 	$(BIN)/jupyter lab notebooks

@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from lcc_lens.report import report
     from lcc_lens.restoration import Restoration
     from lcc_lens.scan import Scan, scan
+    from lcc_lens.sidecar import load_restored
     from lcc_lens.statistics import DifferenceStatistics
     from lcc_lens.token_loss import TokenLoss
     from lcc_lens.training import Step, TrainConfig, train
@@ -84,6 +85,7 @@ _HOMES = {
     "report": ("report",),
     "restoration": ("Restoration",),
     "scan": ("Scan", "scan"),
+    "sidecar": ("load_restored",),
     "statistics": ("DifferenceStatistics",),
     "token_loss": ("TokenLoss",),
     "training": ("Step", "TrainConfig", "train"),
@@ -124,6 +126,7 @@ __all__ = [
     "load_data",
     "load_hooked",
     "load_pair",
+    "load_restored",
     "logit_gain",
     "plot_loss_map",
     "plot_training",

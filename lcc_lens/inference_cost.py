@@ -83,9 +83,10 @@ def _served(path: Path, output_projections: tuple[str, ...], kind: str, rank: in
     model = load_plain(path)
     if kind == BIASES:
         slots = find_slots(path, output_projections)
+        modules = dict(model.named_modules())
         for name in {*slots.biases, *slots.zero_biases}:
-            module: Any = model.get_submodule(name.removesuffix(".bias"))
-            if module.bias is None:
+            module: Any = modules.get(name.removesuffix(".bias"))  # none where the export would split a fused map
+            if module is not None and module.bias is None:
                 size = next(iter(slots.zero_biases.get(name, (module.weight.shape[0],))))
                 module.bias = nn.Parameter(torch.zeros(size).to(module.weight), requires_grad=False)
     elif kind in ADAPTERS:

@@ -45,8 +45,7 @@ def _bias_numbers(pair: Pair) -> int | None:
     except RequestError:
         return None
     stored = tensor_names(path)
-    d_model = int(pair.pruned.cfg.d_model)
-    new = sum(d_model for bias in slots.biases if bias not in stored)
+    new = sum(slots.width or 0 for bias in slots.biases if bias not in stored)
     return new + sum(math.prod(shape) for shape in slots.zero_biases.values())
 
 

@@ -110,7 +110,7 @@ def load_plain(
     *,
     device: torch.device | None = None,
     dtype: torch.dtype | None = None,
-    attention: str = "sdpa",
+    attention: str | None = None,
 ) -> PreTrainedModel:
     """Load a local directory with plain transformers, in evaluation mode, without gradients.
 
@@ -118,7 +118,7 @@ def load_plain(
         path: a Hugging Face directory.
         device: see :func:`lcc_lens.config.default_device`.
         dtype: see :func:`lcc_lens.config.compute_dtype`.
-        attention: transformers' attention implementation.
+        attention: transformers' attention implementation; its own choice for the architecture if not given.
 
     Raises:
         RequestError: the files are damaged or no causal language model.

@@ -16,7 +16,7 @@ PACKAGE = ROOT / "lcc_lens"
 
 # A module imports from its own layer or from those above it in this list. "" is the package itself, the facade.
 LAYERS: list[tuple[str, ...]] = [
-    ("errors", "heads", "headmap", "progress", "config", "files", "memory"),
+    ("errors", "heads", "headmap", "progress", "config", "files", "memory", "rewriting"),
     (
         "components",
         "statistics",
@@ -49,6 +49,9 @@ LAYERS: list[tuple[str, ...]] = [
         "hooks",
         "plain_modules",
         "running",
+        "retyping",
+        "slots",
+        "twins",
         "contrast",
         "prefix",
         "passes",
@@ -79,6 +82,8 @@ LAYERS: list[tuple[str, ...]] = [
         "",
         "evaluation",
         "export",
+        "folding",
+        "model_card",
         "plotting",
         "page",
         "bench",
@@ -97,6 +102,7 @@ LAYERS: list[tuple[str, ...]] = [
         "speed",
         "report",
         "report_text",
+        "sidecar",
     ),
     ("cli", "show", "demo", "__main__", "explorer", "explorer.*"),
 ]

@@ -1,0 +1,205 @@
+"""Where a checkpoint can hold a constant per head: biases stored, brought by a setting, or as good."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from lcc_lens.errors import RequestError
+from lcc_lens.files import tensor_names
+from lcc_lens.pruning.anatomy import MLP_OUTPUTS
+from lcc_lens.pruning.layers import is_transposed, read_config, skeleton
+from lcc_lens.retyping import config_entries, retyped_configs, split_names
+from lcc_lens.rewriting import Splits
+from lcc_lens.twins import build_twin, shrink, twin_logits
+
+#: Which bias takes the constants: the attention output's, the value projection's (whose bias passes through attention
+#: unchanged, since the weights of a query sum to one), or the MLP output's where both blocks add to the same residual.
+Place = Literal["output", "value", "parallel"]
+#: Relative to the largest logit of a twin: what may differ by rounding, and what must differ at least to mean anything.
+_ROUNDING, _EFFECT = 1e-4, 1e-2
+
+
+@dataclass(frozen=True)
+class BiasSlots:
+    """Where a checkpoint can hold a constant per head: a bias per layer, and what makes it load.
+
+    ``config`` are entries of ``config.json`` to set (all of them where ``retyped_as`` names another architecture);
+    ``zero_biases`` come along with that setting and are written as zeros. ``heads_per_bias`` heads share a bias at the
+    ``value`` place and so need the same constant.
+    """
+
+    biases: tuple[str, ...]
+    config: Mapping[str, Any]
+    zero_biases: Mapping[str, tuple[int, ...]]
+    place: Place = "output"
+    retyped_as: str | None = None
+    heads_per_bias: int = 1
+    splits: Splits = field(default_factory=dict)
+    """Stored tensors that are several under the other architecture, with their rows."""
+    width: int | None = None
+    """Numbers per bias (None where nobody asked: all are stored)."""
+
+    @property
+    def way(self) -> str:
+        """The way in words, for tables."""
+        where = {"output": "output bias", "value": "value bias", "parallel": "bias of the parallel MLP"}[self.place]
+        if self.retyped_as:
+            return f"{where}, re-typed as {self.retyped_as}"
+        return f"{where}, by {' and '.join(self.config)}" if self.config else where
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    """A configuration under which a place may have a bias in every layer."""
+
+    config: Any
+    place: Place
+    switch: str | None = None
+    retyped_as: str | None = None
+
+
+def find_slots(path: Path, output_projections: tuple[str, ...], *, shared_values: bool = False) -> BiasSlots:
+    """Find biases that hold a constant per head exactly, in a checkpoint or by a setting of its architecture.
+
+    In this order: the attention output's bias where one is stored or a setting adds one; the value projection's where
+    every head has its own; the MLP output's where it adds to the residual stream in parallel; the attention output's
+    under the name of an architecture that computes the same. Every way but a stored output bias is tried on a small
+    random model of the architecture, so that no list of families can be out of date.
+
+    Args:
+        path: the checkpoint.
+        output_projections: the attention output projections by layer, as the checkpoint names them.
+        shared_values: whether the heads that share a value head have the same constant.
+
+    Raises:
+        RequestError: there is no exact way.
+    """
+    stored = tensor_names(path)
+    biases = tuple(f"{projection}.bias" for projection in output_projections)
+    if all(bias in stored for bias in biases):
+        return BiasSlots(biases, {}, {})
+    config = read_config(path)
+    share = _heads_per_value(config)
+    for candidate in _candidates(config, has_own_values=share == 1 or shared_values):
+        if _is_exact(config, candidate, output_projections):
+            return _slots(path, stored, candidate, output_projections, share)
+    raise RequestError(
+        f"wanted an architecture that can hold a constant per head in a bias, got {config.model_type}, which has none "
+        "that is exact; restore it for hooks alone (exportable=False, --hooks-only) and serve it by "
+        "lcc_lens.load_restored"
+    )
+
+
+def _candidates(config: Any, *, has_own_values: bool) -> Iterator[_Candidate]:
+    switches = [name for name, value in vars(config).items() if "bias" in name and isinstance(value, bool)]
+    for switch in switches:
+        yield _Candidate(_switched(config, switch), "output", switch)
+    if has_own_values:
+        yield _Candidate(config, "value")
+        for switch in switches:
+            yield _Candidate(_switched(config, switch), "value", switch)
+    yield _Candidate(config, "parallel")
+    for retyped in retyped_configs(config):
+        yield _Candidate(retyped, "output", retyped_as=retyped.model_type)
+
+
+def _switched(config: Any, switch: str) -> Any:
+    changed = copy.deepcopy(config)
+    setattr(changed, switch, not getattr(config, switch))
+    return changed
+
+
+def _is_exact(config: Any, candidate: _Candidate, output_projections: tuple[str, ...]) -> bool:
+    """Whether constants at the head outputs and biases at the candidate's place give the same logits in a twin."""
+    plain = build_twin(shrink(config))
+    assert plain is not None
+    projections = output_projections[: int(shrink(config).num_hidden_layers)]
+    target = build_twin(shrink(candidate.config), dict(plain.named_parameters()))
+    places = None if target is None else bias_names(target, projections, candidate.place)
+    if target is None or places is None:
+        return False
+    generator = torch.Generator().manual_seed(1)
+    shifts = {}
+    for projection, bias in zip(projections, places, strict=True):
+        weight = _linear_weight(plain.get_submodule(projection))
+        own, parameter = len(weight.T), target.get_parameter(bias)
+        if candidate.place == "value":
+            values = torch.randn(parameter.shape, generator=generator)
+            share = own // len(values)
+            shifts[projection] = values.unflatten(0, (-1, _head_size(config))).repeat_interleave(share, 0).flatten()
+            parameter.add_(values)
+        else:
+            shifts[projection] = torch.randn(own, generator=generator)
+            parameter.add_(weight @ shifts[projection])
+    before, wanted, got = twin_logits(plain), twin_logits(plain, shifts), twin_logits(target)
+    scale = float(wanted.abs().max())
+    difference, effect = float((got - wanted).abs().max()), float((wanted - before).abs().max())
+    return difference <= _ROUNDING * scale and effect >= _EFFECT * scale
+
+
+def bias_names(model: nn.Module, projections: tuple[str, ...], place: Place) -> tuple[str, ...] | None:
+    """The biases of a place by layer, or None where the model has not all of them."""
+    names = [_bias_name(model, projection, place) for projection in projections]
+    parameters = dict(model.named_parameters())
+    found = tuple(name for name in names if name is not None and name in parameters)
+    return found if len(found) == len(names) else None
+
+
+def _bias_name(model: nn.Module, projection: str, place: Place) -> str | None:
+    if place == "output":
+        return f"{projection}.bias"
+    if place == "value":
+        return f"{projection.rpartition('.')[0]}.v_proj.bias"
+    match = re.match(r".*?\.\d+\.", projection)
+    layer = model.get_submodule(match[0].rstrip(".")) if match else nn.Module()
+    modules = dict(layer.named_modules())
+    return next((f"{match[0]}{name}.bias" for name in MLP_OUTPUTS if name in modules), None) if match else None
+
+
+def _slots(
+    path: Path, stored: Mapping[str, Path], candidate: _Candidate, projections: tuple[str, ...], share: int
+) -> BiasSlots:
+    """The slots of the whole model for a candidate that was found exact in small."""
+    model = skeleton(path, candidate.config)
+    biases = bias_names(model, projections, candidate.place)
+    assert biases is not None
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    entries: dict[str, Any] = {}
+    if candidate.switch:
+        entries[candidate.switch] = getattr(candidate.config, candidate.switch)
+    if candidate.retyped_as:
+        entries = config_entries(candidate.config)
+    parts = {name: split_names(name, shapes) for name in stored}
+    return BiasSlots(
+        biases,
+        entries,
+        {n: s for n, s in shapes.items() if n.endswith(".bias") and n not in stored and n not in biases},
+        candidate.place,
+        candidate.retyped_as,
+        heads_per_bias=share if candidate.place == "value" else 1,
+        splits={name: tuple((n, shapes[n][0]) for n in names) for name, names in parts.items() if len(names) > 1},
+        width=shapes[biases[0]][0],
+    )
+
+
+def _heads_per_value(config: Any) -> int:
+    n_heads = int(config.num_attention_heads)
+    return n_heads // int(getattr(config, "num_key_value_heads", None) or n_heads)
+
+
+def _head_size(config: Any) -> int:
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+
+
+def _linear_weight(module: nn.Module) -> Float[Tensor, "d_out d_in"]:
+    weight = module.get_parameter("weight")
+    return weight.T if is_transposed(module) else weight
