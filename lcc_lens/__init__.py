@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from lcc_lens.export import export
     from lcc_lens.heads import Head
     from lcc_lens.headscores import HeadScores
+    from lcc_lens.hub import push_to_hub
+    from lcc_lens.in_memory import stored_model
     from lcc_lens.injections import Composite, Injection, LccInjection, MeanShift, OffsetInjection, WeightInjection
     from lcc_lens.lens import (
         answer_streams,
@@ -65,6 +67,8 @@ _HOMES = {
     "export": ("export",),
     "heads": ("Head",),
     "headscores": ("HeadScores",),
+    "hub": ("push_to_hub",),
+    "in_memory": ("stored_model",),
     "injections": ("Composite", "Injection", "LccInjection", "MeanShift", "OffsetInjection", "WeightInjection"),
     "lens": (
         "answer_streams",
@@ -132,6 +136,7 @@ __all__ = [
     "plot_training",
     "promoted_tokens",
     "prune",
+    "push_to_hub",
     "refit",
     "relation_to_W_O",
     "report",
@@ -140,6 +145,7 @@ __all__ = [
     "scan",
     "share_recovered",
     "shown",
+    "stored_model",
     "train",
 ]
 

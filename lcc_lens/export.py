@@ -17,6 +17,7 @@ from lcc_lens.files import (
     read_json,
     read_tensor,
     require_space,
+    stored_name,
     tensor_names,
     weight_files,
     write_json,
@@ -185,7 +186,8 @@ def _compare_logits(
 
 def _tolerance(path: Path, projection: str) -> float:
     """Relative tolerance of the logits: rounding of what is stored is all that may differ."""
-    dtype = read_tensor(tensor_names(path), f"{projection}.weight").dtype
+    stored = tensor_names(path)
+    dtype = read_tensor(stored, stored_name(stored, f"{projection}.weight")).dtype
     return 1e-5 if dtype in (torch.float32, torch.float64) else 2e-2
 
 

@@ -224,6 +224,12 @@ def tensor_names(directory: Path) -> dict[str, Path]:
     return where
 
 
+def stored_name(stored: Mapping[str, Path], name: str) -> str:
+    """A tensor's name in a checkpoint: as the model names it, or without the base model's prefix (original GPT-2)."""
+    short = name.partition(".")[2]
+    return short if name not in stored and short in stored else name
+
+
 def read_tensor(stored: Mapping[str, Path], name: str) -> Tensor:
     """One tensor of a checkpoint (see `tensor_names`).
 

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lcc_lens.errors import LensError, RequestError
-from lcc_lens.files import read_tensor, tensor_names
+from lcc_lens.files import read_tensor, stored_name, tensor_names
 from lcc_lens.injections.changes import merged
 from lcc_lens.models import LoadedModel, ModelIdentity
 from lcc_lens.restoration import Restoration
@@ -106,7 +106,7 @@ def edited_tensors(
     if not layers:
         return changed, {}
     folded = _folded(restoration, slots, loaded, stored, changed)
-    dtype = read_tensor(stored, f"{loaded.output_projections[layers[0]]}.weight").dtype
+    dtype = read_tensor(stored, stored_name(stored, f"{loaded.output_projections[layers[0]]}.weight")).dtype
     replaced: dict[str, Tensor] = {}
     added = {name: torch.zeros(shape, dtype=dtype) for name, shape in slots.zero_biases.items()}
     for layer, bias in enumerate(slots.biases):
@@ -146,7 +146,7 @@ class _ChangedWeights(Mapping[str, Tensor]):
 
     def __init__(self, restoration: Restoration, stored: Mapping[str, Path], *, is_transposed: bool) -> None:
         changes = merged({name: one} for name, one in restoration.changes)
-        self._changes = {f"{module}.weight": change for module, change in changes.items()}
+        self._changes = {stored_name(stored, f"{module}.weight"): change for module, change in changes.items()}
         self._stored, self._is_transposed = stored, is_transposed
 
     def __getitem__(self, name: str) -> Tensor:
@@ -174,6 +174,6 @@ def _linear_weight(
     stored: Mapping[str, Path], projection: str, is_transposed: bool, changed: Mapping[str, Tensor]
 ) -> Tensor:
     """The output projection's weight as ``[d_model, n_heads * d_head]``."""
-    name = f"{projection}.weight"
+    name = stored_name(stored, f"{projection}.weight")
     weight = changed[name] if name in changed else read_tensor(stored, name)
     return weight.T if is_transposed else weight

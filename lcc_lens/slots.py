@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lcc_lens.errors import RequestError
-from lcc_lens.files import tensor_names
+from lcc_lens.files import stored_name, tensor_names
 from lcc_lens.pruning.anatomy import MLP_OUTPUTS
 from lcc_lens.pruning.layers import is_transposed, read_config, skeleton
 from lcc_lens.retyping import config_entries, retyped_configs, split_names
@@ -84,7 +84,7 @@ def find_slots(path: Path, output_projections: tuple[str, ...], *, shared_values
         RequestError: there is no exact way.
     """
     stored = tensor_names(path)
-    biases = tuple(f"{projection}.bias" for projection in output_projections)
+    biases = tuple(stored_name(stored, f"{projection}.bias") for projection in output_projections)
     if all(bias in stored for bias in biases):
         return BiasSlots(biases, {}, {})
     config = read_config(path)
