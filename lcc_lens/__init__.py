@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from lcc_lens.compare import compare
     from lcc_lens.components import LostComponents, components_from_moments, extract_lost_components
     from lcc_lens.data import Data, load_data
+    from lcc_lens.doctor import Examination, examine
     from lcc_lens.errors import LensError, RequestError
     from lcc_lens.evaluation import evaluate
     from lcc_lens.export import export
@@ -62,6 +63,7 @@ _HOMES = {
     "compare": ("compare",),
     "components": ("LostComponents", "components_from_moments", "extract_lost_components"),
     "data": ("Data", "load_data"),
+    "doctor": ("Examination", "examine"),
     "errors": ("LensError", "RequestError"),
     "evaluation": ("evaluate",),
     "export": ("export",),
@@ -101,6 +103,7 @@ __all__ = [
     "Composite",
     "Data",
     "DifferenceStatistics",
+    "Examination",
     "Head",
     "HeadScores",
     "Injection",
@@ -124,6 +127,7 @@ __all__ = [
     "components_from_moments",
     "direct_effect",
     "evaluate",
+    "examine",
     "exciting_examples",
     "export",
     "extract_lost_components",

@@ -23,7 +23,6 @@ from lcc_lens.models import load_hooked, load_plain
 from lcc_lens.references import resolve
 from lcc_lens.restoration import Restoration
 
-
 #: peft asks a model of transformers by the old name.
 OLD_NAME = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
 
