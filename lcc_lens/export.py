@@ -149,7 +149,8 @@ def _count_identical(
     for name in untouched:
         first = read_tensor(before, name)
         first = first.to(dtype) if dtype is not None and first.is_floating_point() else first
-        second = torch.cat([read_tensor(after, part) for part, _ in splits.get(name, ((name, 0),))])
+        parts = [read_tensor(after, part) for part, _ in splits.get(name, ((name, 0),))]
+        second = torch.cat(parts) if len(parts) > 1 else parts[0]  # a number by itself cannot be joined
         if first.dtype != second.dtype or not torch.equal(_bits(first), _bits(second)):
             raise LensError(f"wanted {name} bit-identical after export, got a change; nothing was kept")
     return len(untouched)

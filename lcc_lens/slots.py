@@ -26,6 +26,8 @@ from lcc_lens.twins import build_twin, shrink, twin_logits
 Place = Literal["output", "value", "parallel"]
 #: Relative to the largest logit of a twin: what may differ by rounding, and what must differ at least to mean anything.
 _ROUNDING, _EFFECT = 1e-4, 1e-2
+#: How an architecture may refuse sizes that nobody publishes.
+_NOT_BUILT = (ArithmeticError, AttributeError, LookupError, NotImplementedError, RuntimeError, TypeError, ValueError)
 
 
 @dataclass(frozen=True)
@@ -88,10 +90,11 @@ def find_slots(path: Path, output_projections: tuple[str, ...], *, shared_values
     if all(bias in stored for bias in biases):
         return BiasSlots(biases, {}, {})
     config = read_config(path)
-    share = _heads_per_value(config)
-    for candidate in _candidates(config, has_own_values=share == 1 or shared_values):
-        if _is_exact(config, candidate, output_projections):
-            return _slots(path, stored, candidate, output_projections, share)
+    for candidate in _candidates(config):
+        if _serves(path, config, candidate, output_projections):
+            slots = _slots(path, stored, candidate, output_projections)
+            if slots.heads_per_bias == 1 or shared_values:
+                return slots
     raise RequestError(
         f"wanted an architecture that can hold a constant per head in a bias, got {config.model_type}, which has none "
         "that is exact; restore it for hooks alone (exportable=False, --hooks-only) and serve it by "
@@ -99,14 +102,15 @@ def find_slots(path: Path, output_projections: tuple[str, ...], *, shared_values
     )
 
 
-def _candidates(config: Any, *, has_own_values: bool) -> Iterator[_Candidate]:
+def _candidates(config: Any) -> Iterator[_Candidate]:
+    if config.get_text_config() is not config:  # its settings lie deeper, where nothing is switched here
+        return
     switches = [name for name, value in vars(config).items() if "bias" in name and isinstance(value, bool)]
     for switch in switches:
         yield _Candidate(_switched(config, switch), "output", switch)
-    if has_own_values:
-        yield _Candidate(config, "value")
-        for switch in switches:
-            yield _Candidate(_switched(config, switch), "value", switch)
+    yield _Candidate(config, "value")
+    for switch in switches:
+        yield _Candidate(_switched(config, switch), "value", switch)
     yield _Candidate(config, "parallel")
     for retyped in retyped_configs(config):
         yield _Candidate(retyped, "output", retyped_as=retyped.model_type)
@@ -116,6 +120,20 @@ def _switched(config: Any, switch: str) -> Any:
     changed = copy.deepcopy(config)
     setattr(changed, switch, not getattr(config, switch))
     return changed
+
+
+def _serves(path: Path, config: Any, candidate: _Candidate, output_projections: tuple[str, ...]) -> bool:
+    """Whether a candidate is exact.
+
+    Where the architecture cannot be built in small, a setting that adds the output's own bias is believed; the export
+    compares logits whatever was believed.
+    """
+    try:
+        return _is_exact(config, candidate, output_projections)
+    except _NOT_BUILT:
+        if candidate.switch is None or candidate.place != "output":
+            return False
+        return bias_names(skeleton(path, candidate.config), output_projections, "output") is not None
 
 
 def _is_exact(config: Any, candidate: _Candidate, output_projections: tuple[str, ...]) -> bool:
@@ -165,9 +183,7 @@ def _bias_name(model: nn.Module, projection: str, place: Place) -> str | None:
     return next((f"{match[0]}{name}.bias" for name in MLP_OUTPUTS if name in modules), None) if match else None
 
 
-def _slots(
-    path: Path, stored: Mapping[str, Path], candidate: _Candidate, projections: tuple[str, ...], share: int
-) -> BiasSlots:
+def _slots(path: Path, stored: Mapping[str, Path], candidate: _Candidate, projections: tuple[str, ...]) -> BiasSlots:
     """The slots of the whole model for a candidate that was found exact in small."""
     model = skeleton(path, candidate.config)
     biases = bias_names(model, projections, candidate.place)
@@ -179,21 +195,18 @@ def _slots(
     if candidate.retyped_as:
         entries = config_entries(candidate.config)
     parts = {name: split_names(name, shapes) for name in stored}
+    width = shapes[biases[0]][0]
+    z_width = len(_linear_weight(model.get_submodule(projections[0])).T)
     return BiasSlots(
         biases,
         entries,
         {n: s for n, s in shapes.items() if n.endswith(".bias") and n not in stored and n not in biases},
         candidate.place,
         candidate.retyped_as,
-        heads_per_bias=share if candidate.place == "value" else 1,
+        heads_per_bias=z_width // width if candidate.place == "value" else 1,
         splits={name: tuple((n, shapes[n][0]) for n in names) for name, names in parts.items() if len(names) > 1},
-        width=shapes[biases[0]][0],
+        width=width,
     )
-
-
-def _heads_per_value(config: Any) -> int:
-    n_heads = int(config.num_attention_heads)
-    return n_heads // int(getattr(config, "num_key_value_heads", None) or n_heads)
 
 
 def _head_size(config: Any) -> int:

@@ -141,7 +141,10 @@ def test_names_without_the_base_models_prefix_are_found(tmp_path: Path) -> None:
     )
     model.transformer.save_pretrained(tmp_path / "gpt2")
     tiny_tokenizer().save_pretrained(tmp_path / "gpt2")
-    assert "h.0.attn.c_proj.bias" in load_file(tmp_path / "gpt2" / "model.safetensors")
+    tensors = load_file(tmp_path / "gpt2" / "model.safetensors")
+    assert "h.0.attn.c_proj.bias" in tensors
+    tensors["h.0.attn.masked_bias"] = torch.tensor(-1e4)  # a number without axes, as old checkpoints have
+    save_file(tensors, tmp_path / "gpt2" / "model.safetensors", metadata={"format": "pt"})
     constants = restoration_of(tmp_path / "gpt2")
     shift = Shift(0.1 * torch.randn(30, 30, generator=torch.Generator().manual_seed(3)))
     both = Restoration(

@@ -165,3 +165,18 @@ def test_slots_of_a_stored_bias_are_found_without_a_twin(tmp_path: Path, monkeyp
     pruned = save_model(build_model(attention_bias=True), tmp_path / "pruned")
     slots = find_slots(pruned, load_hooked(pruned).output_projections)
     assert (slots.way, slots.config, slots.zero_biases) == ("output bias", {}, {})
+
+
+def test_architecture_that_cannot_be_built_in_small_keeps_its_own_switch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import lcc_lens.slots
+
+    def refuse(config: object) -> None:
+        raise ValueError("sizes that nobody publishes")
+
+    monkeypatch.setattr(lcc_lens.slots, "shrink", refuse)
+    llama, gptj = save_model(build_model(), tmp_path / "llama"), save_family("gptj", tmp_path / "gptj")
+    assert find_slots(llama, load_hooked(llama).output_projections).way == "output bias, by attention_bias"
+    with pytest.raises(RequestError, match="got gptj, which has none that is exact"):
+        find_slots(gptj, load_hooked(gptj).output_projections)
