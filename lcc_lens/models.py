@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import functools
-import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -12,13 +10,12 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 
-from lcc_lens.config import compute_dtype, default_device
 from lcc_lens.errors import LensError, RequestError
-from lcc_lens.files import read_json, tensor_names, weight_files, weights_sha256
+from lcc_lens.files import read_json, weight_files, weights_sha256
 from lcc_lens.hooks import HookedModel, z_adders, z_name
 from lcc_lens.in_memory import stored_model
+from lcc_lens.plain_models import load_plain as load_plain
 from lcc_lens.plain_modules import remember_plain_names
-from lcc_lens.progress import without_loading_bars
 from lcc_lens.pruning.layers import is_transposed
 from lcc_lens.references import first_line as _first_line
 from lcc_lens.references import resolve as resolve
@@ -29,7 +26,6 @@ if TYPE_CHECKING:
 #: How far the hooked model's logits may lie from plain transformers', relative to the largest logit.
 _LOGIT_TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
 _COARSE_TOLERANCE = 5e-2
-_IN_LAYER = re.compile(r"\.\d+\..*\.(weight|bias)$")
 
 
 @dataclass(frozen=True)
@@ -77,52 +73,6 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     return cast("PreTrainedTokenizerBase", tokenizer)
 
 
-def load_plain(
-    path: Path,
-    *,
-    device: torch.device | None = None,
-    dtype: torch.dtype | None = None,
-    attention: str | None = None,
-    strict: bool = True,
-) -> PreTrainedModel:
-    """Load a local directory with plain transformers, in evaluation mode, without gradients.
-
-    Args:
-        path: a Hugging Face directory.
-        device: see :func:`lcc_lens.config.default_device`.
-        dtype: see :func:`lcc_lens.config.compute_dtype`.
-        attention: transformers' attention implementation; its own choice for the architecture if not given.
-        strict: refuse files that are not all of this architecture; transformers itself fills what is missing with
-            random numbers and passes over what it does not know.
-
-    Raises:
-        RequestError: the files are damaged, of another model than ``config.json`` says, or no causal language model.
-        LensError: a weight is NaN or infinite.
-    """
-    from huggingface_hub.errors import StrictDataclassError
-    from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM
-
-    device = device or default_device()
-    dtype = dtype or compute_dtype(device)
-    try:
-        with without_loading_bars():
-            model, report = AutoModelForCausalLM.from_pretrained(
-                str(path), dtype=dtype, attn_implementation=attention, local_files_only=True, trust_remote_code=False,
-                output_loading_info=True, ignore_mismatched_sizes=True,
-            )  # fmt: skip
-    except (OSError, ValueError, KeyError, SafetensorError, RuntimeError, ImportError, StrictDataclassError) as error:
-        raise RequestError(
-            f"wanted a causal language model in {path}, got none that loads ({_first_line(error)})"
-        ) from error
-    _refuse_other_shapes(path, report)
-    if strict:
-        _refuse_other_tensors(path, report)
-    model = model.to(device).eval().requires_grad_(False)
-    _refuse_non_finite(model, path)
-    return cast("PreTrainedModel", model)
-
-
 def load_hooked(
     reference: str | Path | torch.nn.Module,
     *,
@@ -135,14 +85,14 @@ def load_hooked(
     A model of transformers that is in memory is stored in the cache first (see
     :func:`lcc_lens.in_memory.stored_model`): artefacts name weights on disk, and hooks would rename its keys.
 
+    Checked at once: the hooked logits equal plain transformers', ``hook_z`` has the promised shape, and a change at
+    ``hook_z`` changes the logits.
+
     Args:
         reference: see :func:`resolve`, or a model of transformers.
         tokenizer: of a model in memory; a directory has its own.
         device: see :func:`lcc_lens.config.default_device`.
         dtype: see :func:`lcc_lens.config.compute_dtype`.
-
-    Checked at once: the hooked logits equal plain transformers', ``hook_z`` has the promised shape, and a change at
-    ``hook_z`` changes the logits.
 
     Raises:
         RequestError: the reference cannot be served, or TransformerLens does not take the architecture.
@@ -256,33 +206,6 @@ def _probe_tokens(d_vocab: int, device: torch.device) -> Tensor:
     return (torch.arange(1, 17, device=device) * 7919 % d_vocab)[None]
 
 
-def _refuse_other_shapes(path: Path, report: Mapping[str, Any]) -> None:
-    """Refuse tensors of other shapes than the configuration says; transformers filled them with random numbers."""
-    for name, stored, wanted in sorted(report["mismatched_keys"], key=lambda entry: str(entry[0])):
-        raise RequestError(
-            f"wanted {name} of shape {tuple(wanted)}, as {path / 'config.json'} says, got {tuple(stored)}; name the "
-            "directory with the right config.json"
-        )
-
-
-def _refuse_other_tensors(path: Path, report: Mapping[str, Any]) -> None:
-    """Refuse weights that are not those of the configuration beside them."""
-    missing = sorted(report["missing_keys"])
-    if missing:
-        raise RequestError(
-            f"wanted all weights of the model that {path / 'config.json'} describes, got none named {missing[0]} "
-            f"({len(missing)} are missing); fetch the checkpoint again"
-        )
-    unread = {name for name in report["unexpected_keys"] if _IN_LAYER.search(name)}
-    stored = tensor_names(path)  # masks that old checkpoints keep as "bias" have no weight beside them
-    unread = {n for n in unread if n.endswith(".weight") or f"{n.removesuffix('.bias')}.weight" in stored}
-    if unread:
-        raise RequestError(
-            f"wanted weights that the model in {path} reads, got {min(unread)}, which it passes over ({len(unread)} in "
-            "all); name the directory with the right config.json"
-        )
-
-
 def _refuse_quantised(path: Path) -> None:
     found = read_json(path / "config.json").get("quantization_config")
     if found:
@@ -301,11 +224,3 @@ def _refuse_other_words(tokenizer: PreTrainedTokenizerBase, n_embeddings: int, p
             f"wanted a tokenizer whose tokens the model in {path} knows, got token {max(words)} for {n_embeddings} "
             "embeddings; copy the tokenizer that belongs to it"
         )
-
-
-def _refuse_non_finite(model: torch.nn.Module, path: Path) -> None:
-    for name, parameter in model.named_parameters():
-        if not bool(torch.isfinite(parameter.sum(dtype=torch.float32))) and not bool(torch.isfinite(parameter).all()):
-            raise LensError(
-                f"wanted finite weights in {path}, got NaN or infinity in {name}; prune or fetch the model again"
-            )

@@ -65,7 +65,10 @@ def _from_hub(name: str) -> Path:
             f"wanted the model {name}, got no such directory here and nothing from the hub ({first_line(error)}); "
             "check the name or download it first"
         ) from error
-    _require_model(path)
+    try:
+        _require_model(path)
+    except RequestError as error:
+        raise RequestError(f"{error}; if {repo} holds pickles alone, {_CONVERT}") from error
     return path
 
 

@@ -50,6 +50,7 @@ LAYERS: list[tuple[str, ...]] = [
         "wiring",
         "embedded",
         "hooks",
+        "plain_models",
         "plain_modules",
         "running",
         "retyping",

@@ -63,7 +63,7 @@ def test_revision_of_a_hub_model_is_asked_for(hub: list[dict], dense_dir: Path) 
 def test_hub_model_without_safetensors_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "config.json").write_text("{}")
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(tmp_path))
-    with pytest.raises(RequestError, match=r"wanted model\.safetensors in .*, got none"):
+    with pytest.raises(RequestError, match=r"wanted model\.safetensors in .*, got none; if owner/name holds pickles"):
         resolve("owner/name")
 
 
