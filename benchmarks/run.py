@@ -40,7 +40,7 @@ from lcc_lens.pair import Pair, load_pair
 from lcc_lens.recipe import prune
 from lcc_lens.restoration import Restoration, RestorationRecord
 from lcc_lens.scan import Scan, scan
-from lcc_lens.training import TrainConfig, _optimise, _State
+from lcc_lens.training import TrainConfig, TrainingState, optimise
 
 #: Methods whose training step is timed; the first also against LoRA's.
 STEPS = ("lcc", "offset", "gain", "norms", "low-rank", "masked")
@@ -86,8 +86,8 @@ def training_steps(pair: Pair, found: Scan) -> dict[str, Callable[[], object]]:
             _activation_backward(plain, batch)
 
     def step(injection: Injection) -> Callable[[], object]:
-        state = _State(injection, config, n_sequences=len(sequences), identity="")
-        return lambda: _optimise(pair.pruned, injection, state, sequences, None)
+        state = TrainingState(injection, config, n_sequences=len(sequences), identity="")
+        return lambda: optimise(pair.pruned, injection, state, sequences, None)
 
     own = {method: step(build_injection(method, given)) for method in STEPS}
     return {"bare": bare, "lora": step(adapters(pair.pruned)), **own}

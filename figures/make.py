@@ -1,32 +1,117 @@
-"""Draw the committed figures again: each PNG from the JSON beside it.
+"""Draw the committed figures again: each PNG from the JSON beside it, which holds the whole figure.
 
-python figures/make.py                       draw every PNG from its JSON
-python figures/make.py --run runs/demo/run   make the JSON anew from a run, then draw
+python figures/make.py                         make the JSON anew from benchmarks/*.json, then draw what changed
+python figures/make.py --run runs/figures/run  make the JSON of a run's figures anew too
+
+A PNG names the figure that it shows by its hash; one that shows the figure beside it is left alone: other fonts give
+other pixels. The run that is committed was made by:
+
+    lcc-lens prune smollm2 runs/figures/wanda50 --calibration c4 --n-samples 32 --seq-len 256
+    lcc-lens scan smollm2 runs/figures/wanda50 runs/figures/run --data arc_easy --examples 128 --max-length 96
+        --selectors probe interaction attribution gradient kl patching --selector-examples 24
+    lcc-lens restore smollm2 runs/figures/wanda50 runs/figures/run --data alpaca --examples 320 --heads 0.25
+        --selector patching --max-length 192
+    python figures/lens.py smollm2 runs/figures/wanda50 runs/figures/run
 """
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import plotly.graph_objects as go
 import plotly.io
 
-from lcc_lens.files import write_text
-from lcc_lens.plotting import plot_loss_map, write_image
-from lcc_lens.scan import Scan
+from lcc_lens.drawing import run_figures
+from lcc_lens.errors import RequestError
+from lcc_lens.files import read_json, write_text
+from lcc_lens.plotting import (
+    drawn_from,
+    figure_json,
+    figure_sha256,
+    plot_comparison,
+    plot_inference_cost,
+    plot_pruning_quality,
+    plot_recovery,
+    plot_report,
+    plot_selector_study,
+    plot_tasks,
+    recovery_by_selector,
+    recovery_points,
+    write_images,
+)
 
 HERE = Path(__file__).parent
+BENCHMARKS = HERE.parent / "benchmarks"
+#: Selectors whose recovery is drawn against the share of heads; all of them would hide each other.
+SOME = ("activation patching", "linear probe", "gradient", "random")
+
+
+def recovery_by_heads(study: dict[str, Any]) -> go.Figure:
+    """What of the divergence goes away with more heads, from the selector study."""
+    points = recovery_by_selector(study, "wanda 2:4", "kl_removed")
+    return plot_recovery(
+        [point for point in points if point.series in SOME], "heads",
+        f"SmolLM2-135M, Wanda 2:4. Means and 95 % t intervals over {points[0].n} cells (tasks x seeds).",
+        measure="divergence from dense removed",
+    )  # fmt: skip
+
+
+def recovery_by_rate(found: dict[str, Any]) -> go.Figure:
+    """What comes back at several learning rates of the same line."""
+    points = recovery_points([found], "learning rate")
+    return plot_recovery(points, "learning rate", "SmolLM2-135M, Wanda 50 %; intervals: blocks of text drawn anew.")
+
+
+#: By name of the figure: the measurements that it shows, and how.
+SOURCES: dict[str, tuple[str, Callable[[dict[str, Any]], go.Figure]]] = {
+    "selector_study": ("selector_study.json", plot_selector_study),
+    "recovery_by_heads": ("selector_study.json", recovery_by_heads),
+    "comparison": ("restorations_wanda50.json", plot_comparison),
+    "tasks": ("restorations_wanda50.json", plot_tasks),
+    "inference_cost": ("restorations_wanda50.json", plot_inference_cost),
+    "recovery_by_learning_rate": ("restorations_wanda50.json", recovery_by_rate),
+    "pruning_quality": ("pruning_quality.json", plot_pruning_quality),
+    "report": ("report.json", plot_report),
+}
+
+
+def measured() -> tuple[dict[str, go.Figure], dict[str, str]]:
+    """The figures of committed measurements, and what is not measured yet, by name."""
+    figures, lacking = {}, {}
+    for name, (file, draw) in SOURCES.items():
+        try:
+            figures[name] = draw(read_json(BENCHMARKS / file))
+        except RequestError as error:
+            lacking[name] = f"{file}: {error}"
+    return figures, lacking
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", type=Path)
+    parser.add_argument("--run", type=Path, help="a run directory")
     arguments = parser.parse_args()
+    figures, lacking = measured()
     if arguments.run is not None:
-        write_text(HERE / "loss_map.json", plot_loss_map(Scan.load(arguments.run)).to_json(pretty=True) + "\n")
+        of_run, missing = run_figures(arguments.run)
+        figures, lacking = (
+            {**of_run, **figures},
+            {n: why for n, why in {**missing, **lacking}.items() if n not in figures},
+        )
+    for name, figure in figures.items():
+        write_text(HERE / f"{name}.json", figure_json(figure))
+    for name in lacking.keys() - {file.stem for file in HERE.glob("*.json")}:
+        print(f"not drawn: {name} ({lacking[name]})")
+    stale = {}
     for file in sorted(HERE.glob("*.json")):
         figure = plotly.io.read_json(file)
-        write_image(figure, file.with_suffix(".png"))
+        png = file.with_suffix(".png")
+        if not png.exists() or drawn_from(png) != figure_sha256(figure):
+            stale[png] = figure
+    write_images(stale)
+    print(f"drawn: {', '.join(png.name for png in stale) or 'nothing, all are up to date'}")
 
 
 if __name__ == "__main__":

@@ -25,8 +25,10 @@ if TYPE_CHECKING:
     from lcc_lens.components import LostComponents, components_from_moments, extract_lost_components
     from lcc_lens.data import Data, load_data
     from lcc_lens.doctor import Examination, examine
+    from lcc_lens.drawing import draw_figures
     from lcc_lens.errors import LensError, RequestError
     from lcc_lens.evaluation import evaluate
+    from lcc_lens.explorer import explore
     from lcc_lens.export import export
     from lcc_lens.heads import Head
     from lcc_lens.headscores import HeadScores
@@ -38,22 +40,46 @@ if TYPE_CHECKING:
         component_similarity,
         direct_effect,
         exciting_examples,
+        load_lens,
         logit_gain,
         promoted_tokens,
         relation_to_W_O,
+        save_lens,
     )
     from lcc_lens.metrics import share_recovered
     from lcc_lens.models import load_hooked
     from lcc_lens.objectives import Objective
     from lcc_lens.pair import Pair, load_pair
-    from lcc_lens.plotting import plot_loss_map, plot_training
+    from lcc_lens.paper_recipes import read_recipe
+    from lcc_lens.paper_run import run_recipe
+    from lcc_lens.plotting import (
+        plot_comparison,
+        plot_inference_cost,
+        plot_logit_gain,
+        plot_loss_map,
+        plot_promoted_tokens,
+        plot_pruning_quality,
+        plot_recovery,
+        plot_report,
+        plot_selector_study,
+        plot_selectors,
+        plot_spectra,
+        plot_tasks,
+        plot_training,
+        recovery_by_selector,
+        recovery_points,
+        write_html,
+        write_image,
+    )
     from lcc_lens.progress import shown
     from lcc_lens.recipe import prune, refit, restore
     from lcc_lens.report import report
     from lcc_lens.restoration import Restoration
     from lcc_lens.scan import Scan, scan
+    from lcc_lens.session import RestoreSession
     from lcc_lens.sidecar import load_restored
     from lcc_lens.statistics import DifferenceStatistics
+    from lcc_lens.task_recovery import TaskMeasures, load_task_data
     from lcc_lens.token_loss import TokenLoss
     from lcc_lens.training import Step, TrainConfig, train
 
@@ -64,8 +90,10 @@ _HOMES = {
     "components": ("LostComponents", "components_from_moments", "extract_lost_components"),
     "data": ("Data", "load_data"),
     "doctor": ("Examination", "examine"),
+    "drawing": ("draw_figures",),
     "errors": ("LensError", "RequestError"),
     "evaluation": ("evaluate",),
+    "explorer": ("explore",),
     "export": ("export",),
     "heads": ("Head",),
     "headscores": ("HeadScores",),
@@ -77,23 +105,47 @@ _HOMES = {
         "component_similarity",
         "direct_effect",
         "exciting_examples",
+        "load_lens",
         "logit_gain",
         "promoted_tokens",
         "relation_to_W_O",
+        "save_lens",
     ),
     "metrics": ("share_recovered",),
     "models": ("load_hooked",),
     "objectives": ("Objective",),
     "pair": ("Pair", "load_pair"),
-    "plotting": ("plot_loss_map", "plot_training"),
+    "plotting": (
+        "plot_comparison",
+        "plot_inference_cost",
+        "plot_logit_gain",
+        "plot_loss_map",
+        "plot_promoted_tokens",
+        "plot_pruning_quality",
+        "plot_recovery",
+        "plot_report",
+        "plot_selector_study",
+        "plot_selectors",
+        "plot_spectra",
+        "plot_tasks",
+        "plot_training",
+        "recovery_by_selector",
+        "recovery_points",
+        "write_html",
+        "write_image",
+    ),
     "progress": ("shown",),
     "recipe": ("prune", "refit", "restore"),
     "report": ("report",),
     "restoration": ("Restoration",),
     "scan": ("Scan", "scan"),
+    "session": ("RestoreSession",),
     "sidecar": ("load_restored",),
     "statistics": ("DifferenceStatistics",),
     "token_loss": ("TokenLoss",),
+    "paper_recipes": ("read_recipe",),
+    "paper_run": ("run_recipe",),
+    "task_recovery": ("TaskMeasures", "load_task_data"),
     "training": ("Step", "TrainConfig", "train"),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
@@ -116,8 +168,10 @@ __all__ = [
     "Pair",
     "RequestError",
     "Restoration",
+    "RestoreSession",
     "Scan",
     "Step",
+    "TaskMeasures",
     "TokenLoss",
     "TrainConfig",
     "WeightInjection",
@@ -126,31 +180,53 @@ __all__ = [
     "component_similarity",
     "components_from_moments",
     "direct_effect",
+    "draw_figures",
     "evaluate",
     "examine",
     "exciting_examples",
+    "explore",
     "export",
     "extract_lost_components",
     "load_data",
     "load_hooked",
+    "load_lens",
     "load_pair",
     "load_restored",
+    "load_task_data",
     "logit_gain",
+    "plot_comparison",
+    "plot_inference_cost",
+    "plot_logit_gain",
     "plot_loss_map",
+    "plot_promoted_tokens",
+    "plot_pruning_quality",
+    "plot_recovery",
+    "plot_report",
+    "plot_selector_study",
+    "plot_selectors",
+    "plot_spectra",
+    "plot_tasks",
     "plot_training",
     "promoted_tokens",
     "prune",
     "push_to_hub",
+    "read_recipe",
+    "recovery_by_selector",
+    "recovery_points",
     "refit",
     "relation_to_W_O",
     "report",
     "restore",
     "restore_best",
+    "run_recipe",
+    "save_lens",
     "scan",
     "share_recovered",
     "shown",
     "stored_model",
     "train",
+    "write_html",
+    "write_image",
 ]
 
 

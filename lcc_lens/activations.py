@@ -13,6 +13,7 @@ from torch import Tensor
 from lcc_lens.errors import LensError, RequestError
 from lcc_lens.hooks import HookedModel, NamedHook, mlp_name, readers, resid_name, z_name
 from lcc_lens.models import device_of
+from lcc_lens.reading_maps import mlp_width
 from lcc_lens.running import run_without_logits
 from lcc_lens.sequences import Batch, TokenSequence
 
@@ -37,7 +38,7 @@ def parts_of(model: HookedModel, site: Site) -> tuple[int, int]:
     cfg = model.cfg
     if site == "z":
         return int(cfg.n_heads), int(cfg.d_head)
-    return 1, int((cfg.d_mlp or 0) if site == "mlp" else cfg.d_model)
+    return 1, mlp_width(model) if site == "mlp" else int(cfg.d_model)
 
 
 @dataclass(frozen=True)

@@ -4,25 +4,36 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from lcc_lens.baselines import adapters, eora, lofit_heads
+from lcc_lens.baselines import adapters, eora, flap, lofit_heads
 from lcc_lens.data import Data, TokenSequence, check_disjoint, encode, load_data
-from lcc_lens.entries import ADAPTERS, REFIT, Entry
+from lcc_lens.entries import ADAPTERS, PERP, REFIT, Entry
 from lcc_lens.errors import RequestError
 from lcc_lens.files import read_json
 from lcc_lens.hooks import HookedModel
 from lcc_lens.inference_cost import inference_costs, served_as
-from lcc_lens.injections import Ingredients, Injection, build_injection, uses_heads
+from lcc_lens.injections import (
+    Ingredients,
+    Injection,
+    build_injection,
+    scanned_sites,
+    uses_components,
+    uses_heads,
+    uses_sequences,
+)
 from lcc_lens.measures import Measures
 from lcc_lens.memory import peak_memory, release_memory
 from lcc_lens.merging import merging_costs
 from lcc_lens.models import device_of, identify, resolve
 from lcc_lens.pair import Pair, load_pair
 from lcc_lens.pruning.refit import REFIT_RECORD
+from lcc_lens.reading_maps import CONSTANT_SITES, reading_maps
 from lcc_lens.recipe import REFIT_DATA, REFIT_SAMPLES, check_scan, refit
+from lcc_lens.reuse import CachedTeacher
 from lcc_lens.scan import Scan, scan
 from lcc_lens.selectors import SelectorName
 from lcc_lens.speed import SpeedConfig
@@ -33,7 +44,8 @@ from lcc_lens.training import TrainConfig, learning_rates, train
 class CompareConfig:
     """What every cell shares.
 
-    ``examples`` train; ``validation`` held-out responses choose the best numbers, ``responses`` others are measured;
+    ``examples`` train; ``validation`` held-out responses choose the best numbers (calibration ones, where ``data`` is
+    one of the ``tasks``, whose held-out items are measured), ``responses`` others are measured;
     ``texts`` are of another kind than the training data, in ``blocks`` of ``block_length`` tokens each, the first being
     the main figure; ``tasks`` are measured zero-shot on their first ``limit`` items. ``refit_data`` calibrates refits.
     Inference is timed at the end in ``speed_rounds`` rounds (not at all if 0).
@@ -78,14 +90,16 @@ class Bench:
         self._held: tuple[bool, Pair] | None = None
         self._validation: list[TokenSequence] | None = None
         self._measures: Measures | None = None
+        self._teacher: CachedTeacher | None = None
 
     def pair(self, *, on_refit: bool, found: dict[str, Any] | None = None) -> Pair:
         """The pair with the pruned or the refitted model."""
         if self._held is None or self._held[0] != on_refit:
-            self._held = None
+            self._held = self._teacher = None
             release_memory()
             path = self._refitted(found if found is not None else {}) if on_refit else self.pruned
             self._held = (on_refit, load_pair(self.dense, path))
+            self._teacher = CachedTeacher(self._held[1].dense)
         return self._held[1]
 
     def check_refit(self) -> None:
@@ -132,12 +146,15 @@ class Bench:
         if kinds <= set(found.get("inference", {})):
             return
         pair = self.pair(on_refit=False)
-        path, projections = pair.pruned_id.path, pair.output_projections
+        path, maps = pair.pruned_id.path, {}
+        for site in CONSTANT_SITES:
+            with suppress(RequestError):  # what an architecture has no maps for is not timed
+                maps[site] = reading_maps(pair.pruned, site)
         del pair
-        self._held = None
+        self._held = self._teacher = None
         release_memory()
         speed = SpeedConfig(repeats=self.config.speed_rounds)
-        found["inference"] = inference_costs(path, projections, kinds, rank=self.config.lora_rank, config=speed)
+        found["inference"] = inference_costs(path, maps, kinds, rank=self.config.lora_rank, config=speed)
 
     def _injection(
         self,
@@ -156,33 +173,46 @@ class Bench:
             return built.to(device_of(model))
         if entry.method == "eora":
             return eora(model, pair.dense, training()[0], rank=self.config.lora_rank)
-        method, components, heads = entry.method, None, []
-        if method == "lofit" or uses_heads(method):
-            scanned = self._scan(pair, on_refit=entry.on_refit)
+        if entry.method == "flap":
+            return flap(pair, training()[0], model=model)
+        method = entry.parts
+        assert method is not None
+        scanned, heads = None, []
+        if uses_heads(method) or uses_components(method):
+            scanned = self._scan(pair, method, on_refit=entry.on_refit)
             selector = "random" if entry.control == "random-heads" else self.config.selector
-            heads, components = scanned.select(selector, share=self.config.heads, seed=seed), scanned.components
-        if method == "lofit":
+            share = 1.0 if entry.method in PERP else self.config.heads
+            heads = scanned.select(selector, share=share, seed=seed)
+        if scanned is not None and entry.method == "lofit":
             data, validation, settings = training()
             every = scanned.select("random", share=1.0, seed=seed)
             heads = lofit_heads(
                 model, pair.output_projections, every, data, validation, replace(settings, lr=None),
                 share=self.config.lofit_share, teacher=pair.dense,
             )  # fmt: skip
-            method = "offset"
         given = Ingredients(
-            model, components, heads, pair.output_projections, low_rank=self.config.low_rank, seed=seed
+            model, None if scanned is None else scanned.components, heads, pair.output_projections,
+            low_rank=self.config.lora_rank if entry.method in PERP else self.config.low_rank, seed=seed,
+            mlp=None if scanned is None else scanned.others.get("mlp"), pair=pair,
+            sequences=training()[0] if uses_sequences(method) else (),
         )  # fmt: skip
         return build_injection(method, given)
 
-    def _scan(self, pair: Pair, *, on_refit: bool) -> Scan:
+    def _scan(self, pair: Pair, method: str, *, on_refit: bool) -> Scan:
+        """The scan of the pair, made anew where the one in the folder compares less than the method needs."""
         run = self.run / ("scan_refit" if on_refit else "scan")
+        sites, spectra = scanned_sites(method)
         if (run / "scan.json").exists():
             found = Scan.load(run)
             check_scan(found, pair)
-            return found
+            if "mlp" not in sites or "mlp" not in pair.sites or found.has_mlp(directions="mlp" in spectra):
+                return found
         data = load_data(self.config.data, self.config.scan_examples, role="probe")
         named = () if self.config.selector in ("mse", "random") else (self.config.selector,)
-        return scan(pair, data, sites=("z",), display=0, max_length=self.config.max_length, selectors=named, run=run)
+        return scan(
+            pair, data, sites=sites, spectra=spectra, display=0, max_length=self.config.max_length, selectors=named,
+            run=run,
+        )  # fmt: skip
 
     def _refitted(self, found: dict[str, Any]) -> Path:
         path = self.run / REFIT
@@ -213,7 +243,7 @@ class Bench:
     def _measure(self, pair: Pair, model: HookedModel, injection: Injection | None) -> dict[str, Any]:
         self._prepare(pair)
         assert self._measures is not None
-        return self._measures.of(pair, model, injection)
+        return self._measures.of(pair, model, injection, self._teacher)
 
     def _prepare(self, pair: Pair) -> None:
         """Read the held-out data once."""
@@ -221,11 +251,15 @@ class Bench:
             return
         config = self.config
         held_out = encode(self._held_out(), pair.tokenizer, max_length=config.max_length)
+        validation, responses = held_out[: config.validation], held_out[config.validation :]
+        if config.data in config.tasks:  # what is measured item by item chooses nothing
+            data = load_data(config.data, config.validation, role="calibration")
+            validation, responses = encode(data, pair.tokenizer, max_length=config.max_length), held_out
         texts = {
             Path(text).stem: encode(
                 load_data(text, role="held-out"), pair.tokenizer, max_length=config.block_length, limit=config.blocks
             )
             for text in config.texts
         }
-        self._validation = held_out[: config.validation]
-        self._measures = Measures(texts, held_out[config.validation :], config.tasks, config.limit)
+        self._validation = validation
+        self._measures = Measures(texts, responses, config.tasks, config.limit)

@@ -12,6 +12,7 @@ from lcc_lens.files import read_json
 from lcc_lens.models import identify, resolve
 from lcc_lens.objectives import Objective
 from lcc_lens.pair import load_pair
+from lcc_lens.processes import first_process_first
 from lcc_lens.pruning.refit import REFIT_RECORD
 from lcc_lens.recipe import REFIT_DATA, REFIT_SAMPLES, refit, restore
 from lcc_lens.restoration import Restoration
@@ -69,8 +70,9 @@ def restore_best(
     """
     folder = Path(run) / REFITTED
     _check_refit(folder, dense, pruned)
-    if not folder.exists():
-        refit(dense, pruned, folder, calibration=calibration, n_samples=n_samples, seq_len=seq_len)
+    with first_process_first():
+        if not folder.exists():
+            refit(dense, pruned, folder, calibration=calibration, n_samples=n_samples, seq_len=seq_len)
     config = config or TrainConfig(objective=Objective.parse(BEST_OBJECTIVE))
     return restore(
         load_pair(dense, folder), None, (), data, method=BEST_METHOD, config=config, validation=validation,

@@ -12,6 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from lcc_lens.accuracies import mean_rows, task_rows
 from lcc_lens.bench import Bench, CompareConfig
 from lcc_lens.config import package_version
 from lcc_lens.entries import Entry
@@ -51,7 +52,8 @@ def compare(
         entries: what to compare; see :class:`Entry`.
         seeds: how many.
         config: what all cells share.
-        out: the file to keep cells in, ``comparison.json`` in ``run`` if not given.
+        out: the file to keep cells, and at the end their :func:`summary`, in; ``comparison.json`` in ``run`` if not
+            given.
         deadline: begin no cell after this moment of ``time.monotonic()``.
         on_cell: called with every new cell.
 
@@ -72,9 +74,9 @@ def compare(
             if "perplexity" in found["cells"].get(name, {}):
                 continue
             if time.monotonic() > deadline:
-                return found
+                return _summarised(found, out)
             try:
-                found["cells"][name] = bench.cell(entry, seed, found)
+                found["cells"][name] = _finite(bench.cell(entry, seed, found))
             except InterruptedRun as error:
                 raise InterruptedRun(
                     f"stopped in {name}; finished cells are in {out}: the same call goes on"
@@ -88,7 +90,13 @@ def compare(
                 on_cell(name, found["cells"][name])
     if config.speed_rounds and time.monotonic() <= deadline:
         bench.time(parsed, found)
-        write_json(out, found)
+    return _summarised(found, out)
+
+
+def _summarised(found: dict[str, Any], out: Path) -> dict[str, Any]:
+    """Keep the cells with a row per entry: one file has all there is to say."""
+    found["summary"] = summary(found)
+    write_json(out, found)
     return found
 
 
@@ -97,9 +105,10 @@ def summary(found: dict[str, Any]) -> list[dict[str, Any]]:
 
     ``recovered_interval`` is a 95 % interval from drawing the first text's blocks anew, those of all models alike, with
     the losses' mean over seeds; ``tasks`` has by name the accuracy's mean and spread over seeds, the standard error of
-    one seed's, and ``gain_interval`` of the difference from the pruned model on the same items. ``inference`` is what
+    one seed's, and ``gain_interval`` of the difference from the pruned model on the same items; where there are tasks,
+    :func:`~lcc_lens.accuracies.mean_rows` adds their mean and the share of its loss recovered. ``inference`` is what
     the result's way of being served takes (see :func:`~lcc_lens.inference_cost.inference_costs`). Entries trained on
-    the dense model have no share. The deviation of a single seed is None.
+    the dense model have no share. The deviation of a single seed is None. ``errors`` are those of failed cells.
     """
     rows: list[dict[str, Any]] = []
     for text in dict.fromkeys(name.rpartition(" | ")[0] for name in found["cells"]):
@@ -118,9 +127,21 @@ def summary(found: dict[str, Any]) -> list[dict[str, Any]]:
         has_blocks = bool(columns["recovered"]) and "texts" in found["bare"]["dense"]
         row["recovered_interval"] = _recovered_interval(found["bare"], done) if has_blocks else None
         row["inference"] = found.get("inference", {}).get(served_as(Entry.parse(text)))
-        row["tasks"] = _task_rows(found["bare"]["pruned"], done) if done else {}
+        bare = {name: model.get("tasks", {}) for name, model in found["bare"].items()}
+        scored = [cell["tasks"] for cell in done if cell.get("tasks")]
+        row["tasks"] = task_rows(bare["pruned"], scored) if scored else {}
+        row |= mean_rows(bare, scored, is_restoration=is_restoration) if scored else {}
+        row["errors"] = [cell["error"] for cell in cells if "error" in cell]
         rows.append(row)
     return rows
+
+
+def _finite(cell: dict[str, Any]) -> dict[str, Any]:
+    """Refuse figures that are no numbers: what diverged has failed, and JSON could not hold it."""
+    for name in MEASURES:
+        if not math.isfinite(cell[name]):
+            raise LensError(f"wanted finite figures, got a {name} of {cell[name]}; lower the learning rate")
+    return cell
 
 
 def _share(bare: dict[str, Any], cell: dict[str, Any]) -> float | None:
@@ -134,24 +155,6 @@ def _recovered_interval(bare: dict[str, Any], cells: Sequence[dict[str, Any]]) -
     losses = zip(*(cell["texts"][name]["losses"] for cell in cells), strict=True)
     gained = [p - statistics.mean(r) for p, r in zip(pruned, losses, strict=True)]
     return list(bootstrap_interval(gained, [p - d for p, d in zip(pruned, dense, strict=True)]))
-
-
-def _task_rows(pruned: dict[str, Any], cells: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    rows = {}
-    for task, before in pruned.get("tasks", {}).items():
-        scores = [cell["tasks"][task] for cell in cells]
-        accuracies = [score["acc"] for score in scores]
-        right = [statistics.mean(map(float, item)) for item in zip(*(score["items"] for score in scores), strict=True)]
-        rows[task] = {
-            "acc": statistics.mean(accuracies),
-            "acc_sd": statistics.stdev(accuracies) if len(accuracies) > 1 else None,
-            "stderr": scores[0]["stderr"],
-            "n": scores[0]["n"],
-            "gain_interval": list(
-                bootstrap_interval([now - float(was) for now, was in zip(right, before["items"], strict=True)])
-            ),
-        }
-    return rows
 
 
 def _begun(out: Path, identity: dict[str, str], config: CompareConfig) -> dict[str, Any]:

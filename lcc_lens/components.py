@@ -19,6 +19,9 @@ class LostComponents:
     signal), row $i$ of ``directions`` is $v_i$, ``singular_values`` holds $S_i$ and ``coefficients`` the mean
     coefficient $\alpha_i = \mathrm{mean}_n(S_i U_{n,i})$. Every $v_i$ is signed so that $\alpha_i \ge 0$.
 
+    What is wide holds its first directions alone: an MLP, as one "head" per layer. Then ``mean`` is the whole mean
+    difference and ``energy`` the sum of all squared singular values, which the directions held do not give.
+
     Reference: RestoreLCC (arXiv 2510.21834), Eqs. 3 and 4.
     """
 
@@ -26,11 +29,18 @@ class LostComponents:
     singular_values: Float[Tensor, "layer head component"]
     coefficients: Float[Tensor, "layer head component"]
     n_samples: int
+    mean: Float[Tensor, "layer head d_head"] | None = None
+    energy: Float[Tensor, "layer head"] | None = None
 
     @property
     def d_head(self) -> int:
         """The width of a head, which is also the largest rank."""
         return self.directions.shape[-1]
+
+    @property
+    def n_held(self) -> int:
+        """How many directions there are: all d_head, or the first few of what is wide."""
+        return self.directions.shape[-2]
 
     @property
     def n_determined(self) -> int:
@@ -41,7 +51,8 @@ class LostComponents:
     def effective_rank(self) -> Float[Tensor, "layer head"]:
         r"""How many directions the difference really takes, $\exp(-\sum_i p_i \ln p_i)$ with $p_i = S_i^2/\sum S^2$.
 
-        Between 1 (one direction) and d_head (all alike); 0 where nothing changed.
+        Between 1 (one direction) and d_head (all alike); 0 where nothing changed. Of the directions held: for what is
+        wide ask the statistics.
 
         Reference: Roy and Vetterli, "The effective rank" (2007), with energies for singular values.
         """
@@ -51,14 +62,18 @@ class LostComponents:
         r"""The lost component of rank $K$: $c = \sum_{i \le K} \alpha_i v_i$ (Eq. 4).
 
         Args:
-            rank: the number of directions $K$; all of them if not given, which gives the mean difference exactly.
+            rank: the number of directions $K$; if not given, the mean difference exactly (which all of them give).
 
         Raises:
-            RequestError: ``rank`` is not within 1 and ``d_head``.
+            RequestError: ``rank`` is not within 1 and ``d_head``, or the directions held.
         """
-        rank = self.d_head if rank is None else rank
-        if not 1 <= rank <= self.d_head:
-            raise RequestError(f"wanted a rank between 1 and d_head = {self.d_head}, got {rank}")
+        if rank is None and self.mean is not None:
+            return self.mean
+        most = self.d_head if self.mean is None else self.n_held
+        rank = most if rank is None else rank
+        if not 1 <= rank <= most:
+            held = f"d_head = {most}" if self.mean is None else f"the {most} directions held"
+            raise RequestError(f"wanted a rank between 1 and {held}, got {rank}")
         return torch.einsum("lhk,lhkd->lhd", self.coefficients[..., :rank], self.directions[..., :rank, :])
 
     def in_random_basis(self, seed: int = 0) -> LostComponents:
@@ -66,7 +81,12 @@ class LostComponents:
 
         ``singular_values`` hold the root of the difference's energy along each new direction, so that the total energy
         is unchanged; they are not in order.
+
+        Raises:
+            RequestError: not all directions are held.
         """
+        if self.mean is not None:
+            raise RequestError(f"wanted all {self.d_head} directions to turn, got the first {self.n_held} alone")
         generator = torch.Generator().manual_seed(seed)
         *heads, _, d_head = self.directions.shape
         normal = torch.randn(*heads, d_head, d_head, dtype=torch.float64, generator=generator)
@@ -74,15 +94,19 @@ class LostComponents:
         along = torch.einsum("lhrd,lhkd->lhrk", basis, self.directions.double())
         energy = torch.einsum("lhrk,lhk->lhr", along.square(), self.singular_values.double().square())
         mean = torch.einsum("lhk,lhkd->lhd", self.coefficients.double(), self.directions.double())
-        return _signed(basis, energy.sqrt(), mean, self.n_samples)
+        return components_along(basis, energy.sqrt(), mean, self.n_samples)
 
     def root_mean_square(self) -> Float[Tensor, "layer head"]:
         r"""The size of each head's difference per coordinate, $\sqrt{\sum_i S_i^2 / (N d_{head})}$."""
-        return (self.singular_values.double().square().sum(-1) / (self.n_samples * self.d_head)).sqrt().float()
+        energy = self.singular_values.double().square().sum(-1) if self.energy is None else self.energy.double()
+        return (energy / (self.n_samples * self.d_head)).sqrt().float()
 
     def explained_share(self) -> Float[Tensor, "layer head component"]:
         r"""The share of the difference within the first $k$ directions, $\sum_{i\le k} S_i^2 / \sum_i S_i^2$."""
-        return explained_share(self.singular_values)
+        if self.energy is None:
+            return explained_share(self.singular_values)
+        tiny = torch.finfo(self.energy.dtype).tiny
+        return self.singular_values.square().cumsum(-1) / self.energy.clamp_min(tiny)[..., None]
 
 
 def explained_share(singular_values: Float[Tensor, "*part component"]) -> Float[Tensor, "*part component"]:
@@ -122,7 +146,7 @@ def components_from_moments(
     eigenvalues, eigenvectors = torch.linalg.eigh(moment)
     directions = eigenvectors.flip(-1).transpose(-1, -2)
     mean = total.double() / max(n_samples, 1)
-    return _signed(directions, eigenvalues.flip(-1).clamp_min(0).sqrt(), mean, n_samples)
+    return components_along(directions, eigenvalues.flip(-1).clamp_min(0).sqrt(), mean, n_samples)
 
 
 def extract_lost_components(
@@ -146,11 +170,16 @@ def extract_lost_components(
     """
     difference = (z_dense.double() - z_pruned.double()).permute(1, 2, 0, 3)
     _, singular_values, directions = torch.linalg.svd(difference, full_matrices=False)
-    return _signed(directions, singular_values, difference.mean(-2), z_dense.shape[0])
+    return components_along(directions, singular_values, difference.mean(-2), z_dense.shape[0])
 
 
-def _signed(directions: Tensor, singular_values: Tensor, mean: Tensor, n_samples: int) -> LostComponents:
-    """Orient every direction along the mean difference and cast to float32."""
+def components_along(
+    directions: Float[Tensor, "layer head component d_head"],
+    singular_values: Float[Tensor, "layer head component"],
+    mean: Float[Tensor, "layer head d_head"],
+    n_samples: int,
+) -> LostComponents:
+    """Lost components from directions in any sign: each turned along the mean difference, all in float32."""
     coefficients = torch.einsum("lhkd,lhd->lhk", directions, mean)
     sign = torch.where(coefficients < 0, -1.0, 1.0).to(directions)
     return LostComponents(

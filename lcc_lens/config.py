@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lcc_lens.errors import RequestError
+from lcc_lens.processes import n_processes, process_device
 
 if TYPE_CHECKING:
     import torch
@@ -32,7 +33,10 @@ def cache_dir() -> Path:
 
 
 def default_device() -> torch.device:
-    """The device to compute on: ``LCC_LENS_DEVICE``, else CUDA where there is one, else the CPU."""
+    """The device to compute on: ``LCC_LENS_DEVICE``, else CUDA where there is one, else the CPU.
+
+    Of several processes (see :mod:`lcc_lens.processes`) each has its own.
+    """
     import torch
 
     named = os.environ.get("LCC_LENS_DEVICE")
@@ -41,6 +45,8 @@ def default_device() -> torch.device:
             return torch.device(named)
         except RuntimeError as error:
             raise RequestError(f"wanted LCC_LENS_DEVICE to be a torch device, got {named!r}") from error
+    if n_processes() > 1:
+        return process_device()
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 

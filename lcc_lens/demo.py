@@ -13,16 +13,19 @@ from typing import Any
 from lcc_lens.config import package_version
 from lcc_lens.data import Data, Role, assert_disjoint, encode, load_data, load_records
 from lcc_lens.evaluation import evaluate_task, sequence_loss
+from lcc_lens.explorer import explore
+from lcc_lens.explorer.token_tables import read_tokens
 from lcc_lens.export import export, model_card
 from lcc_lens.files import write_json, write_text
+from lcc_lens.job_data import split_examples
 from lcc_lens.metrics import share_recovered
 from lcc_lens.models import load_plain, load_tokenizer, resolve
-from lcc_lens.page import format_scores, write_page
 from lcc_lens.pair import load_pair
 from lcc_lens.recipe import prune, restore
 from lcc_lens.scan import scan
+from lcc_lens.score_text import format_scores
 from lcc_lens.tasks import Example
-from lcc_lens.training import Step, TrainConfig
+from lcc_lens.training import TrainConfig
 
 
 @dataclass(frozen=True)
@@ -88,7 +91,7 @@ def run_demo(config: DemoConfig, *, stage: Callable[[str], None] | None = None) 
     pruned, restored, run = folder / "pruned", folder / "restored", folder / "run"
     training = passages("train", config.n_train, config.seed)
     probe = load_data("boolq", config.n_probe, role="probe", seed=config.seed)
-    validation, held_out = _halves(passages("held-out", config.n_held_out, config.seed), config.n_validation)
+    validation, held_out = split_examples(passages("held-out", config.n_held_out, config.seed), config.n_validation)
     text = texts("held-out", without=frozenset(example.group for example in validation.examples))
     calibration = texts("calibration")
     for measured in (held_out, text):
@@ -104,15 +107,15 @@ def run_demo(config: DemoConfig, *, stage: Callable[[str], None] | None = None) 
         pair = load_pair(config.model, pruned)
         found = scan(pair, probe, max_length=2 * config.max_length, seed=config.seed)
         found.save(run)
-    steps: list[Step] = []
     with timed("restore", "train a constant per head"):
         settings = TrainConfig(
             batch_size=config.batch_size, lr=config.lr, micro_tokens=640, validate_every=15, seed=config.seed
         )
         restoration = restore(
             pair, found, found.select("mse", share=1.0), training, validation=validation, config=settings,
-            max_length=config.max_length, run=run, on_step=steps.append,
+            max_length=config.max_length, run=run,
         )  # fmt: skip
+    read_tokens(pair.pruned, pair.tokenizer, found, restoration).save(run)
     del pair  # two models' memory, needed by what follows
     with timed("export", "fold into a plain Hugging Face directory and verify"):
         report = export(restoration, pruned, restored, overwrite=True)
@@ -132,7 +135,7 @@ def run_demo(config: DemoConfig, *, stage: Callable[[str], None] | None = None) 
         "version": package_version(),
     }
     write_json(folder / "results.json", results)
-    page = write_page(folder / "index.html", found, restoration, steps, results)
+    page = explore(run, folder / "index.html", results=folder / "results.json", read_model=False)
     return DemoResult(pruned, restored, page, results, clock)
 
 
@@ -157,14 +160,6 @@ def _shares(models: dict[str, Any]) -> dict[str, float | None]:
         name: share_recovered(*(models[m]["tasks"][name]["loss"] for m in ("dense", "pruned", "restored")))
         for name in ("held-out text", "held-out responses")
     }
-
-
-def _halves(data: Data, n_first: int) -> tuple[Data, Data]:
-    """The first ``n_first`` examples, and the others that share no group with them."""
-    first = data.examples[:n_first]
-    groups = {example.group for example in first}
-    rest = tuple(example for example in data.examples if example.group not in groups)
-    return dataclasses.replace(data, examples=first), dataclasses.replace(data, examples=rest)
 
 
 def _passage(example: Example) -> Example:

@@ -20,6 +20,7 @@ from lcc_lens.pruning.anatomy import LayerAnatomy, find_anatomies
 from lcc_lens.pruning.matrices import find_matrices
 from lcc_lens.pruning.slicing import allowed_groups, require_sliceable, sliced_config
 from lcc_lens.pruning.slimgpt import Quota
+from lcc_lens.reading_maps import reading_maps
 from lcc_lens.readout import Readout
 from lcc_lens.references import resolve
 from lcc_lens.running import fused_attention
@@ -111,6 +112,7 @@ def _hook_findings(loaded: LoadedModel, path: Path) -> Iterator[Finding]:
         kernels = "the model's own kernels" if is_fused else "step by step: slower, and the same"
     yield Finding("attention under hooks", "yes" if is_fused else "no", kernels)
     yield _tried("constants in an export", lambda: find_slots(path, loaded.output_projections).way)
+    yield _tried("MLP constants in an export", lambda: find_slots(path, reading_maps(loaded.model, "mlp"), "mlp").way)
 
     def checked(way: Callable[[HookedModel], object], name: str) -> str:
         way(loaded.model)

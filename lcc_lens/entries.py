@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lcc_lens.baselines.adapters import AdapterKind
 from lcc_lens.errors import RequestError
-from lcc_lens.injections import parse_method, uses_heads
+from lcc_lens.injections import bias_sites, parse_method, uses_heads
 from lcc_lens.objectives import Objective
+from lcc_lens.reading_maps import CONSTANT_SITES, ConstantSite
 
 CONTROLS = ("dense", "shuffled", "random-heads")
 #: Adapters by name: peft's kind, and the maps that they stand beside.
@@ -17,7 +19,10 @@ ADAPTERS: dict[str, tuple[AdapterKind, tuple[str, ...]]] = {
     "lora-vo": ("lora", ("v_proj", "o_proj")),
     "dora-vo": ("dora", ("v_proj", "o_proj")),
 }
-BASELINES = (*ADAPTERS, "lofit", "eora")
+#: PERP (arXiv 2312.15230) by the parts that do the same. It trains what is cheap: biases and norms (an offset at a site
+#: is its map's bias), or LoRA under the mask, here at LoRA's rank.
+PERP = {"perp": "norms+offset+mlp-offset", "perp-lora": "low-rank"}
+BASELINES = (*ADAPTERS, "lofit", "eora", "flap", *PERP)
 REFIT = "refit"
 
 
@@ -26,10 +31,10 @@ class Entry:
     """A line of a comparison: ``[refit+]method[@control][:objective][=learning rate]``.
 
     ``refit`` starts from the refitted model. ``method`` are parts of :data:`~lcc_lens.injections.METHODS` joined by
-    ``+``, or a baseline: ``lora`` or ``dora`` (on q, k, v, o; with ``-vo`` on v, o), ``lofit``, ``eora``. ``@dense``
-    trains the same on the dense model: what that lowers is not restoration; ``@shuffled`` trains on other prompts'
-    responses; ``@random-heads`` chooses heads at random. The objective is read by
-    :meth:`~lcc_lens.objectives.Objective.parse`. Without a learning rate each part takes its own.
+    ``+``, or a baseline: ``lora`` or ``dora`` (on q, k, v, o; with ``-vo`` on v, o), ``lofit``, ``eora``, ``flap``,
+    ``perp`` or ``perp-lora`` (see :data:`PERP`). ``@dense`` trains the same on the dense model: what that lowers is not
+    restoration; ``@shuffled`` trains on other prompts' responses; ``@random-heads`` chooses heads at random. The
+    objective is read by :meth:`~lcc_lens.objectives.Objective.parse`. Without a learning rate each part takes its own.
 
     Example:
         >>> Entry.parse("refit+low-rank+lcc:distillation").method
@@ -42,6 +47,20 @@ class Entry:
     control: str | None
     objective: Objective
     lr: float | None = None
+
+    @property
+    def parts(self) -> str | None:
+        """The method in parts of :data:`~lcc_lens.injections.METHODS`; None for baselines of another kind."""
+        if self.method == "lofit":
+            return "offset"  # at the heads that its first stage chose
+        return PERP.get(self.method or "", None if self.method in BASELINES else self.method)
+
+    @property
+    def bias_sites(self) -> tuple[ConstantSite, ...]:
+        """The sites whose maps need a bias for the result."""
+        if self.method == "flap":
+            return CONSTANT_SITES
+        return bias_sites(self.parts) if self.parts is not None else ()
 
     @classmethod
     def parse(cls, text: str) -> Entry:
@@ -69,3 +88,24 @@ class Entry:
         except ValueError:
             raise RequestError(f"wanted a learning rate behind =, got {rate!r} in {text!r}") from None
         return cls(text, method or None, on_refit, control or None, Objective.parse(objective or "response"), lr)
+
+
+#: What tells restoration from fitting the task, from any training at all, and from any choice of heads.
+CONTROL_ENTRIES = ("lcc@dense", "lcc@shuffled", "random-basis", "offset", "mean-shift")
+
+
+def all_entries(
+    methods: Sequence[str], *, baselines: bool = False, controls: bool = False, heads: float = 1.0
+) -> tuple[str, ...]:
+    """Methods with every baseline and the controls of ``lcc``, each once.
+
+    Args:
+        methods: entries of one's own.
+        baselines: add :data:`BASELINES`.
+        controls: add :data:`CONTROL_ENTRIES`, and random heads where not all are restored.
+        heads: the share of heads to restore.
+    """
+    added: list[str] = list(BASELINES) if baselines else []
+    if controls:
+        added += [*CONTROL_ENTRIES, *(["lcc@random-heads"] if heads < 1 else [])]
+    return tuple(dict.fromkeys([*methods, *added]))

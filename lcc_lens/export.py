@@ -24,8 +24,10 @@ from lcc_lens.files import (
     write_text,
 )
 from lcc_lens.folding import edited_tensors, fold, require_same_weights, shares_values
+from lcc_lens.joint_slots import JointSlots, find_joint_slots
 from lcc_lens.model_card import model_card
 from lcc_lens.models import LoadedModel, ModelIdentity, identify, load_hooked, load_plain, load_tokenizer, resolve
+from lcc_lens.reading_maps import reading_maps
 from lcc_lens.restoration import Restoration
 from lcc_lens.rewriting import Splits, parse_size, rewrite_weights
 from lcc_lens.slots import BiasSlots, find_slots
@@ -107,18 +109,17 @@ def export(
     return ExportReport(out, tuple(sorted(added)), tuple(sorted(replaced)), identical, zeros, difference, effect)
 
 
-def _slots(restoration: Restoration, loaded: LoadedModel, path: Path) -> BiasSlots:
-    if not restoration.heads:
-        return BiasSlots((), {}, {})
+def _slots(restoration: Restoration, loaded: LoadedModel, path: Path) -> JointSlots:
     cfg = loaded.model.cfg
     share = int(cfg.n_heads) // int(getattr(cfg, "n_key_value_heads", None) or cfg.n_heads)
     shared = share > 1 and shares_values(restoration, int(cfg.n_heads), share)
-    return find_slots(path, loaded.output_projections, shared_values=shared)
+    maps = {site: reading_maps(loaded.model, site) for site in restoration.footprint.biases}
+    return find_joint_slots(path, maps, shared_values=shared)
 
 
-def _retype(part: Path, slots: BiasSlots, loaded: LoadedModel) -> None:
+def _retype(part: Path, slots: JointSlots, loaded: LoadedModel) -> None:
     """Write the other architecture's configuration, and name the tokenizer's class, which may follow from it."""
-    write_json(part / "config.json", dict(slots.config))
+    write_json(part / "config.json", slots.config)
     if slots.splits:
         rewrite_weights(part, splits=slots.splits)
     settings = part / "tokenizer_config.json"

@@ -14,7 +14,10 @@ from torch import Tensor
 from lcc_lens.errors import LensError, RequestError
 from lcc_lens.files import read_tensor, stored_name, tensor_names
 from lcc_lens.injections.changes import merged
+from lcc_lens.injections.constants import SiteConstants
+from lcc_lens.joint_slots import JointSlots
 from lcc_lens.models import LoadedModel, ModelIdentity
+from lcc_lens.reading_maps import reading_maps
 from lcc_lens.restoration import Restoration
 from lcc_lens.slots import BiasSlots
 
@@ -39,6 +42,8 @@ def fold(
     weights: Mapping[int, Float[Tensor, "d_model zwidth"]],
 ) -> dict[int, Float[Tensor, " d_model"]]:
     r"""The bias that replaces constants at ``hook_z``: $b_O \mathrel{+}= \sum_h W_O^{(h)} c_h$ per layer, in float64.
+
+    Constants at an MLP, as head 0 of its layer, become the down projection's bias the same way.
 
     Args:
         constants: the learned components.
@@ -93,7 +98,7 @@ def shares_values(restoration: Restoration, n_heads: int, heads_per_bias: int) -
 
 
 def edited_tensors(
-    restoration: Restoration, path: Path, slots: BiasSlots, loaded: LoadedModel
+    restoration: Restoration, path: Path, slots: JointSlots, loaded: LoadedModel
 ) -> tuple[Mapping[str, Tensor], dict[str, Tensor]]:
     """The tensors to replace (weights, biases that are there) and to add (biases that the configuration brings).
 
@@ -102,39 +107,38 @@ def edited_tensors(
     """
     stored = tensor_names(path)
     changed = _ChangedWeights(restoration, stored, is_transposed=loaded.is_transposed)
-    layers = sorted({head.layer for head in restoration.heads})
-    if not layers:
-        return changed, {}
-    folded = _folded(restoration, slots, loaded, stored, changed)
-    dtype = read_tensor(stored, stored_name(stored, f"{loaded.output_projections[layers[0]]}.weight")).dtype
+    gains: dict[str, Tensor] = {}
+    for found in restoration.constant_sites:
+        own = slots.by_site[found.site]
+        for layer, gain in _folded(found, own, loaded, stored, changed).items():
+            bias = own.biases[layer]  # both sites' where the blocks of a layer are parallel
+            gains[bias] = gains[bias] + gain if bias in gains else gain
     replaced: dict[str, Tensor] = {}
-    added = {name: torch.zeros(shape, dtype=dtype) for name, shape in slots.zero_biases.items()}
-    for layer, bias in enumerate(slots.biases):
-        if bias not in stored:
-            empty = torch.zeros_like(folded[layers[0]])
-            added[bias] = folded.get(layer, empty).to(dtype)
-        elif layer in folded:
-            old = read_tensor(stored, bias)
-            replaced[bias] = (old.double() + folded[layer]).to(old.dtype)
+    for bias in gains.keys() & stored.keys():
+        old = read_tensor(stored, bias)
+        replaced[bias] = (old.double() + gains[bias]).to(old.dtype)
+    new = slots.new_biases(stored)
+    dtype = read_tensor(stored, stored_name(stored, f"{loaded.output_projections[0]}.weight")).dtype
+    added = {name: gains.get(name, torch.zeros(shape)).to(dtype) for name, shape in new.items()}
     return ChainMap(replaced, cast("dict[str, Tensor]", changed)), added
 
 
 def _folded(
-    restoration: Restoration,
+    found: SiteConstants,
     slots: BiasSlots,
     loaded: LoadedModel,
     stored: Mapping[str, Path],
     changed: Mapping[str, Tensor],
 ) -> dict[int, Tensor]:
-    """What each layer's bias gains."""
+    """What each layer's bias gains from a site's constants."""
     if slots.place == "value":
-        n_heads = int(loaded.model.cfg.n_heads)
-        return fold_values(restoration.constants, restoration.heads, n_heads, slots.heads_per_bias)
-    weights = {  # constants pass through the changed projections
-        layer: _linear_weight(stored, loaded.output_projections[layer], loaded.is_transposed, changed)
-        for layer in sorted({head.layer for head in restoration.heads})
+        return fold_values(found.values, found.parts, int(loaded.model.cfg.n_heads), slots.heads_per_bias)
+    maps = reading_maps(loaded.model, found.site)
+    weights = {  # constants pass through the changed maps
+        layer: _linear_weight(stored, maps[layer], loaded.is_transposed, changed)
+        for layer in sorted({part.layer for part in found.parts})
     }
-    return fold(restoration.constants, restoration.heads, weights)
+    return fold(found.values, found.parts, weights)
 
 
 class _ChangedWeights(Mapping[str, Tensor]):
@@ -171,9 +175,9 @@ class _ChangedWeights(Mapping[str, Tensor]):
 
 
 def _linear_weight(
-    stored: Mapping[str, Path], projection: str, is_transposed: bool, changed: Mapping[str, Tensor]
+    stored: Mapping[str, Path], reader: str, is_transposed: bool, changed: Mapping[str, Tensor]
 ) -> Tensor:
-    """The output projection's weight as ``[d_model, n_heads * d_head]``."""
-    name = stored_name(stored, f"{projection}.weight")
+    """The weight of a map that reads a site as ``[d_model, width]``."""
+    name = stored_name(stored, f"{reader}.weight")
     weight = changed[name] if name in changed else read_tensor(stored, name)
     return weight.T if is_transposed else weight

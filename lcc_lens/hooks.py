@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Protocol, runtime_checkable
 
@@ -76,11 +76,12 @@ def z_readers(layers: Iterable[int], visit: Callable[[int, Tensor], None]) -> li
     return readers(z_name, layers, visit)
 
 
-def z_adders(constants: dict[int, Float[Tensor, "head d_head"]]) -> list[NamedHook]:
-    r"""Hooks that add a constant to head outputs, $z \leftarrow z + c$ at every position (Eq. 5).
+def adders(name: Callable[[int], str], constants: Mapping[int, Tensor]) -> list[NamedHook]:
+    """Hooks that add a constant at the hook point ``name(layer)``, the same at every position.
 
     Args:
-        constants: what to add by layer; zero rows leave their head alone.
+        name: gives a layer's hook point.
+        constants: what to add by layer, of the activation's shape without batch and position.
     """
 
     def adder(constant: Tensor) -> HookFunction:
@@ -89,7 +90,16 @@ def z_adders(constants: dict[int, Float[Tensor, "head d_head"]]) -> list[NamedHo
 
         return add
 
-    return [(z_name(layer), adder(constant)) for layer, constant in constants.items()]
+    return [(name(layer), adder(constant)) for layer, constant in constants.items()]
+
+
+def z_adders(constants: dict[int, Float[Tensor, "head d_head"]]) -> list[NamedHook]:
+    r"""Hooks that add a constant to head outputs, $z \leftarrow z + c$ at every position (Eq. 5).
+
+    Args:
+        constants: what to add by layer; zero rows leave their head alone.
+    """
+    return adders(z_name, constants)
 
 
 def before_unembed(model: HookedModel) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,28 +13,33 @@ from torch import nn
 from lcc_lens.baselines.adapters import adapted
 from lcc_lens.entries import ADAPTERS, Entry
 from lcc_lens.errors import RequestError
-from lcc_lens.export import find_slots
-from lcc_lens.injections import uses_components
+from lcc_lens.files import tensor_names
+from lcc_lens.injections.weights import IN_LAYER
+from lcc_lens.joint_slots import find_joint_slots
 from lcc_lens.latency import DECODE_PROMPT, interleaved, median_interval, spread_tokens, time_decode, time_prefill
 from lcc_lens.models import load_plain
 from lcc_lens.pruning.layers import is_linear
+from lcc_lens.reading_maps import ConstantSite
 from lcc_lens.speed import SpeedConfig
 
 #: What a result looks like at inference, beside the adapters' names.
-PLAIN, BIASES = "pruned", "biases"
+PLAIN = "pruned"
+#: A low rank beside every linear map: eora's result is of LoRA's form.
+EVERY_MAP = "eora"
+#: Biases by the sites behind which they are.
+BIASES: dict[tuple[ConstantSite, ...], str] = {("z",): "biases", ("mlp",): "mlp biases", ("z", "mlp"): "all biases"}
 
 
 def served_as(entry: Entry) -> str:
-    """How a merged entry runs: as the ``pruned`` model does (changed weights), with ``biases``, or with an adapter."""
-    if entry.method in ADAPTERS:
+    """How a merged entry runs: as the ``pruned`` model does (changed weights), with biases, or with an adapter."""
+    if entry.method in ADAPTERS or entry.method == EVERY_MAP:
         return entry.method
-    has_constants = entry.method is not None and (entry.method == "lofit" or uses_components(entry.method))
-    return BIASES if has_constants else PLAIN
+    return BIASES.get(entry.bias_sites, PLAIN)
 
 
 def inference_costs(
     path: Path,
-    output_projections: tuple[str, ...],
+    maps: Mapping[ConstantSite, tuple[str, ...]],
     kinds: Collection[str],
     *,
     rank: int = 8,
@@ -44,7 +49,7 @@ def inference_costs(
 
     Args:
         path: the pruned model's directory.
-        output_projections: plain names of its attention output projections.
+        maps: plain names of the maps that read each site, as far as there are any.
         kinds: what :func:`served_as` gives; ``pruned`` is always timed.
         rank: of adapters.
         config: what is timed.
@@ -58,7 +63,7 @@ def inference_costs(
     models: dict[str, nn.Module] = {}
     for kind in dict.fromkeys([PLAIN, *kinds]):
         try:
-            models[kind] = _served(path, output_projections, kind, rank)
+            models[kind] = _served(path, maps, kind, rank)
         except RequestError:
             continue
     embedding = cast("Any", models[PLAIN]).get_input_embeddings()
@@ -79,19 +84,21 @@ def inference_costs(
     return found
 
 
-def _served(path: Path, output_projections: tuple[str, ...], kind: str, rank: int) -> Any:
+def _served(path: Path, maps: Mapping[ConstantSite, tuple[str, ...]], kind: str, rank: int) -> Any:
+    sites = next((sites for sites, name in BIASES.items() if name == kind), ())
+    if not set(sites) <= maps.keys():
+        raise RequestError(f"wanted maps that read {' and '.join(sites)}, got none; leave {kind} out")
+    slots = find_joint_slots(path, {site: maps[site] for site in sites})
     model = load_plain(path)
-    if kind == BIASES:
-        slots = find_slots(path, output_projections)
-        modules = dict(model.named_modules())
-        for name in {*slots.biases, *slots.zero_biases}:
-            module: Any = modules.get(name.removesuffix(".bias"))  # none where the export would split a fused map
-            if module is not None and module.bias is None:
-                size = next(iter(slots.zero_biases.get(name, (module.weight.shape[0],))))
-                module.bias = nn.Parameter(torch.zeros(size).to(module.weight), requires_grad=False)
-    elif kind in ADAPTERS:
-        adapter, targets = ADAPTERS[kind]
-        names = [n for n, m in model.named_modules() if is_linear(m) and n.rsplit(".", 1)[-1] in targets]
+    modules = dict(model.named_modules())
+    for name, shape in slots.new_biases(tensor_names(path)).items():
+        module: Any = modules.get(name.removesuffix(".bias"))  # none where the export would split a fused map
+        if module is not None:
+            module.bias = nn.Parameter(torch.zeros(shape).to(module.weight), requires_grad=False)
+    if kind in ADAPTERS or kind == EVERY_MAP:
+        adapter, targets = ADAPTERS.get(kind, ("lora", ()))
+        maps_in_layers = [name for name, m in model.named_modules() if is_linear(m) and IN_LAYER.search(name)]
+        names = [name for name in maps_in_layers if not targets or name.rsplit(".", 1)[-1] in targets]
         adapted(model, names, kind=adapter, rank=rank, seed=0)
         for layer in model.modules():  # as served: in the model's own format
             for name, number in layer.named_parameters(recurse=False):

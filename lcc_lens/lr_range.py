@@ -11,7 +11,8 @@ from lcc_lens.data import TokenSequence
 from lcc_lens.hooks import HookedModel
 from lcc_lens.injections.base import Injection
 from lcc_lens.progress import track
-from lcc_lens.training import TrainConfig, train
+from lcc_lens.reuse import CachedTeacher
+from lcc_lens.training import TrainConfig, train, validation_loss
 
 logger = logging.getLogger(__name__)
 #: Around the method's own rate.
@@ -20,16 +21,26 @@ FACTORS = (0.1, 0.3, 1.0, 3.0, 10.0)
 
 @dataclass(frozen=True)
 class RangeTest:
-    """Held-out objective (nats per counted token) after a few steps at each rate; infinite where it diverged."""
+    """Held-out objective (nats per counted token) after a few steps at each rate; infinite where it diverged.
+
+    ``start_loss`` is that before the first step.
+    """
 
     rates: tuple[float, ...]
     losses: tuple[float, ...]
     n_steps: int
+    start_loss: float
 
     @property
     def best(self) -> float:
         """The rate with the lowest loss; of equal ones the smallest."""
         return min(zip(self.losses, self.rates, strict=True))[1]
+
+    @property
+    def by_rate(self) -> dict[str, float | None]:
+        """The losses by rate as JSON holds them: None where it diverged."""
+        losses = (loss if math.isfinite(loss) else None for loss in self.losses)
+        return dict(zip(map(str, self.rates), losses, strict=True))
 
     @property
     def is_at_edge(self) -> bool:
@@ -64,15 +75,17 @@ def range_test(
     rates = tuple(sorted(middle * factor for factor in factors))
     start = {name: value.clone() for name, value in injection.state_dict().items()}
     few = list(sequences[: n_steps * config.batch_size])
+    kept = None if teacher is None else CachedTeacher(teacher)  # all rates see the same sequences
+    start_loss = validation_loss(model, injection, validation, config.micro_tokens, config.objective, kept)
     losses = []
     for rate in track(rates, len(rates), "learning rates"):
         one = replace(config, lr=rate, epochs=1, validate_every=n_steps, patience=None)
         last = math.inf
-        for step in train(model, injection, few, validation, one, teacher=teacher):
+        for step in train(model, injection, few, validation, one, teacher=kept, first_loss=start_loss):
             last = step.validation_loss if step.validation_loss is not None else math.inf
         losses.append(last if math.isfinite(last) else math.inf)
         injection.load_state_dict(start)
-    found = RangeTest(rates, tuple(losses), min(n_steps, -(-len(few) // config.batch_size)))
+    found = RangeTest(rates, tuple(losses), min(n_steps, -(-len(few) // config.batch_size)), start_loss)
     tried = ", ".join(f"{rate:.2g}: {loss:.4f}" for rate, loss in zip(rates, losses, strict=True))
     edge = "; it is the outermost one tried" if found.is_at_edge else ""
     logger.info("learning rate %g, by held-out loss after %d steps (%s)%s", found.best, found.n_steps, tried, edge)

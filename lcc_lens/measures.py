@@ -12,6 +12,7 @@ from lcc_lens.hooks import HookedModel
 from lcc_lens.injections import Injection
 from lcc_lens.objectives import Objective
 from lcc_lens.pair import Pair
+from lcc_lens.reuse import CachedTeacher
 from lcc_lens.running import fused_attention
 from lcc_lens.training import validation_loss, validation_terms
 
@@ -32,8 +33,16 @@ class Measures:
     tasks: Sequence[str] = ()
     limit: int | None = None
 
-    def of(self, pair: Pair, model: HookedModel, injection: Injection | None) -> dict[str, Any]:
+    def of(
+        self, pair: Pair, model: HookedModel, injection: Injection | None, teacher: CachedTeacher | None = None
+    ) -> dict[str, Any]:
         """Measure one of a pair's models.
+
+        Args:
+            pair: the models.
+            model: the one to measure.
+            injection: what acts on it.
+            teacher: the dense model with what it kept of earlier measurements; the pair's own if not given.
 
         Returns:
             ``perplexity`` and ``log_perplexity`` of the first text, ``kl`` and ``response_loss`` in nats per response
@@ -47,7 +56,7 @@ class Measures:
             texts[name] = {"perplexity": math.exp(sum(losses) / len(losses)), "losses": losses}
         main = next(iter(texts.values()))
         terms = validation_terms(
-            model, injection, self.responses, 1024, Objective(1.0, 1.0, prompts=False), pair.dense
+            model, injection, self.responses, 1024, Objective(1.0, 1.0, prompts=False), teacher or pair.dense
         )  # fmt: skip
         return {
             "perplexity": main["perplexity"],

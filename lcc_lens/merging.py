@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lcc_lens.baselines import AdapterInjection
 from lcc_lens.errors import RequestError
-from lcc_lens.export import find_slots
 from lcc_lens.files import tensor_names
 from lcc_lens.hooks import HookedModel
-from lcc_lens.injections import Injection, LccInjection
-from lcc_lens.injections.changes import merged
+from lcc_lens.injections import Injection
 from lcc_lens.injections.weights import layer_maps
+from lcc_lens.joint_slots import find_joint_slots
 from lcc_lens.pair import Pair
 from lcc_lens.pruning.layers import is_transposed
+from lcc_lens.reading_maps import ConstantSite, reading_maps
 
 
 def merging_costs(injection: Injection, pair: Pair, model: HookedModel) -> dict[str, Any]:
@@ -30,23 +29,22 @@ def merging_costs(injection: Injection, pair: Pair, model: HookedModel) -> dict[
         merged they fill the zeros. ``zeros_kept``: the share of zeros in the decoder layers' linear maps that are zeros
         after merging; 1 for all that acts under the zero pattern. None where there are no zeros.
     """
-    if isinstance(injection, AdapterInjection):
-        return {"n_added": injection.n_beside, "zeros_kept": _zeros_kept(model, injection.merged_weights())}
-    changes = merged(part.changes() for part in injection.parts)
-    has_constants = any(isinstance(part, LccInjection) for part in injection.parts)
-    return {"n_added": _bias_numbers(pair) if has_constants else 0, "zeros_kept": _zeros_kept(model, changes)}
+    footprint = injection.footprint
+    added = _bias_numbers(pair, footprint.biases)
+    return {
+        "n_added": None if added is None else footprint.n_beside + added,
+        "zeros_kept": _zeros_kept(model, injection.merged_weights()),
+    }
 
 
-def _bias_numbers(pair: Pair) -> int | None:
-    """What biases at the attention's outputs add to the checkpoint, with those that come along as zeros."""
+def _bias_numbers(pair: Pair, sites: Sequence[ConstantSite]) -> int | None:
+    """What biases for constants at some sites add to the checkpoint, with those that come along as zeros."""
     path = pair.pruned_id.path
     try:
-        slots = find_slots(path, pair.output_projections)
+        slots = find_joint_slots(path, {site: reading_maps(pair.pruned, site) for site in sites})
     except RequestError:
         return None
-    stored = tensor_names(path)
-    new = sum(slots.width or 0 for bias in slots.biases if bias not in stored)
-    return new + sum(math.prod(shape) for shape in slots.zero_biases.values())
+    return sum(math.prod(shape) for shape in slots.new_biases(tensor_names(path)).values())
 
 
 @torch.no_grad()

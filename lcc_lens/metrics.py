@@ -71,6 +71,53 @@ def bootstrap_interval(
     return float(low), float(high)
 
 
+def stratified_interval(
+    numerators: Sequence[Sequence[float]],
+    denominators: Sequence[Sequence[float]] | None = None,
+    *,
+    level: float = 0.95,
+    n_samples: int = 2000,
+    seed: int = 0,
+) -> tuple[float, float] | None:
+    r"""Percentile interval of $\sum_t \bar a_t / \sum_t \bar b_t$ when items are drawn anew within each stratum t.
+
+    With the differences of two models on the items of several tasks as ``numerators`` it is the paired interval of
+    their difference in mean accuracy, in which every task counts alike. With the loss of accuracy by the same items as
+    ``denominators`` it is that of the share recovered.
+
+    Args:
+        numerators: a, one list per stratum.
+        denominators: b, as long as a; ones if not given.
+        level: share of the draws inside.
+        n_samples: draws.
+        seed: of the draws.
+
+    Returns:
+        None where the interval of the denominator itself reaches 0: the ratio is then unbounded (Fieller 1954). Single
+        draws whose denominator is not positive are left out.
+
+    Raises:
+        ValueError: no strata, an empty one, or lists of different length.
+    """
+    shapes = [len(stratum) for stratum in numerators]
+    if not shapes or not all(shapes) or (denominators is not None and [len(b) for b in denominators] != shapes):
+        raise ValueError(f"wanted strata with items, as many denominators as numerators, got {shapes}")
+    generator = torch.Generator().manual_seed(seed)
+    quantiles = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)
+    above, below = torch.zeros(2, n_samples, dtype=torch.float64)
+    for stratum, values in enumerate(numerators):
+        a = torch.tensor(values, dtype=torch.float64)
+        b = torch.ones_like(a) if denominators is None else torch.tensor(denominators[stratum], dtype=torch.float64)
+        for part in torch.arange(n_samples).split(max(1, 2**20 // len(a))):  # all at once would take gigabytes
+            drawn = torch.randint(len(a), (len(part), len(a)), generator=generator)
+            above[part] += a[drawn].mean(1)
+            below[part] += b[drawn].mean(1)
+    if float(torch.quantile(below, quantiles[0])) <= 0:
+        return None
+    low, high = torch.quantile((above / below)[below > 0], quantiles)
+    return float(low), float(high)
+
+
 def token_nll(
     logits: Float[Tensor, "token vocab"], targets: Int[Tensor, " token"], chunk: int = 512
 ) -> Float[Tensor, " token"]:

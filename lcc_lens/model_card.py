@@ -20,6 +20,7 @@ def model_card(restoration: Restoration, metrics: Mapping[str, Any], difference:
         "| | |", "|---|---|",
         f"| method | {record.method} |",
         *([f"| heads | {len(restoration.heads)} |"] if restoration.heads else []),
+        *([f"| MLPs | {len(restoration.mlp.parts)} |"] if restoration.mlp is not None else []),
         *([f"| weights changed | {len(dict(restoration.changes))} |"] if restoration.changes else []),
         *([f"| numbers trained | {record.n_trained} |"] if record.n_trained is not None else []),
         f"| learned from | {record.data}, {record.n_examples} examples, seed {record.seed} |",
@@ -37,9 +38,9 @@ def model_card(restoration: Restoration, metrics: Mapping[str, Any], difference:
 
 
 def _what_is_folded(restoration: Restoration) -> str:
-    parts = []
-    if restoration.heads:
-        parts.append("a constant per head folded into the biases of the attention output projections")
+    what = {"z": "head folded into the biases of the attention output projections",
+            "mlp": "MLP folded into the biases of the down projections"}  # fmt: skip
+    parts = [f"a constant per {what[site]}" for site in restoration.footprint.biases]
     if restoration.changes:
         kinds = sorted({change.kind for _, change in restoration.changes})
         parts.append(f"weights changed under their zero pattern ({', '.join(kinds)})")

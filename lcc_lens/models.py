@@ -6,6 +6,7 @@ import functools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 #: How far the hooked model's logits may lie from plain transformers', relative to the largest logit.
 _LOGIT_TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
 _COARSE_TOLERANCE = 5e-2
+#: By hooked model, what it was loaded from.
+_IDENTITIES: WeakKeyDictionary[Any, ModelIdentity] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -112,10 +115,11 @@ def load_hooked(
     remember_plain_names(model, names)
     _check_hooked(model, tokens, expected, str(reference))
     modules = [block.attn.o.original_component for block in model.blocks]
+    identity = _IDENTITIES[model] = identify(reference, path)
     return LoadedModel(
         cast("HookedModel", model),
         tokenizer,
-        identify(reference, path),
+        identity,
         tuple(names[id(module)] for module in modules),
         is_transposed(modules[0]),
         tuple(_removed_heads(module, int(model.cfg.n_heads)) for module in modules),
@@ -135,6 +139,11 @@ def identify(reference: str | Path, path: Path) -> ModelIdentity:
     """The identity of a local model directory."""
     state = tuple((file.name, file.stat().st_mtime_ns, file.stat().st_size) for file in weight_files(path))
     return ModelIdentity(str(reference), path, _sha256_of_state(path, state))
+
+
+def identity_of(model: HookedModel) -> ModelIdentity | None:
+    """Which weights a hooked model was loaded with; None if not by :func:`load_hooked`."""
+    return _IDENTITIES.get(model)
 
 
 @functools.cache

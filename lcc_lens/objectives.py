@@ -33,11 +33,30 @@ class Outputs:
 class Source(ABC):
     """What gives a model's outputs another way than by a whole forward pass (see :mod:`lcc_lens.reuse`)."""
 
+    model: HookedModel
+
     @abstractmethod
     def outputs(
         self, batch: Batch, mask: Bool[Tensor, "batch pos"], hooks: Sequence[Any], *, with_logits: bool, with_z: bool
     ) -> Outputs:
         """What :func:`run_model` gives."""
+
+
+class Recomputed(Source):
+    """A model whose backward passes compute every layer's activations again instead of keeping them.
+
+    Args:
+        model: the hooked model.
+    """
+
+    def __init__(self, model: HookedModel) -> None:
+        self.model = model
+
+    def outputs(
+        self, batch: Batch, mask: Bool[Tensor, "batch pos"], hooks: Sequence[Any], *, with_logits: bool, with_z: bool
+    ) -> Outputs:
+        """See :class:`Source`."""
+        return run_model(self.model, batch, mask, hooks, with_logits=with_logits, with_z=with_z, recompute=True)
 
 
 @dataclass(frozen=True)
@@ -176,6 +195,7 @@ def run_model(
     *,
     with_logits: bool,
     with_z: bool,
+    recompute: bool = False,
 ) -> Outputs:
     """Run a model over a batch.
 
@@ -186,6 +206,7 @@ def run_model(
         hooks: of an injection.
         with_logits: whether to compute logits, at the counted positions only.
         with_z: whether to keep head outputs there.
+        recompute: see :func:`~lcc_lens.running.forward`.
     """
     device = device_of(model)
     mask, z = mask.to(device), {}
@@ -195,7 +216,8 @@ def run_model(
 
     readers = z_readers(range(int(model.cfg.n_layers)), keep) if with_z else []
     narrowed = logits_at(model, mask if with_logits else None)
-    return Outputs(forward(model, batch.tokens.to(device), [*hooks, *readers, *narrowed])[0], z)
+    every = [*hooks, *readers, *narrowed]
+    return Outputs(forward(model, batch.tokens.to(device), every, recompute=recompute)[0], z)
 
 
 def _relative_distance(wanted: dict[int, Tensor], got: dict[int, Tensor]) -> Float[Tensor, " token"]:

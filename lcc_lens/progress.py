@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, TypeVar
 
+from lcc_lens.processes import is_first_process
+
 T = TypeVar("T")
 Tracker = Callable[[Iterable[Any], int, str], Iterator[Any]]
 
@@ -69,8 +71,8 @@ def rich_tracker(items: Iterable[T], total: int, description: str) -> Iterator[T
 
 @contextmanager
 def shown() -> Iterator[None]:
-    """Show progress bars inside the block (notebooks and the command line)."""
-    with tracked_by(rich_tracker):
+    """Show progress bars inside the block (notebooks and the command line); of several processes in the first."""
+    with tracked_by(rich_tracker if is_first_process() else _silent):
         yield
 
 

@@ -14,20 +14,24 @@ from lcc_lens.config import compute_dtype, default_device
 from lcc_lens.data import Data, TokenSequence, load_data
 from lcc_lens.errors import RequestError
 from lcc_lens.evaluation import sequence_loss
-from lcc_lens.export import find_slots
 from lcc_lens.heads import Head
 from lcc_lens.injections import (
     Ingredients,
     Start,
+    bias_sites,
     build_injection,
     parse_method,
+    trains_numbers,
     uses_components,
     uses_heads,
+    uses_sequences,
 )
 from lcc_lens.job_data import calibration_tokens, recorded_groups, training_sequences
+from lcc_lens.joint_slots import find_joint_slots
 from lcc_lens.lr_range import range_test
 from lcc_lens.models import load_plain, resolve
 from lcc_lens.pair import Pair
+from lcc_lens.processes import wait_for_all
 from lcc_lens.progress import track
 from lcc_lens.pruning import parse_pattern
 from lcc_lens.pruning import prune as prune_checkpoint
@@ -37,8 +41,9 @@ from lcc_lens.pruning.refit import REFIT_RECORD, RefitConfig, Target
 from lcc_lens.pruning.refit import refit as refit_checkpoint
 from lcc_lens.pruning.settings import Method
 from lcc_lens.pruning.structured import Schedule
+from lcc_lens.reading_maps import reading_maps
 from lcc_lens.restoration import Restoration, RestorationRecord
-from lcc_lens.run_folder import RunFolder
+from lcc_lens.run_folder import Beginning, RunFolder
 from lcc_lens.scan import Scan
 from lcc_lens.training import Step, TrainConfig, learning_rates, train, validation_loss
 
@@ -127,6 +132,7 @@ def refit(
     seq_len: int = 512,
     target: Target = "weights",
     ridge: float = 0.01,
+    mend: float = 0.5,
     seed: int = 0,
     overwrite: bool = False,
 ) -> dict[str, Any]:
@@ -142,6 +148,8 @@ def refit(
         target: fit to what the dense ``weights`` give on the inputs that a map sees now, or to the dense model's own
             ``outputs``.
         ridge: pull towards the dense weights, as a share of the inputs' mean square.
+        mend: the share of what the residual stream lacks that the maps which write to it make up for; see
+            :class:`~lcc_lens.pruning.refit.RefitConfig`.
         seed: of the draw of calibration data.
         overwrite: replace an existing directory.
 
@@ -163,7 +171,7 @@ def refit(
             f"wanted at least one calibration sequence of each data set, got {n_samples} for {len(calibration)}; "
             "raise n_samples"
         )
-    config = RefitConfig(target, ridge)
+    config = RefitConfig(target, ridge, mend)
     paths, device = (resolve(dense), resolve(pruned)), default_device()
     parts = [load_data(one, role="calibration", seed=seed) if isinstance(one, str) else one for one in calibration]
     share, rest = divmod(n_samples, len(parts))
@@ -192,6 +200,7 @@ def restore(
     config: TrainConfig | None = None,
     validation: Data | None = None,
     rank: int | None = None,
+    mlp_rank: int | None = None,
     low_rank: int = 8,
     start: Start = "zero",
     max_length: int = 512,
@@ -210,12 +219,14 @@ def restore(
         pair: the hooked models.
         scan: the scan of this pair, for directions; None for methods that need none.
         heads: which heads to restore; none for methods that act on no heads.
-        data: training examples (role ``train``); mean-shift learns from none, and uses their held-out part alone.
+        data: training examples (role ``train``); mean-shift learns from none, and uses their held-out part alone; a
+            sequential one is measured on them.
         method: ``lcc``, a control, or another part of :data:`~lcc_lens.injections.METHODS`; parts joined by ``+`` train
             together (``lcc+low-rank``).
         config: training settings.
         validation: held-out examples of the same kind; a tenth of the training examples' groups if not given.
         rank: directions per head; all if not given.
+        mlp_rank: directions per MLP; those that the scan holds if not given.
         low_rank: the rank of a masked low rank.
         start: see :class:`~lcc_lens.injections.LccInjection`.
         max_length: tokens per example at most.
@@ -225,8 +236,8 @@ def restore(
             noted in the settings.
         exportable: refuse, before anything is trained, a model whose checkpoint cannot hold the result. Without it the
             restoration serves under hooks alone.
-        run: a run directory for ``config.json``, ``restoration.safetensors``, ``metrics.json``, ``log.jsonl`` and
-            checkpoints; nothing is written if not given.
+        run: a run directory for ``config.json``, ``restoration.safetensors``, ``metrics.json``, ``log.jsonl``,
+            checkpoints and what was measured before the first step; nothing is written if not given.
         resume: go on from the run directory's checkpoint.
         on_step: called after every optimiser step.
         before_refit: the pruned model that the pair's was refitted from: recovery is counted from its loss.
@@ -240,42 +251,47 @@ def restore(
         >>> restore(pair, scan, scan.select("mse", share=0.25), load_data("alpaca", n=480))  # doctest: +SKIP
     """
     _check_request(pair, scan, heads, method)
-    if exportable and uses_components(method):
-        find_slots(pair.pruned_id.path, pair.output_projections)
-    if shuffle_responses and method == "mean-shift":
-        raise RequestError("wanted a method that trains to shuffle responses for, got mean-shift; leave one out")
+    if exportable:
+        require_slots(pair, method)
+    if shuffle_responses and not trains_numbers(method):
+        raise RequestError(f"wanted a method that trains to shuffle responses for, got {method}; leave one out")
     config = config or TrainConfig()
     run = Path(run) if run is not None else None
     training, held_out = training_sequences(
         pair, scan, data, validation, max_length, limit, config.seed if shuffle_responses else None
     )
-    components = None if scan is None else scan.components
-    injection = build_injection(
-        method,
-        Ingredients(pair.pruned, components, heads, pair.output_projections, rank, start, low_rank, config.seed),
-    )
+    given = Ingredients(
+        pair.pruned, None if scan is None else scan.components, heads, pair.output_projections, rank, start, low_rank,
+        config.seed, None if scan is None else scan.others.get("mlp"), mlp_rank, pair, training,
+    )  # fmt: skip
+    injection = build_injection(method, given)
     teacher = pair.dense if config.objective.needs_teacher else None
-    tested: dict[str, float] | None = None
-    if tune_lr and injection.n_trained:
-        found = range_test(pair.pruned, injection, training, held_out, config, teacher=teacher)
-        tested, config = dict(zip(map(str, found.rates), found.losses, strict=True)), replace(config, lr=found.best)
-    settings = {
-        **asdict(config), "method": method, "rank": rank, "low_rank": low_rank, "start": start,
-        "learning_rates": learning_rates(injection, config.lr), "lr_range": tested, "max_length": max_length,
-        "limit": limit, "shuffle_responses": shuffle_responses, "heads": [str(h) for h in heads],
+    asked = {
+        "method": method, "rank": rank, "mlp_rank": mlp_rank, "low_rank": low_rank, "start": start,
+        "max_length": max_length, "limit": limit, "shuffle_responses": shuffle_responses,
+        "heads": [str(h) for h in heads],
     }  # fmt: skip
-    losses = {
-        "dense": validation_loss(pair.dense, None, held_out, config.micro_tokens),
-        "pruned": validation_loss(pair.pruned, None, held_out, config.micro_tokens),
-    }
-    if before_refit is not None:
-        pruned = sequence_loss(load_plain(resolve(before_refit)), held_out)["loss"]
-        losses |= {"pruned": pruned, "refitted": losses["pruned"]}
-    folder = RunFolder(run, pair, settings, data.source, config.seed, resume=resume)
+    wanted = {**asdict(config), **asked, "tune_lr": tune_lr, "before_refit": str(before_refit)}
+    request = _identity(pair, scan, data, wanted, held_out)
+    beginning = Beginning.read(run, request) if resume and run is not None else None
+    if beginning is None:
+        tested = None
+        if tune_lr and injection.n_trained:
+            tested = range_test(pair.pruned, injection, training, held_out, config, teacher=teacher)
+        beginning = Beginning(request, _bare_losses(pair, held_out, config, before_refit), tested)
+    tested, losses = beginning.lr_range, dict(beginning.losses)
+    if tested is not None:
+        config = replace(config, lr=tested.best)
+    settings = {
+        **asdict(config), **asked, "learning_rates": learning_rates(injection, config.lr),
+        "lr_range": None if tested is None else tested.by_rate,
+    }  # fmt: skip
+    folder = RunFolder(run, pair, settings, data.source, beginning, config.seed, resume=resume)
     if injection.n_trained:
         steps = train(
             pair.pruned, injection, training, held_out, config, teacher=teacher, run=run, resume=resume,
             identity=_identity(pair, scan, data, settings, held_out),
+            first_loss=None if tested is None else tested.start_loss,
         )  # fmt: skip
         for step in track(steps, config.epochs * -(-len(training) // config.batch_size), "restore"):
             folder.add(step)
@@ -284,7 +300,7 @@ def restore(
     losses["restored"] = validation_loss(pair.pruned, injection, held_out, config.micro_tokens)
     # what was trained learned from the data; what was not, from the scan
     name, n_examples = data.name, len(training)
-    if scan is not None and not injection.n_trained:
+    if scan is not None and not injection.n_trained and not uses_sequences(method):
         name, n_examples = scan.record.data, scan.record.n_examples
     record = RestorationRecord(
         dense=pair.dense_id.reference, pruned=pair.pruned_id.reference, dense_sha256=pair.dense_id.sha256,
@@ -293,7 +309,22 @@ def restore(
     )  # fmt: skip
     restoration = Restoration.of(injection, record)
     folder.finish(restoration, len(held_out))
+    wait_for_all()
     return restoration
+
+
+def _bare_losses(
+    pair: Pair, held_out: Sequence[TokenSequence], config: TrainConfig, before_refit: str | Path | None
+) -> dict[str, float]:
+    """The losses that a restoration starts from."""
+    losses = {
+        "dense": validation_loss(pair.dense, None, held_out, config.micro_tokens),
+        "pruned": validation_loss(pair.pruned, None, held_out, config.micro_tokens),
+    }
+    if before_refit is not None:
+        pruned = sequence_loss(load_plain(resolve(before_refit)), held_out)["loss"]
+        losses |= {"pruned": pruned, "refitted": losses["pruned"]}
+    return losses
 
 
 def _identity(
@@ -314,7 +345,7 @@ def _check_request(pair: Pair, scan: Scan | None, heads: Sequence[Head], method:
         raise RequestError(f"wanted a scan of this pair for {method}, got none; scan it first")
     if uses_heads(method) and not heads:
         raise RequestError(f"wanted heads to restore by {method}, got none; choose some by scan.select")
-    _refuse_removed(heads, pair)
+    refuse_removed(heads, pair)
 
 
 def check_scan(scan: Scan, pair: Pair) -> None:
@@ -334,8 +365,22 @@ def check_scan(scan: Scan, pair: Pair) -> None:
             )
 
 
-def _refuse_removed(heads: Sequence[Head], pair: Pair) -> None:
-    """Refuse heads that pruning removed whole: nothing put there reaches the output."""
+def require_slots(pair: Pair, method: str) -> None:
+    """Refuse a method whose constants the pruned model's checkpoint cannot hold.
+
+    Raises:
+        RequestError: says which, and what serves instead.
+    """
+    maps = {site: reading_maps(pair.pruned, site) for site in bias_sites(method)}
+    find_joint_slots(pair.pruned_id.path, maps)
+
+
+def refuse_removed(heads: Sequence[Head], pair: Pair) -> None:
+    """Refuse heads that pruning removed whole: nothing put there reaches the output.
+
+    Raises:
+        RequestError: names the first such head.
+    """
     removed = {Head(layer, head) for layer, gone in enumerate(pair.head_map.removed) for head in gone}
     gone = sorted(removed.intersection(heads))
     if gone:

@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +14,23 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from lcc_lens.activations import parts_of
 from lcc_lens.config import package_version
 from lcc_lens.errors import LensError, RequestError
 from lcc_lens.files import read_tensors, write_tensors
 from lcc_lens.heads import Head, check_heads, head_indices
-from lcc_lens.hooks import HookedModel, kept_hooks, z_adders
+from lcc_lens.hooks import HookedModel, kept_hooks
 from lcc_lens.injections.base import Injection
 from lcc_lens.injections.changes import Change, merged, read_change
-from lcc_lens.injections.constants import LccInjection, constants_by_layer
+from lcc_lens.injections.constants import ConstantInjection, SiteConstants
+from lcc_lens.injections.footprint import Footprint
+from lcc_lens.models import identity_of
 from lcc_lens.plain_modules import changed_weights, plain_modules, weight_shape
+from lcc_lens.reading_maps import ConstantSite
 
 RESTORATION_TENSORS = "restoration.safetensors"
+#: In the names of the tensors of constants at the MLP.
+_MLP = "mlp."
 #: In the names of a change's tensors: its place, kind, module and number; no module name holds this sign.
 _SEPARATOR = "|"
 
@@ -56,7 +62,7 @@ class Restoration:
     """A constant per chosen head, with the magnitudes and offset it is made of, and changed weights. Frozen.
 
     Either may be empty. ``changes`` are pairs of a module's plain name and what makes its new weight of the old one, in
-    the order in which they act.
+    the order in which they act. ``mlp`` are constants at the MLPs' post-activation, if there are any.
 
     Example:
         >>> with restoration.applied_to(pair.pruned) as restored:  # doctest: +SKIP
@@ -69,47 +75,71 @@ class Restoration:
     magnitudes: Float[Tensor, "chosen component"]
     offset: Float[Tensor, "chosen d_head"]
     changes: tuple[tuple[str, Change], ...] = ()
+    mlp: SiteConstants | None = None
+
+    @property
+    def constant_sites(self) -> tuple[SiteConstants, ...]:
+        """The constants of every site that has some."""
+        heads = SiteConstants("z", self.heads, self.constants, self.magnitudes, self.offset)
+        return tuple(found for found in (heads, self.mlp) if found is not None and found.parts)
+
+    @property
+    def footprint(self) -> Footprint:
+        """What it touches, and what a checkpoint needs to carry it."""
+        return Footprint(
+            biases=tuple(found.site for found in self.constant_sites),
+            weights=tuple(dict(self.changes)),
+            n_trained=self.record.n_trained or 0,
+        )
 
     @classmethod
     def of(cls, injection: Injection, record: RestorationRecord) -> Restoration:
         """Freeze what an injection holds now.
 
         Raises:
+            RequestError: it does not fold, so that no checkpoint would hold it.
             LensError: a number is not finite.
         """
-        constant = next((part for part in injection.parts if isinstance(part, LccInjection)), None)
+        if not injection.footprint.folds:
+            raise RequestError("wanted an injection that folds into the checkpoint, got one that stays beside it")
         changes = [(name, _frozen(change)) for part in injection.parts for name, change in part.changes().items()]
-        restoration = cls(record, (), torch.zeros(0, 0), torch.zeros(0, 0), torch.zeros(0, 0), tuple(changes))
-        if constant is not None:
-            restoration = replace(
-                restoration,
-                heads=tuple(constant.heads),
-                constants=constant.constants().detach().cpu().clone(),
-                magnitudes=(constant.unit * constant.magnitudes).detach().cpu(),
-                offset=(constant.unit * constant.offset).detach().cpu(),
-            )
+        found = [part.frozen() for part in injection.parts if isinstance(part, ConstantInjection)]
+        by_site: dict[ConstantSite, SiteConstants] = {one.site: one for one in found}
+        none = torch.zeros(0, 0)
+        z = by_site.get("z", SiteConstants("z", (), none, none, none))
+        restoration = cls(record, z.parts, z.values, z.magnitudes, z.offset, tuple(changes), by_site.get("mlp"))
         if not all(bool(torch.isfinite(tensor).all()) for tensor in restoration._tensors().values()):
             raise LensError("wanted finite numbers, got NaN or infinity; lower the learning rate")
         return restoration
 
     @contextmanager
-    def applied_to(self, model: HookedModel) -> Iterator[HookedModel]:
+    def applied_to(self, model: HookedModel, *, any_weights: bool = False) -> Iterator[HookedModel]:
         """Let a hooked model compute restored inside the block; the model leaves it unchanged.
 
+        Args:
+            model: the pruned model that was restored.
+            any_weights: accept other weights of the same shapes, such as the dense model's in a control.
+
         Raises:
-            RequestError: the model has other shapes.
+            RequestError: the model has other weights (by hash, where it was loaded here) or shapes.
         """
-        cfg = model.cfg
-        if self.heads:
-            check_heads(self.heads, int(cfg.n_layers), int(cfg.n_heads))
+        if not any_weights:
+            self._check_identity(model)
+        hooks = [hook for found in self.constant_sites for hook in found.hooks(_fitting_parts(found, model))]
         self._check_weights(model)
-        if self.heads and self.constants.shape[-1] != int(cfg.d_head):
-            raise RequestError(f"wanted a model with d_head {self.constants.shape[-1]}, got {cfg.d_head}; wrong model")
-        by_layer = constants_by_layer(self.heads, self.constants, int(cfg.n_heads))
         changes = merged({name: change} for name, change in self.changes)
         weights = changed_weights(model, changes) if changes else nullcontext()
-        with weights, kept_hooks(model, z_adders(by_layer)) as restored:
+        with weights, kept_hooks(model, hooks) as restored:
             yield restored
+
+    def _check_identity(self, model: HookedModel) -> None:
+        """Refuse other weights than the restored ones where both are known."""
+        identity, wanted = identity_of(model), self.record.pruned_sha256
+        if identity is not None and wanted and identity.sha256 != wanted:
+            raise RequestError(
+                f"wanted the pruned model with SHA-256 {wanted[:12]}…, got {identity.sha256[:12]}… of "
+                f"{identity.reference}; name the model that was restored, or pass any_weights=True"
+            )
 
     def _check_weights(self, model: HookedModel) -> None:
         """Refuse a model whose weights the changes do not fit."""
@@ -140,7 +170,8 @@ class Restoration:
         try:
             heads = tuple(Head(int(layer), int(head)) for layer, head in tensors.pop("heads"))
             changes = _read_changes({name: tensors.pop(name) for name in list(tensors) if _SEPARATOR in name})
-            return cls(RestorationRecord(**json.loads(metadata["record"])), heads, **tensors, changes=changes)
+            mlp = _read_mlp({name: tensors.pop(name) for name in list(tensors) if name.startswith(_MLP)})
+            return cls(RestorationRecord(**json.loads(metadata["record"])), heads, **tensors, changes=changes, mlp=mlp)
         except (KeyError, TypeError, ValueError) as error:
             raise RequestError(
                 f"wanted a restoration of this version in {path}, got another layout ({error})"
@@ -153,10 +184,40 @@ class Restoration:
             "magnitudes": self.magnitudes,
             "offset": self.offset,
         }
+        if self.mlp is not None:
+            tensors |= {
+                f"{_MLP}layers": torch.tensor([part.layer for part in self.mlp.parts]),
+                f"{_MLP}values": self.mlp.values,
+                f"{_MLP}magnitudes": self.mlp.magnitudes,
+                f"{_MLP}offset": self.mlp.offset,
+            }
         for place, (name, change) in enumerate(self.changes):
             start = _SEPARATOR.join((f"{place:05d}", change.kind, name))
             tensors |= {f"{start}{_SEPARATOR}{key}": value for key, value in change.state_dict().items()}
         return tensors
+
+
+def _fitting_parts(found: SiteConstants, model: HookedModel) -> int:
+    """The parts per layer of a model that the constants fit.
+
+    Raises:
+        RequestError: they do not.
+    """
+    n_parts, width = parts_of(model, found.site)
+    check_heads(found.parts, int(model.cfg.n_layers), n_parts)
+    if found.values.shape[-1] != width:
+        name = "d_head" if found.site == "z" else "d_mlp"
+        raise RequestError(f"wanted a model with {name} {found.values.shape[-1]}, got {width}; wrong model")
+    return n_parts
+
+
+def _read_mlp(tensors: Mapping[str, Tensor]) -> SiteConstants | None:
+    """Constants at the MLP by their tensors' names; KeyError or TypeError where they are of another layout."""
+    if not tensors:
+        return None
+    fields = {name.removeprefix(_MLP): tensor for name, tensor in tensors.items()}
+    parts = tuple(Head(int(layer), 0) for layer in fields.pop("layers"))
+    return SiteConstants("mlp", parts, **fields)
 
 
 def _frozen(change: Change) -> Change:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -17,15 +17,20 @@ _LOCAL = "sliding_attention"
 _FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 
 
-def retyped_configs(config: Any) -> Iterator[Any]:
-    """Configurations of other architectures that may compute what this one does, with biases on the attention maps.
+def retyped_configs(config: Any, switches: Sequence[str] = ("attention_bias",)) -> Iterator[Any]:
+    """Configurations of other architectures that may compute what this one does, with biases on more maps.
 
     Llama is what most decoders without biases at the output are (Mistral, Qwen2); SmolLM3 is Llama with a choice of
     local attention by layer. Whether they do compute the same is not said here.
+
+    Args:
+        config: the model's own.
+        switches: settings of the other architecture that are set: ``attention_bias``, ``mlp_bias``.
     """
     from transformers import LlamaConfig, SmolLM3Config
 
     given = {name: copy.deepcopy(value) for name, value in vars(config).items() if not name.startswith("_")}
+    given |= dict.fromkeys(switches, True)
     yield from _filled(LlamaConfig, "LlamaForCausalLM", given)
     n_layers = int(config.num_hidden_layers)
     window = getattr(config, "sliding_window", None)
@@ -76,7 +81,7 @@ def _filled(kind: Any, architecture: str, given: dict[str, Any]) -> Iterator[Any
     known = {field.name for field in fields(kind)} - _OF_THE_CLASS
     taken = {name: value for name, value in given.items() if name in known}
     try:
-        retyped = kind(**{**taken, "attention_bias": True})
+        retyped = kind(**taken)
     except (StrictDataclassError, ValueError, TypeError):
         return
     retyped.architectures = [architecture]

@@ -16,6 +16,7 @@ from torch import Tensor
 from lcc_lens.data import Batch
 from lcc_lens.hooks import HookedModel, before_unembed, logits_at
 from lcc_lens.injections.base import Injection
+from lcc_lens.kept_states import KeptStates
 from lcc_lens.models import device_of
 from lcc_lens.objectives import Outputs, Source, run_model
 from lcc_lens.running import forward
@@ -27,29 +28,6 @@ _TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
 _COARSE_TOLERANCE = 2e-2
 
 
-class _Store:
-    """One tensor ``[pos, width]`` per token sequence, up to a number of bytes; what does not fit is computed again."""
-
-    def __init__(self, max_bytes: int) -> None:
-        self.max_bytes = max_bytes
-        self.n_bytes = 0
-        self._kept: dict[tuple[int, ...], Tensor] = {}
-
-    def of(self, batch: Batch, compute: Callable[[], Float[Tensor, "batch pos width"]]) -> Tensor:
-        """A batch's tensors ``[batch, pos, width]``, zero where it is padded; computed unless all are there."""
-        keys = [tuple(tokens[:n].tolist()) for tokens, n in zip(batch.tokens, batch.lengths.tolist(), strict=True)]
-        if not all(key in self._kept for key in keys):
-            with torch.inference_mode(mode=False), torch.no_grad():  # what is kept may enter a backward pass
-                computed = compute()
-            for key, one in zip(keys, computed, strict=True):
-                own = one[: len(key)]
-                size = own.numel() * own.element_size()
-                if key not in self._kept and self.n_bytes + size <= self.max_bytes:
-                    self._kept[key], self.n_bytes = own.detach().clone(), self.n_bytes + size
-            return computed
-        return torch.nn.utils.rnn.pad_sequence([self._kept[key] for key in keys], batch_first=True)
-
-
 class CachedTeacher(Source):
     """The dense model's logits from its last hidden states, which are kept per sequence.
 
@@ -59,12 +37,12 @@ class CachedTeacher(Source):
 
     Args:
         model: the hooked dense model.
-        max_bytes: memory for hidden states.
+        kept: where hidden states are kept.
     """
 
-    def __init__(self, model: HookedModel, *, max_bytes: int = 2**30) -> None:
+    def __init__(self, model: HookedModel, kept: KeptStates | None = None) -> None:
         self.model = model
-        self._store = _Store(max_bytes)
+        self._kept = kept or KeptStates()
 
     def outputs(
         self, batch: Batch, mask: Bool[Tensor, "batch pos"], hooks: Sequence[Any], *, with_logits: bool, with_z: bool
@@ -72,7 +50,7 @@ class CachedTeacher(Source):
         """See :class:`~lcc_lens.objectives.Source`; there may be no hooks."""
         if with_z or hooks or not with_logits or not _is_product(self.model):
             return run_model(self.model, batch, mask, hooks, with_logits=with_logits, with_z=with_z)
-        hidden = self._store.of(batch, lambda: _hidden(self.model, batch.tokens.to(device_of(self.model))))
+        hidden = self._kept.of(batch, device_of(self.model), lambda tokens: _hidden(self.model, tokens))
         return Outputs(_unembed(self.model, hidden[mask.to(hidden.device)][None])[0], {})
 
 
@@ -82,23 +60,26 @@ class StartedLater(Source):
     Args:
         model: the hooked model; what is injected must leave the layers below ``layer`` alone.
         layer: where to start.
-        max_bytes: memory for residual streams.
+        kept: where residual streams are kept.
+        recompute: see :func:`~lcc_lens.running.forward`.
     """
 
-    def __init__(self, model: HookedModel, layer: int, *, max_bytes: int = 2**30) -> None:
-        self.model, self.layer = model, layer
-        self._store = _Store(max_bytes)
+    def __init__(
+        self, model: HookedModel, layer: int, kept: KeptStates | None = None, *, recompute: bool = False
+    ) -> None:
+        self.model, self.layer, self.recompute = model, layer, recompute
+        self._kept = kept or KeptStates()
 
     def outputs(
         self, batch: Batch, mask: Bool[Tensor, "batch pos"], hooks: Sequence[Any], *, with_logits: bool, with_z: bool
     ) -> Outputs:
         """See :class:`~lcc_lens.objectives.Source`."""
+        reads = {"with_logits": with_logits, "with_z": with_z, "recompute": self.recompute}
         if with_z or not can_start_later(self.model):
-            return run_model(self.model, batch, mask, hooks, with_logits=with_logits, with_z=with_z)
-        tokens = batch.tokens.to(device_of(self.model))
-        stream = self._store.of(batch, lambda: _stream(self.model, self.layer, tokens))
+            return run_model(self.model, batch, mask, hooks, **reads)
+        stream = self._kept.of(batch, device_of(self.model), lambda tokens: _stream(self.model, self.layer, tokens))
         with _skipped(self.model, self.layer, stream):
-            return run_model(self.model, batch, mask, hooks, with_logits=with_logits, with_z=False)
+            return run_model(self.model, batch, mask, hooks, **reads)
 
 
 def first_layer(injection: Injection) -> int:
@@ -109,10 +90,21 @@ def first_layer(injection: Injection) -> int:
     return min(layers, default=0)
 
 
-def reused(model: HookedModel, injection: Injection) -> HookedModel | StartedLater:
-    """The model; started at the first layer that the injection acts on where that leaves something out."""
+def reused(
+    model: HookedModel, injection: Injection, kept: StartedLater | None = None, *, recompute: bool = False
+) -> HookedModel | StartedLater:
+    """The model; started at the first layer that the injection acts on where that leaves something out.
+
+    Args:
+        model: the hooked model.
+        injection: what will act on it.
+        kept: what an earlier call gave for this model, which is used again where it starts at the same layer.
+        recompute: see :func:`~lcc_lens.running.forward`.
+    """
     layer = first_layer(injection)
-    return StartedLater(model, layer) if layer > 0 and can_start_later(model) else model
+    if kept is not None and (kept.layer, kept.recompute) == (layer, recompute):
+        return kept
+    return StartedLater(model, layer, recompute=recompute) if layer > 0 and can_start_later(model) else model
 
 
 _STARTS: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()

@@ -72,7 +72,8 @@ def scan(
             mean over more samples is steadier; at the ``last`` token of the question as in the paper; at the ``end``;
             at those that predict the ``response``; or at chosen positions (negative ones count from the end).
         sites: also compare the MLP's post-activation (``mlp``) and the residual stream (``resid``); heads always.
-        spectra: sites whose singular values are wanted; each costs the square of the site's width in memory.
+        spectra: sites whose singular values are wanted, and with them a wide site's first directions, which ``mlp-lcc``
+            needs; each costs the square of the site's width in memory.
         selectors: which scores to compute. If not given: those that cost next to nothing on these data. ``kl``,
             ``attribution``, ``gradient`` and ``patching`` run a model again; ``mse`` and ``random`` always come.
         max_length: tokens per example at most, where answers are cut; 512, or the models' context if that is shorter.

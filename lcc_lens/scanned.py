@@ -17,7 +17,7 @@ from lcc_lens.config import package_version
 from lcc_lens.errors import RequestError
 from lcc_lens.files import read_json, read_tensors, sha256_file, write_json, write_tensors
 from lcc_lens.headmap import HeadMap
-from lcc_lens.heads import Head, all_heads
+from lcc_lens.heads import Head, all_heads, check_heads, head_indices
 from lcc_lens.headscores import HeadScores
 from lcc_lens.selectors import SELECTORS, SelectorName
 from lcc_lens.selectors.mse import score_mse
@@ -97,6 +97,35 @@ class Scan:
     def constant_share(self) -> Float[Tensor, "layer head"]:
         r"""The constant share of the difference, $N|\bar\delta|^2 / \sum|\delta|^2$: all that a constant can mend."""
         return self.heads.constant_share
+
+    def has_mlp(self, *, directions: bool = False) -> bool:
+        """Whether the MLP's post-activation was compared, and with its spectrum if ``directions`` are wanted."""
+        found = self.others.get("mlp")
+        return found is not None and (not directions or found.singular_values is not None)
+
+    def mendable_share(self, site: Site = "z", heads: Iterable[Head] | None = None) -> float:
+        r"""The share of the squared difference at a site that is constant: the most that a mean shift can mend there.
+
+        $\sum_i N|\bar\delta_i|^2 / \sum_j \sum_n|\delta_{n,j}|^2$ with the heads $i$ to mend and all heads $j$ (or
+        layers). No constant leaves less of the squared difference than the mean does; what it brings back of the loss
+        is another matter, and constants at several layers act on each other.
+
+        Args:
+            site: ``z``, or another one that was compared.
+            heads: the heads that would be mended, all if not given.
+
+        Raises:
+            RequestError: the site was not compared.
+        """
+        found = self.heads if site == "z" else self.others.get(site)
+        if found is None:
+            raise RequestError(f"wanted a scan with the site {site}, got one without; scan again")
+        energy = found.squared_difference.double()
+        constant = found.constant_share.double() * energy
+        if heads is not None:
+            constant = constant[head_indices(check_heads(heads, *energy.shape))]
+        total = float(energy.sum())
+        return float(constant.sum()) / total if total > 0 else 0.0
 
     @property
     def head_map(self) -> HeadMap:

@@ -7,6 +7,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lcc_lens.drawing import Drawn
     from lcc_lens.scan import Scan
 
 
@@ -57,64 +58,15 @@ def refit_rows(report: dict[str, Any]) -> list[list[str]]:
     ]
 
 
-def show_comparison(bare: dict[str, Any], rows: list[dict[str, Any]], run: Path) -> None:
-    """Print a comparison: means over seeds, with the standard deviation where there are several."""
+def show_comparison(bare: dict[str, Any], rows: list[dict[str, Any]], out: Path) -> None:
+    """Print a comparison: what came back, what it cost, and which cells failed."""
+    from lcc_lens.comparison_tables import comparison_tables, failures
 
-    def number(row: dict[str, Any], key: str, form: str) -> str:
-        value, spread = row[key], row[f"{key}_sd"]
-        return "" if value is None else format(value, form) + ("" if spread is None else f" ± {spread:{form}}")
-
-    columns = ["", "perplexity", "recovered", "KL", "loss", "trained", "added", "zeros", "decode", "seconds"]
-    keys = [("perplexity", ".2f"), ("recovered", ".1%"), ("kl", ".3f"), ("response_loss", ".3f")]
-    table = [
-        [name, f"{m['perplexity']:.2f}", "", f"{m['kl']:.3f}", f"{m['response_loss']:.3f}", *5 * [""]]
-        for name, m in bare.items()
-    ]
-    for row in rows:
-        label = row["entry"] + (f" ({row['failed']} failed)" if row["failed"] else "")
-        zeros = "" if row["zeros_kept"] is None else f"{row['zeros_kept']:.0%}"
-        speed = row["inference"]
-        costs = [
-            _rounded(row["n_trained"]), _rounded(row["n_added"]), zeros,
-            "" if speed is None else f"{speed['decode_ratio']['median']:.2f}×", number(row, "training_seconds", ".0f"),
-        ]  # fmt: skip
-        table.append([label, *(number(row, *key) for key in keys), *costs])
-    first = next(iter(bare["dense"]["texts"]))
-    show_table(
-        f"comparison: {run} (perplexity of {first}; KL to the dense model and loss on held-out responses; numbers "
-        "trained and added to the checkpoint; zeros left once merged; decoding's time by the pruned model's)",
-        columns, table,
-    )  # fmt: skip
-    _show_texts_and_tasks(bare, rows)
-
-
-def _show_texts_and_tasks(bare: dict[str, Any], rows: list[dict[str, Any]]) -> None:
-    """Print the perplexity of all texts and the accuracy of all tasks, if there are several or any."""
-    texts, tasks = list(bare["dense"]["texts"]), list(bare["dense"]["tasks"])
-    if len(texts) + len(tasks) < 2:
-        return
-    table = [
-        [name, *(f"{m['texts'][text]['perplexity']:.2f}" for text in texts),
-         *(f"{m['tasks'][task]['acc']:.1%}" for task in tasks)]
-        for name, m in bare.items()
-    ]  # fmt: skip
-    for row in rows:
-        if row["seeds"]:
-            accuracies = (row["tasks"][task] for task in tasks)
-            gains = ("[{:+.1%}, {:+.1%}]".format(*accuracy["gain_interval"]) for accuracy in accuracies)
-            scored = [f"{row['tasks'][task]['acc']:.1%} {gain}" for task, gain in zip(tasks, gains, strict=True)]
-            table.append([row["entry"], *(f"{row[f'perplexity_{text}']:.2f}" for text in texts), *scored])
-    title = "perplexity by text" + ("; zero-shot accuracy [95 % interval of its gain]" if tasks else "")
-    show_table(title, ["", *texts, *tasks], table)
-
-
-def _rounded(count: float | None) -> str:
-    """A count in few characters: 960, 34.6k, 2.4M; none where there is none."""
-    if count is None:
-        return ""
-    if count < 1000:
-        return f"{count:.0f}"
-    return f"{count / 1e3:.1f}k" if count < 1e6 else f"{count / 1e6:.1f}M"
+    for table in comparison_tables(bare, rows) if bare else ():
+        show_table(table.title, table.columns, table.rows)
+    for line in failures(rows):
+        console().print(line, highlight=False, markup=False)
+    console().print(f"comparison {out}", soft_wrap=True)
 
 
 def show_scan(found: Scan, run_dir: Path) -> None:
@@ -166,9 +118,24 @@ def show_losses(losses: dict[str, float], n_heads: int, run_dir: Path) -> None:
     console().print(f"restoration {run_dir}", soft_wrap=True)
 
 
+def show_recovery(found: dict[str, Any], run: Path) -> None:
+    """Print what a task's recovery brought, and what it cost elsewhere."""
+    show_results(found["models"], f"{found['task']} on held-out items, and {found['text']}: {run}")
+    low, high = found["gain_interval"]
+    sentence = f"accuracy of the restored model above the pruned one's: {found['gain']:+.1%} [{low:+.1%}, {high:+.1%}]"
+    if found["share_recovered"] is None:
+        sentence += "; pruning lost nothing on these items"
+    elif found["share_interval"] is None:
+        sentence += f"; {found['share_recovered']:.0%} of a loss that may be none on so few items"
+    else:
+        low, high = found["share_interval"]
+        sentence += f"; {found['share_recovered']:.0%} [{low:.0%}, {high:.0%}] of what pruning lost"
+    console().print(sentence, highlight=False, markup=False, soft_wrap=True)
+
+
 def show_results(models: dict[str, Any], title: str) -> None:
     """Print the scores of models side by side."""
-    from lcc_lens.page import format_scores
+    from lcc_lens.score_text import format_scores
 
     columns = ["model", *format_scores(next(iter(models.values()))["tasks"])]
     show_table(title, columns, [[name, *format_scores(entry["tasks"]).values()] for name, entry in models.items()])
@@ -183,3 +150,11 @@ def show_report(found: dict[str, Any], title: str) -> None:
         show_table("median and interval of interleaved rounds", *time_table(found))
     for sentence in findings(found):
         console().print(sentence, highlight=False, markup=False)
+
+
+def show_drawn(drawn: Drawn, out: Path) -> None:
+    """Print which figures were drawn, and what would make the others."""
+    names = list(dict.fromkeys(path.stem for path in drawn.files))
+    console().print(f"{out}: {', '.join(names)}", soft_wrap=True)
+    if drawn.lacking:
+        show_table("not drawn", ["figure", "what it needs"], [[name, why] for name, why in drawn.lacking.items()])

@@ -1,4 +1,4 @@
-"""Where a checkpoint can hold a constant per head: biases stored, brought by a setting, or as good."""
+"""Where a checkpoint can hold a site's constants: biases stored, brought by a setting, or as good."""
 
 from __future__ import annotations
 
@@ -15,15 +15,25 @@ from torch import Tensor, nn
 
 from lcc_lens.errors import RequestError
 from lcc_lens.files import stored_name, tensor_names
-from lcc_lens.pruning.anatomy import MLP_OUTPUTS
+from lcc_lens.pruning.anatomy import ATTENTION_OUTPUTS, MLP_OUTPUTS
 from lcc_lens.pruning.layers import is_transposed, read_config, skeleton
+from lcc_lens.reading_maps import ConstantSite
 from lcc_lens.retyping import config_entries, retyped_configs, split_names
 from lcc_lens.rewriting import Splits
 from lcc_lens.twins import build_twin, shrink, twin_logits
 
-#: Which bias takes the constants: the attention output's, the value projection's (whose bias passes through attention
-#: unchanged, since the weights of a query sum to one), or the MLP output's where both blocks add to the same residual.
+#: Which bias takes the constants: that of the map which reads the site, the value projection's (whose bias passes
+#: through attention unchanged, since the weights of a query sum to one), or that of the other block's output where both
+#: add to the same residual.
 Place = Literal["output", "value", "parallel"]
+#: By site, the outputs of the other block; and what a refusal calls a constant there.
+_OTHER_OUTPUTS: Mapping[ConstantSite, tuple[str, ...]] = {"z": MLP_OUTPUTS, "mlp": ATTENTION_OUTPUTS}
+_PARTS: Mapping[ConstantSite, str] = {"z": "head", "mlp": "MLP"}
+#: By site, settings of another architecture that may bring its bias.
+_SWITCHES: Mapping[ConstantSite, tuple[tuple[str, ...], ...]] = {
+    "z": (("attention_bias",),),
+    "mlp": (("mlp_bias",), ("attention_bias", "mlp_bias")),  # the second where attention has biases already
+}
 #: Relative to the largest logit of a twin: what may differ by rounding, and what must differ at least to mean anything.
 _ROUNDING, _EFFECT = 1e-4, 1e-2
 #: How an architecture may refuse sizes that nobody publishes.
@@ -32,11 +42,11 @@ _NOT_BUILT = (ArithmeticError, AttributeError, LookupError, NotImplementedError,
 
 @dataclass(frozen=True)
 class BiasSlots:
-    """Where a checkpoint can hold a constant per head: a bias per layer, and what makes it load.
+    """Where a checkpoint can hold a site's constants: a bias per layer, and what makes it load.
 
-    ``config`` are entries of ``config.json`` to set (all of them where ``retyped_as`` names another architecture);
-    ``zero_biases`` come along with that setting and are written as zeros. ``heads_per_bias`` heads share a bias at the
-    ``value`` place and so need the same constant.
+    ``config`` are entries of ``config.json`` to set (all of them where ``retyped_as`` names another architecture), of
+    which ``switches`` bring the biases; ``zero_biases`` come along with them and are written as zeros.
+    ``heads_per_bias`` heads share a bias at the ``value`` place and so need the same constant.
     """
 
     biases: tuple[str, ...]
@@ -49,11 +59,14 @@ class BiasSlots:
     """Stored tensors that are several under the other architecture, with their rows."""
     width: int | None = None
     """Numbers per bias (None where nobody asked: all are stored)."""
+    switches: tuple[str, ...] = ()
+    site: ConstantSite = "z"
 
     @property
     def way(self) -> str:
         """The way in words, for tables."""
-        where = {"output": "output bias", "value": "value bias", "parallel": "bias of the parallel MLP"}[self.place]
+        parallel = {"z": "bias of the parallel MLP", "mlp": "bias of the parallel attention"}[self.site]
+        where = {"output": "output bias", "value": "value bias", "parallel": parallel}[self.place]
         if self.retyped_as:
             return f"{where}, re-typed as {self.retyped_as}"
         return f"{where}, by {' and '.join(self.config)}" if self.config else where
@@ -64,56 +77,61 @@ class _Candidate:
     """A configuration under which a place may have a bias in every layer."""
 
     config: Any
+    site: ConstantSite
     place: Place
-    switch: str | None = None
+    switches: tuple[str, ...] = ()
     retyped_as: str | None = None
 
 
-def find_slots(path: Path, output_projections: tuple[str, ...], *, shared_values: bool = False) -> BiasSlots:
-    """Find biases that hold a constant per head exactly, in a checkpoint or by a setting of its architecture.
+def find_slots(
+    path: Path, maps: tuple[str, ...], site: ConstantSite = "z", *, shared_values: bool = False
+) -> BiasSlots:
+    """Find biases that hold a site's constants exactly, in a checkpoint or by a setting of its architecture.
 
-    In this order: the attention output's bias where one is stored or a setting adds one; the value projection's where
-    every head has its own; the MLP output's where it adds to the residual stream in parallel; the attention output's
-    under the name of an architecture that computes the same. Every way but a stored output bias is tried on a small
-    random model of the architecture, so that no list of families can be out of date.
+    In this order: the bias of the map that reads the site where one is stored or a setting adds one; of head outputs,
+    the value projection's where every head has its own; the other block's output bias where both blocks add to the
+    residual stream in parallel; the map's own under the name of an architecture that computes the same. Every way but
+    a stored bias of the map is tried on a small random model of the architecture, so that no list of families can be
+    out of date.
 
     Args:
         path: the checkpoint.
-        output_projections: the attention output projections by layer, as the checkpoint names them.
+        maps: what reads the site, by layer, as the checkpoint names it: output projections, or down projections.
+        site: where the constants are.
         shared_values: whether the heads that share a value head have the same constant.
 
     Raises:
         RequestError: there is no exact way.
     """
     stored = tensor_names(path)
-    biases = tuple(stored_name(stored, f"{projection}.bias") for projection in output_projections)
+    biases = tuple(stored_name(stored, f"{name}.bias") for name in maps)
     if all(bias in stored for bias in biases):
-        return BiasSlots(biases, {}, {})
+        return BiasSlots(biases, {}, {}, site=site)
     config = read_config(path)
-    for candidate in _candidates(config):
-        if _serves(path, config, candidate, output_projections):
-            slots = _slots(path, stored, candidate, output_projections)
+    for candidate in _candidates(config, site):
+        if _serves(path, config, candidate, maps):
+            slots = _slots(path, stored, candidate, maps)
             if slots.heads_per_bias == 1 or shared_values:
                 return slots
     raise RequestError(
-        f"wanted an architecture that can hold a constant per head in a bias, got {config.model_type}, which has none "
-        "that is exact; restore it for hooks alone (exportable=False, --hooks-only) and serve it by "
+        f"wanted an architecture that can hold a constant per {_PARTS[site]} in a bias, got {config.model_type}, which "
+        "has none that is exact; restore it for hooks alone (exportable=False, --hooks-only) and serve it by "
         "lcc_lens.load_restored"
     )
 
 
-def _candidates(config: Any) -> Iterator[_Candidate]:
+def _candidates(config: Any, site: ConstantSite) -> Iterator[_Candidate]:
     if config.get_text_config() is not config:  # its settings lie deeper, where nothing is switched here
         return
-    switches = [name for name, value in vars(config).items() if "bias" in name and isinstance(value, bool)]
-    for switch in switches:
-        yield _Candidate(_switched(config, switch), "output", switch)
-    yield _Candidate(config, "value")
-    for switch in switches:
-        yield _Candidate(_switched(config, switch), "value", switch)
-    yield _Candidate(config, "parallel")
-    for retyped in retyped_configs(config):
-        yield _Candidate(retyped, "output", retyped_as=retyped.model_type)
+    names = [name for name, value in vars(config).items() if "bias" in name and isinstance(value, bool)]
+    own: list[tuple[Any, tuple[str, ...]]] = [(config, ()), *((_switched(config, name), (name,)) for name in names)]
+    places: tuple[Place, ...] = ("output", "value", "parallel") if site == "z" else ("output", "parallel")
+    for place in places:
+        for changed, switches in own[1:] if place == "output" else own:  # the output as it is was looked for already
+            yield _Candidate(changed, site, place, switches)
+    for switches in _SWITCHES[site]:
+        for retyped in retyped_configs(config, switches):
+            yield _Candidate(retyped, site, "output", switches, retyped_as=retyped.model_type)
 
 
 def _switched(config: Any, switch: str) -> Any:
@@ -122,90 +140,92 @@ def _switched(config: Any, switch: str) -> Any:
     return changed
 
 
-def _serves(path: Path, config: Any, candidate: _Candidate, output_projections: tuple[str, ...]) -> bool:
+def _serves(path: Path, config: Any, candidate: _Candidate, maps: tuple[str, ...]) -> bool:
     """Whether a candidate is exact.
 
     Where the architecture cannot be built in small, a setting that adds the output's own bias is believed; the export
     compares logits whatever was believed.
     """
     try:
-        return _is_exact(config, candidate, output_projections)
+        return _is_exact(config, candidate, maps)
     except _NOT_BUILT:
-        if candidate.switch is None or candidate.place != "output":
+        if not candidate.switches or candidate.retyped_as or candidate.place != "output":
             return False
-        return bias_names(skeleton(path, candidate.config), output_projections, "output") is not None
+        return _bias_names(skeleton(path, candidate.config), maps, candidate) is not None
 
 
-def _is_exact(config: Any, candidate: _Candidate, output_projections: tuple[str, ...]) -> bool:
-    """Whether constants at the head outputs and biases at the candidate's place give the same logits in a twin."""
+def _is_exact(config: Any, candidate: _Candidate, maps: tuple[str, ...]) -> bool:
+    """Whether constants at the site and biases at the candidate's place give the same logits in a twin."""
     plain = build_twin(shrink(config))
     assert plain is not None
-    projections = output_projections[: int(shrink(config).num_hidden_layers)]
+    maps = maps[: int(shrink(config).num_hidden_layers)]
     target = build_twin(shrink(candidate.config), dict(plain.named_parameters()))
-    places = None if target is None else bias_names(target, projections, candidate.place)
+    places = None if target is None else _bias_names(target, maps, candidate)
     if target is None or places is None:
         return False
     generator = torch.Generator().manual_seed(1)
     shifts = {}
-    for projection, bias in zip(projections, places, strict=True):
-        weight = _linear_weight(plain.get_submodule(projection))
+    for name, bias in zip(maps, places, strict=True):
+        weight = _linear_weight(plain.get_submodule(name))
         own, parameter = len(weight.T), target.get_parameter(bias)
         if candidate.place == "value":
             values = torch.randn(parameter.shape, generator=generator)
             share = own // len(values)
-            shifts[projection] = values.unflatten(0, (-1, _head_size(config))).repeat_interleave(share, 0).flatten()
+            shifts[name] = values.unflatten(0, (-1, _head_size(config))).repeat_interleave(share, 0).flatten()
             parameter.add_(values)
         else:
-            shifts[projection] = torch.randn(own, generator=generator)
-            parameter.add_(weight @ shifts[projection])
+            shifts[name] = torch.randn(own, generator=generator)
+            parameter.add_(weight @ shifts[name])
     before, wanted, got = twin_logits(plain), twin_logits(plain, shifts), twin_logits(target)
     scale = float(wanted.abs().max())
     difference, effect = float((got - wanted).abs().max()), float((wanted - before).abs().max())
     return difference <= _ROUNDING * scale and effect >= _EFFECT * scale
 
 
-def bias_names(model: nn.Module, projections: tuple[str, ...], place: Place) -> tuple[str, ...] | None:
-    """The biases of a place by layer, or None where the model has not all of them."""
-    names = [_bias_name(model, projection, place) for projection in projections]
+def _bias_names(model: nn.Module, maps: tuple[str, ...], candidate: _Candidate) -> tuple[str, ...] | None:
+    """The biases of a candidate's place by layer, or None where the model has not all of them."""
+    names = [_bias_name(model, name, candidate) for name in maps]
     parameters = dict(model.named_parameters())
     found = tuple(name for name in names if name is not None and name in parameters)
     return found if len(found) == len(names) else None
 
 
-def _bias_name(model: nn.Module, projection: str, place: Place) -> str | None:
-    if place == "output":
-        return f"{projection}.bias"
-    if place == "value":
-        return f"{projection.rpartition('.')[0]}.v_proj.bias"
-    match = re.match(r".*?\.\d+\.", projection)
-    layer = model.get_submodule(match[0].rstrip(".")) if match else nn.Module()
-    modules = dict(layer.named_modules())
-    return next((f"{match[0]}{name}.bias" for name in MLP_OUTPUTS if name in modules), None) if match else None
+def _bias_name(model: nn.Module, reader: str, candidate: _Candidate) -> str | None:
+    if candidate.place == "output":
+        return f"{reader}.bias"
+    if candidate.place == "value":
+        return f"{reader.rpartition('.')[0]}.v_proj.bias"
+    match = re.match(r".*?\.\d+\.", reader)
+    if match is None:
+        return None
+    modules = dict(model.get_submodule(match[0].rstrip(".")).named_modules())
+    others = (name for name in _OTHER_OUTPUTS[candidate.site] if name in modules)
+    return next((f"{match[0]}{name}.bias" for name in others), None)
 
 
-def _slots(path: Path, stored: Mapping[str, Path], candidate: _Candidate, projections: tuple[str, ...]) -> BiasSlots:
+def _slots(path: Path, stored: Mapping[str, Path], candidate: _Candidate, maps: tuple[str, ...]) -> BiasSlots:
     """The slots of the whole model for a candidate that was found exact in small."""
     model = skeleton(path, candidate.config)
-    biases = bias_names(model, projections, candidate.place)
+    biases = _bias_names(model, maps, candidate)
     assert biases is not None
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    entries: dict[str, Any] = {}
-    if candidate.switch:
-        entries[candidate.switch] = getattr(candidate.config, candidate.switch)
+    entries: dict[str, Any] = {name: getattr(candidate.config, name) for name in candidate.switches}
     if candidate.retyped_as:
         entries = config_entries(candidate.config)
     parts = {name: split_names(name, shapes) for name in stored}
     width = shapes[biases[0]][0]
-    z_width = len(_linear_weight(model.get_submodule(projections[0])).T)
+    site_width = len(_linear_weight(model.get_submodule(maps[0])).T)
     return BiasSlots(
         biases,
         entries,
         {n: s for n, s in shapes.items() if n.endswith(".bias") and n not in stored and n not in biases},
         candidate.place,
         candidate.retyped_as,
-        heads_per_bias=z_width // width if candidate.place == "value" else 1,
+        heads_per_bias=site_width // width if candidate.place == "value" else 1,
         splits={name: tuple((n, shapes[n][0]) for n in names) for name, names in parts.items() if len(names) > 1},
         width=width,
+        switches=candidate.switches,
+        site=candidate.site,
     )
 
 

@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from lcc_lens.components import LostComponents, components_from_moments, effective_rank, explained_share
+from lcc_lens.components import (
+    LostComponents,
+    components_along,
+    components_from_moments,
+    effective_rank,
+    explained_share,
+)
 
-#: A part wider than this has its outer products summed in float32 below the diagonal, and only their spectrum is kept.
+#: A part wider than this has its outer products summed in float32 below the diagonal; kept are their spectrum and the
+#: first directions.
 _WIDE = 512
 #: How wide the square blocks are, at most, in which that is done.
 _BLOCK = 256
+#: First directions kept of such a part. All of them would take its width squared per layer, as much as the MLP's own
+#: weights, and a free offset spans what they leave out.
+WIDE_DIRECTIONS = 64
 
 
 @dataclass(frozen=True)
@@ -26,7 +36,8 @@ class DifferenceStatistics:
     ``squared_pruned``, ``squared_difference``, ``dot`` are $\sum_n$ of $|a_{dense}|^2$, $|a_{pruned}|^2$,
     $|\delta_n|^2$ and $a_{dense} \cdot a_{pruned}$. ``mse_stderr`` is the standard error of the mean squared
     difference per coordinate, clustered by example. ``singular_values`` of the stacked differences are there where the
-    spectrum was asked for, ``second_moment``, $\sum_n \delta_n \delta_n^T$, only for parts as narrow as heads.
+    spectrum was asked for, with ``second_moment``, $\sum_n \delta_n \delta_n^T$, for parts as narrow as heads, and the
+    first ``directions`` (right singular vectors) of wider ones.
     """
 
     n_samples: int
@@ -38,6 +49,7 @@ class DifferenceStatistics:
     mse_stderr: Float[Tensor, "layer part"]
     singular_values: Float[Tensor, "layer part width"] | None = None
     second_moment: Float[Tensor, "layer part width width"] | None = None
+    directions: Float[Tensor, "layer part component width"] | None = None
 
     @property
     def width(self) -> int:
@@ -95,12 +107,17 @@ class DifferenceStatistics:
     def components(self) -> LostComponents:
         """The lost components of every part (heads, where the site has heads).
 
-        Raises:
-            ValueError: no second moment was summed.
+        Wide parts hold their first directions alone, and none where no spectrum was asked for; the mean difference and
+        its size are whole.
         """
-        if self.second_moment is None:
-            raise ValueError("wanted a second moment, got statistics without; ask for the spectrum of this site")
-        return components_from_moments(self.mean_difference * self.n_samples, self.second_moment, self.n_samples)
+        if self.second_moment is not None:
+            return components_from_moments(self.mean_difference * self.n_samples, self.second_moment, self.n_samples)
+        directions, values = self.directions, self.singular_values
+        if directions is None or values is None:
+            directions, values = self.mean_difference[..., None, :][..., :0, :], self.mean_difference[..., :0]
+        values = values[..., : directions.shape[-2]]
+        held = components_along(directions, values, self.mean_difference, self.n_samples)
+        return replace(held, mean=self.mean_difference, energy=self.squared_difference)
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything but the number of samples, by name."""
@@ -189,7 +206,9 @@ class RunningDifferences:
         spread = residual.clamp_min(0).sqrt() * (self.n_examples / max(self.n_examples - 1, 1)) ** 0.5 / n
         if self.n_examples < 2:
             spread = torch.full_like(spread, torch.nan)
-        moment = sums.get("moment")
+        moment, values, directions = sums.get("moment"), None, None
+        if moment is not None:
+            values, directions = self._spectrum(moment)
         return DifferenceStatistics(
             n_samples=self.n_samples,
             mean_difference=(sums["total"] / n).float().cpu(),
@@ -198,17 +217,26 @@ class RunningDifferences:
             squared_difference=sums["difference"].float().cpu(),
             dot=sums["dot"].float().cpu(),
             mse_stderr=(spread / self.width).float().cpu(),
-            singular_values=None if moment is None else self._spectrum(moment),
+            singular_values=values,
             second_moment=None if moment is None or self.width > _WIDE else moment.float().cpu(),
+            directions=directions,
         )
 
-    def _spectrum(self, moment: Tensor) -> Float[Tensor, "layer part width"]:
-        """Singular values of the stacked differences from their second moment, layer by layer."""
-        values = []
+    def _spectrum(
+        self, moment: Tensor
+    ) -> tuple[Float[Tensor, "layer part width"], Float[Tensor, "layer part component width"] | None]:
+        """Singular values of the stacked differences from their second moment, and a wide part's first directions."""
+        values, directions = [], []
         for layer in moment:
-            whole = layer if self.width <= _WIDE else torch.stack([self.triangle.matrix(part) for part in layer])
-            values.append(torch.linalg.eigvalsh(whole).flip(-1).clamp_min(0).sqrt())
-        return torch.stack(values).float().cpu()
+            if self.width <= _WIDE:
+                eigenvalues = torch.linalg.eigvalsh(layer)
+            else:
+                whole = torch.stack([self.triangle.matrix(part) for part in layer])
+                eigenvalues, vectors = torch.linalg.eigh(whole)
+                directions.append(vectors[..., -WIDE_DIRECTIONS:].flip(-1).transpose(-1, -2).float().cpu())
+            values.append(eigenvalues.flip(-1).clamp_min(0).sqrt())
+        found = torch.stack(directions).contiguous() if directions else None
+        return torch.stack(values).float().cpu(), found
 
     def state(self) -> dict[str, Tensor]:
         """The sums so far, to go on from later."""

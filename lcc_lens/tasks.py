@@ -9,6 +9,8 @@ from typing import Any, Literal
 
 Kind = Literal["text", "instruction", "contrastive"]
 Record = dict[str, Any]
+#: Tasks whose right answers a restoration can be trained on.
+RecoveryTask = Literal["boolq", "rte", "arc_easy", "arc_challenge", "openbookqa", "winogrande"]
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import build_model, save_model
 
-from lcc_lens.baselines import adapters, eora, lofit_heads
+from lcc_lens.baselines import adapters, eora, flap, lofit_heads
 from lcc_lens.data import encode, load_data
 from lcc_lens.errors import RequestError
 from lcc_lens.heads import Head
@@ -17,6 +17,10 @@ from lcc_lens.merging import merging_costs
 from lcc_lens.objectives import Objective
 from lcc_lens.pair import load_pair
 from lcc_lens.plain_modules import plain_modules
+from lcc_lens.reading_maps import reading_maps
+from lcc_lens.recipe import prune
+from lcc_lens.restoration import Restoration, RestorationRecord
+from lcc_lens.running import fused_attention
 from lcc_lens.training import TrainConfig, train, validation_loss
 
 TOKENS = torch.arange(12)[None]
@@ -145,3 +149,65 @@ def test_eora_is_the_best_low_rank_on_the_inputs(pair, question_file: Path) -> N
     assert injection.n_trained == 0
     with pytest.raises(RequestError, match="wanted a rank of at least 1"):
         eora(pair.pruned, pair.dense, sequences, rank=0)
+
+
+def test_flap_gives_back_the_mean_of_what_was_removed(pair, question_file: Path) -> None:
+    """Behind the dense model's inputs, the mean output of every output and down projection is the dense one's."""
+    sequences = encode(load_data(str(question_file), n=9), pair.tokenizer)
+    before, injection = pair.pruned(TOKENS), flap(pair, sequences)
+    dense, pruned = plain_modules(pair.dense), plain_modules(pair.pruned)
+    for site, end in (("z", "self_attn.o_proj"), ("mlp", "mlp.down_proj")):
+        for layer in range(pair.n_layers):
+            name, seen = f"model.layers.{layer}.{end}", []
+            handle = dense[name].register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0][0].double()))
+            for one in sequences:
+                pair.dense(one.tokens[None])
+            handle.remove()
+            mean = torch.cat(seen).mean(0)
+            weight, bias = pruned[name].weight.detach(), injection.biases(site)[layer]
+            removed = torch.where(weight == 0, dense[name].weight.detach(), 0.0).double()
+            assert torch.allclose(bias.double(), removed @ mean, atol=1e-4)
+            assert float(bias.abs().max()) > 0.01
+    biases = {
+        name: injection.biases(site)[layer]
+        for site in ("z", "mlp") for layer, name in enumerate(reading_maps(pair.pruned, site))
+    }  # fmt: skip
+    handles = [
+        pruned[name].register_forward_hook(lambda module, args, output, bias=bias: output + bias)
+        for name, bias in biases.items()
+    ]
+    expected = pair.pruned(TOKENS)
+    for handle in handles:
+        handle.remove()
+    with injection.applied_to(pair.pruned) as model:
+        assert torch.allclose(model(TOKENS), expected, atol=1e-4)
+        with fused_attention(model) as is_fused:
+            assert is_fused
+            assert torch.allclose(model(TOKENS), expected, atol=1e-4)
+    assert torch.equal(pair.pruned(TOKENS), before)
+    assert float((expected - before).abs().max()) > 0.01
+    assert injection.n_trained == 0
+    costs = merging_costs(injection, pair, pair.pruned)
+    d_model, width, d_kv, d_mlp = int(pair.pruned.cfg.d_model), pair.n_heads * pair.d_head, pair.d_head, 44
+    added = pair.n_layers * (d_model + width + 2 * d_kv + d_model + 2 * d_mlp)  # with the zeros that come along
+    assert costs == {"n_added": added, "zeros_kept": 1.0}
+    with pytest.raises(RequestError, match="wanted sequences to take means on, got none"):
+        flap(pair, [])
+
+
+def test_flap_of_a_sliced_model_is_refused(question_file: Path, text_file: Path, tmp_path: Path) -> None:
+    dense = save_model(build_model(num_key_value_heads=5), tmp_path / "dense")
+    prune(dense, tmp_path / "sliced", method="slimgpt", sparsity=0.5, sliced=True, calibration=str(text_file),
+          n_samples=4, seq_len=32)  # fmt: skip
+    pair = load_pair(dense, tmp_path / "sliced")
+    with pytest.raises(RequestError, match="wanted models whose maps have the same shapes, got a sliced one"):
+        flap(pair, encode(load_data(str(question_file), n=4), pair.tokenizer))
+
+
+def test_what_stays_beside_the_weights_is_no_restoration(pair, question_file: Path) -> None:
+    record = RestorationRecord("d", "p", "", "", "lora", "none", 0, 0)
+    sequences = encode(load_data(str(question_file), n=4), pair.tokenizer)
+    for injection in (adapters(pair.pruned, rank=2), eora(pair.pruned, pair.dense, sequences, rank=2)):
+        assert not injection.footprint.folds
+        with pytest.raises(RequestError, match="wanted an injection that folds into the checkpoint"):
+            Restoration.of(injection, record)

@@ -21,6 +21,7 @@ from lcc_lens.files import read_json
 from lcc_lens.models import load_plain, load_tokenizer
 from lcc_lens.objectives import Objective
 from lcc_lens.recipe import prune
+from lcc_lens.scan import Scan
 from lcc_lens.training import validation_loss, validation_terms
 
 SMALL = {
@@ -42,7 +43,8 @@ def config(question_file: Path, text_file: Path, tmp_path_factory: pytest.TempPa
 @pytest.mark.parametrize(("text", "expected"), [
     ("lcc", ("lcc", False, None, 0.0)), ("refit", (None, True, None, 0.0)),
     ("refit+low-rank+lcc:distillation", ("low-rank+lcc", True, None, 1.0)),
-    ("lora@dense", ("lora", False, "dense", 0.0)),
+    ("lora@dense", ("lora", False, "dense", 0.0)), ("refit+perp-lora", ("perp-lora", True, None, 0.0)),
+    ("lcc+mlp-lcc@shuffled", ("lcc+mlp-lcc", False, "shuffled", 0.0)),
 ])  # fmt: skip
 def test_entries_are_read(text: str, expected: tuple) -> None:
     entry = Entry.parse(text)
@@ -56,6 +58,7 @@ def test_entries_are_read(text: str, expected: tuple) -> None:
     ("refit+lcc@dense", "that trains on the pruned model"),
     ("lcc=fast", "wanted a learning rate behind =, got 'fast'"),
     ("norms@random-heads", "wanted a method that acts on heads"), ("lora@random-heads", "that acts on heads"),
+    ("mlp-lcc@random-heads", "wanted a method that acts on heads"), ("flap+lcc", "wanted a method"),
 ])  # fmt: skip
 def test_wrong_entries_are_refused(text: str, message: str) -> None:
     with pytest.raises(RequestError, match=message):
@@ -132,6 +135,34 @@ def test_tasks_are_scored_under_the_injection(
     assert row["acc"] == pytest.approx(items[1].count("1") / 5)
     assert row["gain_interval"][0] <= gain <= row["gain_interval"][1]
     assert found["cells"]["lofit | 0"]["n_trained"] == 3 * 6  # a fifth of the 15 heads, an offset of d_head each
+
+
+def test_closed_forms_and_cheap_baselines(
+    dense_dir: Path, pruned_dir: Path, config: CompareConfig, tmp_path: Path
+) -> None:
+    """Each is built, measured and costed; the scan is made anew once more of it is needed."""
+    config = dataclasses.replace(config, low_rank=5)
+    entries = ["mean-shift", "perp", "flap", "perp-lora", "mlp-lcc", "mean-shift-sequential-mlp", "eora"]
+    found = compare(dense_dir, pruned_dir, tmp_path, entries, seeds=1, config=config)
+    cells = {name.removesuffix(" | 0"): cell for name, cell in found["cells"].items()}
+    assert not [cell["error"] for cell in cells.values() if "error" in cell]
+    scanned = Scan.load(tmp_path / "scan")
+    assert scanned.others["mlp"].singular_values is not None
+    d_model, d_mlp, n_layers, width, n_in = 40, 44, 3, 5 * 6, 6
+    norms = (2 * n_layers + 1) * d_model
+    assert cells["perp"]["n_trained"] == norms + n_layers * (width + d_mlp)
+    maps = [(d_model, width), (d_model, n_in), (d_model, n_in), (width, d_model), *[(d_model, d_mlp)] * 3]
+    assert cells["perp-lora"]["n_trained"] == n_layers * sum(2 * (a + b) for a, b in maps)  # LoRA's rank, 2
+    o_biases, mlp_biases = n_layers * (d_model + width + 2 * n_in), n_layers * (d_model + 2 * d_mlp)
+    for name, added in {
+        "mean-shift": o_biases, "mlp-lcc": mlp_biases, "perp-lora": 0, "perp": o_biases + mlp_biases,
+        "flap": o_biases + mlp_biases, "mean-shift-sequential-mlp": o_biases + mlp_biases,
+    }.items():  # fmt: skip
+        assert (cells[name]["n_added"], cells[name]["zeros_kept"]) == (added, 1.0)
+        assert cells[name]["kl"] != found["bare"]["pruned"]["kl"]
+    assert cells["flap"]["n_trained"] == cells["mean-shift-sequential-mlp"]["n_trained"] == 0
+    assert cells["flap"]["steps"] == 0
+    assert set(found["inference"]) == {"pruned", "biases", "mlp biases", "all biases", "eora"}
 
 
 def test_refit_and_what_is_trained_upon_it(

@@ -26,6 +26,7 @@ def test_sound_model_passes_everything(dense_dir: Path) -> None:
     known = said(found)
     assert known["loads under hooks"][1].endswith("3 layers of 5 heads of 6, 1 key-value heads")
     assert known["constants in an export"][1] == "output bias, by attention_bias"
+    assert known["MLP constants in an export"][1] == "output bias, by mlp_bias"
     assert known["magnitude, wanda, sparsegpt"][1] == "21 matrices in 3 layers"
     assert "transformer-lens" in known["versions"][1]
     assert "GFLOP/s" in known["number format"][1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from pathlib import Path
@@ -15,7 +16,7 @@ from lcc_lens import data
 from lcc_lens.data import encode, load_data
 from lcc_lens.errors import RequestError
 from lcc_lens.evaluation import check_tasks, evaluate, evaluate_model, evaluate_task, sequence_loss, unique_names
-from lcc_lens.metrics import bootstrap_interval, perplexity, share_recovered
+from lcc_lens.metrics import bootstrap_interval, perplexity, share_recovered, stratified_interval
 from lcc_lens.models import load_plain, load_tokenizer
 from lcc_lens.negatives import with_other_answers
 
@@ -111,6 +112,36 @@ def test_bootstrap_intervals() -> None:
     for wrong in (([], None), ([1.0], [1.0, 2.0])):
         with pytest.raises(ValueError, match="wanted as many numerators"):
             bootstrap_interval(*wrong)
+
+
+def test_stratified_interval_is_that_of_all_draws() -> None:
+    """Oracle: every way to draw the items of two small strata anew, each equally likely."""
+    gained, lost = [[0.0, 1.0, 0.0], [1.0, -1.0, 0.0, 1.0]], [[1.0, 1.0, 2.0], [1.0, 0.5, 2.0, 1.0]]
+
+    def means(stratum: int) -> list[tuple[float, float]]:
+        n = len(gained[stratum])
+        ways = itertools.product(range(n), repeat=n)
+        return [(sum(gained[stratum][i] for i in way) / n, sum(lost[stratum][i] for i in way) / n) for way in ways]
+
+    pairs = [(a + c, b + d) for (a, b), (c, d) in itertools.product(means(0), means(1))]
+    levels = torch.tensor([0.1, 0.9], dtype=torch.float64)
+    expected = torch.quantile(torch.tensor([a / b for a, b in pairs], dtype=torch.float64), levels).tolist()
+    found = stratified_interval(gained, lost, level=0.8, n_samples=40_000)
+    assert found == pytest.approx(expected, abs=0.03)
+    expected = torch.quantile(torch.tensor([a / 2 for a, _ in pairs], dtype=torch.float64), levels).tolist()
+    assert stratified_interval(gained, level=0.8, n_samples=40_000) == pytest.approx(expected, abs=0.03)
+
+
+def test_stratified_interval_is_paired_and_none_where_nothing_may_be_lost() -> None:
+    lost = [[1.0, 0.0, 1.0, 1.0], [0.5] * 9]
+    assert stratified_interval([[0.25 * x for x in part] for part in lost], lost) == pytest.approx((0.25, 0.25))
+    assert stratified_interval([[1.0, 0.0]], [[1.0, -1.0]]) is None
+    for wrong in (([], None), ([[1.0], []], None), ([[1.0, 2.0]], [[1.0]])):
+        with pytest.raises(ValueError, match="wanted strata with items"):
+            stratified_interval(*wrong)
+    # a stratum counts alike whatever its size, so its items are resampled within it
+    low, high = stratified_interval([[1.0] * 1000, [0.0]])
+    assert (low, high) == (0.5, 0.5)
 
 
 @given(dense=st.floats(0.5, 3), lost=st.floats(0.01, 3), share=st.floats(-1, 1.5))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -112,8 +113,8 @@ def test_gain_scales_chosen_head_outputs(pair, found: Scan) -> None:
 def test_parts_act_together(pair, found: Scan) -> None:
     injection = disturbed(build(pair, found, "lcc+gain+low-rank"), 0.02)
     assert injection.n_trained == sum(build(pair, found, name).n_trained for name in ("lcc", "gain", "low-rank"))
-    assert learning_rates(injection, None) == [3e-2, 1e-2, 2e-3]
-    assert learning_rates(injection, 6e-2) == [6e-2, 2e-2, 4e-3]
+    assert learning_rates(injection, None) == [3e-2, 1e-2, 5e-3]
+    assert learning_rates(injection, 6e-2) == [6e-2, 2e-2, 1e-2]
     results = []
     for part in (injection, *injection.parts):
         with torch.no_grad(), part.applied_to(pair.pruned) as model:
@@ -166,8 +167,9 @@ def test_a_rank_that_offset_has_no_use_for(pair, found: Scan) -> None:
 
 
 def test_every_weight_is_reached(pair, found: Scan) -> None:
-    for method in METHODS:
-        build(pair, found, method)
+    for method, described in METHODS.items():
+        if described.source != "sequences" and not method.startswith("mlp-"):
+            build(pair, found, method)
     injection = build(pair, found, "low-rank")
     injection._names = tuple("model.embed_tokens" if "q_proj" in name else name for name in injection._names)
     injection.changes()["model.embed_tokens"].forward = lambda weight: weight  # as if a copy were computed with
@@ -280,9 +282,9 @@ def test_range_test_leaves_the_injection_and_counts_divergence(pair, question_fi
     injection = build_injection("masked", Ingredients(pair.pruned, None, (), pair.output_projections))
     before = {name: value.clone() for name, value in injection.state_dict().items()}
     config = TrainConfig(batch_size=2)
-    found = range_test(pair.pruned, injection, sequences, sequences, config, factors=(1.0, 1e8), n_steps=3)
+    found = range_test(pair.pruned, injection, sequences, sequences, config, factors=(1.0, 1e40), n_steps=3)
     assert found.n_steps == 3
-    assert found.losses[0] < found.losses[1]
+    assert found.losses[0] < found.losses[1] == math.inf
     assert found.best == pytest.approx(1e-4)
     assert found.is_at_edge
     assert all(torch.equal(value, before[name]) for name, value in injection.state_dict().items())

@@ -44,7 +44,7 @@ def weights(path: Path) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("target", ["weights", "outputs"])
 def test_zeros_stay_and_the_model_comes_nearer(target: Any, dense_dir: Path, pruned_dir: Path, tmp_path: Path) -> None:
-    report = refit(dense_dir, pruned_dir, tmp_path / "refit", config=RefitConfig(target), **SETTINGS)
+    report = refit(dense_dir, pruned_dir, tmp_path / "refit", config=RefitConfig(target, mend=0.0), **SETTINGS)
     assert compare_zeros(pruned_dir, tmp_path / "refit").is_equal
     assert divergence(tmp_path / "refit", dense_dir) < 0.9 * divergence(pruned_dir, dense_dir)
     assert report == read_json(tmp_path / "refit" / REFIT_RECORD)
@@ -72,6 +72,48 @@ def test_first_map_equals_least_squares_on_its_own_inputs(dense_dir: Path, prune
         assert torch.allclose(found[row, columns], torch.linalg.lstsq(samples, wanted).solution, atol=1e-4)
 
 
+def test_output_maps_make_up_for_what_the_stream_lacks(dense_dir: Path, pruned_dir: Path, tmp_path: Path) -> None:
+    """The last layer's output maps equal weighted least squares to the dense outputs plus half of the stream's gap."""
+    config = RefitConfig(mend=0.5, ridge=1e-3)
+    refit(dense_dir, pruned_dir, tmp_path / "refit", config=config, **SETTINGS)
+    models = [AutoModelForCausalLM.from_pretrained(path).eval() for path in (dense_dir, tmp_path / "refit")]
+    for part, name in (("self_attn", "o_proj"), ("mlp", "down_proj")):
+        path = f"model.layers.2.{part}.{name}"
+        (r_dense, x_dense), (r, x) = (reads(model, path, part) for model in models)
+        dense, pruned, found = (
+            weights(p)[f"{path}.weight"].double() for p in (dense_dir, pruned_dir, tmp_path / "refit")
+        )
+        size = r_dense if part == "self_attn" else reads(models[0], path, "self_attn")[0]
+        weight = size.square().mean(-1, keepdim=True).rsqrt()
+        weight = weight.clamp(max=10 * float(weight.median()))
+        wanted = weight * (x_dense @ dense.T + 0.5 * (r_dense - r))
+        X = weight * x
+        pull = 1e-3 * float((X * X).sum(0).mean())
+        for row in range(len(dense)):
+            columns = pruned[row].nonzero()[:, 0]
+            samples = torch.cat([X[:, columns], pull**0.5 * torch.eye(len(columns), dtype=torch.float64)])
+            target = torch.cat([wanted[:, row], pull**0.5 * dense[row, columns]])
+            assert torch.allclose(found[row, columns], torch.linalg.lstsq(samples, target).solution, atol=1e-3)
+
+
+@torch.no_grad()
+def reads(model: Any, path: str, part: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the residual stream holds before a part of the last layer writes to it, and the inputs of a map there."""
+    kept: dict[str, torch.Tensor] = {}
+    norm = {"self_attn": "input_layernorm", "mlp": "post_attention_layernorm"}[part]
+    places = {"stream": model.model.layers[2].get_submodule(norm), "inputs": model.get_submodule(path)}
+    handles = [
+        module.register_forward_pre_hook(
+            lambda _, args, name=name: kept.__setitem__(name, args[0].flatten(0, 1).double())
+        )
+        for name, module in places.items()
+    ]
+    model(TOKENS)
+    for handle in handles:
+        handle.remove()
+    return kept["stream"], kept["inputs"]
+
+
 def test_maps_of_a_layer_see_what_was_refitted_before_them(
     dense_dir: Path, pruned_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -89,7 +131,7 @@ def test_maps_of_a_layer_see_what_was_refitted_before_them(
 def test_a_refit_that_was_stopped_goes_on_to_the_same_bits(
     target: Any, dense_dir: Path, pruned_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = RefitConfig(target)
+    config = RefitConfig(target, mend=0.5 if target == "weights" else 0.0)
     whole = refit(dense_dir, pruned_dir, tmp_path / "whole", config=config, **SETTINGS)
     run, layers = module._LayerRefit.run, []
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from test_contrast import FAMILIES
 from lcc_lens.data import batches, encode, load_data
 from lcc_lens.heads import Head
 from lcc_lens.injections import Ingredients, LccInjection, build_injection
+from lcc_lens.kept_states import KeptStates
 from lcc_lens.models import load_hooked
 from lcc_lens.objectives import Objective
 from lcc_lens.reuse import CachedTeacher, StartedLater, _is_product, can_start_later, first_layer, reused
@@ -94,15 +96,81 @@ def test_training_with_reuse_equals_training_without(pair, found, question_file:
     assert torch.allclose(same, constants, atol=1e-3 * float(constants.abs().max()))
 
 
-def test_what_does_not_fit_is_computed_again(pair, question_file: Path) -> None:
+def test_what_does_not_fit_goes_to_disk_or_is_computed_again(pair, question_file: Path, tmp_path, monkeypatch) -> None:
+    """Memory, disk and computing again give the same bits, and nothing stays on disk."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     sequences = encode(load_data(str(question_file)), pair.tokenizer)
     distillation = Objective(0.0, 1.0)
     expected = validation_loss(pair.pruned, None, sequences, 1024, distillation, pair.dense)
-    width = int(pair.dense.cfg.d_model) * 4
-    for max_bytes in (0, width * sum(len(s) for s in sequences) // 2):
-        teacher = CachedTeacher(pair.dense, max_bytes=max_bytes)
+    whole = (
+        int(pair.dense.cfg.d_model) * 4 * sum(len(tokens) for tokens in {tuple(s.tokens.tolist()) for s in sequences})
+    )
+    results = set()
+    for memory, disk in ((whole, 0), (0, whole), (whole // 3, whole // 3), (0, None), (0, 0)):
+        kept = KeptStates(max_bytes=memory, max_disk_bytes=disk)
+        teacher = CachedTeacher(pair.dense, kept)
         for _ in range(2):
-            got = validation_loss(pair.pruned, None, sequences, 1024, distillation, teacher)
-            assert got == pytest.approx(expected, rel=1e-5)
-        assert teacher._store.n_bytes <= max_bytes
-        assert (teacher._store.n_bytes > 0) == (max_bytes > 0)
+            results.add(validation_loss(pair.pruned, None, sequences, 1024, distillation, teacher))
+        assert kept.n_bytes <= memory
+        assert (kept.n_bytes + kept.n_disk_bytes == whole) == (whole in (memory, disk) or disk is None)
+        assert (kept.n_disk_bytes > 0) == (disk != 0)
+        assert list(tmp_path.iterdir()) == []
+    assert len(results) == 1
+    assert results.pop() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_states_are_read_from_disk_bit_for_bit(dtype: torch.dtype) -> None:
+    batch = next(iter(batches([TokenSequence(torch.arange(5), 1), TokenSequence(torch.arange(9), 1)], max_tokens=99)))
+    computed: list[int] = []
+
+    def compute(tokens):
+        computed.append(tokens.shape[1])
+        return torch.randn(1, tokens.shape[1], 7, generator=torch.Generator().manual_seed(len(computed))).to(dtype)
+
+    kept = KeptStates(max_bytes=0)
+    with torch.inference_mode():
+        first = kept.of(batch, torch.device("cpu"), compute)
+    again = kept.of(batch, torch.device("cpu"), compute)
+    assert torch.equal(again, first)
+    assert again.dtype == dtype
+    assert computed == [9, 5]
+    assert not bool(again[1, 5:].any())
+    assert not again.is_inference()
+    (again * torch.ones(7, dtype=dtype, requires_grad=True)).sum().backward()  # it may enter a backward pass
+
+
+def test_full_disk_is_no_failure(monkeypatch: pytest.MonkeyPatch, caplog) -> None:
+    def full(tensor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("lcc_lens.kept_states._mapped", full)
+    batch = next(iter(batches([TokenSequence(torch.arange(5), 1)], max_tokens=99)))
+    kept = KeptStates(max_bytes=0)
+    for _ in range(2):
+        assert torch.equal(
+            kept.of(batch, torch.device("cpu"), lambda t: t[..., None].float())[0, :, 0], batch.tokens[0]
+        )
+    assert kept.n_disk_bytes == 0
+    assert caplog.text.count("nothing more is kept on disk (No space left on device)") == 1
+
+
+def test_resumed_training_with_reuse_gives_the_same_bits(pair, found, question_file: Path, tmp_path: Path) -> None:
+    sequences = encode(load_data(str(question_file)), pair.tokenizer)
+    config = TrainConfig(batch_size=4, epochs=2, validate_every=3, checkpoint_every=1, reuse=True)
+    results = []
+    for stop in (None, 15):  # in the second epoch, in which the sequences come in other batches
+        injection = LccInjection(found.components, [Head(2, 1), Head(1, 3)])
+        run = tmp_path / str(stop)
+        running = train(pair.pruned, injection, sequences, sequences[:6], config, run=run)
+        for step in running:
+            if step.step == stop:
+                break
+        running.close()
+        if stop is not None:
+            injection = LccInjection(found.components, [Head(2, 1), Head(1, 3)])
+            done = list(train(pair.pruned, injection, sequences, sequences[:6], config, run=run, resume=True))
+            assert done[0].step == stop
+        results.append(injection.constants().detach())
+    assert torch.equal(*results)
+    assert float(results[0].abs().max()) > 0.01

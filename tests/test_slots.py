@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -17,11 +18,14 @@ from lcc_lens.export import export
 from lcc_lens.files import read_json
 from lcc_lens.heads import Head
 from lcc_lens.injections.changes import Shift
+from lcc_lens.injections.constants import SiteConstants
+from lcc_lens.joint_slots import JointSlots, find_joint_slots
 from lcc_lens.models import load_hooked
 from lcc_lens.pair import load_pair
+from lcc_lens.reading_maps import ConstantSite, mlp_width, reading_maps
 from lcc_lens.restoration import Restoration
 from lcc_lens.retyping import retyped_configs
-from lcc_lens.slots import find_slots
+from lcc_lens.slots import BiasSlots, find_slots
 from lcc_lens.twins import build_twin, shrink, twin_logits
 
 
@@ -33,6 +37,21 @@ def check_export(pruned: Path, restoration: Restoration, out: Path) -> None:
     """The export is what the hooked model computes, which is not what the pruned one computes."""
     export(restoration, pruned, out)
     assert_equal(reloaded(out), logits_of(load_pair(pruned, pruned), restoration))
+
+
+def with_mlp(restoration: Restoration, pruned: Path, layers: tuple[int, ...] = (0, 2)) -> Restoration:
+    """The same with constants at some MLPs, too."""
+    width = mlp_width(load_hooked(pruned).model)
+    values = 0.3 * torch.randn(len(layers), width, generator=torch.Generator().manual_seed(7))
+    parts = tuple(Head(layer, 0) for layer in layers)
+    return dataclasses.replace(
+        restoration, mlp=SiteConstants("mlp", parts, values, values.new_zeros(len(parts), 0), values)
+    )
+
+
+def mlp_alone(restoration: Restoration) -> Restoration:
+    none = torch.zeros(0, 0)
+    return dataclasses.replace(restoration, heads=(), constants=none, magnitudes=none, offset=none)
 
 
 @pytest.mark.parametrize("agree", [True, False])
@@ -180,3 +199,80 @@ def test_architecture_that_cannot_be_built_in_small_keeps_its_own_switch(
     assert find_slots(llama, load_hooked(llama).output_projections).way == "output bias, by attention_bias"
     with pytest.raises(RequestError, match="got gptj, which has none that is exact"):
         find_slots(gptj, load_hooked(gptj).output_projections)
+
+
+#: By family, how constants at the MLP are stored; None where they cannot be.
+MLP_WAYS = {
+    "llama": "output bias, by mlp_bias",
+    "granite": "output bias, by mlp_bias",
+    "falcon": "output bias, by bias",
+    "gpt2": "output bias",
+    "gptj": "output bias",
+    "cohere": "bias of the parallel attention, by attention_bias",
+    "mistral": "output bias, re-typed as llama",
+    "mistral, sliding window": "output bias, re-typed as smollm3",
+    "qwen2": "output bias, re-typed as llama",
+    "qwen2, multi-head": "output bias, re-typed as llama",
+    "phi3": "output bias, re-typed as llama",
+    "gemma2": None,
+    "mpt": None,
+}
+
+
+@pytest.mark.parametrize("family", MLP_WAYS)
+def test_constants_at_the_mlp_are_stored_alone_and_beside_those_of_heads(family: str, tmp_path: Path) -> None:
+    pruned = save_family(family, tmp_path / "pruned")
+    maps = reading_maps(load_hooked(pruned).model, "mlp")
+    both = with_mlp(restoration_of(pruned, heads=[Head(0, 1), Head(2, 3)]), pruned)
+    way = MLP_WAYS[family]
+    if way is None:
+        with pytest.raises(RequestError, match=r"a constant per MLP in a bias, got .*, which has none that is exact"):
+            export(mlp_alone(both), pruned, tmp_path / "out")
+        assert list(tmp_path.iterdir()) == [pruned]
+        return
+    assert find_slots(pruned, maps, "mlp").way == way
+    check_export(pruned, mlp_alone(both), tmp_path / "mlp")
+    check_export(pruned, both, tmp_path / "both")
+
+
+def test_both_sites_share_a_bias_where_blocks_are_parallel(tmp_path: Path) -> None:
+    pruned = save_family("gptj", tmp_path / "pruned")
+    constants = restoration_of(pruned, heads=[Head(2, 3)])
+    name, change = "transformer.h.2.mlp.fc_out.bias", {}
+    for case, one in {
+        "z": constants,
+        "mlp": mlp_alone(with_mlp(constants, pruned)),
+        "both": with_mlp(constants, pruned),
+    }.items():
+        check_export(pruned, one, tmp_path / case)
+        old, new = (load_file(folder / "model.safetensors")[name] for folder in (pruned, tmp_path / case))
+        change[case] = new - old
+        assert float(change[case].abs().max()) > 0.1
+    assert torch.allclose(change["both"], change["z"] + change["mlp"], atol=1e-6)
+
+
+def test_joint_configuration_switches_both_sites_on(tmp_path: Path) -> None:
+    """Each site's own has the other one's switch off; biases that only come along stay zero."""
+    pruned = save_family("qwen2", tmp_path / "pruned")
+    model = load_hooked(pruned).model
+    sites: tuple[ConstantSite, ...] = ("z", "mlp")
+    slots = find_joint_slots(pruned, {site: reading_maps(model, site) for site in sites})
+    assert slots.by_site["z"].config["mlp_bias"] is False
+    assert (slots.retyped_as, slots.config["attention_bias"], slots.config["mlp_bias"]) == ("llama", True, True)
+    added = {name.split(".", 3)[3] for name in slots.new_biases(load_file(pruned / "model.safetensors").keys())}
+    assert added == {f"{name}.bias" for name in ("self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")}
+
+
+def test_ways_that_exclude_each_other_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    import lcc_lens.joint_slots
+
+    ways = {
+        "z": BiasSlots(("a.bias",), {"attention_bias": True}, {}, switches=("attention_bias",)),
+        "mlp": BiasSlots(("b.bias",), {"mlp_bias": True}, {}, retyped_as="llama", switches=("mlp_bias",), site="mlp"),
+    }
+    monkeypatch.setattr(lcc_lens.joint_slots, "find_slots", lambda path, maps, site, **_: ways[site])
+    message = "holds the constants of z and mlp, got output bias, by attention_bias and output bias, re-typed as llama"
+    with pytest.raises(RequestError, match=message):
+        find_joint_slots(Path(), {"z": ("a",), "mlp": ("b",)})
+    ways["z"] = BiasSlots(("a.bias",), {}, {})  # a stored bias is under either name
+    assert isinstance(find_joint_slots(Path(), {"z": ("a",), "mlp": ("b",)}), JointSlots)

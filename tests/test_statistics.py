@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lcc_lens import statistics
 from lcc_lens.components import extract_lost_components
+from lcc_lens.errors import RequestError
 from lcc_lens.statistics import DifferenceStatistics, RunningDifferences
 
 N_LAYERS, N_PARTS, WIDTH = 2, 3, 4
@@ -172,22 +173,36 @@ def test_state_goes_on_to_the_same_bits() -> None:
     added(later, dense[2:], pruned[2:])
     assert (later.n_samples, later.n_examples) == (whole.n_samples, whole.n_examples) == (12, 4)
     expected = whole.finish().tensors()
-    assert expected.keys() == {f.name for f in fields(DifferenceStatistics)} - {"n_samples"}
+    assert expected.keys() == {f.name for f in fields(DifferenceStatistics)} - {"n_samples", "directions"}
     for name, tensor in later.finish().tensors().items():
         assert torch.equal(tensor, expected[name]), name
 
 
-def test_wide_parts_keep_only_their_spectrum(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wide_parts_keep_their_spectrum_and_first_directions(monkeypatch: pytest.MonkeyPatch) -> None:
     dense, pruned = activations([3, 4, 2], seed=5)
     narrow = fed(dense, pruned).finish()
     monkeypatch.setattr(statistics, "_WIDE", WIDTH - 1)
     monkeypatch.setattr(statistics, "_BLOCK", 2)  # several blocks, the last one narrower
+    monkeypatch.setattr(statistics, "WIDE_DIRECTIONS", 3)
     wide = fed(dense, pruned).finish()
     assert wide.second_moment is None
     assert torch.allclose(wide.singular_values, narrow.singular_values, rtol=1e-4)
-    with pytest.raises(ValueError, match="wanted a second moment, got statistics without"):
-        wide.components()
+    lost, whole = wide.components(), narrow.components()
+    assert lost.directions.shape == (N_LAYERS, N_PARTS, 3, WIDTH)
+    assert torch.allclose(lost.directions, whole.directions[:, :, :3], atol=1e-3)
+    assert torch.allclose(lost.coefficients, whole.coefficients[..., :3], atol=1e-3)
+    assert torch.equal(lost.component(), narrow.mean_difference)  # the whole mean, not what three directions hold
+    assert torch.allclose(lost.component(2), whole.component(2), atol=1e-3)
+    assert not torch.allclose(lost.component(3), lost.component(), atol=1e-2)
+    assert torch.allclose(lost.explained_share(), whole.explained_share()[..., :3], rtol=1e-4)
+    assert torch.allclose(lost.root_mean_square(), whole.root_mean_square(), rtol=1e-5)
+    with pytest.raises(RequestError, match="wanted a rank between 1 and the 3 directions held, got 4"):
+        lost.component(4)
+    with pytest.raises(RequestError, match=f"wanted all {WIDTH} directions to turn, got the first 3 alone"):
+        lost.in_random_basis()
     without = fed(dense, pruned, second_moment=False).finish()
+    assert without.components().n_held == 0
+    assert torch.equal(without.components().component(), narrow.mean_difference)
     assert without.effective_rank is without.explained_share is without.singular_values is None
     assert torch.equal(without.relative_loss, narrow.relative_loss)
 

@@ -2,6 +2,7 @@
 
 from lcc_lens.baselines.adapters import AdapterInjection, adapters
 from lcc_lens.baselines.eora import eora
+from lcc_lens.baselines.flap import BiasInjection, flap
 from lcc_lens.baselines.lofit import lofit_heads
 
-__all__ = ["AdapterInjection", "adapters", "eora", "lofit_heads"]
+__all__ = ["AdapterInjection", "BiasInjection", "adapters", "eora", "flap", "lofit_heads"]

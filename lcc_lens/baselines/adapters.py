@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lcc_lens.errors import RequestError
 from lcc_lens.hooks import HookedModel
 from lcc_lens.injections.base import Injection
+from lcc_lens.injections.footprint import Footprint
 from lcc_lens.injections.weights import layer_maps
 from lcc_lens.pruning.layers import is_transposed
 
@@ -42,6 +43,11 @@ class AdapterInjection(Injection):
     def n_beside(self) -> int:
         """How many numbers stand beside the model's weights: those of the adapters."""
         return self.n_trained
+
+    @property
+    def footprint(self) -> Footprint:
+        """See :class:`~lcc_lens.injections.footprint.Footprint`."""
+        return Footprint(n_trained=self.n_trained, n_beside=self.n_beside)
 
     @contextmanager
     def attached(self, model: HookedModel) -> Iterator[HookedModel]:

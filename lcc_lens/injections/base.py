@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 from torch import Tensor, nn
 
 from lcc_lens.hooks import HookedModel, NamedHook, kept_hooks
 from lcc_lens.injections.changes import Change, merged
+from lcc_lens.injections.footprint import Footprint
 from lcc_lens.plain_modules import changed_weights
 
 
@@ -31,6 +32,11 @@ class Injection(nn.Module):
         """The injections that this one is made of; itself if it is simple."""
         return (self,)
 
+    @property
+    def footprint(self) -> Footprint:
+        """What it touches, trains and needs; changed weights by default."""
+        return Footprint(weights=tuple(self.changes()), n_trained=self.n_trained)
+
     def hooks(self) -> list[NamedHook]:
         """Hooks with the present numbers; gradients flow into them."""
         return []
@@ -39,13 +45,17 @@ class Injection(nn.Module):
         """Changed weights by the plain name of their module."""
         return {}
 
+    def merged_weights(self) -> Mapping[str, Callable[[Tensor], Tensor]]:
+        """By plain name of a map, what gives its weight ``[out, in]`` once the injection is merged."""
+        return merged(part.changes() for part in self.parts)
+
     def penalty(self) -> Tensor | None:
         """What training adds to the objective of every step, once; nothing by default."""
         return None
 
     def attached(self, model: HookedModel) -> AbstractContextManager[HookedModel]:
         """Let the model compute with the changed weights inside the block; :meth:`hooks` are for every forward pass."""
-        changes = merged(part.changes() for part in self.parts)
+        changes = self.merged_weights()
         return changed_weights(model, changes) if changes else nullcontext(model)
 
     @contextmanager
@@ -71,6 +81,11 @@ class Composite(Injection):
     def parts(self) -> Sequence[Injection]:
         """The injections that this one is made of."""
         return [part for member in self.members if isinstance(member, Injection) for part in member.parts]
+
+    @property
+    def footprint(self) -> Footprint:
+        """That of all parts."""
+        return Footprint.joined(part.footprint for part in self.parts)
 
     def hooks(self) -> list[NamedHook]:
         """The hooks of all parts."""

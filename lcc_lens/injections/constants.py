@@ -1,8 +1,10 @@
-"""Constants at head outputs: trained magnitudes over lost directions, and the controls of that."""
+"""Constants at head outputs or at the MLP: trained magnitudes over lost directions, and the controls of that."""
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -12,10 +14,14 @@ from torch import Tensor, nn
 from lcc_lens.components import LostComponents
 from lcc_lens.errors import RequestError
 from lcc_lens.heads import Head, check_heads, head_indices
-from lcc_lens.hooks import NamedHook, z_adders
+from lcc_lens.hooks import NamedHook
 from lcc_lens.injections.base import Injection
+from lcc_lens.injections.footprint import Footprint
+from lcc_lens.reading_maps import ConstantSite, site_adders
 
 Start = Literal["zero", "mean"]
+#: A constant's learning rate at the MLP: it is wide, and Adam moves all of its coordinates at once.
+MLP_LR = 1e-2
 
 
 def constants_by_layer(
@@ -33,7 +39,82 @@ def constants_by_layer(
     return dict(zip(layers, spread.unbind(0), strict=True))
 
 
-class LccInjection(Injection):
+@dataclass(frozen=True)
+class SiteConstants:
+    """Constants at one site, frozen: of which parts, and the magnitudes and offset that they are made of.
+
+    Parts are heads; an MLP is head 0 of its layer.
+    """
+
+    site: ConstantSite
+    parts: tuple[Head, ...]
+    values: Float[Tensor, "chosen width"]
+    magnitudes: Float[Tensor, "chosen component"]
+    offset: Float[Tensor, "chosen width"]
+
+    def hooks(self, n_parts: int) -> list[NamedHook]:
+        """Hooks that add the constants in a model with so many parts per layer."""
+        return site_adders(self.site, constants_by_layer(self.parts, self.values, n_parts))
+
+
+class ConstantInjection(Injection):
+    """A constant at chosen parts of one site.
+
+    Args:
+        site: where: ``z``, the head outputs, or ``mlp``, the MLP's post-activation.
+        parts: the chosen heads; of the MLP, head 0 of each chosen layer.
+        shape: layers, and parts of each.
+
+    Raises:
+        RequestError: a part twice, or outside the model.
+    """
+
+    def __init__(self, site: ConstantSite, parts: Sequence[Head], shape: tuple[int, int]) -> None:
+        super().__init__()
+        self.site, self.n_heads = site, shape[1]
+        self.heads = check_heads(parts, *shape)
+
+    @property
+    def footprint(self) -> Footprint:
+        """See :class:`~lcc_lens.injections.footprint.Footprint`."""
+        return Footprint(biases=(self.site,), n_trained=self.n_trained)
+
+    @abstractmethod
+    def constants(self) -> Float[Tensor, "chosen width"]:
+        """What is added to every chosen part."""
+
+    def hooks(self) -> list[NamedHook]:
+        """Hooks that add the present constants; gradients flow into the trained numbers."""
+        return site_adders(self.site, constants_by_layer(self.heads, self.constants(), self.n_heads))
+
+    @torch.no_grad()
+    def frozen(self) -> SiteConstants:
+        """The present constants; what is not made of directions is all offset."""
+        values = self.constants().cpu().clone()
+        return SiteConstants(self.site, tuple(self.heads), values, values.new_zeros(len(values), 0), values.clone())
+
+
+class FixedConstants(ConstantInjection):
+    """Constants as they were measured; nothing is trained.
+
+    Args:
+        site: see :class:`ConstantInjection`.
+        values: by layer and part.
+        parts: the chosen ones.
+    """
+
+    values: Float[Tensor, "chosen width"]
+
+    def __init__(self, site: ConstantSite, values: Float[Tensor, "layer part width"], parts: Sequence[Head]) -> None:
+        super().__init__(site, parts, (values.shape[0], values.shape[1]))
+        self.register_buffer("values", values[head_indices(self.heads)].float().clone())
+
+    def constants(self) -> Float[Tensor, "chosen width"]:
+        """The measured constant of every chosen part."""
+        return self.values
+
+
+class LccInjection(ConstantInjection):
     r"""A constant per head: trained magnitudes over fixed lost directions plus a free offset.
 
     $c_{learned} = \sum_{i \le K} \beta_i v_i + b$ with the directions $v_i$ fixed, the magnitudes $\beta_i$ and the
@@ -49,6 +130,7 @@ class LccInjection(Injection):
         heads: the heads to restore.
         rank: K; all directions if not given, the offset alone if 0.
         start: ``zero`` begins at the pruned model; ``mean`` begins with $\beta_i = \alpha_i$, the lost component.
+        site: what the components are of: of heads, or of MLPs, which are wide and hold their first directions alone.
 
     Reference: RestoreLCC (arXiv 2510.21834), Eq. 8.
     """
@@ -58,15 +140,22 @@ class LccInjection(Injection):
     unit: Float[Tensor, "chosen 1"]
 
     def __init__(
-        self, components: LostComponents, heads: Sequence[Head], *, rank: int | None = None, start: Start = "zero"
+        self,
+        components: LostComponents,
+        heads: Sequence[Head],
+        *,
+        rank: int | None = None,
+        start: Start = "zero",
+        site: ConstantSite = "z",
     ) -> None:
-        super().__init__()
-        n_layers, n_heads, _, d_head = components.directions.shape
-        rank = d_head if rank is None else rank
-        if not 0 <= rank <= d_head:
-            raise RequestError(f"wanted a rank between 0 (offset alone) and d_head = {d_head}, got {rank}")
-        self.heads = check_heads(heads, n_layers, n_heads)
-        self.n_heads = n_heads
+        n_layers, n_heads, n_held, d_head = components.directions.shape
+        super().__init__(site, heads, (n_layers, n_heads))
+        if site == "mlp":
+            self.default_lr = MLP_LR
+        rank = n_held if rank is None else rank
+        if not 0 <= rank <= n_held:
+            most = f"d_head = {d_head}" if site == "z" else f"the {n_held} directions that the scan holds of the MLP"
+            raise RequestError(f"wanted a rank between 0 (offset alone) and {most}, got {rank}")
         chosen = head_indices(self.heads)
         tiny = torch.finfo(torch.float32).tiny  # a head that lost nothing keeps its output
         self.register_buffer("directions", components.directions[chosen][:, :rank].float().clone())
@@ -79,9 +168,11 @@ class LccInjection(Injection):
         """The learned component of every chosen head."""
         return self.unit * (torch.einsum("ck,ckd->cd", self.magnitudes, self.directions) + self.offset)
 
-    def hooks(self) -> list[NamedHook]:
-        """Hooks that add the present constants to ``hook_z``; gradients flow into the trained numbers."""
-        return z_adders(constants_by_layer(self.heads, self.constants(), self.n_heads))
+    @torch.no_grad()
+    def frozen(self) -> SiteConstants:
+        """The present constants, magnitudes and offsets, in the activations' units."""
+        magnitudes, offset = ((self.unit * numbers).cpu().clone() for numbers in (self.magnitudes, self.offset))
+        return SiteConstants(self.site, tuple(self.heads), self.constants().cpu().clone(), magnitudes, offset)
 
 
 class OffsetInjection(LccInjection):
@@ -91,10 +182,18 @@ class OffsetInjection(LccInjection):
         components: lost components of the pair (their size, and their mean as a start).
         heads: the heads to restore.
         start: ``zero`` begins at the pruned model; ``mean`` at the mean difference.
+        site: see :class:`LccInjection`.
     """
 
-    def __init__(self, components: LostComponents, heads: Sequence[Head], *, start: Start = "zero") -> None:
-        super().__init__(components, heads, rank=0)
+    def __init__(
+        self,
+        components: LostComponents,
+        heads: Sequence[Head],
+        *,
+        start: Start = "zero",
+        site: ConstantSite = "z",
+    ) -> None:
+        super().__init__(components, heads, rank=0, site=site)
         if start == "mean":
             with torch.no_grad():
                 self.offset.copy_(components.component()[head_indices(self.heads)] / self.unit)
@@ -106,9 +205,21 @@ class MeanShift(LccInjection):
     Args:
         components: lost components of the pair.
         heads: the heads to restore.
-        rank: K; all directions if not given, which is the whole mean.
+        rank: K; the whole mean if not given.
+        site: see :class:`LccInjection`.
     """
 
-    def __init__(self, components: LostComponents, heads: Sequence[Head], *, rank: int | None = None) -> None:
-        super().__init__(components, heads, rank=rank, start="mean")
+    def __init__(
+        self,
+        components: LostComponents,
+        heads: Sequence[Head],
+        *,
+        rank: int | None = None,
+        site: ConstantSite = "z",
+    ) -> None:
+        super().__init__(components, heads, rank=rank, start="mean", site=site)
+        if rank is None and components.mean is not None:  # what the directions held leave of the mean
+            with torch.no_grad():
+                chosen = head_indices(self.heads)
+                self.offset.copy_((components.mean[chosen] - self.constants()) / self.unit)
         self.requires_grad_(False)

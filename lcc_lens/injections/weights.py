@@ -9,16 +9,18 @@ import torch
 from torch import Tensor, nn
 
 from lcc_lens.errors import RequestError
-from lcc_lens.heads import Head
+from lcc_lens.heads import Head, check_heads
 from lcc_lens.hooks import HookedModel, NamedHook
 from lcc_lens.injections.base import Injection
 from lcc_lens.injections.changes import Change, Gain, LowRank, Shift
 from lcc_lens.plain_modules import plain_modules, weight_shape
 from lcc_lens.pruning.layers import is_linear
+from lcc_lens.reading_maps import mlp_width, reading_maps
 from lcc_lens.running import forward
 from lcc_lens.wiring import probe_tokens
 
-_IN_LAYER = re.compile(r"\.\d+\.")
+#: What the plain names of modules within decoder layers have in common.
+IN_LAYER = re.compile(r"\.\d+\.")
 
 
 class WeightInjection(Injection):
@@ -88,8 +90,12 @@ def output_gains(model: HookedModel, projections: Sequence[str], heads: Sequence
         model: the hooked pruned model.
         projections: its output projections by layer.
         heads: the heads to scale.
+
+    Raises:
+        RequestError: a head twice, or outside the model.
     """
     d_head = int(model.cfg.d_head)
+    heads = check_heads(heads, int(model.cfg.n_layers), int(model.cfg.n_heads))
     own = torch.arange(d_head)
     changes: dict[str, Change] = {}
     for layer in sorted({head.layer for head in heads}):
@@ -98,9 +104,23 @@ def output_gains(model: HookedModel, projections: Sequence[str], heads: Sequence
     return WeightInjection(changes, default_lr=1e-2)
 
 
+def mlp_gains(model: HookedModel) -> WeightInjection:
+    """The same at every MLP's post-activation: one number per neuron, as gains of the down projections' columns.
+
+    Args:
+        model: the hooked pruned model.
+
+    Raises:
+        RequestError: no down projections.
+    """
+    neurons = torch.arange(mlp_width(model))
+    changes = {name: Gain(torch.zeros(len(neurons)), neurons.clone()) for name in reading_maps(model, "mlp")}
+    return WeightInjection(changes, default_lr=1e-2)
+
+
 def layer_maps(model: HookedModel) -> dict[str, nn.Module]:
     """The linear maps of the decoder layers by plain name."""
-    return {n: m for n, m in plain_modules(model).items() if is_linear(m) and _IN_LAYER.search(n)}
+    return {n: m for n, m in plain_modules(model).items() if is_linear(m) and IN_LAYER.search(n)}
 
 
 def check_reached(model: HookedModel, injection: Injection) -> None:

@@ -48,6 +48,34 @@ class PromotedTokens:
         return pd.DataFrame([vars(token) for token in self.tokens])
 
 
+@dataclass(frozen=True)
+class TokenReader:
+    """Reads vectors in head outputs as logits; made once, with its checks, for any number of vectors."""
+
+    writer: HeadWriter
+    readout: Readout
+
+    @classmethod
+    def of(cls, model: HookedModel) -> TokenReader:
+        """Take what reads a head from a hooked model.
+
+        Raises:
+            LensError: the architecture's way to the logits is not known.
+        """
+        return cls(HeadWriter.of(model), Readout.of(model))
+
+    def logits(self, written: Float[Tensor, "*vector d_model"]) -> Float[Tensor, "*vector d_vocab"]:
+        """What vectors in the residual stream say of every token alone (see :func:`promoted_tokens`); zeros nothing."""
+        return self.readout.project(self.readout.norm(written) - self.readout.norm.shift)
+
+    def logits_at(
+        self, written: Float[Tensor, "*vector d_model"], layer: int, at: Streams
+    ) -> Float[Tensor, "*vector d_vocab"]:
+        """What vectors of a layer's heads add to every token's logit at actual streams, on average."""
+        scale = self.readout.norm.scale(at.resid) * at.attention_scale[:, layer, None]
+        return self.readout.project(self.readout.norm.linear(written) * (1 / scale).mean())
+
+
 def promoted_tokens(
     model: HookedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -87,15 +115,11 @@ def promoted_tokens(
     if not 1 <= k <= d_vocab:
         raise RequestError(f"wanted between 1 and {d_vocab} tokens, got k = {k}")
     z_vector = checked_vector(model, z_vector)
-    component, readout = HeadWriter.of(model).output(head, z_vector), Readout.of(model)
-    if not bool(component.any()):
+    reader = TokenReader.of(model)
+    written = reader.writer.output(head, z_vector)
+    if not bool(written.any()):
         raise RequestError(f"wanted a vector that {head}'s output projection reads, got one that it takes to zero")
-    if at is None:
-        normed = readout.norm(component) - readout.norm.shift
-    else:
-        scale = readout.norm.scale(at.resid) * at.attention_scale[:, head.layer, None]
-        normed = readout.norm.linear(component) * (1 / scale).mean()
-    logits = readout.project(normed).cpu()
+    logits = (reader.logits(written) if at is None else reader.logits_at(written, head.layer, at)).cpu()
     sides: tuple[tuple[Side, bool], ...] = (("promoted", True), ("suppressed", False))
     tokens = [
         TokenScore(side, index, str(tokenizer.decode([index])), float(logits[index]))

@@ -149,6 +149,14 @@ def _mlp(by_path: Mapping[str, Matrix], layer: nn.Module) -> Block:
     return Block(output, neurons, tuple(inputs))
 
 
+def output_maps(matrices: Sequence[Matrix]) -> list[Matrix]:
+    """A layer's two output matrices, the attention's and the feed-forward block's; none where one is not known."""
+    by_path = {matrix.path: matrix for matrix in matrices}
+    found = [next((by_path[n] for n in names if n in by_path), None) for names in (ATTENTION_OUTPUTS, MLP_OUTPUTS)]
+    maps = [matrix for matrix in found if matrix is not None]
+    return maps if len(maps) == len(found) else []
+
+
 def _one_of(by_path: Mapping[str, Matrix], names: Sequence[str], kind: str) -> Matrix:
     for name in names:
         if name in by_path:

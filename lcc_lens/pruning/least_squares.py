@@ -34,6 +34,7 @@ class NormalEquations:
         target: Float[Tensor, "out in"],
         *,
         cross_moment: Float[Tensor, "in in"] | None = None,
+        product: Float[Tensor, "out in"] | None = None,
         ridge: float = 0.01,
     ) -> NormalEquations:
         r"""For outputs that a dense map $T$ gives on the same inputs, or on its own.
@@ -43,20 +44,22 @@ class NormalEquations:
             target: $T$, the dense weights.
             cross_moment: $X_{dense}^T X$ where the wanted outputs are the dense map's on other inputs; the same inputs
                 if not given.
+            product: $Y^T X$ itself, where other outputs are wanted than those of the dense map.
             ridge: the pull towards the dense weights, as a share of the mean of the diagonal of $X^T X$.
 
         Raises:
             LensError: a moment is not finite.
         """
-        moments = [second_moment, *([] if cross_moment is None else [cross_moment])]
+        moments = [second_moment, *(moment for moment in (cross_moment, product) if moment is not None)]
         if not all(bool(torch.isfinite(moment).all()) for moment in moments):
             raise LensError("wanted finite moments of the inputs, got NaN or infinity; compute in float32")
         mean = float(second_moment.diagonal().mean()) or 1.0  # where every input is zero, any positive diagonal serves
         pull = ridge * mean
         A = second_moment.clone()
         A.diagonal().add_(pull)
-        wanted = second_moment if cross_moment is None else cross_moment
-        return cls(A, target @ wanted.to(target) + pull * target)
+        if product is None:
+            product = target @ (second_moment if cross_moment is None else cross_moment).to(target)
+        return cls(A, product + pull * target)
 
     def error(self, weight: Float[Tensor, "out in"]) -> Float[Tensor, " out"]:
         r"""Each row's $w A w^T - 2 b w^T$: the squared error without its constant part."""
@@ -95,8 +98,8 @@ def masked_least_squares(
             for rhs, kept in zip(equations.B.split(_ROWS_AT_ONCE), keep.split(_ROWS_AT_ONCE), strict=True)
         ])  # fmt: skip
     found = _conjugate_gradients(equations, keep, torch.where(keep, start, 0), tolerance, max_iterations)
-    worse = equations.error(found) > equations.error(torch.where(keep, start, 0))
-    return torch.where(worse[:, None], torch.where(keep, start, 0), found)
+    is_better = equations.error(found) <= equations.error(torch.where(keep, start, 0))  # not if it is NaN
+    return torch.where(is_better[:, None], found, torch.where(keep, start, 0))
 
 
 def _exact(
@@ -126,10 +129,11 @@ def _conjugate_gradients(
         if float(residual.norm()) <= enough:
             break
         moved = kept * (direction @ A)
-        step = product / (direction * moved).sum(1).clamp_min(torch.finfo(weight.dtype).tiny)
+        curvature = (direction * moved).sum(1)
+        step = torch.where(curvature > 0, product / curvature, 0)  # rows that are through stay where they are
         weight = weight + step[:, None] * direction
         residual = residual - step[:, None] * moved
         scaled = residual * inverse_diagonal
         last, product = product, (residual * scaled).sum(1)
-        direction = scaled + (product / last.clamp_min(torch.finfo(weight.dtype).tiny))[:, None] * direction
+        direction = scaled + torch.where(last > 0, product / last, 0)[:, None] * direction
     return weight

@@ -60,14 +60,14 @@ def _is_same(first: Tensor, second: Tensor) -> bool:
 
 def _add_lower_blocks(total: Float[Tensor, "in in"], inputs: Float[Tensor, "token in"]) -> None:
     precise = inputs.float()
-    with _exact_products(inputs.dtype):
+    with exact_products(inputs.dtype):
         for start in range(0, len(total), _BLOCK):
             stop = start + _BLOCK
             total[start:, start:stop].addmm_(precise[:, start:].T, precise[:, start:stop])
 
 
 @contextmanager
-def _exact_products(dtype: torch.dtype) -> Iterator[None]:
+def exact_products(dtype: torch.dtype) -> Iterator[None]:
     """Let bfloat16 inputs go through bfloat16 multipliers: their products are exact there, and sums are float32."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("medium" if dtype == torch.bfloat16 else "highest")

@@ -29,6 +29,7 @@ from lcc_lens.pruning.matrices import Matrix, StoredWeights, find_matrices
 from lcc_lens.pruning.moments import InputMoments
 from lcc_lens.pruning.obs import output_error
 from lcc_lens.pruning.pruners import Removed
+from lcc_lens.pruning.shortfall import Shortfall, Written, outputs_to_mend
 from lcc_lens.pruning.stream import LayerStream
 from lcc_lens.pruning.unfinished import FinishedLayers
 from lcc_lens.pruning.zeros import compare_zeros
@@ -47,11 +48,15 @@ class RefitConfig:
         target: fit each map to what the dense *weights* give on the inputs that it sees now, or to the dense model's
             own *outputs*, whose inputs no pruning has touched: then later layers also make up for earlier ones' errors.
         ridge: pull towards the dense weights, as a share of the inputs' mean square.
+        mend: the share of what the residual stream lacks already that the maps which write to it make up for, upon
+            giving the dense maps' own outputs (:class:`~lcc_lens.pruning.shortfall.Shortfall`); 0 leaves it. Only where
+            layers add to the stream what their output maps give; elsewhere all maps follow ``target``.
         batch_size: sequences per forward pass.
     """
 
-    target: Target = "outputs"
+    target: Target = "weights"
     ridge: float = 0.01
+    mend: float = 0.5
     batch_size: int = 8
 
     def __post_init__(self) -> None:
@@ -59,6 +64,8 @@ class RefitConfig:
             raise RequestError(f"wanted the target weights or outputs, got {self.target!r}")
         if not 0 < self.ridge < float("inf"):
             raise RequestError(f"wanted a ridge above 0, got {self.ridge}")
+        if not 0 <= self.mend <= 1:
+            raise RequestError(f"wanted a share to mend between 0 and 1, got {self.mend}")
         if self.batch_size < 1:
             raise RequestError(f"wanted a batch size of at least 1, got {self.batch_size}")
 
@@ -113,13 +120,14 @@ def refit(
     require_space(out, 2 * sum(file.stat().st_size for file in weight_files(pruned)))
     digests = {"dense_sha256": weights_sha256(dense), "pruned_sha256": weights_sha256(pruned)}
     identity = {
-        "config": [config.target, config.ridge, config.batch_size], **digests, "dtype": str(dtype),
+        "config": [config.target, config.ridge, config.mend, config.batch_size], **digests, "dtype": str(dtype),
         "tokens": tokens.tolist(), "version": package_version(),
     }  # fmt: skip
     finished = FinishedLayers(out, identity)
     errors = _walk(dense, pruned, plans, tokens, config, device, dtype, finished)
     report = {
-        "target": config.target, "ridge": config.ridge, **digests, "lcc_lens_version": package_version(),
+        "target": config.target, "ridge": config.ridge, "mend": config.mend, **digests,
+        "lcc_lens_version": package_version(),
         "calibration": {**provenance, "sequences": len(tokens), "length": tokens.shape[1]}, "error_left": errors,
     }  # fmt: skip
     with atomic_directory(out, overwrite=overwrite) as part:
@@ -152,7 +160,8 @@ def _walk(
 ) -> dict[str, float]:
     """Refit layer after layer; each is on disk before the next one begins."""
     stream = LayerStream.of(pruned, tokens, config.batch_size, device, dtype)
-    guide = LayerStream.of(dense, tokens, config.batch_size, device, dtype) if config.target == "outputs" else None
+    is_guided = config.target == "outputs" or config.mend > 0
+    guide = LayerStream.of(dense, tokens, config.batch_size, device, dtype) if is_guided else None
     errors: dict[str, float] = read_json(finished.folder / _ERRORS) if finished.n_layers else {}
     for index, matrices in enumerate(track(plans[1], len(plans[1]), "refitting layers")):
         if index < finished.n_layers:
@@ -180,21 +189,35 @@ class _LayerRefit:
     def run(self, matrices: Sequence[Matrix], stream: LayerStream, guide: LayerStream | None) -> dict[str, Tensor]:
         """The new weights in the checkpoint's layout and format; they are in the stream's layer as well."""
         found: dict[str, Tensor] = {}
+        mended = outputs_to_mend(matrices, stream, guide) if guide is not None and self.config.mend else ()
+        written: list[Written] = []
         for group in _groups(matrices, stream):
-            moments = _Moments()
-            moments.gather(group, stream, guide)
+            moments: _Moments | Shortfall
+            if guide is not None and group[0].name in mended:
+                moments = Shortfall(group[0], self.dense[group[0].name], written, self.config.mend)
+                moments.gather(stream, guide)
+            else:
+                moments = _Moments()
+                moments.gather(group, stream, guide if self.config.target == "outputs" else None)
             for matrix in group:
                 found[matrix.name] = matrix.stored(self._solve(matrix.name, moments))
                 stream.replace(matrix, found[matrix.name])
+                if matrix.name in mended:
+                    new = matrix.rows(found[matrix.name]).float()
+                    written.append(Written(matrix, self.dense[matrix.name], new))
         return found
 
-    def _solve(self, name: str, moments: _Moments) -> Float[Tensor, "out in"]:
-        target, start = self.dense[name], self.pruned[name]
+    def _solve(self, name: str, moments: _Moments | Shortfall) -> Float[Tensor, "out in"]:
+        target, start, moment = self.dense[name], self.pruned[name], moments.inputs[name]
+        mends = isinstance(moments, Shortfall)
         equations = NormalEquations.of(
-            moments.inputs[name], target, cross_moment=moments.cross_of(name), ridge=self.config.ridge
+            moment,
+            target,
+            cross_moment=None if mends else moments.cross_of(name),
+            product=moments.product if mends else None,
+            ridge=self.config.ridge,
         )
         weight = masked_least_squares(equations, start != 0, start)
-        moment = moments.inputs[name]
         before, after = (output_error(w - target, moment) for w in (start, weight))
         self.errors[name] = after / before if before > 0 else 1.0
         return weight

@@ -21,6 +21,9 @@ from lcc_lens.pruning.recording import LayerCall, record_calls
 #: Takes a matrix's name and a batch of its inputs ``[token, in]``.
 Observer = Callable[[str, Tensor], None]
 
+#: Relative error of a sum in bfloat16.
+_ROUNDING = 2e-2
+
 
 class LayerStream:
     """Hidden states of all calibration sequences at the input of the current decoder layer.
@@ -99,6 +102,25 @@ class LayerStream:
                 if start == 0 and set(runs.values()) == {1}:
                     last = len(runs)
                 yield
+
+    def hidden_batches(self) -> Iterator[Float[Tensor, "batch pos d_model"]]:
+        """What enters the current layer, in the batches of :meth:`batches_observed`."""
+        for start in range(0, len(self._hidden), self._batch_size):
+            yield self._hidden[start : start + self._batch_size]
+
+    def adds_up(self, outputs: Sequence[Matrix]) -> bool:
+        """Whether the current layer gives its input plus what these maps give, within rounding; one batch tells."""
+        layer, given = self._layers[self._index], []
+        modules = [layer.get_submodule(matrix.path) for matrix in outputs]
+        handles = [module.register_forward_hook(lambda _, args, output: given.append(output)) for module in modules]
+        try:
+            whole = self._output(0)
+        finally:
+            for handle in handles:
+                handle.remove()
+        entering = next(self.hidden_batches())
+        total = entering.float() + sum(one.reshape(entering.shape).float() for one in given)
+        return float((total - whole.float()).norm()) <= _ROUNDING * float((whole.float() - entering.float()).norm())
 
     def replace(self, matrix: Matrix, weight: Tensor) -> None:
         """Put a new weight, in the layout of the checkpoint, into the current layer."""

@@ -1,0 +1,80 @@
+"""Zero-shot accuracies of a comparison: task by task and their mean, paired by item with the pruned and dense model."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lcc_lens.metrics import bootstrap_interval, share_recovered, stratified_interval
+
+Tasks = Mapping[str, Mapping[str, Any]]
+
+
+def task_rows(pruned: Tasks, cells: Sequence[Tasks]) -> dict[str, dict[str, Any]]:
+    """By task the accuracy of one entry's cells, and the interval of its gain over the pruned model.
+
+    Args:
+        pruned: the pruned model's scores by task, with ``items``.
+        cells: those of every seed.
+    """
+    rows = {}
+    for task, before in pruned.items():
+        scores = [cell[task] for cell in cells]
+        accuracies = [score["acc"] for score in scores]
+        gained = [now - was for now, was in zip(_right(scores), _right([before]), strict=True)]
+        rows[task] = {
+            "acc": statistics.mean(accuracies),
+            "acc_sd": statistics.stdev(accuracies) if len(accuracies) > 1 else None,
+            "stderr": scores[0]["stderr"],
+            "n": scores[0]["n"],
+            "gain_interval": list(bootstrap_interval(gained)),
+        }
+    return rows
+
+
+def mean_accuracy(scores: Tasks) -> tuple[float, float]:
+    """One model's accuracy, every task counting alike, and its standard error from the tasks' own."""
+    accuracies, errors = [s["acc"] for s in scores.values()], [s["stderr"] for s in scores.values()]
+    return statistics.mean(accuracies), math.hypot(*errors) / len(errors)
+
+
+def mean_rows(bare: Mapping[str, Tasks], cells: Sequence[Tasks], *, is_restoration: bool = True) -> dict[str, Any]:
+    r"""The mean accuracy over tasks of one entry, what it gained, and the share of the loss that it recovered.
+
+    With $\bar d, \bar p, \bar r$ the mean accuracies of dense, pruned and restored (the mean over seeds), the share is
+    $(\bar r - \bar p) / (\bar d - \bar p)$. The intervals (95 %) come from drawing items anew within each task, those
+    of all models alike; they say nothing about the spread over seeds, which is ``accuracy_sd``.
+
+    Args:
+        bare: the ``dense`` and the ``pruned`` model's scores by task, with ``items``.
+        cells: those of every seed of the entry.
+        is_restoration: whether the entry acts on the pruned model, so that there is a share.
+
+    Returns:
+        ``accuracy``, ``accuracy_sd`` (None for one seed), ``accuracy_stderr`` of one seed's,
+        ``accuracy_gain_interval``, ``accuracy_recovered`` (None where nothing was lost) and its interval (None where
+        nothing may have been lost).
+    """
+    means = [mean_accuracy(cell)[0] for cell in cells]
+    dense, pruned = (mean_accuracy(bare[name])[0] for name in ("dense", "pruned"))
+    before = {task: _right([score]) for task, score in bare["pruned"].items()}
+    after = {task: _right([cell[task] for cell in cells]) for task in before}
+    gained = [[now - was for now, was in zip(after[task], before[task], strict=True)] for task in before]
+    lost = [[d - p for d, p in zip(_right([bare["dense"][task]]), before[task], strict=True)] for task in before]
+    gain = stratified_interval(gained)
+    share = stratified_interval(gained, lost) if is_restoration else None
+    return {
+        "accuracy": statistics.mean(means),
+        "accuracy_sd": statistics.stdev(means) if len(means) > 1 else None,
+        "accuracy_stderr": mean_accuracy(cells[0])[1],
+        "accuracy_gain_interval": None if gain is None else list(gain),
+        "accuracy_recovered": share_recovered(-dense, -pruned, -statistics.mean(means)) if is_restoration else None,
+        "accuracy_recovered_interval": None if share is None else list(share),
+    }
+
+
+def _right(scores: Sequence[Mapping[str, Any]]) -> list[float]:
+    """How often each item was right, over seeds."""
+    return [statistics.mean(map(float, item)) for item in zip(*(score["items"] for score in scores), strict=True)]

@@ -1,0 +1,112 @@
+"""FLAP's bias compensation: biases that make up for the mean of what removed weights gave (arXiv 2312.11983)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from lcc_lens.activations import Places, Site, parts_of, visit_sites
+from lcc_lens.data import TokenSequence, batches
+from lcc_lens.errors import RequestError
+from lcc_lens.hooks import HookedModel, NamedHook, adders
+from lcc_lens.injections.base import Injection
+from lcc_lens.injections.footprint import Footprint
+from lcc_lens.models import device_of
+from lcc_lens.pair import Pair
+from lcc_lens.reading_maps import CONSTANT_SITES, ConstantSite, map_output_name, map_weight, reading_maps
+
+
+class BiasInjection(Injection):
+    """Constants at the outputs of the maps that read a site, which are those maps' biases; nothing is trained.
+
+    Args:
+        biases: by site, for every layer.
+    """
+
+    def __init__(self, biases: Mapping[ConstantSite, Float[Tensor, "layer d_model"]]) -> None:
+        super().__init__()
+        self._sites = tuple(biases)
+        for site, values in biases.items():
+            self.register_buffer(f"bias_{site}", values.float())
+
+    @property
+    def footprint(self) -> Footprint:
+        """See :class:`~lcc_lens.injections.footprint.Footprint`."""
+        return Footprint(biases=self._sites)
+
+    def biases(self, site: ConstantSite) -> Float[Tensor, "layer d_model"]:
+        """What is added behind a site."""
+        return self.get_buffer(f"bias_{site}")
+
+    def hooks(self) -> list[NamedHook]:
+        """Hooks that add the biases."""
+        return [
+            hook for site in self._sites for hook in adders(map_output_name(site), dict(enumerate(self.biases(site))))
+        ]
+
+
+def flap(
+    pair: Pair, sequences: Sequence[TokenSequence], *, model: HookedModel | None = None, max_tokens: int = 1024
+) -> BiasInjection:
+    r"""Biases of the output and down projections that give back the mean of the removed weights' contribution.
+
+    $b = (W_{dense} - W) \bar x$ with the mean $\bar x$ of a map's inputs in the dense model: the removed weights times
+    the mean input, where pruning left the others as they were; where it changed them to make up for some of the loss,
+    that is not given back twice. As in the paper, the two maps that end attention and MLP have one, in one pass and in
+    closed form. (The paper removes whole input channels, and proposes a score to choose them; this is its compensation
+    alone, on zeros of any kind.)
+
+    Args:
+        pair: the hooked models.
+        sequences: calibration data.
+        model: what to mend, the pair's pruned model if not given.
+        max_tokens: padded tokens per forward pass.
+
+    Raises:
+        RequestError: maps of other shapes (a sliced model), or layers without such maps.
+
+    Reference:
+        FLAP (An et al., AAAI 2024, arXiv 2312.11983), bias compensation; from the paper alone.
+    """
+    dense, mended = pair.dense, pair.pruned if model is None else model
+    maps = {site: (reading_maps(dense, site), reading_maps(mended, site)) for site in CONSTANT_SITES}
+    means = mean_inputs(dense, sequences, max_tokens)
+    biases: dict[ConstantSite, Tensor] = {}
+    for site, by_layer in maps.items():
+        rows = []
+        for layer, (original, name) in enumerate(zip(*by_layer, strict=True)):
+            weights = map_weight(dense, original), map_weight(mended, name)
+            if weights[0].shape != weights[1].shape:
+                raise RequestError("wanted models whose maps have the same shapes, got a sliced one; leave flap out")
+            lost = weights[0].double().cpu() - weights[1].double().cpu()
+            rows.append(lost @ means[site][layer])
+        biases[site] = torch.stack(rows).float()
+    return BiasInjection(biases).to(device_of(mended))
+
+
+def mean_inputs(
+    model: HookedModel, sequences: Sequence[TokenSequence], max_tokens: int = 1024
+) -> dict[ConstantSite, Float[Tensor, "layer width"]]:
+    """The mean of what every output and down projection reads, over all tokens, in float64.
+
+    Raises:
+        RequestError: no sequences.
+        LensError: an activation is not finite.
+    """
+    if not sequences:
+        raise RequestError("wanted sequences to take means on, got none; add data")
+    n_layers, n = int(model.cfg.n_layers), sum(map(len, sequences))
+    sums = {
+        site: torch.zeros(n_layers, *parts_of(model, site), dtype=torch.float64) for site in CONSTANT_SITES
+    }  # fmt: skip
+
+    def add(site: Site, layer: int, activation: Tensor) -> None:
+        if site != "resid":
+            sums[site][layer] += activation.float().sum(0).cpu().double()
+
+    for batch in batches(sequences, max_tokens=max_tokens):
+        visit_sites(model, batch.tokens, dict.fromkeys(CONSTANT_SITES, Places.all_tokens(batch)), add)
+    return {site: total.flatten(1) / n for site, total in sums.items()}

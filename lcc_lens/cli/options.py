@@ -1,0 +1,29 @@
+"""What subcommands share: positional arguments, --quiet, and data by role."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+Out = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="OUT")]
+RunPath = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
+DenseModel = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="DENSE")]
+PrunedModel = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="PRUNED")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Common:
+    quiet: bool = False
+    """No progress bars and no notes; errors and results still show."""
+
+
+def load_role(name: str, n: int, role: Any, seed: int) -> Any:
+    """Examples of a role; all documents of a corpus, since they are cut into n blocks later."""
+    from lcc_lens.data import load_data
+    from lcc_lens.tasks import SOURCES
+
+    is_corpus = Path(name).suffix == ".txt" or (name in SOURCES and SOURCES[name].kind == "text")
+    return load_data(name, None if is_corpus else n, role=role, seed=seed)

@@ -1,0 +1,120 @@
+// What happens when: opening and closing heads, the address, the start.
+
+/** Draw whatever depends on the choices; keeps the open head open. */
+function draw() {
+  const view = shownView();
+  paintMap(view);
+  paintLegend(view);
+  if (state.open) drawHead(state.open, { onClose: closeHead, onStep: stepHead });
+  else drawRanking(view);
+}
+
+function showHead(head) {
+  state.active = head;
+  state.open = head;
+  const panel = byId("panel"),
+    focused = panel.contains(document.activeElement) ? document.activeElement.id || "panel-title" : null;
+  markMap();
+  paintReadout(shownView(), null);
+  drawHead(head, { onClose: closeHead, onStep: stepHead });
+  document.body.classList.add("has-head");
+  shieldRest();
+  panel.scrollTop = 0;
+  if (focused || isNarrow.matches) byId(focused ?? "panel-title")?.focus({ preventScroll: true });
+  document.title = `${nameOf(head)} · ${runs[0].source.pruned_name}`;
+  announce(`${nameOf(head)} opened`);
+}
+
+/** On a narrow screen the open head covers the rest, which then takes no focus. */
+function shieldRest() {
+  for (const part of document.querySelectorAll(".top, .verdict, #map-side, #more"))
+    part.inert = isNarrow.matches && state.open !== null;
+}
+
+/** Open a head by its address, so that back, forward and copied links work. */
+function openHead(head, { replace = false } = {}) {
+  const address = `#${nameOf(head)}`;
+  showHead(head);
+  if (location.hash === address) return;
+  if (replace) history.replaceState(null, "", address);
+  else location.hash = address;
+}
+
+function closeHead() {
+  if (!state.open) return;
+  const head = state.open;
+  history.pushState(null, "", location.href.split("#")[0]);
+  hideHead();
+  cellOf(head).focus({ preventScroll: true });
+}
+
+function hideHead() {
+  state.open = null;
+  document.body.classList.remove("has-head");
+  shieldRest();
+  document.title = `${runs[0].source.pruned_name}: what pruning took`;
+  draw();
+}
+
+/** The next or previous head in model order. */
+function stepHead(by) {
+  const n = shape.layers * shape.heads,
+    place = (state.active.layer * shape.heads + state.active.head + by + n) % n;
+  openHead({ layer: Math.floor(place / shape.heads), head: place % shape.heads }, { replace: true });
+}
+
+function followAddress() {
+  const head = headOf(location.hash.slice(1));
+  if (head && !(state.open && nameOf(state.open) === nameOf(head))) showHead(head);
+  else if (state.open && location.hash === "") hideHead();
+}
+
+/** Move the head under the keys; an open panel follows. */
+function move(rows, columns) {
+  const clamp = (value, most) => Math.max(0, Math.min(most - 1, value));
+  state.active = {
+    layer: clamp(state.active.layer + rows, shape.layers),
+    head: clamp(state.active.head + columns, shape.heads),
+  };
+  markMap();
+  cellOf(state.active).focus({ preventScroll: isNarrow.matches });
+  if (state.open) openHead(state.active, { replace: true });
+  else paintReadout(shownView(), null);
+}
+
+function start() {
+  const toggleTheme = setUpTheme();
+  buildFigures();
+  buildHelp();
+  let controls = null;
+  if (hasMap) {
+    const box = byId("map-side");
+    controls = buildControls(box);
+    box.append(
+      controls.node,
+      buildMap(openHead, (head) => paintReadout(shownView(), head)),
+      buildLegend(),
+    );
+    draw();
+  } else byId("explorer").hidden = true;
+  drawMore();
+  const searchBox = setUpSearch({
+    onOpen: openHead,
+    onFound: (found) => {
+      state.found = found;
+      if (hasMap) paintMap(shownView());
+    },
+  });
+  document.addEventListener("keydown", (event) => onKey(event, { searchBox, toggleTheme, controls }));
+  window.addEventListener("hashchange", followAddress);
+  isNarrow.addEventListener("change", shieldRest);
+  show();
+  followAddress();
+}
+
+const show = () => document.documentElement.classList.remove("drawing");
+try {
+  start();
+} finally {
+  show();
+}

@@ -1,0 +1,140 @@
+// Heads by token: the components that promote or suppress a token, strongest first; or a head by its name.
+
+const MOST_RESULTS = 40;
+const search = { results: [], at: -1, index: new Map() };
+
+/** Where every text of a run stands: text in lower case -> places in its list of texts. */
+function textsOf(run) {
+  if (!search.index.has(run))
+    search.index.set(run, run.tokens ? run.tokens.texts.map((text) => text.trim().toLowerCase()) : []);
+  return search.index.get(run);
+}
+
+/** How well a text fits: 3 the same, 2 begins with it, 1 holds it, 0 not. */
+const fit = (text, wanted) => (text === wanted ? 3 : text.startsWith(wanted) ? 2 : text.includes(wanted) ? 1 : 0);
+
+/** Heads whose components say the token that fits best, each once with its best place. */
+function findHeads(wanted) {
+  const run = shownRun(),
+    named = headOf(wanted);
+  if (named) return [{ head: named, text: null }];
+  if (!run.tokens || !wanted.trim()) return [];
+  const goal = wanted.trim().toLowerCase(),
+    fits = textsOf(run).map((text) => fit(text, goal)),
+    closest = Math.max(...fits, 1);
+  const {
+      shape: [layers, heads, vectors, sides, k],
+      values,
+    } = unpack(run.tokens.index),
+    best = new Map();
+  values.forEach((text, place) => {
+    if (text < 0 || fits[text] < closest) return;
+    const rank = place % k,
+      side = Math.floor(place / k) % sides,
+      vector = Math.floor(place / (k * sides)) % vectors;
+    const headPlace = Math.floor(place / (k * sides * vectors));
+    const score = -4 * rank - 2 * vector - side;
+    if ((best.get(headPlace)?.score ?? -Infinity) < score) best.set(headPlace, { score, text, side, vector });
+  });
+  return [...best.entries()]
+    .sort((a, b) => b[1].score - a[1].score || a[0] - b[0])
+    .map(([place, { text, side, vector }]) => ({
+      head: { layer: Math.floor(place / heads), head: place % heads },
+      text: run.tokens.texts[text],
+      note: `${side ? "suppressed" : "promoted"} by ${vectorTitle(run.tokens.vectors[vector]).toLowerCase()}`,
+    }));
+}
+
+function setUpSearch({ onFound, onOpen }) {
+  const input = byId("search"),
+    list = byId("results");
+  const choose = (i) => {
+    const result = search.results[i];
+    if (result) {
+      close();
+      onOpen(result.head);
+    }
+  };
+  const show = (isOpen) => {
+    list.hidden = !isOpen;
+    input.setAttribute("aria-expanded", String(isOpen));
+  };
+  const close = () => {
+    show(false);
+    mark(-1);
+    input.blur();
+  };
+  const mark = (i) => {
+    search.at = i;
+    [...list.children].forEach((item, n) => item.setAttribute("aria-selected", String(n === i)));
+    if (i >= 0) {
+      input.setAttribute("aria-activedescendant", `result-${i}`);
+      list.children[i].scrollIntoView({ block: "nearest" });
+    } else input.removeAttribute("aria-activedescendant");
+  };
+  const update = () => {
+    const wanted = input.value,
+      found = findHeads(wanted);
+    search.results = found.slice(0, MOST_RESULTS);
+    const empty = shownRun().tokens
+      ? "No head says this among its first tokens."
+      : "No tokens were read for this run; a name such as L3H1 works.";
+    list.replaceChildren(
+      ...(found.length
+        ? search.results.map(({ head, text, note }, i) =>
+            el(
+              "li",
+              {
+                role: "option",
+                id: `result-${i}`,
+                "aria-selected": "false",
+                on: {
+                  pointerdown: (event) => {
+                    event.preventDefault();
+                    choose(i);
+                  },
+                },
+              },
+              el("b", {}, nameOf(head)),
+              text === null ? "" : el("span", { class: "chip" }, visible(text)),
+              el("span", { class: "quiet" }, note ?? "open"),
+            ),
+          )
+        : [el("li", { class: "quiet", role: "option", "aria-disabled": "true" }, empty)]),
+    );
+    show(wanted.trim() !== "");
+    search.at = -1;
+    onFound(wanted.trim() === "" ? null : new Set(found.map(({ head }) => nameOf(head))));
+    announce(wanted.trim() === "" ? "" : `${found.length} heads found`);
+  };
+  input.addEventListener("input", update);
+  input.addEventListener("focus", () => {
+    if (input.value.trim()) update();
+    input.select();
+  });
+  input.addEventListener("blur", () => show(false));
+  input.addEventListener("keydown", (event) => {
+    if (event.key === "ArrowDown" || event.key === "ArrowUp") {
+      const n = search.results.length;
+      if (n)
+        mark(
+          (search.at + (event.key === "ArrowDown" ? 1 : -1) + n + (search.at < 0 && event.key === "ArrowUp" ? 1 : 0)) %
+            n,
+        );
+      event.preventDefault();
+    } else if (event.key === "Enter") choose(Math.max(search.at, 0));
+    else if (event.key === "Escape") {
+      input.value = "";
+      update();
+      close();
+    }
+    event.stopPropagation();
+  });
+  return {
+    focus: () => input.focus(),
+    clear: () => {
+      input.value = "";
+      onFound(null);
+    },
+  };
+}

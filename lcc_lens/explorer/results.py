@@ -1,0 +1,37 @@
+"""What models scored, as a table for the page."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from lcc_lens.errors import RequestError
+from lcc_lens.files import read_json
+from lcc_lens.score_text import format_scores
+
+
+def results_table(path: Path) -> dict[str, Any]:
+    """Columns and rows of a ``results.json``, and the shares recovered where it has some.
+
+    Raises:
+        RequestError: the file is missing or of another layout.
+    """
+    found = read_json(path)
+    try:
+        rows = {str(name): format_scores(entry["tasks"]) for name, entry in found["models"].items()}
+        shares = found.get("share_recovered") or {}
+        recovered = [
+            f"{100 * share:.0f} % of what was lost on {name}" for name, share in shares.items() if share is not None
+        ]
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise RequestError(
+            f"wanted results as lcc-lens eval writes them in {path}, got another layout ({error!r}); evaluate again"
+        ) from error
+    columns = list(dict.fromkeys(column for cells in rows.values() for column in cells))
+    return {
+        "columns": columns,
+        "rows": [
+            {"name": name, "cells": [cells.get(column, "") for column in columns]} for name, cells in rows.items()
+        ],
+        "recovered": recovered,
+    }

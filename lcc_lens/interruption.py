@@ -1,0 +1,48 @@
+"""Ctrl-C that lets a step end whole, so that the state can be saved."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from lcc_lens.processes import n_processes, summed
+
+
+class Interruption:
+    """Whether the user asked to stop (Ctrl-C); a second Ctrl-C stops at once.
+
+    Of several processes (see :mod:`lcc_lens.processes`) each may get the signal more than once, from the terminal and
+    from the launcher, and at another step; so there only the first counts, and they agree on the step.
+    """
+
+    def __init__(self) -> None:
+        self.requested = False
+
+    @contextmanager
+    def watched(self) -> Iterator[Interruption]:
+        """Catch Ctrl-C inside the block, so that a step ends whole before the state is saved."""
+        if threading.current_thread() is not threading.main_thread():
+            yield self
+            return
+
+        def request(number: int, frame: Any) -> None:
+            if self.requested and n_processes() == 1:
+                raise KeyboardInterrupt
+            self.requested = True
+
+        previous = signal.signal(signal.SIGINT, request)
+        try:
+            yield self
+        finally:
+            signal.signal(signal.SIGINT, previous)
+
+    def is_agreed(self) -> bool:
+        """Whether any process was asked to stop; all must ask after the same step."""
+        if n_processes() == 1:
+            return self.requested
+        return bool(summed([torch.tensor([float(self.requested)])])[0])

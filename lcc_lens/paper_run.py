@@ -1,0 +1,125 @@
+"""Runs a recipe of the paper's tables: prunes once, then compares on every data set, and goes on where it stopped."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from lcc_lens.accuracies import mean_accuracy
+from lcc_lens.compare import compare
+from lcc_lens.config import package_version
+from lcc_lens.errors import RequestError
+from lcc_lens.evaluation import check_tasks
+from lcc_lens.files import read_json, require_free, write_json, write_text
+from lcc_lens.paper_recipes import PaperRecipe, dry
+from lcc_lens.paper_tables import recipe_table
+from lcc_lens.recipe import prune
+
+RECIPE_SETTINGS, RECIPE_RESULTS, RECIPE_TABLE = "recipe.json", "results.json", "table.md"
+
+
+def run_recipe(
+    recipe: PaperRecipe,
+    out: str | Path,
+    *,
+    model: str | None = None,
+    seeds: int | None = None,
+    examples: int | None = None,
+    limit: int | None = None,
+    dry_run: str | Path | None = None,
+    on_cell: Callable[[str, dict[str, Any]], None] | None = None,
+) -> dict[str, Any]:
+    """Prune, compare on every data set, and write ``results.json`` and ``table.md`` as they come.
+
+    Args:
+        recipe: what to do.
+        out: a folder; the same call goes on there. The pruned model stays in ``pruned``, every comparison in a folder
+            of its data's name.
+        model: another model than the recipe's.
+        seeds: another number of seeds.
+        examples: another number of training examples.
+        limit: items of each task at most.
+        dry_run: a tiny model to run every step on with little data: whether it runs, not what comes of it.
+        on_cell: called with every new cell.
+
+    Raises:
+        RequestError: data that are not there, or another recipe's folder; nothing is written.
+        InterruptedRun: Ctrl-C; finished cells are kept.
+
+    Example:
+        >>> run_recipe(read_recipe("recipes/unstructured50.json"), "runs/unstructured50")  # doctest: +SKIP
+    """
+    recipe, out = _changed(recipe, model, seeds, examples, limit, dry_run), Path(out)
+    check_tasks([*recipe.data, *recipe.compare.texts, *recipe.compare.tasks])
+    _settle(out, {**asdict(recipe), "dry_run": dry_run is not None})
+    pruned = out / "pruned"
+    if not pruned.exists():
+        prune(recipe.model, pruned, **asdict(recipe.prune))
+    results: dict[str, Any] = {
+        "title": recipe.title, "paper": recipe.paper, "model": recipe.model, "dry_run": dry_run is not None,
+        "version": package_version(), "comparisons": {},
+    }  # fmt: skip
+    for data in recipe.data:
+        found = compare(
+            recipe.model, pruned, out / data, recipe.entries, seeds=recipe.seeds, config=recipe.comparison(data),
+            on_cell=on_cell,
+        )  # fmt: skip
+        results["comparisons"][data] = {"bare": _bare(found["bare"]), "rows": found["summary"]}
+        write_json(out / RECIPE_RESULTS, results)
+        write_text(out / RECIPE_TABLE, recipe_table(recipe, results))
+    return results
+
+
+def _changed(
+    recipe: PaperRecipe,
+    model: str | None,
+    seeds: int | None,
+    examples: int | None,
+    limit: int | None,
+    dry_run: str | Path | None,
+) -> PaperRecipe:
+    """The recipe with what the caller wants otherwise."""
+    if dry_run is not None:
+        if model is not None:
+            raise RequestError(f"wanted one model, got {model} and the dry run's {dry_run}; leave one out")
+        recipe, model = dry(recipe), str(dry_run)
+    config = replace(
+        recipe.compare, examples=examples or recipe.compare.examples, limit=limit or recipe.compare.limit
+    )  # fmt: skip
+    return replace(recipe, model=model or recipe.model, seeds=seeds or recipe.seeds, compare=config)
+
+
+def _settle(out: Path, settings: dict[str, Any]) -> None:
+    """Write what is run, or refuse a folder in which something else was."""
+    file = out / RECIPE_SETTINGS
+    rest = {key: value for key, value in _as_written(settings).items() if key not in ("rows", "note", "status")}
+    if not file.exists():
+        require_free(out, overwrite=False)
+        write_json(file, rest)
+    elif read_json(file) != rest:
+        raise RequestError(f"wanted this recipe's own folder, got another one's or other sizes in {out}; name another")
+
+
+def _as_written(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings as JSON holds them: lists for tuples."""
+    found: dict[str, Any] = json.loads(json.dumps(settings))
+    return found
+
+
+def _bare(bare: dict[str, Any]) -> dict[str, Any]:
+    """The dense and the pruned model's figures, without single blocks and items."""
+    return {
+        name: {
+            "perplexity": model["perplexity"],
+            "accuracy": mean_accuracy(model["tasks"])[0],
+            "accuracy_stderr": mean_accuracy(model["tasks"])[1],
+            "tasks": {
+                task: {key: value for key, value in scores.items() if key != "items"}
+                for task, scores in model["tasks"].items()
+            },
+        }
+        for name, model in bare.items()
+    }

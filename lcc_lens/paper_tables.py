@@ -1,0 +1,102 @@
+"""The paper's figures beside ours: a table per recipe, and the page of all of them."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping
+from typing import Any
+
+from lcc_lens.paper_recipes import BARE, PaperRecipe, PaperRow
+
+Results = Mapping[str, Any]
+_HEAD = """# The paper's tables
+
+Feng et al., *Restoring Pruned Large Language Models via Lost Component Compensation* (arXiv 2510.21834), Tables 1
+and 3. The paper's figures stand beside ours; a row without the paper's is a control or a method that it does not have.
+Written by `python benchmarks/paper_tables.py` from `recipes/` and, once they are there, from `benchmarks/paper/`.
+
+**None of these recipes has been run at size** unless its table says so: each was tried in full on a tiny random model
+of the same family only, which shows that every step runs and nothing more.
+
+On one H100 with access to the hub; the same command goes on where it stopped:
+
+```
+lcc-lens recipe recipes/{first}.json --out runs/{first}
+```
+
+Every step on a tiny model, with next to no data:
+
+```
+lcc-lens recipe recipes/{first}.json --out runs/dry --dry-run path/to/tiny-llama
+```
+"""
+
+
+def recipe_table(recipe: PaperRecipe, results: Results | None = None) -> str:
+    """A recipe's table as Markdown: mean accuracy and perplexity, the paper's and ours; empty where we have none.
+
+    Accuracies are in per cent. Ours are means over seeds with their standard deviation, of task-specific recovery over
+    tasks, each trained and measured on its own.
+    """
+    lines = [f"## {recipe.title}", "", _status(recipe, results), "", recipe.note, ""]
+    tasks = recipe.data if recipe.is_of_tasks else recipe.compare.tasks
+    heads = ["accuracy, paper", "ours", "perplexity, paper", "ours", *tasks]
+    lines += ["| | " + " | ".join(heads) + " |", "|---|" + len(heads) * "---:|"]
+    for row in recipe.rows:
+        ours = _ours(recipe, row, results)
+        cells = [_figure(row.accuracy), ours["accuracy"], _figure(row.perplexity), ours["perplexity"]]
+        cells += [ours["tasks"].get(task, "") for task in tasks]
+        lines.append(f"| {row.name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def paper_page(recipes: Mapping[str, PaperRecipe], results: Mapping[str, Results]) -> str:
+    """All recipes' tables as one page; results of dry runs count as none.
+
+    Args:
+        recipes: by the name of their file.
+        results: what :func:`~lcc_lens.paper_run.run_recipe` gave, by the same names.
+    """
+    tables = []
+    for name, recipe in recipes.items():
+        own = results.get(name)
+        tables.append(recipe_table(recipe, own if own is not None and not own["dry_run"] else None))
+    return "\n".join([_HEAD.format(first=next(iter(recipes))), *tables])
+
+
+def _status(recipe: PaperRecipe, results: Results | None) -> str:
+    where = f"{recipe.paper}; `{recipe.model}`, {recipe.seeds} seeds."
+    if results is None:
+        return f"*{recipe.status.capitalize()}.* {where}"
+    if results["dry_run"]:
+        return f"*A dry run on {results['model']}: its figures mean nothing.* {where}"
+    return f"*Run on {results['model']} (lcc_lens {results['version']}).* {where}"
+
+
+def _ours(recipe: PaperRecipe, row: PaperRow, results: Results | None) -> dict[str, Any]:
+    """Our figures of a row as text, from all comparisons that have it."""
+    found = (
+        [] if results is None or row.entry is None else [_row(c, row.entry) for c in results["comparisons"].values()]
+    )
+    done = [one for one in found if one is not None]
+    tasks = {task: f"{100 * scores['acc']:.1f}" for one in done for task, scores in one["tasks"].items()}
+    if not done or len(done) < len(recipe.data):  # a mean over some of the tasks would mislead
+        return {"accuracy": "", "perplexity": "", "tasks": tasks}
+    return {"accuracy": _mean(done, "accuracy", 100.0), "perplexity": _mean(done, "perplexity", 1.0), "tasks": tasks}
+
+
+def _row(comparison: Mapping[str, Any], entry: str) -> Mapping[str, Any] | None:
+    if entry in BARE:
+        bare: Mapping[str, Any] | None = comparison["bare"].get(entry)
+        return bare
+    return next((row for row in comparison["rows"] if row["entry"] == entry and row["seeds"]), None)
+
+
+def _mean(rows: list[Mapping[str, Any]], key: str, scale: float) -> str:
+    value = scale * statistics.mean(row[key] for row in rows)
+    spread = rows[0].get(f"{key}_sd") if len(rows) == 1 else None
+    return f"{value:.2f}" + ("" if spread is None else f" ± {scale * spread:.2f}")
+
+
+def _figure(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"

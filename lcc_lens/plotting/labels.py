@@ -1,0 +1,73 @@
+"""What selectors and lines of a comparison are called in figures."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from lcc_lens.entries import ADAPTERS, BASELINES, Entry
+
+SELECTOR_LABELS = {
+    "patching": "activation patching",
+    "attribution": "attribution patching",
+    "gradient": "gradient",
+    "mse": "squared difference",
+    "kl": "KL of votes",
+    "probe": "linear probe",
+    "interaction": "interaction probe",
+    "random": "random",
+}
+#: Selector that the others are judged by.
+GOLD = "patching"
+Kind = Literal["restored", "baseline", "control"]
+#: Methods that ask what the others' parts bring, rather than restore as well as can be.
+_CONTROLS = ("random-basis", "offset", "mean-shift")
+_PARTS = {
+    "lcc": "LCC",
+    "random-basis": "LCC, random basis",
+    "offset": "offset alone",
+    "mean-shift": "mean shift, untrained",
+    "gain": "head gains",
+    "norms": "norm gains",
+    "low-rank": "masked low rank",
+    "masked": "surviving weights",
+    "lofit": "LoFiT",
+    "eora": "EoRA",
+    "lora": "LoRA",
+    "dora": "DoRA",
+    "lora-vo": "LoRA (v, o)",
+    "dora-vo": "DoRA (v, o)",
+}
+_WHERE = {"dense": "on the dense model", "shuffled": "shuffled responses", "random-heads": "random heads"}
+
+
+def entry_kind(text: str) -> Kind:
+    """Whether a line of a comparison restores, is a baseline, or a control.
+
+    Example:
+        >>> entry_kind("lora"), entry_kind("lora@dense"), entry_kind("refit+low-rank")
+        ('baseline', 'control', 'restored')
+    """
+    entry = Entry.parse(text)
+    if entry.control is not None or entry.method in _CONTROLS:
+        return "control"
+    return "baseline" if entry.method in BASELINES else "restored"
+
+
+def entry_label(text: str) -> str:
+    """A line of a comparison in words.
+
+    Example:
+        >>> entry_label("refit+low-rank+lcc:distillation")
+        'refit, masked low rank + LCC; distillation'
+    """
+    entry = Entry.parse(text)
+    if entry.method is None:
+        return "refit, untrained"
+    whole, _, rate = text.partition("=")
+    objective = whole.partition(":")[2]
+    parts = [entry.method] if entry.method in ADAPTERS else entry.method.split("+")
+    label = ("refit, " if entry.on_refit else "") + " + ".join(_PARTS.get(part, part) for part in parts)
+    if entry.control is not None:
+        label += f", {_WHERE[entry.control]}"
+    label += f"; {objective}" if objective else ""
+    return label + (f"; rate {rate}" if rate else "")

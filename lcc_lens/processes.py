@@ -1,0 +1,107 @@
+"""Several processes that train together, as ``accelerate launch`` starts them; a process alone pays nothing."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from lcc_lens.errors import LensError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+T = TypeVar("T")
+#: How long processes wait for each other: the first one may scan or refit meanwhile.
+_PATIENCE = timedelta(hours=12)
+#: What launchers say to each process; a cluster may set some of it for other reasons.
+_LAUNCHED = {"WORLD_SIZE", "RANK", "LOCAL_RANK"}
+
+
+def n_processes() -> int:
+    """How many processes were launched together."""
+    return int(os.environ["WORLD_SIZE"]) if os.environ.keys() >= _LAUNCHED else 1
+
+
+def process_index() -> int:
+    """This process's number among them; 0 writes files and shows progress."""
+    return int(os.environ["RANK"]) if n_processes() > 1 else 0
+
+
+def is_first_process() -> bool:
+    """Whether this process writes files and shows progress."""
+    return process_index() == 0
+
+
+def own_part(items: Sequence[T]) -> Sequence[T]:
+    """This process's share of some items."""
+    return items[process_index() :: n_processes()] if n_processes() > 1 else items
+
+
+def process_device() -> torch.device:
+    """The device that accelerate gives this process."""
+    device: torch.device = _state().device
+    return device
+
+
+def summed(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Sums over all processes, the same bits in each; with one process the tensors themselves.
+
+    Raises:
+        LensError: another process has ended.
+    """
+    if n_processes() == 1:
+        return list(tensors)
+    import torch
+    from accelerate.utils import reduce
+
+    flat = torch.cat([tensor.detach().reshape(-1) for tensor in tensors])
+    with _others_alive():
+        total = reduce(flat.to(_state().device), "sum").to(flat.device)
+    parts = total.split([tensor.numel() for tensor in tensors])
+    return [part.reshape(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
+
+
+@contextmanager
+def first_process_first() -> Iterator[None]:
+    """Let the first process run the block before the others do; they find its files."""
+    if not is_first_process():
+        wait_for_all()
+    yield
+    if is_first_process():
+        wait_for_all()
+
+
+def wait_for_all() -> None:
+    """Wait until every process is here.
+
+    Raises:
+        LensError: another process has ended.
+    """
+    if n_processes() > 1:
+        with _others_alive():
+            _state().wait_for_everyone()
+
+
+@contextmanager
+def _others_alive() -> Iterator[None]:
+    """Say it in one line when another process is gone; only for what processes do together."""
+    try:
+        yield
+    except RuntimeError as error:
+        first = (str(error).splitlines() or [""])[0][:120]
+        raise LensError(
+            f"another process of this run has ended ({first}); go on from the last checkpoint with --resume"
+        ) from error
+
+
+def _state() -> Any:
+    """Accelerate's, made once; CPUs also talk over gloo where there are GPUs that the computation does not use."""
+    import torch
+    from accelerate import PartialState
+
+    named = os.environ.get("LCC_LENS_DEVICE", "")
+    return PartialState(cpu=named.startswith("cpu") or not torch.cuda.is_available(), timeout=_PATIENCE)

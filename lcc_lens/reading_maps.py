@@ -1,0 +1,81 @@
+"""The linear maps that read a site: a constant added there is their bias, a gain there scales their columns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Literal, cast, get_args
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from lcc_lens.errors import RequestError
+from lcc_lens.hooks import HookedModel, NamedHook, adders, mlp_name, readers, z_name
+from lcc_lens.plain_modules import plain_modules, weight_shape
+from lcc_lens.pruning.layers import is_transposed
+
+#: Sites whose activation nothing but one linear map reads: head outputs, and the MLP's post-activation (one part per
+#: layer, written as its head 0).
+ConstantSite = Literal["z", "mlp"]
+CONSTANT_SITES: tuple[ConstantSite, ...] = get_args(ConstantSite)
+_NAMES: Mapping[ConstantSite, Callable[[int], str]] = {"z": z_name, "mlp": mlp_name}
+#: Of the block, the attribute paths of the map in TransformerLens' words.
+_MAPS: Mapping[ConstantSite, tuple[str, str]] = {"z": ("attn", "o"), "mlp": ("mlp", "out")}
+_WORDS: Mapping[ConstantSite, str] = {
+    "z": "an output projection",
+    "mlp": "a down projection",
+}
+
+
+def reading_maps(model: HookedModel, site: ConstantSite) -> tuple[str, ...]:
+    """The plain names of the maps that read a site, by layer, such as ``model.layers.0.mlp.down_proj``.
+
+    Raises:
+        RequestError: a layer has none (mixtures of experts), or the model was not loaded here.
+    """
+    names = {id(module): name for name, module in plain_modules(model).items()}
+    found = [names.get(id(_map_of(block, site))) for block in cast("Any", model).blocks]
+    missing = [layer for layer, name in enumerate(found) if name is None]
+    if missing:
+        raise RequestError(f"wanted {_WORDS[site]} in every layer, got none in layer {missing[0]}; leave it out")
+    return tuple(name for name in found if name is not None)
+
+
+def mlp_width(model: HookedModel) -> int:
+    """The width of the MLP's post-activation: the down projection's inputs; 0 where a model has neither."""
+    blocks = getattr(model, "blocks", None)
+    module = _map_of(blocks[0], "mlp") if blocks else None
+    # TransformerLens writes four times d_model into d_mlp of some architectures, whatever they have
+    return weight_shape(module)[1] if module is not None else int(model.cfg.d_mlp or 0)
+
+
+def site_adders(site: ConstantSite, constants: Mapping[int, Float[Tensor, "part width"]]) -> list[NamedHook]:
+    """Hooks that add constants at a site, by layer; zero rows leave their part alone."""
+    return adders(_NAMES[site], constants if site == "z" else {layer: c[0] for layer, c in constants.items()})
+
+
+def site_readers(site: ConstantSite, layers: Iterable[int], visit: Callable[[int, Tensor], None]) -> list[NamedHook]:
+    """Hooks that hand the activation at a site to ``visit(layer, activation)`` and change nothing."""
+    return readers(_NAMES[site], layers, visit)
+
+
+def map_output_name(site: ConstantSite) -> Callable[[int], str]:
+    """Gives, by layer, the hook point of what a site's map puts out, ``[batch, pos, d_model]``."""
+    inner, outer = _MAPS[site]
+    return lambda layer: f"blocks.{layer}.{inner}.{outer}.hook_out"
+
+
+def map_weight(model: HookedModel, name: str) -> Float[Tensor, "out in"]:
+    """The weight of a linear map by its plain name."""
+    module = plain_modules(model)[name]
+    weight: Tensor = module.get_parameter("weight").detach()
+    return weight.T if is_transposed(module) else weight
+
+
+def _map_of(block: Any, site: ConstantSite) -> nn.Module | None:
+    """The plain module in a block that reads a site."""
+    inner, outer = _MAPS[site]
+    bridge = getattr(getattr(block, inner, None), outer, None)
+    module = getattr(bridge, "original_component", None)
+    has_matrix = isinstance(module, nn.Module) and isinstance(getattr(module, "weight", None), torch.Tensor)
+    return module if has_matrix else None

@@ -1,0 +1,123 @@
+"""Sequential mean shift: each layer's mean difference, measured after the layers before it are mended."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from lcc_lens.activations import parts_of
+from lcc_lens.data import TokenSequence, batches
+from lcc_lens.errors import LensError, RequestError
+from lcc_lens.heads import Head, check_heads
+from lcc_lens.hooks import HookedModel, NamedHook
+from lcc_lens.layerwise import LayerWalk
+from lcc_lens.pair import Pair
+from lcc_lens.progress import track
+from lcc_lens.reading_maps import CONSTANT_SITES, ConstantSite, site_adders, site_readers
+
+
+def sequential_means(
+    pair: Pair,
+    sequences: Sequence[TokenSequence],
+    heads: Sequence[Head],
+    *,
+    mlp: bool = False,
+    model: HookedModel | None = None,
+    max_tokens: int = 1024,
+) -> dict[ConstantSite, Float[Tensor, "layer part width"]]:
+    r"""The mean difference of every layer, each measured behind all the constants before it; nothing is trained.
+
+    $c_l = \mathrm{mean}_n(a_{dense,l} - a_{mended,l})$ over all tokens, where the mended model is the pruned one with
+    $c_0 \dots c_{l-1}$ added, and an MLP's also with its own layer's heads mended. A plain mean shift measures every
+    layer in the pruned model as it is, and mends again what mended layers below already made up for.
+
+    Both models go layer by layer: the dense one once, the pruned one twice per layer (to measure and to go on; once
+    more for the MLP). The hidden states of all tokens of both models are in memory.
+
+    Args:
+        pair: the hooked models, both in memory.
+        sequences: what to measure on.
+        heads: the heads that are mended; none is allowed where the MLP is.
+        mlp: mend the MLPs of all layers, too.
+        model: what to mend, the pair's pruned model if not given.
+        max_tokens: padded tokens per forward pass at most.
+
+    Returns:
+        By site the constants, zero for heads that are not mended.
+
+    Raises:
+        RequestError: one model in memory at a time, MLPs of different widths, no sequence, or a head outside the model.
+        LensError: an activation is not finite.
+    """
+    if pair.one_at_a_time:
+        raise RequestError("wanted both models in memory for a sequential mean shift, got one at a time; load both")
+    if mlp and "mlp" not in pair.sites:
+        raise RequestError("wanted MLPs of the same width in both models, got others; mend the heads alone")
+    if not sequences:
+        raise RequestError("wanted sequences to measure a mean shift on, got none; add data")
+    model = pair.pruned if model is None else model
+    heads = check_heads(heads, pair.n_layers, pair.n_heads) if heads or not mlp else []
+    padded = batches(sequences, max_tokens=max_tokens)
+    valid = [batch.is_valid() for batch in padded]
+    dense, mended = (_Measured(LayerWalk(one, [b.tokens for b in padded]), valid) for one in (pair.dense, model))
+    sites: tuple[ConstantSite, ...] = CONSTANT_SITES if mlp else ("z",)
+    found: dict[ConstantSite, Tensor] = {
+        site: torch.zeros(pair.n_layers, *parts_of(model, site), dtype=torch.float64) for site in sites
+    }
+    for layer in track(range(pair.n_layers), pair.n_layers, "mending layers"):
+        wanted = dense.means(sites, [], go_on=True)
+        hooks: list[NamedHook] = []
+        for site in sites:
+            chosen = torch.zeros(found[site].shape[1], dtype=torch.bool)
+            chosen[[0] if site == "mlp" else [head.head for head in heads if head.layer == layer]] = True
+            if bool(chosen.any()):
+                target = wanted[site]
+                if site == "z" and model is pair.pruned:
+                    target = pair.kept_heads(layer, target)
+                found[site][layer, chosen] = (target - mended.means((site,), hooks)[site])[chosen]
+                hooks += site_adders(site, {layer: found[site][layer].float()})
+        mended.walk.advance(hooks)
+    return {site: values.float() for site, values in found.items()}
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """A walk whose activations are averaged over the tokens that are not padding."""
+
+    walk: LayerWalk
+    valid: Sequence[Tensor]
+
+    def means(
+        self, sites: Sequence[ConstantSite], hooks: Sequence[NamedHook], *, go_on: bool = False
+    ) -> Mapping[ConstantSite, Float[Tensor, "part width"]]:
+        """The current layer's means by site, in float64, under hooks; the walk goes on to the next layer if asked."""
+        layer, sums = self.walk.layer, dict[ConstantSite, Tensor]()
+
+        def watch(batch: int) -> list[NamedHook]:
+            return [hook for site in sites for hook in site_readers(site, [layer], adder(site, self.valid[batch]))]
+
+        def adder(site: ConstantSite, mask: Tensor) -> Callable[[int, Tensor], None]:
+            def add(_: int, activation: Tensor) -> None:
+                chosen = activation[mask.to(activation.device)]
+                by_part = chosen.reshape(len(chosen), -1 if site == "z" else 1, chosen.shape[-1])
+                total = by_part.float().sum(0).cpu().double()  # float32 suffices for one batch, float64 for all
+                sums[site] = sums[site] + total if site in sums else total
+
+            return add
+
+        if go_on:
+            self.walk.advance(hooks, watch)
+        else:
+            for batch in range(self.walk.n_batches):
+                self.walk.run(batch, [*hooks, *watch(batch)])
+        for site, total in sums.items():
+            if not bool(torch.isfinite(total).all()):
+                raise LensError(
+                    f"wanted finite activations, got NaN or infinity at {site} of layer {layer}; check the weights"
+                )
+        n = sum(int(mask.sum()) for mask in self.valid)
+        return {site: total / n for site, total in sums.items()}

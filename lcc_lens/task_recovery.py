@@ -1,0 +1,147 @@
+"""Task-specific recovery: a few right answers of one task to train on, then that task and what it cost elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, cast, get_args
+
+from lcc_lens.data import Data, TokenSequence, encode, load_data, load_records
+from lcc_lens.errors import RequestError
+from lcc_lens.evaluation import check_tasks, evaluate_task, sequence_loss
+from lcc_lens.files import read_json, write_json
+from lcc_lens.hooks import HookedModel
+from lcc_lens.job_data import split_examples
+from lcc_lens.metrics import bootstrap_interval, share_recovered, stratified_interval
+from lcc_lens.models import load_plain, load_tokenizer, resolve
+from lcc_lens.pair import Pair
+from lcc_lens.restoration import Restoration
+from lcc_lens.run_folder import RUN_METRICS
+from lcc_lens.running import fused_attention
+from lcc_lens.tasks import SOURCES, Record, RecoveryTask
+
+RECOVERY_TASKS: tuple[str, ...] = get_args(RecoveryTask)
+#: What a task's recovery takes if nothing else is said: the paper's 100 to 200 examples, three times.
+TASK_EXAMPLES, TASK_EPOCHS = 200, 3
+
+
+def load_task_data(task: str, examples: int = TASK_EXAMPLES, *, seed: int = 0) -> tuple[Data, Data]:
+    """A task's training examples, and others of the same role that choose the best numbers; they share no group.
+
+    A response is the right answer behind lm-eval's prompt. Validation comes from the training part, a tenth as many
+    and at least 8, so that the held-out items, which are measured, choose nothing.
+
+    Args:
+        task: which.
+        examples: training examples, 100 to 200 in the paper.
+        seed: of the draw.
+
+    Raises:
+        RequestError: another task, or fewer examples than that.
+
+    Reference:
+        Feng et al., arXiv 2510.21834: task-specific recovery.
+    """
+    if task not in RECOVERY_TASKS:
+        raise RequestError(f"wanted a task to recover ({', '.join(RECOVERY_TASKS)}), got {task!r}; choose one")
+    if examples < 2:
+        raise RequestError(f"wanted at least 2 training examples of {task}, got {examples}; raise the number")
+    n_validation = max(8, examples // 10)
+    # several times as many as needed: those that share an article with a training example cannot validate
+    drawn = load_data(task, examples + 4 * n_validation, role="train", seed=seed)
+    training, rest = split_examples(drawn, examples)
+    validation = replace(rest, examples=rest.examples[:n_validation])
+    if len(training) < examples or len(validation) < n_validation:
+        raise RequestError(
+            f"wanted {examples} training examples of {task} and {n_validation} more to validate on, got "
+            f"{len(drawn)} in {drawn.source}; lower the number of examples or add data"
+        )
+    return training, validation
+
+
+@dataclass(frozen=True)
+class TaskMeasures:
+    """What a task's recovery is measured on.
+
+    Args:
+        task: its held-out items are scored.
+        items: of them at most, drawn with ``seed``; all if None.
+        text: a corpus of another kind, whose perplexity says what the recovery cost elsewhere.
+        blocks: blocks of it at most.
+        block_length: tokens per block at most.
+        seed: of the draw.
+    """
+
+    task: RecoveryTask
+    items: int | None = 500
+    text: str = "wikitext"
+    blocks: int = 16
+    block_length: int = 512
+    seed: int = 0
+
+    def check(self) -> None:
+        """Refuse a task or text without data before anything is trained."""
+        if self.text in SOURCES and SOURCES[self.text].kind != "text":
+            raise RequestError(f"wanted running text to measure the cost elsewhere on, got {self.text}; name a corpus")
+        check_tasks((self.task, self.text))
+
+    def of(self, restoration: Restoration, pair: Pair, *, bare: str | Path | None = None) -> dict[str, Any]:
+        """Score the dense, the pruned and the restored model on the same held-out items and text.
+
+        Args:
+            restoration: what was restored.
+            pair: the models it belongs to.
+            bare: the pruned model itself, where the pair's was refitted from it.
+
+        Returns:
+            ``models`` as in ``results.json``, with ``items`` (1 for each one right), and ``gain`` in accuracy over the
+            pruned model, ``share_recovered`` of what pruning lost, and their 95 % intervals, items drawn anew (a share
+            is None where nothing was lost, its interval where nothing may have been).
+        """
+        records = load_records(self.task, self.items, role="held-out", seed=self.seed)
+        length = min(self.block_length, pair.context)
+        blocks = encode(
+            load_data(self.text, role="held-out"), pair.tokenizer, max_length=length, limit=self.blocks
+        )  # fmt: skip
+        models = {"dense": {"tasks": self._hooked(pair.dense, pair, records, blocks)}}
+        if bare is None:
+            models["pruned"] = {"tasks": self._hooked(pair.pruned, pair, records, blocks)}
+        else:
+            path = resolve(bare)
+            models["pruned"] = {"tasks": self._scores(load_plain(path), load_tokenizer(path), records, blocks)}
+        with restoration.applied_to(pair.pruned) as restored:
+            models["restored"] = {"tasks": self._hooked(restored, pair, records, blocks)}
+        return {"task": self.task, "text": self.text, "models": models, **self._gain(models)}
+
+    def _hooked(
+        self, model: HookedModel, pair: Pair, records: Sequence[Record], blocks: Sequence[TokenSequence]
+    ) -> dict[str, Any]:
+        with fused_attention(model):
+            plain = cast("Any", model).original_model  # its modules carry the hooks
+            return self._scores(plain, pair.tokenizer, records, blocks)
+
+    def _scores(
+        self, plain: Any, tokenizer: Any, records: Sequence[Record], blocks: Sequence[TokenSequence]
+    ) -> dict[str, Any]:
+        scored = evaluate_task(plain, tokenizer, self.task, records=records, with_items=True)
+        return {self.task: scored, self.text: sequence_loss(plain, blocks)}
+
+    def _gain(self, models: dict[str, Any]) -> dict[str, Any]:
+        scores = {name: model["tasks"][self.task] for name, model in models.items()}
+        right = {name: [float(item) for item in score["items"]] for name, score in scores.items()}
+        gained = [r - p for r, p in zip(right["restored"], right["pruned"], strict=True)]
+        lost = [d - p for d, p in zip(right["dense"], right["pruned"], strict=True)]
+        interval = stratified_interval([gained], [lost])
+        errors = (1 - scores[name]["acc"] for name in ("dense", "pruned", "restored"))
+        return {
+            "gain": scores["restored"]["acc"] - scores["pruned"]["acc"],
+            "gain_interval": list(bootstrap_interval(gained)),
+            "share_recovered": share_recovered(*errors),
+            "share_interval": None if interval is None else list(interval),
+        }
+
+
+def note_task(run: Path, measured: dict[str, Any]) -> None:
+    """Write what was measured into the run's ``metrics.json``, beside the validation."""
+    write_json(run / RUN_METRICS, {**read_json(run / RUN_METRICS), "recovery": measured})

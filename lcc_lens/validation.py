@@ -1,0 +1,62 @@
+"""Losses on held-out data, of a bare model or under an injection."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lcc_lens.data import Batch, TokenSequence, batches
+from lcc_lens.hooks import HookedModel
+from lcc_lens.injections.base import Injection
+from lcc_lens.objectives import Objective, Source
+from lcc_lens.processes import own_part, summed
+
+
+def response_nll(model: HookedModel, batch: Batch, hooks: Sequence[Any] = ()) -> Tensor:
+    """Summed negative log-likelihood (nats) of a batch's counted tokens; logits only at their positions."""
+    return Objective().terms(model, batch, hooks)["response"]
+
+
+def validation_loss(
+    model: HookedModel | Source,
+    injection: Injection | None,
+    sequences: Sequence[TokenSequence],
+    micro_tokens: int = 1024,
+    objective: Objective | None = None,
+    teacher: HookedModel | Source | None = None,
+) -> float:
+    """The objective per counted token (the response loss if none is given); of the bare model without an injection."""
+    objective = objective or Objective()
+    terms = validation_terms(model, injection, sequences, micro_tokens, objective, teacher)
+    return sum(objective.weights[name] * value for name, value in terms.items())
+
+
+def validation_terms(
+    model: HookedModel | Source,
+    injection: Injection | None,
+    sequences: Sequence[TokenSequence],
+    micro_tokens: int,
+    objective: Objective,
+    teacher: HookedModel | Source | None = None,
+) -> dict[str, float]:
+    """Every loss of an objective by its name, not weighted, per counted token, all from the same passes.
+
+    Several processes (see :mod:`lcc_lens.processes`) divide the sequences and all get the whole.
+    """
+    counts = objective.counts(sequences)
+    totals = dict.fromkeys(counts, 0.0)
+    with torch.inference_mode(), (injection or Injection()).attached(hooked_of(model)):
+        hooks = injection.hooks() if injection is not None else []
+        for batch in batches(own_part(sequences), max_tokens=micro_tokens):
+            for name, term in objective.terms(model, batch, hooks, teacher).items():
+                totals[name] += float(term)
+    (whole,) = summed([torch.tensor(list(totals.values()), dtype=torch.float64)])
+    return {name: total / counts[name] for name, total in zip(totals, whole.tolist(), strict=True)}
+
+
+def hooked_of(model: HookedModel | Source) -> HookedModel:
+    """The hooked model behind a source; a model itself."""
+    return model.model if isinstance(model, Source) else model

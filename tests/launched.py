@@ -1,0 +1,51 @@
+"""What tests start as processes of their own: a restoration of saved models that says every step."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+from lcc_lens.data import load_data
+from lcc_lens.objectives import Objective
+from lcc_lens.pair import load_pair
+from lcc_lens.processes import n_processes, process_index
+from lcc_lens.recipe import restore
+from lcc_lens.restoration import Restoration
+from lcc_lens.scan import Scan
+from lcc_lens.training import TrainConfig
+
+EVERY = 3  # steps between checkpoints
+
+
+def run(folder: Path, name: str, *, resume: bool = False, die_at: int = 0, ask: bool = False) -> Restoration:
+    """Restore the models in a folder.
+
+    Args:
+        folder: holds both models, their scan and the data.
+        name: of the run directory in it.
+        resume: whether to go on.
+        die_at: the step after which the last process kills itself; none if 0.
+        ask: whether to wait for a line on standard input after every step.
+    """
+    pair, found = load_pair(folder / "dense", folder / "pruned"), Scan.load(folder / "scan")
+    config = TrainConfig(
+        lr=0.1, batch_size=5, validate_every=2, checkpoint_every=EVERY, seed=1, objective=Objective(1.0, 1.0)
+    )
+
+    def report(step) -> None:
+        print(f"step {step.step}", flush=True)
+        if step.step == die_at and process_index() == n_processes() - 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if ask:
+            sys.stdin.readline()
+
+    return restore(
+        pair, found, found.select("mse", share=0.6), load_data(str(folder / "questions.jsonl")), method="lcc+low-rank",
+        config=config, run=folder / name, resume=resume, on_step=report,
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    run(Path(sys.argv[1]), sys.argv[2], die_at=int(sys.argv[3]), ask=sys.argv[4] == "ask")

@@ -1,0 +1,95 @@
+"""Whatever is applied to a model leaves it as it was, also when something fails meanwhile."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from lcc_lens.baselines import adapters
+from lcc_lens.baselines.lofit import SparseGains
+from lcc_lens.injections import METHODS, Ingredients, build_injection
+from lcc_lens.restoration import Restoration, RestorationRecord
+
+TOKENS = torch.arange(1, 25)[None]
+BASELINES = ("lora", "dora", "lofit")
+
+
+def build(pair, found, kind: str):
+    given = Ingredients(pair.pruned, found.components, found.select("mse", share=0.5), pair.output_projections)
+    if kind in ("lora", "dora"):
+        injection = adapters(pair.pruned, kind=kind)
+    elif kind == "lofit":
+        injection = SparseGains(build_injection("gain", given).changes(), l1=1e-3)
+    else:
+        injection = build_injection(kind, given)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for number in injection.parameters():
+            if number.requires_grad or kind == "mean-shift":
+                number += 0.1 * torch.randn(number.shape, generator=generator)
+    return injection
+
+
+def state_of(model: Any) -> dict[str, Any]:
+    """Everything that could be left behind: parameters, modules, hooks and instance attributes."""
+    modules = dict(model.original_model.named_modules())
+    return {
+        "parameters": {name: id(number) for name, number in model.original_model.named_parameters()},
+        "modules": {name: id(module) for name, module in modules.items()},
+        "attributes": {name: sorted(module.__dict__) for name, module in modules.items()},
+        "hooks": {
+            name: len(module._forward_hooks) + len(module._forward_pre_hooks) for name, module in modules.items()
+        },
+        "points": {name: len(point.fwd_hooks) + len(point.bwd_hooks) for name, point in model.hook_dict.items()},
+    }
+
+
+def logits_of(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model(TOKENS)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("kind", [*METHODS, "lcc+gain+low-rank+norms", *BASELINES])
+def test_injections_leave_the_model_as_it_was(pair, found, kind: str, fails: bool) -> None:
+    injection, before, state = build(pair, found, kind), logits_of(pair.pruned), state_of(pair.pruned)
+    try:
+        with injection.applied_to(pair.pruned) as model:
+            assert float((logits_of(model) - before).abs().max()) > 1e-3
+            assert state_of(model) != state
+            if fails:
+                raise KeyError
+    except KeyError:
+        pass
+    assert torch.equal(logits_of(pair.pruned), before)
+    assert state_of(pair.pruned) == state
+
+
+@pytest.mark.parametrize("kind", [*METHODS, "lcc+gain+low-rank+norms"])
+def test_restorations_leave_the_model_as_it_was(pair, found, kind: str) -> None:
+    injection, before, state = build(pair, found, kind), logits_of(pair.pruned), state_of(pair.pruned)
+    restoration = Restoration.of(injection, RestorationRecord("d", "p", "", "", kind, "none", 0, 0))
+    with injection.applied_to(pair.pruned) as model:
+        expected = logits_of(model)
+    with pytest.raises(KeyError), restoration.applied_to(pair.pruned) as model:
+        assert torch.allclose(logits_of(model), expected, atol=1e-5)
+        raise KeyError
+    assert float((expected - before).abs().max()) > 1e-3
+    assert torch.equal(logits_of(pair.pruned), before)
+    assert state_of(pair.pruned) == state
+
+
+def test_an_injection_that_fails_while_it_computes_leaves_the_model_as_it_was(pair, found, monkeypatch) -> None:
+    injection, before, state = build(pair, found, "lcc+low-rank"), logits_of(pair.pruned), state_of(pair.pruned)
+    change = next(iter(injection.parts[1].changes().values()))
+
+    def fail(weight):
+        raise ValueError("no")
+
+    monkeypatch.setattr(change, "forward", fail)
+    with pytest.raises(ValueError, match="no"), injection.applied_to(pair.pruned) as model:
+        model(TOKENS)
+    assert torch.equal(logits_of(pair.pruned), before)
+    assert state_of(pair.pruned) == state

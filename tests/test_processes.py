@@ -1,0 +1,141 @@
+"""Runs that are killed lose little, and several processes give what one gives."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from shutil import copyfile, copytree
+
+import launched
+import pytest
+import torch
+
+from lcc_lens import processes
+from lcc_lens.errors import LensError
+from lcc_lens.files import read_tensors
+from lcc_lens.restoration import Restoration
+from lcc_lens.scan import Scan
+
+ROOT = Path(__file__).resolve().parents[1]
+LAUNCH = (
+    *("accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"),
+    *("--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"),
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def work(dense_dir: Path, pruned_dir: Path, question_file: Path, found: Scan, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("work")
+    copytree(dense_dir, folder / "dense")
+    copytree(pruned_dir, folder / "pruned")
+    copyfile(question_file, folder / "questions.jsonl")
+    found.save(folder / "scan")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def unbroken(work: Path) -> Restoration:
+    return launched.run(work, "unbroken")
+
+
+def started(*arguments: str) -> subprocess.Popen[str]:
+    path = os.pathsep.join((str(ROOT), str(ROOT / "tests")))
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen([sys.executable, "-m", *arguments], cwd=ROOT, env=environment, text=True, **pipes)
+
+
+def logged(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+
+
+def same_bits(first: Restoration, second: Restoration) -> bool:
+    tensors, others = first._tensors(), second._tensors()
+    return tensors.keys() == others.keys() and all(torch.equal(tensors[name], others[name]) for name in tensors)
+
+
+def test_killed_process_loses_little_and_never_the_best(work: Path, unbroken: Restoration) -> None:
+    with started("launched", str(work), "killed", "0", "ask") as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        reported = 0
+        while reported < 8:
+            reported = int(process.stdout.readline().split()[1])
+            if reported < 8:
+                process.stdin.write("\n")
+                process.stdin.flush()
+        process.kill()
+        process.wait()
+    assert process.returncode == -9
+    run = work / "killed"
+    assert not (run / "restoration.safetensors").exists()
+    measured = [step["validation_loss"] for step in logged(run) if step["validation_loss"] is not None][:-1]
+    record = read_tensors(run / "checkpoint.safetensors")[1]
+    assert 8 - int(record["step"]) <= launched.EVERY
+    assert float(record["best_loss"]) == min(float(record["first_loss"]), *measured)
+    assert min(measured) < float(record["first_loss"])
+    (run / ".checkpoint.safetensors.abc").write_bytes(b"half")  # as if it had been killed while it wrote
+    with (run / "log.jsonl").open("a") as log:
+        log.write('{"step": 9, "lo')
+    resumed = launched.run(work, "killed", resume=True)
+    assert same_bits(resumed, unbroken)
+    assert resumed.record.losses == unbroken.record.losses
+    assert not (run / ".checkpoint.safetensors.abc").exists()
+    steps = [[(step["step"], step["loss"]) for step in logged(work / name)] for name in ("killed", "unbroken")]
+    assert steps[0] == steps[1]
+    assert len(steps[0]) > 8
+
+
+def test_finished_run_resumes_to_itself(work: Path, unbroken: Restoration) -> None:
+    before = logged(work / "unbroken")
+    assert same_bits(launched.run(work, "unbroken", resume=True), unbroken)
+    assert logged(work / "unbroken") == before
+
+
+def test_two_processes_give_what_one_gives(work: Path, unbroken: Restoration) -> None:
+    with started(*LAUNCH, "-m", "launched", str(work), "two", "0", "go") as process:
+        output, errors = process.communicate()
+    assert process.returncode == 0, errors
+    assert output.count("step 3") == 2  # both took every step
+    together = Restoration.load(work / "two")
+    assert together.record.losses["restored"] == pytest.approx(unbroken.record.losses["restored"], rel=1e-4)
+    assert unbroken.record.losses["restored"] < unbroken.record.losses["pruned"] - 0.1
+    expected, got = unbroken._tensors(), together._tensors()
+    for name, tensor in expected.items():
+        scale = float(tensor.abs().max())
+        assert torch.allclose(got[name].double(), tensor.double(), atol=1e-3 * scale), name
+    steps = [[(step["step"], step["n_targets"]) for step in logged(work / name)] for name in ("two", "unbroken")]
+    assert steps[0] == steps[1]  # one process wrote, and counted the tokens of both
+    losses = [[step["loss"] for step in logged(work / name)] for name in ("two", "unbroken")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_killed_worker_ends_the_run_and_its_checkpoint_goes_on(work: Path, unbroken: Restoration) -> None:
+    with started(*LAUNCH, "-m", "launched", str(work), "worker", "5", "go") as process:
+        _, errors = process.communicate()
+    assert process.returncode == 1
+    assert "Signal 9" in errors or "exitcode  : -9" in errors
+    assert not (work / "worker" / "restoration.safetensors").exists()
+    assert 5 - int(read_tensors(work / "worker" / "checkpoint.safetensors")[1]["step"]) <= launched.EVERY
+    resumed = launched.run(work, "worker", resume=True)  # alone
+    assert resumed.record.losses["restored"] == pytest.approx(unbroken.record.losses["restored"], rel=1e-4)
+
+
+def test_one_process_asks_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "8")  # a cluster's, without a launcher
+    monkeypatch.setattr(processes, "_state", lambda: pytest.fail("accelerate was asked"))
+    tensors = [torch.ones(2)]
+    assert processes.summed(tensors)[0] is tensors[0]
+    assert processes.own_part([1, 2, 3]) == [1, 2, 3]
+    with processes.first_process_first():
+        pass
+    assert processes.is_first_process()
+
+
+def test_lost_process_is_said_in_one_line() -> None:
+    message = r"another process of this run has ended \(Connection closed by peer\)"
+    with pytest.raises(LensError, match=message), processes._others_alive():
+        raise RuntimeError("Connection closed by peer\nmore")
