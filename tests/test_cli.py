@@ -41,6 +41,8 @@ def test_whole_method_from_the_command_line(
     assert call("export", work, out) == 0
     assert call("explore", work) == 0
     assert "<script" in (work / "explorer.html").read_text()
+    assert call("figures", work, tmp_path / "figures", "--formats", "html") == 0
+    assert {path.suffix for path in (tmp_path / "figures").iterdir()} == {".html", ".js"}
     tasks = ("--tasks", text_file, question_file, "--length", 50, "--limit", 4)
     assert call("eval", dense_dir, pruned, out, *tasks, "--out", tmp_path / "results.json") == 0
 

@@ -16,6 +16,7 @@ from lcc_lens.cli.demonstrating import Demo
 from lcc_lens.cli.diagnosing import Doctor
 from lcc_lens.cli.exploring import Explore
 from lcc_lens.cli.exporting import Export
+from lcc_lens.cli.figures import Figures
 from lcc_lens.cli.measuring import Eval, Report
 from lcc_lens.cli.pruning import Prune, Refit
 from lcc_lens.cli.recipes import Recipe
@@ -23,6 +24,7 @@ from lcc_lens.cli.restoring import Restore
 from lcc_lens.cli.scanning import ScanPair
 from lcc_lens.config import bound_kernel_cache
 from lcc_lens.errors import LensError
+from lcc_lens.processes import is_first_process
 from lcc_lens.progress import shown
 
 Command = (
@@ -35,6 +37,7 @@ Command = (
     | Annotated[Export, tyro.conf.subcommand("export")]
     | Annotated[Eval, tyro.conf.subcommand("eval")]
     | Annotated[Report, tyro.conf.subcommand("report")]
+    | Annotated[Figures, tyro.conf.subcommand("figures")]
     | Annotated[Explore, tyro.conf.subcommand("explore")]
     | Annotated[Doctor, tyro.conf.subcommand("doctor")]
     | Annotated[Demo, tyro.conf.subcommand("demo")]
@@ -50,10 +53,11 @@ def run(arguments: list[str] | None = None) -> int:
         )  # fmt: skip
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else 2
-    _set_up_logging(command.quiet)
+    quiet = command.quiet or not is_first_process()
+    _set_up_logging(quiet)
     bound_kernel_cache()
     try:
-        with nullcontext() if command.quiet else shown():
+        with nullcontext() if quiet else shown():
             command.execute()
     except LensError as error:
         return _fail(str(error), error.exit_code)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 from lcc_lens.cli.options import Common, DenseModel, PrunedModel, RunPath, load_role
 from lcc_lens.errors import RequestError
+from lcc_lens.processes import first_process_first, is_first_process
 from lcc_lens.selectors import SelectorName
 from lcc_lens.show import show_losses, show_recovery
 from lcc_lens.tasks import RecoveryTask
@@ -91,6 +92,12 @@ class Restore(Common):
     lcc_lens.load_restored serves it)."""
     checkpoint_every: int = 20
     """Optimiser steps between checkpoints."""
+    micro_tokens: int = 1024
+    """Padded tokens of one backward pass; a larger batch is split and its gradients accumulated."""
+    reuse: bool = False
+    """Compute once per example what no step changes: faster over several epochs, for memory and disk."""
+    gradient_checkpointing: bool = False
+    """Keep only what enters each layer and compute the rest again for gradients: less memory, a third more time."""
     seed: int = 0
     """Of the draw and order of the training data."""
     resume: bool = False
@@ -117,9 +124,10 @@ class Restore(Common):
             pair, n_heads = None, 0
         else:
             restoration, pair, n_heads = self._one_method(data, validation)
-        show_losses(restoration.record.losses, n_heads, self.run)
-        if measures is not None:
-            self._measure(measures, restoration, pair)
+        if is_first_process():
+            show_losses(restoration.record.losses, n_heads, self.run)
+            if measures is not None:
+                self._measure(measures, restoration, pair)
 
     @property
     def _n_examples(self) -> int:
@@ -150,6 +158,7 @@ class Restore(Common):
         return TrainConfig(
             epochs=usual if self.epochs is None else self.epochs, batch_size=self.batch_size, lr=self.lr,
             checkpoint_every=self.checkpoint_every, seed=self.seed, patience=self.patience,
+            micro_tokens=self.micro_tokens, reuse=self.reuse, gradient_checkpointing=self.gradient_checkpointing,
             objective=Objective.parse(objective, temperature=self.temperature),
         )  # fmt: skip
 
@@ -169,7 +178,10 @@ class Restore(Common):
 
         config = self._config()
         pair = load_pair(self.dense, self.pruned)
-        found = self._scan(pair) if uses_components(self.method) or uses_heads(self.method) else None
+        found = None
+        if uses_components(self.method) or uses_heads(self.method):
+            with first_process_first():
+                found = self._scan(pair)
         heads = [] if found is None else found.select(self.selector, share=self.heads, seed=self.seed)
         restoration = restore(
             pair, found, heads, data, method=self.method, config=config, validation=validation, rank=self.rank,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from html import escape
+from pathlib import Path
 from typing import Any
 
 import plotly.graph_objects as go
@@ -156,9 +157,9 @@ def _caption(found: Mapping[str, Any], rows: Sequence[Row]) -> str:
     blocks = " Bars of recovery: 95 % interval, blocks of text drawn anew." if _has(rows, "recovered_interval") else ""
     spread = " Other bars: 95 % t interval over seeds." if any(row["seeds"] > 1 for row in rows) else ""
     return (
-        f"Trained on {settings['examples']} {settings['data']} examples; perplexity on {settings['blocks']} blocks of "
-        f"{settings['block_length']} tokens of {texts[0]}, the rest on {settings['responses']} held-out responses."
-        f"{blocks}{spread} {_seeds(rows)}"
+        f"Trained on {settings['examples']} {Path(settings['data']).stem} examples; perplexity on {settings['blocks']} "
+        f"blocks of {settings['block_length']} tokens of {Path(texts[0]).stem}, the rest on {settings['responses']} "
+        f"held-out responses.{blocks}{spread} {_seeds(rows)}"
     )
 
 
