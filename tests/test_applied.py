@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,15 +10,28 @@ import torch
 
 from lcc_lens.baselines import adapters
 from lcc_lens.baselines.lofit import SparseGains
+from lcc_lens.data import encode, load_data
 from lcc_lens.injections import METHODS, Ingredients, build_injection
 from lcc_lens.restoration import Restoration, RestorationRecord
+from lcc_lens.scan import scan
 
 TOKENS = torch.arange(1, 25)[None]
 BASELINES = ("lora", "dora", "lofit")
 
 
-def build(pair, found, kind: str):
-    given = Ingredients(pair.pruned, found.components, found.select("mse", share=0.5), pair.output_projections)
+@pytest.fixture(scope="module")
+def given(pair, question_file: Path) -> Ingredients:
+    """All that any method may need: a scan with the MLP's directions, the pair itself, and examples."""
+    data = load_data(str(question_file))
+    found = scan(pair, data, spectra=("z", "mlp"))
+    heads = found.select("mse", share=0.5)
+    return Ingredients(
+        pair.pruned, found.components, heads, pair.output_projections, mlp=found.others["mlp"], pair=pair,
+        sequences=encode(data, pair.tokenizer),
+    )  # fmt: skip
+
+
+def build(pair, given: Ingredients, kind: str):
     if kind in ("lora", "dora"):
         injection = adapters(pair.pruned, kind=kind)
     elif kind == "lofit":
@@ -27,7 +41,7 @@ def build(pair, found, kind: str):
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for number in injection.parameters():
-            if number.requires_grad or kind == "mean-shift":
+            if number.requires_grad or "mean-shift" in kind:
                 number += 0.1 * torch.randn(number.shape, generator=generator)
     return injection
 
@@ -53,8 +67,8 @@ def logits_of(model: Any) -> torch.Tensor:
 
 @pytest.mark.parametrize("fails", [False, True])
 @pytest.mark.parametrize("kind", [*METHODS, "lcc+gain+low-rank+norms", *BASELINES])
-def test_injections_leave_the_model_as_it_was(pair, found, kind: str, fails: bool) -> None:
-    injection, before, state = build(pair, found, kind), logits_of(pair.pruned), state_of(pair.pruned)
+def test_injections_leave_the_model_as_it_was(pair, given, kind: str, fails: bool) -> None:
+    injection, before, state = build(pair, given, kind), logits_of(pair.pruned), state_of(pair.pruned)
     try:
         with injection.applied_to(pair.pruned) as model:
             assert float((logits_of(model) - before).abs().max()) > 1e-3
@@ -68,8 +82,8 @@ def test_injections_leave_the_model_as_it_was(pair, found, kind: str, fails: boo
 
 
 @pytest.mark.parametrize("kind", [*METHODS, "lcc+gain+low-rank+norms"])
-def test_restorations_leave_the_model_as_it_was(pair, found, kind: str) -> None:
-    injection, before, state = build(pair, found, kind), logits_of(pair.pruned), state_of(pair.pruned)
+def test_restorations_leave_the_model_as_it_was(pair, given, kind: str) -> None:
+    injection, before, state = build(pair, given, kind), logits_of(pair.pruned), state_of(pair.pruned)
     restoration = Restoration.of(injection, RestorationRecord("d", "p", "", "", kind, "none", 0, 0))
     with injection.applied_to(pair.pruned) as model:
         expected = logits_of(model)
@@ -81,8 +95,8 @@ def test_restorations_leave_the_model_as_it_was(pair, found, kind: str) -> None:
     assert state_of(pair.pruned) == state
 
 
-def test_an_injection_that_fails_while_it_computes_leaves_the_model_as_it_was(pair, found, monkeypatch) -> None:
-    injection, before, state = build(pair, found, "lcc+low-rank"), logits_of(pair.pruned), state_of(pair.pruned)
+def test_an_injection_that_fails_while_it_computes_leaves_the_model_as_it_was(pair, given, monkeypatch) -> None:
+    injection, before, state = build(pair, given, "lcc+low-rank"), logits_of(pair.pruned), state_of(pair.pruned)
     change = next(iter(injection.parts[1].changes().values()))
 
     def fail(weight):

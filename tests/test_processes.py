@@ -95,6 +95,7 @@ def test_finished_run_resumes_to_itself(work: Path, unbroken: Restoration) -> No
     assert logged(work / "unbroken") == before
 
 
+@pytest.mark.slow
 def test_two_processes_give_what_one_gives(work: Path, unbroken: Restoration) -> None:
     with started(*LAUNCH, "-m", "launched", str(work), "two", "0", "go") as process:
         output, errors = process.communicate()
@@ -113,6 +114,7 @@ def test_two_processes_give_what_one_gives(work: Path, unbroken: Restoration) ->
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_killed_worker_ends_the_run_and_its_checkpoint_goes_on(work: Path, unbroken: Restoration) -> None:
     with started(*LAUNCH, "-m", "launched", str(work), "worker", "5", "go") as process:
         _, errors = process.communicate()
