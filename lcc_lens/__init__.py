@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from lcc_lens.compare import compare
     from lcc_lens.components import LostComponents, components_from_moments, extract_lost_components
     from lcc_lens.data import Data, load_data
+    from lcc_lens.doctor import Examination, examine
     from lcc_lens.drawing import draw_figures
     from lcc_lens.errors import LensError, RequestError
     from lcc_lens.evaluation import evaluate
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
     from lcc_lens.export import export
     from lcc_lens.heads import Head
     from lcc_lens.headscores import HeadScores
+    from lcc_lens.hub import push_to_hub
+    from lcc_lens.in_memory import stored_model
     from lcc_lens.injections import Composite, Injection, LccInjection, MeanShift, OffsetInjection, WeightInjection
     from lcc_lens.lens import (
         answer_streams,
@@ -74,6 +77,7 @@ if TYPE_CHECKING:
     from lcc_lens.restoration import Restoration
     from lcc_lens.scan import Scan, scan
     from lcc_lens.session import RestoreSession
+    from lcc_lens.sidecar import load_restored
     from lcc_lens.statistics import DifferenceStatistics
     from lcc_lens.task_recovery import TaskMeasures, load_task_data
     from lcc_lens.token_loss import TokenLoss
@@ -85,6 +89,7 @@ _HOMES = {
     "compare": ("compare",),
     "components": ("LostComponents", "components_from_moments", "extract_lost_components"),
     "data": ("Data", "load_data"),
+    "doctor": ("Examination", "examine"),
     "drawing": ("draw_figures",),
     "errors": ("LensError", "RequestError"),
     "evaluation": ("evaluate",),
@@ -92,6 +97,8 @@ _HOMES = {
     "export": ("export",),
     "heads": ("Head",),
     "headscores": ("HeadScores",),
+    "hub": ("push_to_hub",),
+    "in_memory": ("stored_model",),
     "injections": ("Composite", "Injection", "LccInjection", "MeanShift", "OffsetInjection", "WeightInjection"),
     "lens": (
         "answer_streams",
@@ -133,6 +140,7 @@ _HOMES = {
     "restoration": ("Restoration",),
     "scan": ("Scan", "scan"),
     "session": ("RestoreSession",),
+    "sidecar": ("load_restored",),
     "statistics": ("DifferenceStatistics",),
     "token_loss": ("TokenLoss",),
     "paper_recipes": ("read_recipe",),
@@ -147,6 +155,7 @@ __all__ = [
     "Composite",
     "Data",
     "DifferenceStatistics",
+    "Examination",
     "Head",
     "HeadScores",
     "Injection",
@@ -173,6 +182,7 @@ __all__ = [
     "direct_effect",
     "draw_figures",
     "evaluate",
+    "examine",
     "exciting_examples",
     "explore",
     "export",
@@ -181,6 +191,7 @@ __all__ = [
     "load_hooked",
     "load_lens",
     "load_pair",
+    "load_restored",
     "load_task_data",
     "logit_gain",
     "plot_comparison",
@@ -198,6 +209,7 @@ __all__ = [
     "plot_training",
     "promoted_tokens",
     "prune",
+    "push_to_hub",
     "read_recipe",
     "recovery_by_selector",
     "recovery_points",
@@ -211,6 +223,7 @@ __all__ = [
     "scan",
     "share_recovered",
     "shown",
+    "stored_model",
     "train",
     "write_html",
     "write_image",

@@ -2,39 +2,40 @@
 
 from __future__ import annotations
 
-import logging
-from collections import ChainMap
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
-from lcc_lens.errors import LensError, RequestError
+from lcc_lens.errors import LensError
 from lcc_lens.files import (
     atomic_directory,
     copy_checkpoint,
     read_json,
     read_tensor,
     require_space,
+    stored_name,
     tensor_names,
     weight_files,
+    write_json,
     write_text,
 )
-from lcc_lens.injections.changes import merged
-from lcc_lens.injections.constants import SiteConstants
+from lcc_lens.folding import edited_tensors, fold, require_same_weights, shares_values
+from lcc_lens.joint_slots import JointSlots, find_joint_slots
+from lcc_lens.model_card import model_card
 from lcc_lens.models import LoadedModel, ModelIdentity, identify, load_hooked, load_plain, load_tokenizer, resolve
-from lcc_lens.reading_maps import ConstantSite, reading_maps
+from lcc_lens.reading_maps import reading_maps
 from lcc_lens.restoration import Restoration
+from lcc_lens.rewriting import Splits, parse_size, rewrite_weights
+from lcc_lens.slots import BiasSlots, find_slots
 
-logger = logging.getLogger(__name__)
+__all__ = ["BiasSlots", "ExportReport", "export", "find_slots", "fold", "model_card"]
 
-#: By site, the setting under which the maps that read it have a bias, and what those maps are called.
-_BIAS_SWITCHES: dict[ConstantSite, str] = {"z": "attention_bias", "mlp": "mlp_bias"}
-_MAP_WORDS: dict[ConstantSite, str] = {"z": "attention output projection", "mlp": "MLP's down projection"}
+
+_PROBE_TEXT = "A tokenizer reads 12 words, and\n  a line; déjà vu."
 
 
 @dataclass(frozen=True)
@@ -54,74 +55,14 @@ class ExportReport:
     logit_effect: float
 
 
-@dataclass(frozen=True)
-class BiasSlots:
-    """Where a checkpoint can hold a constant per layer: bias names, the configuration that makes them load, and the
-    other biases that this configuration brings (written as zeros)."""
-
-    biases: tuple[str, ...]
-    config: Mapping[str, Any]
-    zero_biases: Mapping[str, tuple[int, ...]]
-
-
-def find_slots(path: Path, projections: tuple[str, ...], site: ConstantSite = "z") -> BiasSlots:
-    """Find the biases of the maps that read a site in a checkpoint, or the switch that adds them.
-
-    The architecture itself is asked: its empty model is built with ``attention_bias`` (``mlp_bias``) on and compared
-    with the stored tensors, so that no list of families can be out of date.
-
-    Args:
-        path: the checkpoint.
-        projections: plain names of the output projections by layer; for the site ``mlp``, of the down projections.
-        site: where the constants are.
-
-    Raises:
-        RequestError: the architecture has no such bias (mistral, qwen2, phi3 and others drop one silently).
-    """
-    stored, switch = tensor_names(path), _BIAS_SWITCHES[site]
-    biases = tuple(f"{projection}.bias" for projection in projections)
-    if all(bias in stored for bias in biases):
-        return BiasSlots(biases, {}, {})
-    config = read_json(path / "config.json")
-    shapes = _parameter_shapes(path, {switch: True}) if switch in _config_attributes(path) else {}
-    if not all(bias in shapes for bias in biases):
-        raise RequestError(
-            f"wanted an architecture with a bias on the {_MAP_WORDS[site]}, got {config.get('model_type')}, "
-            "which has none; restore it for hooks alone (exportable=False, --hooks-only) and use Restoration.applied_to"
-        )
-    plain = _parameter_shapes(path, {})
-    zero_biases = {n: s for n, s in shapes.items() if n not in plain and n not in stored and n not in biases}
-    return BiasSlots(biases, {switch: True}, zero_biases)
-
-
-def fold(
-    constants: Float[Tensor, "chosen d_head"],
-    heads: tuple[Any, ...],
-    weights: Mapping[int, Float[Tensor, "d_model zwidth"]],
-) -> dict[int, Float[Tensor, " d_model"]]:
-    r"""The bias that replaces constants at ``hook_z``: $b_O \mathrel{+}= \sum_h W_O^{(h)} c_h$ per layer, in float64.
-
-    Constants at an MLP, as head 0 of its layer, become the down projection's bias the same way.
-
-    Args:
-        constants: the learned components.
-        heads: their heads.
-        weights: by layer the output projection as ``nn.Linear`` stores it; head h owns columns h*d_head on.
-    """
-    d_head = constants.shape[-1]
-    biases = {layer: torch.zeros(weight.shape[0], dtype=torch.float64) for layer, weight in weights.items()}
-    for (layer, head), constant in zip(heads, constants.double(), strict=True):
-        columns = weights[layer][:, head * d_head : (head + 1) * d_head]
-        biases[layer] += columns.double() @ constant
-    return biases
-
-
 def export(
     restoration: Restoration,
     pruned: str | Path,
     out: str | Path,
     *,
     metrics: Mapping[str, Any] | None = None,
+    dtype: torch.dtype | None = None,
+    max_shard_size: int | str | None = None,
     overwrite: bool = False,
 ) -> ExportReport:
     """Write the restored model as a plain Hugging Face directory and verify it.
@@ -135,6 +76,9 @@ def export(
         pruned: reference of the pruned model that the restoration was trained on.
         out: the directory to write.
         metrics: measured numbers for the model card.
+        dtype: the format of the weights; the pruned checkpoint's if not given. Another one rounds every tensor.
+        max_shard_size: bytes per weight file at most, or a text such as ``5GB``; the pruned checkpoint's files if not
+            given.
         overwrite: replace an existing directory.
 
     Raises:
@@ -145,163 +89,58 @@ def export(
         >>> export(restoration, "out/wanda50", "out/restored")  # doctest: +SKIP
     """
     path, out = resolve(pruned), Path(out)
+    if max_shard_size is not None:
+        parse_size(max_shard_size)
     identity = identify(pruned, path)
-    if identity.sha256 != restoration.record.pruned_sha256:
-        raise RequestError(
-            f"wanted the pruned model with SHA-256 {restoration.record.pruned_sha256[:12]}…, got "
-            f"{identity.sha256[:12]}… in {path}; name the model that was restored"
-        )
+    require_same_weights(restoration, identity)
     loaded = load_hooked(pruned, dtype=torch.float32)
-    slots = {site: find_slots(path, _projections(loaded, site), site) for site in restoration.footprint.biases}
+    slots = _slots(restoration, loaded, path)
     require_space(out, 2 * sum(file.stat().st_size for file in weight_files(path)))
     with atomic_directory(out, overwrite=overwrite) as part:
-        replaced, added = _edited_tensors(restoration, path, slots, loaded)
-        config = {name: value for one in slots.values() for name, value in one.config.items()}
-        copy_checkpoint(path, part, replaced=replaced, added=added, config=config)
-        identical = _count_identical(path, part, set(replaced))
+        replaced, added = edited_tensors(restoration, path, slots, loaded)
+        copy_checkpoint(path, part, replaced=replaced, added=added, config=slots.config)
+        if slots.retyped_as:
+            _retype(part, slots, loaded)
         difference, effect, zeros = _compare_logits(restoration, loaded, part, identity)
+        if dtype is not None or max_shard_size is not None:
+            _rewrite(part, dtype, max_shard_size)
+        identical = _count_identical(path, part, set(replaced), slots.splits, dtype)
         write_text(part / "README.md", model_card(restoration, metrics or {}, difference))
     return ExportReport(out, tuple(sorted(added)), tuple(sorted(replaced)), identical, zeros, difference, effect)
 
 
-def model_card(restoration: Restoration, metrics: Mapping[str, Any], difference: float) -> str:
-    """The model card of an export, with the numbers that were measured."""
-    record = restoration.record
-    lines = [
-        "---", "library_name: transformers", "tags: [pruned, restorelcc, lcc-lens]", "---", "",
-        f"# {Path(record.pruned).name}, restored", "",
-        f"`{record.pruned}` (pruned from `{record.dense}`) with {_what_is_folded(restoration)}. Loads with plain "
-        "transformers; every other tensor is bit-identical to the pruned model, and its zeros stay.", "",
-        "| | |", "|---|---|",
-        f"| method | {record.method} |",
-        *([f"| heads | {len(restoration.heads)} |"] if restoration.heads else []),
-        *([f"| MLPs | {len(restoration.mlp.parts)} |"] if restoration.mlp is not None else []),
-        *([f"| weights changed | {len(dict(restoration.changes))} |"] if restoration.changes else []),
-        *([f"| numbers trained | {record.n_trained} |"] if record.n_trained is not None else []),
-        f"| learned from | {record.data}, {record.n_examples} examples, seed {record.seed} |",
-        f"| largest logit difference to the hooked model | {difference:.2g} |",
-        f"| pruned weights (SHA-256) | `{record.pruned_sha256}` |",
-        f"| lcc_lens | {record.version} |",
-    ]  # fmt: skip
-    if record.losses:
-        lines += ["", "Loss on held-out responses while training, nats per token:", "", "| model | loss |", "|---|---|"]
-        lines += [f"| {name} | {value:.4f} |" for name, value in record.losses.items()]
-    for name, values in metrics.items():
-        lines += ["", f"## {name}", "", "| | " + " | ".join(values) + " |", "|---|" + "---|" * len(values)]
-        lines.append("| | " + " | ".join(str(value) for value in values.values()) + " |")
-    return "\n".join(lines) + "\n"
+def _slots(restoration: Restoration, loaded: LoadedModel, path: Path) -> JointSlots:
+    cfg = loaded.model.cfg
+    share = int(cfg.n_heads) // int(getattr(cfg, "n_key_value_heads", None) or cfg.n_heads)
+    shared = share > 1 and shares_values(restoration, int(cfg.n_heads), share)
+    maps = {site: reading_maps(loaded.model, site) for site in restoration.footprint.biases}
+    return find_joint_slots(path, maps, shared_values=shared)
 
 
-def _edited_tensors(
-    restoration: Restoration, path: Path, slots: Mapping[ConstantSite, BiasSlots], loaded: LoadedModel
-) -> tuple[Mapping[str, Tensor], dict[str, Tensor]]:
-    """The tensors to replace (weights, biases that are there) and to add (biases that the configuration brings)."""
-    stored = tensor_names(path)
-    changed = _ChangedWeights(restoration, stored, is_transposed=loaded.is_transposed)
-    replaced: dict[str, Tensor] = {}
-    added: dict[str, Tensor] = {}
-    for found in restoration.constant_sites:
-        maps = _projections(loaded, found.site)
-        weights = {  # constants pass through the changed projections
-            layer: _linear_weight(stored, maps[layer], loaded.is_transposed, changed)
-            for layer in sorted({part.layer for part in found.parts})
-        }
-        biases = _biases(found, slots[found.site], weights, stored)
-        (added if slots[found.site].config else replaced).update(biases)
-    return ChainMap(replaced, cast("dict[str, Tensor]", changed)), added
+def _retype(part: Path, slots: JointSlots, loaded: LoadedModel) -> None:
+    """Write the other architecture's configuration, and name the tokenizer's class, which may follow from it."""
+    write_json(part / "config.json", slots.config)
+    if slots.splits:
+        rewrite_weights(part, splits=slots.splits)
+    settings = part / "tokenizer_config.json"
+    kept = read_json(settings) if settings.exists() else {}
+    write_json(settings, {"tokenizer_class": type(loaded.tokenizer).__name__, **kept})
 
 
-def _biases(
-    found: SiteConstants, slots: BiasSlots, weights: Mapping[int, Tensor], stored: Mapping[str, Path]
-) -> dict[str, Tensor]:
-    """The biases that hold a site's constants: those that are there with more, or new ones for every layer."""
-    folded = fold(found.values, found.parts, weights)
-    if not slots.config:
-        old = {layer: read_tensor(stored, slots.biases[layer]) for layer in folded}
-        return {slots.biases[layer]: (old[layer].double() + folded[layer]).to(old[layer].dtype) for layer in folded}
-    dtype = next(iter(weights.values())).dtype
-    biases = {name: torch.zeros(shape, dtype=dtype) for name, shape in slots.zero_biases.items()}
-    none = torch.zeros_like(next(iter(folded.values())))
-    return biases | {bias: folded.get(layer, none).to(dtype) for layer, bias in enumerate(slots.biases)}
+def _rewrite(part: Path, dtype: torch.dtype | None, max_shard_size: int | str | None) -> None:
+    """Write a verified export in another format or other files, and see that it loads."""
+    rewrite_weights(part, dtype=dtype, max_shard_size=max_shard_size)
+    if dtype is not None:
+        config = read_json(part / "config.json")
+        names = [name for name in ("dtype", "torch_dtype") if name in config] or ["dtype"]
+        write_json(part / "config.json", {**config, **dict.fromkeys(names, str(dtype).removeprefix("torch."))})
+    load_plain(part)
 
 
-def _projections(loaded: LoadedModel, site: ConstantSite) -> tuple[str, ...]:
-    return loaded.output_projections if site == "z" else reading_maps(loaded.model, site)
-
-
-class _ChangedWeights(Mapping[str, Tensor]):
-    """The changed weights in the checkpoint's layout and format, each computed when asked for: one at a time in memory.
-
-    Raises, when asked:
-        LensError: a zero of a matrix was lost, or a weight is not finite.
-    """
-
-    def __init__(self, restoration: Restoration, stored: Mapping[str, Path], *, is_transposed: bool) -> None:
-        changes = merged({name: one} for name, one in restoration.changes)
-        self._changes = {f"{module}.weight": change for module, change in changes.items()}
-        self._stored, self._is_transposed = stored, is_transposed
-
-    def __getitem__(self, name: str) -> Tensor:
-        change, old = self._changes[name], read_tensor(self._stored, name)
-        is_turned = self._is_transposed and old.ndim > 1
-        with torch.no_grad():
-            new = change(old.float().T).T if is_turned else change(old.float())
-        new = new.to(old.dtype).contiguous()
-        if not bool(torch.isfinite(new).all()):
-            raise LensError(f"wanted finite weights, got NaN or infinity in {name}; lower the learning rate")
-        if old.ndim == 1:
-            return new
-        if bool(new[old == 0].any()):
-            raise LensError(f"wanted the zeros of {name} kept, got others; nothing was kept")
-        return torch.where(old == 0, old, new)  # minus zero stays what it was, too
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._changes)
-
-    def __len__(self) -> int:
-        return len(self._changes)
-
-
-def _what_is_folded(restoration: Restoration) -> str:
-    what = {"z": "head folded into the biases of the attention output projections",
-            "mlp": "MLP folded into the biases of the down projections"}  # fmt: skip
-    parts = [f"a constant per {what[site]}" for site in restoration.footprint.biases]
-    if restoration.changes:
-        kinds = sorted({change.kind for _, change in restoration.changes})
-        parts.append(f"weights changed under their zero pattern ({', '.join(kinds)})")
-    return " and ".join(parts) or "nothing changed"
-
-
-def _linear_weight(
-    stored: Mapping[str, Path], projection: str, is_transposed: bool, changed: Mapping[str, Tensor]
-) -> Tensor:
-    """The output projection's weight as ``[d_model, n_heads * d_head]``."""
-    name = f"{projection}.weight"
-    weight = changed[name] if name in changed else read_tensor(stored, name)
-    return weight.T if is_transposed else weight
-
-
-def _config_attributes(path: Path) -> dict[str, Any]:
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(str(path), local_files_only=True)
-    return cast("dict[str, Any]", config.to_dict())
-
-
-def _parameter_shapes(path: Path, changes: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the parameters that the architecture has under a changed configuration; no memory is used."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    config = AutoConfig.from_pretrained(str(path), local_files_only=True)
-    for name, value in changes.items():
-        setattr(config, name, value)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-
-
-def _count_identical(source: Path, target: Path, edited: set[str]) -> int:
-    """Compare every untouched tensor bit for bit (which includes the zero pattern).
+def _count_identical(
+    source: Path, target: Path, edited: set[str], splits: Splits, dtype: torch.dtype | None = None
+) -> int:
+    """Compare every untouched tensor bit for bit (which includes the zero pattern), rounded if a format was asked for.
 
     Raises:
         LensError: one differs.
@@ -309,7 +148,10 @@ def _count_identical(source: Path, target: Path, edited: set[str]) -> int:
     before, after = tensor_names(source), tensor_names(target)
     untouched = [name for name in before if name not in edited]
     for name in untouched:
-        first, second = read_tensor(before, name), read_tensor(after, name)
+        first = read_tensor(before, name)
+        first = first.to(dtype) if dtype is not None and first.is_floating_point() else first
+        parts = [read_tensor(after, part) for part, _ in splits.get(name, ((name, 0),))]
+        second = torch.cat(parts) if len(parts) > 1 else parts[0]  # a number by itself cannot be joined
         if first.dtype != second.dtype or not torch.equal(_bits(first), _bits(second)):
             raise LensError(f"wanted {name} bit-identical after export, got a change; nothing was kept")
     return len(untouched)
@@ -324,7 +166,8 @@ def _compare_logits(
         LensError: the reloaded model does not compute what the hooked one does.
     """
     plain = load_plain(exported, dtype=torch.float32, attention="eager")
-    load_tokenizer(exported)
+    if load_tokenizer(exported)(_PROBE_TEXT)["input_ids"] != loaded.tokenizer(_PROBE_TEXT)["input_ids"]:
+        raise LensError(f"wanted the tokenizer of {identity.reference} kept, got another; nothing was kept")
     vocabulary = int(plain.config.get_text_config().vocab_size)
     tokens = torch.randint(vocabulary, (2, 32), generator=torch.Generator().manual_seed(0)).to(plain.device)
     with torch.inference_mode():
@@ -345,7 +188,8 @@ def _compare_logits(
 
 def _tolerance(path: Path, projection: str) -> float:
     """Relative tolerance of the logits: rounding of what is stored is all that may differ."""
-    dtype = read_tensor(tensor_names(path), f"{projection}.weight").dtype
+    stored = tensor_names(path)
+    dtype = read_tensor(stored, stored_name(stored, f"{projection}.weight")).dtype
     return 1e-5 if dtype in (torch.float32, torch.float64) else 2e-2
 
 

@@ -224,6 +224,12 @@ def tensor_names(directory: Path) -> dict[str, Path]:
     return where
 
 
+def stored_name(stored: Mapping[str, Path], name: str) -> str:
+    """A tensor's name in a checkpoint: as the model names it, or without the base model's prefix (original GPT-2)."""
+    short = name.partition(".")[2]
+    return short if name not in stored and short in stored else name
+
+
 def read_tensor(stored: Mapping[str, Path], name: str) -> Tensor:
     """One tensor of a checkpoint (see `tensor_names`).
 
@@ -291,11 +297,11 @@ def copy_checkpoint(
         index = read_json(target / WEIGHTS_INDEX)
         index["weight_map"].update(dict.fromkeys(added or (), files[0].name))
         if "total_size" in index.get("metadata", {}):
-            index["metadata"]["total_size"] = sum(_tensor_bytes(target / file.name) for file in files)
+            index["metadata"]["total_size"] = sum(tensor_bytes(target / file.name) for file in files)
         write_json(target / WEIGHTS_INDEX, index)
 
 
-def _tensor_bytes(file: Path) -> int:
+def tensor_bytes(file: Path) -> int:
     """The bytes of a file's tensors: its size without the header, whose length the first eight bytes give."""
     with file.open("rb") as handle:
         return file.stat().st_size - 8 - int.from_bytes(handle.read(8), "little")

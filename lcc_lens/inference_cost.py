@@ -13,8 +13,9 @@ from torch import nn
 from lcc_lens.baselines.adapters import adapted
 from lcc_lens.entries import ADAPTERS, Entry
 from lcc_lens.errors import RequestError
-from lcc_lens.export import find_slots
+from lcc_lens.files import tensor_names
 from lcc_lens.injections.weights import IN_LAYER
+from lcc_lens.joint_slots import find_joint_slots
 from lcc_lens.latency import DECODE_PROMPT, interleaved, median_interval, spread_tokens, time_decode, time_prefill
 from lcc_lens.models import load_plain
 from lcc_lens.pruning.layers import is_linear
@@ -87,14 +88,13 @@ def _served(path: Path, maps: Mapping[ConstantSite, tuple[str, ...]], kind: str,
     sites = next((sites for sites, name in BIASES.items() if name == kind), ())
     if not set(sites) <= maps.keys():
         raise RequestError(f"wanted maps that read {' and '.join(sites)}, got none; leave {kind} out")
-    slots = [find_slots(path, maps[site], site) for site in sites]
+    slots = find_joint_slots(path, {site: maps[site] for site in sites})
     model = load_plain(path)
-    for slot in slots:
-        for name in {*slot.biases, *slot.zero_biases}:
-            module: Any = model.get_submodule(name.removesuffix(".bias"))
-            if module.bias is None:
-                size = next(iter(slot.zero_biases.get(name, (module.weight.shape[0],))))
-                module.bias = nn.Parameter(torch.zeros(size).to(module.weight), requires_grad=False)
+    modules = dict(model.named_modules())
+    for name, shape in slots.new_biases(tensor_names(path)).items():
+        module: Any = modules.get(name.removesuffix(".bias"))  # none where the export would split a fused map
+        if module is not None:
+            module.bias = nn.Parameter(torch.zeros(shape).to(module.weight), requires_grad=False)
     if kind in ADAPTERS or kind == EVERY_MAP:
         adapter, targets = ADAPTERS.get(kind, ("lora", ()))
         maps_in_layers = [name for name, m in model.named_modules() if is_linear(m) and IN_LAYER.search(name)]

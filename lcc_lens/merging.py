@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lcc_lens.errors import RequestError
-from lcc_lens.export import find_slots
 from lcc_lens.files import tensor_names
 from lcc_lens.hooks import HookedModel
 from lcc_lens.injections import Injection
 from lcc_lens.injections.weights import layer_maps
+from lcc_lens.joint_slots import find_joint_slots
 from lcc_lens.pair import Pair
 from lcc_lens.pruning.layers import is_transposed
 from lcc_lens.reading_maps import ConstantSite, reading_maps
@@ -30,24 +30,21 @@ def merging_costs(injection: Injection, pair: Pair, model: HookedModel) -> dict[
         after merging; 1 for all that acts under the zero pattern. None where there are no zeros.
     """
     footprint = injection.footprint
-    added = [_bias_numbers(pair, site) for site in footprint.biases]
+    added = _bias_numbers(pair, footprint.biases)
     return {
-        "n_added": None if None in added else footprint.n_beside + sum(n for n in added if n is not None),
+        "n_added": None if added is None else footprint.n_beside + added,
         "zeros_kept": _zeros_kept(model, injection.merged_weights()),
     }
 
 
-def _bias_numbers(pair: Pair, site: ConstantSite) -> int | None:
-    """What biases behind a site add to the checkpoint, with those that come along as zeros."""
+def _bias_numbers(pair: Pair, sites: Sequence[ConstantSite]) -> int | None:
+    """What biases for constants at some sites add to the checkpoint, with those that come along as zeros."""
     path = pair.pruned_id.path
     try:
-        slots = find_slots(path, reading_maps(pair.pruned, site), site)
+        slots = find_joint_slots(path, {site: reading_maps(pair.pruned, site) for site in sites})
     except RequestError:
         return None
-    stored = tensor_names(path)
-    d_model = int(pair.pruned.cfg.d_model)
-    new = sum(d_model for bias in slots.biases if bias not in stored)
-    return new + sum(math.prod(shape) for shape in slots.zero_biases.values())
+    return sum(math.prod(shape) for shape in slots.new_biases(tensor_names(path)).values())
 
 
 @torch.no_grad()

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import functools
-import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -13,19 +11,19 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from lcc_lens.config import compute_dtype, default_device
-from lcc_lens.embedded import EMBEDDED_NAME, embedded_model, gguf_model
 from lcc_lens.errors import LensError, RequestError
-from lcc_lens.files import weight_files, weights_sha256
+from lcc_lens.files import read_json, weight_files, weights_sha256
 from lcc_lens.hooks import HookedModel, z_adders, z_name
+from lcc_lens.in_memory import stored_model
+from lcc_lens.plain_models import load_plain as load_plain
 from lcc_lens.plain_modules import remember_plain_names
-from lcc_lens.progress import without_loading_bars
 from lcc_lens.pruning.layers import is_transposed
+from lcc_lens.references import first_line as _first_line
+from lcc_lens.references import resolve as resolve
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-_HUB_ID = re.compile(r"^[\w.-]+(/[\w.-]+)?(@[\w./-]+)?$")
 #: How far the hooked model's logits may lie from plain transformers', relative to the largest logit.
 _LOGIT_TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
 _COARSE_TOLERANCE = 5e-2
@@ -58,36 +56,6 @@ class LoadedModel:
     removed_heads: tuple[tuple[int, ...], ...]
 
 
-def resolve(reference: str | Path) -> Path:
-    """The local Hugging Face directory of a model reference.
-
-    Args:
-        reference: ``smollm2``, a local directory, a ``.gguf`` file, or a hub id (``owner/name`` with an
-            optional ``@revision``).
-
-    Raises:
-        RequestError: nothing is there, or it holds no safetensors.
-    """
-    name, path = str(reference), Path(reference)
-    if name == EMBEDDED_NAME and not path.exists():
-        return embedded_model()
-    if path.suffix == ".gguf":
-        return gguf_model(path)
-    if path.is_dir():
-        if not (path / "config.json").exists():
-            raise RequestError(f"wanted a Hugging Face directory in {path}, got one without config.json")
-        weight_files(path)
-        return path
-    if path.exists():
-        raise RequestError(f"wanted a model directory or a .gguf file, got the file {path}")
-    if not _HUB_ID.match(name) or name.startswith((".", "/")) or (name.count("/") == 0 and path.suffix == ""):
-        raise RequestError(
-            f"wanted a model ({EMBEDDED_NAME}, a directory, a .gguf file or a hub id owner/name), got {name!r}, "
-            "which is not there; check the path"
-        )
-    return _from_hub(name)
-
-
 def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a local model directory.
 
@@ -98,7 +66,7 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, TypeError, ImportError) as error:  # a file that is not there may be None to a class
         raise RequestError(f"wanted a tokenizer in {path}, got none that loads ({_first_line(error)})") from error
     if not _has_words(tokenizer):
@@ -108,59 +76,37 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     return cast("PreTrainedTokenizerBase", tokenizer)
 
 
-def load_plain(
-    path: Path,
+def load_hooked(
+    reference: str | Path | torch.nn.Module,
     *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     device: torch.device | None = None,
     dtype: torch.dtype | None = None,
-    attention: str = "sdpa",
-) -> PreTrainedModel:
-    """Load a local directory with plain transformers, in evaluation mode, without gradients.
-
-    Args:
-        path: a Hugging Face directory.
-        device: see :func:`lcc_lens.config.default_device`.
-        dtype: see :func:`lcc_lens.config.compute_dtype`.
-        attention: transformers' attention implementation.
-
-    Raises:
-        RequestError: the files are damaged or no causal language model.
-        LensError: a weight is NaN or infinite.
-    """
-    from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM
-
-    device = device or default_device()
-    dtype = dtype or compute_dtype(device)
-    try:
-        with without_loading_bars():
-            model = AutoModelForCausalLM.from_pretrained(
-                str(path), dtype=dtype, attn_implementation=attention, local_files_only=True
-            )
-    except (OSError, ValueError, KeyError, SafetensorError, RuntimeError) as error:
-        raise RequestError(
-            f"wanted a causal language model in {path}, got none that loads ({_first_line(error)})"
-        ) from error
-    model = model.to(device).eval().requires_grad_(False)
-    _refuse_non_finite(model, path)
-    return cast("PreTrainedModel", model)
-
-
-def load_hooked(
-    reference: str | Path, *, device: torch.device | None = None, dtype: torch.dtype | None = None
 ) -> LoadedModel:
     """Load a model under TransformerLens' hooks and check that it is what it claims to be.
 
+    A model of transformers that is in memory is stored in the cache first (see
+    :func:`lcc_lens.in_memory.stored_model`): artefacts name weights on disk, and hooks would rename its keys.
+
     Checked at once: the hooked logits equal plain transformers', ``hook_z`` has the promised shape, and a change at
     ``hook_z`` changes the logits.
+
+    Args:
+        reference: see :func:`resolve`, or a model of transformers.
+        tokenizer: of a model in memory; a directory has its own.
+        device: see :func:`lcc_lens.config.default_device`.
+        dtype: see :func:`lcc_lens.config.compute_dtype`.
 
     Raises:
         RequestError: the reference cannot be served, or TransformerLens does not take the architecture.
         LensError: one of the checks fails.
     """
+    reference = as_reference(reference, tokenizer)
     path = resolve(reference)
+    _refuse_quantised(path)
     plain = load_plain(path, device=device, dtype=dtype, attention="eager")
     tokenizer = load_tokenizer(path)
+    _refuse_other_words(tokenizer, plain.get_input_embeddings().num_embeddings, path)
     tokens = _probe_tokens(plain.config.vocab_size, plain.device)
     with torch.inference_mode():
         expected = plain(tokens).logits.float()
@@ -178,6 +124,15 @@ def load_hooked(
         is_transposed(modules[0]),
         tuple(_removed_heads(module, int(model.cfg.n_heads)) for module in modules),
     )
+
+
+def as_reference(
+    reference: str | Path | torch.nn.Module, tokenizer: PreTrainedTokenizerBase | None = None
+) -> str | Path:
+    """A reference as it is, or that of a model in memory, which is stored."""
+    if isinstance(reference, str | Path):
+        return reference
+    return stored_model(reference, tokenizer)
 
 
 def identify(reference: str | Path, path: Path) -> ModelIdentity:
@@ -200,21 +155,6 @@ def _sha256_of_state(path: Path, state: tuple[Any, ...]) -> str:
 def device_of(model: HookedModel) -> torch.device:
     """The device that a hooked model takes its tokens on."""
     return next(iter(cast("torch.nn.Module", model).parameters())).device
-
-
-def _from_hub(name: str) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    repo, _, revision = name.partition("@")
-    patterns = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.model", "*.txt"]
-    try:
-        return Path(snapshot_download(repo, revision=revision or None, allow_patterns=patterns))
-    except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
-        raise RequestError(
-            f"wanted the model {name}, got no such directory here and nothing from the hub ({_first_line(error)}); "
-            "check the name or download it first"
-        ) from error
 
 
 def _has_words(tokenizer: Any) -> bool:
@@ -275,14 +215,21 @@ def _probe_tokens(d_vocab: int, device: torch.device) -> Tensor:
     return (torch.arange(1, 17, device=device) * 7919 % d_vocab)[None]
 
 
-def _refuse_non_finite(model: torch.nn.Module, path: Path) -> None:
-    for name, parameter in model.named_parameters():
-        if not bool(torch.isfinite(parameter.sum(dtype=torch.float32))) and not bool(torch.isfinite(parameter).all()):
-            raise LensError(
-                f"wanted finite weights in {path}, got NaN or infinity in {name}; prune or fetch the model again"
-            )
+def _refuse_quantised(path: Path) -> None:
+    found = read_json(path / "config.json").get("quantization_config")
+    if found:
+        kind = found.get("quant_method", "unnamed")
+        raise RequestError(
+            f"wanted weights in float32, bfloat16 or float16, got {kind} quantisation in {path}; name the original, or "
+            "save a dequantised copy (model.dequantize(), save_pretrained)"
+        )
 
 
-def _first_line(error: BaseException | Sequence[str]) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0][:200] if lines else type(error).__name__
+def _refuse_other_words(tokenizer: PreTrainedTokenizerBase, n_embeddings: int, path: Path) -> None:
+    added = tokenizer.get_added_vocab().keys()  # padding that nobody made an embedding for is common, and harmless
+    words = [number for word, number in tokenizer.get_vocab().items() if word not in added]
+    if max(words) >= n_embeddings:
+        raise RequestError(
+            f"wanted a tokenizer whose tokens the model in {path} knows, got token {max(words)} for {n_embeddings} "
+            "embeddings; copy the tokenizer that belongs to it"
+        )

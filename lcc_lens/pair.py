@@ -16,7 +16,7 @@ from lcc_lens.errors import RequestError
 from lcc_lens.headmap import HEAD_MAP, HeadMap, read_head_map
 from lcc_lens.hooks import HookedModel
 from lcc_lens.memory import release_memory
-from lcc_lens.models import LoadedModel, ModelIdentity, load_hooked, resolve
+from lcc_lens.models import LoadedModel, ModelIdentity, as_reference, load_hooked, resolve
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -110,9 +110,10 @@ class Pair:
 
 
 def load_pair(
-    dense: str | Path,
-    pruned: str | Path,
+    dense: str | Path | torch.nn.Module,
+    pruned: str | Path | torch.nn.Module,
     *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     device: torch.device | None = None,
     dtype: torch.dtype | None = None,
     one_at_a_time: bool = False,
@@ -120,8 +121,10 @@ def load_pair(
     """Load a dense and a pruned model, hooked and checked against each other.
 
     Args:
-        dense: reference of the dense model (see :func:`resolve`).
-        pruned: reference of the pruned model.
+        dense: reference of the dense model (see :func:`resolve`), or a model of transformers in memory (see
+            :func:`load_hooked`).
+        pruned: the pruned model, likewise.
+        tokenizer: of models in memory.
         device: where to compute.
         dtype: compute format of both models.
         one_at_a_time: never hold both in memory; a scan then runs the dense model over everything first.
@@ -129,6 +132,7 @@ def load_pair(
     Raises:
         RequestError: the tokenizers or shapes differ.
     """
+    dense, pruned = as_reference(dense, tokenizer), as_reference(pruned, tokenizer)
     resolve(pruned)  # a wrong second path should not wait for the first model to load
 
     def load(reference: str | Path) -> LoadedModel:

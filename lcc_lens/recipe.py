@@ -14,7 +14,6 @@ from lcc_lens.config import compute_dtype, default_device
 from lcc_lens.data import Data, TokenSequence, load_data
 from lcc_lens.errors import RequestError
 from lcc_lens.evaluation import sequence_loss
-from lcc_lens.export import find_slots
 from lcc_lens.heads import Head
 from lcc_lens.injections import (
     Ingredients,
@@ -28,6 +27,7 @@ from lcc_lens.injections import (
     uses_sequences,
 )
 from lcc_lens.job_data import calibration_tokens, recorded_groups, training_sequences
+from lcc_lens.joint_slots import find_joint_slots
 from lcc_lens.lr_range import range_test
 from lcc_lens.models import load_plain, resolve
 from lcc_lens.pair import Pair
@@ -251,8 +251,8 @@ def restore(
         >>> restore(pair, scan, scan.select("mse", share=0.25), load_data("alpaca", n=480))  # doctest: +SKIP
     """
     _check_request(pair, scan, heads, method)
-    for site in bias_sites(method) if exportable else ():
-        find_slots(pair.pruned_id.path, reading_maps(pair.pruned, site), site)
+    if exportable:
+        require_slots(pair, method)
     if shuffle_responses and not trains_numbers(method):
         raise RequestError(f"wanted a method that trains to shuffle responses for, got {method}; leave one out")
     config = config or TrainConfig()
@@ -363,6 +363,16 @@ def check_scan(scan: Scan, pair: Pair) -> None:
                 f"wanted the {name} model of the scan (SHA-256 {recorded[:12]}…), got {identity.reference} "
                 f"({identity.sha256[:12]}…); scan this pair first"
             )
+
+
+def require_slots(pair: Pair, method: str) -> None:
+    """Refuse a method whose constants the pruned model's checkpoint cannot hold.
+
+    Raises:
+        RequestError: says which, and what serves instead.
+    """
+    maps = {site: reading_maps(pair.pruned, site) for site in bias_sites(method)}
+    find_joint_slots(pair.pruned_id.path, maps)
 
 
 def refuse_removed(heads: Sequence[Head], pair: Pair) -> None:

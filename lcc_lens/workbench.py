@@ -7,14 +7,13 @@ from dataclasses import asdict, dataclass, replace
 
 from lcc_lens.data import Data, TokenSequence
 from lcc_lens.errors import InterruptedRun, RequestError
-from lcc_lens.export import find_slots
 from lcc_lens.heads import Head
 from lcc_lens.hooks import HookedModel
-from lcc_lens.injections import Ingredients, Injection, build_injection, parse_method, uses_components, uses_heads
+from lcc_lens.injections import Ingredients, Injection, build_injection, parse_method, uses_heads
 from lcc_lens.job_data import training_sequences
 from lcc_lens.objectives import Source
 from lcc_lens.pair import Pair
-from lcc_lens.recipe import check_scan
+from lcc_lens.recipe import check_scan, require_slots
 from lcc_lens.restoration import RestorationRecord
 from lcc_lens.reuse import CachedTeacher, StartedLater, reused
 from lcc_lens.scan import Scan
@@ -46,8 +45,8 @@ def open_workbench(
         raise RequestError(f"wanted a scan of this pair for {method}, got none; scan it first")
     if pair.one_at_a_time:
         raise RequestError("wanted both models in memory, got a pair with one at a time; load it without")
-    if exportable and uses_components(method):
-        find_slots(pair.pruned_id.path, pair.output_projections)
+    if exportable:
+        require_slots(pair, method)
     sequences, held_out = training_sequences(pair, scan, data, validation, max_length, None, None)
     return Workbench(pair, scan, method, data.name, sequences, held_out, config, low_rank)
 

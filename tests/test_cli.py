@@ -8,12 +8,15 @@ import signal
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import build_model, save_model
 from safetensors.torch import load_file
+from test_export import restoration_of
 from transformers import AutoModelForCausalLM
 
 from lcc_lens.cli import run
 from lcc_lens.files import sha256_file
+from lcc_lens.heads import Head
 
 
 def call(*arguments: object) -> int:
@@ -153,7 +156,7 @@ def test_wrong_usage_ends_with_2(arguments: list[str], capsys: pytest.CaptureFix
 
 
 @pytest.mark.parametrize(
-    "command", ["prune", "refit", "scan", "restore", "compare", "recipe", "export", "eval", "report", "demo"]
+    "command", ["prune", "refit", "scan", "restore", "compare", "recipe", "export", "eval", "report", "doctor", "demo"]
 )
 def test_help_explains_every_option(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run([command, "--help"]) == 0
@@ -246,3 +249,46 @@ def test_explore_takes_one_run_or_two(tmp_path: Path, capsys: pytest.CaptureFixt
     refused(capsys, 2, "wanted one run, or two to compare, got 3", "explore", *(tmp_path / name for name in "abc"))
     refused(capsys, 2, "wanted", "explore", tmp_path / "missing")
     assert not list(tmp_path.iterdir())
+
+
+def test_doctor_by_command(dense_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call("doctor", dense_dir) == 0
+    text = capsys.readouterr().out
+    assert all(name in text for name in (" loads under hooks", "constants in an export", "number format"))
+    broken = save_model(build_model(vocab_size=200), tmp_path / "broken")
+    refused(capsys, 1, f"wanted a model that loads and passes its checks, got {broken}; see ✗ above", "doctor", broken)
+    assert call("doctor", tmp_path / "nowhere", "--quiet") == 1
+    found = capsys.readouterr()
+    assert "✗ files" in found.out
+    assert "number format" in found.out
+    assert len(found.err.strip().splitlines()) == 1
+
+
+def test_export_in_another_format_and_other_files_is_sent(
+    pruned_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lcc_lens import hub
+
+    sent: list[tuple[Path, str]] = []
+
+    def send(directory: Path, repository: str) -> str:
+        assert (directory / "config.json").exists()  # verified, under its name
+        sent.append((directory, repository))
+        return "https://hub/commit"
+
+    monkeypatch.setattr(hub, "push_to_hub", send)
+    work, out = tmp_path / "run", tmp_path / "out"
+    restoration_of(pruned_dir, heads=[Head(1, 2)]).save(work)
+    refused(capsys, 2, "wanted a repository owner/name", "export", work, out, "--push-to-hub", "restored")
+    refused(capsys, 2, "wanted a size such as 5GB", "export", work, out, "--max-shard-size", "large")
+    assert call("export", work, out, "--dtype", "int8") == 2
+    assert not out.exists()
+    capsys.readouterr()
+    settings = ("--dtype", "bfloat16", "--max-shard-size", "20KB", "--push-to-hub", "me/restored")
+    assert call("export", work, out, *settings, "--quiet") == 0
+    assert "https://hub/commit" in capsys.readouterr().out
+    assert sent == [(out, "me/restored")]
+    shards = sorted(out.glob("model-*.safetensors"))
+    assert len(shards) > 1
+    assert {tensor.dtype for shard in shards for tensor in load_file(shard).values()} == {torch.bfloat16}
+    assert AutoModelForCausalLM.from_pretrained(out).config.attention_bias is True

@@ -359,29 +359,27 @@ def test_mean_shift_is_the_mean_difference_and_trains_nothing(
 
 
 def test_model_that_the_export_cannot_serve_is_refused_before_training(question_file: Path, tmp_path: Path) -> None:
-    """Mistral's output projection has no bias: its restoration works under hooks alone."""
+    """MPT has no bias at all: its restoration works under hooks and as a sidecar."""
     torch.manual_seed(0)
-    sizes = {"hidden_size": 30, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 5}
-    cfg = transformers.MistralConfig(**sizes, vocab_size=300, num_key_value_heads=5, head_dim=6)
-    model = transformers.MistralForCausalLM(cfg)
+    model = transformers.MptForCausalLM(transformers.MptConfig(d_model=30, n_heads=5, n_layers=2, vocab_size=300))
     dense = save_model(model, tmp_path / "dense")
     with torch.no_grad():
-        model.model.layers[0].self_attn.v_proj.weight[:, ::2] = 0
-    mistral = load_pair(dense, save_model(model, tmp_path / "pruned"))
+        model.transformer.blocks[0].attn.Wqkv.weight[60:, ::2] = 0
+    pair = load_pair(dense, save_model(model, tmp_path / "pruned"))
     data = load_data(str(question_file))
-    lost = scan(mistral, data)
+    lost = scan(pair, data)
     steps: list = []
-    with pytest.raises(RequestError, match=r"got mistral, which has none; restore it for hooks alone.*--hooks-only"):
-        restore(mistral, lost, [Head(0, 1)], data, config=FAST, run=tmp_path / "run", on_step=steps.append)
+    with pytest.raises(RequestError, match=r"got mpt, which has none.*; restore it for hooks alone.*--hooks-only"):
+        restore(pair, lost, [Head(0, 1)], data, config=FAST, run=tmp_path / "run", on_step=steps.append)
     assert steps == []
     assert not (tmp_path / "run").exists()
-    restoration = restore(mistral, lost, [Head(0, 1)], data, config=FAST, exportable=False)
+    restoration = restore(pair, lost, [Head(0, 1)], data, config=FAST, exportable=False)
     tokens = torch.arange(1, 20)[None]
     with torch.no_grad():
-        before = mistral.pruned(tokens)
-        with restoration.applied_to(mistral.pruned) as restored:
+        before = pair.pruned(tokens)
+        with restoration.applied_to(pair.pruned) as restored:
             assert float((restored(tokens) - before).abs().max()) > 1e-4
-        assert torch.equal(mistral.pruned(tokens), before)
+        assert torch.equal(pair.pruned(tokens), before)
 
 
 def test_shuffled_responses_pair_every_prompt_with_anothers(question_file: Path, text_file: Path) -> None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from lcc_lens.cli.options import Common, Out, RunPath
-from lcc_lens.show import show_table
+from lcc_lens.show import console, show_table
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,15 +19,30 @@ class Export(Common):
     """The directory to write."""
     pruned: str | None = None
     """Where the pruned model lies now (where the run found it, if not given)."""
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Round the weights to this format (the pruned model's, if not given)."""
+    max_shard_size: str | None = None
+    """Bytes per weight file at most, such as 5GB (the pruned model's files, if not given)."""
+    push_to_hub: str | None = None
+    """Upload the verified directory to this repository (owner/name), private, under your own login."""
     overwrite: bool = False
     """Replace an existing directory."""
 
     def execute(self) -> None:
+        import torch
+
         from lcc_lens.export import export
+        from lcc_lens.hub import push_to_hub, require_repository
         from lcc_lens.restoration import Restoration
 
+        if self.push_to_hub is not None:
+            require_repository(self.push_to_hub)
         restoration = Restoration.load(self.run)
-        report = export(restoration, self.pruned or restoration.record.pruned, self.out, overwrite=self.overwrite)
+        report = export(
+            restoration, self.pruned or restoration.record.pruned, self.out,
+            dtype=None if self.dtype is None else getattr(torch, self.dtype), max_shard_size=self.max_shard_size,
+            overwrite=self.overwrite,
+        )  # fmt: skip
         rows = [
             ["biases added", str(len(report.added))],
             ["tensors changed", str(len(report.changed))],
@@ -36,3 +52,5 @@ class Export(Common):
             ["largest effect on the logits", f"{report.logit_effect:.2g}"],
         ]
         show_table(f"exported and verified: {self.out}", ["", ""], rows)
+        if self.push_to_hub is not None:
+            console().print(push_to_hub(self.out, self.push_to_hub), soft_wrap=True)

@@ -13,6 +13,7 @@ import tyro
 
 from lcc_lens.cli.comparing import Compare
 from lcc_lens.cli.demonstrating import Demo
+from lcc_lens.cli.diagnosing import Doctor
 from lcc_lens.cli.exploring import Explore
 from lcc_lens.cli.exporting import Export
 from lcc_lens.cli.figures import Figures
@@ -38,6 +39,7 @@ Command = (
     | Annotated[Report, tyro.conf.subcommand("report")]
     | Annotated[Figures, tyro.conf.subcommand("figures")]
     | Annotated[Explore, tyro.conf.subcommand("explore")]
+    | Annotated[Doctor, tyro.conf.subcommand("doctor")]
     | Annotated[Demo, tyro.conf.subcommand("demo")]
 )
 

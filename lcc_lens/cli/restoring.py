@@ -88,7 +88,8 @@ class Restore(Common):
     shuffle_responses: bool = False
     """A control: train on every prompt with another one's response."""
     hooks_only: bool = False
-    """Restore even where the checkpoint cannot hold the result (it then works under hooks alone)."""
+    """Restore even where the checkpoint cannot hold the result (it then works under hooks alone;
+    lcc_lens.load_restored serves it)."""
     checkpoint_every: int = 20
     """Optimiser steps between checkpoints."""
     micro_tokens: int = 1024

@@ -16,11 +16,11 @@ from lcc_lens.pruning.layers import decoder_layers, read_config, skeleton
 from lcc_lens.pruning.matrices import Matrix
 
 # How families name the two output matrices of a layer, seen from the layer.
-_ATTENTION_OUTPUTS = (
+ATTENTION_OUTPUTS = (
     "self_attn.o_proj", "self_attn.out_proj", "self_attn.dense", "attn.c_proj", "attn.out_proj", "attention.dense",
     "self_attention.dense",
 )  # fmt: skip
-_MLP_OUTPUTS = ("mlp.down_proj", "mlp.fc2", "fc2", "mlp.c_proj", "mlp.dense_4h_to_h", "mlp.fc_out", "ffn.down_proj")
+MLP_OUTPUTS = ("mlp.down_proj", "mlp.fc2", "fc2", "mlp.c_proj", "mlp.dense_4h_to_h", "mlp.fc_out", "ffn.down_proj")
 _MLP_INPUTS = ("gate_proj", "up_proj", "gate_up_proj", "fc1", "c_fc", "dense_h_to_4h", "fc_in")
 
 
@@ -96,7 +96,7 @@ def find_anatomy(layer: nn.Module, matrices: Sequence[Matrix], config: Any) -> L
 
 
 def _attention(by_path: Mapping[str, Matrix], layer: nn.Module, config: Any) -> tuple[Block, int]:
-    output = _one_of(by_path, _ATTENTION_OUTPUTS, "attention output")
+    output = _one_of(by_path, ATTENTION_OUTPUTS, "attention output")
     n_heads = int(config.num_attention_heads)
     n_groups = int(getattr(config, "num_key_value_heads", None) or n_heads)
     if n_heads % n_groups or output.d_in % n_heads:
@@ -133,7 +133,7 @@ def _projections(
 
 
 def _mlp(by_path: Mapping[str, Matrix], layer: nn.Module) -> Block:
-    output = _one_of(by_path, _MLP_OUTPUTS, "feed-forward output")
+    output = _one_of(by_path, MLP_OUTPUTS, "feed-forward output")
     where = output.path.rpartition(".")[0]
     paths = [f"{where}.{name}".lstrip(".") for name in _MLP_INPUTS]
     neurons = torch.arange(output.d_in)[:, None]
@@ -152,7 +152,7 @@ def _mlp(by_path: Mapping[str, Matrix], layer: nn.Module) -> Block:
 def output_maps(matrices: Sequence[Matrix]) -> list[Matrix]:
     """A layer's two output matrices, the attention's and the feed-forward block's; none where one is not known."""
     by_path = {matrix.path: matrix for matrix in matrices}
-    found = [next((by_path[n] for n in names if n in by_path), None) for names in (_ATTENTION_OUTPUTS, _MLP_OUTPUTS)]
+    found = [next((by_path[n] for n in names if n in by_path), None) for names in (ATTENTION_OUTPUTS, MLP_OUTPUTS)]
     maps = [matrix for matrix in found if matrix is not None]
     return maps if len(maps) == len(found) else []
 

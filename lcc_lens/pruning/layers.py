@@ -23,7 +23,7 @@ def read_config(model_dir: Path) -> Any:
     if not (model_dir / "config.json").is_file():
         raise RequestError(f"wanted a Hugging Face model in {model_dir}, got no config.json there; check the path")
     try:
-        return AutoConfig.from_pretrained(model_dir)
+        return AutoConfig.from_pretrained(model_dir, trust_remote_code=False)
     except (OSError, ValueError, KeyError, StrictDataclassError) as error:
         raise _unknown_model(model_dir, error) from error
 

@@ -209,12 +209,11 @@ class _LayerRefit:
 
     def _solve(self, name: str, moments: _Moments | Shortfall) -> Float[Tensor, "out in"]:
         target, start, moment = self.dense[name], self.pruned[name], moments.inputs[name]
-        mends = isinstance(moments, Shortfall)
         equations = NormalEquations.of(
             moment,
             target,
-            cross_moment=None if mends else moments.cross_of(name),
-            product=moments.product if mends else None,
+            cross_moment=None if isinstance(moments, Shortfall) else moments.cross_of(name),
+            product=moments.product if isinstance(moments, Shortfall) else None,
             ridge=self.config.ridge,
         )
         weight = masked_least_squares(equations, start != 0, start)

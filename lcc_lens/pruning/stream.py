@@ -159,7 +159,7 @@ class LayerStream:
 
         # No attention is named: transformers takes sdpa, or eager for architectures that sdpa cannot compute (Gemma 2).
         with without_loading_bars():
-            model: nn.Module = AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype)
+            model: nn.Module = AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype, trust_remote_code=False)
         model.to(device).eval().requires_grad_(False)
         return cls(model, decoder_layers(model, read_config(model_dir))[1], tokens, batch_size)
 

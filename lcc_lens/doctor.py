@@ -1,0 +1,185 @@
+"""The doctor: whether a model loads as it should, what works for it and on this machine, and what would help."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from lcc_lens.errors import LensError
+from lcc_lens.files import weight_files
+from lcc_lens.head_writer import HeadWriter
+from lcc_lens.hooks import HookedModel
+from lcc_lens.machine import Machine
+from lcc_lens.memory import release_memory
+from lcc_lens.models import LoadedModel, load_hooked
+from lcc_lens.pruning.anatomy import LayerAnatomy, find_anatomies
+from lcc_lens.pruning.matrices import find_matrices
+from lcc_lens.pruning.slicing import allowed_groups, require_sliceable, sliced_config
+from lcc_lens.pruning.slimgpt import Quota
+from lcc_lens.reading_maps import reading_maps
+from lcc_lens.readout import Readout
+from lcc_lens.references import resolve
+from lcc_lens.running import fused_attention
+from lcc_lens.slots import find_slots
+
+#: ``no`` is something that does not work and has another way; ``failed`` a model that nothing here can use.
+Verdict = Literal["yes", "no", "failed"]
+_MARK = {"yes": "✓", "no": "–", "failed": "✗"}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was looked at: what was found, and what to do about it where that is not all."""
+
+    name: str
+    verdict: Verdict
+    found: str
+    advice: str = ""
+
+    @property
+    def row(self) -> list[str]:
+        """A row of a table: name, and what there is to say."""
+        said = f"{self.found}; {self.advice}" if self.advice else self.found
+        return [f"{_MARK[self.verdict]} {self.name}", said]
+
+
+@dataclass(frozen=True)
+class Examination:
+    """Everything that the doctor found about a model and a machine."""
+
+    reference: str
+    model: tuple[Finding, ...]
+    machine: tuple[Finding, ...]
+
+    @property
+    def is_sound(self) -> bool:
+        """Whether the model loads and passes its checks; what merely has another way does not count."""
+        return all(finding.verdict != "failed" for finding in (*self.model, *self.machine))
+
+
+def examine(reference: str | Path) -> Examination:
+    """Run the checks of loading, try what an architecture can do, and look at the machine.
+
+    Every answer comes from trying: nothing is looked up in a list of families.
+
+    Args:
+        reference: see :func:`lcc_lens.references.resolve`.
+
+    Returns:
+        Findings; a model that cannot be used is one of them, not an error.
+
+    Example:
+        >>> for finding in examine("smollm2").model:  # doctest: +SKIP
+        ...     print(*finding.row)
+    """
+    machine = Machine.here()
+    return Examination(str(reference), tuple(_model_findings(reference)), tuple(_machine_findings(machine)))
+
+
+def _model_findings(reference: str | Path) -> Iterator[Finding]:
+    try:
+        path = resolve(reference)
+        size = sum(file.stat().st_size for file in weight_files(path))
+    except LensError as error:
+        yield _refusal("files", error, "failed")
+        return
+    yield Finding("files", "yes", f"{path}, {len(weight_files(path))} of weights, {size / 1e6:,.0f} MB")
+    yield from _pruning_findings(path)
+    try:
+        loaded = load_hooked(reference)
+    except LensError as error:
+        yield _refusal("loads under hooks", error, "failed")
+        return
+    cfg = loaded.model.cfg
+    groups = getattr(cfg, "n_key_value_heads", None) or cfg.n_heads
+    heads = f"{cfg.n_layers} layers of {cfg.n_heads} heads of {cfg.d_head}, {groups} key-value heads"
+    yield Finding("loads under hooks", "yes", f"logits equal transformers', hook_z acts: {heads}")
+    yield from _hook_findings(loaded, path)
+    del loaded
+    release_memory()
+
+
+def _hook_findings(loaded: LoadedModel, path: Path) -> Iterator[Finding]:
+    """What works for a model under hooks."""
+    removed = sum(map(len, loaded.removed_heads))
+    if removed:
+        yield Finding("heads removed", "yes", f"{removed}, whose columns of the output projection are all zero")
+    with fused_attention(loaded.model) as is_fused:
+        kernels = "the model's own kernels" if is_fused else "step by step: slower, and the same"
+    yield Finding("attention under hooks", "yes" if is_fused else "no", kernels)
+    yield _tried("constants in an export", lambda: find_slots(path, loaded.output_projections).way)
+    yield _tried("MLP constants in an export", lambda: find_slots(path, reading_maps(loaded.model, "mlp"), "mlp").way)
+
+    def checked(way: Callable[[HookedModel], object], name: str) -> str:
+        way(loaded.model)
+        return f"{name}, checked"
+
+    yield _tried("logit lens", lambda: checked(Readout.of, "final norm and unembedding"))
+    yield _tried("head by head", lambda: checked(HeadWriter.of, "the way into the residual stream"))
+
+
+def _pruning_findings(path: Path) -> Iterator[Finding]:
+    """Which pruners take the checkpoint, from names and shapes alone."""
+    plan = []
+
+    def matrices() -> str:
+        plan.extend(find_matrices(path))
+        return f"{sum(map(len, plan))} matrices in {len(plan)} layers"
+
+    anatomies: list[LayerAnatomy] = []
+
+    def structure() -> str:
+        anatomies.extend(find_anatomies(path, plan))
+        first = anatomies[0]
+        return f"{first.attention.n_groups} groups of {first.heads_per_group} heads, {first.mlp.n_groups} neurons"
+
+    yield _tried("magnitude, wanda, sparsegpt", matrices)
+    if plan:
+        yield _tried("slimgpt (heads, neurons)", structure)
+    if anatomies:
+        yield _tried("slimgpt --sliced", lambda: _slicing(path, anatomies))
+
+
+def _slicing(path: Path, anatomies: Sequence[LayerAnatomy]) -> str:
+    groups = sorted(allowed_groups(path, anatomies[0]) - {0})
+    quota = Quota(groups[0] if groups else 0, 1)
+    require_sliceable(path, anatomies, quota, sliced_config(path, anatomies[0], quota))
+    return "the configuration holds fewer heads and neurons" if groups else "neurons alone: no smaller number of heads"
+
+
+def _machine_findings(machine: Machine) -> Iterator[Finding]:
+    installed = {name: number for name, number in machine.versions.items() if number}
+    versions = ", ".join(f"{name} {number}" for name, number in installed.items())
+    yield Finding("versions", "yes", f"Python {machine.python}, {versions}")
+    if "peft" not in installed:
+        yield Finding("LoRA and DoRA", "no", "peft is not installed", "pip install 'lcc-lens[baselines]'")
+    cuda = "" if torch.cuda.is_available() or not torch.version.cuda else "; torch's CUDA build sees no GPU"
+    free = "" if machine.free_bytes is None else f", {machine.free_bytes / 2**30:.1f} GiB free"
+    yield Finding("device", "yes", f"{machine.device}{free}{cuda}")
+    speeds = ", ".join(f"{name} {value:,.0f} GFLOP/s" for name, value in machine.gflops.items())
+    yield _format_finding(machine, speeds)
+
+
+def _format_finding(machine: Machine, speeds: str) -> Finding:
+    """The number format that is computed in, and whether the other one would be faster."""
+    other = {"float32": "bfloat16", "bfloat16": "float32"}.get(machine.dtype)
+    found = f"computes in {machine.dtype}; {speeds}"
+    if other is None or machine.gflops[other] < 1.5 * machine.gflops[machine.dtype]:
+        return Finding("number format", "yes", found)
+    return Finding("number format", "no", found, f"LCC_LENS_DTYPE={other} may be faster here")
+
+
+def _tried(name: str, action: Callable[[], str]) -> Finding:
+    try:
+        return Finding(name, "yes", action())
+    except LensError as error:
+        return _refusal(name, error, "no")
+
+
+def _refusal(name: str, error: LensError, verdict: Verdict) -> Finding:
+    found, _, advice = str(error).partition("; ")
+    return Finding(name, verdict, found, advice)

@@ -1,0 +1,67 @@
+"""Sending a finished export to the Hugging Face hub, under the user's own login."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from lcc_lens.errors import LensError, RequestError
+from lcc_lens.files import read_json, weight_files
+
+_REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def push_to_hub(directory: str | Path, repository: str, *, private: bool = True) -> str:
+    """Upload an export that lies on disk, verified, as a model repository of the hub.
+
+    The login is the user's own (``hf auth login``, or ``HF_TOKEN``); no token is taken or kept here.
+
+    Args:
+        directory: what :func:`lcc_lens.export.export` wrote.
+        repository: ``owner/name``; made if it is not there.
+        private: whether a repository that is made here is private.
+
+    Returns:
+        The address of the commit.
+
+    Raises:
+        RequestError: no Hugging Face directory, or no repository's name; nothing is sent.
+        LensError: the hub refuses, or cannot be reached.
+
+    Example:
+        >>> push_to_hub("out/restored", "me/llama-wanda50-restored")  # doctest: +SKIP
+    """
+    import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled
+
+    path = Path(directory)
+    require_repository(repository)
+    read_json(path / "config.json")
+    weight_files(path)
+    try:
+        huggingface_hub.create_repo(repository, private=private, exist_ok=True)
+        commit = huggingface_hub.upload_folder(
+            repo_id=repository, folder_path=path, commit_message="Upload a restored model"
+        )
+    except HFValidationError as error:
+        raise RequestError(f"wanted a repository owner/name, got {repository!r} ({_first_line(error)})") from error
+    except (HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled, OSError) as error:
+        raise LensError(
+            f"wanted to send {path} to {repository}, got a refusal ({_first_line(error)}); log in by hf auth login and "
+            "see that the hub can be reached (HF_HUB_OFFLINE)"
+        ) from error
+    return str(commit.commit_url)
+
+
+def require_repository(repository: str) -> None:
+    """Refuse what is no ``owner/name``, before anything is written.
+
+    Raises:
+        RequestError: it is none.
+    """
+    if not _REPOSITORY.fullmatch(repository):
+        raise RequestError(f"wanted a repository owner/name to send to, got {repository!r}")
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

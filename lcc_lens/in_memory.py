@@ -1,0 +1,66 @@
+"""Models of transformers that are in memory, stored where every command and function finds them."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from torch import nn
+
+from lcc_lens.config import cache_dir
+from lcc_lens.errors import RequestError
+from lcc_lens.files import disk_errors, sha256_file
+from lcc_lens.progress import without_loading_bars
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def stored_model(model: nn.Module, tokenizer: PreTrainedTokenizerBase | None) -> Path:
+    """Store a model and its tokenizer in the cache, under the hash of their files; the model itself is left alone.
+
+    Args:
+        model: a causal language model of transformers, with plain weights: adapters merged, nothing quantised.
+        tokenizer: what it was trained with.
+
+    Returns:
+        A Hugging Face directory, the same for the same contents.
+
+    Raises:
+        RequestError: another kind of model, adapters that are not merged, quantised weights, or no tokenizer.
+
+    Example:
+        >>> prune(stored_model(model, tokenizer), "out/wanda50")  # doctest: +SKIP
+    """
+    from transformers import PreTrainedModel
+
+    if not isinstance(model, PreTrainedModel):
+        raise RequestError(
+            f"wanted a model of transformers, got {type(model).__name__}; unwrap it (of PEFT: merge_and_unload)"
+        )
+    adapters = [name for name, _ in model.named_parameters() if ".lora_" in name or ".base_layer." in name]
+    if adapters:
+        raise RequestError(f"wanted merged weights, got the adapter {adapters[0]}; merge it first (merge_and_unload)")
+    if getattr(model, "is_quantized", False):
+        raise RequestError("wanted plain weights, got a quantised model; call its dequantize() first")
+    if tokenizer is None:
+        raise RequestError("wanted the tokenizer of a model in memory, got none; pass tokenizer=")
+    folder = cache_dir() / "models"
+    with disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        part = Path(tempfile.mkdtemp(prefix=".in-memory-", dir=folder))
+        try:
+            with without_loading_bars():
+                cast("Any", model).save_pretrained(part)
+            cast("Any", tokenizer).save_pretrained(part)
+            listed = "".join(f"{file.name} {sha256_file(file)}\n" for file in sorted(part.iterdir()))
+            target = folder / f"in-memory-{hashlib.sha256(listed.encode()).hexdigest()[:12]}"
+            if not target.exists():
+                part.rename(target)
+                target.chmod(0o755)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
+    return target

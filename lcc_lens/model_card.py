@@ -1,0 +1,47 @@
+"""The model card of an export."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lcc_lens.restoration import Restoration
+
+
+def model_card(restoration: Restoration, metrics: Mapping[str, Any], difference: float) -> str:
+    """The model card of an export, with the numbers that were measured."""
+    record = restoration.record
+    lines = [
+        "---", "library_name: transformers", "tags: [pruned, restorelcc, lcc-lens]", "---", "",
+        f"# {Path(record.pruned).name}, restored", "",
+        f"`{record.pruned}` (pruned from `{record.dense}`) with {_what_is_folded(restoration)}. Loads with plain "
+        "transformers; every other tensor is bit-identical to the pruned model, and its zeros stay.", "",
+        "| | |", "|---|---|",
+        f"| method | {record.method} |",
+        *([f"| heads | {len(restoration.heads)} |"] if restoration.heads else []),
+        *([f"| MLPs | {len(restoration.mlp.parts)} |"] if restoration.mlp is not None else []),
+        *([f"| weights changed | {len(dict(restoration.changes))} |"] if restoration.changes else []),
+        *([f"| numbers trained | {record.n_trained} |"] if record.n_trained is not None else []),
+        f"| learned from | {record.data}, {record.n_examples} examples, seed {record.seed} |",
+        f"| largest logit difference to the hooked model | {difference:.2g} |",
+        f"| pruned weights (SHA-256) | `{record.pruned_sha256}` |",
+        f"| lcc_lens | {record.version} |",
+    ]  # fmt: skip
+    if record.losses:
+        lines += ["", "Loss on held-out responses while training, nats per token:", "", "| model | loss |", "|---|---|"]
+        lines += [f"| {name} | {value:.4f} |" for name, value in record.losses.items()]
+    for name, values in metrics.items():
+        lines += ["", f"## {name}", "", "| | " + " | ".join(values) + " |", "|---|" + "---|" * len(values)]
+        lines.append("| | " + " | ".join(str(value) for value in values.values()) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _what_is_folded(restoration: Restoration) -> str:
+    what = {"z": "head folded into the biases of the attention output projections",
+            "mlp": "MLP folded into the biases of the down projections"}  # fmt: skip
+    parts = [f"a constant per {what[site]}" for site in restoration.footprint.biases]
+    if restoration.changes:
+        kinds = sorted({change.kind for _, change in restoration.changes})
+        parts.append(f"weights changed under their zero pattern ({', '.join(kinds)})")
+    return " and ".join(parts) or "nothing changed"

@@ -1,0 +1,99 @@
+"""Model references: where the directory of what a user names lies."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from lcc_lens.embedded import EMBEDDED_NAME, embedded_model, gguf_model
+from lcc_lens.errors import RequestError
+from lcc_lens.files import weight_files
+
+_HUB_ID = re.compile(r"^[\w.-]+(/[\w.-]+)?(@[\w./-]+)?$")
+_WANTED_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.model", "*.txt"]
+#: The same weights a second time, as their authors' own code reads them.
+_UNWANTED_FILES = ["original/*", "consolidated*", "*/*.safetensors"]
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+_CONVERT = (
+    "where you trust its source, AutoModelForCausalLM.from_pretrained(...).save_pretrained(OUT) in another process "
+    "writes safetensors"
+)
+
+
+def resolve(reference: str | Path) -> Path:
+    """The local Hugging Face directory of a model reference.
+
+    Args:
+        reference: ``smollm2``, a local directory, a ``.gguf`` file, or a hub id (``owner/name`` with an
+            optional ``@revision``).
+
+    Raises:
+        RequestError: nothing is there, or it holds no safetensors.
+    """
+    name, path = str(reference), Path(reference)
+    if name == EMBEDDED_NAME and not path.exists():
+        return embedded_model()
+    if path.suffix == ".gguf":
+        return gguf_model(path)
+    if path.is_dir():
+        _require_model(path)
+        return path
+    if path.exists():
+        hint = f"; {_CONVERT}" if path.suffix in _PICKLES else ""
+        raise RequestError(f"wanted a model directory or a .gguf file, got the file {path}{hint}")
+    if not _HUB_ID.match(name) or name.startswith((".", "/")) or (name.count("/") == 0 and path.suffix == ""):
+        raise RequestError(
+            f"wanted a model ({EMBEDDED_NAME}, a directory, a .gguf file or a hub id owner/name), got {name!r}, "
+            "which is not there; check the path"
+        )
+    return _from_hub(name)
+
+
+def _from_hub(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    repo, _, revision = name.partition("@")
+    try:
+        path = Path(
+            snapshot_download(
+                repo, revision=revision or None, allow_patterns=_WANTED_FILES, ignore_patterns=_UNWANTED_FILES
+            )
+        )
+    except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
+        raise RequestError(
+            f"wanted the model {name}, got no such directory here and nothing from the hub ({first_line(error)}); "
+            "check the name or download it first"
+        ) from error
+    try:
+        _require_model(path)
+    except RequestError as error:
+        raise RequestError(f"{error}; if {repo} holds pickles alone, {_CONVERT}") from error
+    return path
+
+
+def _require_model(path: Path) -> None:
+    """Refuse a directory without a model of transformers in safetensors.
+
+    Raises:
+        RequestError: says what is there instead.
+    """
+    if (path / "adapter_config.json").exists() and not list(path.glob("model*.safetensors")):
+        raise RequestError(
+            f"wanted a whole model in {path}, got a PEFT adapter; merge it into its base (merge_and_unload), save that"
+        )
+    if not (path / "config.json").exists():
+        raise RequestError(f"wanted a Hugging Face directory in {path}, got one without config.json")
+    try:
+        weight_files(path)
+    except RequestError as error:
+        raise RequestError(f"{error}; {_CONVERT}" if "pickle" in str(error) else str(error)) from error
+
+
+def first_line(error: BaseException) -> str:
+    """What another library's message says in one line, not too long."""
+    if "trust_remote_code" in str(error):
+        return "it brings its own code, which is not run here; name a model of an architecture that transformers has"
+    lines = str(error).strip().splitlines()
+    n_lines = 2 if lines and lines[0].endswith(":") else 1
+    return " ".join(line.strip() for line in lines[:n_lines])[:200] or type(error).__name__
