@@ -139,6 +139,11 @@ class RestoreSession:
         return self._timeline.actions
 
     @property
+    def undone(self) -> tuple[str, ...]:
+        """The actions that :meth:`redo` would do again, the next one first."""
+        return self._timeline.undone
+
+    @property
     def is_at_work(self) -> bool:
         """Whether a call is running."""
         return self._lock.locked()
