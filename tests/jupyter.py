@@ -33,8 +33,8 @@ def jupyter_lab(folder: Path) -> Iterator[str]:
     token, home = secrets.token_hex(8), folder / ".jupyter"
     command = [
         sys.executable, "-m", "jupyterlab", "--no-browser", "--ip=127.0.0.1", "--port=0", "--allow-root",
-        f"--ServerApp.token={token}", f"--ServerApp.root_dir={folder}", "--LabApp.news_url=None",
-        "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate", "--LabApp.extension_manager=readonly",
+        f"--ServerApp.token={token}", f"--ServerApp.root_dir={folder}", "--LabApp.expose_app_in_browser=True",
+        "--LabApp.extension_manager=readonly",
     ]  # fmt: skip
     places = (
         "JUPYTER_CONFIG_DIR",
@@ -46,6 +46,9 @@ def jupyter_lab(folder: Path) -> Iterator[str]:
     settings = {name: str(home / name.lower()) for name in places}
     root = str(Path(__file__).resolve().parents[1])
     environment = {**os.environ, **settings, "PYTHONPATH": root, "PYDEVD_DISABLE_FILE_VALIDATION": "1"}
+    quiet = Path(settings["JUPYTERLAB_SETTINGS_DIR"]) / "@jupyterlab" / "apputils-extension"
+    quiet.mkdir(parents=True)
+    (quiet / "notification.jupyterlab-settings").write_text('{"fetchNews": "false", "checkForUpdates": false}')
     server = subprocess.Popen(command, cwd=folder, env=environment, stderr=subprocess.PIPE, text=True)
     try:
         base = _address(server)

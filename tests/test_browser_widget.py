@@ -27,6 +27,8 @@ widget = lcc.RestoreWidget(session, prompt="is 3 plus 2 more than")
 widget
 """
 PATIENCE = 90_000
+THEME = "(theme) => window.jupyterapp.commands.execute('apputils:change-theme', { theme })"
+DRAWN = "(node) => [getComputedStyle(node).color, getComputedStyle(node).backgroundColor]"
 
 
 @pytest.fixture(scope="module")
@@ -97,6 +99,11 @@ def line_appears(page, text: str) -> None:
     at_rest(page)
 
 
+def drawn(place) -> list[str]:
+    """The colours of an element and of its background."""
+    return place.evaluate(DRAWN)
+
+
 def parts(page) -> dict:
     """What can be pressed or filled, by name."""
     names = ("train", "stop", "undo", "redo", "steps", "lr", "out", "export", "count", "selector", "threshold")
@@ -152,7 +159,55 @@ def test_select_train_and_export_in_jupyterlab(notebook, folder_of_lab: Path, pr
     exported, before = (load_plain(path, dtype=torch.float32) for path in (folder_of_lab / "restored", pruned_dir))
     with torch.no_grad():
         assert float((exported(tokens).logits - before(tokens).logits).abs().max()) > 1e-2
+    page.set_viewport_size({"width": 1500, "height": 1700})
     picture(page, "widget-light")
-    page.evaluate("document.body.dataset.jpThemeLight = 'false'")
+    light = drawn(place["train"])
+    page.evaluate(THEME, "JupyterLab Dark")
     page.locator('.lcc-restore[data-theme="dark"]').wait_for()
     picture(page, "widget-dark")
+    assert drawn(place["train"]) != light
+    for colours in (light, drawn(place["train"])):
+        assert colours[0] != colours[1]
+
+
+def test_stop_undo_keys_and_errors_in_jupyterlab(notebook, folder_of_lab: Path) -> None:
+    page, place = notebook, parts(notebook)
+    page.locator(".lcc-restore .at-once").uncheck()
+    cell(page, "L1H1").focus()
+    for key in ("ArrowRight", "Space", "b", "ArrowDown", "Space"):  # b would insert a cell, were it JupyterLab's
+        page.keyboard.press(key)
+    assert chosen(page) == ["L1H2", "L2H2"]
+    line_appears(page, "session.choose([lcc.Head(1, 2), lcc.Head(2, 2)])")
+    assert len(lines(page)) == 2
+    assert page.locator(".jp-Cell").count() == 1
+    assert "appear here" in page.locator(".lcc-restore .note").inner_text()  # nothing was read
+
+    place["steps"].fill("1000")
+    place["train"].click()
+    page.locator(".lcc-restore .curve").wait_for()
+    assert place["undo"].is_disabled()
+    picture(page, "widget-training")
+    cell(page, "L0H0").click()  # shown at once, told when the training is over
+    assert chosen(page) == ["L0H0", "L1H2", "L2H2"]
+    place["stop"].click()
+    line_appears(page, "lcc.Head(0, 0)")
+    assert re.fullmatch(r"session\.train\(1000, stop_after=\d+\)", lines(page)[2])
+    assert len(lines(page)) == 4
+
+    place["undo"].click()
+    page.locator('.lcc-restore .cell[aria-label^="L0H0,"][aria-selected="false"]').wait_for()
+    assert len(lines(page)) == 3
+    place["redo"].click()
+    page.locator('.lcc-restore .cell[aria-label^="L0H0,"][aria-selected="true"]').wait_for()
+
+    (folder_of_lab / "taken").mkdir()
+    (folder_of_lab / "taken" / "mine.txt").write_text("mine")
+    place["out"].fill("taken")
+    place["export"].click()
+    page.locator(".lcc-restore .failure", has_text="taken exists already; name another folder").wait_for()
+    at_rest(page)
+    picture(page, "widget-refused")
+    place["threshold"].fill("0")
+    assert len(chosen(page)) == N_LAYERS * N_HEADS
+    line_appears(page, "lcc.Head(2, 4)])")
+    assert page.locator(".lcc-restore .failure").inner_text() == ""

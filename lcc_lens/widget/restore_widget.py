@@ -24,8 +24,8 @@ from lcc_lens.widget.contents import (
 )
 from lcc_lens.widget.worker import Job, Worker, line_of
 
-#: Tokens of the table, per model, and of what each model goes on with.
-_TABLE, _GENERATED = 6, 32
+#: The most likely tokens of every model in the table, and how many tokens each model goes on with.
+_TABLE, _GENERATED = 4, 32
 
 
 class RestoreWidget(anywidget.AnyWidget):

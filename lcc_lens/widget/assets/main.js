@@ -25,10 +25,9 @@ function render({ model, el: host }) {
     el(
       "div",
       { class: "columns" },
-      hasMap ? el("div", {}, map.root, many.root) : null,
+      el("div", {}, ...(hasMap ? [map.root, many.root] : []), out.root, code.root),
       el("div", {}, train.root, shown.root),
     ),
-    el("div", { class: "columns" }, out.root, code.root),
   );
 
   /** Show a choice at once; tell the session now, or when it is at rest. */
@@ -73,7 +72,8 @@ function render({ model, el: host }) {
     "change:state": () => (adopt(), follow()),
     "change:busy": () => (settle(), follow()),
     "change:error": follow,
-    "change:readout": () => shown.draw(),
+    "change:readout": shown.draw,
+    "change:prompt": shown.ask,
     "change:exported": () => (out.draw(model.get("exported")), follow()),
     "change:curve": drawCurve,
     "change:live": drawCurve,
@@ -84,6 +84,8 @@ function render({ model, el: host }) {
   drawCurve();
   follow();
   host.append(root);
+  for (const node of root.querySelectorAll("button, select, input, [tabindex]"))
+    node.dataset.lmSuppressShortcuts = "true"; // keys typed here are no commands of JupyterLab's
   const unfollow = followTheme(root);
   return () => {
     unfollow();

@@ -38,9 +38,9 @@ function picking(fixed, map, { onShow, onChoose, onSelect }) {
   const root = el(
     "div",
     { class: "row2" },
-    field("All with at least", bar, least),
-    field("Number of heads", count, counted),
-    field("first by selector", selector),
+    field("Threshold", bar, least),
+    field("Heads", count, counted),
+    field("Selector", selector),
   );
   return { root };
 }

@@ -30,7 +30,7 @@ function readouts(model, ask) {
     note.textContent = isOld ? "These are of before the last action." : "Held-out loss in nats per token.";
     found.replaceChildren(lossBars(losses), ...(tokens ? [tokenTable(tokens), generations(texts)] : []));
   }
-  return { root, draw, follow: ({ isBusy }) => (read.disabled = isBusy) };
+  return { root, draw, ask: () => (prompt.value = model.get("prompt")), follow: ({ isBusy }) => (read.disabled = isBusy) };
 }
 
 function lossBars(losses) {
@@ -50,7 +50,7 @@ function bar(name, share) {
 function tokenTable(tokens) {
   const head = el("tr", {}, el("th", {}, "next token"), MODELS.map((name) => el("th", { class: name }, name)));
   const most = Math.max(...tokens.flatMap((row) => MODELS.map((name) => row[name])));
-  const rows = tokens.slice(0, 10).map((row) =>
+  const rows = tokens.map((row) =>
     el("tr", {}, el("td", {}, el("code", {}, visible(row.token))),
       MODELS.map((name) => el("td", {}, bar(name, row[name] / most), el("span", {}, percent(row[name])))))); // prettier-ignore
   return el("table", { class: "tokens" }, el("thead", {}, head), el("tbody", {}, rows));
