@@ -290,7 +290,22 @@ def test_the_worker_does_one_list_at_a_time() -> None:
     assert not worker.wait(0.0)
     gate.set()
     assert worker.wait(60.0)
-    assert lines[-1] == ""
+    assert lines == ["waiting", "waiting", ""]
+
+
+def test_who_hears_of_an_end_may_begin_anew() -> None:
+    done, told = threading.Event(), []
+
+    def tell(word: str) -> None:
+        told.append(word)
+        if told == ["first", "first", ""]:
+            worker.begin([("second", done.set)])
+
+    worker = Worker(tell, told.append)
+    worker.begin([("first", lambda: None)])
+    assert done.wait(60)
+    assert worker.wait(60.0)
+    assert told == ["first", "first", "", "second", "second", ""]
 
 
 def test_the_browser_side_fetches_nothing_and_stays_in_its_place() -> None:

@@ -38,7 +38,7 @@ class RestoreWidget(anywidget.AnyWidget):
     Args:
         session: what the clicks act on.
         prompt: what the three models are asked to go on with.
-        reads_at_once: read losses and prompt again after every action; if False, when asked.
+        reads_at_once: read losses and prompt again after every action; if False, after training and when asked.
 
     Attributes:
         busy: what is being done; empty at rest.
@@ -66,9 +66,8 @@ class RestoreWidget(anywidget.AnyWidget):
     def __init__(
         self, session: RestoreSession, *, prompt: str = "The capital of France is", reads_at_once: bool = True
     ) -> None:
+        self.session, self._stopped = session, threading.Event()
         super().__init__(fixed=fixed_contents(session), prompt=prompt, reads_at_once=reads_at_once)
-        self.session = session
-        self._stopped = threading.Event()
         self._worker = Worker(self._tell, self._fail)
         self.on_msg(self._receive)
         self.refresh()

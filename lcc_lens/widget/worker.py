@@ -21,11 +21,9 @@ class Worker:
     def __init__(self, tell: Callable[[str], None], fail: Callable[[str], None]) -> None:
         self._tell, self._fail = tell, fail
         self._thread: threading.Thread | None = None
-
-    @property
-    def is_at_work(self) -> bool:
-        """Whether jobs are being done."""
-        return self._thread is not None and self._thread.is_alive()
+        # Begin and end are told whole, one after the other; who hears of an end may begin anew at once.
+        self._turn = threading.RLock()
+        self.is_at_work = False
 
     def begin(self, jobs: Sequence[Job]) -> None:
         """Begin jobs, each with what it does in a word.
@@ -33,11 +31,13 @@ class Worker:
         Raises:
             RequestError: others are not done yet.
         """
-        if self.is_at_work:
-            raise RequestError("wanted a widget at rest, got one at work; wait until it is done, or stop it")
-        self._tell(jobs[0][0])  # before the thread runs, so that nobody sees a gap
-        self._thread = threading.Thread(target=self._run, args=(jobs,), name="lcc_lens widget", daemon=True)
-        self._thread.start()
+        with self._turn:
+            if self.is_at_work:
+                raise RequestError("wanted a widget at rest, got one at work; wait until it is done, or stop it")
+            self.is_at_work = True
+            self._tell(jobs[0][0])
+            self._thread = threading.Thread(target=self._run, args=(jobs,), name="lcc_lens widget", daemon=True)
+            self._thread.start()
 
     def wait(self, timeout: float | None = None) -> bool:
         """Wait until all is done, so many seconds at most; whether it is."""
@@ -53,7 +53,9 @@ class Worker:
         except Exception as error:
             self._fail(line_of(error))
         finally:
-            self._tell("")
+            with self._turn:
+                self.is_at_work = False
+                self._tell("")
 
 
 def line_of(error: Exception) -> str:

@@ -25,8 +25,9 @@ function render({ model, el: host }) {
     el(
       "div",
       { class: "columns" },
-      el("div", {}, ...(hasMap ? [map.root, many.root] : []), out.root, code.root),
-      el("div", {}, train.root, shown.root),
+      hasMap ? el("div", { class: "picked" }, map.root, many.root) : null,
+      el("div", { class: "work" }, train.root, shown.root),
+      el("div", { class: "end" }, out.root, code.root),
     ),
   );
 
@@ -63,8 +64,7 @@ function render({ model, el: host }) {
   }
   const drawCurve = () => train.draw([...model.get("curve"), ...model.get("live")]);
   const heard = (message) => {
-    if (message.done === "choose") unheard -= 1;
-    if (!message.done) return;
+    if (message.done === "choose") unheard = Math.max(0, unheard - 1); // another view may have asked
     adopt();
     follow();
   };
@@ -73,7 +73,7 @@ function render({ model, el: host }) {
     "change:busy": () => (settle(), follow()),
     "change:error": follow,
     "change:readout": shown.draw,
-    "change:prompt": shown.ask,
+    "change:prompt": () => (shown.ask(), shown.draw()),
     "change:exported": () => (out.draw(model.get("exported")), follow()),
     "change:curve": drawCurve,
     "change:live": drawCurve,

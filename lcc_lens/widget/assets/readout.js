@@ -12,10 +12,9 @@ function readouts(model, ask) {
     event.stopPropagation(); // the notebook has keys of its own
     if (event.key === "Enter") send();
   });
-  atOnce.addEventListener("change", () => {
-    model.set("reads_at_once", atOnce.checked);
-    model.save_changes();
-  });
+  const keep = (name, value) => (model.set(name, value), model.save_changes());
+  prompt.addEventListener("change", () => keep("prompt", prompt.value));
+  atOnce.addEventListener("change", () => keep("reads_at_once", atOnce.checked));
   const note = el("p", { class: "quiet note" }),
     found = el("div", { class: "found" });
   const asking = el("div", { class: "row2 tight asking" }, field("Prompt", prompt), read,
@@ -23,11 +22,11 @@ function readouts(model, ask) {
   const root = part("Dense, pruned, restored", "readouts", asking, note, found);
 
   function draw() {
-    const { losses, tokens, texts, key } = model.get("readout");
+    const { losses, tokens, texts, key, prompt: asked = "" } = model.get("readout");
     if (!losses) return (note.textContent = "Losses, next tokens and generations appear here once they were read.");
-    const isOld = key !== model.get("state").key;
+    const isOld = key !== model.get("state").key || asked !== model.get("prompt");
     root.classList.toggle("old", isOld);
-    note.textContent = isOld ? "These are of before the last action." : "Held-out loss in nats per token.";
+    note.textContent = isOld ? "From before the last action; press Read." : "Held-out loss in nats per token.";
     found.replaceChildren(lossBars(losses), ...(tokens ? [tokenTable(tokens), generations(texts)] : []));
   }
   return { root, draw, ask: () => (prompt.value = model.get("prompt")), follow: ({ isBusy }) => (read.disabled = isBusy) };
