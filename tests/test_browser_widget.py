@@ -211,3 +211,18 @@ def test_stop_undo_keys_and_errors_in_jupyterlab(notebook, folder_of_lab: Path) 
     assert len(chosen(page)) == N_LAYERS * N_HEADS
     line_appears(page, "lcc.Head(2, 4)])")
     assert page.locator(".lcc-restore .failure").inner_text() == ""
+
+
+def test_two_views_of_a_widget_show_the_same(notebook) -> None:
+    page = notebook
+    page.evaluate("window.jupyterapp.commands.execute('notebook:insert-cell-below')")
+    page.locator(".jp-Cell .cm-content").last.click()
+    page.keyboard.type("widget")
+    page.keyboard.press("Control+Enter")
+    views = page.locator(".lcc-restore")
+    views.nth(1).wait_for()
+    for name, clicked in (("L0H0", 1), ("L0H1", 1), ("L0H2", 0), ("L0H3", 1)):
+        views.nth(clicked).locator(f'.cell[aria-label^="{name},"]').click()
+        for place in (0, 1):
+            views.nth(place).locator(f'.cell[aria-label^="{name},"][aria-selected="true"]').wait_for()
+            assert views.nth(place).locator('.cell[aria-selected="true"]').count() == int(name[-1]) + 1
