@@ -190,6 +190,24 @@ def test_work_in_progress_refuses_the_rest_and_stays_alive(widget: RestoreWidget
     assert widget.busy == ""
 
 
+def test_a_reading_that_somebody_waits_for_is_cut_short(widget: RestoreWidget, session: RestoreSession) -> None:
+    say(widget, do="read")
+    assert {"losses", "tokens", "texts"} <= set(widget.readout)
+    say(widget, do="choose", heads=["L1H2"])
+    parts = []
+
+    def skip(change) -> None:
+        parts.append(set(change["new"]) - {"key", "prompt"})
+        if len(parts) == 2:
+            widget._handle_custom_msg({"do": "skip"}, [])
+
+    widget.observe(skip, "readout")
+    say(widget, do="read")
+    assert parts == [{"losses"}, {"losses", "tokens"}]
+    say(widget, do="read")
+    assert parts[-1] == {"losses", "tokens", "texts"}
+
+
 def test_reading_follows_every_action_if_wanted(session: RestoreSession) -> None:
     widget = RestoreWidget(session, prompt="", reads_at_once=True)
     say(widget, do="choose", heads=["L1H2"])

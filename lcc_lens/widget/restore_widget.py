@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import anywidget
@@ -66,7 +67,7 @@ class RestoreWidget(anywidget.AnyWidget):
     def __init__(
         self, session: RestoreSession, *, prompt: str = "The capital of France is", reads_at_once: bool = True
     ) -> None:
-        self.session, self._stopped = session, threading.Event()
+        self.session, self._stopped, self._skipped = session, threading.Event(), threading.Event()
         super().__init__(fixed=fixed_contents(session), prompt=prompt, reads_at_once=reads_at_once)
         self._worker = Worker(self._tell, self._fail)
         self.on_msg(self._receive)
@@ -101,6 +102,8 @@ class RestoreWidget(anywidget.AnyWidget):
         jobs = {"train": self._train, "read": self._read, "export": self._export}
         if action == "stop":
             self._stop()
+        elif action == "skip":  # somebody waits for a reading to end that is of the past already
+            self._skipped.set()
         elif action in ACTIONS:
             ACTIONS[action](self.session, message)
             self.refresh()
@@ -147,18 +150,22 @@ class RestoreWidget(anywidget.AnyWidget):
         self._worker.begin([("exporting", export)])
 
     def _reading(self) -> Job:
+        self._skipped.clear()
         return "reading", self._read_now
 
     def _read_now(self) -> None:
-        """Losses first, since they need no prompt."""
-        found: dict[str, Any] = {"key": state_key(self.session), "losses": self.session.loss()}
-        if self.prompt:
-            table = self.session.next_tokens(self.prompt, _TABLE)
-            found |= {
-                "prompt": self.prompt, "tokens": table.to_dict("records"),
-                "texts": self.session.generate(self.prompt, _GENERATED),
-            }  # fmt: skip
-        self.readout = found
+        """Show every part as it is found, the slowest last, until the rest is skipped."""
+        session, prompt = self.session, self.prompt
+        parts: dict[str, Callable[[], Any]] = {"losses": session.loss}
+        if prompt:
+            parts["tokens"] = lambda: session.next_tokens(prompt, _TABLE).to_dict("records")
+            parts["texts"] = lambda: session.generate(prompt, _GENERATED)
+        found: dict[str, Any] = {"key": state_key(session), "prompt": prompt}
+        for name, read in parts.items():
+            if self._skipped.is_set():
+                return
+            found = {**found, name: read()}
+            self.readout = found
 
     def _stop(self) -> None:
         self._stopped.set()

@@ -35,6 +35,7 @@ function render({ model, el: host }) {
   function choose(next, how = null) {
     chosen = next;
     later = next.size === 0 ? null : { do: "choose", ...(how ?? { heads: [...next] }) };
+    if (later !== null && model.get("busy") === "reading") ask({ do: "skip" });
     settle();
     follow();
   }

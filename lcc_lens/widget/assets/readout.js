@@ -16,18 +16,21 @@ function readouts(model, ask) {
   prompt.addEventListener("change", () => keep("prompt", prompt.value));
   atOnce.addEventListener("change", () => keep("reads_at_once", atOnce.checked));
   const note = el("p", { class: "quiet note" }),
-    found = el("div", { class: "found" });
+    places = ["losses", "tokens", "texts"].map((name) => el("div", { class: `place-${name}` }));
   const asking = el("div", { class: "row2 tight asking" }, field("Prompt", prompt), read,
     el("label", { class: "check" }, atOnce, "after every action")); // prettier-ignore
-  const root = part("Dense, pruned, restored", "readouts", asking, note, found);
+  const root = part("Dense, pruned, restored", "readouts", asking, note, ...places);
 
   function draw() {
-    const { losses, tokens, texts, key, prompt: asked = "" } = model.get("readout");
+    const { losses, tokens, texts, key, prompt: asked } = model.get("readout");
     if (!losses) return (note.textContent = "Losses, next tokens and generations appear here once they were read.");
     const isOld = key !== model.get("state").key || asked !== model.get("prompt");
-    root.classList.toggle("old", isOld);
     note.textContent = isOld ? "From before the last action; press Read." : "Held-out loss in nats per token.";
-    found.replaceChildren(lossBars(losses), ...(tokens ? [tokenTable(tokens), generations(texts)] : []));
+    const parts = [lossBars(losses), tokens && tokenTable(tokens), texts && generations(texts)];
+    parts.forEach((found, i) => {
+      if (found || !asked) places[i].replaceChildren(...(found ? [found] : [])); // what is on its way leaves the old one
+      places[i].classList.toggle("old", isOld || !found);
+    });
   }
   return { root, draw, ask: () => (prompt.value = model.get("prompt")), follow: ({ isBusy }) => (read.disabled = isBusy) };
 }
