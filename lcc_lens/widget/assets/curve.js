@@ -15,7 +15,7 @@ function lossCurve(points) {
   const line = (among, index) =>
     among.map((point, i) => `${i ? "L" : "M"}${px(point[0]).toFixed(1)} ${py(point[index]).toFixed(1)}`).join("");
   const root = svg("svg", { viewBox: `0 0 ${width} ${height}`, class: "curve", role: "img", "data-steps": last,
-    "aria-label": `Loss over ${last} steps, held out last ${told(held.at(-1)?.[2] ?? null)}` }); // prettier-ignore
+    "aria-label": `Loss over ${last} steps, held out last ${told(held.at(-1)?.[2] ?? null)}` });
   for (const value of [low, (low + high) / 2, high])
     root.append(
       svg("line", { class: "rule", x1: left, x2: width - right, y1: py(value), y2: py(value) }),
@@ -24,7 +24,10 @@ function lossCurve(points) {
   root.append(
     svg("path", { class: "loss", d: line(points, 1) }),
     svg("path", { class: "held", d: line(held, 2) }),
-    ...held.map(([n, , value]) => svg("circle", { class: "held", cx: px(n), cy: py(value), r: 3 }, svg("title", {}, `step ${n}: ${told(value, "nats")}`))),
+    ...held.map(([n, , value]) => {
+      const title = svg("title", {}, `step ${n}: ${told(value, "nats")}`);
+      return svg("circle", { class: "held", cx: px(n), cy: py(value), r: 3 }, title);
+    }),
     svg("text", { class: "tick", x: left, y: height - 8 }, `step ${first}`),
     svg("text", { class: "tick", x: width - right, y: height - 8, "text-anchor": "end" }, String(last)),
     svg("text", { class: "tick strong", x: left + 70, y: height - 8 }, `\u25cf held out`),

@@ -11,7 +11,13 @@ function exporting(ask) {
   const root = part(
     "Export",
     "exporting",
-    el("div", { class: "row2 tight" }, field("Folder", out), go, el("label", { class: "check" }, overwrite, "overwrite")),
+    el(
+      "div",
+      { class: "row2 tight" },
+      field("Folder", out),
+      go,
+      el("label", { class: "check" }, overwrite, "overwrite"),
+    ),
     result,
   );
   const draw = ({ path, difference, effect }) => {

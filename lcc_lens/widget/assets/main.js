@@ -11,16 +11,18 @@ function render({ model, el: host }) {
   const status = el("span", { class: "status", role: "status" }),
     failure = el("p", { class: "failure", role: "alert" });
   const map = hasMap ? headMap(fixed, choose) : null;
-  const many = hasMap ? picking(fixed, map, { onShow: (set) => map.paint(set), onChoose: choose, onSelect: choose }) : null;
+  const picks = { onShow: (set) => map.paint(set), onChoose: choose, onSelect: choose };
+  const many = hasMap ? picking(fixed, map, picks) : null;
   const train = training(fixed, ask),
     shown = readouts(model, ask),
     out = exporting(ask),
     code = codeOf();
   const n = el("span", { class: "chosen" });
+  const source = `${fixed.pruned} towards ${fixed.dense}, by ${fixed.method}`;
   const root = el(
     "div",
     { class: "lcc-restore" },
-    el("header", {}, el("div", {}, el("h2", {}, "Restore"), el("p", { class: "quiet" }, `${fixed.pruned} towards ${fixed.dense}, by ${fixed.method}`)), n, status),
+    el("header", {}, el("div", {}, el("h2", {}, "Restore"), el("p", { class: "quiet" }, source)), n, status),
     failure,
     el(
       "div",

@@ -16,20 +16,27 @@ function headMap(fixed, onChoose) {
     el("div", { role: "gridcell", class: "cell", tabindex: place ? "-1" : "0", "data-place": place }),
   );
   const axis = (i, n) => (n <= 20 || i % (n <= 40 ? 2 : 5) === 0 ? String(i) : "");
-  const row = (layer) =>
-    el("div", { role: "row", class: "row" },
-      el("div", { role: "rowheader", class: "axis" }, axis(layer, layers)), cells.slice(layer * heads, (layer + 1) * heads)); // prettier-ignore
-  const top = Array.from({ length: heads }, (_, h) => el("div", { role: "columnheader", class: "axis" }, axis(h, heads)));
+  const header = (role, text) => el("div", { role, class: "axis" }, text);
+  const row = (first, others) => el("div", { role: "row", class: "row" }, first, others);
+  const top = Array.from({ length: heads }, (_, h) => header("columnheader", axis(h, heads)));
+  const rows = Array.from({ length: layers }, (_, layer) =>
+    row(header("rowheader", axis(layer, layers)), cells.slice(layer * heads, (layer + 1) * heads)),
+  );
   const grid = el(
     "div",
-    { class: "grid", role: "grid", "aria-multiselectable": "true", "aria-label": "Heads: rows are layers, columns heads" },
-    el("div", { role: "row", class: "row" }, el("div", { role: "columnheader", class: "axis" }), top),
-    Array.from({ length: layers }, (_, layer) => row(layer)),
+    {
+      class: "grid",
+      role: "grid",
+      "aria-multiselectable": "true",
+      "aria-label": "Heads: rows are layers, columns heads",
+    },
+    row(header("columnheader", ""), top),
+    rows,
   );
   grid.style.setProperty("--heads", heads);
   grid.style.setProperty("--layers", layers);
   const pick = el("select", { class: "view", "aria-label": "What colours the map", onchange: () => paint() },
-    views.map(({ key, title }) => el("option", { value: key }, title))); // prettier-ignore
+    views.map(({ key, title }) => el("option", { value: key }, title)));
   const readout = el("div", { class: "pointed" }),
     ends = el("div", { class: "ends" }),
     meaning = el("p", { class: "quiet meaning" });
@@ -110,7 +117,8 @@ function headMap(fixed, onChoose) {
       cell.setAttribute("aria-selected", String(chosen.has(label)));
       cell.setAttribute("aria-label", `${label}, ${title} ${told(value, unit)}`);
     });
-    ends.replaceChildren(el("span", {}, told(low, unit)), el("span", { class: "scale" }), el("span", {}, told(high, unit)));
+    const [least, most] = [low, high].map((value) => el("span", {}, told(value, unit)));
+    ends.replaceChildren(least, el("span", { class: "scale" }), most);
     meaning.textContent = view().meaning;
   }
   readout.textContent = "Click a head, drag a box, or hold Shift to add a box.";

@@ -18,7 +18,7 @@ function readouts(model, ask) {
   const note = el("p", { class: "quiet note" }),
     places = ["losses", "tokens", "texts"].map((name) => el("div", { class: `place-${name}` }));
   const asking = el("div", { class: "row2 tight asking" }, field("Prompt", prompt), read,
-    el("label", { class: "check" }, atOnce, "after every action")); // prettier-ignore
+    el("label", { class: "check" }, atOnce, "after every action"));
   const root = part("Dense, pruned, restored", "readouts", asking, note, ...places);
 
   function draw() {
@@ -28,11 +28,17 @@ function readouts(model, ask) {
     note.textContent = isOld ? "From before the last action; press Read." : "Held-out loss in nats per token.";
     const parts = [lossBars(losses), tokens && tokenTable(tokens), texts && generations(texts)];
     parts.forEach((found, i) => {
-      if (found || !asked) places[i].replaceChildren(...(found ? [found] : [])); // what is on its way leaves the old one
+      // what is on its way leaves the old one where it is
+      if (found || !asked) places[i].replaceChildren(...(found ? [found] : []));
       places[i].classList.toggle("old", isOld || !found);
     });
   }
-  return { root, draw, ask: () => (prompt.value = model.get("prompt")), follow: ({ isBusy }) => (read.disabled = isBusy) };
+  return {
+    root,
+    draw,
+    ask: () => (prompt.value = model.get("prompt")),
+    follow: ({ isBusy }) => (read.disabled = isBusy),
+  };
 }
 
 function lossBars(losses) {
@@ -40,7 +46,7 @@ function lossBars(losses) {
   return el("dl", { class: "losses" }, MODELS.map((name) => [
     el("dt", { class: name }, name),
     el("dd", {}, bar(name, losses[name] / most), el("b", { class: `loss-${name}` }, losses[name].toFixed(3))),
-  ]).flat()); // prettier-ignore
+  ]).flat());
 }
 
 function bar(name, share) {
@@ -54,12 +60,17 @@ function tokenTable(tokens) {
   const most = Math.max(...tokens.flatMap((row) => MODELS.map((name) => row[name])));
   const rows = tokens.map((row) =>
     el("tr", {}, el("td", {}, el("code", {}, visible(row.token))),
-      MODELS.map((name) => el("td", {}, bar(name, row[name] / most), el("span", {}, percent(row[name])))))); // prettier-ignore
+      MODELS.map((name) => el("td", {}, bar(name, row[name] / most), el("span", {}, percent(row[name]))))));
   return el("table", { class: "tokens" }, el("thead", {}, head), el("tbody", {}, rows));
 }
 
 /** A token with its spaces and line ends to be seen. */
-const visible = (token) => token.replaceAll(" ", "\u00b7").replaceAll("\n", "\u21b5").replaceAll("\t", "\u2192") || "\u2205";
+const visible = (token) =>
+  token.replaceAll(" ", "\u00b7").replaceAll("\n", "\u21b5").replaceAll("\t", "\u2192") || "\u2205";
 
 const generations = (texts) =>
-  el("div", { class: "texts" }, MODELS.map((name) => el("figure", { class: name }, el("figcaption", {}, name), el("p", {}, texts[name]))));
+  el(
+    "div",
+    { class: "texts" },
+    MODELS.map((name) => el("figure", { class: name }, el("figcaption", {}, name), el("p", {}, texts[name]))),
+  );

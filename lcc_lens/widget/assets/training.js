@@ -4,7 +4,8 @@
 function training(fixed, ask) {
   const rankSays = el("b", {}),
     scaleSays = el("b", {});
-  const rank = el("input", { type: "range", class: "rank", min: 1, max: fixed.most_rank || 1, value: fixed.most_rank || 1 }),
+  const most = fixed.most_rank || 1;
+  const rank = el("input", { type: "range", class: "rank", min: 1, max: most, value: most }),
     scale = el("input", { type: "range", class: "scaling", min: 0, max: 2, step: 0.05, value: 1 });
   const rankOf = () => (Number(rank.value) === fixed.most_rank ? null : Number(rank.value));
   const say = () => {
@@ -27,16 +28,17 @@ function training(fixed, ask) {
   scale.addEventListener("input", say);
   scale.addEventListener("change", () => ask({ do: "scale", scale: Number(scale.value) }));
   const shown = el("div", { class: "drawing" });
+  const sliders = el("div", { class: "row2" }, field("Rank", rank, rankSays), field("Scale", scale, scaleSays));
   const root = part(
     "Training",
     "training",
-    fixed.has_scale ? el("div", { class: "row2" }, field("Rank", rank, rankSays), field("Scale", scale, scaleSays)) : null,
+    fixed.has_scale ? sliders : null,
     el("div", { class: "row2 tight" }, field("Steps", steps), field("Learning rate", lr), ...Object.values(buttons)),
     shown,
   );
   /** Follow the session: the sliders go where it is, and only what is possible can be pressed. */
   function follow(state, { isBusy, isTraining, hasHeads }) {
-    rank.value = state.rank ?? (fixed.most_rank || 1);
+    rank.value = state.rank ?? most;
     scale.value = state.scale;
     say();
     for (const input of [rank, scale]) input.disabled = isBusy || (input === rank && !state.heads.length);
