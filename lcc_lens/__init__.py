@@ -82,6 +82,7 @@ if TYPE_CHECKING:
     from lcc_lens.task_recovery import TaskMeasures, load_task_data
     from lcc_lens.token_loss import TokenLoss
     from lcc_lens.training import Step, TrainConfig, train
+    from lcc_lens.widget import RestoreWidget
 
 _HOMES = {
     "bench": ("CompareConfig",),
@@ -147,6 +148,7 @@ _HOMES = {
     "paper_run": ("run_recipe",),
     "task_recovery": ("TaskMeasures", "load_task_data"),
     "training": ("Step", "TrainConfig", "train"),
+    "widget": ("RestoreWidget",),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 
@@ -169,6 +171,7 @@ __all__ = [
     "RequestError",
     "Restoration",
     "RestoreSession",
+    "RestoreWidget",
     "Scan",
     "Step",
     "TaskMeasures",

@@ -176,14 +176,26 @@ class Scan:
         """
         if not 0 < share <= 1:
             raise RequestError(f"wanted a share of heads above 0 and up to 1, got {share}")
+        alive = self.ranking(selector, seed=seed)
+        return sorted(alive[: math.ceil(share * len(alive))])
+
+    def ranking(self, selector: SelectorName = "probe", *, seed: int | None = None) -> list[Head]:
+        """All heads that pruning left, the highest score first; what :meth:`select` takes its heads from.
+
+        Args:
+            selector: see :meth:`select`, for ties too.
+            seed: of the random selector.
+
+        Raises:
+            RequestError: an unknown selector, or one that this scan was not asked for.
+        """
         n_layers, n_heads = self.relative_loss.shape
         scores = self.scores(selector, seed=seed).value.nan_to_num(nan=-math.inf).flatten().tolist()
         loss = self.heads.mse.flatten().tolist()
         order = sorted(range(len(scores)), key=lambda i: (-scores[i], -loss[i], i))
         heads = all_heads(n_layers, n_heads)
         removed = self.head_map.removed
-        alive = [heads[i] for i in order if heads[i].head not in removed[heads[i].layer]]
-        return sorted(alive[: math.ceil(share * len(alive))])
+        return [heads[i] for i in order if heads[i].head not in removed[heads[i].layer]]
 
     def table(self) -> pd.DataFrame:
         """One row per head: layer, head, and every scalar statistic."""

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from jaxtyping import Float
 from torch import Tensor
@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 
 #: Steps between two looks at the held-out data: what stopping keeps is at most so old.
 _VALIDATE_EVERY = 5
+#: Questions whose answers by the dense and the pruned model are kept, since no step changes them.
+_KEPT_ANSWERS = 8
 
 
 class RestoreSession:
@@ -96,6 +98,7 @@ class RestoreSession:
             exportable=exportable,
         )  # fmt: skip
         self._lock, self._stop = threading.Lock(), threading.Event()
+        self._answers: dict[tuple[str | int, ...], dict[str, Any]] = {}
         injection = None if uses_heads(method) else self._bench.build((), None)
         self._timeline = Timeline(SessionState(injection=injection))
 
@@ -137,6 +140,11 @@ class RestoreSession:
     def history(self) -> tuple[str, ...]:
         """The actions that led here, each as the line of code that repeats it on a new session of the same settings."""
         return self._timeline.actions
+
+    @property
+    def undone(self) -> tuple[str, ...]:
+        """The actions that :meth:`redo` would do again, the next one first."""
+        return self._timeline.undone
 
     @property
     def is_at_work(self) -> bool:
@@ -269,12 +277,14 @@ class RestoreSession:
     def next_tokens(self, prompt: str, k: int = 10) -> pd.DataFrame:
         """See :func:`lcc_lens.side_by_side.next_tokens`."""
         with self._alone():
-            return next_tokens(self.pair, self._state.scaled(), prompt, k)
+            bare = self._kept("next_tokens", prompt)
+            return next_tokens(self.pair, self._state.scaled(), prompt, k, bare=bare)
 
     def generate(self, prompt: str, max_new_tokens: int = 40) -> dict[str, str]:
         """See :func:`lcc_lens.side_by_side.generate`."""
         with self._alone():
-            return generate(self.pair, self._state.scaled(), prompt, max_new_tokens)
+            bare = self._kept("generate", prompt, max_new_tokens)
+            return generate(self.pair, self._state.scaled(), prompt, max_new_tokens, bare=bare)
 
     @contextmanager
     def applied(self) -> Iterator[HookedModel]:
@@ -299,6 +309,12 @@ class RestoreSession:
     def save(self, run: str | Path) -> None:
         """Write the restoration into a run directory."""
         self.restoration().save(run)
+
+    def _kept(self, *question: str | int) -> dict[str, Any]:
+        """What the dense and the pruned model said to a question, to be filled if new; the last few are kept."""
+        if question not in self._answers and len(self._answers) >= _KEPT_ANSWERS:
+            del self._answers[next(iter(self._answers))]
+        return self._answers.setdefault(question, {})
 
     def _rebuild(self, heads: tuple[Head, ...], rank: int | None, line: str) -> None:
         injection, state = self._bench.build(heads, rank), self._state

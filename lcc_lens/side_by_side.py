@@ -22,22 +22,30 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-def on_each(pair: Pair, injection: Injection | None, read: Callable[[HookedModel], T]) -> dict[str, T]:
+def on_each(
+    pair: Pair, injection: Injection | None, read: Callable[[HookedModel], T], bare: dict[str, T] | None = None
+) -> dict[str, T]:
     """What a function of a hooked model gives for ``dense``, ``pruned`` and ``restored``; all models stay as they are.
 
     Args:
         pair: the hooked models.
         injection: what restores; without one the restored model is the pruned one.
         read: the function.
+        bare: where to keep what ``dense`` and ``pruned`` gave; what is there already is not read again.
     """
-    found = {"dense": read(pair.dense), "pruned": read(pair.pruned)}
+    found = {} if bare is None else bare
+    for name, model in (("dense", pair.dense), ("pruned", pair.pruned)):
+        if name not in found:
+            found[name] = read(model)
     if injection is None:
         return {**found, "restored": found["pruned"]}
     with injection.applied_to(pair.pruned) as restored:
         return {**found, "restored": read(restored)}
 
 
-def next_tokens(pair: Pair, injection: Injection | None, prompt: str, k: int = 10) -> pd.DataFrame:
+def next_tokens(
+    pair: Pair, injection: Injection | None, prompt: str, k: int = 10, *, bare: dict[str, Tensor] | None = None
+) -> pd.DataFrame:
     """The probabilities of the next token: the ``k`` most likely of each model, those most likely restored first.
 
     Returns:
@@ -51,7 +59,7 @@ def next_tokens(pair: Pair, injection: Injection | None, prompt: str, k: int = 1
     if k < 1:
         raise RequestError(f"wanted at least 1 token, got k = {k}")
     tokens = _tokens(pair, prompt)
-    found = on_each(pair, injection, lambda model: _next_probabilities(model, tokens))
+    found = on_each(pair, injection, lambda model: _next_probabilities(model, tokens), bare)
     k = min(k, len(found["dense"]))
     likely = {int(token) for probabilities in found.values() for token in probabilities.topk(k).indices}
     order = sorted(likely, key=lambda token: (-float(found["restored"][token]), token))
@@ -59,7 +67,14 @@ def next_tokens(pair: Pair, injection: Injection | None, prompt: str, k: int = 1
     return pd.DataFrame({"token": [pair.tokenizer.decode([token]) for token in order], **columns})
 
 
-def generate(pair: Pair, injection: Injection | None, prompt: str, max_new_tokens: int = 40) -> dict[str, str]:
+def generate(
+    pair: Pair,
+    injection: Injection | None,
+    prompt: str,
+    max_new_tokens: int = 40,
+    *,
+    bare: dict[str, str] | None = None,
+) -> dict[str, str]:
     """What ``dense``, ``pruned`` and ``restored`` go on with, greedily.
 
     Raises:
@@ -78,7 +93,7 @@ def generate(pair: Pair, injection: Injection | None, prompt: str, max_new_token
             )  # fmt: skip
         return str(pair.tokenizer.decode(whole[0, ids.shape[1] :], skip_special_tokens=True))
 
-    return on_each(pair, injection, go_on)
+    return on_each(pair, injection, go_on, bare)
 
 
 def _next_probabilities(model: HookedModel, tokens: Int[Tensor, "1 pos"]) -> Float[Tensor, " d_vocab"]:

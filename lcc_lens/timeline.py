@@ -26,6 +26,11 @@ class Timeline(Generic[State]):
         """The actions that led from the first state to the present one."""
         return tuple(action for _, action in self._done)
 
+    @property
+    def undone(self) -> tuple[str, ...]:
+        """The actions that were undone, in the order in which redoing does them again."""
+        return tuple(action for _, action in reversed(self._undone))
+
     def note(self, state: State, action: str) -> None:
         """Go on to a new state; what was undone is forgotten."""
         self._done.append((self.state, action))

@@ -144,7 +144,7 @@ LAYERS: list[tuple[str, ...]] = [
         "paper_run",
         "paper_tables",
     ),
-    ("cli", "cli.*", "show", "demo", "__main__", "explorer", "explorer.*"),
+    ("cli", "cli.*", "show", "demo", "__main__", "explorer", "explorer.*", "widget", "widget.*"),
 ]
 # What takes seconds to import, or is not needed to say --help.
 HEAVY = {"torch", "transformers", "transformer_lens", "plotly", "datasets", "pandas", "sklearn", "lm_eval"}

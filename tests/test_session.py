@@ -257,6 +257,25 @@ def test_next_tokens_and_generation_of_all_three(session: RestoreSession, pair) 
     assert session.generate(PROMPT, 12)["pruned"] == before["pruned"]
 
 
+def test_the_dense_and_the_pruned_model_are_asked_once(session: RestoreSession, pair) -> None:
+    session.choose("mse", share=1.0)
+    first = session.next_tokens(PROMPT, k=3), session.generate(PROMPT, 8)
+    session.train(6, lr=0.1)
+    dense_passes = []
+    hook = pair.dense.original_model.register_forward_pre_hook(lambda *_: dense_passes.append(1))
+    table, texts = session.next_tokens(PROMPT, k=257), session.generate(PROMPT, 8)
+    assert dense_passes == []
+    assert texts["dense"] == first[1]["dense"]
+    assert texts["restored"] != first[1]["restored"]
+    assert set(first[0]["dense"]) <= set(table["dense"])
+    assert session.generate(PROMPT, 9)["dense"].startswith(texts["dense"])
+    assert len(dense_passes) > 0
+    for n in range(20):
+        session.next_tokens("a" * (n + 1))
+    assert len(session._answers) == 8
+    hook.remove()
+
+
 @pytest.mark.parametrize("method", ["lcc", "lcc+low-rank"])
 def test_export_and_save_are_what_the_session_computes(pair, found: Scan, data, tmp_path: Path, method: str) -> None:
     session = RestoreSession(pair, found, data, batch_size=4, method=method)

@@ -63,10 +63,16 @@ def views(run: RunContents) -> list[View]:
     """Everything that the head map of a run can show, the change itself first."""
     if run.scan is None:
         return []
-    found = [*_changes(run.scan), *_scores(run.scan)]
+    found = views_of_scan(run.scan)
     if run.restoration is not None and run.restoration.heads:
-        found.append(_learned(run.scan, run.restoration))
-    return [replace(view, value=present(run.scan, view.value)) for view in found]
+        learned = _learned(run.scan, run.restoration)
+        found.append(replace(learned, value=present(run.scan, learned.value)))
+    return found
+
+
+def views_of_scan(scan: Scan) -> list[View]:
+    """What a scan alone has to show: the change of every head, then the selectors' scores."""
+    return [replace(view, value=present(scan, view.value)) for view in (*_changes(scan), *_scores(scan))]
 
 
 def _changes(scan: Scan) -> Iterator[View]:

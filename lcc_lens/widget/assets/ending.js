@@ -1,0 +1,44 @@
+// The verified export, and the code that does the same as the clicks.
+
+/** The part to export with. */
+function exporting(ask) {
+  const out = el("input", { type: "text", class: "out", value: "out/restored", "aria-label": "Folder to export to" });
+  const overwrite = el("input", { type: "checkbox", class: "overwrite" });
+  const go = el("button", { type: "button", class: "export" }, "Export");
+  const result = el("p", { class: "exported", role: "status" });
+  out.addEventListener("keydown", (event) => event.stopPropagation()); // the notebook has keys of its own
+  go.addEventListener("click", () => ask({ do: "export", out: out.value, overwrite: overwrite.checked }));
+  const root = part(
+    "Export",
+    "exporting",
+    el(
+      "div",
+      { class: "row2 tight" },
+      field("Folder", out),
+      go,
+      el("label", { class: "check" }, overwrite, "overwrite"),
+    ),
+    result,
+  );
+  const draw = ({ path, difference, effect }) => {
+    if (!path) return;
+    result.textContent =
+      `Written to ${path} and loaded again: its logits are within ${told(difference)} of the restored model's, ` +
+      `which the restoration moves by up to ${told(effect)}.`;
+  };
+  return { root, draw, follow: ({ isBusy, hasHeads }) => (go.disabled = isBusy || !hasHeads) };
+}
+
+/** The part with the session's history. */
+function codeOf() {
+  const lines = el("pre", { class: "history", tabindex: "0", "aria-label": "Code of the session" });
+  const copy = el("button", { type: "button", class: "copy" }, "Copy");
+  copy.addEventListener("click", () => navigator.clipboard?.writeText(lines.textContent));
+  const root = part("The same in code", "coding", copy, lines);
+  const draw = (history, exported) => {
+    const shown = [...history, ...(exported.line ? [exported.line] : [])];
+    lines.textContent = shown.length ? shown.join("\n") : "# every action leaves its line here";
+    lines.scrollTop = lines.scrollHeight;
+  };
+  return { root, draw };
+}

@@ -1,0 +1,99 @@
+// One view: what the session's traits say goes in, what the reader does goes out as messages.
+
+function render({ model, el: host }) {
+  const fixed = model.get("fixed"),
+    hasMap = fixed.layers > 0;
+  let chosen = new Set(model.get("state").heads),
+    later = null, // what to choose when the session is at rest again
+    unheard = 0; // choices on their way, whose answer would be older than what is shown
+  const ask = (message) => model.send(message);
+
+  const status = el("span", { class: "status", role: "status" }),
+    failure = el("p", { class: "failure", role: "alert" });
+  const map = hasMap ? headMap(fixed, choose) : null;
+  const picks = { onShow: (set) => map.paint(set), onChoose: choose, onSelect: choose };
+  const many = hasMap ? picking(fixed, map, picks) : null;
+  const train = training(fixed, ask),
+    shown = readouts(model, ask),
+    out = exporting(ask),
+    code = codeOf();
+  const n = el("span", { class: "chosen" });
+  const source = `${fixed.pruned} towards ${fixed.dense}, by ${fixed.method}`;
+  const root = el(
+    "div",
+    { class: "lcc-restore" },
+    el("header", {}, el("div", {}, el("h2", {}, "Restore"), el("p", { class: "quiet" }, source)), n, status),
+    failure,
+    el(
+      "div",
+      { class: "columns" },
+      hasMap ? el("div", { class: "picked" }, map.root, many.root) : null,
+      el("div", { class: "work" }, train.root, shown.root),
+      el("div", { class: "end" }, out.root, code.root),
+    ),
+  );
+
+  /** Show a choice at once; tell the session now, or when it is at rest. */
+  function choose(next, how = null) {
+    chosen = next;
+    later = next.size === 0 ? null : { do: "choose", ...(how ?? { heads: [...next] }) };
+    if (later !== null && model.get("busy") === "reading") ask({ do: "skip" });
+    settle();
+    follow();
+  }
+  function settle() {
+    if (later === null || model.get("busy")) return;
+    unheard += 1;
+    ask(later);
+    later = null;
+  }
+  function adopt() {
+    if (later === null && unheard === 0) chosen = new Set(model.get("state").heads);
+  }
+  function follow() {
+    const state = model.get("state"),
+      busy = model.get("busy");
+    const now = { isBusy: busy !== "", isTraining: busy === "training", hasHeads: !hasMap || chosen.size > 0 };
+    map?.paint(chosen);
+    n.textContent = hasMap ? `${chosen.size} ${chosen.size === 1 ? "head" : "heads"} chosen` : "";
+    status.textContent = busy ? `${busy} \u2026` : "ready";
+    root.classList.toggle("busy", now.isBusy);
+    root.setAttribute("aria-busy", String(now.isBusy));
+    failure.textContent = model.get("error");
+    for (const one of [shown, out]) one.follow(now);
+    train.follow(state, now);
+    shown.draw();
+    code.draw(state.history, model.get("exported"));
+  }
+  const drawCurve = () => train.draw([...model.get("curve"), ...model.get("live")]);
+  const heard = (message) => {
+    if (message.done === "choose") unheard = Math.max(0, unheard - 1); // another view may have asked
+    adopt();
+    follow();
+  };
+  const changes = {
+    "change:state": () => (adopt(), follow()),
+    "change:busy": () => (settle(), follow()),
+    "change:error": follow,
+    "change:readout": shown.draw,
+    "change:prompt": () => (shown.ask(), shown.draw()),
+    "change:exported": () => (out.draw(model.get("exported")), follow()),
+    "change:curve": drawCurve,
+    "change:live": drawCurve,
+    "msg:custom": heard,
+  };
+  for (const [event, react] of Object.entries(changes)) model.on(event, react);
+  out.draw(model.get("exported"));
+  drawCurve();
+  follow();
+  host.append(root);
+  for (const node of root.querySelectorAll("button, select, input, [tabindex]"))
+    node.dataset.lmSuppressShortcuts = "true"; // keys typed here are no commands of JupyterLab's
+  const unfollow = followTheme(root);
+  return () => {
+    unfollow();
+    for (const [event, react] of Object.entries(changes)) model.off(event, react);
+  };
+}
+
+export default { render };

@@ -1,0 +1,76 @@
+// What the three models make of the held-out data and of a prompt, side by side.
+
+/** The part with losses, prompt, next tokens and generations. */
+function readouts(model, ask) {
+  const prompt = el("input", { type: "text", class: "prompt", value: model.get("prompt"), "aria-label": "Prompt" });
+  const atOnce = el("input", { type: "checkbox", class: "at-once" });
+  atOnce.checked = model.get("reads_at_once");
+  const read = el("button", { type: "button", class: "read" }, "Read");
+  const send = () => ask({ do: "read", prompt: prompt.value });
+  read.addEventListener("click", send);
+  prompt.addEventListener("keydown", (event) => {
+    event.stopPropagation(); // the notebook has keys of its own
+    if (event.key === "Enter") send();
+  });
+  const keep = (name, value) => (model.set(name, value), model.save_changes());
+  prompt.addEventListener("change", () => keep("prompt", prompt.value));
+  atOnce.addEventListener("change", () => keep("reads_at_once", atOnce.checked));
+  const note = el("p", { class: "quiet note" }),
+    places = ["losses", "tokens", "texts"].map((name) => el("div", { class: `place-${name}` }));
+  const asking = el("div", { class: "row2 tight asking" }, field("Prompt", prompt), read,
+    el("label", { class: "check" }, atOnce, "after every action"));
+  const root = part("Dense, pruned, restored", "readouts", asking, note, ...places);
+
+  function draw() {
+    const { losses, tokens, texts, key, prompt: asked } = model.get("readout");
+    if (!losses) return (note.textContent = "Losses, next tokens and generations appear here once they were read.");
+    const isOld = key !== model.get("state").key || asked !== model.get("prompt");
+    note.textContent = isOld ? "From before the last action; press Read." : "Held-out loss in nats per token.";
+    const parts = [lossBars(losses), tokens && tokenTable(tokens), texts && generations(texts)];
+    parts.forEach((found, i) => {
+      // what is on its way leaves the old one where it is
+      if (found || !asked) places[i].replaceChildren(...(found ? [found] : []));
+      places[i].classList.toggle("old", isOld || !found);
+    });
+  }
+  return {
+    root,
+    draw,
+    ask: () => (prompt.value = model.get("prompt")),
+    follow: ({ isBusy }) => (read.disabled = isBusy),
+  };
+}
+
+function lossBars(losses) {
+  const most = Math.max(...MODELS.map((name) => losses[name]));
+  return el("dl", { class: "losses" }, MODELS.map((name) => [
+    el("dt", { class: name }, name),
+    el("dd", {}, bar(name, losses[name] / most), el("b", { class: `loss-${name}` }, losses[name].toFixed(3))),
+  ]).flat());
+}
+
+function bar(name, share) {
+  const node = el("span", { class: `bar ${name}` });
+  node.style.width = `${(100 * share).toFixed(1)}%`;
+  return el("span", { class: "track" }, node);
+}
+
+function tokenTable(tokens) {
+  const head = el("tr", {}, el("th", {}, "next token"), MODELS.map((name) => el("th", { class: name }, name)));
+  const most = Math.max(...tokens.flatMap((row) => MODELS.map((name) => row[name])));
+  const rows = tokens.map((row) =>
+    el("tr", {}, el("td", {}, el("code", {}, visible(row.token))),
+      MODELS.map((name) => el("td", {}, bar(name, row[name] / most), el("span", {}, percent(row[name]))))));
+  return el("table", { class: "tokens" }, el("thead", {}, head), el("tbody", {}, rows));
+}
+
+/** A token with its spaces and line ends to be seen. */
+const visible = (token) =>
+  token.replaceAll(" ", "\u00b7").replaceAll("\n", "\u21b5").replaceAll("\t", "\u2192") || "\u2205";
+
+const generations = (texts) =>
+  el(
+    "div",
+    { class: "texts" },
+    MODELS.map((name) => el("figure", { class: name }, el("figcaption", {}, name), el("p", {}, texts[name]))),
+  );

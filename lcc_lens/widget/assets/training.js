@@ -1,0 +1,51 @@
+// Rank, scale, training, undoing.
+
+/** The controls of training; `ask` sends a message. */
+function training(fixed, ask) {
+  const rankSays = el("b", {}),
+    scaleSays = el("b", {});
+  const most = fixed.most_rank || 1;
+  const rank = el("input", { type: "range", class: "rank", min: 1, max: most, value: most }),
+    scale = el("input", { type: "range", class: "scaling", min: 0, max: 2, step: 0.05, value: 1 });
+  const rankOf = () => (Number(rank.value) === fixed.most_rank ? null : Number(rank.value));
+  const say = () => {
+    rankSays.textContent = rankOf() === null ? " all" : ` ${rank.value} of ${fixed.most_rank}`;
+    scaleSays.textContent = ` \u00d7 ${Number(scale.value).toFixed(2)}`;
+  };
+  const steps = el("input", { type: "number", class: "steps", min: 1, max: 1000, value: 20 }),
+    lr = el("input", { type: "number", class: "lr", min: 0, step: "any", placeholder: "own" });
+  const button = (name, label, message, title) =>
+    el("button", { type: "button", class: name, title, onclick: () => ask(message()) }, label);
+  const train = () => ({ do: "train", steps: Number(steps.value), lr: lr.value === "" ? null : Number(lr.value) });
+  const buttons = {
+    train: button("train primary", "Train", train, "Train on from here and keep the best"),
+    stop: button("stop", "Stop", () => ({ do: "stop" }), "End after this step with the best so far"),
+    undo: button("undo", "Undo", () => ({ do: "undo" }), "Back to before the last action"),
+    redo: button("redo", "Redo", () => ({ do: "redo" }), "The undone action again"),
+  };
+  rank.addEventListener("input", say);
+  rank.addEventListener("change", () => ask({ do: "rank", rank: rankOf() }));
+  scale.addEventListener("input", say);
+  scale.addEventListener("change", () => ask({ do: "scale", scale: Number(scale.value) }));
+  const shown = el("div", { class: "drawing" });
+  const sliders = el("div", { class: "row2" }, field("Rank", rank, rankSays), field("Scale", scale, scaleSays));
+  const root = part(
+    "Training",
+    "training",
+    fixed.has_scale ? sliders : null,
+    el("div", { class: "row2 tight" }, field("Steps", steps), field("Learning rate", lr), ...Object.values(buttons)),
+    shown,
+  );
+  /** Follow the session: the sliders go where it is, and only what is possible can be pressed. */
+  function follow(state, { isBusy, isTraining, hasHeads }) {
+    rank.value = state.rank ?? most;
+    scale.value = state.scale;
+    say();
+    for (const input of [rank, scale]) input.disabled = isBusy || (input === rank && !state.heads.length);
+    buttons.train.disabled = isBusy || !hasHeads;
+    buttons.stop.disabled = !isTraining;
+    buttons.undo.disabled = isBusy || !state.can_undo;
+    buttons.redo.disabled = isBusy || !state.can_redo;
+  }
+  return { root, follow, draw: (points, state) => shown.replaceChildren(lossCurve(points, state)) };
+}
