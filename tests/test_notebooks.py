@@ -71,7 +71,15 @@ def test_notebook_asks_answers_and_uses_public_names_only(path: Path) -> None:
     assert all(cell.outputs or cell.execution_count for cell in executed), "outputs are kept for readers"
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+#: Two run with the quick tests, the longer ones with the slow tier.
+LONG = ("03_restore_and_export", "04_does_it_really_restore")
+
+
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(path, marks=pytest.mark.slow if path.stem in LONG else ()) for path in NOTEBOOKS],
+    ids=lambda path: path.stem,
+)
 def test_notebook_runs_on_the_tiny_model(
     path: Path, tmp_path: Path, dense_dir: Path, question_file: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
