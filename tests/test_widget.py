@@ -208,6 +208,28 @@ def test_a_reading_that_somebody_waits_for_is_cut_short(widget: RestoreWidget, s
     assert parts[-1] == {"losses", "tokens", "texts"}
 
 
+def test_what_is_asked_during_a_reading_cuts_it_short_and_is_done(
+    widget: RestoreWidget, session: RestoreSession, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The browser may ask before it hears that a reading has begun; nothing that it asks is lost."""
+    begun, loss = threading.Event(), session.loss
+
+    def slow() -> dict[str, float]:
+        begun.set()
+        assert widget._skipped.wait(60)
+        return loss()
+
+    say(widget, do="choose", heads=["L1H2"])
+    monkeypatch.setattr(session, "loss", slow)
+    widget._handle_custom_msg({"do": "read"}, [])
+    assert begun.wait(60)
+    widget._handle_custom_msg({"do": "choose", "heads": ["L2H3"]}, [])
+    assert widget.error == ""
+    assert widget.state["heads"] == ["L2H3"]
+    assert "tokens" not in widget.readout
+    assert widget.busy == ""
+
+
 def test_reading_follows_every_action_if_wanted(session: RestoreSession) -> None:
     widget = RestoreWidget(session, prompt="", reads_at_once=True)
     say(widget, do="choose", heads=["L1H2"])

@@ -100,6 +100,10 @@ class RestoreWidget(anywidget.AnyWidget):
     def _do(self, message: Message) -> None:
         action = message.get("do")
         jobs = {"train": self._train, "read": self._read, "export": self._export}
+        if self.busy == "reading" and action in {*ACTIONS, *jobs}:
+            # Asked for before the browser knew of the reading, which is of the past now: it gives way.
+            self._skipped.set()
+            self._worker.wait()
         if action == "stop":
             self._stop()
         elif action == "skip":  # somebody waits for a reading to end that is of the past already
