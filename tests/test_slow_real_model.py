@@ -61,7 +61,7 @@ def test_demo_restores_a_third_of_what_pruning_took(demo: DemoResult) -> None:
         assert dense < restored < pruned
     assert demo.results["share_recovered"]["held-out responses"] >= 0.35
     assert all(tasks[name][task]["n"] >= 40 for name in tasks for task in ("boolq", "arc_easy"))
-    assert demo.page.stat().st_size > 1_000_000
+    assert 500_000 < demo.page.stat().st_size < 15 * 2**20  # all heads and their tokens, in one file
 
 
 def test_demo_export_is_plain_and_keeps_the_zero_pattern(demo: DemoResult) -> None:
