@@ -97,7 +97,7 @@ class Restoration:
         """Freeze what an injection holds now.
 
         Raises:
-            RequestError: it does not fold, so that no checkpoint would hold it.
+            RequestError: it does not fold, so that no checkpoint would hold it, or it is made of biases themselves.
             LensError: a number is not finite.
         """
         if not injection.footprint.folds:
@@ -105,6 +105,8 @@ class Restoration:
         changes = [(name, _frozen(change)) for part in injection.parts for name, change in part.changes().items()]
         found = [part.frozen() for part in injection.parts if isinstance(part, ConstantInjection)]
         by_site: dict[ConstantSite, SiteConstants] = {one.site: one for one in found}
+        if not set(injection.footprint.biases) <= by_site.keys():  # flap's: biases themselves, of no constants
+            raise RequestError("wanted constants or changed weights to keep, got biases of maps; compare them instead")
         none = torch.zeros(0, 0)
         z = by_site.get("z", SiteConstants("z", (), none, none, none))
         restoration = cls(record, z.parts, z.values, z.magnitudes, z.offset, tuple(changes), by_site.get("mlp"))

