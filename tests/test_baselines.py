@@ -64,6 +64,21 @@ def test_targets_that_are_not_there(pair) -> None:
         adapters(pair.pruned, targets=("nothing",))
 
 
+def test_dora_refuses_rows_of_zeros(pair) -> None:
+    weight = plain_modules(pair.pruned)["model.layers.1.self_attn.v_proj"].weight
+    before = weight.detach().clone()
+    try:
+        with torch.no_grad():
+            weight[:2] = 0
+        with pytest.raises(RequestError, match=r"no row of zeros for DoRA, got 2 in .*v_proj; restore by LoRA"):
+            adapters(pair.pruned, kind="dora", rank=2)
+        assert adapters(pair.pruned, kind="dora", rank=2, targets=("o_proj",)).n_trained
+        with adapters(pair.pruned, rank=2).applied_to(pair.pruned) as model:
+            assert bool(model(TOKENS).isfinite().all())
+    finally:
+        weight.data.copy_(before)
+
+
 @pytest.mark.parametrize("kind", ["lora", "dora"])
 def test_merged_adapters_fill_the_zeros(pair, kind: str) -> None:
     injection = adapters(pair.pruned, kind=kind, rank=2, targets=("o_proj",))

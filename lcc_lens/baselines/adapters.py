@@ -88,7 +88,7 @@ def adapters(
         seed: of the adapters' initial values.
 
     Raises:
-        RequestError: no map of such a name, or peft is not installed.
+        RequestError: no map of such a name, rows of zeros for DoRA, or peft is not installed.
     """
     original = cast("Any", model).original_model
     chosen = {id(m): name for name, m in layer_maps(model).items() if name.rsplit(".", 1)[-1] in targets}
@@ -97,6 +97,8 @@ def adapters(
     if not paths:
         raise RequestError(f"wanted linear maps named {', '.join(targets)}, got none in this architecture")
     plain = {path: original.get_submodule(path) for path in paths}
+    if kind == "dora":
+        _refuse_zero_rows({names[path]: module for path, module in plain.items()})
     trained = [number for number in original.parameters() if number.requires_grad]
     adapted(original, paths, kind=kind, rank=rank, seed=seed)
     layers = {path: original.get_submodule(path) for path in paths}
@@ -110,6 +112,15 @@ def adapters(
             if number.requires_grad:
                 number.data = number.data.float()
     return AdapterInjection(layers, list(names.values()))
+
+
+def _refuse_zero_rows(maps: Mapping[str, nn.Module]) -> None:
+    """DoRA divides every row of a weight by its norm: a row that pruning took whole would give no number."""
+    for name, module in maps.items():
+        weight = cast("Tensor", module.weight)
+        n_zero = int((weight == 0).all(0 if is_transposed(module) else 1).sum())
+        if n_zero:
+            raise RequestError(f"wanted no row of zeros for DoRA, got {n_zero} in {name}; restore by LoRA instead")
 
 
 def adapted(model: nn.Module, paths: Sequence[str], *, kind: AdapterKind, rank: int, seed: int) -> None:
