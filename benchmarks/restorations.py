@@ -1,12 +1,11 @@
 """What each way to restore brings back on SmolLM2-135M: methods, baselines and controls by the same rule.
 
-    python benchmarks/restorations.py [--folder runs/restorations] [--minutes M]
-    python benchmarks/restorations.py --zero-shot      # a few of them on five zero-shot tasks, 500 items each
+    python benchmarks/restorations.py [--models wanda50] [--minutes M]
+    python benchmarks/restorations.py --zero-shot      # then, of what was trained, the accuracies on five tasks
 
 For each pruned model this is ``lcc-lens compare`` (see ``lcc_lens/compare.py`` for what a cell is). Cells are kept in
-``benchmarks/restorations_*.json`` and ``benchmarks/zero_shot_*.json`` as they come; the study can be stopped at any
-time.
-Delete a file to begin anew.
+``benchmarks/restorations_*.json`` as they come, what they trained in ``--folder``; the study can be stopped at any
+time. Delete a file to begin anew.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from transformers.utils import logging as transformers_logging
 
 from lcc_lens.bench import CompareConfig
 from lcc_lens.best import BEST_METHOD, BEST_OBJECTIVE
-from lcc_lens.compare import compare
+from lcc_lens.compare import MEASURES, compare
 from lcc_lens.files import read_json, write_json
 from lcc_lens.recipe import prune
 
@@ -41,29 +40,35 @@ OTHERS = (
     "mean-shift-sequential", "mean-shift-sequential-mlp", "flap", "perp", "perp-lora", "lofit", "dora", "eora",
     "lora-vo", "lora=1e-2", "lora=1e-3", "lcc+mlp-lcc", "gain", "norms", "low-rank", "masked", "lcc:distillation",
 )  # fmt: skip
-#: Zero-shot accuracy is measured of these.
-ACCURATE = (BEST, "lora", "lcc", "refit", "mean-shift")
 TASKS = ("arc_easy", "hellaswag", "winogrande", "openbookqa", "boolq")
+LIMIT = 500
 
 
 def main(folder: Path, minutes: float, seeds: int, models: list[str], entries: list[str], zero_shot: bool) -> None:
     """All cells that are not there, until the time is up."""
     end = time.monotonic() + 60 * minutes
-    config = CompareConfig(tasks=TASKS, limit=500) if zero_shot else CompareConfig(speed_rounds=0)
+    config = CompareConfig(tasks=TASKS, limit=LIMIT, speed_rounds=0) if zero_shot else CompareConfig(speed_rounds=0)
     for name in models:
         pruned = folder / name / "pruned"
         if not pruned.exists():
             prune("smollm2", pruned, method="wanda", calibration="c4", n_samples=64, **MODELS[name])
-        out = HERE / f"{'zero_shot' if zero_shot else 'restorations'}_{name}.json"
+        out = HERE / f"restorations_{name}.json"
         found = read_json(out) if out.exists() else {"cells": {}}
-        command = f"python benchmarks/restorations.py --models {name}{' --zero-shot' if zero_shot else ''}"
-        write_json(out, {**found, "command": command, "machine": describe()})
+        write_json(
+            out, {**found, "command": f"python benchmarks/restorations.py --models {name}", "machine": describe()}
+        )
         main = [entry for entry in entries if entry in MAIN and not zero_shot]
         for some, n_seeds in ((main, seeds), (entries, 1)):
             compare(
                 "smollm2", pruned, folder / name, some, seeds=n_seeds, config=config, deadline=end, out=out,
-                on_cell=lambda cell, got: print(cell, got, flush=True),
+                on_cell=_say,
             )  # fmt: skip
+
+
+def _say(cell: str, got: dict[str, Any]) -> None:
+    figures = {key: got[key] for key in ("error", *MEASURES, "training_seconds") if got.get(key) is not None}
+    accuracies = {task: score["acc"] for task, score in got.get("tasks", {}).items()}
+    print(time.strftime("%H:%M"), cell, figures, accuracies, flush=True)
 
 
 if __name__ == "__main__":
@@ -73,8 +78,8 @@ if __name__ == "__main__":
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
     parser.add_argument("--entries", nargs="+", help="all of the study's if not given")
-    parser.add_argument("--zero-shot", action="store_true", help="accuracies of a few instead")
+    parser.add_argument("--zero-shot", action="store_true", help="accuracies on five tasks instead, one seed")
     args = parser.parse_args()
     transformers_logging.set_verbosity_error()
-    entries = args.entries or list(ACCURATE if args.zero_shot else (*MAIN, *OTHERS))
+    entries = args.entries or [*MAIN, *OTHERS]
     main(args.folder, args.minutes, args.seeds, args.models, entries, args.zero_shot)

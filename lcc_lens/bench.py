@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,11 @@ from lcc_lens.reuse import CachedTeacher
 from lcc_lens.scan import Scan, scan
 from lcc_lens.selectors import SelectorName
 from lcc_lens.speed import SpeedConfig
+from lcc_lens.trained_numbers import TrainedNumbers
 from lcc_lens.training import TrainConfig, learning_rates, train
+
+#: Settings that only say what is measured: cells that differ in them alone were trained alike.
+MEASURING = ("texts", "blocks", "block_length", "tasks", "limit", "speed_rounds")
 
 
 @dataclass(frozen=True)
@@ -91,6 +95,9 @@ class Bench:
         self._validation: list[TokenSequence] | None = None
         self._measures: Measures | None = None
         self._teacher: CachedTeacher | None = None
+        training = {name: value for name, value in asdict(config).items() if name not in MEASURING}
+        held_out = {"measures_training_task": config.data in config.tasks}  # then others choose the best numbers
+        self._kept = TrainedNumbers(run / "trained", {**training, **held_out})
 
     def pair(self, *, on_refit: bool, found: dict[str, Any] | None = None) -> Pair:
         """The pair with the pruned or the refitted model."""
@@ -114,10 +121,31 @@ class Bench:
             plain = self.pair(on_refit=False)
             for name, model in (("dense", plain.dense), ("pruned", plain.pruned)):
                 found["bare"][name] = self._measure(plain, model, None)
+        pair, model, injection, costs = self._trained(entry, seed, found)
+        measured = self._measure(pair, model, injection)
+        return measured if injection is None else {**measured, **merging_costs(injection, pair, model), **costs}
+
+    def accuracies(
+        self, entry: Entry, seed: int, found: dict[str, Any], tasks: Sequence[str]
+    ) -> dict[str, dict[str, Any]]:
+        """Measure a cell that is there on more tasks, and first the bare models where they lack them."""
+        for name, bare in found["bare"].items():
+            lacking = [task for task in tasks if task not in bare["tasks"]]
+            if lacking:
+                plain = self.pair(on_refit=False)
+                model = plain.dense if name == "dense" else plain.pruned
+                bare["tasks"] |= self._measured_by(plain).accuracies(plain, model, None, lacking)
+        pair, model, injection, _ = self._trained(entry, seed, found)
+        return self._measured_by(pair).accuracies(pair, model, injection, tasks)
+
+    def _trained(
+        self, entry: Entry, seed: int, found: dict[str, Any]
+    ) -> tuple[Pair, HookedModel, Injection | None, dict[str, Any]]:
+        """What an entry acts on, what it has trained, and what that took; kept numbers are not trained again."""
         pair = self.pair(on_refit=entry.on_refit, found=found)
         model = pair.dense if entry.control == "dense" else pair.pruned
         if entry.method is None:
-            return self._measure(pair, model, None)
+            return pair, model, None, {}
         settings = TrainConfig(
             epochs=self.config.epochs, batch_size=self.config.batch_size, lr=entry.lr, seed=seed,
             objective=entry.objective,
@@ -126,19 +154,25 @@ class Bench:
         steps, start = 0, time.perf_counter()
         with peak_memory(device_of(model)) as peak:
             injection = self._injection(entry, pair, model, seed, lambda: (data, validation, settings))
+            # what lofit acts on is itself found by training
+            is_kept = bool(injection.n_trained) and entry.method != "lofit"
+            models = f"{pair.dense_id.sha256} {pair.pruned_id.sha256}"
+            costs = self._kept.load(injection, entry.text, seed, models) if is_kept else None
+            if costs is not None:
+                return pair, model, injection, costs
             if injection.n_trained:
                 for step in train(model, injection, data, validation, settings, teacher=pair.dense):
                     steps = step.step
-        seconds = time.perf_counter() - start
-        return {
-            **self._measure(pair, model, injection),
-            **merging_costs(injection, pair, model),
+        costs = {
             "n_trained": injection.n_trained,
             "learning_rates": learning_rates(injection, entry.lr),
             "steps": steps,
-            "training_seconds": round(seconds, 1),
+            "training_seconds": round(time.perf_counter() - start, 1),
             "memory_mib": None if peak.mib is None else round(peak.mib),
         }
+        if is_kept:
+            self._kept.keep(injection, entry.text, seed, models, costs)
+        return pair, model, injection, costs
 
     def time(self, entries: Sequence[Entry], found: dict[str, Any]) -> None:
         """Time what is served, unless that was done."""
@@ -241,9 +275,12 @@ class Bench:
         return self._validation
 
     def _measure(self, pair: Pair, model: HookedModel, injection: Injection | None) -> dict[str, Any]:
+        return self._measured_by(pair).of(pair, model, injection, self._teacher)
+
+    def _measured_by(self, pair: Pair) -> Measures:
         self._prepare(pair)
         assert self._measures is not None
-        return self._measures.of(pair, model, injection, self._teacher)
+        return self._measures
 
     def _prepare(self, pair: Pair) -> None:
         """Read the held-out data once."""

@@ -41,6 +41,9 @@ def compare(
 ) -> dict[str, Any]:
     """Train and measure every entry with every seed; finished cells are kept, failed ones are reported and tried anew.
 
+    What was trained is kept in ``run/trained``, so that more tasks can be asked later: cells that are there are
+    measured on what they lack.
+
     A cell holds what :class:`~lcc_lens.measures.Measures` measures, the numbers trained, the numbers that the
     checkpoint of the result gains, the share of the pruned weights' zeros that are left once it is merged, and the
     training's seconds and memory. The seed draws the examples, their order and initial values.
@@ -71,19 +74,26 @@ def compare(
     for seed in range(seeds):
         for entry in parsed:
             name = f"{entry.text} | {seed}"
-            if "perplexity" in found["cells"].get(name, {}):
+            cell = {key: value for key, value in found["cells"].get(name, {}).items() if key != "error"}
+            is_measured = "perplexity" in cell
+            lacking = [task for task in config.tasks if task not in cell.get("tasks", {})]
+            if is_measured and not lacking:
                 continue
             if time.monotonic() > deadline:
                 return _summarised(found, out)
             try:
-                found["cells"][name] = _finite(bench.cell(entry, seed, found))
+                if is_measured:
+                    more = bench.accuracies(entry, seed, found, lacking)
+                    found["cells"][name] = {**cell, "tasks": {**cell["tasks"], **more}}
+                else:
+                    found["cells"][name] = _finite(bench.cell(entry, seed, found))
             except InterruptedRun as error:
                 raise InterruptedRun(
                     f"stopped in {name}; finished cells are in {out}: the same call goes on"
                 ) from error
             except (LensError, ArithmeticError, RuntimeError, MemoryError) as error:
                 first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-                found["cells"][name] = {"error": first}
+                found["cells"][name] = {**cell, "error": first}
                 logger.warning("%s failed: %s; the rest goes on", name, first)
             write_json(out, found)
             if on_cell is not None:
@@ -128,7 +138,7 @@ def summary(found: dict[str, Any]) -> list[dict[str, Any]]:
         row["recovered_interval"] = _recovered_interval(found["bare"], done) if has_blocks else None
         row["inference"] = found.get("inference", {}).get(served_as(Entry.parse(text)))
         bare = {name: model.get("tasks", {}) for name, model in found["bare"].items()}
-        scored = [cell["tasks"] for cell in done if cell.get("tasks")]
+        scored = [cell["tasks"] for cell in done if cell.get("tasks") and cell["tasks"].keys() >= bare["pruned"].keys()]
         row["tasks"] = task_rows(bare["pruned"], scored) if scored else {}
         row |= mean_rows(bare, scored, is_restoration=is_restoration) if scored else {}
         row["errors"] = [cell["error"] for cell in cells if "error" in cell]
@@ -161,6 +171,8 @@ def _begun(out: Path, identity: dict[str, str], config: CompareConfig) -> dict[s
     """What the file holds already, if it is of this comparison."""
     settings = json.loads(json.dumps(asdict(config)))  # as the file holds them
     found: dict[str, Any] = read_json(out) if out.exists() else {"cells": {}}
+    if "settings" in found:
+        _grow(found, settings)
     for name, value in (("identity", identity), ("settings", settings)):
         if found.setdefault(name, value) != value:
             raise RequestError(
@@ -169,3 +181,14 @@ def _begun(out: Path, identity: dict[str, str], config: CompareConfig) -> dict[s
     found.setdefault("bare", {})
     found["version"] = package_version()
     return found
+
+
+def _grow(found: dict[str, Any], settings: dict[str, Any]) -> None:
+    """Bring what may be measured afterwards in line: more tasks, and how often inference is timed."""
+    kept = found["settings"]
+    kept["speed_rounds"] = settings["speed_rounds"]
+    if not settings["tasks"]:
+        settings |= {"tasks": kept["tasks"], "limit": kept["limit"]}
+    elif not kept["tasks"]:
+        kept["limit"] = settings["limit"]
+    kept["tasks"] = settings["tasks"] = list(dict.fromkeys([*kept["tasks"], *settings["tasks"]]))

@@ -64,15 +64,18 @@ class Measures:
             "kl": terms["distillation"],
             "response_loss": terms["response"],
             "texts": texts,
-            "tasks": self._tasks(pair, model, injection) if self.tasks else {},
+            "tasks": self.accuracies(pair, model, injection, self.tasks),
         }
 
-    def _tasks(self, pair: Pair, model: HookedModel, injection: Injection | None) -> dict[str, Any]:
+    def accuracies(
+        self, pair: Pair, model: HookedModel, injection: Injection | None, tasks: Sequence[str]
+    ) -> dict[str, dict[str, Any]]:
+        """The ``tasks`` of :meth:`of` alone."""
         from lcc_lens.evaluation import evaluate_task
 
-        found = {}
+        found: dict[str, dict[str, Any]] = {}
         with (injection or Injection()).applied_to(model), fused_attention(model):
             plain = cast("Any", model).original_model  # its modules carry the hooks
-            for task in self.tasks:
+            for task in tasks:
                 found[task] = evaluate_task(plain, pair.tokenizer, task, limit=self.limit, with_items=True)
         return found

@@ -130,6 +130,7 @@ LAYERS: list[tuple[str, ...]] = [
         "recipe",
         "job_data",
         "run_folder",
+        "trained_numbers",
         "session",
         "workbench",
         "lens",

@@ -137,6 +137,47 @@ def test_tasks_are_scored_under_the_injection(
     assert found["cells"]["lofit | 0"]["n_trained"] == 3 * 6  # a fifth of the 15 heads, an offset of d_head each
 
 
+def test_tasks_asked_later_are_measured_of_what_was_trained(
+    dense_dir: Path, pruned_dir: Path, config: CompareConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "sets" / "arc_easy"
+    folder.mkdir(parents=True)
+    (folder / "test.jsonl").write_text("".join(json.dumps(record) + "\n" for record in ARC))
+    monkeypatch.setenv("LCC_LENS_DATA", str(folder.parent))
+    entries, scored = ["masked=1e-1", "mean-shift"], dataclasses.replace(config, tasks=("arc_easy",), limit=5)
+    whole = compare(dense_dir, pruned_dir, tmp_path / "whole", entries, seeds=1, config=scored)
+    first = compare(dense_dir, pruned_dir, tmp_path / "run", entries, seeds=2, config=config)
+    assert first["bare"]["dense"]["tasks"] == {}
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "train", None)  # nothing trains again
+        grown = compare(dense_dir, pruned_dir, tmp_path / "run", entries, seeds=1, config=scored)
+    for name in ("masked=1e-1 | 0", "mean-shift | 0"):
+        assert grown["cells"][name]["tasks"] == whole["cells"][name]["tasks"]
+        assert {**grown["cells"][name], "tasks": {}} == first["cells"][name]
+    assert grown["bare"]["pruned"]["tasks"] == whole["bare"]["pruned"]["tasks"]
+    assert summary(grown)[0]["tasks"] == summary(whole)[0]["tasks"]
+    again = compare(dense_dir, pruned_dir, tmp_path / "run", entries, seeds=2, config=config)
+    assert again["cells"] == grown["cells"]
+    other = dataclasses.replace(scored, limit=4)
+    with pytest.raises(RequestError, match="wanted a comparison of the same models and settings"):
+        compare(dense_dir, pruned_dir, tmp_path / "run", entries, config=other)
+
+
+def test_numbers_of_another_training_are_not_taken(
+    dense_dir: Path, pruned_dir: Path, config: CompareConfig, tmp_path: Path
+) -> None:
+    """A file that is lost or of other settings costs a training, not a wrong figure."""
+    first = compare(dense_dir, pruned_dir, tmp_path, ["norms"], seeds=1, config=config)
+    longer = dataclasses.replace(config, epochs=2)
+    other = compare(dense_dir, pruned_dir, tmp_path, ["norms"], seeds=1, config=longer, out=tmp_path / "other.json")
+    assert other["cells"]["norms | 0"]["steps"] == 2 * first["cells"]["norms | 0"]["steps"]
+    assert other["cells"]["norms | 0"]["kl"] != first["cells"]["norms | 0"]["kl"]
+    kept = tmp_path / "trained" / "norms_0.safetensors"
+    kept.write_bytes(kept.read_bytes()[:-100])
+    again = compare(dense_dir, pruned_dir, tmp_path, ["norms"], seeds=1, config=longer, out=tmp_path / "again.json")
+    assert again["cells"]["norms | 0"]["kl"] == other["cells"]["norms | 0"]["kl"]
+
+
 def test_closed_forms_and_cheap_baselines(
     dense_dir: Path, pruned_dir: Path, config: CompareConfig, tmp_path: Path
 ) -> None:

@@ -1,0 +1,79 @@
+"""What the cells of a comparison trained, kept so that more can be measured of them later without training again."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lcc_lens.config import package_version
+from lcc_lens.errors import RequestError
+from lcc_lens.files import read_tensors, write_tensors
+from lcc_lens.injections import Injection
+
+logger = logging.getLogger(__name__)
+
+
+class TrainedNumbers:
+    """A folder with a safetensors file per cell: the trained numbers, and what training them took.
+
+    Args:
+        folder: the folder; made when something is kept.
+        request: what training depends on beside entry, seed and models: data and settings.
+    """
+
+    def __init__(self, folder: Path, request: Mapping[str, Any]) -> None:
+        self._folder, self._request = folder, {**request, "version": package_version()}
+
+    def load(self, injection: Injection, entry: str, seed: int, models: str) -> dict[str, Any] | None:
+        """Put the kept numbers into a freshly built injection; None where there are none of this very training.
+
+        Args:
+            injection: as built for the cell, on any device.
+            entry: the cell's entry.
+            seed: its seed.
+            models: hashes of the weights that it was trained on.
+
+        Returns:
+            What :meth:`keep` was given as ``costs``.
+        """
+        path = self._path(entry, seed)
+        if not path.exists():
+            return None
+        try:
+            tensors, metadata = read_tensors(path)
+        except RequestError as error:
+            logger.warning("%s; trained anew", error)
+            return None
+        numbers = _trained(injection)
+        shapes = {name: tensor.shape for name, tensor in tensors.items()}
+        if metadata.get("request") != self._identity(entry, seed, models):
+            return None
+        if shapes != {name: number.shape for name, number in numbers.items()}:
+            return None
+        with torch.no_grad():
+            for name, number in numbers.items():
+                number.copy_(tensors[name])
+        costs: dict[str, Any] = json.loads(metadata["costs"])
+        return costs
+
+    def keep(self, injection: Injection, entry: str, seed: int, models: str, costs: Mapping[str, Any]) -> None:
+        """Write what a cell trained."""
+        metadata = {"request": self._identity(entry, seed, models), "costs": json.dumps(costs)}
+        self._folder.mkdir(parents=True, exist_ok=True)
+        write_tensors(self._path(entry, seed), _trained(injection), metadata)
+
+    def _path(self, entry: str, seed: int) -> Path:
+        return self._folder / f"{re.sub(r'[^a-z0-9.=@+-]+', '_', entry.lower())}_{seed}.safetensors"
+
+    def _identity(self, entry: str, seed: int, models: str) -> str:
+        return json.dumps([entry, seed, models, self._request], sort_keys=True)
+
+
+def _trained(injection: Injection) -> dict[str, torch.Tensor]:
+    return {name: number for name, number in injection.named_parameters() if number.requires_grad}
