@@ -17,10 +17,11 @@ from torch import Tensor
 from lcc_lens.config import package_version
 from lcc_lens.data import Batch, Data, TokenSequence, available_splits, batches, encode, load_data, read_records
 from lcc_lens.errors import RequestError
-from lcc_lens.metrics import perplexity, token_nll
+from lcc_lens.metrics import perplexity
 from lcc_lens.models import load_plain, load_tokenizer, resolve
 from lcc_lens.progress import track
 from lcc_lens.tasks import SOURCES, Record
+from lcc_lens.token_losses import token_nll
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

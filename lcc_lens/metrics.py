@@ -6,8 +6,6 @@ import math
 from collections.abc import Sequence
 
 import torch
-from jaxtyping import Float, Int
-from torch import Tensor
 
 
 def perplexity(nll: float, n_tokens: int) -> float:
@@ -116,39 +114,3 @@ def stratified_interval(
         return None
     low, high = torch.quantile((above / below)[below > 0], quantiles)
     return float(low), float(high)
-
-
-def token_nll(
-    logits: Float[Tensor, "token vocab"], targets: Int[Tensor, " token"], chunk: int = 512
-) -> Float[Tensor, " token"]:
-    """Negative log-likelihood of each target in nats, in float32, a chunk at a time (vocabularies are large)."""
-    losses = [
-        torch.nn.functional.cross_entropy(
-            logits[start : start + chunk].float(), targets[start : start + chunk], reduction="none"
-        )
-        for start in range(0, logits.shape[0], chunk)
-    ]
-    return torch.cat(losses) if losses else logits.new_zeros(0, dtype=torch.float32)
-
-
-def token_divergence(
-    wanted: Float[Tensor, "token vocab"],
-    got: Float[Tensor, "token vocab"],
-    temperature: float = 1.0,
-    chunk: int = 512,
-) -> Float[Tensor, " token"]:
-    r"""$T^2\, KL(p_T \Vert q_T)$ of each token in nats, in float32, a chunk at a time (vocabularies are large).
-
-    Args:
-        wanted: logits of p, the dense model's.
-        got: logits of q.
-        temperature: T, by which both distributions are flattened; the factor keeps the size of gradients (Hinton et
-            al., arXiv 1503.02531).
-        chunk: tokens at a time.
-    """
-    divergences = []
-    for start in range(0, got.shape[0], chunk):
-        part = slice(start, start + chunk)
-        log_p, log_q = (torch.log_softmax(x[part].float() / temperature, dim=-1) for x in (wanted, got))
-        divergences.append(temperature**2 * (log_p.exp() * (log_p - log_q)).sum(-1))
-    return torch.cat(divergences) if divergences else got.new_zeros(0, dtype=torch.float32)

@@ -15,9 +15,9 @@ from torch import Tensor
 from lcc_lens.data import Batch, TokenSequence
 from lcc_lens.errors import RequestError
 from lcc_lens.hooks import HookedModel, logits_at, z_readers
-from lcc_lens.metrics import token_divergence, token_nll
 from lcc_lens.models import device_of
 from lcc_lens.running import forward
+from lcc_lens.token_losses import token_divergence, token_nll
 
 _NAMES = ("response", "distillation", "heads", "text")
 

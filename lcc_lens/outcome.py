@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from lcc_lens.data import Batch
-from lcc_lens.metrics import token_nll
+from lcc_lens.token_losses import token_nll
 
 _CHUNK = 64  # targets whose distributions over the vocabulary are held in float32 at once
 

@@ -37,6 +37,7 @@ LAYERS: list[tuple[str, ...]] = [
         "pair_probes",
         "kernel_probes",
         "metrics",
+        "token_losses",
         "pruning.scores",
         "pruning.masks",
         "pruning.obs",

@@ -21,13 +21,13 @@ from lcc_lens.injections import METHODS, Ingredients, build_injection, check_rea
 from lcc_lens.injections.changes import Gain, LowRank, Shift
 from lcc_lens.job_data import training_sequences
 from lcc_lens.lr_range import range_test
-from lcc_lens.metrics import token_divergence
 from lcc_lens.models import load_hooked, load_plain
 from lcc_lens.objectives import Objective
 from lcc_lens.plain_modules import changed_weights, plain_modules
 from lcc_lens.recipe import restore
 from lcc_lens.restoration import Restoration, RestorationRecord
 from lcc_lens.scan import Scan
+from lcc_lens.token_losses import token_divergence
 from lcc_lens.training import TrainConfig, learning_rates, train, validation_loss, validation_terms
 
 #: Joint query-key-value maps, which TransformerLens computes from copies.
@@ -184,7 +184,7 @@ def test_distillation_objective(pair, found: Scan, question_file: Path) -> None:
     for T in (1.0, 2.0):
         p, q = (torch.softmax(x.double() / T, -1) for x in (logits, other))
         expected = T**2 * (p * (p.log() - q.log())).sum(-1)
-        assert torch.allclose(token_divergence(logits, other, T, chunk=2).double(), expected, atol=1e-5)
+        assert torch.allclose(token_divergence(logits, other, T).double(), expected, atol=1e-5)
     data = load_data(str(question_file))
     config = TrainConfig(batch_size=4, validate_every=2, objective=Objective.parse("distillation"))
     restoration = restore(pair, None, (), data, method="masked", config=config)
