@@ -49,7 +49,7 @@ from lcc_lens.training import Step, TrainConfig, learning_rates, train, validati
 
 #: What a refit is calibrated on: instructions, web text and an encyclopedia.
 REFIT_DATA = ("alpaca", "c4", "wikitext")
-REFIT_SAMPLES = 48
+REFIT_SAMPLES = 96
 
 
 def prune(

@@ -58,7 +58,7 @@ def masked_low_rank(model: HookedModel, *, rank: int = 8, seed: int = 0) -> Weig
         raise RequestError(f"wanted a rank of at least 1 for a masked low rank, got {rank}")
     generator = torch.Generator().manual_seed(seed)
     changes = {name: LowRank.random(weight_shape(m), rank, generator) for name, m in layer_maps(model).items()}
-    return WeightInjection(changes, default_lr=5e-3)
+    return WeightInjection(changes, default_lr=3e-3)
 
 
 def masked_weights(model: HookedModel) -> WeightInjection:
