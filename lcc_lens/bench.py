@@ -32,7 +32,8 @@ from lcc_lens.models import device_of, identify, resolve
 from lcc_lens.pair import Pair, load_pair
 from lcc_lens.pruning.refit import REFIT_RECORD
 from lcc_lens.reading_maps import CONSTANT_SITES, reading_maps
-from lcc_lens.recipe import REFIT_DATA, REFIT_SAMPLES, check_scan, refit
+from lcc_lens.recipe import REFIT_DATA, REFIT_SAMPLES, refit
+from lcc_lens.restore_checks import check_scan
 from lcc_lens.reuse import CachedTeacher
 from lcc_lens.scan import Scan, scan
 from lcc_lens.selectors import SelectorName

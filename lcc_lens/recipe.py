@@ -18,16 +18,11 @@ from lcc_lens.heads import Head
 from lcc_lens.injections import (
     Ingredients,
     Start,
-    bias_sites,
     build_injection,
-    parse_method,
     trains_numbers,
-    uses_components,
-    uses_heads,
     uses_sequences,
 )
 from lcc_lens.job_data import calibration_tokens, recorded_groups, training_sequences
-from lcc_lens.joint_slots import find_joint_slots
 from lcc_lens.lr_range import range_test
 from lcc_lens.models import load_plain, resolve
 from lcc_lens.pair import Pair
@@ -41,8 +36,8 @@ from lcc_lens.pruning.refit import REFIT_RECORD, RefitConfig, Target
 from lcc_lens.pruning.refit import refit as refit_checkpoint
 from lcc_lens.pruning.settings import Method
 from lcc_lens.pruning.structured import Schedule
-from lcc_lens.reading_maps import reading_maps
 from lcc_lens.restoration import Restoration, RestorationRecord
+from lcc_lens.restore_checks import check_request, require_slots
 from lcc_lens.run_folder import Beginning, RunFolder
 from lcc_lens.scan import Scan
 from lcc_lens.training import Step, TrainConfig, learning_rates, train, validation_loss
@@ -250,7 +245,7 @@ def restore(
     Example:
         >>> restore(pair, scan, scan.select("mse", share=0.25), load_data("alpaca", n=480))  # doctest: +SKIP
     """
-    _check_request(pair, scan, heads, method)
+    check_request(pair, scan, heads, method)
     if exportable:
         require_slots(pair, method)
     if shuffle_responses and not trains_numbers(method):
@@ -334,54 +329,3 @@ def _identity(
     scanned = None if scan is None else asdict(scan.record)
     described = [pair.pruned_id.sha256, scanned, data.source, sorted(data.groups), settings]
     return json.dumps([*described, [len(s) for s in held_out]], sort_keys=True)
-
-
-def _check_request(pair: Pair, scan: Scan | None, heads: Sequence[Head], method: str) -> None:
-    """Refuse a method that lacks what it acts on, and a scan or heads that do not fit."""
-    parse_method(method)
-    if scan is not None:
-        check_scan(scan, pair)
-    elif uses_components(method):
-        raise RequestError(f"wanted a scan of this pair for {method}, got none; scan it first")
-    if uses_heads(method) and not heads:
-        raise RequestError(f"wanted heads to restore by {method}, got none; choose some by scan.select")
-    refuse_removed(heads, pair)
-
-
-def check_scan(scan: Scan, pair: Pair) -> None:
-    """Refuse a scan of other weights.
-
-    Raises:
-        RequestError: names the model whose hash differs.
-    """
-    for name, recorded, identity in (
-        ("dense", scan.record.dense_sha256, pair.dense_id),
-        ("pruned", scan.record.pruned_sha256, pair.pruned_id),
-    ):
-        if recorded != identity.sha256:
-            raise RequestError(
-                f"wanted the {name} model of the scan (SHA-256 {recorded[:12]}…), got {identity.reference} "
-                f"({identity.sha256[:12]}…); scan this pair first"
-            )
-
-
-def require_slots(pair: Pair, method: str) -> None:
-    """Refuse a method whose constants the pruned model's checkpoint cannot hold.
-
-    Raises:
-        RequestError: says which, and what serves instead.
-    """
-    maps = {site: reading_maps(pair.pruned, site) for site in bias_sites(method)}
-    find_joint_slots(pair.pruned_id.path, maps)
-
-
-def refuse_removed(heads: Sequence[Head], pair: Pair) -> None:
-    """Refuse heads that pruning removed whole: nothing put there reaches the output.
-
-    Raises:
-        RequestError: names the first such head.
-    """
-    removed = {Head(layer, head) for layer, gone in enumerate(pair.head_map.removed) for head in gone}
-    gone = sorted(removed.intersection(heads))
-    if gone:
-        raise RequestError(f"wanted heads that are still there, got {gone[0]}, removed whole; choose by scan.select")

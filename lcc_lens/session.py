@@ -21,9 +21,9 @@ from lcc_lens.hooks import HookedModel
 from lcc_lens.injections import Injection, uses_components, uses_heads
 from lcc_lens.objectives import Objective
 from lcc_lens.pair import Pair
-from lcc_lens.recipe import refuse_removed
 from lcc_lens.reshaping import keep_learned
 from lcc_lens.restoration import Restoration
+from lcc_lens.restore_checks import refuse_removed
 from lcc_lens.scan import Scan
 from lcc_lens.selectors import SelectorName
 from lcc_lens.session_state import SessionState

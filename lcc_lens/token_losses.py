@@ -16,7 +16,7 @@ _CPU_CHUNK, _CHUNK = 64, 1024
 
 def token_nll(logits: Float[Tensor, "token vocab"], targets: Int[Tensor, " token"]) -> Float[Tensor, " token"]:
     """Negative log-likelihood of each target in nats, in float32 at least."""
-    return cast("Tensor", _NegativeLogLikelihood.apply(logits, targets))
+    return cast("Tensor", cast("Any", _NegativeLogLikelihood).apply(logits, targets))
 
 
 def token_divergence(
@@ -30,7 +30,7 @@ def token_divergence(
         temperature: T, by which both distributions are flattened; the factor keeps the size of gradients (Hinton et
             al., arXiv 1503.02531).
     """
-    return cast("Tensor", _Divergence.apply(got, wanted, temperature))
+    return cast("Tensor", cast("Any", _Divergence).apply(got, wanted, temperature))
 
 
 class _TokenLoss(torch.autograd.Function):
@@ -38,7 +38,7 @@ class _TokenLoss(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         (kept,) = ctx.saved_tensors
         gradient = torch.empty_like(kept)
         for part in _parts(kept):
@@ -48,7 +48,7 @@ class _TokenLoss(torch.autograd.Function):
 
 class _NegativeLogLikelihood(_TokenLoss):
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, targets: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, logits: Tensor, targets: Tensor) -> Tensor:
         losses, kept = _begun(ctx, logits)
         for part in _parts(logits):
             log_q, target = torch.log_softmax(_wide(logits[part]), dim=-1), targets[part, None]
@@ -60,7 +60,7 @@ class _NegativeLogLikelihood(_TokenLoss):
 
 class _Divergence(_TokenLoss):
     @staticmethod
-    def forward(ctx: Any, got: Tensor, wanted: Tensor, temperature: float) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, got: Tensor, wanted: Tensor, temperature: float) -> Tensor:
         losses, kept = _begun(ctx, got)
         for part in _parts(got):
             log_p, log_q = (torch.log_softmax(_wide(x[part]) / temperature, dim=-1) for x in (wanted, got))

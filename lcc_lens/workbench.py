@@ -13,8 +13,8 @@ from lcc_lens.injections import Ingredients, Injection, build_injection, parse_m
 from lcc_lens.job_data import training_sequences
 from lcc_lens.objectives import Source
 from lcc_lens.pair import Pair
-from lcc_lens.recipe import check_scan, require_slots
 from lcc_lens.restoration import RestorationRecord
+from lcc_lens.restore_checks import check_scan, require_slots
 from lcc_lens.reuse import CachedTeacher, StartedLater, reused
 from lcc_lens.scan import Scan
 from lcc_lens.session_state import SessionState

@@ -129,6 +129,7 @@ LAYERS: list[tuple[str, ...]] = [
         "merging",
         "inference_cost",
         "recipe",
+        "restore_checks",
         "job_data",
         "run_folder",
         "trained_numbers",
