@@ -22,9 +22,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 from run import describe
 from transformers.utils import logging as transformers_logging
 
-from lcc_lens.bench import CompareConfig
 from lcc_lens.best import BEST_METHOD, BEST_OBJECTIVE
 from lcc_lens.compare import MEASURES, compare
+from lcc_lens.compare_config import CompareConfig
 from lcc_lens.files import read_json, write_json
 from lcc_lens.recipe import prune
 

@@ -19,9 +19,9 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lcc_lens.bench import CompareConfig
     from lcc_lens.best import restore_best
     from lcc_lens.compare import compare
+    from lcc_lens.compare_config import CompareConfig
     from lcc_lens.components import LostComponents, components_from_moments, extract_lost_components
     from lcc_lens.data import Data, load_data
     from lcc_lens.doctor import Examination, examine

@@ -5,15 +5,17 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from lcc_lens.baselines import adapters, eora, flap, lofit_heads
+from lcc_lens.compare_config import MEASURING, CompareConfig
 from lcc_lens.data import Data, TokenSequence, check_disjoint, encode, load_data
 from lcc_lens.entries import ADAPTERS, PERP, REFIT, Entry
 from lcc_lens.errors import RequestError
 from lcc_lens.files import read_json
+from lcc_lens.heads import Head
 from lcc_lens.hooks import HookedModel
 from lcc_lens.inference_cost import inference_costs, served_as
 from lcc_lens.injections import (
@@ -32,55 +34,13 @@ from lcc_lens.models import device_of, identify, resolve
 from lcc_lens.pair import Pair, load_pair
 from lcc_lens.pruning.refit import REFIT_RECORD
 from lcc_lens.reading_maps import CONSTANT_SITES, reading_maps
-from lcc_lens.recipe import REFIT_DATA, REFIT_SAMPLES, refit
+from lcc_lens.recipe import refit
 from lcc_lens.restore_checks import check_scan
 from lcc_lens.reuse import CachedTeacher
 from lcc_lens.scan import Scan, scan
-from lcc_lens.selectors import SelectorName
 from lcc_lens.speed import SpeedConfig
 from lcc_lens.trained_numbers import TrainedNumbers
 from lcc_lens.training import TrainConfig, learning_rates, train
-
-#: Settings that only say what is measured: cells that differ in them alone were trained alike.
-MEASURING = ("texts", "blocks", "block_length", "tasks", "limit", "speed_rounds")
-
-
-@dataclass(frozen=True)
-class CompareConfig:
-    """What every cell shares.
-
-    ``examples`` train; ``validation`` held-out responses choose the best numbers (calibration ones, where ``data`` is
-    one of the ``tasks``, whose held-out items are measured), ``responses`` others are measured;
-    ``texts`` are of another kind than the training data, in ``blocks`` of ``block_length`` tokens each, the first being
-    the main figure; ``tasks`` are measured zero-shot on their first ``limit`` items. ``refit_data`` calibrates refits.
-    Inference is timed at the end in ``speed_rounds`` rounds (not at all if 0).
-    """
-
-    data: str = "alpaca"
-    examples: int = 480
-    validation: int = 24
-    responses: int = 96
-    texts: tuple[str, ...] = ("wikitext", "c4")
-    blocks: int = 16
-    block_length: int = 512
-    tasks: tuple[str, ...] = ()
-    limit: int | None = 200
-    max_length: int = 256
-    scan_examples: int = 96
-    heads: float = 1.0
-    selector: SelectorName = "mse"
-    batch_size: int = 8
-    epochs: int = 1
-    low_rank: int = 16
-    lora_rank: int = 8
-    lofit_share: float = 0.2
-    refit_data: tuple[str, ...] = REFIT_DATA
-    refit_samples: int = REFIT_SAMPLES
-    speed_rounds: int = 15
-
-    def __post_init__(self) -> None:
-        if not self.texts:
-            raise RequestError("wanted at least one text to measure perplexity on, got none; name one")
 
 
 class Bench:
@@ -171,6 +131,9 @@ class Bench:
             "training_seconds": round(time.perf_counter() - start, 1),
             "memory_mib": None if peak.mib is None else round(peak.mib),
         }
+        if entry.method == "mean-shift":
+            scanned = self._scan(pair, entry.method, on_refit=entry.on_refit)
+            costs["mendable_share"] = scanned.mendable_share(heads=self._chosen(entry, scanned, seed))
         if is_kept:
             self._kept.keep(injection, entry.text, seed, models, costs)
         return pair, model, injection, costs
@@ -215,9 +178,7 @@ class Bench:
         scanned, heads = None, []
         if uses_heads(method) or uses_components(method):
             scanned = self._scan(pair, method, on_refit=entry.on_refit)
-            selector = "random" if entry.control == "random-heads" else self.config.selector
-            share = 1.0 if entry.method in PERP else self.config.heads
-            heads = scanned.select(selector, share=share, seed=seed)
+            heads = self._chosen(entry, scanned, seed)
         if scanned is not None and entry.method == "lofit":
             data, validation, settings = training()
             every = scanned.select("random", share=1.0, seed=seed)
@@ -232,6 +193,10 @@ class Bench:
             sequences=training()[0] if uses_sequences(method) else (),
         )  # fmt: skip
         return build_injection(method, given)
+
+    def _chosen(self, entry: Entry, scanned: Scan, seed: int) -> list[Head]:
+        selector = "random" if entry.control == "random-heads" else self.config.selector
+        return scanned.select(selector, share=1.0 if entry.method in PERP else self.config.heads, seed=seed)
 
     def _scan(self, pair: Pair, method: str, *, on_refit: bool) -> Scan:
         """The scan of the pair, made anew where the one in the folder compares less than the method needs."""

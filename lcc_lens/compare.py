@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from lcc_lens.accuracies import mean_rows, task_rows
-from lcc_lens.bench import Bench, CompareConfig
+from lcc_lens.bench import Bench
+from lcc_lens.compare_config import CompareConfig
 from lcc_lens.config import package_version
 from lcc_lens.entries import Entry
 from lcc_lens.errors import InterruptedRun, LensError, RequestError
@@ -24,7 +25,7 @@ from lcc_lens.metrics import bootstrap_interval, share_recovered
 logger = logging.getLogger(__name__)
 COMPARISON = "comparison.json"
 MEASURES = ("perplexity", "log_perplexity", "kl", "response_loss")
-COSTS = ("n_trained", "n_added", "zeros_kept", "training_seconds", "memory_mib")
+COSTS = ("n_trained", "n_added", "zeros_kept", "training_seconds", "memory_mib", "mendable_share")
 
 
 def compare(
@@ -46,7 +47,8 @@ def compare(
 
     A cell holds what :class:`~lcc_lens.measures.Measures` measures, the numbers trained, the numbers that the
     checkpoint of the result gains, the share of the pruned weights' zeros that are left once it is merged, and the
-    training's seconds and memory. The seed draws the examples, their order and initial values.
+    training's seconds and memory; for a mean shift also the share of the squared difference that is
+    constant at all (``mendable_share``). The seed draws the examples, their order and initial values.
 
     Args:
         dense: reference of the dense model.

@@ -9,7 +9,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from lcc_lens.bench import CompareConfig
+from lcc_lens.compare_config import CompareConfig
 from lcc_lens.entries import Entry
 from lcc_lens.errors import RequestError
 from lcc_lens.files import read_json

@@ -121,6 +121,7 @@ LAYERS: list[tuple[str, ...]] = [
         "plotting.*",
         "score_text",
         "bench",
+        "compare_config",
         "best",
         "compare",
         "doctor",

@@ -11,8 +11,8 @@ from conftest import build_model, save_model
 from test_evaluation import ARC
 
 from lcc_lens import bench as module
-from lcc_lens.bench import CompareConfig
 from lcc_lens.compare import compare, summary
+from lcc_lens.compare_config import CompareConfig
 from lcc_lens.data import encode, load_data
 from lcc_lens.entries import Entry
 from lcc_lens.errors import InterruptedRun, LensError, RequestError
@@ -188,6 +188,8 @@ def test_closed_forms_and_cheap_baselines(
     cells = {name.removesuffix(" | 0"): cell for name, cell in found["cells"].items()}
     assert not [cell["error"] for cell in cells.values() if "error" in cell]
     scanned = Scan.load(tmp_path / "scan")
+    assert cells["mean-shift"]["mendable_share"] == pytest.approx(scanned.mendable_share())
+    assert 0 < cells["mean-shift"]["mendable_share"] < 1
     assert scanned.others["mlp"].singular_values is not None
     d_model, d_mlp, n_layers, width, n_in = 40, 44, 3, 5 * 6, 6
     norms = (2 * n_layers + 1) * d_model

@@ -56,8 +56,8 @@ class Compare(Common):
     """Rounds in which inference is timed at the end (0: not at all)."""
 
     def execute(self) -> None:
-        from lcc_lens.bench import CompareConfig
         from lcc_lens.compare import COMPARISON, compare
+        from lcc_lens.compare_config import CompareConfig
         from lcc_lens.entries import all_entries
 
         config = CompareConfig(

@@ -72,7 +72,7 @@ def _taken(scan: Scan) -> str:
     return (
         f"Pruning{zeros} changed the output of the median head by {100 * _median(scan):.0f} %, "
         f"and that of {worst} most, by {100 * float(scan.relative_loss[worst]):.0f} %. Of all that was lost at the "
-        f"heads, one constant per head can mend {100 * _mendable(scan):.0f} % at most."
+        f"heads, one constant per head can mend {100 * scan.mendable_share():.0f} % at most."
     )
 
 
@@ -84,7 +84,7 @@ def _scan_figures(scan: Scan) -> list[dict[str, Any]]:
          "note": f"of its output; {n_layers} layers × {n_heads} heads"},
         {"name": "changed most", "value": f"{100 * float(scan.relative_loss[worst]):.0f} %", "note": f"{worst}",
          "head": str(worst)},
-        {"name": "a constant can mend", "value": f"{100 * _mendable(scan):.0f} %",
+        {"name": "a constant can mend", "value": f"{100 * scan.mendable_share():.0f} %",
          "note": "of the squared difference of all heads"},
     ]  # fmt: skip
 
@@ -106,13 +106,6 @@ def _given_back(run: RunContents, restoration: Restoration) -> str:
     if losses["restored"] < losses["dense"]:
         sentence += " Below the dense model: training taught the task as well, which is more than restoring."
     return sentence
-
-
-def _mendable(scan: Scan) -> float:
-    """The constant share of the squared difference of all heads together."""
-    total = float(scan.heads.squared_difference.double().sum())
-    constant = scan.heads.n_samples * float(scan.mean_difference.double().square().sum())
-    return constant / total if total > 0 else 0.0
 
 
 def _median(scan: Scan) -> float:
