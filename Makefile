@@ -21,7 +21,7 @@ INSTALLED_DOCS := $(VENV)/.installed-docs
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test browser slow check fix figures families docs notebooks bench clean chromium
+.PHONY: help setup demo test browser slow check fix figures tour families docs notebooks bench clean chromium
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -76,6 +76,9 @@ fix: $(INSTALLED)  ## Repair what the linter can, and format
 
 figures: $(INSTALLED)  ## Draw the figures again
 	$(BIN)/python figures/make.py
+
+tour: $(INSTALLED) | $(if $(BROWSER),,chromium)  ## Take the documentation's screenshots of the demo's run
+	HF_HUB_OFFLINE=1 $(BIN)/python -W ignore tests/tour.py
 
 families: $(INSTALLED)  ## Try every family of models and write docs/families.md
 	HF_HUB_OFFLINE=1 $(BIN)/python -W ignore tests/conformance.py

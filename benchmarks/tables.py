@@ -252,6 +252,6 @@ if __name__ == "__main__":
         task_table(read("selector_study.json")),
         cost_table(read("scan_cost.json"), read("probes.json")),
         published_table(read("published.json")),
-        restoration_table(read("restorations_wanda50.json")),
+        *(restoration_table(read(f"restorations_{name}.json")) for name in ("wanda50", "wanda24")),
     ):
         print(table, end="\n\n")

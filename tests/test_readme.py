@@ -7,6 +7,8 @@ import json
 import re
 from pathlib import Path
 
+import pytest
+
 import lcc_lens
 from lcc_lens.cli import run
 from lcc_lens.tasks import SOURCES
@@ -65,9 +67,10 @@ def test_costs_are_drawn_from_the_committed_benchmarks() -> None:
     assert all(file["command"] in README for file in (cost, probes, published))
 
 
-def test_restoration_table_is_drawn_from_the_committed_comparison() -> None:
+@pytest.mark.parametrize("name", ["wanda50", "wanda24"])
+def test_restoration_table_is_drawn_from_the_committed_comparison(name: str) -> None:
     tables = benchmark("tables")
-    study = tables.read("restorations_wanda50.json")
+    study = tables.read(f"restorations_{name}.json")
     assert tables.restoration_table(study) in README
     assert study["command"] in README
     assert study["identity"].keys() == {"dense_sha256", "pruned_sha256"}

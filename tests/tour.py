@@ -1,0 +1,107 @@
+"""Pictures of the explorer and the widget for the documentation, from the demo's run on the real model.
+
+``python tests/tour.py`` (``make tour``) writes ``docs/tour/*.png``; it wants the folder that ``make demo`` leaves.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from jupyter import jupyter_lab, write_notebook
+from test_browser_explorer import BROWSERS, FLAGS, PHONE
+
+PICTURES = Path(__file__).resolve().parents[1] / "docs" / "tour"
+DESK = {"viewport": {"width": 1280, "height": 800}}
+NOTEBOOK = """
+import lcc_lens as lcc
+
+pair = lcc.load_pair("smollm2", {pruned!r})
+scan = lcc.Scan.load({run!r})
+session = lcc.RestoreSession(pair, scan, lcc.load_data("boolq", n=48, role="train"), batch_size=4, max_length=192)
+lcc.RestoreWidget(session, prompt="The capital of France is")
+"""
+#: Milliseconds for what the real model computes.
+PATIENCE = 300_000
+
+
+@contextmanager
+def browser() -> Iterator[Any]:
+    """Chromium without a window."""
+    from playwright.sync_api import sync_playwright
+
+    path = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if path is None:
+        sys.exit(f"wanted one of {', '.join(BROWSERS)} to take pictures with, got none; install Chromium")
+    with sync_playwright() as playwright:
+        started = playwright.chromium.launch(executable_path=path, args=FLAGS)
+        yield started
+        started.close()
+
+
+def picture_explorer(started: Any, file: Path) -> None:
+    """The overview, the head that lost most, a search, and a phone."""
+    page = started.new_page(**DESK)
+    page.goto(file.as_uri())
+    page.screenshot(path=PICTURES / "overview.png")
+    page.locator(".ranking a").first.click()
+    page.screenshot(path=PICTURES / "head.png")
+    dark = started.new_page(**DESK, color_scheme="dark")
+    dark.goto(file.as_uri())
+    dark.keyboard.press("/")
+    dark.keyboard.type("the")
+    dark.screenshot(path=PICTURES / "search_dark.png")
+    phone = started.new_page(**PHONE)
+    phone.goto(file.as_uri())
+    phone.locator(".cell.restored").first.tap()
+    phone.screenshot(path=PICTURES / "phone.png")
+
+
+def picture_widget(started: Any, demo: Path) -> None:
+    """The widget after a short training of the heads that a selector chose."""
+    with tempfile.TemporaryDirectory() as folder:
+        paths = {"pruned": str(demo / "pruned"), "run": str(demo / "run")}
+        write_notebook(Path(folder) / "restore.ipynb", [NOTEBOOK.format(**paths).strip()])
+        with jupyter_lab(Path(folder)) as address:
+            page = started.new_page(viewport={"width": 1500, "height": 1700})
+            page.set_default_timeout(PATIENCE)
+            page.goto(address.format("restore.ipynb"))
+            page.locator(".jp-Cell .cm-content").first.click()
+            page.locator(".jp-Notebook-ExecutionIndicator[data-status=idle]").wait_for()
+            page.keyboard.press("Control+Enter")
+            page.locator(".lcc-restore .cell").first.wait_for()
+            page.locator(".lcc-restore select.selector").select_option("mse")
+            page.locator(".lcc-restore input.count").fill("68")
+            page.locator(".lcc-restore .history", has_text="session.choose").wait_for()
+            page.locator('.lcc-restore[aria-busy="false"]').wait_for()
+            page.locator(".lcc-restore input.steps").fill("12")
+            page.locator(".lcc-restore button.train").click()
+            page.locator(".lcc-restore .history", has_text="session.train(12").wait_for()
+            page.locator('.lcc-restore[aria-busy="false"]').wait_for()
+            page.locator(".lcc-restore").screenshot(path=PICTURES / "widget.png")
+
+
+def main(demo: Path) -> None:
+    """Take every picture."""
+    page = demo / "index.html"
+    if not page.exists():
+        sys.exit(f"wanted the demo's page {page}, got none; run make demo")
+    PICTURES.mkdir(parents=True, exist_ok=True)
+    with browser() as started:
+        picture_explorer(started, page.resolve())
+        picture_widget(started, demo.resolve())
+    print("\n".join(str(path) for path in sorted(PICTURES.glob("*.png"))))
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("demo", type=Path, nargs="?", default=Path("runs/demo"))
+    main(parser.parse_args().demo)
