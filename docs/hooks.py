@@ -34,6 +34,13 @@ def on_files(files: Files, config: Any) -> Files:
     return files
 
 
+def on_page_markdown(markdown: str, page: Any, **context: Any) -> str:
+    """Lead the README's links into this folder to where it lies on the site."""
+    if page.file.src_uri != "index.md":
+        return markdown
+    return markdown.replace("](docs/", "](").replace('src="docs/', 'src="')
+
+
 def on_page_content(content: str, **context: Any) -> str:
     """Draw equations, and write the roles of docstrings as plain code."""
     return _ROLE.sub(lambda found: f"<code>{found[1].rsplit('.', 1)[-1]}</code>", _MATH.sub(_mathml, content))

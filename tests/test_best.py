@@ -17,6 +17,7 @@ from lcc_lens.export import export
 from lcc_lens.files import read_json
 from lcc_lens.models import load_plain, load_tokenizer
 from lcc_lens.pruning.zeros import compare_zeros
+from lcc_lens.recipe import REFIT_SAMPLES
 
 
 @pytest.fixture
@@ -58,7 +59,7 @@ def test_by_one_command(
     real = best.refit
 
     def on_own_text(*args, calibration, n_samples, seq_len):
-        assert (calibration, n_samples, seq_len) == (("alpaca", "c4", "wikitext"), 48, 512)
+        assert (calibration, n_samples, seq_len) == (("alpaca", "c4", "wikitext"), REFIT_SAMPLES, 512)
         return real(*args, calibration=[str(files["text"])], n_samples=4, seq_len=16)
 
     monkeypatch.setattr(best, "refit", on_own_text)

@@ -98,7 +98,7 @@ def test_cells_are_kept_and_failures_reported(
     )
     assert rows["lcc@dense"]["recovered"] is None
     low, high = rows["low-rank"]["recovered_interval"]
-    assert low <= rows["low-rank"]["recovered"] <= high
+    assert low - 1e-9 <= rows["low-rank"]["recovered"] <= high + 1e-9  # few blocks: an end may be the share
     assert (rows["low-rank"]["n_added"], rows["low-rank"]["zeros_kept"]) == (0, 1.0)
     assert rows["lora"]["n_added"] == rows["lora"]["n_trained"] > 0
     assert rows["lora"]["zeros_kept"] < 1

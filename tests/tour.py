@@ -23,10 +23,11 @@ PICTURES = Path(__file__).resolve().parents[1] / "docs" / "tour"
 DESK = {"viewport": {"width": 1280, "height": 800}}
 NOTEBOOK = """
 import lcc_lens as lcc
+from lcc_lens.demo import passages
 
-pair = lcc.load_pair("smollm2", {pruned!r})
-scan = lcc.Scan.load({run!r})
-session = lcc.RestoreSession(pair, scan, lcc.load_data("boolq", n=48, role="train"), batch_size=4, max_length=192)
+pair = lcc.load_pair("smollm2", "demo/pruned")
+scan = lcc.Scan.load("demo/run")
+session = lcc.RestoreSession(pair, scan, passages("train", 96, 0), batch_size=4, max_length=144)
 lcc.RestoreWidget(session, prompt="The capital of France is")
 """
 #: Milliseconds for what the real model computes.
@@ -52,24 +53,25 @@ def picture_explorer(started: Any, file: Path) -> None:
     page = started.new_page(**DESK)
     page.goto(file.as_uri())
     page.screenshot(path=PICTURES / "overview.png")
+    page.set_viewport_size({"width": 1280, "height": 1500})
     page.locator(".ranking a").first.click()
-    page.screenshot(path=PICTURES / "head.png")
+    page.locator("#map-side").scroll_into_view_if_needed()
+    page.screenshot(path=PICTURES / "head.png", clip={"x": 0, "y": 470, "width": 1280, "height": 1030})
     dark = started.new_page(**DESK, color_scheme="dark")
     dark.goto(file.as_uri())
     dark.keyboard.press("/")
     dark.keyboard.type("the")
     dark.screenshot(path=PICTURES / "search_dark.png")
     phone = started.new_page(**PHONE)
-    phone.goto(file.as_uri())
-    phone.locator(".cell.restored").first.tap()
+    phone.goto(f"{file.as_uri()}{page.evaluate('location.hash')}")
     phone.screenshot(path=PICTURES / "phone.png")
 
 
 def picture_widget(started: Any, demo: Path) -> None:
     """The widget after a short training of the heads that a selector chose."""
     with tempfile.TemporaryDirectory() as folder:
-        paths = {"pruned": str(demo / "pruned"), "run": str(demo / "run")}
-        write_notebook(Path(folder) / "restore.ipynb", [NOTEBOOK.format(**paths).strip()])
+        (Path(folder) / "demo").symlink_to(demo, target_is_directory=True)  # no path of this machine in the picture
+        write_notebook(Path(folder) / "restore.ipynb", [NOTEBOOK.strip()])
         with jupyter_lab(Path(folder)) as address:
             page = started.new_page(viewport={"width": 1500, "height": 1700})
             page.set_default_timeout(PATIENCE)
@@ -79,12 +81,11 @@ def picture_widget(started: Any, demo: Path) -> None:
             page.keyboard.press("Control+Enter")
             page.locator(".lcc-restore .cell").first.wait_for()
             page.locator(".lcc-restore select.selector").select_option("mse")
-            page.locator(".lcc-restore input.count").fill("68")
             page.locator(".lcc-restore .history", has_text="session.choose").wait_for()
             page.locator('.lcc-restore[aria-busy="false"]').wait_for()
-            page.locator(".lcc-restore input.steps").fill("12")
+            page.locator(".lcc-restore input.steps").fill("20")
             page.locator(".lcc-restore button.train").click()
-            page.locator(".lcc-restore .history", has_text="session.train(12").wait_for()
+            page.locator(".lcc-restore .history", has_text="session.train(20").wait_for()
             page.locator('.lcc-restore[aria-busy="false"]').wait_for()
             page.locator(".lcc-restore").screenshot(path=PICTURES / "widget.png")
 
