@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from lcc_lens.baselines import adapters, eora, flap, lofit_heads
 from lcc_lens.compare_config import MEASURING, CompareConfig
@@ -43,6 +43,17 @@ from lcc_lens.trained_numbers import TrainedNumbers
 from lcc_lens.training import TrainConfig, learning_rates, train
 
 
+class _Trained(NamedTuple):
+    """What an entry acts on, what it trained and what that took."""
+
+    pair: Pair
+    model: HookedModel
+    injection: Injection | None
+    costs: dict[str, Any]
+    is_new: bool
+    """Whether it was trained now."""
+
+
 class Bench:
     """The models, data and measurements that cells share; one pair in memory at a time."""
 
@@ -76,37 +87,48 @@ class Bench:
         if record.exists() and {name: read_json(record).get(name) for name in self.identity} != self.identity:
             raise RequestError(f"wanted a refit of this pair in {record.parent}, got another's; name another run")
 
-    def cell(self, entry: Entry, seed: int, found: dict[str, Any]) -> dict[str, Any]:
-        """Train and measure one entry with one seed."""
-        if not found["bare"]:
-            plain = self.pair(on_refit=False)
-            for name, model in (("dense", plain.dense), ("pruned", plain.pruned)):
-                found["bare"][name] = self._measure(plain, model, None)
-        pair, model, injection, costs = self._trained(entry, seed, found)
-        measured = self._measure(pair, model, injection)
-        return measured if injection is None else {**measured, **merging_costs(injection, pair, model), **costs}
+    def cell(
+        self, entry: Entry, seed: int, found: dict[str, Any], before: Mapping[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """Train and measure one entry with one seed.
 
-    def accuracies(
-        self, entry: Entry, seed: int, found: dict[str, Any], tasks: Sequence[str]
-    ) -> dict[str, dict[str, Any]]:
-        """Measure a cell that is there on more tasks, and first the bare models where they lack them."""
-        for name, bare in found["bare"].items():
-            lacking = [task for task in tasks if task not in bare["tasks"]]
-            if lacking:
-                plain = self.pair(on_refit=False)
-                model = plain.dense if name == "dense" else plain.pruned
-                bare["tasks"] |= self._measured_by(plain).accuracies(plain, model, None, lacking)
-        pair, model, injection, _ = self._trained(entry, seed, found)
-        return self._measured_by(pair).accuracies(pair, model, injection, tasks)
+        Args:
+            entry: the entry.
+            seed: the seed.
+            found: the comparison, for what the bare models and the refit measure.
+            before: the cell as it was measured before, lacking some tasks: those alone are measured, unless what it
+                trained is gone.
+        """
+        self._measure_bare(found)
+        trained = self._trained(entry, seed, found)
+        pair, model, injection = trained.pair, trained.model, trained.injection
+        if before is not None and not trained.is_new:
+            lacking = [task for task in self.config.tasks if task not in before["tasks"]]
+            scores = self._measured_by(pair).accuracies(pair, model, injection, lacking)
+            return {**before, "tasks": {**before["tasks"], **scores}}
+        measured = self._measured_by(pair).of(pair, model, injection, self._teacher)
+        return measured if injection is None else {**measured, **merging_costs(injection, pair, model), **trained.costs}
 
-    def _trained(
-        self, entry: Entry, seed: int, found: dict[str, Any]
-    ) -> tuple[Pair, HookedModel, Injection | None, dict[str, Any]]:
-        """What an entry acts on, what it has trained, and what that took; kept numbers are not trained again."""
+    def _measure_bare(self, found: dict[str, Any]) -> None:
+        """What cells are held against: both models without an injection, on all that is asked."""
+        for name in ("dense", "pruned"):
+            bare = found["bare"].get(name)
+            lacking = [task for task in self.config.tasks if bare is None or task not in bare["tasks"]]
+            if bare is not None and not lacking:
+                continue
+            pair = self.pair(on_refit=False)
+            model, measures = getattr(pair, name), self._measured_by(pair)
+            if bare is None:
+                found["bare"][name] = measures.of(pair, model, None, self._teacher)
+            else:
+                bare["tasks"] |= measures.accuracies(pair, model, None, lacking)
+
+    def _trained(self, entry: Entry, seed: int, found: dict[str, Any]) -> _Trained:
+        """Train an entry; kept numbers are not trained again."""
         pair = self.pair(on_refit=entry.on_refit, found=found)
         model = pair.dense if entry.control == "dense" else pair.pruned
         if entry.method is None:
-            return pair, model, None, {}
+            return _Trained(pair, model, None, {}, is_new=False)
         settings = TrainConfig(
             epochs=self.config.epochs, batch_size=self.config.batch_size, lr=entry.lr, seed=seed,
             objective=entry.objective,
@@ -115,18 +137,18 @@ class Bench:
         steps, start = 0, time.perf_counter()
         with peak_memory(device_of(model)) as peak:
             injection = self._injection(entry, pair, model, seed, lambda: (data, validation, settings))
-            # what lofit acts on is itself found by training
-            is_kept = bool(injection.n_trained) and entry.method != "lofit"
-            models = f"{pair.dense_id.sha256} {pair.pruned_id.sha256}"
-            costs = self._kept.load(injection, entry.text, seed, models) if is_kept else None
+            rates, trains = learning_rates(injection, entry.lr), bool(injection.n_trained)
+            can_keep = trains and entry.method != "lofit"  # what lofit acts on is itself found by training
+            request = [entry.text, seed, pair.dense_id.sha256, pair.pruned_id.sha256, rates]
+            costs = self._kept.load(injection, entry.text, seed, request) if can_keep else None
             if costs is not None:
-                return pair, model, injection, costs
-            if injection.n_trained:
+                return _Trained(pair, model, injection, costs, is_new=False)
+            if trains:
                 for step in train(model, injection, data, validation, settings, teacher=pair.dense):
                     steps = step.step
         costs = {
             "n_trained": injection.n_trained,
-            "learning_rates": learning_rates(injection, entry.lr),
+            "learning_rates": rates,
             "steps": steps,
             "training_seconds": round(time.perf_counter() - start, 1),
             "memory_mib": None if peak.mib is None else round(peak.mib),
@@ -134,9 +156,9 @@ class Bench:
         if entry.method == "mean-shift":
             scanned = self._scan(pair, entry.method, on_refit=entry.on_refit)
             costs["mendable_share"] = scanned.mendable_share(heads=self._chosen(entry, scanned, seed))
-        if is_kept:
-            self._kept.keep(injection, entry.text, seed, models, costs)
-        return pair, model, injection, costs
+        if can_keep:
+            self._kept.keep(injection, entry.text, seed, request, costs)
+        return _Trained(pair, model, injection, costs, is_new=trains)
 
     def time(self, entries: Sequence[Entry], found: dict[str, Any]) -> None:
         """Time what is served, unless that was done."""
@@ -239,9 +261,6 @@ class Bench:
         self._prepare(pair)
         assert self._validation is not None
         return self._validation
-
-    def _measure(self, pair: Pair, model: HookedModel, injection: Injection | None) -> dict[str, Any]:
-        return self._measured_by(pair).of(pair, model, injection, self._teacher)
 
     def _measured_by(self, pair: Pair) -> Measures:
         self._prepare(pair)

@@ -7,7 +7,7 @@ import logging
 import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -76,33 +76,36 @@ def compare(
     for seed in range(seeds):
         for entry in parsed:
             name = f"{entry.text} | {seed}"
-            cell = {key: value for key, value in found["cells"].get(name, {}).items() if key != "error"}
-            is_measured = "perplexity" in cell
-            lacking = [task for task in config.tasks if task not in cell.get("tasks", {})]
-            if is_measured and not lacking:
+            before = found["cells"].get(name, {})
+            if "perplexity" in before and all(task in before["tasks"] for task in config.tasks):
                 continue
             if time.monotonic() > deadline:
                 return _summarised(found, out)
             try:
-                if is_measured:
-                    more = bench.accuracies(entry, seed, found, lacking)
-                    found["cells"][name] = {**cell, "tasks": {**cell["tasks"], **more}}
-                else:
-                    found["cells"][name] = _finite(bench.cell(entry, seed, found))
+                found["cells"][name] = _cell(bench, entry, seed, found, before)
             except InterruptedRun as error:
                 raise InterruptedRun(
                     f"stopped in {name}; finished cells are in {out}: the same call goes on"
                 ) from error
-            except (LensError, ArithmeticError, RuntimeError, MemoryError) as error:
-                first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-                found["cells"][name] = {**cell, "error": first}
-                logger.warning("%s failed: %s; the rest goes on", name, first)
             write_json(out, found)
             if on_cell is not None:
                 on_cell(name, found["cells"][name])
     if config.speed_rounds and time.monotonic() <= deadline:
         bench.time(parsed, found)
     return _summarised(found, out)
+
+
+def _cell(bench: Bench, entry: Entry, seed: int, found: dict[str, Any], before: Mapping[str, Any]) -> dict[str, Any]:
+    """A cell with all that is asked; where that fails, what there was before and the reason."""
+    done = {key: value for key, value in before.items() if key != "error"}
+    try:
+        return _finite(bench.cell(entry, seed, found, done if "perplexity" in done else None))
+    except InterruptedRun:
+        raise
+    except (LensError, ArithmeticError, RuntimeError, MemoryError) as error:
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        logger.warning("%s | %d failed: %s; the rest goes on", entry.text, seed, first)
+        return {**done, "error": first}
 
 
 def _summarised(found: dict[str, Any], out: Path) -> dict[str, Any]:
@@ -140,7 +143,8 @@ def summary(found: dict[str, Any]) -> list[dict[str, Any]]:
         row["recovered_interval"] = _recovered_interval(found["bare"], done) if has_blocks else None
         row["inference"] = found.get("inference", {}).get(served_as(Entry.parse(text)))
         bare = {name: model.get("tasks", {}) for name, model in found["bare"].items()}
-        scored = [cell["tasks"] for cell in done if cell.get("tasks") and cell["tasks"].keys() >= bare["pruned"].keys()]
+        every = [cell.get("tasks", {}) for cell in done]
+        scored = [tasks for tasks in every if bare["pruned"] and tasks.keys() >= bare["pruned"].keys()]
         row["tasks"] = task_rows(bare["pruned"], scored) if scored else {}
         row |= mean_rows(bare, scored, is_restoration=is_restoration) if scored else {}
         row["errors"] = [cell["error"] for cell in cells if "error" in cell]
@@ -186,8 +190,13 @@ def _begun(out: Path, identity: dict[str, str], config: CompareConfig) -> dict[s
 
 
 def _grow(found: dict[str, Any], settings: dict[str, Any]) -> None:
-    """Bring what may be measured afterwards in line: more tasks, and how often inference is timed."""
+    """Bring what may be measured afterwards in line: more tasks, and how often inference is timed.
+
+    Not by the task that is trained on: with it, other examples choose the best numbers.
+    """
     kept = found["settings"]
+    if (kept["data"] in kept["tasks"]) != (settings["data"] in settings["tasks"]):
+        return
     kept["speed_rounds"] = settings["speed_rounds"]
     if not settings["tasks"]:
         settings |= {"tasks": kept["tasks"], "limit": kept["limit"]}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,20 +24,20 @@ class TrainedNumbers:
 
     Args:
         folder: the folder; made when something is kept.
-        request: what training depends on beside entry, seed and models: data and settings.
+        settings: what the trainings of all cells depend on.
     """
 
-    def __init__(self, folder: Path, request: Mapping[str, Any]) -> None:
-        self._folder, self._request = folder, {**request, "version": package_version()}
+    def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
+        self._folder, self._settings = folder, {**settings, "version": package_version()}
 
-    def load(self, injection: Injection, entry: str, seed: int, models: str) -> dict[str, Any] | None:
+    def load(self, injection: Injection, entry: str, seed: int, request: Sequence[Any]) -> dict[str, Any] | None:
         """Put the kept numbers into a freshly built injection; None where there are none of this very training.
 
         Args:
             injection: as built for the cell, on any device.
             entry: the cell's entry.
             seed: its seed.
-            models: hashes of the weights that it was trained on.
+            request: what else the training depends on: models, learning rates.
 
         Returns:
             What :meth:`keep` was given as ``costs``.
@@ -50,29 +50,27 @@ class TrainedNumbers:
         except RequestError as error:
             logger.warning("%s; trained anew", error)
             return None
-        numbers = _trained(injection)
-        shapes = {name: tensor.shape for name, tensor in tensors.items()}
-        if metadata.get("request") != self._identity(entry, seed, models):
-            return None
-        if shapes != {name: number.shape for name, number in numbers.items()}:
+        if metadata.get("request") != self._asked(request):
             return None
         with torch.no_grad():
-            for name, number in numbers.items():
+            for name, number in _trained(injection).items():
                 number.copy_(tensors[name])
         costs: dict[str, Any] = json.loads(metadata["costs"])
         return costs
 
-    def keep(self, injection: Injection, entry: str, seed: int, models: str, costs: Mapping[str, Any]) -> None:
-        """Write what a cell trained."""
-        metadata = {"request": self._identity(entry, seed, models), "costs": json.dumps(costs)}
+    def keep(
+        self, injection: Injection, entry: str, seed: int, request: Sequence[Any], costs: Mapping[str, Any]
+    ) -> None:
+        """Write what a cell trained; the arguments are those of :meth:`load`."""
+        metadata = {"request": self._asked(request), "costs": json.dumps(costs)}
         self._folder.mkdir(parents=True, exist_ok=True)
         write_tensors(self._path(entry, seed), _trained(injection), metadata)
 
     def _path(self, entry: str, seed: int) -> Path:
         return self._folder / f"{re.sub(r'[^a-z0-9.=@+-]+', '_', entry.lower())}_{seed}.safetensors"
 
-    def _identity(self, entry: str, seed: int, models: str) -> str:
-        return json.dumps([entry, seed, models, self._request], sort_keys=True)
+    def _asked(self, request: Sequence[Any]) -> str:
+        return json.dumps([*request, self._settings], sort_keys=True)
 
 
 def _trained(injection: Injection) -> dict[str, torch.Tensor]:

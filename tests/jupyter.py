@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from queue import Queue
+from typing import Any
 
 import nbformat
 import pytest
@@ -25,6 +26,14 @@ def write_notebook(path: Path, cells: Sequence[str]) -> None:
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
     notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
     nbformat.write(notebook, path)
+
+
+def run_first_cell(page: Any, address: str) -> None:
+    """Open a notebook in a browser's page and run its first cell."""
+    page.goto(address)
+    page.locator(".jp-Cell .cm-content").first.click()
+    page.locator(".jp-Notebook-ExecutionIndicator[data-status=idle]").wait_for()
+    page.keyboard.press("Control+Enter")
 
 
 @contextmanager

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from chromium import PHONE, chromium
 from conftest import N_HEADS, N_LAYERS
 from made_runs import HOSTILE, write_run
 
@@ -16,10 +16,7 @@ from lcc_lens.scan import Scan
 
 pytestmark = pytest.mark.browser
 
-BROWSERS = ("chromium", "chromium-browser", "google-chrome")
-FLAGS = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-background-networking"]
 PICTURES = Path(__file__).resolve().parents[1] / "build" / "screenshots"
-PHONE = {"viewport": {"width": 375, "height": 740}, "is_mobile": True, "has_touch": True, "device_scale_factor": 2}
 #: Sums what moves on its own while a page is drawn.
 WATCH_SHIFTS = """
 window.shifts = 0;
@@ -39,16 +36,8 @@ DRAWN = """(colour) => {
 
 @pytest.fixture(scope="module")
 def browser():
-    """Chromium; missing, the tests fail and say what to do, since whoever asks for them wants them run."""
-    from playwright.sync_api import sync_playwright
-
-    path = next(filter(None, map(shutil.which, BROWSERS)), None)
-    if path is None:
-        pytest.fail(f"wanted one of {', '.join(BROWSERS)} to run these tests, got none; run make browser")
-    with sync_playwright() as playwright:
-        started = playwright.chromium.launch(executable_path=path, args=FLAGS)
+    with chromium() as started:
         yield started
-        started.close()
 
 
 @pytest.fixture

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import re
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from chromium import chromium
 from conftest import N_HEADS, N_LAYERS
-from jupyter import jupyter_lab, write_notebook
-from test_browser_explorer import BROWSERS, FLAGS, PICTURES
+from jupyter import jupyter_lab, run_first_cell, write_notebook
+from test_browser_explorer import PICTURES
 
 from lcc_lens.models import load_plain
 from lcc_lens.scan import Scan
@@ -51,26 +51,16 @@ def lab(folder_of_lab: Path) -> Iterator[str]:
 @pytest.fixture
 def notebook(lab: str) -> Iterator:
     """The notebook's page with its cell run; nothing but the server may be asked, and nothing complained about."""
-    from playwright.sync_api import sync_playwright
-
-    path = next(filter(None, map(shutil.which, BROWSERS)), None)
-    if path is None:
-        pytest.fail(f"wanted one of {', '.join(BROWSERS)} to run these tests, got none; run make browser")
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=path, args=FLAGS)
+    with chromium() as browser:
         page = browser.new_page(viewport={"width": 1500, "height": 1250})
         page.set_default_timeout(PATIENCE)
         complaints: list[str] = []
         page.on("pageerror", lambda error: complaints.append(str(error)))
         page.on("request", lambda request: away(request.url) and complaints.append(request.url))
-        page.goto(lab.format("restore.ipynb"))
-        page.locator(".jp-Cell .cm-content").first.click()
-        page.locator(".jp-Notebook-ExecutionIndicator[data-status=idle]").wait_for()
-        page.keyboard.press("Control+Enter")
+        run_first_cell(page, lab.format("restore.ipynb"))
         page.locator(".lcc-restore .cell").first.wait_for()
         yield page
         assert complaints == []
-        browser.close()
 
 
 def away(url: str) -> bool:

@@ -113,16 +113,21 @@ def test_cells_are_kept_and_failures_reported(
         compare(dense_dir, dense_dir, tmp_path, entries, config=config)
 
 
-def test_tasks_are_scored_under_the_injection(
-    dense_dir: Path, pruned_dir: Path, config: CompareConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Zero-shot accuracies come with every item, and with a paired interval against the pruned model."""
+@pytest.fixture
+def scored(config: CompareConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> CompareConfig:
+    """The same with a zero-shot task."""
     folder = tmp_path / "sets" / "arc_easy"
     folder.mkdir(parents=True)
     (folder / "test.jsonl").write_text("".join(json.dumps(record) + "\n" for record in ARC))
     monkeypatch.setenv("LCC_LENS_DATA", str(folder.parent))
-    config = dataclasses.replace(config, tasks=("arc_easy",), limit=5)
-    found = compare(dense_dir, pruned_dir, tmp_path, ["masked=1e-1", "lofit"], seeds=1, config=config)
+    return dataclasses.replace(config, tasks=("arc_easy",), limit=5)
+
+
+def test_tasks_are_scored_under_the_injection(
+    dense_dir: Path, pruned_dir: Path, scored: CompareConfig, tmp_path: Path
+) -> None:
+    """Zero-shot accuracies come with every item, and with a paired interval against the pruned model."""
+    found = compare(dense_dir, pruned_dir, tmp_path, ["masked=1e-1", "lofit"], seeds=1, config=scored)
     row = summary(found)[0]["tasks"]["arc_easy"]
     items = [
         model["tasks"]["arc_easy"]["items"] for model in (found["bare"]["pruned"], found["cells"]["masked=1e-1 | 0"])
@@ -138,13 +143,10 @@ def test_tasks_are_scored_under_the_injection(
 
 
 def test_tasks_asked_later_are_measured_of_what_was_trained(
-    dense_dir: Path, pruned_dir: Path, config: CompareConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder = tmp_path / "sets" / "arc_easy"
-    folder.mkdir(parents=True)
-    (folder / "test.jsonl").write_text("".join(json.dumps(record) + "\n" for record in ARC))
-    monkeypatch.setenv("LCC_LENS_DATA", str(folder.parent))
-    entries, scored = ["masked=1e-1", "mean-shift"], dataclasses.replace(config, tasks=("arc_easy",), limit=5)
+    dense_dir: Path, pruned_dir: Path, config: CompareConfig, scored: CompareConfig, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    entries = ["masked=1e-1", "mean-shift"]
     whole = compare(dense_dir, pruned_dir, tmp_path / "whole", entries, seeds=1, config=scored)
     first = compare(dense_dir, pruned_dir, tmp_path / "run", entries, seeds=2, config=config)
     assert first["bare"]["dense"]["tasks"] == {}
@@ -163,8 +165,42 @@ def test_tasks_asked_later_are_measured_of_what_was_trained(
         compare(dense_dir, pruned_dir, tmp_path / "run", entries, config=other)
 
 
-def test_numbers_of_another_training_are_not_taken(
+def test_tasks_asked_of_new_lines_are_measured_of_the_bare_models_too(
+    dense_dir: Path, pruned_dir: Path, config: CompareConfig, scored: CompareConfig, tmp_path: Path
+) -> None:
+    compare(dense_dir, pruned_dir, tmp_path, ["norms"], seeds=1, config=config)
+    found = compare(dense_dir, pruned_dir, tmp_path, ["gain"], seeds=1, config=scored)
+    old, new = summary(found)
+    assert (old["tasks"], old["entry"]) == ({}, "norms")
+    assert new["tasks"]["arc_easy"]["n"] == len(found["bare"]["dense"]["tasks"]["arc_easy"]["items"]) == 5
+
+
+def test_a_lost_training_is_measured_whole_again(
+    dense_dir: Path, pruned_dir: Path, config: CompareConfig, scored: CompareConfig, tmp_path: Path
+) -> None:
+    """Accuracies of one training never stand beside the losses of another."""
+    compare(dense_dir, pruned_dir, tmp_path, ["norms"], seeds=1, config=config)
+    path = tmp_path / "comparison.json"
+    found = read_json(path)
+    found["cells"]["norms | 0"]["kl"] = 123.0
+    path.write_text(json.dumps(found))
+    (tmp_path / "trained" / "norms_0.safetensors").unlink()
+    again = compare(dense_dir, pruned_dir, tmp_path, ["norms"], seeds=1, config=scored)["cells"]["norms | 0"]
+    assert again["kl"] < 100
+    assert again["tasks"]["arc_easy"]["n"] == 5
+
+
+def test_a_task_that_is_trained_on_cannot_be_added(
     dense_dir: Path, pruned_dir: Path, config: CompareConfig, tmp_path: Path
+) -> None:
+    compare(dense_dir, pruned_dir, tmp_path, ["norms"], seeds=1, config=config)
+    trained_on = dataclasses.replace(config, tasks=(config.data,))
+    with pytest.raises(RequestError, match="wanted a comparison of the same models and settings"):
+        compare(dense_dir, pruned_dir, tmp_path, ["norms"], seeds=1, config=trained_on)
+
+
+def test_numbers_of_another_training_are_not_taken(
+    dense_dir: Path, pruned_dir: Path, config: CompareConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A file that is lost or of other settings costs a training, not a wrong figure."""
     first = compare(dense_dir, pruned_dir, tmp_path, ["norms"], seeds=1, config=config)
@@ -176,6 +212,10 @@ def test_numbers_of_another_training_are_not_taken(
     kept.write_bytes(kept.read_bytes()[:-100])
     again = compare(dense_dir, pruned_dir, tmp_path, ["norms"], seeds=1, config=longer, out=tmp_path / "again.json")
     assert again["cells"]["norms | 0"]["kl"] == other["cells"]["norms | 0"]["kl"]
+    monkeypatch.setattr(module, "learning_rates", lambda injection, lr: [0.5])  # the method's own rate has changed
+    monkeypatch.setattr(module, "train", lambda *args, **kwargs: pytest.fail("trained"))
+    with pytest.raises(pytest.fail.Exception, match="trained"):
+        compare(dense_dir, pruned_dir, tmp_path, ["norms"], seeds=1, config=longer, out=tmp_path / "last.json")
 
 
 def test_closed_forms_and_cheap_baselines(

@@ -163,14 +163,14 @@ def test_compare_by_command(
     def broken(*args: object, **kwargs: object) -> None:
         raise LensError("no adapters today")
 
-    original = bench.Bench._measure
+    original = bench.Measures.of
 
-    def diverging(self, pair, model, injection):
-        found = original(self, pair, model, injection)
+    def diverging(self, pair, model, injection, teacher):
+        found = original(self, pair, model, injection, teacher)
         return {**found, "kl": math.nan} if injection is not None and "gain" in str(injection).lower() else found
 
     monkeypatch.setattr(bench, "adapters", broken)
-    monkeypatch.setattr(bench.Bench, "_measure", diverging)
+    monkeypatch.setattr(bench.Measures, "of", diverging)
     assert call("compare", dense_dir, pruned_dir, tmp_path / "run", *few, *methods, "--quiet") == 0
     printed = capsys.readouterr().out
     saved = json.loads((tmp_path / "run" / "comparison.json").read_text())

@@ -6,18 +6,15 @@
 from __future__ import annotations
 
 import argparse
-import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from jupyter import jupyter_lab, write_notebook
-from test_browser_explorer import BROWSERS, FLAGS, PHONE
+from chromium import PHONE, chromium
+from jupyter import jupyter_lab, run_first_cell, write_notebook
 
 PICTURES = Path(__file__).resolve().parents[1] / "docs" / "tour"
 DESK = {"viewport": {"width": 1280, "height": 800}}
@@ -32,20 +29,6 @@ lcc.RestoreWidget(session, prompt="The capital of France is")
 """
 #: Milliseconds for what the real model computes.
 PATIENCE = 300_000
-
-
-@contextmanager
-def browser() -> Iterator[Any]:
-    """Chromium without a window."""
-    from playwright.sync_api import sync_playwright
-
-    path = next(filter(None, map(shutil.which, BROWSERS)), None)
-    if path is None:
-        sys.exit(f"wanted one of {', '.join(BROWSERS)} to take pictures with, got none; install Chromium")
-    with sync_playwright() as playwright:
-        started = playwright.chromium.launch(executable_path=path, args=FLAGS)
-        yield started
-        started.close()
 
 
 def picture_explorer(started: Any, file: Path) -> None:
@@ -75,11 +58,7 @@ def picture_widget(started: Any, demo: Path) -> None:
         with jupyter_lab(Path(folder)) as address:
             page = started.new_page(viewport={"width": 1500, "height": 1700})
             page.set_default_timeout(PATIENCE)
-            page.goto(address.format("restore.ipynb"))
-            page.locator(".jp-Cell .cm-content").first.click()
-            page.locator(".jp-Notebook-ExecutionIndicator[data-status=idle]").wait_for()
-            page.keyboard.press("Control+Enter")
-            page.locator(".lcc-restore .cell").first.wait_for()
+            run_first_cell(page, address.format("restore.ipynb"))
             page.locator(".lcc-restore select.selector").select_option("mse")
             page.locator(".lcc-restore .history", has_text="session.choose").wait_for()
             page.locator('.lcc-restore[aria-busy="false"]').wait_for()
@@ -96,7 +75,7 @@ def main(demo: Path) -> None:
     if not page.exists():
         sys.exit(f"wanted the demo's page {page}, got none; run make demo")
     PICTURES.mkdir(parents=True, exist_ok=True)
-    with browser() as started:
+    with chromium() as started:
         picture_explorer(started, page.resolve())
         picture_widget(started, demo.resolve())
     print("\n".join(str(path) for path in sorted(PICTURES.glob("*.png"))))
