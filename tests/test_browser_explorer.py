@@ -78,6 +78,11 @@ def panel(page) -> str:
     return page.locator("#panel").inner_text().replace("\N{NO-BREAK SPACE}", " ")
 
 
+def opens(page, name: str) -> None:
+    """The panel comes to show a head; the browser tells the page of a new address only after the click."""
+    page.locator("#panel-title", has_text=re.compile(f"^{name}$")).wait_for()
+
+
 def cell(page, name: str):
     return page.locator(f'.cell[aria-label^="{name},"]')
 
@@ -99,8 +104,8 @@ def test_the_page_says_what_happened(visit, file: Path) -> None:
 def test_a_click_opens_a_head(visit, file: Path, found: Scan) -> None:
     page = visit(file)
     cell(page, "L2H1").click()
+    opens(page, "L2H1")
     text = panel(page)
-    assert text.startswith("L2H1")
     assert f"{100 * float(found.relative_loss[2, 1]):.0f} %" in text
     assert "restored" in text
     assert page.locator("#panel .chip").first.inner_text() == "berlin"
@@ -131,11 +136,11 @@ def test_examples_are_coloured_by_the_head(visit, file: Path, found: Scan) -> No
 
 def test_a_deep_link_opens_its_head_and_back_returns(visit, file: Path) -> None:
     page = visit(file, "#L0H4")
-    assert panel(page).startswith("L0H4")
+    opens(page, "L0H4")
     cell(page, "L1H1").click()
-    assert panel(page).startswith("L1H1")
+    opens(page, "L1H1")
     page.go_back()
-    assert panel(page).startswith("L0H4")
+    opens(page, "L0H4")
     assert page.title().startswith("L0H4")
 
 
@@ -148,13 +153,13 @@ def test_keys_alone_are_enough(visit, file: Path) -> None:
     page = visit(file)
     for key in ("ArrowDown", "ArrowRight", "ArrowRight", "Enter"):
         page.keyboard.press(key)
-    assert panel(page).startswith("L1H2")
+    opens(page, "L1H2")
     page.keyboard.press("ArrowDown")
-    assert panel(page).startswith("L2H2")
+    opens(page, "L2H2")
     page.keyboard.press("ArrowDown")  # the last layer
     assert page.url.endswith("#L2H2")
     page.keyboard.press("]")
-    assert panel(page).startswith("L2H3")
+    opens(page, "L2H3")
     page.keyboard.press("Escape")
     assert "Choose a head" in panel(page)
     assert page.evaluate("document.activeElement.className").startswith("cell")
@@ -172,12 +177,12 @@ def test_focus_stays_where_the_reader_is(visit, file: Path) -> None:
     page.get_by_role("button", name="Next head").focus()
     for _ in range(2):
         page.keyboard.press("Enter")
-    assert panel(page).startswith("L1H1")
+    opens(page, "L1H1")
     assert page.evaluate("document.activeElement.getAttribute('aria-label')") == "Next head"
     assert "L1H1 opened" in page.locator("#announcer").inner_text()
     page.get_by_role("button", name="Close this head").press("Enter")
     page.locator(".ranking a").nth(2).press("Enter")
-    assert page.evaluate("document.activeElement.id") == "panel-title"
+    page.wait_for_function("document.activeElement.id === 'panel-title'")
     page.locator(".skip").press("Enter")
     assert page.locator(".cell[aria-selected]").count() == 1
 
@@ -192,18 +197,18 @@ def test_heads_are_found_by_token(visit, file: Path) -> None:
     assert "promoted by component 1" in results.inner_text()
     assert page.locator(".cell.found").count() == 1
     page.keyboard.press("Enter")
-    assert panel(page).startswith("L2H1")
+    opens(page, "L2H1")
     page.keyboard.press("/")
     page.keyboard.type("rome")
     assert "15 heads found" in page.locator("#announcer").inner_text()
     page.keyboard.press("ArrowDown")
     page.keyboard.press("ArrowDown")
     page.keyboard.press("Enter")
-    assert panel(page).startswith("L0H1")
+    opens(page, "L0H1")
     page.keyboard.press("/")
     page.keyboard.type("l1h3")
     page.keyboard.press("Enter")
-    assert panel(page).startswith("L1H3")
+    opens(page, "L1H3")
     page.keyboard.press("/")
     page.keyboard.type("nowhere")
     assert "No head says this" in page.locator("#results").inner_text()
@@ -270,7 +275,7 @@ def test_a_phone_needs_no_sideways_scrolling(visit, file: Path) -> None:
     assert overflow(page) <= 0
     picture(page, "phone")
     cell(page, "L0H4").tap()
-    assert panel(page).startswith("L0H4")
+    opens(page, "L0H4")
     box = page.locator("#panel").bounding_box()
     assert (box["x"], box["width"]) == (0, 375)
     assert page.evaluate("document.getElementById('panel').scrollWidth") <= 375
@@ -313,7 +318,7 @@ def test_the_map_is_a_table_too(visit, file: Path, found: Scan) -> None:
     page.get_by_role("button", name="Changed (%)").click()
     page.get_by_role("button", name="Changed (%)").click()
     rows.first.get_by_role("link").click()
-    assert panel(page).startswith(names[-1])
+    opens(page, names[-1])
     picture(page, "table")
 
 
