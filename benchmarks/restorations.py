@@ -30,6 +30,8 @@ from lcc_lens.recipe import prune
 
 HERE = Path(__file__).parent
 MODELS: dict[str, dict[str, Any]] = {"wanda50": {"sparsity": 0.5}, "wanda24": {"pattern": "2:4"}}
+#: Constants at a part of the heads: those with the largest mean squared difference, beside heads drawn at random.
+QUARTER = "wanda50_quarter"
 BEST = f"refit+{BEST_METHOD}:{BEST_OBJECTIVE}"
 #: Computed first, with every seed.
 MAIN = (BEST, "lora", "lcc")
@@ -40,24 +42,29 @@ OTHERS = (
     "mean-shift-sequential", "mean-shift-sequential-mlp", "flap", "perp", "perp-lora", "lofit", "dora", "eora",
     "lora-vo", "lora=1e-2", "lora=1e-3", "lcc+mlp-lcc", "gain", "norms", "low-rank", "masked", "lcc:distillation",
 )  # fmt: skip
+OF_QUARTER = ("lcc", "lcc@random-heads")
 TASKS = ("arc_easy", "hellaswag", "winogrande", "openbookqa", "boolq")
 LIMIT = 500
 
 
-def main(folder: Path, minutes: float, seeds: int, models: list[str], entries: list[str], zero_shot: bool) -> None:
+def main(
+    folder: Path, minutes: float, seeds: int, models: list[str], asked_entries: list[str], zero_shot: bool
+) -> None:
     """All cells that are not there, until the time is up."""
     end = time.monotonic() + 60 * minutes
-    config = CompareConfig(tasks=TASKS, limit=LIMIT, speed_rounds=0) if zero_shot else CompareConfig(speed_rounds=0)
+    asked: dict[str, Any] = {"tasks": TASKS, "limit": LIMIT} if zero_shot else {}
     for name in models:
-        pruned = folder / name / "pruned"
+        config = CompareConfig(speed_rounds=0, heads=0.25 if name == QUARTER else 1.0, **asked)
+        entries = asked_entries or (OF_QUARTER if name == QUARTER else [*MAIN, *OTHERS])
+        pruned = folder / name.removesuffix("_quarter") / "pruned"
         if not pruned.exists():
-            prune("smollm2", pruned, method="wanda", calibration="c4", n_samples=64, **MODELS[name])
+            prune("smollm2", pruned, method="wanda", calibration="c4", n_samples=64, **MODELS[pruned.parent.name])
         out = HERE / f"restorations_{name}.json"
         found = read_json(out) if out.exists() else {"cells": {}}
         write_json(
             out, {**found, "command": f"python benchmarks/restorations.py --models {name}", "machine": describe()}
         )
-        main = [entry for entry in entries if entry in MAIN and not zero_shot]
+        main = [entry for entry in entries if entry in {*MAIN, *OF_QUARTER} and not zero_shot]
         for some, n_seeds in ((main, seeds), (entries, 1)):
             compare(
                 "smollm2", pruned, folder / name, some, seeds=n_seeds, config=config, deadline=end, out=out,
@@ -76,10 +83,9 @@ if __name__ == "__main__":
     parser.add_argument("--folder", type=Path, default=Path("runs/restorations"))
     parser.add_argument("--minutes", type=float, default=math.inf, help="begin no cell after so many minutes")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
-    parser.add_argument("--entries", nargs="+", help="all of the study's if not given")
+    parser.add_argument("--models", nargs="+", default=[*MODELS, QUARTER], choices=[*MODELS, QUARTER])
+    parser.add_argument("--entries", nargs="+", default=[], help="all of the study's if not given")
     parser.add_argument("--zero-shot", action="store_true", help="accuracies on five tasks instead, one seed")
     args = parser.parse_args()
     transformers_logging.set_verbosity_error()
-    entries = args.entries or [*MAIN, *OTHERS]
-    main(args.folder, args.minutes, args.seeds, args.models, entries, args.zero_shot)
+    main(args.folder, args.minutes, args.seeds, args.models, args.entries, args.zero_shot)
