@@ -53,7 +53,7 @@ def mean_rows(bare: Mapping[str, Tasks], cells: Sequence[Tasks], *, is_restorati
         is_restoration: whether the entry acts on the pruned model, so that there is a share.
 
     Returns:
-        ``accuracy``, ``accuracy_sd`` (None for one seed), ``accuracy_stderr`` of one seed's,
+        ``accuracy``, ``accuracy_sd`` (None for one seed), ``accuracy_seeds``, ``accuracy_stderr`` of one seed's,
         ``accuracy_gain_interval``, ``accuracy_recovered`` (None where nothing was lost) and its interval (None where
         nothing may have been lost).
     """
@@ -68,6 +68,7 @@ def mean_rows(bare: Mapping[str, Tasks], cells: Sequence[Tasks], *, is_restorati
     return {
         "accuracy": statistics.mean(means),
         "accuracy_sd": statistics.stdev(means) if len(means) > 1 else None,
+        "accuracy_seeds": len(cells),
         "accuracy_stderr": mean_accuracy(cells[0])[1],
         "accuracy_gain_interval": None if gain is None else list(gain),
         "accuracy_recovered": share_recovered(-dense, -pruned, -statistics.mean(means)) if is_restoration else None,

@@ -90,17 +90,17 @@ def _mean_accuracy(bare: Bare, rows: Sequence[Row]) -> Table:
     table = []
     for name, model in bare.items():
         mean, stderr = mean_accuracy(model["tasks"])
-        table.append([name, f"{mean:.1%}", f"{stderr:.1%}", "", "", ""])
-    for row in _done(rows):
+        table.append([name, f"{mean:.1%}", f"{stderr:.1%}", "", "", "", ""])
+    for row in _scored(rows):
         share = row["accuracy_recovered"]
         table.append(
             [row["entry"], _spread(row, "accuracy", ".1%"), f"{row['accuracy_stderr']:.1%}",
              _interval(row["accuracy_gain_interval"], "+.1%").strip(), "" if share is None else f"{share:.0%}",
-             _interval(row["accuracy_recovered_interval"], ".0%").strip()]
+             _interval(row["accuracy_recovered_interval"], ".0%").strip(), str(row["accuracy_seeds"])]
         )  # fmt: skip
     return Table(
         f"zero-shot accuracy, mean of {', '.join(bare['dense']['tasks'])} (95 % intervals, items drawn anew in each)",
-        ["", "mean", "standard error", "gain", "recovered", "interval"], table,
+        ["", "mean", "standard error", "gain", "recovered", "interval", "seeds"], table,
     )  # fmt: skip
 
 
@@ -110,7 +110,7 @@ def _tasks(bare: Bare, rows: Sequence[Row]) -> Table:
         [name, *(f"{m['tasks'][task]['acc']:.1%} ± {m['tasks'][task]['stderr']:.1%}" for task in tasks)]
         for name, m in bare.items()
     ]
-    for row in _done(rows):
+    for row in _scored(rows):
         scores = (row["tasks"][task] for task in tasks)
         table.append([row["entry"], *(f"{s['acc']:.1%}{_interval(s['gain_interval'], '+.1%')}" for s in scores)])
     return Table(
@@ -129,6 +129,11 @@ def rounded(count: int | float | None) -> str:
 
 def _done(rows: Sequence[Row]) -> list[Row]:
     return [row for row in rows if row["seeds"]]
+
+
+def _scored(rows: Sequence[Row]) -> list[Row]:
+    """Rows with accuracies; of an interrupted comparison, or where scoring failed, others have losses alone."""
+    return [row for row in rows if row.get("tasks")]
 
 
 def _spread(row: Row, key: str, form: str) -> str:

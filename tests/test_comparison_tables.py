@@ -132,11 +132,24 @@ def test_tables_show_all_that_was_measured(found: dict) -> None:
     assert texts.columns == ["", "wikitext", "c4"]
     assert [row[0] for row in mean.rows] == ["dense", "pruned", "lcc", "lcc@dense"]
     assert mean.rows[2][4] == f"{by_entry['lcc']['accuracy_recovered']:.0%}"
-    assert mean.rows[3][4:] == ["", ""]
+    assert mean.rows[2][-1] == "2"
+    assert mean.rows[3][4:] == ["", "", "1"]
     assert tasks.columns == ["", "rte", "boolq"]
     assert all(len(row) == len(table.columns) for table in (recovery, costs, texts, mean, tasks) for row in table.rows)
     assert failures(rows) == ["lora: 1 failed: no adapters today"]
     assert [rounded(n) for n in (None, 960, 34_600, 2_400_000)] == ["", "960", "34.6k", "2.4M"]
+
+
+def test_entries_without_accuracies_stand_in_the_other_tables_alone(found: dict) -> None:
+    """As they are while accuracies are added to a finished comparison, and where scoring failed."""
+    found["cells"]["lcc | 1"].pop("tasks")
+    found["cells"]["lcc@dense | 0"]["tasks"] = {}
+    rows = summary(found)
+    recovery, _, _, mean, tasks = comparison_tables(found["bare"], rows)
+    assert [row[0] for row in recovery.rows] == ["dense", "pruned", "lcc", "lcc@dense", "lora"]
+    assert [row[0] for row in mean.rows] == [row[0] for row in tasks.rows] == ["dense", "pruned", "lcc"]
+    assert (recovery.rows[2][-1], mean.rows[2][-1]) == ("2", "1")
+    assert rows[0]["accuracy"] == mean_accuracy(SEEDS[0])[0]
 
 
 def test_baselines_and_controls_come_once() -> None:
