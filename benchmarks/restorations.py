@@ -2,6 +2,7 @@
 
     python benchmarks/restorations.py [--models wanda50] [--minutes M]
     python benchmarks/restorations.py --zero-shot      # then, of what was trained, the accuracies on five tasks
+    python benchmarks/restorations.py --latency        # and how long each way of being served takes
 
 For each pruned model this is ``lcc-lens compare`` (see ``lcc_lens/compare.py`` for what a cell is). Cells are kept in
 ``benchmarks/restorations_*.json`` as they come, what they trained in ``--folder``; the study can be stopped at any
@@ -14,6 +15,7 @@ import argparse
 import math
 import os
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -47,16 +49,29 @@ TASKS = ("arc_easy", "hellaswag", "winogrande", "openbookqa", "boolq")
 LIMIT = 500
 
 
-def main(
-    folder: Path, minutes: float, seeds: int, models: list[str], asked_entries: list[str], zero_shot: bool
-) -> None:
+@dataclass(frozen=True)
+class Asked:
+    """What of the study to compute."""
+
+    folder: Path
+    models: list[str]
+    entries: list[str]
+    seeds: int
+    minutes: float
+    zero_shot: bool
+    latency: bool
+
+
+def main(asked: Asked) -> None:
     """All cells that are not there, until the time is up."""
-    end = time.monotonic() + 60 * minutes
-    asked: dict[str, Any] = {"tasks": TASKS, "limit": LIMIT} if zero_shot else {}
-    for name in models:
-        config = CompareConfig(speed_rounds=0, heads=0.25 if name == QUARTER else 1.0, **asked)
-        entries = asked_entries or (OF_QUARTER if name == QUARTER else [*MAIN, *OTHERS])
-        pruned = folder / name.removesuffix("_quarter") / "pruned"
+    end = time.monotonic() + 60 * asked.minutes
+    tasks: dict[str, Any] = {"tasks": TASKS, "limit": LIMIT} if asked.zero_shot else {}
+    for name in asked.models:
+        config = CompareConfig(
+            speed_rounds=15 if asked.latency else 0, heads=0.25 if name == QUARTER else 1.0, **tasks
+        )  # fmt: skip
+        entries = asked.entries or list(OF_QUARTER if name == QUARTER else [*MAIN, *OTHERS])
+        pruned = asked.folder / name.removesuffix("_quarter") / "pruned"
         if not pruned.exists():
             prune("smollm2", pruned, method="wanda", calibration="c4", n_samples=64, **MODELS[pruned.parent.name])
         out = HERE / f"restorations_{name}.json"
@@ -64,10 +79,10 @@ def main(
         write_json(
             out, {**found, "command": f"python benchmarks/restorations.py --models {name}", "machine": describe()}
         )
-        main = [entry for entry in entries if entry in {*MAIN, *OF_QUARTER} and not zero_shot]
-        for some, n_seeds in ((main, seeds), (entries, 1)):
+        with_seeds = [entry for entry in entries if entry in {*MAIN, *OF_QUARTER} and not asked.zero_shot]
+        for some, n_seeds in ((with_seeds, asked.seeds), (entries, 1)):
             compare(
-                "smollm2", pruned, folder / name, some, seeds=n_seeds, config=config, deadline=end, out=out,
+                "smollm2", pruned, asked.folder / name, some, seeds=n_seeds, config=config, deadline=end, out=out,
                 on_cell=_say,
             )  # fmt: skip
 
@@ -86,6 +101,6 @@ if __name__ == "__main__":
     parser.add_argument("--models", nargs="+", default=[*MODELS, QUARTER], choices=[*MODELS, QUARTER])
     parser.add_argument("--entries", nargs="+", default=[], help="all of the study's if not given")
     parser.add_argument("--zero-shot", action="store_true", help="accuracies on five tasks instead, one seed")
-    args = parser.parse_args()
+    parser.add_argument("--latency", action="store_true", help="time what is served as well")
     transformers_logging.set_verbosity_error()
-    main(args.folder, args.minutes, args.seeds, args.models, args.entries, args.zero_shot)
+    main(Asked(**vars(parser.parse_args())))

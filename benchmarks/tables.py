@@ -195,12 +195,27 @@ RESTORED = {
     "mean-shift": "mean difference, no training",
     "lcc@shuffled": "`lcc`, shuffled responses",
     "lcc:distillation": "`lcc`, distilled",
+    "lcc@random-heads": "`lcc`, random heads",
+    "lcc+mlp-lcc": "`lcc`, MLPs too",
+    "mean-shift-sequential": "mean difference, layer behind layer",
+    "mean-shift-sequential-mlp": "the same, MLPs too",
     "gain": "`gain`",
     "norms": "`norms`",
     "low-rank": "`low-rank`",
     "masked": "`masked`, all surviving weights",
     "lora": "LoRA (peft; q, k, v, o)",
+    "lora=1e-3": "LoRA, learning rate 1e-3",
+    "lora=1e-2": "LoRA, learning rate 1e-2",
+    "lora:text+distillation": "LoRA, text and distillation",
     "lora:distillation": "LoRA, distilled",
+    "lora-vo": "LoRA (v, o)",
+    "dora": "DoRA (peft; q, k, v, o)",
+    "lofit": "LoFiT",
+    "perp": "PERP (biases and norms)",
+    "perp-lora": "PERP (LoRA under the mask)",
+    "eora": "EoRA, no training",
+    "flap": "FLAP's biases, no training",
+    "low-rank:text+distillation": "`low-rank`, text and distillation",
     "refit": "`refit`, no training",
     "refit+low-rank:text+distillation": "`best`: `refit`, then `low-rank`, text and distillation",
     "refit+low-rank": "`refit`, then `low-rank`",
@@ -209,6 +224,7 @@ RESTORED = {
     "refit+masked:distillation": "`refit`, then `masked`, distilled",
     "lcc@dense": "*`lcc` on the dense model*",
     "lora@dense": "*LoRA on the dense model*",
+    "low-rank@dense:text+distillation": "*`low-rank`, text and distillation, on the dense model*",
 }
 
 
@@ -238,6 +254,31 @@ def restoration_table(study: dict[str, Any]) -> str:
                 cell(row, "kl", 3), cell(row, "response_loss", 3), f"{row['n_trained'] or 0:,}", str(row["seeds"]),
             ]  # fmt: skip
             lines.append(f"| {label} | " + " | ".join(values) + " |")
+    return "\n".join(lines)
+
+
+def accuracy_table(study: dict[str, Any]) -> str:
+    """Mean zero-shot accuracy of every entry that was scored, with 95 % intervals over items."""
+    from lcc_lens.accuracies import mean_accuracy
+    from lcc_lens.compare import summary
+
+    def between(interval: list[float] | None, digits: int) -> str:
+        return "" if interval is None else "{:.{d}f} to {:.{d}f}".format(*(100 * end for end in interval), d=digits)
+
+    lines = ["| | mean accuracy, % | gain, points | of the loss recovered, % | seeds |", "|---|---:|---:|---:|---:|"]
+    for name, model in study["bare"].items():
+        mean, stderr = mean_accuracy(model["tasks"])
+        lines.append(f"| {name} | {100 * mean:.1f} ± {100 * stderr:.1f} | | | |")
+    rows = {row["entry"]: row for row in summary(study) if row.get("tasks")}
+    for entry, label in RESTORED.items():
+        if entry in rows:
+            row = rows[entry]
+            share = "" if row["accuracy_recovered"] is None else f"{100 * row['accuracy_recovered']:.0f}"
+            within = between(row["accuracy_recovered_interval"], 0)
+            lines.append(
+                f"| {label} | {100 * row['accuracy']:.1f} | {between(row['accuracy_gain_interval'], 1)} "
+                f"| {share}{f' ({within})' if within else ''} | {row['accuracy_seeds']} |"
+            )
     return "\n".join(lines)
 
 

@@ -71,7 +71,7 @@ def plot_tasks(found: Mapping[str, Any]) -> go.Figure:
         references = {"dense": 100 * bare["dense"]["tasks"][task]["acc"], "pruned": before}
         panels.append(Panel(f"{escape(task)}<br>accuracy (%), n = {one['n']}", marks, references))
     figure = forest([entry_label(row["entry"]) for row in rows], panels, KINDS)
-    caption = f"Bars: 95 % interval of the gain over the pruned model, items drawn anew. {_seeds(rows)}"
+    caption = f"Bars: 95 % interval of the gain over the pruned model, items drawn anew. {_seeds(rows, 'accuracy_seeds')}"
     return _framed(figure, "Zero-shot accuracy before and after", caption, len(rows))
 
 
@@ -167,8 +167,8 @@ def _has(rows: Sequence[Row], key: str) -> bool:
     return any(row.get(key) is not None for row in rows)
 
 
-def _seeds(rows: Sequence[Row]) -> str:
-    counts = sorted({row["seeds"] for row in rows})
+def _seeds(rows: Sequence[Row], key: str = "seeds") -> str:
+    counts = sorted({row.get(key, row["seeds"]) for row in rows})
     if counts[-1] == 1:
         return "One seed each."
     return f"{counts[0]} to {counts[-1]} seeds a row." if len(counts) > 1 else f"{counts[0]} seeds each."
