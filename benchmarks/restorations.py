@@ -32,8 +32,6 @@ from lcc_lens.recipe import prune
 
 HERE = Path(__file__).parent
 MODELS: dict[str, dict[str, Any]] = {"wanda50": {"sparsity": 0.5}, "wanda24": {"pattern": "2:4"}}
-#: Constants at a part of the heads: those with the largest mean squared difference, beside heads drawn at random.
-QUARTER = "wanda50_quarter"
 BEST = f"refit+{BEST_METHOD}:{BEST_OBJECTIVE}"
 #: Computed first, with every seed.
 MAIN = (BEST, "lora", "lcc")
@@ -44,7 +42,12 @@ OTHERS = (
     "mean-shift-sequential", "mean-shift-sequential-mlp", "flap", "perp", "perp-lora", "lofit", "dora", "eora",
     "lora-vo", "lora=1e-2", "lora=1e-3", "lcc+mlp-lcc", "gain", "norms", "low-rank", "masked", "lcc:distillation",
 )  # fmt: skip
-OF_QUARTER = ("lcc", "lcc@random-heads")
+#: Comparisons of a pruned model with other settings: constants at a part of the heads (those with the largest mean
+#: squared difference) beside heads drawn at random, and fewer examples.
+VARIANTS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
+    "wanda50_quarter": ({"heads": 0.25}, ("lcc", "lcc@random-heads")),
+    **{f"wanda50_{n}": ({"examples": n}, MAIN) for n in (60, 120, 240)},
+}
 TASKS = ("arc_easy", "hellaswag", "winogrande", "openbookqa", "boolq")
 LIMIT = 500
 
@@ -67,11 +70,10 @@ def main(asked: Asked) -> None:
     end = time.monotonic() + 60 * asked.minutes
     tasks: dict[str, Any] = {"tasks": TASKS, "limit": LIMIT} if asked.zero_shot else {}
     for name in asked.models:
-        config = CompareConfig(
-            speed_rounds=15 if asked.latency else 0, heads=0.25 if name == QUARTER else 1.0, **tasks
-        )  # fmt: skip
-        entries = asked.entries or list(OF_QUARTER if name == QUARTER else [*MAIN, *OTHERS])
-        pruned = asked.folder / name.removesuffix("_quarter") / "pruned"
+        settings, entries = VARIANTS.get(name, ({}, (*MAIN, *OTHERS)))
+        config = CompareConfig(speed_rounds=15 if asked.latency else 0, **settings, **tasks)
+        entries = tuple(asked.entries) or entries
+        pruned = asked.folder / name.partition("_")[0] / "pruned"
         if not pruned.exists():
             prune("smollm2", pruned, method="wanda", calibration="c4", n_samples=64, **MODELS[pruned.parent.name])
         out = HERE / f"restorations_{name}.json"
@@ -79,7 +81,7 @@ def main(asked: Asked) -> None:
         write_json(
             out, {**found, "command": f"python benchmarks/restorations.py --models {name}", "machine": describe()}
         )
-        with_seeds = [entry for entry in entries if entry in {*MAIN, *OF_QUARTER} and not asked.zero_shot]
+        with_seeds = [entry for entry in entries if entry in {*MAIN, "lcc@random-heads"} and not asked.zero_shot]
         for some, n_seeds in ((with_seeds, asked.seeds), (entries, 1)):
             compare(
                 "smollm2", pruned, asked.folder / name, some, seeds=n_seeds, config=config, deadline=end, out=out,
@@ -98,7 +100,7 @@ if __name__ == "__main__":
     parser.add_argument("--folder", type=Path, default=Path("runs/restorations"))
     parser.add_argument("--minutes", type=float, default=math.inf, help="begin no cell after so many minutes")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--models", nargs="+", default=[*MODELS, QUARTER], choices=[*MODELS, QUARTER])
+    parser.add_argument("--models", nargs="+", default=[*MODELS, *VARIANTS], choices=[*MODELS, *VARIANTS])
     parser.add_argument("--entries", nargs="+", default=[], help="all of the study's if not given")
     parser.add_argument("--zero-shot", action="store_true", help="accuracies on five tasks instead, one seed")
     parser.add_argument("--latency", action="store_true", help="time what is served as well")
