@@ -63,7 +63,7 @@ def evaluate_task(
     *,
     limit: int | None = None,
     records: Sequence[Record] | None = None,
-    batch_size: int = 8,
+    batch_tokens: int = 1024,
     with_items: bool = False,
 ) -> Scores:
     """Zero-shot accuracy on one of lm-eval's tasks, with its prompts, scoring and standard error.
@@ -74,7 +74,7 @@ def evaluate_task(
         task: a named data set, or any task that lm-eval knows (needs the hub).
         limit: items at most, the first ones.
         records: the items to use instead of the task's own evaluation split.
-        batch_size: requests per forward pass.
+        batch_tokens: padded tokens per forward pass.
         with_items: also say of each item whether it was right, for paired comparisons.
 
     Returns:
@@ -84,11 +84,12 @@ def evaluate_task(
         RequestError: unknown task, or no data for it.
     """
     from lm_eval import evaluate as run_lm_eval
-    from lm_eval.models.huggingface import HFLM
+
+    from lcc_lens.answer_scoring import AnswerScorer
 
     with tempfile.TemporaryDirectory() as folder, _quiet(f"task {task}"):
         manager, name = _task_spec(task, Path(folder), records)
-        lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_length=_context(model))
+        lm = AnswerScorer(model, tokenizer, max_length=_context(model), max_tokens=batch_tokens)
         loaded = manager.load([name])
         results = run_lm_eval(lm, loaded, limit=limit, bootstrap_iters=0, log_samples=with_items)
     scores = next(iter(results["results"].values()))

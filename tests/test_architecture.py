@@ -110,6 +110,7 @@ LAYERS: list[tuple[str, ...]] = [
     (
         "",
         "accuracies",
+        "answer_scoring",
         "comparison_tables",
         "evaluation",
         "export",

@@ -71,7 +71,9 @@ def plot_tasks(found: Mapping[str, Any]) -> go.Figure:
         references = {"dense": 100 * bare["dense"]["tasks"][task]["acc"], "pruned": before}
         panels.append(Panel(f"{escape(task)}<br>accuracy (%), n = {one['n']}", marks, references))
     figure = forest([entry_label(row["entry"]) for row in rows], panels, KINDS)
-    caption = f"Bars: 95 % interval of the gain over the pruned model, items drawn anew. {_seeds(rows, 'accuracy_seeds')}"
+    caption = (
+        f"Bars: 95 % interval of the gain over the pruned model, items drawn anew. {_seeds(rows, 'accuracy_seeds')}"
+    )
     return _framed(figure, "Zero-shot accuracy before and after", caption, len(rows))
 
 
