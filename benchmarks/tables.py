@@ -1,13 +1,20 @@
-"""The README's tables, drawn from the committed results: python benchmarks/tables.py prints them."""
+"""The README's tables, drawn from the committed results.
+
+python benchmarks/tables.py            # print them
+python benchmarks/tables.py --write    # put those of restorations between their marks in the README
+"""
 
 from __future__ import annotations
 
+import argparse
 import json
+from collections.abc import Callable
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 HERE = Path(__file__).parent
+README = HERE.parent / "README.md"
 
 
 def quality_table(study: dict[str, Any]) -> str:
@@ -282,7 +289,28 @@ def accuracy_table(study: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-if __name__ == "__main__":
+#: What stands between ``<!-- name -->`` and ``<!-- /name -->`` in the README: a file and how it is drawn.
+MARKED: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
+    "restorations": ("restorations_wanda50.json", restoration_table),
+    "restorations 2:4": ("restorations_wanda24.json", restoration_table),
+    "accuracies": ("restorations_wanda50.json", accuracy_table),
+}
+
+
+def write_marked() -> None:
+    """Draw every marked table of the README again."""
+    text = README.read_text(encoding="utf-8")
+    for name, (file, draw) in MARKED.items():
+        begin, end = f"<!-- {name} -->\n", f"\n<!-- /{name} -->"
+        if begin not in text or end not in text:
+            raise SystemExit(f"wanted {begin.strip()} and {end.strip()} in {README.name}, got no such marks; add them")
+        before, _, rest = text.partition(begin)
+        text = before + begin + draw(read(file)) + end + rest.partition(end)[2]
+    README.write_text(text, encoding="utf-8")
+
+
+def print_tables() -> None:
+    """All tables, one below the other."""
     for table in (
         quality_table(read("pruning_quality.json")),
         time_table(read("pruning_quality.json")),
@@ -293,6 +321,12 @@ if __name__ == "__main__":
         task_table(read("selector_study.json")),
         cost_table(read("scan_cost.json"), read("probes.json")),
         published_table(read("published.json")),
-        *(restoration_table(read(f"restorations_{name}.json")) for name in ("wanda50", "wanda24")),
+        *(draw(read(file)) for file, draw in MARKED.values()),
     ):
         print(table, end="\n\n")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--write", action="store_true", help="into the README, those of restorations")
+    write_marked() if parser.parse_args().write else print_tables()

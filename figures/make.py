@@ -65,6 +65,15 @@ def recovery_by_rate(found: dict[str, Any]) -> go.Figure:
     return plot_recovery(points, "learning rate", "SmolLM2-135M, Wanda 50 %; intervals: blocks of text drawn anew.")
 
 
+def recovery_by_examples(all_examples: dict[str, Any]) -> go.Figure:
+    """What comes back with fewer training examples, from the comparisons beside that of all of them."""
+    found = [read_json(file) for file in sorted(BENCHMARKS.glob("restorations_wanda50_[0-9]*.json"))]
+    points = recovery_points([*found, all_examples], "examples")
+    most = max((point.x for point in points), default=0.0)
+    told = f"SmolLM2-135M, Wanda 50 %; one epoch, one seed below {most:.0f}. Intervals: blocks of text drawn anew."
+    return plot_recovery(points, "examples", told)
+
+
 #: By name of the figure: the measurements that it shows, and how.
 SOURCES: dict[str, tuple[str, Callable[[dict[str, Any]], go.Figure]]] = {
     "selector_study": ("selector_study.json", plot_selector_study),
@@ -73,6 +82,7 @@ SOURCES: dict[str, tuple[str, Callable[[dict[str, Any]], go.Figure]]] = {
     "tasks": ("restorations_wanda50.json", plot_tasks),
     "inference_cost": ("restorations_wanda50.json", plot_inference_cost),
     "recovery_by_learning_rate": ("restorations_wanda50.json", recovery_by_rate),
+    "recovery_by_examples": ("restorations_wanda50.json", recovery_by_examples),
     "pruning_quality": ("pruning_quality.json", plot_pruning_quality),
     "report": ("report.json", plot_report),
 }

@@ -67,11 +67,12 @@ def test_costs_are_drawn_from_the_committed_benchmarks() -> None:
     assert all(file["command"] in README for file in (cost, probes, published))
 
 
-@pytest.mark.parametrize("name", ["wanda50", "wanda24"])
-def test_restoration_table_is_drawn_from_the_committed_comparison(name: str) -> None:
+@pytest.mark.parametrize("mark", ["restorations", "restorations 2:4", "accuracies"])
+def test_marked_table_is_drawn_from_the_committed_comparison(mark: str) -> None:
     tables = benchmark("tables")
-    study = tables.read(f"restorations_{name}.json")
-    assert tables.restoration_table(study) in README
+    file, draw = tables.MARKED[mark]
+    study = tables.read(file)
+    assert f"<!-- {mark} -->\n{draw(study)}\n<!-- /{mark} -->" in README
     assert study["command"] in README
     assert study["identity"].keys() == {"dense_sha256", "pruned_sha256"}
 
