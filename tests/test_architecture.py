@@ -87,6 +87,7 @@ LAYERS: list[tuple[str, ...]] = [
         "scan",
         "scanned",
         "scan_state",
+        "scan_work",
         "scan_request",
         "token_loss",
         "selectors",

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 from lcc_lens.cli.options import Common, DenseModel, PrunedModel, RunPath, load_role
 from lcc_lens.errors import RequestError
-from lcc_lens.processes import first_process_first, is_first_process
+from lcc_lens.processes import is_first_process
 from lcc_lens.selectors import SelectorName
 from lcc_lens.show import show_losses, show_recovery
 from lcc_lens.tasks import RecoveryTask
@@ -180,8 +180,7 @@ class Restore(Common):
         pair = load_pair(self.dense, self.pruned)
         found = None
         if uses_components(self.method) or uses_heads(self.method):
-            with first_process_first():
-                found = self._scan(pair)
+            found = self._scan(pair)
         heads = [] if found is None else found.select(self.selector, share=self.heads, seed=self.seed)
         restoration = restore(
             pair, found, heads, data, method=self.method, config=config, validation=validation, rank=self.rank,
