@@ -54,6 +54,7 @@ LAYERS: list[tuple[str, ...]] = [
         "sequences",
         "machine",
         "models",
+        "offloading",
         "references",
         "in_memory",
         "pair",

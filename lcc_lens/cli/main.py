@@ -22,7 +22,7 @@ from lcc_lens.cli.pruning import Prune, Refit
 from lcc_lens.cli.recipes import Recipe
 from lcc_lens.cli.restoring import Restore
 from lcc_lens.cli.scanning import ScanPair
-from lcc_lens.config import bound_kernel_cache
+from lcc_lens.config import bound_kernel_cache, placed
 from lcc_lens.errors import LensError, RequestError
 from lcc_lens.processes import is_first_process, n_processes
 from lcc_lens.progress import shown
@@ -61,7 +61,7 @@ def run(arguments: list[str] | None = None) -> int:
     bound_kernel_cache()
     try:
         _refuse_several(command)
-        with nullcontext() if quiet else shown():
+        with placed(getattr(command, "device_map", None)), nullcontext() if quiet else shown():
             command.execute()
     except LensError as error:
         return _fail(str(error), error.exit_code)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from lcc_lens.cli.options import Common, DenseModel, PrunedModel, RunPath, load_role
+from lcc_lens.cli.options import DenseModel, Placed, PrunedModel, RunPath, load_role
 from lcc_lens.errors import RequestError
 from lcc_lens.processes import is_first_process
 from lcc_lens.selectors import SelectorName
@@ -13,7 +13,7 @@ from lcc_lens.show import show_scan
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScanPair(Common):
+class ScanPair(Placed):
     """See what pruning took from every attention head."""
 
     dense: DenseModel
