@@ -1,7 +1,7 @@
-"""Models larger than memory: decoder layers stay on disk, and each comes in while it computes.
+"""Models larger than memory: decoder layers on disk, or divided among processes, until their turn.
 
-Accelerate does it, module by module: a hook reads a module's weights from the checkpoint's own safetensors before its
-forward and lets them go after it.
+From disk, accelerate brings them in, module by module: a hook reads a module's weights from the checkpoint's own
+safetensors before its forward and lets them go after it.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 from lcc_lens.config import DeviceMap
 from lcc_lens.errors import RequestError
+from lcc_lens.hooks import HookedModel
+from lcc_lens.processes import n_processes, process_device
 
 
 def placement(path: Path, device: torch.device, device_map: DeviceMap | None) -> dict[str, Any]:
@@ -100,6 +102,35 @@ def bring_in(layer: nn.Module) -> bool:
     if found:
         remove_hook_from_module(layer, recurse=True)
     return bool(found)
+
+
+def shard_layers(model: HookedModel) -> None:
+    """Divide the weights of every decoder layer among the processes that were launched together (FSDP2).
+
+    A layer's weights are whole in every process while it computes, and a share of them otherwise. So all processes must
+    run the same passes: call :func:`lcc_lens.scan.scan` without a run directory in each of them, and save what one got.
+
+    Args:
+        model: a hooked model, loaded on the CPU; it ends up on the device of this process.
+
+    Raises:
+        RequestError: one process alone, or layers on disk.
+
+    Reference:
+        Zhao et al. 2023, PyTorch FSDP (arXiv 2304.11277).
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    if n_processes() == 1:
+        raise RequestError("wanted several processes to divide a model among, got one; start them by accelerate launch")
+    bridge = cast("Any", model)
+    require_in_memory(bridge.original_model, "dividing a model among processes")
+    device = process_device()
+    mesh = init_device_mesh(device.type, (n_processes(),))
+    for block in bridge.blocks:
+        fully_shard(block.original_component, mesh=mesh)
+    bridge.original_model.to(device)
 
 
 def _offloading_hook(module: nn.Module) -> Any:

@@ -134,11 +134,12 @@ def test_scan_from_disk_gives_the_same_bits(pair: Pair, data: Data, streamed: Sc
     assert float(streamed.relative_loss.max()) > 0.1
 
 
-@pytest.mark.parametrize("method", ["mean-shift", "lcc"])
+@pytest.mark.parametrize(("method", "recompute"), [("mean-shift", False), ("lcc", False), ("lcc", True)])
 def test_restoration_one_model_at_a_time_is_the_same(
-    pair: Pair, on_disk: Pair, data: Data, streamed: Scan, tmp_path: Path, method: str
+    pair: Pair, on_disk: Pair, data: Data, streamed: Scan, tmp_path: Path, method: str, recompute: bool
 ) -> None:
-    heads, config = streamed.select("mse", share=0.5), TrainConfig(lr=0.1, batch_size=5)
+    heads = streamed.select("mse", share=0.5)
+    config = TrainConfig(lr=0.1, batch_size=5, gradient_checkpointing=recompute)
     expected = restore(pair, streamed, heads, data, method=method, config=config)
     found = restore(on_disk, streamed, heads, data, method=method, config=config, run=tmp_path)
     assert torch.equal(found.constants, expected.constants)

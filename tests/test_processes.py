@@ -14,10 +14,13 @@ import pytest
 import torch
 
 from lcc_lens import processes
-from lcc_lens.errors import LensError
+from lcc_lens.data import load_data
+from lcc_lens.errors import LensError, RequestError
 from lcc_lens.files import read_tensors
+from lcc_lens.offloading import shard_layers
+from lcc_lens.pair import Pair
 from lcc_lens.restoration import Restoration
-from lcc_lens.scan import Scan
+from lcc_lens.scan import Scan, scan
 
 ROOT = Path(__file__).resolve().parents[1]
 LAUNCH = (
@@ -167,6 +170,22 @@ def test_killed_worker_ends_a_scan_and_finished_shards_stay(work: Path) -> None:
     assert not state.exists()
     for file in ("scan.safetensors", "scan.json"):
         assert (work / "scan-killed" / file).read_bytes() == (work / "scan-whole" / file).read_bytes()
+
+
+@pytest.mark.slow
+def test_layers_divided_among_processes_give_the_same_scan(work: Path, pair: Pair) -> None:
+    with started(*LAUNCH, "-m", "launched", str(work), "sharded", "0", "sharded") as process:
+        _, errors = process.communicate()
+    assert process.returncode == 0, errors
+    expected = scan(pair, load_data(str(work / "questions.jsonl"), n=20), display=2)._tensors()
+    found = Scan.load(work / "sharded")._tensors()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+def test_one_process_divides_no_model(pair: Pair) -> None:
+    with pytest.raises(RequestError, match="wanted several processes to divide a model among, got one"):
+        shard_layers(pair.pruned)
 
 
 def test_one_process_asks_nobody(monkeypatch: pytest.MonkeyPatch) -> None:

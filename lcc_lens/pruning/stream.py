@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lcc_lens.config import default_device_map
 from lcc_lens.errors import LensError, RequestError
+from lcc_lens.memory import trim_heap
 from lcc_lens.offloading import bring_in, entry_device, placement
 from lcc_lens.progress import without_loading_bars
 from lcc_lens.pruning.layers import decoder_layers, read_config
@@ -148,6 +149,7 @@ class LayerStream:
                 self._hidden[start : start + len(output)] = output
         if self._brought_in == self._index:  # it came from disk and nobody asks for it again
             self._layers[self._index].to("meta")
+            trim_heap()
         self._index += 1
 
     @classmethod
