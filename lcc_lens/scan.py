@@ -92,9 +92,9 @@ def scan(
     Raises:
         RequestError: no usable example, fewer than two samples, an unknown name, or a selector that these data or
             models cannot serve.
-        LensError: an activation is not finite (names layer and head).
+        LensError: an activation is not finite (names layer and head), or another process has ended or does not see the
+            run directory.
         InterruptedRun: Ctrl-C, after the state was saved.
-        LensError: another process has ended, or does not see the run directory.
 
     Example:
         >>> result = scan(pair, load_data("boolq", n=256, role="probe"))  # doctest: +SKIP
