@@ -120,7 +120,8 @@ def visit_sites(
         here = where.to(device)
 
         def read(layer: int, activation: Tensor, site: Site = site, here: Places = here) -> None:
-            chosen = activation[here.sequence, here.position]
+            at = here.to(activation.device)  # a model may be spread over several
+            chosen = activation[at.sequence, at.position]
             chosen = chosen if site == "z" else chosen[:, None]
             if not bool(torch.isfinite(chosen.sum(dtype=torch.float32))):
                 refuse_non_finite(chosen, site, layer)

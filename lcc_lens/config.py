@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, cast, get_args
 
 from lcc_lens.errors import RequestError
 from lcc_lens.processes import n_processes, process_device
@@ -13,6 +15,8 @@ from lcc_lens.processes import n_processes, process_device
 if TYPE_CHECKING:
     import torch
 
+#: Where a model's weights go that do not all go to one device; see :func:`lcc_lens.offloading.placement`.
+DeviceMap = Literal["auto", "disk"]
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -48,6 +52,29 @@ def default_device() -> torch.device:
     if n_processes() > 1:
         return process_device()
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def default_device_map() -> DeviceMap | None:
+    """Where weights go: ``LCC_LENS_DEVICE_MAP``, else all to the device to compute on."""
+    named = os.environ.get("LCC_LENS_DEVICE_MAP")
+    if named and named not in get_args(DeviceMap):
+        raise RequestError(f"wanted LCC_LENS_DEVICE_MAP to be {' or '.join(get_args(DeviceMap))}, got {named!r}")
+    return cast("DeviceMap", named) if named else None
+
+
+@contextmanager
+def placed(device_map: DeviceMap | None) -> Iterator[None]:
+    """Let models that are loaded inside the block have this device map where they are not given one."""
+    before = os.environ.get("LCC_LENS_DEVICE_MAP")
+    if device_map is not None:
+        os.environ["LCC_LENS_DEVICE_MAP"] = device_map
+    try:
+        yield
+    finally:
+        if device_map is not None:
+            os.environ.pop("LCC_LENS_DEVICE_MAP")
+        if before is not None:
+            os.environ["LCC_LENS_DEVICE_MAP"] = before
 
 
 def bound_kernel_cache() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -24,13 +24,28 @@ from lcc_lens.files import (
     write_text,
 )
 from lcc_lens.folding import edited_tensors, fold, require_same_weights, shares_values
+from lcc_lens.hooks import HookedModel
 from lcc_lens.joint_slots import JointSlots, find_joint_slots
+from lcc_lens.memory import release_memory
 from lcc_lens.model_card import model_card
-from lcc_lens.models import LoadedModel, ModelIdentity, identify, load_hooked, load_plain, load_tokenizer, resolve
+from lcc_lens.models import (
+    LoadedModel,
+    ModelIdentity,
+    device_of,
+    identify,
+    load_hooked,
+    load_plain,
+    load_tokenizer,
+    resolve,
+)
+from lcc_lens.offloading import each_parameter, entry_device
 from lcc_lens.reading_maps import reading_maps
 from lcc_lens.restoration import Restoration
 from lcc_lens.rewriting import Splits, parse_size, rewrite_weights
 from lcc_lens.slots import BiasSlots, find_slots
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 __all__ = ["BiasSlots", "ExportReport", "export", "find_slots", "fold", "model_card"]
 
@@ -69,7 +84,8 @@ def export(
 
     The pruned checkpoint is copied from disk with the folded biases and the changed weights, whose zeros stay; every
     other tensor stays bit-identical. The copy is loaded with plain transformers and its float32 logits are compared
-    with the hooked model's before the directory appears under its name.
+    with the hooked model's before the directory appears under its name. One of the two is in memory at a time, and with
+    ``LCC_LENS_DEVICE_MAP=disk`` one layer of it.
 
     Args:
         restoration: what to fold in.
@@ -101,12 +117,25 @@ def export(
         copy_checkpoint(path, part, replaced=replaced, added=added, config=slots.config)
         if slots.retyped_as:
             _retype(part, slots, loaded)
-        difference, effect, zeros = _compare_logits(restoration, loaded, part, identity)
+        hooked = _HookedLogits.of(restoration, loaded.model)
+        source = _Source(loaded.identity, loaded.tokenizer, loaded.output_projections[0])
+        del loaded
+        release_memory()  # before the copy is loaded: a large model may be there once only
+        difference, zeros = _reload(hooked, source, part)
         if dtype is not None or max_shard_size is not None:
             _rewrite(part, dtype, max_shard_size)
         identical = _count_identical(path, part, set(replaced), slots.splits, dtype)
         write_text(part / "README.md", model_card(restoration, metrics or {}, difference))
-    return ExportReport(out, tuple(sorted(added)), tuple(sorted(replaced)), identical, zeros, difference, effect)
+    return ExportReport(out, tuple(sorted(added)), tuple(sorted(replaced)), identical, zeros, difference, hooked.effect)
+
+
+@dataclass(frozen=True)
+class _Source:
+    """What of the pruned model is asked for once it is no longer in memory."""
+
+    identity: ModelIdentity
+    tokenizer: PreTrainedTokenizerBase
+    projection: str
 
 
 def _slots(restoration: Restoration, loaded: LoadedModel, path: Path) -> JointSlots:
@@ -157,33 +186,49 @@ def _count_identical(
     return len(untouched)
 
 
-def _compare_logits(
-    restoration: Restoration, loaded: LoadedModel, exported: Path, identity: ModelIdentity
-) -> tuple[float, float, int]:
-    """Reload with plain transformers; gives the largest difference to the hooked model, the effect, and the zeros.
+@dataclass(frozen=True)
+class _HookedLogits:
+    """What the hooked model computes on a few tokens, bare and restored, in float32."""
+
+    tokens: Tensor
+    bare: Tensor
+    restored: Tensor
+
+    @classmethod
+    def of(cls, restoration: Restoration, model: HookedModel) -> _HookedLogits:
+        generator = torch.Generator().manual_seed(0)
+        tokens = torch.randint(int(model.cfg.d_vocab), (2, 32), generator=generator).to(device_of(model))
+        with torch.inference_mode():
+            bare = cast("Any", model)(tokens)
+            with restoration.applied_to(model) as restored:
+                return cls(tokens, bare, cast("Any", restored)(tokens))
+
+    @property
+    def effect(self) -> float:
+        """The largest change that the restoration makes."""
+        return float((self.restored - self.bare).abs().max())
+
+
+def _reload(hooked: _HookedLogits, before: _Source, exported: Path) -> tuple[float, int]:
+    """Reload with plain transformers; gives the largest difference to the hooked model, and the zeros.
 
     Raises:
         LensError: the reloaded model does not compute what the hooked one does.
     """
     plain = load_plain(exported, dtype=torch.float32, attention="eager")
-    if load_tokenizer(exported)(_PROBE_TEXT)["input_ids"] != loaded.tokenizer(_PROBE_TEXT)["input_ids"]:
-        raise LensError(f"wanted the tokenizer of {identity.reference} kept, got another; nothing was kept")
-    vocabulary = int(plain.config.get_text_config().vocab_size)
-    tokens = torch.randint(vocabulary, (2, 32), generator=torch.Generator().manual_seed(0)).to(plain.device)
+    if load_tokenizer(exported)(_PROBE_TEXT)["input_ids"] != before.tokenizer(_PROBE_TEXT)["input_ids"]:
+        raise LensError(f"wanted the tokenizer of {before.identity.reference} kept, got another; nothing was kept")
     with torch.inference_mode():
-        before = cast("Any", loaded.model)(tokens)
-        with restoration.applied_to(loaded.model) as restored:
-            hooked = cast("Any", restored)(tokens)
-        reloaded = plain(tokens).logits
-    difference, effect = float((reloaded - hooked).abs().max()), float((hooked - before).abs().max())
-    tolerance = _tolerance(exported, loaded.output_projections[0]) * max(1.0, float(hooked.abs().max()))
+        reloaded = plain(hooked.tokens.to(entry_device(plain))).logits
+    difference = float((reloaded - hooked.restored.to(reloaded)).abs().max())
+    tolerance = _tolerance(exported, before.projection) * max(1.0, float(hooked.restored.abs().max()))
     if not difference <= tolerance:
         raise LensError(
-            f"wanted the reloaded export of {identity.reference} within {tolerance:.2g} of the hooked model's logits, "
-            f"got {difference:.2g}; nothing was kept"
+            f"wanted the reloaded export of {before.identity.reference} within {tolerance:.2g} of the hooked model's "
+            f"logits, got {difference:.2g}; nothing was kept"
         )
-    zeros = sum(int((parameter == 0).sum()) for parameter in plain.parameters() if parameter.ndim > 1)
-    return difference, effect, zeros
+    zeros = sum(int((parameter == 0).sum()) for _, parameter in each_parameter(plain) if parameter.ndim > 1)
+    return difference, zeros
 
 
 def _tolerance(path: Path, projection: str) -> float:

@@ -13,6 +13,7 @@ from lcc_lens.heads import Head, check_heads
 from lcc_lens.hooks import HookedModel, resid_name, z_adders, z_name
 from lcc_lens.models import device_of
 from lcc_lens.norm import Norm
+from lcc_lens.offloading import require_in_memory, weight_in_memory
 from lcc_lens.pruning.layers import is_transposed
 from lcc_lens.wiring import is_close, probe_tokens, run_keeping, unknown_way
 
@@ -45,6 +46,8 @@ class HeadWriter:
             posts = [block._modules.get("ln1_post") for block in bridge.blocks]
         except AttributeError as error:
             raise unknown_way("into the residual stream", str(error)) from error
+        if any(posts):
+            require_in_memory(bridge.original_model, "norms after attention")
         norms = tuple(Norm.of(post.original_component, d_model, device) for post in posts if post is not None)
         config = bridge.original_model.config.get_text_config()
         multiplier = float(getattr(config, "residual_multiplier", 1.0))
@@ -56,7 +59,7 @@ class HeadWriter:
         """One head's rows of the output projection, as the weights hold them."""
         (head,) = check_heads([head], len(self.projections), self.n_heads)
         module = self.projections[head.layer]
-        weight = module.get_parameter("weight").detach()
+        weight = weight_in_memory(module).detach()
         rows = weight if is_transposed(module) else weight.T
         return rows.reshape(self.n_heads, -1, rows.shape[1])[head.head]
 
@@ -76,7 +79,7 @@ class HeadWriter:
 
     def _check(self, model: HookedModel) -> None:
         """Move the head outputs of the first layer that writes anything, and follow the change."""
-        writes = [bool(module.get_parameter("weight").any()) for module in self.projections]
+        writes = [bool(weight_in_memory(module).any()) for module in self.projections]
         if not any(writes):
             return
         layer = writes.index(True)

@@ -11,10 +11,12 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
+from lcc_lens.config import DeviceMap, default_device, default_device_map
 from lcc_lens.errors import LensError, RequestError
 from lcc_lens.files import read_json, weight_files, weights_sha256
 from lcc_lens.hooks import HookedModel, z_adders, z_name
 from lcc_lens.in_memory import stored_model
+from lcc_lens.offloading import entry_device, weight_in_memory
 from lcc_lens.plain_models import load_plain as load_plain
 from lcc_lens.plain_modules import remember_plain_names
 from lcc_lens.pruning.layers import is_transposed
@@ -82,6 +84,7 @@ def load_hooked(
     tokenizer: PreTrainedTokenizerBase | None = None,
     device: torch.device | None = None,
     dtype: torch.dtype | None = None,
+    device_map: DeviceMap | None = None,
 ) -> LoadedModel:
     """Load a model under TransformerLens' hooks and check that it is what it claims to be.
 
@@ -96,6 +99,7 @@ def load_hooked(
         tokenizer: of a model in memory; a directory has its own.
         device: see :func:`lcc_lens.config.default_device`.
         dtype: see :func:`lcc_lens.config.compute_dtype`.
+        device_map: for models larger than memory, see :func:`lcc_lens.offloading.placement`.
 
     Raises:
         RequestError: the reference cannot be served, or TransformerLens does not take the architecture.
@@ -104,7 +108,8 @@ def load_hooked(
     reference = as_reference(reference, tokenizer)
     path = resolve(reference)
     _refuse_quantised(path)
-    plain = load_plain(path, device=device, dtype=dtype, attention="eager")
+    _refuse_disk(device or default_device(), device_map or default_device_map())
+    plain = load_plain(path, device=device, dtype=dtype, attention="eager", device_map=device_map)
     tokenizer = load_tokenizer(path)
     _refuse_other_words(tokenizer, plain.get_input_embeddings().num_embeddings, path)
     tokens = _probe_tokens(plain.config.vocab_size, plain.device)
@@ -154,7 +159,7 @@ def _sha256_of_state(path: Path, state: tuple[Any, ...]) -> str:
 
 def device_of(model: HookedModel) -> torch.device:
     """The device that a hooked model takes its tokens on."""
-    return next(iter(cast("torch.nn.Module", model).parameters())).device
+    return entry_device(cast("torch.nn.Module", model))
 
 
 def _has_words(tokenizer: Any) -> bool:
@@ -204,7 +209,7 @@ def _check_hooked(model: Any, tokens: Tensor, expected: Tensor, reference: str) 
 
 def _removed_heads(output: torch.nn.Module, n_heads: int) -> tuple[int, ...]:
     """The heads whose columns of an output projection are all zero."""
-    weight = output.get_parameter("weight")
+    weight = weight_in_memory(output)
     columns = weight if is_transposed(output) else weight.T
     is_used = columns.reshape(n_heads, -1).any(dim=1)
     return tuple(head for head in range(n_heads) if not bool(is_used[head]))
@@ -213,6 +218,15 @@ def _removed_heads(output: torch.nn.Module, n_heads: int) -> tuple[int, ...]:
 def _probe_tokens(d_vocab: int, device: torch.device) -> Tensor:
     """A fixed short sequence spread over the vocabulary."""
     return (torch.arange(1, 17, device=device) * 7919 % d_vocab)[None]
+
+
+def _refuse_disk(device: torch.device, device_map: DeviceMap | None) -> None:
+    """TransformerLens takes models with layers on disk on the CPU alone."""
+    if device_map == "disk" and device.type != "cpu":
+        raise RequestError(
+            f"wanted the CPU for a model with its layers on disk, got {device}; set LCC_LENS_DEVICE=cpu, or spread the "
+            "model over GPUs by the device map auto"
+        )
 
 
 def _refuse_quantised(path: Path) -> None:

@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lcc_lens.activations import Site, site_widths
+from lcc_lens.config import DeviceMap
 from lcc_lens.errors import RequestError
 from lcc_lens.headmap import HEAD_MAP, HeadMap, read_head_map
 from lcc_lens.hooks import HookedModel
@@ -117,6 +118,7 @@ def load_pair(
     device: torch.device | None = None,
     dtype: torch.dtype | None = None,
     one_at_a_time: bool = False,
+    device_map: DeviceMap | None = None,
 ) -> Pair:
     """Load a dense and a pruned model, hooked and checked against each other.
 
@@ -128,6 +130,7 @@ def load_pair(
         device: where to compute.
         dtype: compute format of both models.
         one_at_a_time: never hold both in memory; a scan then runs the dense model over everything first.
+        device_map: for models larger than memory, see :func:`lcc_lens.offloading.placement`.
 
     Raises:
         RequestError: the tokenizers or shapes differ.
@@ -136,7 +139,7 @@ def load_pair(
     resolve(pruned)  # a wrong second path should not wait for the first model to load
 
     def load(reference: str | Path) -> LoadedModel:
-        return load_hooked(reference, device=device, dtype=dtype)
+        return load_hooked(reference, device=device, dtype=dtype, device_map=device_map)
 
     first = load(dense)
     described = _Description.of(first)

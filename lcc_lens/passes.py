@@ -193,8 +193,9 @@ def pruned_pass(
     example = torch.repeat_interleave(torch.tensor(counts))
 
     def compare(site: Site, layer: int) -> None:
-        values = rows[site].layers.pop(layer)
-        sums[site].update(layer, dense[site][layer].to(values.device), values, example.to(values.device))
+        device = sums[site].device  # of a model on several devices, that of its first layer
+        values = rows[site].layers.pop(layer).to(device)
+        sums[site].update(layer, dense[site][layer].to(device), values, example.to(device))
 
     prefixes = [Prefix(pair.pruned, tokens) for tokens in plan.prefixes]
     for number, batch in plan.pruned_batches(shard):

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from lcc_lens.config import compute_dtype, default_device
+from lcc_lens.config import DeviceMap, compute_dtype, default_device, default_device_map
 from lcc_lens.errors import LensError, RequestError
 from lcc_lens.files import tensor_names
+from lcc_lens.offloading import each_parameter, placement
 from lcc_lens.progress import without_loading_bars
 from lcc_lens.references import first_line
 
@@ -28,6 +29,7 @@ def load_plain(
     dtype: torch.dtype | None = None,
     attention: str | None = None,
     strict: bool = True,
+    device_map: DeviceMap | None = None,
 ) -> PreTrainedModel:
     """Load a local directory with plain transformers, in evaluation mode, without gradients.
 
@@ -38,6 +40,7 @@ def load_plain(
         attention: transformers' attention implementation; its own choice for the architecture if not given.
         strict: refuse files that are not all of this architecture; transformers itself fills what is missing with
             random numbers and passes over what it does not know.
+        device_map: see :func:`lcc_lens.offloading.placement`; :func:`lcc_lens.config.default_device_map` if not given.
 
     Raises:
         RequestError: the files are damaged, of another model than ``config.json`` says, or no causal language model.
@@ -49,11 +52,12 @@ def load_plain(
 
     device = device or default_device()
     dtype = dtype or compute_dtype(device)
+    places = placement(path, device, device_map or default_device_map())
     try:
         with without_loading_bars():
             model, report = AutoModelForCausalLM.from_pretrained(
                 str(path), dtype=dtype, attn_implementation=attention, local_files_only=True, trust_remote_code=False,
-                output_loading_info=True, ignore_mismatched_sizes=True,
+                output_loading_info=True, ignore_mismatched_sizes=True, **places,
             )  # fmt: skip
     except (OSError, ValueError, KeyError, SafetensorError, RuntimeError, ImportError, StrictDataclassError) as error:
         raise RequestError(
@@ -62,7 +66,7 @@ def load_plain(
     _refuse_other_shapes(path, report)
     if strict:
         _refuse_other_tensors(path, report)
-    model = model.to(device).eval().requires_grad_(False)
+    model = (model if places else model.to(device)).eval().requires_grad_(False)
     _refuse_non_finite(model, path)
     return cast("PreTrainedModel", model)
 
@@ -95,7 +99,7 @@ def _refuse_other_tensors(path: Path, report: Mapping[str, Any]) -> None:
 
 
 def _refuse_non_finite(model: torch.nn.Module, path: Path) -> None:
-    for name, parameter in model.named_parameters():
+    for name, parameter in each_parameter(model):
         if not bool(torch.isfinite(parameter.sum(dtype=torch.float32))) and not bool(torch.isfinite(parameter).all()):
             raise LensError(
                 f"wanted finite weights in {path}, got NaN or infinity in {name}; prune or fetch the model again"

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lcc_lens.errors import RequestError
 from lcc_lens.hooks import HookedModel
+from lcc_lens.offloading import require_in_memory
 from lcc_lens.pruning.layers import is_transposed
 
 #: By hooked model: where each plain module lies now, by its plain name. Paths, not modules: those would hold the model.
@@ -65,6 +66,8 @@ def changed_weights(model: HookedModel, changes: Mapping[str, Callable[[Tensor],
     missing = [name for name in changes if name not in modules]
     if missing:
         raise RequestError(f"wanted a model with the module {missing[0]}, got one without; wrong model")
+    if changes:
+        require_in_memory(cast("Any", model).original_model, "changes of weights")
     held = {name: modules[name]._parameters["weight"] for name in changes}
 
     def refresh(*_: Any) -> None:

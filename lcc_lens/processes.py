@@ -1,4 +1,4 @@
-"""Several processes that train together, as ``accelerate launch`` starts them; a process alone pays nothing."""
+"""Several processes that work together, as ``accelerate launch`` starts them; a process alone pays nothing."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 #: How long processes wait for each other: the first one may scan or refit meanwhile.
 _PATIENCE = timedelta(hours=12)
+_RESUME = "go on from the last checkpoint with --resume"
 #: What launchers say to each process; a cluster may set some of it for other reasons.
 _LAUNCHED = {"WORLD_SIZE", "RANK", "LOCAL_RANK"}
 
@@ -75,27 +76,28 @@ def first_process_first() -> Iterator[None]:
         wait_for_all()
 
 
-def wait_for_all() -> None:
+def wait_for_all(advice: str = _RESUME) -> None:
     """Wait until every process is here.
+
+    Args:
+        advice: how to go on where another process has ended.
 
     Raises:
         LensError: another process has ended.
     """
     if n_processes() > 1:
-        with _others_alive():
+        with _others_alive(advice):
             _state().wait_for_everyone()
 
 
 @contextmanager
-def _others_alive() -> Iterator[None]:
+def _others_alive(advice: str = _RESUME) -> Iterator[None]:
     """Say it in one line when another process is gone; only for what processes do together."""
     try:
         yield
     except RuntimeError as error:
         first = (str(error).splitlines() or [""])[0][:120]
-        raise LensError(
-            f"another process of this run has ended ({first}); go on from the last checkpoint with --resume"
-        ) from error
+        raise LensError(f"another process of this run has ended ({first}); {advice}") from error
 
 
 def _state() -> Any:

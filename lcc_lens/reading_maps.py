@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lcc_lens.errors import RequestError
 from lcc_lens.hooks import HookedModel, NamedHook, adders, mlp_name, readers, z_name
+from lcc_lens.offloading import weight_in_memory
 from lcc_lens.plain_modules import plain_modules, weight_shape
 from lcc_lens.pruning.layers import is_transposed
 
@@ -68,7 +69,7 @@ def map_output_name(site: ConstantSite) -> Callable[[int], str]:
 def map_weight(model: HookedModel, name: str) -> Float[Tensor, "out in"]:
     """The weight of a linear map by its plain name."""
     module = plain_modules(model)[name]
-    weight: Tensor = module.get_parameter("weight").detach()
+    weight = weight_in_memory(module).detach()
     return weight.T if is_transposed(module) else weight
 
 

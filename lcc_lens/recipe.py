@@ -37,7 +37,7 @@ from lcc_lens.pruning.refit import refit as refit_checkpoint
 from lcc_lens.pruning.settings import Method
 from lcc_lens.pruning.structured import Schedule
 from lcc_lens.restoration import Restoration, RestorationRecord
-from lcc_lens.restore_checks import check_request, require_slots
+from lcc_lens.restore_checks import check_request, refuse_both_models, require_slots
 from lcc_lens.run_folder import Beginning, RunFolder
 from lcc_lens.scan import Scan
 from lcc_lens.training import Step, TrainConfig, learning_rates, train, validation_loss
@@ -245,22 +245,18 @@ def restore(
     Example:
         >>> restore(pair, scan, scan.select("mse", share=0.25), load_data("alpaca", n=480))  # doctest: +SKIP
     """
+    config = config or TrainConfig()
     check_request(pair, scan, heads, method)
+    if pair.one_at_a_time:
+        refuse_both_models(method, config)
     if exportable:
         require_slots(pair, method)
     if shuffle_responses and not trains_numbers(method):
         raise RequestError(f"wanted a method that trains to shuffle responses for, got {method}; leave one out")
-    config = config or TrainConfig()
     run = Path(run) if run is not None else None
     training, held_out = training_sequences(
         pair, scan, data, validation, max_length, limit, config.seed if shuffle_responses else None
     )
-    given = Ingredients(
-        pair.pruned, None if scan is None else scan.components, heads, pair.output_projections, rank, start, low_rank,
-        config.seed, None if scan is None else scan.others.get("mlp"), mlp_rank, pair, training,
-    )  # fmt: skip
-    injection = build_injection(method, given)
-    teacher = pair.dense if config.objective.needs_teacher else None
     asked = {
         "method": method, "rank": rank, "mlp_rank": mlp_rank, "low_rank": low_rank, "start": start,
         "max_length": max_length, "limit": limit, "shuffle_responses": shuffle_responses,
@@ -269,11 +265,21 @@ def restore(
     wanted = {**asdict(config), **asked, "tune_lr": tune_lr, "before_refit": str(before_refit)}
     request = _identity(pair, scan, data, wanted, held_out)
     beginning = Beginning.read(run, request) if resume and run is not None else None
+    # one model at a time: the dense one's turn is over before anything holds the pruned one
+    dense = None
+    if pair.one_at_a_time and beginning is None:
+        dense = validation_loss(pair.dense, None, held_out, config.micro_tokens)
+    given = Ingredients(
+        pair.pruned, None if scan is None else scan.components, heads, pair.output_projections, rank, start, low_rank,
+        config.seed, None if scan is None else scan.others.get("mlp"), mlp_rank, pair, training,
+    )  # fmt: skip
+    injection = build_injection(method, given)
+    teacher = pair.dense if config.objective.needs_teacher else None
     if beginning is None:
         tested = None
         if tune_lr and injection.n_trained:
             tested = range_test(pair.pruned, injection, training, held_out, config, teacher=teacher)
-        beginning = Beginning(request, _bare_losses(pair, held_out, config, before_refit), tested)
+        beginning = Beginning(request, _bare_losses(pair, held_out, config, before_refit, dense), tested)
     tested, losses = beginning.lr_range, dict(beginning.losses)
     if tested is not None:
         config = replace(config, lr=tested.best)
@@ -309,13 +315,16 @@ def restore(
 
 
 def _bare_losses(
-    pair: Pair, held_out: Sequence[TokenSequence], config: TrainConfig, before_refit: str | Path | None
+    pair: Pair,
+    held_out: Sequence[TokenSequence],
+    config: TrainConfig,
+    before_refit: str | Path | None,
+    dense: float | None,
 ) -> dict[str, float]:
-    """The losses that a restoration starts from."""
-    losses = {
-        "dense": validation_loss(pair.dense, None, held_out, config.micro_tokens),
-        "pruned": validation_loss(pair.pruned, None, held_out, config.micro_tokens),
-    }
+    """The losses that a restoration starts from; the dense model's may be known."""
+    if dense is None:
+        dense = validation_loss(pair.dense, None, held_out, config.micro_tokens)
+    losses = {"dense": dense, "pruned": validation_loss(pair.pruned, None, held_out, config.micro_tokens)}
     if before_refit is not None:
         pruned = sequence_loss(load_plain(resolve(before_refit)), held_out)["loss"]
         losses |= {"pruned": pruned, "refitted": losses["pruned"]}

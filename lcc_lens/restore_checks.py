@@ -6,11 +6,12 @@ from collections.abc import Sequence
 
 from lcc_lens.errors import RequestError
 from lcc_lens.heads import Head
-from lcc_lens.injections import bias_sites, parse_method, uses_components, uses_heads
+from lcc_lens.injections import bias_sites, parse_method, uses_components, uses_heads, uses_sequences
 from lcc_lens.joint_slots import find_joint_slots
 from lcc_lens.pair import Pair
 from lcc_lens.reading_maps import reading_maps
 from lcc_lens.scan import Scan
+from lcc_lens.train_config import TrainConfig
 
 
 def check_request(pair: Pair, scan: Scan | None, heads: Sequence[Head], method: str) -> None:
@@ -27,6 +28,20 @@ def check_request(pair: Pair, scan: Scan | None, heads: Sequence[Head], method: 
     if uses_heads(method) and not heads:
         raise RequestError(f"wanted heads to restore by {method}, got none; choose some by scan.select")
     refuse_removed(heads, pair)
+
+
+def refuse_both_models(method: str, config: TrainConfig) -> None:
+    """Refuse what runs both models side by side where a pair holds one at a time.
+
+    Raises:
+        RequestError: names the method or the objective.
+    """
+    if uses_sequences(method) or config.objective.needs_teacher:
+        what = method if uses_sequences(method) else "an objective that follows the dense model"
+        raise RequestError(
+            f"wanted both models in memory for {what}, got one at a time; load both, or choose mean-shift or the "
+            "response's loss"
+        )
 
 
 def check_scan(scan: Scan, pair: Pair) -> None:

@@ -18,6 +18,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from lcc_lens.hooks import HookedModel, NamedHook, logits_at, z_name, z_readers
+from lcc_lens.offloading import entry_device
 from lcc_lens.recomputing import recomputed_layers
 
 _KERNELS = "sdpa"
@@ -157,7 +158,7 @@ def _try(model: Any) -> _Fusion | None:
 
 def _sample(model: Any, **options: Any) -> tuple[list[Tensor], set[str]]:
     """Logits, logits with edited head outputs and all head outputs of a few tokens; which hook points fired."""
-    n_layers, device = int(model.cfg.n_layers), next(iter(model.original_model.parameters())).device
+    n_layers, device = int(model.cfg.n_layers), entry_device(model.original_model)
     tokens = (torch.arange(1, 33, device=device) * 7919 % int(model.cfg.d_vocab)).reshape(2, 16)
     z: dict[int, Tensor] = {}
     fired: set[str] = set()

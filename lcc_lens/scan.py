@@ -4,32 +4,29 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Generator, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
-
-from torch import Tensor
+from typing import cast
 
 from lcc_lens.activations import SITES, Positions, Site, check_sites
 from lcc_lens.data import Data
 from lcc_lens.errors import InterruptedRun, RequestError
 from lcc_lens.headmap import HeadMap
 from lcc_lens.heads import Head
-from lcc_lens.memory import trim_heap
 from lcc_lens.pair import Pair
-from lcc_lens.passes import ScanPlan, dense_pass, pruned_pass, running_sums
+from lcc_lens.passes import ScanPlan
+from lcc_lens.processes import first_process_first, is_first_process, n_processes, wait_for_all
 from lcc_lens.progress import track
 from lcc_lens.pruning.report import common_pattern
 from lcc_lens.pruning.zeros import matrix_zeros, share_of_zeros
 from lcc_lens.scan_request import checked_length, pair_sequences, possible_selectors
 from lcc_lens.scan_state import ScanState
+from lcc_lens.scan_work import ScanWork
 from lcc_lens.scanned import SCAN_RECORD, SCAN_TENSORS, Scan, ScanRecord
 from lcc_lens.selectors import SelectorName
 from lcc_lens.selectors.linear_probe import Solver
 from lcc_lens.selectors.registry import Evidence, ScoreSettings, check_selectors, score
-from lcc_lens.statistics import RunningDifferences
 from lcc_lens.token_loss import token_losses
 
 __all__ = ["SCAN_RECORD", "SCAN_TENSORS", "Scan", "ScanRecord", "scan"]
@@ -37,6 +34,7 @@ __all__ = ["SCAN_RECORD", "SCAN_TENSORS", "Scan", "ScanRecord", "scan"]
 logger = logging.getLogger(__name__)
 #: Where a run directory keeps a scan that is not through.
 UNFINISHED = ".scan.unfinished"
+_AGAIN = "run the same command again to go on"
 
 
 def scan(
@@ -65,6 +63,10 @@ def scan(
     model's outputs at the question's end come from the pass over the right answer, and the wrong answer goes on from
     that pass's key-value cache.
 
+    Several processes (``accelerate launch``) with a common run directory divide the examples, and give the same bits
+    as one does; the first one adds the sums in the order of the examples, computes the scores and writes. Sums of wide
+    sites' spectra, which are float32, are the same within rounding.
+
     Args:
         pair: the hooked models.
         data: examples; use the role ``probe`` to keep them apart from training.
@@ -90,7 +92,8 @@ def scan(
     Raises:
         RequestError: no usable example, fewer than two samples, an unknown name, or a selector that these data or
             models cannot serve.
-        LensError: an activation is not finite (names layer and head).
+        LensError: an activation is not finite (names layer and head), or another process has ended or does not see the
+            run directory.
         InterruptedRun: Ctrl-C, after the state was saved.
 
     Example:
@@ -105,11 +108,15 @@ def scan(
     wanted = possible_selectors(named, pair, data, wrong)
     present: tuple[Site, ...] = tuple(site for site in SITES if site == "z" or (site in sites and site in pair.sites))
     plan = ScanPlan(tuple(right), wrong, positions, present, batch_tokens)
-    with _state(run, pair, plan, spectra) as state, _interruptible(can_go_on=run is not None):
-        work = _Work(pair, plan, [site for site in spectra if site in present], state)
+    with _begun(run, pair, plan, spectra) as work, _interruptible(can_go_on=run is not None):
         for _ in track(work.batches(), work.n_batches(), "scan heads"):
             pass
-        heads, *others = (work.sums.pop(site).finish() for site in present)  # the sums are large and let go one by one
+        if work.is_divided:
+            wait_for_all(_AGAIN)
+            if not is_first_process():
+                return _found_by_first(run)
+        sums = work.whole_sums()
+        heads, *others = (sums.pop(site).finish() for site in present)  # the sums are large and let go one by one
         if heads.n_samples < 2:
             raise RequestError(f"wanted at least 2 positions to compare, got {heads.n_samples}; scan more examples")
         components = heads.components()
@@ -127,8 +134,31 @@ def scan(
         )
         if run is not None:
             result.save(run)
-        state.discard()
+        work.state.discard()
+        if work.is_divided:
+            wait_for_all(_AGAIN)
     return result
+
+
+@contextmanager
+def _begun(run: str | Path | None, pair: Pair, plan: ScanPlan, spectra: Sequence[Site]) -> Iterator[ScanWork]:
+    """The work to do; of several processes the first one looks first at what is there."""
+    is_divided = run is not None and n_processes() > 1
+    with first_process_first() if is_divided else nullcontext():
+        state = _state(run, pair, plan, spectra, joined=is_divided and not is_first_process())
+        if is_divided:
+            state.begin()
+        work = ScanWork(pair, plan, [site for site in spectra if site in plan.sites], state, is_divided)
+    if is_divided:  # nobody adds anything before all know what is there
+        wait_for_all(_AGAIN)
+    with state:
+        yield work
+
+
+def _found_by_first(run: str | Path | None) -> Scan:
+    """What the first process made of everybody's sums."""
+    wait_for_all(_AGAIN)
+    return Scan.load(cast("str | Path", run))
 
 
 @contextmanager
@@ -146,58 +176,7 @@ def _interruptible(*, can_go_on: bool) -> Iterator[None]:
         raise InterruptedRun("scan stopped; finished examples are kept, run the same command again to go on") from stop
 
 
-@dataclass
-class _Work:
-    """The passes still to come, batch by batch; everything finished lies in the state."""
-
-    pair: Pair
-    plan: ScanPlan
-    spectra: Sequence[Site]
-    state: ScanState
-
-    def __post_init__(self) -> None:
-        self.shards = self.plan.shards()
-        self.sums: dict[Site, RunningDifferences] = {}
-
-    def n_batches(self) -> int:
-        """How many batches are to come."""
-        dense = sum(len(self.plan.dense_batches(self.shards[i])) for i in self._dense_to_come())
-        return dense + sum(len(self.plan.pruned_batches(shard)) for shard in self.shards[self.state.n_done :])
-
-    def batches(self) -> Iterator[None]:
-        """Do the work; yields after every batch. One model at a time runs over everything before the other."""
-        if self.pair.one_at_a_time:
-            for number in self._dense_to_come():
-                self.state.keep_dense(number, (yield from dense_pass(self.pair, self.plan, self.shards[number])))
-        self.sums = running_sums(self.pair.pruned, self.plan.sites, self.spectra)
-        self.state.restore(self.sums)
-        for number in range(self.state.n_done, len(self.shards)):
-            yield from self._shard(number)
-
-    def layers(self) -> Iterator[Any]:
-        """The probes' features, in the order of the examples."""
-        return self.state.layers([i for shard in self.shards for i in shard], self.pair.n_layers)
-
-    def _shard(self, number: int) -> Generator[None, None, None]:
-        shard = self.shards[number]
-        dense: dict[str, list[Tensor]]
-        if self.pair.one_at_a_time:
-            dense = self.state.dense(number)
-        else:
-            dense = yield from dense_pass(self.pair, self.plan, shard)
-        question = yield from pruned_pass(self.pair, self.plan, shard, dense, self.sums)
-        features = None
-        if question is not None:
-            features = {"pruned_question": question, **{name: dense[name] for name in ("question", "right", "wrong")}}
-        self.state.finish(self.sums, features)
-        trim_heap()
-
-    def _dense_to_come(self) -> list[int]:
-        to_come = range(self.state.n_done, len(self.shards))
-        return [i for i in to_come if not (self.pair.one_at_a_time and self.state.has_dense(i))]
-
-
-def _state(run: str | Path | None, pair: Pair, plan: ScanPlan, spectra: Sequence[Site]) -> ScanState:
+def _state(run: str | Path | None, pair: Pair, plan: ScanPlan, spectra: Sequence[Site], *, joined: bool) -> ScanState:
     digest = hashlib.sha256()
     for sequence in [*plan.sequences, *(plan.wrong or ())]:
         digest.update(f"{sequence.loss_from} {sequence.tokens.tolist()}".encode())
@@ -206,7 +185,7 @@ def _state(run: str | Path | None, pair: Pair, plan: ScanPlan, spectra: Sequence
         "tokens": digest.hexdigest(),
         "settings": [plan.positions, plan.sites, sorted(spectra), plan.batch_tokens, pair.one_at_a_time],
     }
-    return ScanState(None if run is None else Path(run) / UNFINISHED, identity)
+    return ScanState(None if run is None else Path(run) / UNFINISHED, identity, joined=joined)
 
 
 def _record(

@@ -30,16 +30,20 @@ class ScanState:
     Args:
         folder: where to keep it; a temporary folder, gone at the end, if not given.
         identity: everything that decides the result; the state of another scan is dropped.
+        joined: another process keeps the state, and this one adds to it.
+
+    Raises:
+        RequestError: what another process keeps is not to be seen here.
     """
 
-    def __init__(self, folder: Path | None, identity: Mapping[str, Any]) -> None:
+    def __init__(self, folder: Path | None, identity: Mapping[str, Any], *, joined: bool = False) -> None:
         self._temporary = None if folder is not None else tempfile.TemporaryDirectory(prefix="lcc_lens_scan_")
         self.is_kept = folder is not None
         self.folder = folder if folder is not None else Path(cast("Any", self._temporary).name)
         self._identity = hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()
         self._sums: dict[str, Tensor] = {}
         self.n_done = 0
-        self._load()
+        self._load(joined=joined)
 
     def restore(self, sums: Mapping[Site, RunningDifferences]) -> None:
         """Put the sums of the finished shards in place."""
@@ -51,16 +55,54 @@ class ScanState:
 
     def finish(self, sums: Mapping[Site, RunningDifferences], features: Mapping[str, Sequence[Tensor]] | None) -> None:
         """Count one more shard as finished, once all of it is on disk."""
-        if features is not None:
-            stacked = {name: torch.stack(list(layers)).cpu() for name, layers in features.items()}
-            write_tensors(self.folder / f"features_{self.n_done:05d}.safetensors", stacked)
-        (self.folder / self._dense_file(self.n_done)).unlink(missing_ok=True)
+        self._keep_features(self.n_done, features)
         self.n_done += 1
         if self.is_kept:
-            tensors = {
-                f"{site}.{name}": t.cpu() for site, running in sums.items() for name, t in running.state().items()
-            }
-            write_tensors(self.folder / _STATE, tensors, self._record())
+            write_tensors(self.folder / _STATE, _by_name(sums), self._record())
+
+    def begin(self) -> None:
+        """Put the identity on disk, where other processes will look for it."""
+        if self.is_kept and not (self.folder / _STATE).exists():
+            write_tensors(self.folder / _STATE, {"none": torch.zeros(0)}, self._record())
+
+    def has_part(self, shard: int) -> bool:
+        """Whether the sums of a shard lie there by themselves."""
+        return (self.folder / self._part_file(shard)).exists()
+
+    def keep_part(
+        self,
+        shard: int,
+        sums: Mapping[Site, RunningDifferences],
+        features: Mapping[str, Sequence[Tensor]] | None,
+    ) -> None:
+        """Keep the sums of one shard by themselves, until those of all earlier shards are there."""
+        self._keep_features(shard, features)
+        write_tensors(self.folder / self._part_file(shard), _by_name(sums))
+
+    def merge_parts(self) -> None:
+        """Add the sums of the next shards to those so far, in the order of the shards, as far as they are there."""
+        merged = []
+        while self.has_part(self.n_done):
+            merged.append(self.folder / self._part_file(self.n_done))
+            part, _ = read_tensors(merged[-1])
+            self._sums = {name: self._sums[name] + t for name, t in part.items()} if self._sums else part
+            self.n_done += 1
+        if merged:
+            write_tensors(self.folder / _STATE, self._sums, self._record())
+        for file in merged:
+            file.unlink()
+
+    def require_done(self, n_shards: int) -> None:
+        """Refuse to end before all shards are there.
+
+        Raises:
+            LensError: what another process finished is not to be seen here.
+        """
+        if self.n_done < n_shards:
+            raise LensError(
+                f"wanted {n_shards} finished parts of the scan in {self.folder}, got {self.n_done}; put the run on a "
+                "disk that all machines share, then run the same command again to go on"
+            )
 
     def has_dense(self, shard: int) -> bool:
         """Whether the dense model's side of a shard is there."""
@@ -68,8 +110,7 @@ class ScanState:
 
     def keep_dense(self, shard: int, parts: Mapping[str, Sequence[Tensor]]) -> None:
         """Keep the dense model's side of a shard until the pruned model comes."""
-        if self.is_kept and not (self.folder / _STATE).exists():
-            write_tensors(self.folder / _STATE, {"none": torch.zeros(0)}, self._record())
+        self.begin()
         tensors = {f"{name}.{i}": layer.cpu() for name, layers in parts.items() for i, layer in enumerate(layers)}
         write_tensors(self.folder / self._dense_file(shard), tensors)
 
@@ -115,7 +156,14 @@ class ScanState:
         if self._temporary is not None:
             self._temporary.cleanup()
 
-    def _load(self) -> None:
+    def _keep_features(self, shard: int, features: Mapping[str, Sequence[Tensor]] | None) -> None:
+        """Keep a shard's features, and let its dense side go."""
+        if features is not None:
+            stacked = {name: torch.stack(list(layers)).cpu() for name, layers in features.items()}
+            write_tensors(self.folder / f"features_{shard:05d}.safetensors", stacked)
+        (self.folder / self._dense_file(shard)).unlink(missing_ok=True)
+
+    def _load(self, *, joined: bool) -> None:
         if not self.is_kept:
             return
         try:
@@ -123,6 +171,11 @@ class ScanState:
         except RequestError:  # none yet, or damaged: begin anew
             tensors, record = {}, {}
         if record.get("identity") != self._identity:
+            if joined:
+                raise RequestError(
+                    f"wanted the scan that the first process began in {self.folder}, got none of it; put the run on a "
+                    "disk that all machines share"
+                )
             shutil.rmtree(self.folder, ignore_errors=True)
             return
         self.n_done = int(record["n_done"])
@@ -134,3 +187,11 @@ class ScanState:
     @staticmethod
     def _dense_file(shard: int) -> str:
         return f"dense_{shard:05d}.safetensors"
+
+    @staticmethod
+    def _part_file(shard: int) -> str:
+        return f"part_{shard:05d}.safetensors"
+
+
+def _by_name(sums: Mapping[Site, RunningDifferences]) -> dict[str, Tensor]:
+    return {f"{site}.{name}": t.cpu() for site, running in sums.items() for name, t in running.state().items()}

@@ -144,7 +144,7 @@ class RunningDifferences:
             dtype = torch.float32 if narrow else self.dtype
             return torch.zeros(n_layers, n_parts, *shape, dtype=dtype, device=device)
 
-        self.width = width
+        self.width, self.device = width, device
         self.n_samples, self.n_examples, self.squared_counts = 0, 0, 0
         self.sums = {name: zeros() for name in ("dense", "pruned", "difference", "dot", "examples", "examples_by_n")}
         self.sums["total"] = zeros(width)

@@ -1,4 +1,4 @@
-"""What tests start as processes of their own: a restoration of saved models that says every step."""
+"""What tests start as processes of their own: a restoration of saved models that says every step; a scan that dies."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ from pathlib import Path
 
 from lcc_lens.data import load_data
 from lcc_lens.objectives import Objective
+from lcc_lens.offloading import shard_layers
 from lcc_lens.pair import load_pair
-from lcc_lens.processes import n_processes, process_index
+from lcc_lens.processes import is_first_process, n_processes, process_index
+from lcc_lens.progress import tracked_by
 from lcc_lens.recipe import restore
 from lcc_lens.restoration import Restoration
-from lcc_lens.scan import Scan
+from lcc_lens.scan import Scan, scan
 from lcc_lens.training import TrainConfig
 
 EVERY = 3  # steps between checkpoints
@@ -47,5 +49,36 @@ def run(folder: Path, name: str, *, resume: bool = False, die_at: int = 0, ask: 
     )  # fmt: skip
 
 
-if __name__ == "__main__":
+def scan_until(folder: Path, name: str, die_at: int) -> None:
+    """Scan the models in a folder all over; the last process kills itself after so many batches, not at all if 0."""
+
+    def tracker(batches, total, description):
+        for number, batch in enumerate(batches, 1):
+            yield batch
+            if number == die_at and process_index() == n_processes() - 1:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    with tracked_by(tracker):
+        pair, data = load_pair(folder / "dense", folder / "pruned"), load_data(str(folder / "questions.jsonl"))
+        scan(pair, data, batch_tokens=300, display=2, run=folder / name)
+
+
+def scan_sharded(folder: Path, name: str) -> None:
+    """Scan models whose layers are divided among the processes; all run the same passes, and the first one saves."""
+    pair = load_pair(folder / "dense", folder / "pruned")
+    for model in (pair.dense, pair.pruned):
+        n_weights = sum(p.numel() for p in model.blocks.parameters())
+        shard_layers(model)
+        n_held = sum(getattr(p, "to_local", lambda p=p: p)().numel() for p in model.blocks.parameters())
+        assert n_held < 0.6 * n_weights
+    found = scan(pair, load_data(str(folder / "questions.jsonl"), n=20), display=2)
+    if is_first_process():
+        found.save(folder / name)
+
+
+if __name__ == "__main__" and sys.argv[4] == "sharded":
+    scan_sharded(Path(sys.argv[1]), sys.argv[2])
+elif __name__ == "__main__" and sys.argv[4] == "scan":
+    scan_until(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]))
+elif __name__ == "__main__":
     run(Path(sys.argv[1]), sys.argv[2], die_at=int(sys.argv[3]), ask=sys.argv[4] == "ask")

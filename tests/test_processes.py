@@ -14,10 +14,13 @@ import pytest
 import torch
 
 from lcc_lens import processes
-from lcc_lens.errors import LensError
+from lcc_lens.data import load_data
+from lcc_lens.errors import LensError, RequestError
 from lcc_lens.files import read_tensors
+from lcc_lens.offloading import shard_layers
+from lcc_lens.pair import Pair
 from lcc_lens.restoration import Restoration
-from lcc_lens.scan import Scan
+from lcc_lens.scan import Scan, scan
 
 ROOT = Path(__file__).resolve().parents[1]
 LAUNCH = (
@@ -124,6 +127,65 @@ def test_killed_worker_ends_the_run_and_its_checkpoint_goes_on(work: Path, unbro
     assert 5 - int(read_tensors(work / "worker" / "checkpoint.safetensors")[1]["step"]) <= launched.EVERY
     resumed = launched.run(work, "worker", resume=True)  # alone
     assert resumed.record.losses["restored"] == pytest.approx(unbroken.record.losses["restored"], rel=1e-4)
+
+
+@pytest.mark.slow
+def test_commands_in_two_processes_give_what_one_gives(work: Path) -> None:
+    models = (str(work / "dense"), str(work / "pruned"))
+    scanning = ("--data", str(work / "questions.jsonl"), "--examples", "200")
+    settings = ("--data", str(work / "questions.jsonl"), "--selector", "mse", "--heads", "0.5", "--lr", "0.1")
+    said: list[int] = []
+    for name, launch in (("alone", ("lcc_lens",)), ("launched", (*LAUNCH, "-m", "lcc_lens"))):
+        run = str(work / f"{name}-commands")
+        for arguments in (("scan", *models, run, *scanning), ("restore", *models, run, *settings)):
+            with started(*launch, *arguments) as process:
+                output, errors = process.communicate()
+            assert process.returncode == 0, errors
+            said.append(output.count(run))
+    assert said[:2] == said[2:]  # one process says what came of it
+    assert min(said) > 0
+    alone, together = (work / f"{name}-commands" for name in ("alone", "launched"))
+    for file in ("scan.safetensors", "scan.json"):
+        assert (alone / file).read_bytes() == (together / file).read_bytes()
+    first, second = (Restoration.load(run) for run in (alone, together))
+    assert first.heads == second.heads
+    assert float(first.constants.abs().max()) > 0.01
+    assert torch.allclose(first.constants, second.constants, atol=1e-3 * float(first.constants.abs().max()))
+    for name, loss in first.record.losses.items():
+        assert second.record.losses[name] == pytest.approx(loss, rel=1e-4)
+    assert first.record.losses["restored"] < first.record.losses["pruned"] - 0.01
+
+
+@pytest.mark.slow
+def test_killed_worker_ends_a_scan_and_finished_shards_stay(work: Path) -> None:
+    with started(*LAUNCH, "-m", "launched", str(work), "scan-killed", "3", "scan") as process:
+        _, errors = process.communicate()
+    assert process.returncode == 1
+    assert "Signal 9" in errors or "exitcode  : -9" in errors
+    assert not (work / "scan-killed" / "scan.json").exists()
+    state = work / "scan-killed" / ".scan.unfinished"
+    assert len(list(state.glob("features_*.safetensors"))) >= 1
+    for name in ("scan-killed", "scan-whole"):  # alone
+        launched.scan_until(work, name, 0)
+    assert not state.exists()
+    for file in ("scan.safetensors", "scan.json"):
+        assert (work / "scan-killed" / file).read_bytes() == (work / "scan-whole" / file).read_bytes()
+
+
+@pytest.mark.slow
+def test_layers_divided_among_processes_give_the_same_scan(work: Path, pair: Pair) -> None:
+    with started(*LAUNCH, "-m", "launched", str(work), "sharded", "0", "sharded") as process:
+        _, errors = process.communicate()
+    assert process.returncode == 0, errors
+    expected = scan(pair, load_data(str(work / "questions.jsonl"), n=20), display=2)._tensors()
+    found = Scan.load(work / "sharded")._tensors()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+def test_one_process_divides_no_model(pair: Pair) -> None:
+    with pytest.raises(RequestError, match="wanted several processes to divide a model among, got one"):
+        shard_layers(pair.pruned)
 
 
 def test_one_process_asks_nobody(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from lcc_lens import passes
+from lcc_lens import passes, scan_work
 from lcc_lens.activations import SITES
 from lcc_lens.data import Data, load_data
 from lcc_lens.errors import InterruptedRun, LensError, RequestError
@@ -59,7 +59,7 @@ def done(monkeypatch: pytest.MonkeyPatch) -> Passes:
         return spied
 
     for name in ("dense_pass", "pruned_pass"):
-        monkeypatch.setattr(scan_module, name, spy(name))
+        monkeypatch.setattr(scan_work, name, spy(name))
     return seen
 
 

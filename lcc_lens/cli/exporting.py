@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from lcc_lens.cli.options import Common, Out, RunPath
+from lcc_lens.cli.options import Out, Placed, RunPath
 from lcc_lens.show import console, show_table
 
 
 @dataclass(frozen=True, kw_only=True)
-class Export(Common):
+class Export(Placed):
     """Fold a restoration into a plain Hugging Face directory and verify it."""
 
     run: RunPath

@@ -22,9 +22,9 @@ from lcc_lens.cli.pruning import Prune, Refit
 from lcc_lens.cli.recipes import Recipe
 from lcc_lens.cli.restoring import Restore
 from lcc_lens.cli.scanning import ScanPair
-from lcc_lens.config import bound_kernel_cache
-from lcc_lens.errors import LensError
-from lcc_lens.processes import is_first_process
+from lcc_lens.config import bound_kernel_cache, placed
+from lcc_lens.errors import LensError, RequestError
+from lcc_lens.processes import is_first_process, n_processes
 from lcc_lens.progress import shown
 
 Command = (
@@ -43,6 +43,9 @@ Command = (
     | Annotated[Demo, tyro.conf.subcommand("demo")]
 )
 
+#: What several processes do together.
+_DIVIDED = (ScanPair, Restore)
+
 
 def run(arguments: list[str] | None = None) -> int:
     """Parse and run one command; gives the exit code: 0 done, 1 failed, 2 cannot be served, 130 interrupted."""
@@ -57,7 +60,8 @@ def run(arguments: list[str] | None = None) -> int:
     _set_up_logging(quiet)
     bound_kernel_cache()
     try:
-        with nullcontext() if quiet else shown():
+        _refuse_several(command)
+        with placed(getattr(command, "device_map", None)), nullcontext() if quiet else shown():
             command.execute()
     except LensError as error:
         return _fail(str(error), error.exit_code)
@@ -69,6 +73,19 @@ def run(arguments: list[str] | None = None) -> int:
         first = (str(error).strip().splitlines() or [""])[0]
         return _fail(f"{type(error).__name__}: {first} (LCC_LENS_DEBUG=1 shows where)", 1)
     return 0
+
+
+def _refuse_several(command: Any) -> None:
+    """Refuse what several processes would each do, over each other's files.
+
+    Raises:
+        RequestError: says what may be launched.
+    """
+    if n_processes() > 1 and not isinstance(command, _DIVIDED):
+        name = type(command).__name__.lower()
+        raise RequestError(
+            f"wanted scan or restore in {n_processes()} processes, got {name}; run it without a launcher"
+        )
 
 
 def _fail(message: str, code: int) -> int:

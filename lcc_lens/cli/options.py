@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -18,6 +18,13 @@ PrunedModel = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="PRUNED
 class Common:
     quiet: bool = False
     """No progress bars and no notes; errors and results still show."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Placed(Common):
+    device_map: Literal["auto", "disk"] | None = None
+    """For models larger than a device: spread over all GPUs, memory and disk as it fits (auto), or with every decoder
+    layer on disk until its turn (disk)."""
 
 
 def load_role(name: str, n: int, role: Any, seed: int) -> Any:

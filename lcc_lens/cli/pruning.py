@@ -7,12 +7,12 @@ from typing import Annotated, Literal
 
 import tyro
 
-from lcc_lens.cli.options import Common, DenseModel, Out, PrunedModel
+from lcc_lens.cli.options import DenseModel, Out, Placed, PrunedModel
 from lcc_lens.show import pruning_rows, refit_rows, show_table
 
 
 @dataclass(frozen=True, kw_only=True)
-class Prune(Common):
+class Prune(Placed):
     """Remove weights and write a plain Hugging Face directory."""
 
     model: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODEL")]
@@ -56,7 +56,7 @@ class Prune(Common):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Refit(Common):
+class Refit(Placed):
     """Fit the surviving weights of a pruned model by least squares: no training, all zeros stay."""
 
     dense: DenseModel

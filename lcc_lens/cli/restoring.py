@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from lcc_lens.cli.options import Common, DenseModel, PrunedModel, RunPath, load_role
+from lcc_lens.cli.options import DenseModel, Placed, PrunedModel, RunPath, load_role
 from lcc_lens.errors import RequestError
-from lcc_lens.processes import first_process_first, is_first_process
+from lcc_lens.processes import is_first_process
 from lcc_lens.selectors import SelectorName
 from lcc_lens.show import show_losses, show_recovery
 from lcc_lens.tasks import RecoveryTask
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Restore(Common):
+class Restore(Placed):
     """Find a constant per head that makes up for what pruning took (scans first where RUN holds no scan)."""
 
     dense: DenseModel
@@ -98,6 +98,8 @@ class Restore(Common):
     """Compute once per example what no step changes: faster over several epochs, for memory and disk."""
     gradient_checkpointing: bool = False
     """Keep only what enters each layer and compute the rest again for gradients: less memory, a third more time."""
+    one_at_a_time: bool = False
+    """Hold one model in memory at a time (for methods that do not run both side by side)."""
     seed: int = 0
     """Of the draw and order of the training data."""
     resume: bool = False
@@ -117,6 +119,8 @@ class Restore(Common):
             )
         if self.method != "best":
             parse_method(self.method)
+        elif self.one_at_a_time:
+            raise RequestError("wanted both models in memory for best, got one at a time; leave out --one-at-a-time")
         measures = self._measures()
         data, validation = self._examples()
         if self.method == "best":
@@ -177,11 +181,10 @@ class Restore(Common):
         from lcc_lens.recipe import restore
 
         config = self._config()
-        pair = load_pair(self.dense, self.pruned)
+        pair = load_pair(self.dense, self.pruned, one_at_a_time=self.one_at_a_time)
         found = None
         if uses_components(self.method) or uses_heads(self.method):
-            with first_process_first():
-                found = self._scan(pair)
+            found = self._scan(pair)
         heads = [] if found is None else found.select(self.selector, share=self.heads, seed=self.seed)
         restoration = restore(
             pair, found, heads, data, method=self.method, config=config, validation=validation, rank=self.rank,

@@ -5,14 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from lcc_lens.cli.options import Common, DenseModel, PrunedModel, RunPath, load_role
+from lcc_lens.cli.options import DenseModel, Placed, PrunedModel, RunPath, load_role
 from lcc_lens.errors import RequestError
+from lcc_lens.processes import is_first_process
 from lcc_lens.selectors import SelectorName
 from lcc_lens.show import show_scan
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScanPair(Common):
+class ScanPair(Placed):
     """See what pruning took from every attention head."""
 
     dense: DenseModel
@@ -65,4 +66,5 @@ class ScanPair(Common):
             limit=self.examples, probe_rank=self.probe_rank, probe_solver=self.probe_solver,
             probe_folds=self.probe_folds, selector_examples=self.selector_examples, seed=self.seed, run=self.run,
         )  # fmt: skip
-        show_scan(found, self.run)
+        if is_first_process():
+            show_scan(found, self.run)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from lcc_lens.heads import Head, check_heads
 from lcc_lens.hooks import HookedModel, NamedHook
 from lcc_lens.injections.base import Injection
 from lcc_lens.injections.changes import Change, Gain, LowRank, Shift
+from lcc_lens.offloading import require_in_memory
 from lcc_lens.plain_modules import plain_modules, weight_shape
 from lcc_lens.pruning.layers import is_linear
 from lcc_lens.reading_maps import mlp_width, reading_maps
@@ -119,7 +121,12 @@ def mlp_gains(model: HookedModel) -> WeightInjection:
 
 
 def layer_maps(model: HookedModel) -> dict[str, nn.Module]:
-    """The linear maps of the decoder layers by plain name."""
+    """The linear maps of the decoder layers by plain name.
+
+    Raises:
+        RequestError: they lie on disk.
+    """
+    require_in_memory(cast("Any", model).original_model, "methods that change weights")
     return {n: m for n, m in plain_modules(model).items() if is_linear(m) and IN_LAYER.search(n)}
 
 

@@ -11,7 +11,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from lcc_lens.config import default_device_map
 from lcc_lens.errors import LensError, RequestError
+from lcc_lens.memory import trim_heap
+from lcc_lens.offloading import bring_in, entry_device, placement
 from lcc_lens.progress import without_loading_bars
 from lcc_lens.pruning.layers import decoder_layers, read_config
 from lcc_lens.pruning.matrices import Matrix
@@ -46,9 +49,10 @@ class LayerStream:
     ) -> None:
         self._layers = layers
         self._index = 0
+        self._brought_in: int | None = None
         self._batch_size = batch_size
         self._calls: dict[int, list[LayerCall]] = {}
-        device = next(model.parameters()).device
+        device = entry_device(model)
         hidden = torch.empty(0)
         for start in range(0, len(tokens), batch_size):
             batch = tokens[start : start + batch_size].to(device)
@@ -77,7 +81,7 @@ class LayerStream:
         Raises:
             LensError: a weight of the layer is not finite in the compute format.
         """
-        layer = self._layers[self._index]
+        layer = self._layer()
         for path, parameter in layer.named_parameters():
             if not bool(torch.isfinite(parameter).all()):
                 raise LensError(
@@ -110,7 +114,7 @@ class LayerStream:
 
     def adds_up(self, outputs: Sequence[Matrix]) -> bool:
         """Whether the current layer gives its input plus what these maps give, within rounding; one batch tells."""
-        layer, given = self._layers[self._index], []
+        layer, given = self._layer(), []
         modules = [layer.get_submodule(matrix.path) for matrix in outputs]
         handles = [module.register_forward_hook(lambda _, args, output: given.append(output)) for module in modules]
         try:
@@ -124,7 +128,7 @@ class LayerStream:
 
     def replace(self, matrix: Matrix, weight: Tensor) -> None:
         """Put a new weight, in the layout of the checkpoint, into the current layer."""
-        parameter = self._layers[self._index].get_submodule(matrix.path).get_parameter("weight")
+        parameter = self._layer().get_submodule(matrix.path).get_parameter("weight")
         # Taken over as it is where formats agree: the model and the result then share one copy.
         parameter.data = weight.to(device=parameter.device, dtype=parameter.dtype)
 
@@ -143,6 +147,9 @@ class LayerStream:
                         "check the checkpoint or compute in float32"
                     )
                 self._hidden[start : start + len(output)] = output
+        if self._brought_in == self._index:  # it came from disk and nobody asks for it again
+            self._layers[self._index].to("meta")
+            trim_heap()
         self._index += 1
 
     @classmethod
@@ -157,10 +164,13 @@ class LayerStream:
         """Load a model and bring the calibration data to its first layer."""
         from transformers import AutoModelForCausalLM
 
+        places = placement(model_dir, device, default_device_map())
         # No attention is named: transformers takes sdpa, or eager for architectures that sdpa cannot compute (Gemma 2).
         with without_loading_bars():
-            model: nn.Module = AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype, trust_remote_code=False)
-        model.to(device).eval().requires_grad_(False)
+            model: nn.Module = AutoModelForCausalLM.from_pretrained(
+                model_dir, dtype=dtype, trust_remote_code=False, **places
+            )
+        (model if places else model.to(device)).eval().requires_grad_(False)
         return cls(model, decoder_layers(model, read_config(model_dir))[1], tokens, batch_size)
 
     @torch.no_grad()
@@ -168,7 +178,14 @@ class LayerStream:
         """What the current layer gives for the batch that begins with this sequence."""
         # A copy, since a layer may add to its input in place and the buffer is read twice.
         batch = self._hidden[start : start + self._batch_size].clone()
-        return self._calls[len(batch)][self._index](self._layers[self._index], batch)
+        return self._calls[len(batch)][self._index](self._layer(), batch)
+
+    def _layer(self) -> nn.Module:
+        """The current layer, with its weights in memory."""
+        layer = self._layers[self._index]
+        if bring_in(layer):
+            self._brought_in = self._index
+        return layer
 
 
 class _AllSeen(Exception):

@@ -1,0 +1,140 @@
+"""Models larger than memory: decoder layers on disk, or divided among processes, until their turn.
+
+From disk, accelerate brings them in, module by module: a hook reads a module's weights from the checkpoint's own
+safetensors before its forward and lets them go after it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from lcc_lens.config import DeviceMap
+from lcc_lens.errors import RequestError
+from lcc_lens.hooks import HookedModel
+from lcc_lens.processes import n_processes, process_device
+
+
+def placement(path: Path, device: torch.device, device_map: DeviceMap | None) -> dict[str, Any]:
+    """What ``from_pretrained`` is told about where weights go; nothing if all go to one device.
+
+    Args:
+        path: a Hugging Face directory.
+        device: where to compute.
+        device_map: ``auto`` lets accelerate spread the model over all GPUs, memory and disk as it fits; ``disk`` leaves
+            every decoder layer on disk.
+    """
+    from lcc_lens.pruning.layers import decoder_layers, read_config, skeleton  # which load models themselves
+
+    if device_map is None:
+        return {}
+    if device_map == "auto":
+        return {"device_map": "auto"}
+    config = read_config(path)
+    model = skeleton(path, config)
+    layers, _ = decoder_layers(model, config)
+    return {"device_map": dict(_places(model, "", layers, str(device)))}
+
+
+def _places(module: nn.Module, name: str, layers: str, device: str) -> Iterator[tuple[str, str]]:
+    """Where each module goes: what holds the layers is divided, everything else stays whole."""
+    for child, part in module.named_children():
+        place = f"{name}.{child}".lstrip(".")
+        if place == layers:
+            yield from ((f"{place}.{i}", "disk") for i in range(len(cast("nn.ModuleList", part))))
+        elif layers.startswith(f"{place}."):
+            yield from _places(part, place, layers, device)
+        else:
+            yield place, device
+
+
+def entry_device(model: nn.Module) -> torch.device:
+    """The device that a model takes its tokens on: that of its first weights in memory."""
+    devices = (parameter.device for parameter in model.parameters() if not parameter.is_meta)
+    return next(devices, torch.device("cpu"))
+
+
+def each_parameter(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Every parameter by name, once; what lies on disk is read one by one."""
+    seen: set[int] = set()
+    for place, module in model.named_modules():
+        hook = _offloading_hook(module)
+        for name, parameter in module.named_parameters(recurse=False):
+            if id(parameter) not in seen:
+                seen.add(id(parameter))
+                value = hook.weights_map[name] if hook is not None and parameter.is_meta else parameter
+                yield f"{place}.{name}".lstrip("."), value
+
+
+def weight_in_memory(module: nn.Module) -> Tensor:
+    """A module's weight, read where it lies on disk."""
+    weight, hook = module.get_parameter("weight"), _offloading_hook(module)
+    value: Tensor = hook.weights_map["weight"] if hook is not None and weight.is_meta else weight
+    return value
+
+
+def require_in_memory(model: nn.Module, purpose: str) -> None:
+    """Refuse what reads or changes weights outside a forward pass where layers lie on disk.
+
+    Raises:
+        RequestError: names the purpose.
+    """
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise RequestError(
+            f"wanted all weights in memory for {purpose}, got layers on disk; load the model without a device map"
+        )
+
+
+def bring_in(layer: nn.Module) -> bool:
+    """Put a layer's weights into memory for good; tells whether any lay on disk."""
+    from accelerate.hooks import remove_hook_from_module
+    from accelerate.utils import set_module_tensor_to_device
+
+    found = [(module, hook) for module in layer.modules() if (hook := _offloading_hook(module)) is not None]
+    for module, hook in found:
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if parameter.is_meta:
+                set_module_tensor_to_device(module, name, hook.execution_device, value=hook.weights_map[name])
+    if found:
+        remove_hook_from_module(layer, recurse=True)
+    return bool(found)
+
+
+def shard_layers(model: HookedModel) -> None:
+    """Divide the weights of every decoder layer among the processes that were launched together (FSDP2).
+
+    A layer's weights are whole in every process while it computes, and a share of them otherwise. So all processes must
+    run the same passes: call :func:`lcc_lens.scan.scan` without a run directory in each of them, and save what one got.
+
+    Args:
+        model: a hooked model, loaded on the CPU; it ends up on the device of this process.
+
+    Raises:
+        RequestError: one process alone, or layers on disk.
+
+    Reference:
+        Zhao et al. 2023, PyTorch FSDP (arXiv 2304.11277).
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    if n_processes() == 1:
+        raise RequestError("wanted several processes to divide a model among, got one; start them by accelerate launch")
+    bridge = cast("Any", model)
+    require_in_memory(bridge.original_model, "dividing a model among processes")
+    device = process_device()
+    mesh = init_device_mesh(device.type, (n_processes(),))
+    for block in bridge.blocks:
+        fully_shard(block.original_component, mesh=mesh)
+    bridge.original_model.to(device)
+
+
+def _offloading_hook(module: nn.Module) -> Any:
+    """Accelerate's hook that brings in a module's own weights; None if they are in memory."""
+    hook = getattr(module, "_hf_hook", None)
+    hooks = getattr(hook, "hooks", (hook,))
+    return next((one for one in hooks if getattr(one, "offload", False)), None)
