@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, cast, get_args
 
 from lcc_lens.errors import RequestError
 from lcc_lens.processes import n_processes, process_device
@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     import torch
 
 DTYPES = ("float32", "bfloat16", "float16")
+#: TransformerLens' kinds of hooked models: hooks on transformers' own model, or its own copy of the model.
+HookKind = Literal["bridge", "hooked-transformer"]
 
 
 def package_version() -> str:
@@ -76,6 +78,21 @@ def compute_dtype(device: torch.device) -> torch.dtype:
         dtype: torch.dtype = getattr(torch, named)
         return dtype
     return torch.bfloat16 if _is_bf16_fast(device) else torch.float32
+
+
+def hook_kind() -> HookKind:
+    """Which kind of hooked model is made of a checkpoint: ``LCC_LENS_HOOKS``, else ``bridge``.
+
+    ``hooked-transformer`` needs TransformerLens 3.
+
+    Raises:
+        RequestError: another word.
+    """
+    named = os.environ.get("LCC_LENS_HOOKS") or "bridge"
+    for kind in get_args(HookKind):
+        if named == kind:
+            return cast("HookKind", kind)
+    raise RequestError(f"wanted LCC_LENS_HOOKS to be one of {', '.join(get_args(HookKind))}, got {named!r}")
 
 
 def _is_bf16_fast(device: torch.device) -> bool:

@@ -11,8 +11,11 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
+from lcc_lens.config import HookKind, hook_kind
+from lcc_lens.copied_maps import copied_maps, remember_copied_maps
 from lcc_lens.errors import LensError, RequestError
 from lcc_lens.files import read_json, weight_files, weights_sha256
+from lcc_lens.hooked_transformer import check_weights, checkpoint_of, is_hooked_transformer, make_hooked_transformer
 from lcc_lens.hooks import HookedModel, z_adders, z_name
 from lcc_lens.in_memory import stored_model
 from lcc_lens.plain_models import load_plain as load_plain
@@ -82,25 +85,32 @@ def load_hooked(
     tokenizer: PreTrainedTokenizerBase | None = None,
     device: torch.device | None = None,
     dtype: torch.dtype | None = None,
+    hooks: HookKind | None = None,
 ) -> LoadedModel:
     """Load a model under TransformerLens' hooks and check that it is what it claims to be.
 
     A model of transformers that is in memory is stored in the cache first (see
-    :func:`lcc_lens.in_memory.stored_model`): artefacts name weights on disk, and hooks would rename its keys.
+    :func:`lcc_lens.in_memory.stored_model`): artefacts name weights on disk, and hooks would rename its keys. A
+    HookedTransformer (TransformerLens 3) that is in memory is taken as it is, if it has its checkpoint's weights
+    unprocessed (see :mod:`lcc_lens.hooked_transformer`).
 
     Checked at once: the hooked logits equal plain transformers', ``hook_z`` has the promised shape, and a change at
     ``hook_z`` changes the logits.
 
     Args:
-        reference: see :func:`resolve`, or a model of transformers.
+        reference: see :func:`resolve`, or a model of transformers, or a HookedTransformer.
         tokenizer: of a model in memory; a directory has its own.
         device: see :func:`lcc_lens.config.default_device`.
         dtype: see :func:`lcc_lens.config.compute_dtype`.
+        hooks: see :func:`lcc_lens.config.hook_kind`.
 
     Raises:
         RequestError: the reference cannot be served, or TransformerLens does not take the architecture.
         LensError: one of the checks fails.
     """
+    given: Any = reference if is_hooked_transformer(reference) else None
+    if given is not None:
+        reference, device, dtype = checkpoint_of(given), device_of(given), given.cfg.dtype
     reference = as_reference(reference, tokenizer)
     path = resolve(reference)
     _refuse_quantised(path)
@@ -111,10 +121,15 @@ def load_hooked(
     with torch.inference_mode():
         expected = plain(tokens).logits.float()
     names = {id(module): name for name, module in plain.named_modules()}
-    model = _bridge(plain, tokenizer, path)
-    remember_plain_names(model, names)
+    if given is None and (hooks or hook_kind()) == "bridge":
+        model = _bridge(plain, tokenizer, path)
+        remember_plain_names(model, names)
+    else:
+        is_given = given is not None
+        model = check_weights(given, plain, path) if is_given else make_hooked_transformer(plain, tokenizer, path)
+        remember_copied_maps(model, plain)
     _check_hooked(model, tokens, expected, str(reference))
-    modules = [block.attn.o.original_component for block in model.blocks]
+    modules = _output_projections(model, plain)
     identity = _IDENTITIES[model] = identify(reference, path)
     return LoadedModel(
         cast("HookedModel", model),
@@ -175,6 +190,13 @@ def _bridge(plain: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: Pa
         raise RequestError(
             f"wanted an architecture that TransformerLens takes, got {kind} ({_first_line(error)})"
         ) from error
+
+
+def _output_projections(model: Any, plain: PreTrainedModel) -> list[torch.nn.Module]:
+    """The plain model's output projections by layer."""
+    if is_hooked_transformer(model):
+        return [plain.get_submodule(name) for name in copied_maps(model, "z")]
+    return [block.attn.o.original_component for block in model.blocks]
 
 
 def _check_hooked(model: Any, tokens: Tensor, expected: Tensor, reference: str) -> None:

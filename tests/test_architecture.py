@@ -56,6 +56,8 @@ LAYERS: list[tuple[str, ...]] = [
         "models",
         "references",
         "in_memory",
+        "hooked_transformer",
+        "copied_maps",
         "pair",
         "readout",
         "head_writer",
