@@ -34,11 +34,13 @@ _BIASES: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
     (ATTENTION_OUTPUTS, ("attn.b_O",)),
     (MLP_OUTPUTS, ("mlp.b_out",)),
 )
+#: By first word, who owns the models that TransformerLens names without an owner.
+_OWNERS = {"gpt2": "openai-community", "distilgpt2": "distilbert"}
 #: HookedTransformer adds its one bias after the gate, where these act before it.
 _GATED = ("mlp.gate_proj", "mlp.up_proj")
 #: How TransformerLens' loading ends where it does not know a family or takes it for another one.
 _NOT_BUILT = (AssertionError, AttributeError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError)
-_HOW = "load it by HookedTransformer.from_pretrained_no_processing, or hand over the directory"
+_HOW = "load it by HookedTransformer.from_pretrained_no_processing, and name its directory in cfg.tokenizer_name"
 
 
 def is_hooked_transformer(model: Any) -> bool:
@@ -58,7 +60,8 @@ def checkpoint_of(model: Any) -> str:
         raise RequestError(f"wanted a HookedTransformer as its checkpoint is, got folded norms ({norm}); {_HOW}")
     if not name:
         raise RequestError("wanted a HookedTransformer of a checkpoint, got one that names none; hand over a directory")
-    return str(name)
+    owner = _OWNERS.get(str(name).partition("-")[0])
+    return str(name) if owner is None or Path(name).exists() else f"{owner}/{name}"
 
 
 def make_hooked_transformer(plain: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: Path) -> Any:
