@@ -15,16 +15,21 @@ ARGS ?=
 BROWSER := $(shell command -v chromium || command -v chromium-browser || command -v google-chrome)
 SUDO := $(shell test "$$(id -u)" = 0 || echo sudo)
 
+# The same packages with the last TransformerLens that has HookedTransformer in front of them.
+VENV_TL3 := .venv-tl3
+BIN_TL3 := $(VENV_TL3)/bin
+
 INSTALLED := $(VENV)/.installed
+INSTALLED_TL3 := $(VENV_TL3)/.installed
 INSTALLED_NOTEBOOK := $(VENV)/.installed-notebook
 INSTALLED_DOCS := $(VENV)/.installed-docs
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test browser slow check fix figures tour families docs notebooks bench clean chromium
+.PHONY: help setup demo test test-tl3 browser slow check fix figures tour families docs notebooks bench clean chromium
 
 help:  ## Show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 $(INSTALLED): pyproject.toml constraints.txt Makefile
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "wanted Python 3.10 or newer, got %d.%d; name one with PYTHON=..." % sys.version_info[:2])'
@@ -45,6 +50,16 @@ $(INSTALLED_DOCS): $(INSTALLED)
 	@$(PIP_INSTALL) --constraint constraints.txt --editable '.[docs]'
 	@touch $@
 
+$(INSTALLED_TL3): $(INSTALLED) constraints-tl3.txt
+	@echo "Installing TransformerLens 3 into $(VENV_TL3), on top of $(VENV)"
+	@$(BIN)/python -m venv --clear $(VENV_TL3)
+	@beneath=$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') && \
+		echo "import site; site.addsitedir('$$beneath')" \
+		> $$($(BIN_TL3)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/beneath.pth
+	@$(BIN_TL3)/python -m pip --quiet --disable-pip-version-check install --no-compile --no-deps \
+		--requirement constraints-tl3.txt
+	@touch $@
+
 setup: $(INSTALLED)  ## Install everything into .venv
 
 demo: $(INSTALLED)  ## Prune and restore the embedded model, offline
@@ -52,6 +67,9 @@ demo: $(INSTALLED)  ## Prune and restore the embedded model, offline
 
 test: $(INSTALLED)  ## Run the tests, without the slow ones
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(ARGS)
+
+test-tl3: $(INSTALLED_TL3)  ## Run the tests of HookedTransformer, on TransformerLens 3
+	HF_HUB_OFFLINE=1 $(BIN_TL3)/python -m pytest tests/test_hooked_transformer.py tests/test_models.py $(ARGS)
 
 browser: $(INSTALLED) | $(if $(BROWSER),,chromium)  ## Run the tests in a real browser (pictures in build/screenshots)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m browser -n 0 $(ARGS)
@@ -94,5 +112,5 @@ bench: $(INSTALLED)  ## Time the hot paths
 	$(BIN)/python benchmarks/run.py
 
 clean:  ## Remove .venv, caches and build results (runs and outputs stay)
-	rm -rf $(VENV) build dist .pytest_cache .hypothesis .mypy_cache .ruff_cache *.egg-info
+	rm -rf $(VENV) $(VENV_TL3) build dist .pytest_cache .hypothesis .mypy_cache .ruff_cache *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 #: Where a model's weights go that do not all go to one device; see :func:`lcc_lens.offloading.placement`.
 DeviceMap = Literal["auto", "disk"]
 DTYPES = ("float32", "bfloat16", "float16")
+#: TransformerLens' kinds of hooked models: hooks on transformers' own model, or its own copy of the model.
+HookKind = Literal["bridge", "hooked-transformer"]
 
 
 def package_version() -> str:
@@ -103,6 +105,21 @@ def compute_dtype(device: torch.device) -> torch.dtype:
         dtype: torch.dtype = getattr(torch, named)
         return dtype
     return torch.bfloat16 if _is_bf16_fast(device) else torch.float32
+
+
+def hook_kind() -> HookKind:
+    """Which kind of hooked model is made of a checkpoint: ``LCC_LENS_HOOKS``, else ``bridge``.
+
+    ``hooked-transformer`` needs TransformerLens 3.
+
+    Raises:
+        RequestError: another word.
+    """
+    named = os.environ.get("LCC_LENS_HOOKS") or "bridge"
+    for kind in get_args(HookKind):
+        if named == kind:
+            return cast("HookKind", kind)
+    raise RequestError(f"wanted LCC_LENS_HOOKS to be one of {', '.join(get_args(HookKind))}, got {named!r}")
 
 
 def _is_bf16_fast(device: torch.device) -> bool:

@@ -7,13 +7,15 @@ from typing import Any, cast
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
+from lcc_lens.copied_maps import HeldWeight, copied_maps, copied_weights
 from lcc_lens.heads import Head, check_heads
+from lcc_lens.hooked_transformer import is_hooked_transformer
 from lcc_lens.hooks import HookedModel, resid_name, z_adders, z_name
 from lcc_lens.models import device_of
 from lcc_lens.norm import Norm
-from lcc_lens.offloading import require_in_memory, weight_in_memory
+from lcc_lens.offloading import require_in_memory
 from lcc_lens.pruning.layers import is_transposed
 from lcc_lens.wiring import is_close, probe_tokens, run_keeping, unknown_way
 
@@ -27,10 +29,11 @@ class HeadWriter:
     it at one (the final norm takes out most of it anyway) and :meth:`scale` reads it off.
     """
 
-    projections: tuple[nn.Module, ...]
+    projections: tuple[HeldWeight, ...]
     norms: tuple[Norm, ...] | None
     multiplier: float
     n_heads: int
+    output_point: str = "attn.o.hook_out"
 
     @classmethod
     def of(cls, model: HookedModel) -> HeadWriter:
@@ -40,8 +43,15 @@ class HeadWriter:
             LensError: a change of a head's output reaches the residual stream in another way.
         """
         bridge, d_model, device = cast("Any", model), int(model.cfg.d_model), device_of(model)
+        if is_hooked_transformer(model):
+            held = copied_weights(model)
+            copies = tuple(held[name] for name in copied_maps(model, "z"))
+            copied = cls(copies, None, 1.0, int(model.cfg.n_heads), "hook_attn_out")
+            copied._check(model)
+            return copied
         try:
-            projections = tuple(block.attn.o.original_component for block in bridge.blocks)
+            modules = tuple(block.attn.o.original_component for block in bridge.blocks)
+            projections = tuple(HeldWeight(module, "weight", is_transposed(module)) for module in modules)
             # getattr() of a bridge falls through to transformers' module, which may call another norm by this name
             posts = [block._modules.get("ln1_post") for block in bridge.blocks]
         except AttributeError as error:
@@ -58,9 +68,8 @@ class HeadWriter:
     def W_O(self, head: Head) -> Float[Tensor, "d_head d_model"]:
         """One head's rows of the output projection, as the weights hold them."""
         (head,) = check_heads([head], len(self.projections), self.n_heads)
-        module = self.projections[head.layer]
-        weight = weight_in_memory(module).detach()
-        rows = weight if is_transposed(module) else weight.T
+        held = self.projections[head.layer]
+        rows = held.matrix(held.value.detach()).T
         return rows.reshape(self.n_heads, -1, rows.shape[1])[head.head]
 
     def output(self, head: Head, z: Float[Tensor, "*sample d_head"]) -> Float[Tensor, "*sample d_model"]:
@@ -71,7 +80,7 @@ class HeadWriter:
 
     def hook_name(self, layer: int) -> str:
         """The hook point of a layer's attention output before any norm."""
-        return f"blocks.{layer}.attn.o.hook_out"
+        return f"blocks.{layer}.{self.output_point}"
 
     def scale(self, layer: int, attn_out: Float[Tensor, "*sample d_model"]) -> Float[Tensor, "*sample 1"]:
         """The scale by which a layer's attention output is divided; one where no norm follows it."""
@@ -79,7 +88,7 @@ class HeadWriter:
 
     def _check(self, model: HookedModel) -> None:
         """Move the head outputs of the first layer that writes anything, and follow the change."""
-        writes = [bool(weight_in_memory(module).any()) for module in self.projections]
+        writes = [bool(held.value.any()) for held in self.projections]
         if not any(writes):
             return
         layer = writes.index(True)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 from lcc_lens.data import TokenSequence
 from lcc_lens.hooks import HookedModel
 from lcc_lens.injections import Injection
 from lcc_lens.objectives import Objective
 from lcc_lens.pair import Pair
+from lcc_lens.plain_modules import plain_carrier
 from lcc_lens.reuse import CachedTeacher
 from lcc_lens.running import fused_attention
 from lcc_lens.training import validation_loss, validation_terms
@@ -75,7 +76,7 @@ class Measures:
 
         found: dict[str, dict[str, Any]] = {}
         with (injection or Injection()).applied_to(model), fused_attention(model):
-            plain = cast("Any", model).original_model  # its modules carry the hooks
+            plain = plain_carrier(model)
             for task in tasks:
                 found[task] = evaluate_task(plain, pair.tokenizer, task, limit=self.limit, with_items=True)
         return found

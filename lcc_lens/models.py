@@ -11,9 +11,11 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from lcc_lens.config import DeviceMap, default_device, default_device_map
+from lcc_lens.config import DeviceMap, HookKind, default_device, default_device_map, hook_kind
+from lcc_lens.copied_maps import copied_maps, remember_copied_maps
 from lcc_lens.errors import LensError, RequestError
 from lcc_lens.files import read_json, weight_files, weights_sha256
+from lcc_lens.hooked_transformer import check_weights, checkpoint_of, is_hooked_transformer, make_hooked_transformer
 from lcc_lens.hooks import HookedModel, z_adders, z_name
 from lcc_lens.in_memory import stored_model
 from lcc_lens.offloading import entry_device, weight_in_memory
@@ -85,30 +87,38 @@ def load_hooked(
     device: torch.device | None = None,
     dtype: torch.dtype | None = None,
     device_map: DeviceMap | None = None,
+    hooks: HookKind | None = None,
 ) -> LoadedModel:
     """Load a model under TransformerLens' hooks and check that it is what it claims to be.
 
     A model of transformers that is in memory is stored in the cache first (see
-    :func:`lcc_lens.in_memory.stored_model`): artefacts name weights on disk, and hooks would rename its keys.
+    :func:`lcc_lens.in_memory.stored_model`): artefacts name weights on disk, and hooks would rename its keys. A
+    HookedTransformer (TransformerLens 3) that is in memory is taken as it is, if it has its checkpoint's weights
+    unprocessed (see :mod:`lcc_lens.hooked_transformer`).
 
     Checked at once: the hooked logits equal plain transformers', ``hook_z`` has the promised shape, and a change at
     ``hook_z`` changes the logits.
 
     Args:
-        reference: see :func:`resolve`, or a model of transformers.
+        reference: see :func:`resolve`, or a model of transformers, or a HookedTransformer.
         tokenizer: of a model in memory; a directory has its own.
         device: see :func:`lcc_lens.config.default_device`.
         dtype: see :func:`lcc_lens.config.compute_dtype`.
         device_map: for models larger than memory, see :func:`lcc_lens.offloading.placement`.
+        hooks: see :func:`lcc_lens.config.hook_kind`.
 
     Raises:
         RequestError: the reference cannot be served, or TransformerLens does not take the architecture.
         LensError: one of the checks fails.
     """
+    given: Any = reference if is_hooked_transformer(reference) else None
+    if given is not None:
+        reference, device, dtype = checkpoint_of(given), device_of(given), given.cfg.dtype
     reference = as_reference(reference, tokenizer)
     path = resolve(reference)
     _refuse_quantised(path)
-    _refuse_disk(device or default_device(), device_map or default_device_map())
+    is_bridge = given is None and (hooks or hook_kind()) == "bridge"
+    _refuse_map(device or default_device(), device_map or default_device_map(), is_bridge=is_bridge)
     plain = load_plain(path, device=device, dtype=dtype, attention="eager", device_map=device_map)
     tokenizer = load_tokenizer(path)
     _refuse_other_words(tokenizer, plain.get_input_embeddings().num_embeddings, path)
@@ -116,10 +126,15 @@ def load_hooked(
     with torch.inference_mode():
         expected = plain(tokens).logits.float()
     names = {id(module): name for name, module in plain.named_modules()}
-    model = _bridge(plain, tokenizer, path)
-    remember_plain_names(model, names)
+    if is_bridge:
+        model = _bridge(plain, tokenizer, path)
+        remember_plain_names(model, names)
+    else:
+        is_given = given is not None
+        model = check_weights(given, plain, path) if is_given else make_hooked_transformer(plain, tokenizer, path)
+        remember_copied_maps(model, plain)
     _check_hooked(model, tokens, expected, str(reference))
-    modules = [block.attn.o.original_component for block in model.blocks]
+    modules = _output_projections(model, plain)
     identity = _IDENTITIES[model] = identify(reference, path)
     return LoadedModel(
         cast("HookedModel", model),
@@ -182,6 +197,13 @@ def _bridge(plain: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: Pa
         ) from error
 
 
+def _output_projections(model: Any, plain: PreTrainedModel) -> list[torch.nn.Module]:
+    """The plain model's output projections by layer."""
+    if is_hooked_transformer(model):
+        return [plain.get_submodule(name) for name in copied_maps(model, "z")]
+    return [block.attn.o.original_component for block in model.blocks]
+
+
 def _check_hooked(model: Any, tokens: Tensor, expected: Tensor, reference: str) -> None:
     cfg = model.cfg
     shapes: list[tuple[int, ...]] = []
@@ -220,8 +242,13 @@ def _probe_tokens(d_vocab: int, device: torch.device) -> Tensor:
     return (torch.arange(1, 17, device=device) * 7919 % d_vocab)[None]
 
 
-def _refuse_disk(device: torch.device, device_map: DeviceMap | None) -> None:
-    """TransformerLens takes models with layers on disk on the CPU alone."""
+def _refuse_map(device: torch.device, device_map: DeviceMap | None, *, is_bridge: bool) -> None:
+    """TransformerLens takes models with layers on disk on the CPU alone, and HookedTransformer copies all weights."""
+    if device_map is not None and not is_bridge:
+        raise RequestError(
+            f"wanted TransformerBridge for the device map {device_map}, got HookedTransformer; set "
+            "LCC_LENS_HOOKS=bridge"
+        )
     if device_map == "disk" and device.type != "cpu":
         raise RequestError(
             f"wanted the CPU for a model with its layers on disk, got {device}; set LCC_LENS_DEVICE=cpu, or spread the "

@@ -12,9 +12,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lcc_lens.activations import Site, site_widths
-from lcc_lens.config import DeviceMap
+from lcc_lens.config import DeviceMap, HookKind
 from lcc_lens.errors import RequestError
 from lcc_lens.headmap import HEAD_MAP, HeadMap, read_head_map
+from lcc_lens.hooked_transformer import is_hooked_transformer
 from lcc_lens.hooks import HookedModel
 from lcc_lens.memory import release_memory
 from lcc_lens.models import LoadedModel, ModelIdentity, as_reference, load_hooked, resolve
@@ -119,27 +120,30 @@ def load_pair(
     dtype: torch.dtype | None = None,
     one_at_a_time: bool = False,
     device_map: DeviceMap | None = None,
+    hooks: HookKind | None = None,
 ) -> Pair:
     """Load a dense and a pruned model, hooked and checked against each other.
 
     Args:
-        dense: reference of the dense model (see :func:`resolve`), or a model of transformers in memory (see
-            :func:`load_hooked`).
+        dense: reference of the dense model (see :func:`resolve`), or a model of transformers or a HookedTransformer in
+            memory (see :func:`load_hooked`).
         pruned: the pruned model, likewise.
         tokenizer: of models in memory.
         device: where to compute.
         dtype: compute format of both models.
         one_at_a_time: never hold both in memory; a scan then runs the dense model over everything first.
         device_map: for models larger than memory, see :func:`lcc_lens.offloading.placement`.
+        hooks: see :func:`lcc_lens.config.hook_kind`.
 
     Raises:
         RequestError: the tokenizers or shapes differ.
     """
-    dense, pruned = as_reference(dense, tokenizer), as_reference(pruned, tokenizer)
-    resolve(pruned)  # a wrong second path should not wait for the first model to load
+    dense, pruned = (m if is_hooked_transformer(m) else as_reference(m, tokenizer) for m in (dense, pruned))
+    if isinstance(pruned, str | Path):
+        resolve(pruned)  # a wrong second path should not wait for the first model to load
 
-    def load(reference: str | Path) -> LoadedModel:
-        return load_hooked(reference, device=device, dtype=dtype, device_map=device_map)
+    def load(reference: str | Path | torch.nn.Module) -> LoadedModel:
+        return load_hooked(reference, device=device, dtype=dtype, device_map=device_map, hooks=hooks)
 
     first = load(dense)
     described = _Description.of(first)

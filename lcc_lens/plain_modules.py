@@ -1,4 +1,8 @@
-"""The plain modules under a hooked model, by the checkpoint's names, and weights changed for a while."""
+"""The plain modules under a hooked model, by the checkpoint's names, and weights changed for a while.
+
+TransformerBridge computes with transformers' own modules. HookedTransformer computes with copies, of which the maps
+that read a site (output and down projections) are known by the checkpoint's names here, and no others.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +11,12 @@ from contextlib import contextmanager
 from typing import Any, cast
 from weakref import WeakKeyDictionary
 
+from jaxtyping import Float
 from torch import Tensor, nn
 
+from lcc_lens.copied_maps import HeldWeight, copied_weights
 from lcc_lens.errors import RequestError
+from lcc_lens.hooked_transformer import is_hooked_transformer
 from lcc_lens.hooks import HookedModel
 from lcc_lens.offloading import require_in_memory
 from lcc_lens.pruning.layers import is_transposed
@@ -33,12 +40,55 @@ def plain_modules(model: HookedModel) -> dict[str, nn.Module]:
     """Every module of the plain model by its plain name, such as ``model.layers.0.mlp.down_proj``.
 
     Raises:
-        RequestError: the model was not loaded here.
+        RequestError: the model was not loaded here, or computes with copies of them.
     """
+    if is_hooked_transformer(model):
+        raise RequestError(
+            "wanted a hooked model that computes with the checkpoint's own modules, got a HookedTransformer, whose "
+            "weights are copies; use constants and gains (lcc, offset, mean-shift, gain), or LCC_LENS_HOOKS=bridge"
+        )
     if model not in _PATHS:
         raise RequestError("wanted a model from load_pair or load_hooked, got one that was hooked elsewhere")
     original = cast("Any", model).original_model
     return {name: original.get_submodule(path) for name, path in _PATHS[model].items()}
+
+
+def plain_carrier(model: HookedModel) -> Any:
+    """The model of transformers whose modules carry the hooks: what it generates or scores is the hooked model's.
+
+    Raises:
+        RequestError: a HookedTransformer has none.
+    """
+    if is_hooked_transformer(model):
+        raise RequestError(
+            "wanted a hooked model that transformers can generate and score tasks with, got a HookedTransformer; use "
+            "LCC_LENS_HOOKS=bridge, or export the restoration and evaluate that"
+        )
+    return cast("Any", model).original_model
+
+
+def held_weights(model: HookedModel) -> dict[str, HeldWeight]:
+    """Where a hooked model's forward pass reads the weights that may be changed, by the checkpoint's module names.
+
+    All modules with a weight of a TransformerBridge; of a HookedTransformer output and down projections alone.
+
+    Raises:
+        RequestError: the model was not loaded here.
+    """
+    if is_hooked_transformer(model):
+        return copied_weights(model)
+    modules = plain_modules(model).items()
+    return {n: HeldWeight(m, "weight", is_transposed(m)) for n, m in modules if _has_weight(m)}
+
+
+def _has_weight(module: nn.Module) -> bool:
+    return isinstance(module._parameters.get("weight"), nn.Parameter)
+
+
+def map_weight(model: HookedModel, name: str) -> Float[Tensor, "out in"]:
+    """The weight of a linear map by its plain name."""
+    held = held_weights(model)[name]
+    return held.matrix(held.value.detach())
 
 
 def weight_shape(module: nn.Module) -> tuple[int, ...]:
@@ -60,31 +110,35 @@ def changed_weights(model: HookedModel, changes: Mapping[str, Callable[[Tensor],
             are ``[out, in]`` whatever the module's layout.
 
     Raises:
-        RequestError: no module of such a name.
+        RequestError: no module of such a name, or none whose weight can be changed.
     """
-    modules = plain_modules(model)
-    missing = [name for name in changes if name not in modules]
+    weights = held_weights(model)
+    missing = [name for name in changes if name not in weights]
     if missing:
         raise RequestError(f"wanted a model with the module {missing[0]}, got one without; wrong model")
-    if changes:
+    if changes and not is_hooked_transformer(model):
         require_in_memory(cast("Any", model).original_model, "changes of weights")
-    held = {name: modules[name]._parameters["weight"] for name in changes}
+    held = {name: (weights[name], weights[name].weight) for name in changes}
 
     def refresh(*_: Any) -> None:
         for name, change in changes.items():
-            weight = held[name]
-            assert weight is not None
-            is_turned = is_transposed(modules[name])
-            modules[name].__dict__["weight"] = change(weight.T).T if is_turned else change(weight)
+            place, old = held[name]
+            place.owner.__dict__[place.attribute] = place.layout(change(place.matrix(old)), old)
 
-    handle = cast("Any", model).original_model.register_forward_pre_hook(refresh)
-    for name in changes:
-        del modules[name]._parameters["weight"]
-        modules[name].__dict__["weight"] = held[name]  # until the first forward pass
+    handle = _first_module(model).register_forward_pre_hook(refresh)
+    for place, old in held.values():
+        del place.owner._parameters[place.attribute]
+        place.owner.__dict__[place.attribute] = old  # until the first forward pass
     try:
         yield model
     finally:
         handle.remove()
-        for name, weight in held.items():
-            modules[name].__dict__.pop("weight", None)
-            modules[name]._parameters["weight"] = weight
+        for place, old in held.values():
+            place.owner.__dict__.pop(place.attribute, None)
+            place.owner._parameters[place.attribute] = cast("nn.Parameter", old)
+
+
+def _first_module(model: Any) -> nn.Module:
+    """What every forward pass calls first; HookedTransformer's hooked runs pass over its own ``__call__``."""
+    first: nn.Module = model.embed if is_hooked_transformer(model) else model.original_model
+    return first

@@ -9,11 +9,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from lcc_lens.copied_maps import copied_maps
 from lcc_lens.errors import RequestError
+from lcc_lens.hooked_transformer import is_hooked_transformer
 from lcc_lens.hooks import HookedModel, NamedHook, adders, mlp_name, readers, z_name
-from lcc_lens.offloading import weight_in_memory
 from lcc_lens.plain_modules import plain_modules, weight_shape
-from lcc_lens.pruning.layers import is_transposed
 
 #: Sites whose activation nothing but one linear map reads: head outputs, and the MLP's post-activation (one part per
 #: layer, written as its head 0).
@@ -34,6 +34,11 @@ def reading_maps(model: HookedModel, site: ConstantSite) -> tuple[str, ...]:
     Raises:
         RequestError: a layer has none (mixtures of experts), or the model was not loaded here.
     """
+    if is_hooked_transformer(model):
+        copied = copied_maps(model, site)
+        if not copied:
+            raise RequestError(f"wanted {_WORDS[site]} in every layer, got none that is known; leave it out")
+        return copied
     names = {id(module): name for name, module in plain_modules(model).items()}
     found = [names.get(id(_map_of(block, site))) for block in cast("Any", model).blocks]
     missing = [layer for layer, name in enumerate(found) if name is None]
@@ -64,13 +69,6 @@ def map_output_name(site: ConstantSite) -> Callable[[int], str]:
     """Gives, by layer, the hook point of what a site's map puts out, ``[batch, pos, d_model]``."""
     inner, outer = _MAPS[site]
     return lambda layer: f"blocks.{layer}.{inner}.{outer}.hook_out"
-
-
-def map_weight(model: HookedModel, name: str) -> Float[Tensor, "out in"]:
-    """The weight of a linear map by its plain name."""
-    module = plain_modules(model)[name]
-    weight = weight_in_memory(module).detach()
-    return weight.T if is_transposed(module) else weight
 
 
 def _map_of(block: Any, site: ConstantSite) -> nn.Module | None:

@@ -8,8 +8,9 @@ from typing import Any, cast
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
+from lcc_lens.hooked_transformer import is_hooked_transformer, logit_transform, plain_norm
 from lcc_lens.hooks import HookedModel, resid_name
 from lcc_lens.models import device_of
 from lcc_lens.norm import Norm
@@ -17,6 +18,7 @@ from lcc_lens.wiring import is_close, probe_tokens, run_keeping, unknown_way
 
 #: Rows of the vocabulary that are multiplied at once: a large one in float32 need not fit beside the model.
 _VOCABULARY_BLOCK = 16_384
+_Transform = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,11 @@ class Readout:
         Raises:
             LensError: the logits computed from the last residual stream are not the model's own.
         """
-        bridge, d_model, device = cast("Any", model), int(model.cfg.d_model), device_of(model)
+        bridge, d_model = cast("Any", model), int(model.cfg.d_model)
+        if is_hooked_transformer(model):
+            norm, transform = plain_norm(bridge.ln_final, bridge.cfg.eps), logit_transform(model)
+            weight, bias = bridge.unembed.W_U.detach().T, bridge.unembed.b_U
+            return cls._checked(model, norm, weight, bias, transform)
         try:
             norm, unembed = bridge.ln_final.original_component, bridge.unembed.original_component
             transform = bridge.adapter.apply_output_logits_transform
@@ -52,11 +58,16 @@ class Readout:
                 raise unknown_way("to the logits", f"an unembedding of shape {tuple(unembed.weight.shape)}")
         except AttributeError as error:
             raise unknown_way("to the logits", str(error)) from error
-        weight = unembed.weight.detach()
-        bias = getattr(unembed, "bias", None)
+        return cls._checked(model, norm, unembed.weight.detach(), getattr(unembed, "bias", None), transform)
+
+    @classmethod
+    def _checked(
+        cls, model: HookedModel, norm: nn.Module, weight: Tensor, bias: Tensor | None, transform: _Transform
+    ) -> Readout:
         bias = weight.new_zeros(len(weight)) if bias is None else bias.detach()
         small = torch.tensor(1e-4, dtype=torch.float64)  # a soft cap is a straight line there
-        readout = cls(Norm.of(norm, d_model, device), weight, bias.float(), transform, float(transform(small) / small))
+        norm_parts = Norm.of(norm, int(model.cfg.d_model), device_of(model))
+        readout = cls(norm_parts, weight, bias.float(), transform, float(transform(small) / small))
         readout._check(model)
         return readout
 

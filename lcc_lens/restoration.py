@@ -25,7 +25,7 @@ from lcc_lens.injections.changes import Change, merged, read_change
 from lcc_lens.injections.constants import ConstantInjection, SiteConstants
 from lcc_lens.injections.footprint import Footprint
 from lcc_lens.models import identity_of
-from lcc_lens.plain_modules import changed_weights, plain_modules, weight_shape
+from lcc_lens.plain_modules import changed_weights, held_weights
 from lcc_lens.reading_maps import ConstantSite
 
 RESTORATION_TENSORS = "restoration.safetensors"
@@ -145,9 +145,9 @@ class Restoration:
 
     def _check_weights(self, model: HookedModel) -> None:
         """Refuse a model whose weights the changes do not fit."""
-        modules = plain_modules(model) if self.changes else {}
+        weights = held_weights(model) if self.changes else {}
         for name, change in self.changes:
-            shape = weight_shape(modules[name]) if name in modules else None
+            shape = weights[name].shape if name in weights else None
             if shape is None or not change.fits(shape):
                 got = "none" if shape is None else f"one of shape {shape}"
                 raise RequestError(f"wanted a model with the weight {name} that was restored, got {got}; wrong model")

@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from lcc_lens.hooked_transformer import is_hooked_transformer
 from lcc_lens.hooks import HookedModel, NamedHook, logits_at, z_name, z_readers
 from lcc_lens.offloading import entry_device
 from lcc_lens.recomputing import recomputed_layers
@@ -63,7 +64,7 @@ def forward(
     recompute = recompute and torch.is_grad_enabled()
     again = recomputed_layers(model, hooks, fused_attention) if recompute else nullcontext()
     with fused_attention(model) as is_fused, again:
-        if is_fused or recompute:
+        if (is_fused or recompute) and not is_hooked_transformer(model):  # which keeps no cache unless it is given one
             options.setdefault("use_cache", "past_key_values" in options)
         return model.run_with_hooks(tokens, fwd_hooks=hooks, **options)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from jaxtyping import Float, Int
@@ -14,6 +14,7 @@ from lcc_lens.hooks import HookedModel
 from lcc_lens.injections import Injection
 from lcc_lens.models import device_of
 from lcc_lens.pair import Pair
+from lcc_lens.plain_modules import plain_carrier
 from lcc_lens.running import forward, fused_attention
 
 if TYPE_CHECKING:
@@ -85,7 +86,7 @@ def generate(
     tokens = _tokens(pair, prompt)
 
     def go_on(model: HookedModel) -> str:
-        plain, ids = cast("Any", model).original_model, tokens.to(device_of(model))  # its modules carry the hooks
+        plain, ids = plain_carrier(model), tokens.to(device_of(model))
         with fused_attention(model), torch.inference_mode():
             whole = plain.generate(
                 ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens, do_sample=False,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast, get_args
+from typing import Any, get_args
 
 from lcc_lens.data import Data, TokenSequence, encode, load_data, load_records
 from lcc_lens.errors import RequestError
@@ -16,6 +16,7 @@ from lcc_lens.job_data import split_examples
 from lcc_lens.metrics import bootstrap_interval, share_recovered, stratified_interval
 from lcc_lens.models import load_plain, load_tokenizer, resolve
 from lcc_lens.pair import Pair
+from lcc_lens.plain_modules import plain_carrier
 from lcc_lens.restoration import Restoration
 from lcc_lens.run_folder import RUN_METRICS
 from lcc_lens.running import fused_attention
@@ -118,7 +119,7 @@ class TaskMeasures:
         self, model: HookedModel, pair: Pair, records: Sequence[Record], blocks: Sequence[TokenSequence]
     ) -> dict[str, Any]:
         with fused_attention(model):
-            plain = cast("Any", model).original_model  # its modules carry the hooks
+            plain = plain_carrier(model)
             return self._scores(plain, pair.tokenizer, records, blocks)
 
     def _scores(

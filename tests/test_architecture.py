@@ -57,6 +57,8 @@ LAYERS: list[tuple[str, ...]] = [
         "offloading",
         "references",
         "in_memory",
+        "hooked_transformer",
+        "copied_maps",
         "pair",
         "readout",
         "head_writer",

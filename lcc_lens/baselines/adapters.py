@@ -15,6 +15,7 @@ from lcc_lens.hooks import HookedModel
 from lcc_lens.injections.base import Injection
 from lcc_lens.injections.footprint import Footprint
 from lcc_lens.injections.weights import layer_maps
+from lcc_lens.plain_modules import plain_carrier
 from lcc_lens.pruning.layers import is_transposed
 
 AdapterKind = Literal["lora", "dora"]
@@ -52,7 +53,7 @@ class AdapterInjection(Injection):
     @contextmanager
     def attached(self, model: HookedModel) -> Iterator[HookedModel]:
         """Put the adapters in their places inside the block."""
-        original = cast("Any", model).original_model
+        original = plain_carrier(model)
         plain = {path: original.get_submodule(path) for path in self._paths}
         try:
             for path, layer in zip(self._paths, self.members, strict=True):
@@ -90,7 +91,7 @@ def adapters(
     Raises:
         RequestError: no map of such a name, rows of zeros for DoRA, or peft is not installed.
     """
-    original = cast("Any", model).original_model
+    original = plain_carrier(model)
     chosen = {id(m): name for name, m in layer_maps(model).items() if name.rsplit(".", 1)[-1] in targets}
     names = {path: chosen[id(module)] for path, module in original.named_modules() if id(module) in chosen}
     paths = list(names)

@@ -16,7 +16,7 @@ from lcc_lens.errors import LensError, RequestError
 from lcc_lens.hooks import HookedModel
 from lcc_lens.injections.weights import layer_maps
 from lcc_lens.models import device_of
-from lcc_lens.plain_modules import weight_shape
+from lcc_lens.plain_modules import plain_carrier, weight_shape
 from lcc_lens.pruning.layers import is_transposed
 from lcc_lens.pruning.moments import InputMoments
 from lcc_lens.running import run_without_logits
@@ -166,5 +166,5 @@ def _rows(module: nn.Module) -> Tensor:
 
 
 def _original(model: Any) -> nn.Module:
-    original: nn.Module = model.original_model
+    original: nn.Module = plain_carrier(model)
     return original

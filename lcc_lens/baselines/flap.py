@@ -16,7 +16,8 @@ from lcc_lens.injections.base import Injection
 from lcc_lens.injections.footprint import Footprint
 from lcc_lens.models import device_of
 from lcc_lens.pair import Pair
-from lcc_lens.reading_maps import CONSTANT_SITES, ConstantSite, map_output_name, map_weight, reading_maps
+from lcc_lens.plain_modules import map_weight, plain_modules
+from lcc_lens.reading_maps import CONSTANT_SITES, ConstantSite, map_output_name, reading_maps
 
 
 class BiasInjection(Injection):
@@ -66,12 +67,13 @@ def flap(
         max_tokens: padded tokens per forward pass.
 
     Raises:
-        RequestError: maps of other shapes (a sliced model), or layers without such maps.
+        RequestError: maps of other shapes (a sliced model), layers without such maps, or a HookedTransformer.
 
     Reference:
         FLAP (An et al., AAAI 2024, arXiv 2312.11983), bias compensation; from the paper alone.
     """
     dense, mended = pair.dense, pair.pruned if model is None else model
+    plain_modules(mended)  # its maps have hook points of their own, which a HookedTransformer's have not
     maps = {site: (reading_maps(dense, site), reading_maps(mended, site)) for site in CONSTANT_SITES}
     means = mean_inputs(dense, sequences, max_tokens)
     biases: dict[ConstantSite, Tensor] = {}
