@@ -24,8 +24,8 @@ from lcc_lens.models import device_of, load_hooked, load_plain
 from lcc_lens.objectives import Objective
 from lcc_lens.offloading import each_parameter, entry_device, placement, require_in_memory, weight_in_memory
 from lcc_lens.pair import Pair, load_pair
+from lcc_lens.plain_modules import map_weight
 from lcc_lens.pruning.stream import LayerStream
-from lcc_lens.reading_maps import map_weight
 from lcc_lens.recipe import prune, restore
 from lcc_lens.scan import Scan, scan
 from lcc_lens.train_config import TrainConfig
