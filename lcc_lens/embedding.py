@@ -15,7 +15,7 @@ from torch import Tensor
 from lcc_lens.config import compute_dtype, default_device
 from lcc_lens.errors import LensError, RequestError
 from lcc_lens.files import read_json, weights_sha256
-from lcc_lens.progress import track, without_loading_bars
+from lcc_lens.progress import loading_models, track
 from lcc_lens.sequences import Batch, TokenSequence, batches
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ def load_embedder(path: Path) -> Embedder:
     offline = {"local_files_only": True, "trust_remote_code": False}
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(path), **offline)
-        with without_loading_bars():
+        with loading_models():
             model, report = AutoModel.from_pretrained(
                 str(path), dtype=compute_dtype(device), use_safetensors=True, output_loading_info=True, **offline
             )

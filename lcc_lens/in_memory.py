@@ -13,7 +13,7 @@ from torch import nn
 from lcc_lens.config import cache_dir
 from lcc_lens.errors import RequestError
 from lcc_lens.files import disk_errors, sha256_file
-from lcc_lens.progress import without_loading_bars
+from lcc_lens.progress import loading_models
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -53,7 +53,7 @@ def stored_model(model: nn.Module, tokenizer: PreTrainedTokenizerBase | None) ->
         folder.mkdir(parents=True, exist_ok=True)
         part = Path(tempfile.mkdtemp(prefix=".in-memory-", dir=folder))
         try:
-            with without_loading_bars():
+            with loading_models():
                 cast("Any", model).save_pretrained(part)
             cast("Any", tokenizer).save_pretrained(part)
             listed = "".join(f"{file.name} {sha256_file(file)}\n" for file in sorted(part.iterdir()))

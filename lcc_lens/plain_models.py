@@ -13,7 +13,7 @@ from lcc_lens.config import DeviceMap, compute_dtype, default_device, default_de
 from lcc_lens.errors import LensError, RequestError
 from lcc_lens.files import tensor_names
 from lcc_lens.offloading import each_parameter, placement
-from lcc_lens.progress import without_loading_bars
+from lcc_lens.progress import loading_models
 from lcc_lens.references import first_line
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ def load_plain(
     dtype = dtype or compute_dtype(device)
     places = placement(path, device, device_map or default_device_map())
     try:
-        with without_loading_bars():
+        with loading_models():
             model, report = AutoModelForCausalLM.from_pretrained(
                 str(path), dtype=dtype, attn_implementation=attention, local_files_only=True, trust_remote_code=False,
                 output_loading_info=True, ignore_mismatched_sizes=True, **places,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -11,6 +12,8 @@ from lcc_lens.processes import is_first_process
 
 T = TypeVar("T")
 Tracker = Callable[[Iterable[Any], int, str], Iterator[Any]]
+#: Held while transformers loads a model.
+_LOADING = threading.RLock()
 
 
 def _silent(items: Iterable[T], total: int, description: str) -> Iterator[T]:
@@ -77,14 +80,19 @@ def shown() -> Iterator[None]:
 
 
 @contextmanager
-def without_loading_bars() -> Iterator[None]:
-    """Keep transformers' loading bars out of notebooks and logs; the library is silent."""
+def loading_models() -> Iterator[None]:
+    """Load a model of transformers inside: without its bars (the library is silent), and one thread at a time.
+
+    While it loads, transformers replaces methods of its classes and puts them back (``tie_weights`` among them); of two
+    threads the later one would put back the replacement, and no embeddings would be tied any more.
+    """
     from transformers.utils import logging as transformers_logging
 
-    was_on = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if was_on:
-            transformers_logging.enable_progress_bar()
+    with _LOADING:
+        was_on = transformers_logging.is_progress_bar_enabled()
+        transformers_logging.disable_progress_bar()
+        try:
+            yield
+        finally:
+            if was_on:
+                transformers_logging.enable_progress_bar()

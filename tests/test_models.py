@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -12,14 +15,14 @@ from conftest import D_HEAD, N_HEADS, N_LAYERS, build_model, save_model
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 from lcc_lens import models
 from lcc_lens.embedded import converted
 from lcc_lens.errors import LensError, RequestError
 from lcc_lens.files import sha256_file, weights_sha256
 from lcc_lens.hooks import logits_at
-from lcc_lens.models import load_hooked, load_tokenizer, resolve
+from lcc_lens.models import load_hooked, load_plain, load_tokenizer, resolve
 from lcc_lens.pair import load_pair
 
 
@@ -33,6 +36,34 @@ def test_hooked_model_equals_plain_transformers(dense_dir: Path) -> None:
     assert (cfg.n_layers, cfg.n_heads, cfg.d_head) == (N_LAYERS, N_HEADS, D_HEAD)
     assert loaded.output_projections == tuple(f"model.layers.{i}.self_attn.o_proj" for i in range(3))
     assert loaded.identity.sha256 == sha256_file(dense_dir / "model.safetensors") == weights_sha256(dense_dir)
+
+
+def test_models_loaded_in_several_threads_leave_transformers_as_it_was(
+    dense_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While it loads, transformers replaces ``tie_weights``; of two threads one would put back the replacement."""
+    own, inside, most = PreTrainedModel.tie_weights, [], []
+    load = AutoModelForCausalLM.from_pretrained
+    started = threading.Barrier(4)
+
+    def noting(*args: Any, **kwargs: Any) -> Any:
+        inside.append(1)
+        most.append(len(inside))
+        try:
+            return load(*args, **kwargs)
+        finally:
+            inside.pop()
+
+    def one(_: int) -> Any:
+        started.wait()
+        return load_plain(dense_dir)
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", noting)
+    with ThreadPoolExecutor(4) as pool:
+        loaded = list(pool.map(one, range(4)))
+    assert most == [1] * 4
+    assert PreTrainedModel.tie_weights is own
+    assert all(torch.equal(m.lm_head.weight, loaded[0].lm_head.weight) for m in loaded)
 
 
 def test_only_masked_positions_reach_the_unembedding(pair) -> None:

@@ -15,7 +15,7 @@ from lcc_lens.config import default_device_map
 from lcc_lens.errors import LensError, RequestError
 from lcc_lens.memory import trim_heap
 from lcc_lens.offloading import bring_in, entry_device, placement
-from lcc_lens.progress import without_loading_bars
+from lcc_lens.progress import loading_models
 from lcc_lens.pruning.layers import decoder_layers, read_config
 from lcc_lens.pruning.matrices import Matrix
 from lcc_lens.pruning.pruners import LayerPruner
@@ -166,7 +166,7 @@ class LayerStream:
 
         places = placement(model_dir, device, default_device_map())
         # No attention is named: transformers takes sdpa, or eager for architectures that sdpa cannot compute (Gemma 2).
-        with without_loading_bars():
+        with loading_models():
             model: nn.Module = AutoModelForCausalLM.from_pretrained(
                 model_dir, dtype=dtype, trust_remote_code=False, **places
             )
