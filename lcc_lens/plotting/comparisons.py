@@ -92,12 +92,12 @@ def plot_inference_cost(found: Mapping[str, Any]) -> go.Figure:
     rows.sort(key=lambda row: -row["recovered"])
     figure = go.Figure()
     best: set[float] = set()
-    for kind in _ORDER:
+    for kind in reversed(_ORDER):  # restorations last, so that controls do not hide them
         for keeps in (True, False):
             some = [r for r in rows if entry_kind(r["entry"]) == kind and ((r["zeros_kept"] or 1.0) >= 1.0) == keeps]
             if some:
                 figure.add_trace(_cost_trace(some, kind, keeps))
-    for row in rows:  # the best of each way of being served has its name beside it
+    for row in (row for row in rows if entry_kind(row["entry"]) != "control"):
         ratio = row["inference"]["decode_ratio"]["median"]
         if ratio not in best:
             best.add(ratio)
@@ -110,7 +110,7 @@ def plot_inference_cost(found: Mapping[str, Any]) -> go.Figure:
     styled(
         figure, "What is recovered, and what it costs at inference",
         "Time per generated token over the pruned model's, median and 95 % interval of interleaved rounds. Dashed: "
-        f"dense (100) and pruned (0). Named: the best of each way of being served. {_seeds(rows)}",
+        f"dense (100) and pruned (0). Named: of each way of being served the best, controls aside. {_seeds(rows)}",
         width=PAGE, plot_height=300, above=30,
     )  # fmt: skip
     figure.update_layout(showlegend=True)
@@ -124,6 +124,7 @@ def _cost_trace(rows: Sequence[Row], kind: str, keeps_zeros: bool) -> go.Scatter
     ratios = [row["inference"]["decode_ratio"] for row in rows]
     symbol = symbol.removesuffix("-open") + ("" if keeps_zeros else "-open")
     return go.Scatter(
+        legendrank=_ORDER.index(kind),
         x=[rounded(r["median"]) for r in ratios], y=[rounded(100 * row["recovered"]) for row in rows], mode="markers",
         name=f"{kind}, {'zeros kept' if keeps_zeros else 'merging destroys zeros'}",
         text=[entry_label(row["entry"]) for row in rows], hoverinfo="text+x+y",
