@@ -130,6 +130,20 @@ def test_logits_and_head_outputs_are_the_plain_models(name: str, tmp_path: Path)
 
 
 @needs_it
+def test_selectors_score_heads_as_with_the_bridge(directories: tuple[Path, Path], question_file: Path) -> None:
+    data = load_data(str(question_file), role="probe")
+    names = ("probe", "interaction", "attribution", "patching", "gradient", "kl")
+    found = {
+        kind: scan(load_pair(*directories, hooks=kind), data, selectors=names, selector_examples=6, display=0)
+        for kind in ("bridge", KIND)
+    }
+    for name in names:
+        expected, got = (found[kind].scores(name).value for kind in ("bridge", KIND))
+        assert torch.allclose(got, expected, rtol=1e-2, atol=1e-2 * float(expected.abs().max())), name
+        assert float(expected.std()) > 0
+
+
+@needs_it
 def test_output_biases_of_llama_are_kept(directories: tuple[Path, Path], hooked: Pair) -> None:
     plain = AutoModelForCausalLM.from_pretrained(directories[0])
     for block, layer in zip(hooked.dense.blocks, plain.model.layers, strict=True):

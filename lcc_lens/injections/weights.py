@@ -124,10 +124,11 @@ def layer_maps(model: HookedModel) -> dict[str, nn.Module]:
     """The linear maps of the decoder layers by plain name.
 
     Raises:
-        RequestError: they lie on disk.
+        RequestError: they lie on disk, or the model computes with copies.
     """
+    modules = plain_modules(model)
     require_in_memory(cast("Any", model).original_model, "methods that change weights")
-    return {n: m for n, m in plain_modules(model).items() if is_linear(m) and IN_LAYER.search(n)}
+    return {n: m for n, m in modules.items() if is_linear(m) and IN_LAYER.search(n)}
 
 
 def check_reached(model: HookedModel, injection: Injection) -> None:
