@@ -72,7 +72,7 @@ def test_notebook_asks_answers_and_uses_public_names_only(path: Path) -> None:
 
 
 #: Two run with the quick tests, the longer ones with the slow tier.
-LONG = ("03_restore_and_export", "04_does_it_really_restore")
+LONG = ("02_inside_a_lost_component", "03_restore_and_export", "04_does_it_really_restore")
 
 
 @pytest.mark.parametrize(
