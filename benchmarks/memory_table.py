@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tables import between
+
 from lcc_lens.files import write_text
 
 HERE = Path(__file__).parent
@@ -210,8 +212,7 @@ def tables() -> str:
 
 def main() -> None:
     page = PAGE.read_text(encoding="utf-8")
-    before, _, rest = page.partition(BEGIN)
-    write_text(PAGE, f"{before}{BEGIN}\n\n{tables()}\n\n{END}{rest.partition(END)[2]}")
+    write_text(PAGE, between(page, f"{BEGIN}\n\n", f"\n\n{END}", tables()))
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import shutil
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -91,7 +92,9 @@ def main(asked: Asked) -> None:
             prune("smollm2", pruned, method="wanda", calibration="c4", n_samples=64, **MODELS[pruned.parent.name])
         out = HERE / f"restorations_{name}.json"
         found = read_json(out) if out.exists() else {"cells": {}}
-        refitted = asked.folder / name / REFITTED
+        refitted, usual = asked.folder / name / REFITTED, pruned.parent / REFITTED
+        if not variant.refit and usual.exists() and not refitted.exists():  # it does not depend on the examples
+            shutil.copytree(usual, refitted, copy_function=os.link)
         if variant.refit and not refitted.exists():
             start = time.perf_counter()
             refit("smollm2", pruned, refitted, **variant.refit)

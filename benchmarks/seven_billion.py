@@ -27,10 +27,11 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
+from memory_table import MODELS, Shape
+from run import describe
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lcc_lens.config import compute_dtype, default_device, package_version
 from lcc_lens.files import atomic_directory, read_json, tensor_bytes, weight_files, write_json
 
 SEED = 0
@@ -38,22 +39,11 @@ DENSE, PRUNED, RUN, RESTORED = "dense", "pruned", "run", "restored"
 SHARDS = "model.safetensors.index.json"
 
 
-@dataclass(frozen=True)
-class Shape:
-    """Sizes of a Llama with as many key-value heads as heads."""
-
-    n_layers: int
-    d_model: int
-    d_mlp: int
-    n_heads: int
-    d_vocab: int
-
-
 SHAPES = {
-    "tiny": Shape(3, 64, 176, 4, 300),
-    "small": Shape(12, 768, 2048, 12, 32000),
-    "1b": Shape(16, 2048, 5632, 16, 32000),
-    "7b": Shape(32, 4096, 11008, 32, 32000),
+    "tiny": Shape(3, 64, 176, 4, 4, 300),
+    "small": Shape(12, 768, 2048, 12, 12, 32000),
+    "1b": Shape(16, 2048, 5632, 16, 16, 32000),
+    "7b": MODELS["Llama 7B"],
 }
 
 
@@ -83,7 +73,8 @@ def _parts(shape: Shape) -> Iterator[dict[str, Tensor]]:
         return torch.ones(shape.d_model, dtype=torch.bfloat16)
 
     d, f = shape.d_model, shape.d_mlp
-    sizes = {f"self_attn.{name}_proj": (d, d) for name in "qkvo"}
+    kv = shape.n_key_value_heads * shape.d_head
+    sizes = {f"self_attn.{name}_proj": (d if name in "qo" else kv, d) for name in "qkvo"}
     sizes |= {"mlp.gate_proj": (f, d), "mlp.up_proj": (f, d), "mlp.down_proj": (d, f)}
     for layer in range(shape.n_layers):
         tensors = {name: matrix(*size) for name, size in sizes.items()}
@@ -101,7 +92,7 @@ def _write_config(path: Path, shape: Shape) -> None:
 
     LlamaConfig(
         hidden_size=shape.d_model, intermediate_size=shape.d_mlp, num_hidden_layers=shape.n_layers,
-        num_attention_heads=shape.n_heads, num_key_value_heads=shape.n_heads, vocab_size=shape.d_vocab,
+        num_attention_heads=shape.n_heads, num_key_value_heads=shape.n_key_value_heads, vocab_size=shape.d_vocab,
         max_position_embeddings=2048, dtype="bfloat16", architectures=["LlamaForCausalLM"], bos_token_id=None,
         eos_token_id=0, pad_token_id=0,
     ).save_pretrained(path)  # fmt: skip
@@ -228,18 +219,6 @@ def main(arguments: list[str] | None = None) -> None:
         "found": found(asked.folder),
     }  # fmt: skip
     write_json(asked.out, {"command": "python benchmarks/seven_billion.py FOLDER --shape SHAPE", "runs": runs})
-
-
-def describe() -> dict[str, object]:
-    """What computed."""
-    device = default_device()
-    return {
-        "threads": torch.get_num_threads(),
-        "device": str(device),
-        "dtype": str(compute_dtype(device)).removeprefix("torch."),
-        "torch": torch.__version__,
-        "lcc_lens": package_version(),
-    }
 
 
 if __name__ == "__main__":

@@ -301,15 +301,20 @@ MARKED: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
 }
 
 
+def between(text: str, begin: str, end: str, new: str) -> str:
+    """A text with something new between two marks."""
+    before, found, rest = text.partition(begin)
+    _, ended, after = rest.partition(end)
+    if not (found and ended):
+        raise SystemExit(f"wanted the marks {begin.strip()} and {end.strip()} in the page, got no such; add them")
+    return before + begin + new + end + after
+
+
 def write_marked() -> None:
     """Draw every marked table of the README again."""
     text = README.read_text(encoding="utf-8")
     for name, (file, draw) in MARKED.items():
-        begin, end = f"<!-- {name} -->\n", f"\n<!-- /{name} -->"
-        if begin not in text or end not in text:
-            raise SystemExit(f"wanted {begin.strip()} and {end.strip()} in {README.name}, got no such marks; add them")
-        before, _, rest = text.partition(begin)
-        text = before + begin + draw(read(file)) + end + rest.partition(end)[2]
+        text = between(text, f"<!-- {name} -->\n", f"\n<!-- /{name} -->", draw(read(file)))
     README.write_text(text, encoding="utf-8")
 
 

@@ -6,17 +6,18 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from lm_eval.models import huggingface
 from lm_eval.models.huggingface import HFLM
 from torch import Tensor
 
+from lcc_lens.errors import RequestError
+from lcc_lens.plain_models import logits_where
 from lcc_lens.sequences import Batch, TokenSequence, batches
+from lcc_lens.token_losses import token_nll
 
 #: A request of lm-eval: its texts, the context's tokens and the answer's.
 Request = tuple[tuple[str, str], list[int], list[int]]
-#: Positions whose logits are taken to float32 at once.
-_POSITIONS = 64
 
 
 class AnswerScorer(HFLM):  # type: ignore[misc]  # lm-eval is not typed
@@ -40,7 +41,16 @@ class AnswerScorer(HFLM):  # type: ignore[misc]  # lm-eval is not typed
     def _loglikelihood_tokens(
         self, requests: Sequence[Request], disable_tqdm: bool = False, override_bs: int | None = None
     ) -> list[tuple[float, bool]]:
-        """Log-likelihood of every request's answer in nats, and whether each of its tokens is the likeliest."""
+        """Log-likelihood of every request's answer in nats, and whether each of its tokens is the likeliest.
+
+        Raises:
+            RequestError: an answer that is longer than the limit by itself.
+        """
+        longest = max((len(answer) for _, _, answer in requests), default=0)
+        if longest > self.max_length:
+            raise RequestError(
+                f"wanted answers of at most {self.max_length} tokens, got one of {longest}; leave the task out"
+            )
         sharing: dict[tuple[tuple[int, ...], int], list[int]] = {}
         for index, (_, context, answer) in enumerate(requests):
             read = tuple((context + answer)[-(self.max_length + 1) : -1])
@@ -62,26 +72,12 @@ class AnswerScorer(HFLM):  # type: ignore[misc]  # lm-eval is not typed
     def _answer_logits(self, batch: Batch) -> Iterator[Float[Tensor, "answer vocab"]]:
         """The logits that predict each row's answer; no others are computed."""
         mask = batch.is_valid() & (torch.arange(batch.tokens.shape[1]) >= batch.loss_from[:, None] - 1)
-        logits = _logits_where(self.model, batch.tokens.to(self.device), mask.to(self.device))
+        with torch.inference_mode():
+            logits = logits_where(self.model, batch.tokens.to(self.device), mask.to(self.device))
         yield from logits.split(mask.sum(1).tolist())
 
 
-@torch.inference_mode()
-def _logits_where(model: Any, tokens: Tensor, mask: Bool[Tensor, "batch pos"]) -> Float[Tensor, "target vocab"]:
-    unembedding = model.get_output_embeddings()
-    handle = unembedding.register_forward_pre_hook(lambda module, inputs: (inputs[0][mask][None],))
-    try:
-        logits: Tensor = model(tokens, use_cache=False).logits[0]
-    finally:
-        handle.remove()
-    return logits
-
-
 def _scored(logits: Float[Tensor, "answer vocab"], answer: Sequence[int]) -> tuple[float, bool]:
-    total, is_likeliest = 0.0, True
     targets = torch.tensor(answer, device=logits.device)
-    for part, target in zip(logits.split(_POSITIONS), targets.split(_POSITIONS), strict=True):
-        log_p = part.float().log_softmax(-1)
-        total += float(log_p.gather(-1, target[:, None]).sum())
-        is_likeliest = is_likeliest and bool((log_p.argmax(-1) == target).all())
-    return total, is_likeliest
+    with torch.inference_mode():
+        return -float(token_nll(logits, targets).sum()), bool((logits.argmax(-1) == targets).all())

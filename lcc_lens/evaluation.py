@@ -19,6 +19,7 @@ from lcc_lens.data import Batch, Data, TokenSequence, available_splits, batches,
 from lcc_lens.errors import RequestError
 from lcc_lens.metrics import perplexity
 from lcc_lens.models import load_plain, load_tokenizer, resolve
+from lcc_lens.plain_models import logits_where
 from lcc_lens.progress import track
 from lcc_lens.tasks import SOURCES, Record
 from lcc_lens.token_losses import token_nll
@@ -217,14 +218,8 @@ def _named_loss(data: Data, loss: Scores) -> Scores:
 def _batch_nll(model: PreTrainedModel, batch: Batch) -> Tensor:
     """Loss of every counted token; only their positions reach the unembedding."""
     device = model.device
-    mask = batch.is_target().to(device)
-    unembedding = model.get_output_embeddings()
-    handle = unembedding.register_forward_pre_hook(lambda module, inputs: (inputs[0][mask][None],))
-    try:
-        logits = model(batch.tokens.to(device), use_cache=False).logits
-    finally:
-        handle.remove()
-    return token_nll(logits[0], batch.targets().to(device))
+    logits = logits_where(model, batch.tokens.to(device), batch.is_target().to(device))
+    return token_nll(logits, batch.targets().to(device))
 
 
 def _context(model: PreTrainedModel) -> int:

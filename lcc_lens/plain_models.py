@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
 
 from lcc_lens.config import DeviceMap, compute_dtype, default_device, default_device_map
 from lcc_lens.errors import LensError, RequestError
@@ -69,6 +71,25 @@ def load_plain(
     model = (model if places else model.to(device)).eval().requires_grad_(False)
     _refuse_non_finite(model, path)
     return cast("PreTrainedModel", model)
+
+
+def logits_where(
+    model: PreTrainedModel, tokens: Int[Tensor, "batch pos"], mask: Bool[Tensor, "batch pos"]
+) -> Float[Tensor, "target vocab"]:
+    """A plain model's logits at chosen positions, in row-major order; no others reach the unembedding.
+
+    Args:
+        model: the model; hooks on it act.
+        tokens: right-padded sequences, on the model's device.
+        mask: the positions, on the same device.
+    """
+    unembedding = model.get_output_embeddings()
+    handle = unembedding.register_forward_pre_hook(lambda module, inputs: (inputs[0][mask][None],))
+    try:
+        logits: Tensor = model(tokens, use_cache=False).logits[0]
+    finally:
+        handle.remove()
+    return logits
 
 
 def _refuse_other_shapes(path: Path, report: Mapping[str, Any]) -> None:

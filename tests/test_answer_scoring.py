@@ -9,6 +9,7 @@ import torch
 from lm_eval.models.huggingface import HFLM
 
 from lcc_lens.answer_scoring import AnswerScorer
+from lcc_lens.errors import RequestError
 from lcc_lens.models import load_plain, load_tokenizer
 
 #: Contexts and answers as lm-eval hands them over: of several lengths, shared ones, one longer than the limit.
@@ -80,3 +81,9 @@ def test_coarse_formats_are_summed_in_float32(dense_dir: Path) -> None:
     ((got, _),) = AnswerScorer(model, tokenizer, max_length=LIMIT)._loglikelihood_tokens([REQUESTS[5]])
     assert got == pytest.approx(expected, rel=2e-3)
     assert round(got, 6) != float(torch.tensor(got).bfloat16())
+
+
+def test_an_answer_longer_than_the_limit_is_refused(dense_dir: Path) -> None:
+    scorer = AnswerScorer(load_plain(dense_dir), load_tokenizer(dense_dir), max_length=4)
+    with pytest.raises(RequestError, match="wanted answers of at most 4 tokens, got one of 19"):
+        scorer._loglikelihood_tokens([REQUESTS[5]])

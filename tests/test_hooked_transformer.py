@@ -14,6 +14,7 @@ from conftest import N_HEADS, N_LAYERS, build_model, save_model
 from reference import head_outputs, layer_outputs
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from lcc_lens.baselines import adapters, eora, flap
 from lcc_lens.data import encode, load_data
 from lcc_lens.errors import LensError, RequestError
 from lcc_lens.export import export
@@ -223,6 +224,14 @@ def test_what_needs_other_weights_is_refused(method: str, hooked: Pair, question
         RequestError, match=r"got a HookedTransformer, whose weights are copies; use constants and gains"
     ):
         restore(hooked, None, [], load_data(str(question_file), role="train"), method=method)
+
+
+@needs_it
+@pytest.mark.parametrize("build", [lambda pair: adapters(pair.pruned), lambda pair: eora(pair.pruned, pair.dense, []),
+                                   lambda pair: flap(pair, [])], ids=["lora", "eora", "flap"])  # fmt: skip
+def test_baselines_beside_other_weights_are_refused(build: Any, hooked: Pair) -> None:
+    with pytest.raises(RequestError, match=r"got a HookedTransformer.*LCC_LENS_HOOKS=bridge"):
+        build(hooked)
 
 
 @needs_it
