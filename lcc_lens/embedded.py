@@ -105,10 +105,8 @@ def _convert(file: Path, target: Path) -> None:
 
     where: dict[str, Any] = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
     try:
-        with (
-            loading_models(),
-            contextlib.redirect_stderr(io.StringIO()),
-        ):  # transformers draws bars here that no setting turns off
+        # transformers draws bars here that no setting turns off
+        with loading_models(), contextlib.redirect_stderr(io.StringIO()):
             tokenizer = AutoTokenizer.from_pretrained(**where)
             model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
     except Exception as error:  # a damaged file fails within the reader in many ways
