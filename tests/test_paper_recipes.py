@@ -59,9 +59,9 @@ def test_recipe_states_the_papers_job(path: Path) -> None:
 @pytest.mark.parametrize(
     ("path", "n_data"),
     [
-        # one of each kind runs with the quick tests; the others take as long again, each
+        # one runs with the quick tests; the others take as long again, each
         *(pytest.param(p, 1, marks=() if "60" in p.stem else pytest.mark.slow) for p in RECIPES if "tasks" in p.stem),
-        *(pytest.param(p, None, marks=() if p.stem == "unstructured50" else pytest.mark.slow) for p in RECIPES),
+        *(pytest.param(p, None, marks=pytest.mark.slow) for p in RECIPES),
     ],
     ids=lambda value: value.stem if isinstance(value, Path) else f"first {value}" if value else "all",
 )
