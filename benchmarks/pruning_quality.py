@@ -32,7 +32,7 @@ from lcc_lens.evaluation import sequence_loss
 from lcc_lens.files import read_json, write_json
 from lcc_lens.job_data import calibration_tokens
 from lcc_lens.models import load_plain, load_tokenizer, resolve
-from lcc_lens.recipe import prune
+from lcc_lens.pruning_jobs import prune
 
 CALIBRATION = {"calibration": "c4", "n_samples": 64, "seq_len": 512}
 LENGTH, EVERY = 512, 8

@@ -46,7 +46,7 @@ from lcc_lens.data import Data, encode_pair, load_data
 from lcc_lens.files import read_json, read_tensors, write_json
 from lcc_lens.models import load_tokenizer, resolve
 from lcc_lens.pair import Pair, load_pair
-from lcc_lens.recipe import prune
+from lcc_lens.pruning_jobs import prune
 from lcc_lens.scan import Scan, scan
 
 RUNS = Path(__file__).parent.parent / "runs"

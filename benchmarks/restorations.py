@@ -29,7 +29,7 @@ from lcc_lens.best import BEST_METHOD, BEST_OBJECTIVE, REFITTED
 from lcc_lens.compare import MEASURES, compare
 from lcc_lens.compare_config import CompareConfig
 from lcc_lens.files import read_json, write_json
-from lcc_lens.recipe import prune, refit
+from lcc_lens.pruning_jobs import prune, refit
 
 HERE = Path(__file__).parent
 MODELS: dict[str, dict[str, Any]] = {"wanda50": {"sparsity": 0.5}, "wanda24": {"pattern": "2:4"}}

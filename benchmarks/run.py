@@ -37,7 +37,7 @@ from lcc_lens.latency import interleaved
 from lcc_lens.memory import peak_memory, release_memory
 from lcc_lens.models import device_of, load_plain, resolve
 from lcc_lens.pair import Pair, load_pair
-from lcc_lens.recipe import prune
+from lcc_lens.pruning_jobs import prune
 from lcc_lens.restoration import Restoration, RestorationRecord
 from lcc_lens.scan import Scan, scan
 from lcc_lens.training import TrainConfig, TrainingState, optimise

@@ -38,7 +38,7 @@ from lcc_lens.injections import LccInjection
 from lcc_lens.metrics import share_recovered
 from lcc_lens.outcome import measure
 from lcc_lens.pair import Pair, load_pair
-from lcc_lens.recipe import prune
+from lcc_lens.pruning_jobs import prune
 from lcc_lens.running import forward
 from lcc_lens.scan import Scan, scan
 from lcc_lens.selectors import SELECTORS

@@ -72,7 +72,8 @@ if TYPE_CHECKING:
         write_image,
     )
     from lcc_lens.progress import shown
-    from lcc_lens.recipe import prune, refit, restore
+    from lcc_lens.pruning_jobs import prune, refit
+    from lcc_lens.recipe import restore
     from lcc_lens.report import report
     from lcc_lens.restoration import Restoration
     from lcc_lens.scan import Scan, scan
@@ -136,7 +137,8 @@ _HOMES = {
         "write_image",
     ),
     "progress": ("shown",),
-    "recipe": ("prune", "refit", "restore"),
+    "pruning_jobs": ("prune", "refit"),
+    "recipe": ("restore",),
     "report": ("report",),
     "restoration": ("Restoration",),
     "scan": ("Scan", "scan"),

@@ -33,8 +33,8 @@ from lcc_lens.merging import merging_costs
 from lcc_lens.models import device_of, identify, resolve
 from lcc_lens.pair import Pair, load_pair
 from lcc_lens.pruning.refit import REFIT_RECORD
+from lcc_lens.pruning_jobs import refit
 from lcc_lens.reading_maps import CONSTANT_SITES, reading_maps
-from lcc_lens.recipe import refit
 from lcc_lens.restore_checks import check_scan
 from lcc_lens.reuse import CachedTeacher
 from lcc_lens.scan import Scan, scan

@@ -14,7 +14,8 @@ from lcc_lens.objectives import Objective
 from lcc_lens.pair import load_pair
 from lcc_lens.processes import first_process_first
 from lcc_lens.pruning.refit import REFIT_RECORD
-from lcc_lens.recipe import REFIT_DATA, REFIT_SAMPLES, refit, restore
+from lcc_lens.pruning_jobs import REFIT_DATA, REFIT_SAMPLES, refit
+from lcc_lens.recipe import restore
 from lcc_lens.restoration import Restoration
 from lcc_lens.training import Step, TrainConfig
 

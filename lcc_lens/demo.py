@@ -21,7 +21,8 @@ from lcc_lens.job_data import split_examples
 from lcc_lens.metrics import share_recovered
 from lcc_lens.models import load_plain, load_tokenizer, resolve
 from lcc_lens.pair import load_pair
-from lcc_lens.recipe import prune, restore
+from lcc_lens.pruning_jobs import prune
+from lcc_lens.recipe import restore
 from lcc_lens.scan import scan
 from lcc_lens.score_text import format_scores
 from lcc_lens.tasks import Example

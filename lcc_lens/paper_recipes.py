@@ -39,7 +39,7 @@ class PaperRow:
 
 @dataclass(frozen=True)
 class PruneStep:
-    """How a recipe prunes; see :func:`~lcc_lens.recipe.prune`."""
+    """How a recipe prunes; see :func:`~lcc_lens.pruning_jobs.prune`."""
 
     method: Method
     sparsity: float | None = None

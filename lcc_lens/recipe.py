@@ -1,4 +1,4 @@
-"""The whole method on one screen: prune -> scan -> select -> restore -> export."""
+"""The whole method on one screen: what was scanned and chosen is trained, measured and frozen for export."""
 
 from __future__ import annotations
 
@@ -8,10 +8,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from lcc_lens.config import compute_dtype, default_device
-from lcc_lens.data import Data, TokenSequence, load_data
+from lcc_lens.data import Data, TokenSequence
 from lcc_lens.errors import RequestError
 from lcc_lens.evaluation import sequence_loss
 from lcc_lens.heads import Head
@@ -22,167 +19,17 @@ from lcc_lens.injections import (
     trains_numbers,
     uses_sequences,
 )
-from lcc_lens.job_data import calibration_tokens, recorded_groups, training_sequences
+from lcc_lens.job_data import training_sequences
 from lcc_lens.lr_range import range_test
 from lcc_lens.models import load_plain, resolve
 from lcc_lens.pair import Pair
 from lcc_lens.processes import wait_for_all
 from lcc_lens.progress import track
-from lcc_lens.pruning import parse_pattern
-from lcc_lens.pruning import prune as prune_checkpoint
-from lcc_lens.pruning.masks import Pattern, Unstructured
-from lcc_lens.pruning.pruners import Choice, Split
-from lcc_lens.pruning.refit import REFIT_RECORD, RefitConfig, Target
-from lcc_lens.pruning.refit import refit as refit_checkpoint
-from lcc_lens.pruning.settings import Method
-from lcc_lens.pruning.structured import Schedule
 from lcc_lens.restoration import Restoration, RestorationRecord
 from lcc_lens.restore_checks import check_request, refuse_both_models, require_slots
 from lcc_lens.run_folder import Beginning, RunFolder
 from lcc_lens.scan import Scan
 from lcc_lens.training import Step, TrainConfig, learning_rates, train, validation_loss
-
-#: What a refit is calibrated on: instructions, web text and an encyclopedia.
-REFIT_DATA = ("alpaca", "c4", "wikitext")
-REFIT_SAMPLES = 96
-
-
-def prune(
-    model: str | Path,
-    out: str | Path,
-    *,
-    method: Method = "wanda",
-    sparsity: float | None = None,
-    pattern: str | None = None,
-    calibration: str | Data = "c4",
-    n_samples: int = 128,
-    seq_len: int = 512,
-    seed: int = 0,
-    sliced: bool = False,
-    schedule: Schedule | None = None,
-    choice: Choice = "error",
-    split: Split | None = None,
-    overwrite: bool = False,
-) -> dict[str, Any]:
-    """Prune a model into a plain Hugging Face directory with ``pruning.json`` beside the weights.
-
-    Args:
-        model: reference of the dense model.
-        out: the directory to write.
-        method: ``magnitude``, ``wanda``, ``sparsegpt`` (single weights) or ``slimgpt`` (whole heads and neurons).
-        sparsity: share of the weights to remove; if no pattern is given either, 0.5 (0.2 for slimgpt).
-        pattern: N:M such as ``2:4`` instead of a share: N weights stay of every M.
-        calibration: data whose activations the method reads (their role is ``calibration``).
-        n_samples: calibration sequences.
-        seq_len: tokens per calibration sequence.
-        seed: of the draw of calibration data.
-        sliced: write a smaller model of standard configuration instead of zeros (slimgpt only).
-        schedule: how slimgpt spreads the sparsity over the layers; ``log`` if not given, ``uniform`` if sliced.
-        choice: how slimgpt chooses heads and neurons: by ``error``, or the controls ``magnitude`` and ``random``.
-        split: how slimgpt divides a layer's share between heads and neurons: heads ``spared`` (rounded down; the
-            default), ``proportional``, or by ``error``; neurons make up the difference.
-        overwrite: replace an existing directory.
-
-    Raises:
-        RequestError: both sparsity and pattern, or a request that does not fit the model; nothing is written.
-
-    Returns:
-        What ``pruning.json`` holds.
-    """
-    if sparsity is not None and pattern is not None:
-        raise RequestError(f"wanted a sparsity or a pattern, got both ({sparsity} and {pattern}); leave one out")
-    share = sparsity if sparsity is not None else 0.2 if method == "slimgpt" else 0.5
-    chosen: Pattern = parse_pattern(pattern) if pattern else Unstructured(share)
-    path, device = resolve(model), default_device()
-    tokens, provenance = None, {}
-    if method != "magnitude" and choice == "error":
-        data = load_data(calibration, role="calibration") if isinstance(calibration, str) else calibration
-        tokens = calibration_tokens(data, path, n_samples, seq_len, seed)
-        provenance = {"data": data.name, "source": data.source, "groups": sorted(data.groups)}
-    return prune_checkpoint(
-        path,
-        Path(out),
-        method=method,
-        pattern=chosen,
-        calibration=tokens,
-        seed=seed,
-        device=device,
-        dtype=compute_dtype(device),
-        overwrite=overwrite,
-        sliced=sliced,
-        schedule=schedule,
-        choice=choice,
-        split=split,
-        provenance={"dense": str(model), **provenance},
-    )
-
-
-def refit(
-    dense: str | Path,
-    pruned: str | Path,
-    out: str | Path,
-    *,
-    calibration: str | Data | Sequence[str | Data] = REFIT_DATA,
-    n_samples: int = REFIT_SAMPLES,
-    seq_len: int = 512,
-    target: Target = "weights",
-    ridge: float = 0.01,
-    mend: float = 0.5,
-    seed: int = 0,
-    overwrite: bool = False,
-) -> dict[str, Any]:
-    """Fit the surviving weights of a pruned model by least squares; nothing is trained, and all zeros stay.
-
-    Args:
-        dense: reference of the dense model.
-        pruned: reference of the same model with zeros.
-        out: the directory to write.
-        calibration: data whose activations are fitted (their role is ``calibration``); several in equal parts.
-        n_samples: calibration sequences in all.
-        seq_len: tokens per sequence.
-        target: fit to what the dense ``weights`` give on the inputs that a map sees now, or to the dense model's own
-            ``outputs``.
-        ridge: pull towards the dense weights, as a share of the inputs' mean square.
-        mend: the share of what the residual stream lacks that the maps which write to it make up for; see
-            :class:`~lcc_lens.pruning.refit.RefitConfig`.
-        seed: of the draw of calibration data.
-        overwrite: replace an existing directory.
-
-    Returns:
-        What ``refit.json`` holds; see :func:`lcc_lens.pruning.refit.refit`.
-
-    Raises:
-        RequestError: the two are not a dense model and its zeroed version, or there is too little text; nothing is
-            written.
-
-    Example:
-        >>> refit("smollm2", "out/wanda50", "out/wanda50-refit")  # doctest: +SKIP
-    """
-    calibration = [calibration] if isinstance(calibration, str | Data) else calibration
-    if not calibration:
-        raise RequestError("wanted data to calibrate on, got none; name some")
-    if n_samples < len(calibration):
-        raise RequestError(
-            f"wanted at least one calibration sequence of each data set, got {n_samples} for {len(calibration)}; "
-            "raise n_samples"
-        )
-    config = RefitConfig(target, ridge, mend)
-    paths, device = (resolve(dense), resolve(pruned)), default_device()
-    parts = [load_data(one, role="calibration", seed=seed) if isinstance(one, str) else one for one in calibration]
-    share, rest = divmod(n_samples, len(parts))
-    tokens = [
-        calibration_tokens(part, paths[1], share + (place < rest), seq_len, seed) for place, part in enumerate(parts)
-    ]
-    provenance = {
-        "data": "+".join(part.name for part in parts),
-        "source": [part.source for part in parts],
-        # the pruned model may be a refitted one itself; what fitted it still counts
-        "groups": sorted(recorded_groups(paths[1] / REFIT_RECORD).union(*(part.groups for part in parts))),
-    }
-    return refit_checkpoint(
-        *paths, Path(out), tokens=torch.cat(tokens), config=config, device=device, dtype=compute_dtype(device),
-        overwrite=overwrite, provenance={**provenance, "dense": str(dense), "pruned": str(pruned), "seed": seed},
-    )  # fmt: skip
 
 
 def restore(

@@ -28,7 +28,8 @@ from lcc_lens.heads import Head
 from lcc_lens.pair import Pair, load_pair
 from lcc_lens.pruning.anatomy import find_anatomies
 from lcc_lens.pruning.matrices import find_matrices
-from lcc_lens.recipe import prune, restore
+from lcc_lens.pruning_jobs import prune
+from lcc_lens.recipe import restore
 from lcc_lens.restoration import Restoration
 from lcc_lens.running import fused_attention
 from lcc_lens.scan import scan

@@ -134,6 +134,7 @@ LAYERS: list[tuple[str, ...]] = [
         "measures",
         "merging",
         "inference_cost",
+        "pruning_jobs",
         "recipe",
         "restore_checks",
         "job_data",

@@ -17,8 +17,8 @@ from lcc_lens.merging import merging_costs
 from lcc_lens.objectives import Objective
 from lcc_lens.pair import load_pair
 from lcc_lens.plain_modules import plain_modules
+from lcc_lens.pruning_jobs import prune
 from lcc_lens.reading_maps import reading_maps
-from lcc_lens.recipe import prune
 from lcc_lens.restoration import Restoration, RestorationRecord
 from lcc_lens.running import fused_attention
 from lcc_lens.training import TrainConfig, train, validation_loss

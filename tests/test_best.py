@@ -17,7 +17,7 @@ from lcc_lens.export import export
 from lcc_lens.files import read_json
 from lcc_lens.models import load_plain, load_tokenizer
 from lcc_lens.pruning.zeros import compare_zeros
-from lcc_lens.recipe import REFIT_SAMPLES
+from lcc_lens.pruning_jobs import REFIT_SAMPLES
 
 
 @pytest.fixture

@@ -168,19 +168,19 @@ def test_help_explains_every_option(command: str, capsys: pytest.CaptureFixture[
 def test_unexpected_failure_is_one_line(
     dense_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from lcc_lens import recipe
+    from lcc_lens import pruning_jobs
 
     def broken(*args: object, **kwargs: object) -> None:
         raise ZeroDivisionError("first line\nsecond line")
 
-    monkeypatch.setattr(recipe, "prune_checkpoint", broken)
+    monkeypatch.setattr(pruning_jobs, "prune_checkpoint", broken)
     message = "ZeroDivisionError: first line"
     refused(capsys, 1, message, "prune", dense_dir, tmp_path / "out", "--method", "magnitude")
 
     def stopped(*args: object, **kwargs: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(recipe, "prune_checkpoint", stopped)
+    monkeypatch.setattr(pruning_jobs, "prune_checkpoint", stopped)
     refused(capsys, 130, "interrupted", "prune", dense_dir, tmp_path / "out", "--method", "magnitude")
 
 

@@ -20,7 +20,7 @@ from lcc_lens.evaluation import evaluate_task
 from lcc_lens.files import read_json
 from lcc_lens.models import load_plain, load_tokenizer
 from lcc_lens.objectives import Objective
-from lcc_lens.recipe import prune
+from lcc_lens.pruning_jobs import prune
 from lcc_lens.scan import Scan
 from lcc_lens.training import validation_loss, validation_terms
 

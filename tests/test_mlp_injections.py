@@ -34,8 +34,9 @@ from lcc_lens.injections import (
 from lcc_lens.merging import merging_costs
 from lcc_lens.models import load_hooked, load_plain
 from lcc_lens.pair import load_pair
+from lcc_lens.pruning_jobs import prune
 from lcc_lens.reading_maps import mlp_width, reading_maps
-from lcc_lens.recipe import prune, restore
+from lcc_lens.recipe import restore
 from lcc_lens.restoration import Restoration, RestorationRecord
 from lcc_lens.scan import Scan, scan
 from lcc_lens.slots import find_slots

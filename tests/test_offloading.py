@@ -26,7 +26,8 @@ from lcc_lens.offloading import each_parameter, entry_device, placement, require
 from lcc_lens.pair import Pair, load_pair
 from lcc_lens.plain_modules import map_weight
 from lcc_lens.pruning.stream import LayerStream
-from lcc_lens.recipe import prune, restore
+from lcc_lens.pruning_jobs import prune
+from lcc_lens.recipe import restore
 from lcc_lens.scan import Scan, scan
 from lcc_lens.train_config import TrainConfig
 

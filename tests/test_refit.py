@@ -11,7 +11,7 @@ import torch
 from conftest import build_model, save_model
 from transformers import AutoModelForCausalLM
 
-from lcc_lens import recipe
+from lcc_lens import pruning_jobs, recipe
 from lcc_lens.data import load_data
 from lcc_lens.errors import RequestError
 from lcc_lens.files import read_json, read_tensors
@@ -171,8 +171,8 @@ def test_calibration_is_split_evenly_and_named(
     (tmp_path / "other.txt").write_text("\n\n".join(f"{i} xylophones: " + "x" * 80 for i in range(60)))
     texts = [load_data(name, role="calibration") for name in (str(text_file), str(tmp_path / "other.txt"))]
     passed: dict[str, Any] = {}
-    monkeypatch.setattr(recipe, "refit_checkpoint", lambda *_, **settings: passed.update(settings) or {})
-    recipe.refit(dense_dir, pruned_dir, tmp_path / "refit", calibration=texts, n_samples=5, seq_len=16)
+    monkeypatch.setattr(pruning_jobs, "refit_checkpoint", lambda *_, **settings: passed.update(settings) or {})
+    pruning_jobs.refit(dense_dir, pruned_dir, tmp_path / "refit", calibration=texts, n_samples=5, seq_len=16)
     parts = [calibration_tokens(text, pruned_dir, n, 16, 0) for text, n in zip(texts, (3, 2), strict=True)]
     assert torch.equal(passed["tokens"], torch.cat(parts))
     assert not torch.equal(parts[0][:2], parts[1])
@@ -186,7 +186,7 @@ def test_calibration_is_split_evenly_and_named(
 def test_one_data_set_needs_no_list(dense_dir: Path, pruned_dir: Path, text_file: Path, tmp_path: Path) -> None:
     named, loaded, listed = str(text_file), load_data(str(text_file), role="calibration"), [str(text_file)]
     reports = [
-        recipe.refit(dense_dir, pruned_dir, tmp_path / str(i), calibration=calibration, n_samples=2, seq_len=16)
+        pruning_jobs.refit(dense_dir, pruned_dir, tmp_path / str(i), calibration=calibration, n_samples=2, seq_len=16)
         for i, calibration in enumerate((named, loaded, listed))
     ]
     assert reports[0]["calibration"]["sequences"] == 2
@@ -199,11 +199,11 @@ def test_a_second_refit_remembers_the_first_one_s_data(
     few: dict[str, Any] = {"n_samples": 2, "seq_len": 16}
     first, second = (load_data(str(text_file), role=role) for role in ("calibration", "train"))
     assert not first.groups & second.groups
-    recipe.refit(dense_dir, pruned_dir, tmp_path / "once", calibration=first, **few)
-    record = recipe.refit(dense_dir, tmp_path / "once", tmp_path / "twice", calibration=second, **few)
+    pruning_jobs.refit(dense_dir, pruned_dir, tmp_path / "once", calibration=first, **few)
+    record = pruning_jobs.refit(dense_dir, tmp_path / "once", tmp_path / "twice", calibration=second, **few)
     assert set(record["calibration"]["groups"]) == first.groups | second.groups
     with pytest.raises(RequestError, match="wanted data to calibrate on, got none"):
-        recipe.refit(dense_dir, pruned_dir, tmp_path / "none", calibration=[])
+        pruning_jobs.refit(dense_dir, pruned_dir, tmp_path / "none", calibration=[])
 
 
 def test_training_may_not_use_what_the_refit_read(
@@ -211,7 +211,7 @@ def test_training_may_not_use_what_the_refit_read(
 ) -> None:
     """The pruning read other groups, so that the refit's record alone decides."""
     data = load_data(str(text_file), role="train")
-    recipe.refit(dense_dir, pruned_dir, tmp_path / "refit", calibration=data, n_samples=2, seq_len=16)
+    pruning_jobs.refit(dense_dir, pruned_dir, tmp_path / "refit", calibration=data, n_samples=2, seq_len=16)
     assert training_sequences(pair, None, data, None, 32, None, None)[0]
     with pytest.raises(RequestError, match="wanted training data and the pruning's calibration data without a shared"):
         recipe.restore(load_pair(dense_dir, tmp_path / "refit"), None, [], data, method="norms", max_length=32)

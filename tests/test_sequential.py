@@ -19,7 +19,8 @@ from lcc_lens.hooks import mlp_name, z_name
 from lcc_lens.injections import Ingredients, build_injection
 from lcc_lens.layerwise import LayerWalk, can_walk
 from lcc_lens.pair import load_pair
-from lcc_lens.recipe import prune, restore
+from lcc_lens.pruning_jobs import prune
+from lcc_lens.recipe import restore
 from lcc_lens.scan import Scan, scan
 from lcc_lens.sequential import sequential_means
 

@@ -21,7 +21,8 @@ from lcc_lens.models import load_hooked, load_plain, load_tokenizer
 from lcc_lens.objectives import Objective
 from lcc_lens.pair import load_pair
 from lcc_lens.pruning.zeros import compare_zeros, zero_pattern
-from lcc_lens.recipe import prune, refit, restore
+from lcc_lens.pruning_jobs import prune, refit
+from lcc_lens.recipe import restore
 from lcc_lens.scan import scan
 from lcc_lens.training import TrainConfig, validation_loss
 
