@@ -1,7 +1,7 @@
 """The README's tables, drawn from the committed results.
 
 python benchmarks/tables.py            # print them
-python benchmarks/tables.py --write    # put those of restorations between their marks in the README
+python benchmarks/tables.py --write    # put the marked ones in their place in the README
 """
 
 from __future__ import annotations
@@ -293,11 +293,20 @@ def accuracy_table(study: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def ratio_table(bench: dict[str, Any]) -> str:
+    """Times and memory beside bare transformers and peft, in one run."""
+    lines = ["| ratio | median | range |", "|---|---:|---:|"]
+    for name, row in bench["ratios"].items():
+        lines.append(f"| {name} | {row['ratio']:.2f} | {row['smallest']:.2f} to {row['largest']:.2f} |")
+    return "\n".join(lines)
+
+
 #: What stands between ``<!-- name -->`` and ``<!-- /name -->`` in the README: a file and how it is drawn.
 MARKED: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "restorations": ("restorations_wanda50.json", restoration_table),
     "restorations 2:4": ("restorations_wanda24.json", restoration_table),
     "accuracies": ("restorations_wanda50.json", accuracy_table),
+    "ratios": ("results.json", ratio_table),
 }
 
 
@@ -337,5 +346,5 @@ def print_tables() -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", action="store_true", help="into the README, those of restorations")
+    parser.add_argument("--write", action="store_true", help="the marked ones, into the README")
     write_marked() if parser.parse_args().write else print_tables()
