@@ -117,6 +117,7 @@ LAYERS: list[tuple[str, ...]] = [
         "answer_scoring",
         "comparison_tables",
         "evaluation",
+        "harness",
         "export",
         "folding",
         "hub",

@@ -16,8 +16,8 @@ from lcc_lens.compare_config import CompareConfig
 from lcc_lens.data import encode, load_data
 from lcc_lens.entries import Entry
 from lcc_lens.errors import InterruptedRun, LensError, RequestError
-from lcc_lens.evaluation import evaluate_task
 from lcc_lens.files import read_json
+from lcc_lens.harness import evaluate_task
 from lcc_lens.models import load_plain, load_tokenizer
 from lcc_lens.objectives import Objective
 from lcc_lens.pruning_jobs import prune

@@ -11,7 +11,8 @@ from test_cli import call, refused
 
 from lcc_lens.data import encode, load_data, load_records
 from lcc_lens.errors import RequestError
-from lcc_lens.evaluation import evaluate_task, sequence_loss
+from lcc_lens.evaluation import sequence_loss
+from lcc_lens.harness import evaluate_task
 from lcc_lens.models import load_plain, load_tokenizer
 from lcc_lens.task_recovery import RECOVERY_TASKS, load_task_data
 

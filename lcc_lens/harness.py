@@ -1,0 +1,175 @@
+"""lm-eval's tasks: its prompts and scoring, our items where we have them, and its progress as one of our bars."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lcc_lens.data import available_splits, read_records
+from lcc_lens.errors import RequestError
+from lcc_lens.progress import track
+from lcc_lens.tasks import Record
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+#: Folders of lm-eval's own task files for the named data sets: its whole index takes most of a minute to read.
+HARNESS_FOLDERS = {
+    "boolq": "super_glue/boolq",
+    "rte": "glue/rte",
+    "arc_easy": "arc",
+    "arc_challenge": "arc",
+    "hellaswag": "hellaswag",
+    "winogrande": "winogrande",
+    "openbookqa": "openbookqa",
+    "piqa": "piqa",
+}
+
+
+def evaluate_task(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    task: str,
+    *,
+    limit: int | None = None,
+    records: Sequence[Record] | None = None,
+    batch_tokens: int = 1024,
+    with_items: bool = False,
+) -> dict[str, Any]:
+    """Zero-shot accuracy on one of lm-eval's tasks, with its prompts, scoring and standard error.
+
+    Args:
+        model: a plain model.
+        tokenizer: its tokenizer.
+        task: a named data set, or any task that lm-eval knows (needs the hub).
+        limit: items at most, the first ones.
+        records: the items to use instead of the task's own evaluation split.
+        batch_tokens: padded tokens per forward pass.
+        with_items: also say of each item whether it was right, for paired comparisons.
+
+    Returns:
+        ``acc``, ``stderr``, ``n``, and ``acc_norm`` where the task has it; ``items`` as a text of 1 and 0 if wanted.
+
+    Raises:
+        RequestError: unknown task, or no data for it.
+    """
+    from lm_eval import evaluate as run_lm_eval
+
+    from lcc_lens.answer_scoring import AnswerScorer
+
+    with tempfile.TemporaryDirectory() as folder, _quiet(f"task {task}"):
+        manager, name = _task_spec(task, Path(folder), records)
+        lm = AnswerScorer(model, tokenizer, max_length=_context(model), max_tokens=batch_tokens)
+        loaded = manager.load([name])
+        results = run_lm_eval(lm, loaded, limit=limit, bootstrap_iters=0, log_samples=with_items)
+    scores = next(iter(results["results"].values()))
+    n = next(iter(results["n-samples"].values()))["effective"]
+    if "acc,none" not in scores:
+        raise RequestError(f"wanted a task scored by accuracy, got {task}; run it with lm-eval itself")
+    accuracy = float(scores["acc,none"])
+    found: dict[str, Any] = {"acc": accuracy, "stderr": math.sqrt(accuracy * (1 - accuracy) / max(n - 1, 1)), "n": n}
+    if "acc_norm,none" in scores:
+        found["acc_norm"] = float(scores["acc_norm,none"])
+    if with_items:
+        samples = sorted(next(iter(results["samples"].values())), key=lambda sample: sample["doc_id"])
+        found["items"] = "".join(str(int(sample["acc"])) for sample in samples)
+    return found
+
+
+def _context(model: PreTrainedModel) -> int:
+    return min(int(getattr(model.config.get_text_config(), "max_position_embeddings", 2048)), 2048)
+
+
+def _task_spec(task: str, folder: Path, records: Sequence[Record] | None) -> tuple[Any, Any]:
+    """lm-eval's task manager and its own task, reading our records where we have them."""
+    import lm_eval
+    from lm_eval.tasks import TaskManager
+
+    if task not in HARNESS_FOLDERS:
+        return TaskManager(), task
+    own = Path(lm_eval.__file__).parent / "tasks" / HARNESS_FOLDERS[task]
+    entry = TaskManager(include_path=str(own), include_defaults=False).task_index[task]
+    evaluated = str(entry.cfg.get("test_split") or entry.cfg["validation_split"])
+    if records is None:
+        splits = available_splits(task)
+        evaluated = evaluated if evaluated in splits else "validation"
+        if evaluated not in splits:
+            raise RequestError(f"wanted a validation split of {task}, got {', '.join(splits)}; add the file")
+        records, _ = read_records(task, evaluated)
+    file = folder / "items.jsonl"
+    file.write_text("".join(json.dumps(_with_hub_fields(task, record)) + "\n" for record in records), encoding="utf-8")
+    settings = {
+        "include": str(entry.yaml_path),
+        "task": f"{task}_local",
+        "dataset_path": "json",
+        "dataset_name": None,
+        "dataset_kwargs": {"data_files": {"validation": str(file)}, "cache_dir": str(folder)},
+        "training_split": None,
+        "fewshot_split": None,
+        "validation_split": "validation",
+        "test_split": None,
+    }
+    (folder / f"{task}.yaml").write_text(json.dumps(settings), encoding="utf-8")  # JSON is YAML
+    return TaskManager(include_path=str(folder), include_defaults=False), f"{task}_local"
+
+
+def _with_hub_fields(task: str, record: Record) -> Mapping[str, Any]:
+    """Fields that lm-eval's prompts read and some copies of the data sets name otherwise."""
+    if task == "boolq" and "label" not in record:
+        return {**record, "label": int(record["answer"])}
+    if task == "rte" and "sentence1" not in record:
+        return {**record, "sentence1": record["premise"], "sentence2": record["hypothesis"]}
+    return record
+
+
+class _Bar:
+    """Stands in for the tqdm bar within lm-eval and moves ours."""
+
+    def __init__(self, description: str, total: int) -> None:
+        self._ticks = track(range(total), total, description)
+
+    def update(self, n: int = 1) -> None:
+        for _ in range(n):
+            next(self._ticks, None)
+
+    def close(self) -> None:
+        for _ in self._ticks:
+            pass
+
+
+@contextmanager
+def _quiet(description: str) -> Iterator[None]:
+    """Keep lm-eval's and datasets' own notes out of ours, and show its progress as one of our bars."""
+    import datasets
+    from lm_eval.api import model, task
+    from lm_eval.models import huggingface
+
+    names = ("lm_eval", "lm-eval", "datasets")
+    levels = {name: logging.getLogger(name).level for name in names}
+    was_on = datasets.is_progress_bar_enabled()
+    bars: dict[Any, Any] = {
+        huggingface: lambda *args, total=0, **kwargs: _Bar(description, total),
+        model: lambda items, *args, **kwargs: items,
+        task: lambda items, *args, **kwargs: items,
+    }
+    theirs = {module: vars(module)["tqdm"] for module in bars}
+    for name in names:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    datasets.disable_progress_bars()
+    for module, bar in bars.items():
+        vars(module)["tqdm"] = bar
+    try:
+        yield
+    finally:
+        for module, bar in theirs.items():
+            vars(module)["tqdm"] = bar
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)
+        if was_on:
+            datasets.enable_progress_bars()
