@@ -27,6 +27,7 @@ from lcc_lens.injections import (
     uses_heads,
     uses_sequences,
 )
+from lcc_lens.lr_range import tuned
 from lcc_lens.measures import Measures
 from lcc_lens.memory import peak_memory, release_memory
 from lcc_lens.merging import merging_costs
@@ -143,15 +144,19 @@ class Bench:
             costs = self._kept.load(injection, entry.text, seed, request) if can_keep else None
             if costs is not None:
                 return _Trained(pair, model, injection, costs, is_new=False)
+            tuning: dict[str, Any] = {}
+            if trains and entry.tunes_lr:
+                settings, tuning = tuned(settings, model, injection, data, validation, teacher=pair.dense)
             if trains:
                 for step in train(model, injection, data, validation, settings, teacher=pair.dense):
                     steps = step.step
         costs = {
             "n_trained": injection.n_trained,
-            "learning_rates": rates,
+            "learning_rates": learning_rates(injection, settings.lr),
             "steps": steps,
-            "training_seconds": round(time.perf_counter() - start, 1),
+            "training_seconds": round(time.perf_counter() - start - tuning.get("tuning_seconds", 0.0), 1),
             "memory_mib": None if peak.mib is None else round(peak.mib),
+            **tuning,
         }
         if entry.method == "mean-shift":
             scanned = self._scan(pair, entry.method, on_refit=entry.on_refit)

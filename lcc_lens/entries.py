@@ -19,6 +19,8 @@ ADAPTERS: dict[str, tuple[AdapterKind, tuple[str, ...]]] = {
     "lora-vo": ("lora", ("v_proj", "o_proj")),
     "dora-vo": ("dora", ("v_proj", "o_proj")),
 }
+#: In place of a learning rate: chosen by a range test on the held-out responses.
+TUNED = "tuned"
 #: PERP (arXiv 2312.15230) by the parts that do the same. It trains what is cheap: biases and norms (an offset at a site
 #: is its map's bias), or LoRA under the mask, here at LoRA's rank.
 PERP = {"perp": "norms+offset+mlp-offset", "perp-lora": "low-rank"}
@@ -28,13 +30,14 @@ REFIT = "refit"
 
 @dataclass(frozen=True)
 class Entry:
-    """A line of a comparison: ``[refit+]method[@control][:objective][=learning rate]``.
+    """A line of a comparison: ``[refit+]method[@control][:objective][=learning rate | =tuned]``.
 
     ``refit`` starts from the refitted model. ``method`` are parts of :data:`~lcc_lens.injections.METHODS` joined by
     ``+``, or a baseline: ``lora`` or ``dora`` (on q, k, v, o; with ``-vo`` on v, o), ``lofit``, ``eora``, ``flap``,
     ``perp`` or ``perp-lora`` (see :data:`PERP`). ``@dense`` trains the same on the dense model: what that lowers is not
     restoration; ``@shuffled`` trains on other prompts' responses; ``@random-heads`` chooses heads at random. The
-    objective is read by :meth:`~lcc_lens.objectives.Objective.parse`. Without a learning rate each part takes its own.
+    objective is read by :meth:`~lcc_lens.objectives.Objective.parse`. Without a learning rate each part takes its own;
+    ``=tuned`` chooses one for every seed by :func:`~lcc_lens.lr_range.range_test`.
 
     Example:
         >>> Entry.parse("refit+low-rank+lcc:distillation").method
@@ -47,6 +50,7 @@ class Entry:
     control: str | None
     objective: Objective
     lr: float | None = None
+    tunes_lr: bool = False
 
     @property
     def parts(self) -> str | None:
@@ -84,10 +88,12 @@ class Entry:
         if (control == "dense" and on_refit) or (control and not method):
             raise RequestError(f"wanted a control of something that trains on the pruned model, got {text!r}")
         try:
-            lr = float(rate) if rate else None
+            lr = float(rate) if rate and rate != TUNED else None
         except ValueError:
-            raise RequestError(f"wanted a learning rate behind =, got {rate!r} in {text!r}") from None
-        return cls(text, method or None, on_refit, control or None, Objective.parse(objective or "response"), lr)
+            raise RequestError(f"wanted a learning rate or {TUNED!r} behind =, got {rate!r} in {text!r}") from None
+        return cls(
+            text, method or None, on_refit, control or None, Objective.parse(objective or "response"), lr, rate == TUNED
+        )
 
 
 #: What tells restoration from fitting the task, from any training at all, and from any choice of heads.

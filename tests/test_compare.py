@@ -50,13 +50,14 @@ def test_entries_are_read(text: str, expected: tuple) -> None:
     entry = Entry.parse(text)
     assert (entry.method, entry.on_refit, entry.control, entry.objective.distillation) == expected
     assert (entry.lr, Entry.parse(f"{text}=3e-3").lr) == (None, 0.003)
+    assert [Entry.parse(text + end).tunes_lr for end in ("", "=3e-3", "=tuned")] == [False, False, True]
 
 
 @pytest.mark.parametrize(("text", "message"), [
     ("magic", "wanted a method"), ("lcc@nothing", "wanted a control"), ("lcc:joy", "wanted an objective"),
     ("refit@dense", "wanted a control of something that trains"),
     ("refit+lcc@dense", "that trains on the pruned model"),
-    ("lcc=fast", "wanted a learning rate behind =, got 'fast'"),
+    ("lcc=fast", "wanted a learning rate or 'tuned' behind =, got 'fast'"),
     ("norms@random-heads", "wanted a method that acts on heads"), ("lora@random-heads", "that acts on heads"),
     ("mlp-lcc@random-heads", "wanted a method that acts on heads"), ("flap+lcc", "wanted a method"),
 ])  # fmt: skip
@@ -216,6 +217,22 @@ def test_numbers_of_another_training_are_not_taken(
     monkeypatch.setattr(module, "train", lambda *args, **kwargs: pytest.fail("trained"))
     with pytest.raises(pytest.fail.Exception, match="trained"):
         compare(dense_dir, pruned_dir, tmp_path, ["norms"], seeds=1, config=longer, out=tmp_path / "last.json")
+
+
+def test_a_tuned_rate_is_the_range_test_s_best_and_kept(
+    dense_dir: Path, pruned_dir: Path, config: CompareConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cells = compare(dense_dir, pruned_dir, tmp_path, ["norms", "norms=tuned"], seeds=1, config=config)["cells"]
+    found, rate = cells["norms=tuned | 0"], cells["norms | 0"]["learning_rates"][0]
+    by_rate = {float(tried): loss for tried, loss in found["lr_range"].items()}
+    assert sorted(by_rate) == pytest.approx([rate * factor for factor in (0.1, 0.3, 1.0, 3.0, 10.0)])
+    assert found["learning_rates"] == [min(by_rate, key=by_rate.__getitem__)]
+    assert found["learning_rates"] != [rate]  # what is trained here is so small that another rate is better
+    assert found["kl"] != cells["norms | 0"]["kl"]
+    assert found["steps"] == cells["norms | 0"]["steps"]
+    monkeypatch.setattr(module, "train", lambda *args, **kwargs: pytest.fail("trained"))
+    again = compare(dense_dir, pruned_dir, tmp_path, ["norms=tuned"], seeds=1, config=config, out=tmp_path / "b.json")
+    assert again["cells"]["norms=tuned | 0"] == found
 
 
 def test_closed_forms_and_cheap_baselines(
