@@ -22,7 +22,7 @@ class Compare(Common):
     methods: tuple[str, ...] = ("lcc", "lcc@dense", "random-basis", "offset", "mean-shift", "lora")
     """Restore's methods, lora, dora (-vo: on v and o alone), lofit, eora, flap, perp or perp-lora; refit+ before one
     starts from the refitted model; @dense, @shuffled or @random-heads after it is a control; :distillation trains
-    towards the dense model; =3e-3 sets a learning rate."""
+    towards the dense model; =3e-3 sets a learning rate, =tuned chooses one by a range test."""
     baselines: bool = False
     """Also every baseline there is."""
     controls: bool = False
