@@ -119,6 +119,8 @@ LAYERS: list[tuple[str, ...]] = [
         "evaluation",
         "export",
         "folding",
+        "gguf_comparison",
+        "gguf_export",
         "hub",
         "model_card",
         "drawing",
