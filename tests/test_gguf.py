@@ -176,6 +176,11 @@ def test_tied_embeddings_may_be_stored_twice_on_either_side(tmp_path: Path) -> N
         compare_gguf(tmp_path / "x.gguf", tied)
 
 
+def test_without_output_biases_more_architectures_go(dense_dir: Path, tmp_path: Path) -> None:
+    write_gguf(dense_dir, tmp_path / "x.gguf", architecture="smollm3")
+    assert compare_gguf(tmp_path / "x.gguf", dense_dir) == ("smollm3", 3 * 9 + 3)
+
+
 def test_other_layouts_keep_every_number() -> None:
     fused = np.arange(2 * 3 * 4 * 5).reshape(24, 5)  # two heads, each its query, key and value of width 4
     grouped = _grouped("blk.0.attn_qkv.weight", fused, 2, 2)
