@@ -120,11 +120,11 @@ def _names(architecture: str, n_layers: int, stored: Mapping[str, Path]) -> dict
     named = get_tensor_name_map(next(key for key, name in MODEL_ARCH_NAMES.items() if name == architecture), n_layers)
     names: dict[str, str] = {}
     for source in stored:
+        if source.endswith(_COMPUTED):
+            continue
         spellings = (source, source.removeprefix("transformer."), f"transformer.{source}")  # with the base model or not
         found = (named.get_name(spelling, (".weight", ".bias")) for spelling in spellings)
         name = next((name for name in found if name is not None), None)
-        if name is None and source.endswith(_COMPUTED):
-            continue
         if name is None or name in names:
             raise LensError(f"wanted a name of its own for {source} in the GGUF of {architecture}, got {name}")
         names[name] = source

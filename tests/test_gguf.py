@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -179,6 +180,19 @@ def test_tied_embeddings_may_be_stored_twice_on_either_side(tmp_path: Path) -> N
 def test_without_output_biases_more_architectures_go(dense_dir: Path, tmp_path: Path) -> None:
     write_gguf(dense_dir, tmp_path / "x.gguf", architecture="smollm3")
     assert compare_gguf(tmp_path / "x.gguf", dense_dir) == ("smollm3", 3 * 9 + 3)
+
+
+def test_tables_that_every_reader_computes_are_not_asked_for(dense_dir: Path, tmp_path: Path) -> None:
+    write_gguf(dense_dir, tmp_path / "x.gguf", edit=lambda t: t.update({"rope_freqs.weight": torch.ones(3)}))
+    old = shutil.copytree(dense_dir, tmp_path / "old")
+    tensors = load_file(old / "model.safetensors")
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(3)
+    save_file(tensors, old / "model.safetensors", metadata={"format": "pt"})
+    assert compare_gguf(tmp_path / "x.gguf", old) == ("llama", 3 * 9 + 3)
+    tensors["model.layers.0.self_attn.o_proj.scale"] = torch.ones(3)
+    save_file(tensors, old / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(LensError, match=r"wanted a name of its own for .*o_proj\.scale in the GGUF of llama, got None"):
+        compare_gguf(tmp_path / "x.gguf", old)
 
 
 def test_other_layouts_keep_every_number() -> None:
