@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from lcc_lens.evaluation import evaluate
     from lcc_lens.explorer import explore
     from lcc_lens.export import export
+    from lcc_lens.gguf_export import export_gguf
     from lcc_lens.heads import Head
     from lcc_lens.headscores import HeadScores
     from lcc_lens.hub import push_to_hub
@@ -97,6 +98,7 @@ _HOMES = {
     "evaluation": ("evaluate",),
     "explorer": ("explore",),
     "export": ("export",),
+    "gguf_export": ("export_gguf",),
     "heads": ("Head",),
     "headscores": ("HeadScores",),
     "hub": ("push_to_hub",),
@@ -191,6 +193,7 @@ __all__ = [
     "exciting_examples",
     "explore",
     "export",
+    "export_gguf",
     "extract_lost_components",
     "load_data",
     "load_hooked",

@@ -120,6 +120,8 @@ LAYERS: list[tuple[str, ...]] = [
         "harness",
         "export",
         "folding",
+        "gguf_comparison",
+        "gguf_export",
         "hub",
         "model_card",
         "drawing",
