@@ -26,7 +26,7 @@ from lcc_lens.training import validation_loss, validation_terms
 
 SMALL = {
     "examples": 24, "validation": 4, "responses": 4, "blocks": 2, "block_length": 16, "scan_examples": 24,
-    "batch_size": 8, "low_rank": 2, "lora_rank": 2, "refit_samples": 2, "max_length": 64, "speed_rounds": 2,
+    "batch_size": 8, "low_rank": 2, "lora_rank": 2, "refit_samples": 2, "max_length": 64, "speed_rounds": 0,
 }  # fmt: skip
 
 
@@ -83,8 +83,9 @@ def test_cells_are_kept_and_failures_reported(
     assert found["cells"]["lora | 0"] == {"error": "no adapters today"}
     assert read_json(tmp_path / "comparison.json") == found
     new.clear()
+    timed = dataclasses.replace(config, speed_rounds=2)
     again = compare(
-        dense_dir, pruned_dir, tmp_path, entries, seeds=2, config=config, on_cell=lambda *cell: new.append(cell[0])
+        dense_dir, pruned_dir, tmp_path, entries, seeds=2, config=timed, on_cell=lambda *cell: new.append(cell[0])
     )
     assert new == ["lora | 0", "lora | 1"]
     assert again["cells"]["lcc | 1"] == found["cells"]["lcc | 1"]
@@ -239,7 +240,7 @@ def test_closed_forms_and_cheap_baselines(
     dense_dir: Path, pruned_dir: Path, config: CompareConfig, tmp_path: Path
 ) -> None:
     """Each is built, measured and costed; the scan is made anew once more of it is needed."""
-    config = dataclasses.replace(config, low_rank=5)
+    config = dataclasses.replace(config, low_rank=5, speed_rounds=2)
     entries = ["mean-shift", "perp", "flap", "perp-lora", "mlp-lcc", "mean-shift-sequential-mlp", "eora"]
     found = compare(dense_dir, pruned_dir, tmp_path, entries, seeds=1, config=config)
     cells = {name.removesuffix(" | 0"): cell for name, cell in found["cells"].items()}
