@@ -182,6 +182,8 @@ def test_lens_is_read_as_it_was_saved(tmp_path: Path, gain: LogitGain, promoted:
         ("lora-vo=1e-3", "LoRA (v, o); rate 1e-3", "baseline"),
         ("lcc@dense", "LCC, on the dense model", "control"),
         ("mean-shift", "mean shift, untrained", "control"),
+        ("mean-shift-sequential", "mean shift, layer by layer", "control"),
+        ("perp-lora=tuned", "PERP (masked LoRA); tuned rate", "baseline"),
     ],
 )
 def test_lines_of_a_comparison_in_words(entry: str, label: str, kind: str) -> None:

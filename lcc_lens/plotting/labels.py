@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from lcc_lens.entries import ADAPTERS, BASELINES, Entry
+from lcc_lens.entries import ADAPTERS, BASELINES, TUNED, Entry
 
 SELECTOR_LABELS = {
     "patching": "activation patching",
@@ -20,18 +20,27 @@ SELECTOR_LABELS = {
 GOLD = "patching"
 Kind = Literal["restored", "baseline", "control"]
 #: Methods that ask what the others' parts bring, rather than restore as well as can be.
-_CONTROLS = ("random-basis", "offset", "mean-shift")
+_CONTROLS = ("random-basis", "offset", "mean-shift", "mean-shift-sequential", "mean-shift-sequential-mlp")
 _PARTS = {
     "lcc": "LCC",
     "random-basis": "LCC, random basis",
     "offset": "offset alone",
     "mean-shift": "mean shift, untrained",
+    "mean-shift-sequential": "mean shift, layer by layer",
+    "mean-shift-sequential-mlp": "mean shift, layer by layer, MLPs too",
+    "mlp-lcc": "LCC at MLPs",
+    "mlp-offset": "offset at MLPs",
+    "mlp-mean-shift": "mean shift at MLPs",
+    "mlp-gain": "MLP gains",
     "gain": "head gains",
     "norms": "norm gains",
     "low-rank": "masked low rank",
     "masked": "surviving weights",
     "lofit": "LoFiT",
-    "eora": "EoRA",
+    "eora": "EoRA, untrained",
+    "flap": "FLAP's biases, untrained",
+    "perp": "PERP (biases, norms)",
+    "perp-lora": "PERP (masked LoRA)",
     "lora": "LoRA",
     "dora": "DoRA",
     "lora-vo": "LoRA (v, o)",
@@ -70,4 +79,4 @@ def entry_label(text: str) -> str:
     if entry.control is not None:
         label += f", {_WHERE[entry.control]}"
     label += f"; {objective}" if objective else ""
-    return label + (f"; rate {rate}" if rate else "")
+    return label + ("; tuned rate" if rate == TUNED else f"; rate {rate}" if rate else "")
