@@ -17,7 +17,7 @@ from lcc_lens.pruning import parse_pattern
 from lcc_lens.pruning import prune as prune_checkpoint
 from lcc_lens.pruning.masks import Pattern, Unstructured
 from lcc_lens.pruning.pruners import Choice, Split
-from lcc_lens.pruning.refit import REFIT_RECORD, RefitConfig, Target
+from lcc_lens.pruning.refit import REFIT_RECORD, RefitConfig
 from lcc_lens.pruning.refit import refit as refit_checkpoint
 from lcc_lens.pruning.settings import Method
 from lcc_lens.pruning.structured import Schedule
@@ -105,7 +105,7 @@ def refit(
     calibration: str | Data | Sequence[str | Data] = REFIT_DATA,
     n_samples: int = REFIT_SAMPLES,
     seq_len: int = 512,
-    target: Target = "weights",
+    follow: float = 0.5,
     ridge: float = 0.01,
     mend: float = 0.5,
     seed: int = 0,
@@ -120,8 +120,8 @@ def refit(
         calibration: data whose activations are fitted (their role is ``calibration``); several in equal parts.
         n_samples: calibration sequences in all.
         seq_len: tokens per sequence.
-        target: fit to what the dense ``weights`` give on the inputs that a map sees now, or to the dense model's own
-            ``outputs``.
+        follow: fit to what the dense weights give on inputs so far along the way from those that a map sees now to
+            the dense model's own.
         ridge: pull towards the dense weights, as a share of the inputs' mean square.
         mend: the share of what the residual stream lacks that the maps which write to it make up for; see
             :class:`~lcc_lens.pruning.refit.RefitConfig`.
@@ -146,7 +146,7 @@ def refit(
             f"wanted at least one calibration sequence of each data set, got {n_samples} for {len(calibration)}; "
             "raise n_samples"
         )
-    config = RefitConfig(target, ridge, mend)
+    config = RefitConfig(follow, ridge, mend)
     paths, device = (resolve(dense), resolve(pruned)), default_device()
     parts = [load_data(one, role="calibration", seed=seed) if isinstance(one, str) else one for one in calibration]
     share, rest = divmod(n_samples, len(parts))

@@ -42,14 +42,14 @@ def weights(path: Path) -> dict[str, torch.Tensor]:
     return read_tensors(path / "model.safetensors")[0]
 
 
-@pytest.mark.parametrize("target", ["weights", "outputs"])
-def test_zeros_stay_and_the_model_comes_nearer(target: Any, dense_dir: Path, pruned_dir: Path, tmp_path: Path) -> None:
-    report = refit(dense_dir, pruned_dir, tmp_path / "refit", config=RefitConfig(target, mend=0.0), **SETTINGS)
+@pytest.mark.parametrize("follow", [0.0, 0.5, 1.0])
+def test_zeros_stay_and_the_model_comes_nearer(follow: float, dense_dir: Path, pruned_dir: Path, tmp_path: Path) -> None:
+    report = refit(dense_dir, pruned_dir, tmp_path / "refit", config=RefitConfig(follow, mend=0.0), **SETTINGS)
     assert compare_zeros(pruned_dir, tmp_path / "refit").is_equal
     assert divergence(tmp_path / "refit", dense_dir) < 0.9 * divergence(pruned_dir, dense_dir)
     assert report == read_json(tmp_path / "refit" / REFIT_RECORD)
     assert len(report["error_left"]) == 3 * 7
-    if target == "weights":
+    if follow == 0:
         assert max(report["error_left"].values()) < 1
     before, after = weights(pruned_dir), weights(tmp_path / "refit")
     changed = {name for name in before if not torch.equal(before[name], after[name])}
@@ -58,7 +58,7 @@ def test_zeros_stay_and_the_model_comes_nearer(target: Any, dense_dir: Path, pru
 
 def test_first_map_equals_least_squares_on_its_own_inputs(dense_dir: Path, pruned_dir: Path, tmp_path: Path) -> None:
     """The first layer's query map reads normalised embeddings, which no pruning touches."""
-    refit(dense_dir, pruned_dir, tmp_path / "refit", config=RefitConfig("weights", ridge=1e-3), **SETTINGS)
+    refit(dense_dir, pruned_dir, tmp_path / "refit", config=RefitConfig(0.0, ridge=1e-3), **SETTINGS)
     model = AutoModelForCausalLM.from_pretrained(pruned_dir, dtype=torch.float32).eval()
     with torch.no_grad():
         X = model.model.layers[0].input_layernorm(model.model.embed_tokens(TOKENS)).flatten(0, 1).double()
@@ -96,6 +96,23 @@ def test_output_maps_make_up_for_what_the_stream_lacks(dense_dir: Path, pruned_d
             assert torch.allclose(found[row, columns], torch.linalg.lstsq(samples, target).solution, atol=1e-3)
 
 
+@pytest.mark.parametrize("follow", [0.5, 1.0])
+def test_reading_maps_follow_the_dense_model(follow: float, dense_dir: Path, pruned_dir: Path, tmp_path: Path) -> None:
+    """The last layer's gate map equals least squares to what dense weights give on inputs between both models'."""
+    refit(dense_dir, pruned_dir, tmp_path / "refit", config=RefitConfig(follow, ridge=1e-3), **SETTINGS)
+    models = [AutoModelForCausalLM.from_pretrained(path).eval() for path in (dense_dir, tmp_path / "refit")]
+    path = "model.layers.2.mlp.gate_proj"
+    x_dense, x = (reads(model, path, "mlp")[1] for model in models)
+    dense, pruned, found = (weights(p)[f"{path}.weight"].double() for p in (dense_dir, pruned_dir, tmp_path / "refit"))
+    wanted = torch.lerp(x, x_dense, follow) @ dense.T
+    pull = 1e-3 * float((x * x).sum(0).mean())
+    for row in range(len(dense)):
+        columns = pruned[row].nonzero()[:, 0]
+        samples = torch.cat([x[:, columns], pull**0.5 * torch.eye(len(columns), dtype=torch.float64)])
+        target = torch.cat([wanted[:, row], pull**0.5 * dense[row, columns]])
+        assert torch.allclose(found[row, columns], torch.linalg.lstsq(samples, target).solution, atol=1e-3)
+
+
 @torch.no_grad()
 def reads(model: Any, path: str, part: str) -> tuple[torch.Tensor, torch.Tensor]:
     """What the residual stream holds before a part of the last layer writes to it, and the inputs of a map there."""
@@ -127,11 +144,11 @@ def test_maps_of_a_layer_see_what_was_refitted_before_them(
     assert groups == 3 * [[*attention, ["mlp.gate_proj", "mlp.up_proj"], ["mlp.down_proj"]]]
 
 
-@pytest.mark.parametrize("target", ["weights", "outputs"])
+@pytest.mark.parametrize("follow", [0.0, 0.5, 1.0])
 def test_a_refit_that_was_stopped_goes_on_to_the_same_bits(
-    target: Any, dense_dir: Path, pruned_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    follow: float, dense_dir: Path, pruned_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = RefitConfig(target, mend=0.5 if target == "weights" else 0.0)
+    config = RefitConfig(follow, mend=0.0 if follow == 1 else 0.5)
     whole = refit(dense_dir, pruned_dir, tmp_path / "whole", config=config, **SETTINGS)
     run, layers = module._LayerRefit.run, []
 
@@ -180,7 +197,7 @@ def test_calibration_is_split_evenly_and_named(
     assert told["data"] == "+".join(text.name for text in texts)
     assert told["source"] == [text.source for text in texts]
     assert told["groups"] == sorted(texts[0].groups | texts[1].groups)
-    assert passed["config"] == RefitConfig("weights", 0.01)
+    assert passed["config"] == RefitConfig(0.5, 0.01)
 
 
 def test_one_data_set_needs_no_list(dense_dir: Path, pruned_dir: Path, text_file: Path, tmp_path: Path) -> None:
@@ -219,7 +236,8 @@ def test_training_may_not_use_what_the_refit_read(
 
 @pytest.mark.parametrize(
     ("settings", "message"),
-    [({"ridge": 0.0}, "ridge above 0"), ({"ridge": float("inf")}, "ridge above 0"), ({"batch_size": 0}, "at least 1")],
+    [({"ridge": 0.0}, "ridge above 0"), ({"ridge": float("inf")}, "ridge above 0"), ({"batch_size": 0}, "at least 1"),
+     ({"follow": 1.5}, "a share to follow between 0 and 1, got 1.5"), ({"mend": -0.1}, "a share to mend between 0 and 1")],
 )
 def test_settings_out_of_range_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(RequestError, match=message):

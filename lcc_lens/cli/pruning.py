@@ -67,12 +67,13 @@ class Refit(Placed):
     """The directory to write."""
     calibration: tuple[str, ...] = ("alpaca", "c4", "wikitext")
     """Data whose activations are fitted, in equal parts: names, or .jsonl or .txt files."""
-    n_samples: int = 48
+    n_samples: int = 96
     """Calibration sequences in all."""
     seq_len: int = 512
     """Tokens per calibration sequence."""
-    target: Literal["weights", "outputs"] = "weights"
-    """Fit to what the dense weights give on the inputs seen now, or to the dense model's own outputs."""
+    follow: float = 0.5
+    """Fit to what the dense weights give on inputs so far along the way from those that a map sees now (0) to the dense
+    model's own (1)."""
     ridge: float = 0.01
     """Pull towards the dense weights, as a share of the inputs' mean square."""
     mend: float = 0.5
@@ -87,7 +88,7 @@ class Refit(Placed):
 
         report = refit(
             self.dense, self.pruned, self.out, calibration=self.calibration, n_samples=self.n_samples,
-            seq_len=self.seq_len, target=self.target, ridge=self.ridge, mend=self.mend, seed=self.seed,
+            seq_len=self.seq_len, follow=self.follow, ridge=self.ridge, mend=self.mend, seed=self.seed,
             overwrite=self.overwrite,
         )  # fmt: skip
         show_table(f"refitted: {self.out}", ["", ""], refit_rows(report))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -24,9 +24,10 @@ from lcc_lens.files import (
     write_json,
 )
 from lcc_lens.progress import track
+from lcc_lens.pruning.guide import Guide
 from lcc_lens.pruning.least_squares import NormalEquations, masked_least_squares
 from lcc_lens.pruning.matrices import Matrix, StoredWeights, find_matrices
-from lcc_lens.pruning.moments import InputMoments
+from lcc_lens.pruning.moments import InputMoments, exact_products
 from lcc_lens.pruning.obs import output_error
 from lcc_lens.pruning.pruners import Removed
 from lcc_lens.pruning.shortfall import Shortfall, Written, outputs_to_mend
@@ -34,7 +35,6 @@ from lcc_lens.pruning.stream import LayerStream
 from lcc_lens.pruning.unfinished import FinishedLayers
 from lcc_lens.pruning.zeros import compare_zeros
 
-Target = Literal["weights", "outputs"]
 REFIT_RECORD = "refit.json"
 #: Beside the finished layers of a run that is not through.
 _ERRORS = "errors.json"
@@ -45,27 +45,27 @@ class RefitConfig:
     """How to refit.
 
     Args:
-        target: fit each map to what the dense *weights* give on the inputs that it sees now, or to the dense model's
-            own *outputs*, whose inputs no pruning has touched: then later layers also make up for earlier ones' errors.
+        follow: fit each map to what the dense weights give on inputs so far along the way from those that it sees now
+            (0: every map by itself) to the dense model's own, which no pruning has touched (1: its outputs): then later
+            maps also make up for earlier ones' errors.
         ridge: pull towards the dense weights, as a share of the inputs' mean square.
         mend: the share of what the residual stream lacks already that the maps which write to it make up for, upon
             giving the dense maps' own outputs (:class:`~lcc_lens.pruning.shortfall.Shortfall`); 0 leaves it. Only where
-            layers add to the stream what their output maps give; elsewhere all maps follow ``target``.
+            layers add to the stream what their output maps give; elsewhere all maps follow as ``follow`` says.
         batch_size: sequences per forward pass.
     """
 
-    target: Target = "weights"
+    follow: float = 0.5
     ridge: float = 0.01
     mend: float = 0.5
     batch_size: int = 8
 
     def __post_init__(self) -> None:
-        if self.target not in get_args(Target):
-            raise RequestError(f"wanted the target weights or outputs, got {self.target!r}")
         if not 0 < self.ridge < float("inf"):
             raise RequestError(f"wanted a ridge above 0, got {self.ridge}")
-        if not 0 <= self.mend <= 1:
-            raise RequestError(f"wanted a share to mend between 0 and 1, got {self.mend}")
+        for name, share in (("follow", self.follow), ("mend", self.mend)):
+            if not 0 <= share <= 1:
+                raise RequestError(f"wanted a share to {name} between 0 and 1, got {share}")
         if self.batch_size < 1:
             raise RequestError(f"wanted a batch size of at least 1, got {self.batch_size}")
 
@@ -121,13 +121,13 @@ def refit(
     require_space(out, 2 * sum(file.stat().st_size for file in weight_files(pruned)))
     digests = {"dense_sha256": weights_sha256(dense), "pruned_sha256": weights_sha256(pruned)}
     identity = {
-        "config": [config.target, config.ridge, config.mend, config.batch_size], **digests, "dtype": str(dtype),
+        "config": [config.follow, config.ridge, config.mend, config.batch_size], **digests, "dtype": str(dtype),
         "tokens": tokens.tolist(), "version": package_version(),
     }  # fmt: skip
     finished = FinishedLayers(out, identity)
     errors = _walk(dense, pruned, plans, tokens, config, device, dtype, finished)
     report = {
-        "target": config.target, "ridge": config.ridge, "mend": config.mend, **digests,
+        "follow": config.follow, "ridge": config.ridge, "mend": config.mend, **digests,
         "lcc_lens_version": package_version(),
         "calibration": {**provenance, "sequences": len(tokens), "length": tokens.shape[1]}, "error_left": errors,
     }  # fmt: skip
@@ -161,8 +161,8 @@ def _walk(
 ) -> dict[str, float]:
     """Refit layer after layer; each is on disk before the next one begins."""
     stream = LayerStream.of(pruned, tokens, config.batch_size, device, dtype)
-    is_guided = config.target == "outputs" or config.mend > 0
-    guide = LayerStream.of(dense, tokens, config.batch_size, device, dtype) if is_guided else None
+    is_guided = config.follow > 0 or config.mend > 0
+    guide = Guide(LayerStream.of(dense, tokens, config.batch_size, device, dtype)) if is_guided else None
     errors: dict[str, float] = read_json(finished.folder / _ERRORS) if finished.n_layers else {}
     for index, matrices in enumerate(track(plans[1], len(plans[1]), "refitting layers")):
         if index < finished.n_layers:
@@ -187,9 +187,11 @@ class _LayerRefit:
         self.dense, self.pruned, self.config = dense, pruned, config
         self.errors: dict[str, float] = {}
 
-    def run(self, matrices: Sequence[Matrix], stream: LayerStream, guide: LayerStream | None) -> dict[str, Tensor]:
+    def run(self, matrices: Sequence[Matrix], stream: LayerStream, guide: Guide | None) -> dict[str, Tensor]:
         """The new weights in the checkpoint's layout and format; they are in the stream's layer as well."""
         found: dict[str, Tensor] = {}
+        if guide is not None:
+            guide.enter(matrices)
         mended = outputs_to_mend(matrices, stream, guide) if guide is not None and self.config.mend else ()
         written: list[Written] = []
         for group in _groups(matrices, stream):
@@ -199,7 +201,7 @@ class _LayerRefit:
                 moments.gather(stream, guide)
             else:
                 moments = _Moments()
-                moments.gather(group, stream, guide if self.config.target == "outputs" else None)
+                moments.gather(group, stream, guide if self.config.follow else None)
             for matrix in group:
                 found[matrix.name] = matrix.stored(self._solve(matrix.name, moments))
                 stream.replace(matrix, found[matrix.name])
@@ -213,7 +215,7 @@ class _LayerRefit:
         equations = NormalEquations.of(
             moment,
             target,
-            cross_moment=None if isinstance(moments, Shortfall) else moments.cross_of(name),
+            cross_moment=None if isinstance(moments, Shortfall) else moments.followed(name, self.config.follow),
             product=moments.product if isinstance(moments, Shortfall) else None,
             ridge=self.config.ridge,
         )
@@ -245,7 +247,7 @@ class _Moments:
         self._cross: dict[str, Tensor] = {}
         self._dense: dict[str, Tensor] = {}
 
-    def gather(self, matrices: Sequence[Matrix], stream: LayerStream, guide: LayerStream | None) -> None:
+    def gather(self, matrices: Sequence[Matrix], stream: LayerStream, guide: Guide | None) -> None:
         """Run the layer of both models over all batches, in step."""
         own = stream.batches_observed(matrices, self.note)
         if guide is None:
@@ -255,9 +257,10 @@ class _Moments:
             for _ in zip(guide.batches_observed(matrices, self._dense.__setitem__), own, strict=True):
                 self._dense.clear()
 
-    def cross_of(self, name: str) -> Float[Tensor, "in in"] | None:
-        """$X_{dense}^T X$ of a map; None where no dense model ran along."""
-        return self._cross.get(self.inputs.same_input(name))
+    def followed(self, name: str, share: float) -> Float[Tensor, "in in"] | None:
+        r"""$((1 - s) X + s X_{dense})^\top X$ of a map's inputs; None where no dense model ran along."""
+        cross = self._cross.get(self.inputs.same_input(name))
+        return None if cross is None else torch.lerp(self.inputs[name], cross, share)
 
     def note(self, name: str, inputs: Float[Tensor, "token in"]) -> None:
         """Add a batch of inputs of a map."""
@@ -265,5 +268,6 @@ class _Moments:
         if name not in self.seen:
             self.seen.append(name)
         if self.inputs.same_input(name) == name and name in self._dense:
-            product = self._dense[name].float().T @ inputs.float()
+            with exact_products(inputs.dtype):
+                product = self._dense[name].float().T @ inputs.float()
             self._cross[name] = self._cross[name] + product if name in self._cross else product

@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lcc_lens.pruning.anatomy import output_maps
+from lcc_lens.pruning.guide import Guide
 from lcc_lens.pruning.matrices import Matrix
 from lcc_lens.pruning.moments import InputMoments, exact_products
 from lcc_lens.pruning.stream import LayerStream
@@ -46,7 +47,7 @@ class Shortfall:
         self.inputs = InputMoments()
         self.product: Float[Tensor, "out in"] = torch.zeros_like(dense)
 
-    def gather(self, stream: LayerStream, guide: LayerStream) -> None:
+    def gather(self, stream: LayerStream, guide: Guide) -> None:
         """Run the current layer of the pruned and the dense model over all batches, in step.
 
         Leaves $X^\top X$ in ``inputs`` and $Y^\top X$ of the wanted outputs in ``product``.
@@ -87,7 +88,7 @@ def inverse_size(stream: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "t
     return inverse.clamp(max=_MOST * float(inverse.median()))
 
 
-def outputs_to_mend(matrices: Sequence[Matrix], stream: LayerStream, guide: LayerStream) -> tuple[str, ...]:
+def outputs_to_mend(matrices: Sequence[Matrix], stream: LayerStream, guide: Guide) -> tuple[str, ...]:
     """The names of a layer's output maps, if all that the layer does is to add what they give to its input.
 
     There are none otherwise: where a norm comes behind them (Gemma 2), they do not write to the stream themselves.

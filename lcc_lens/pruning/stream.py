@@ -81,13 +81,7 @@ class LayerStream:
         Raises:
             LensError: a weight of the layer is not finite in the compute format.
         """
-        layer = self._layer()
-        for path, parameter in layer.named_parameters():
-            if not bool(torch.isfinite(parameter).all()):
-                raise LensError(
-                    f"wanted finite weights, got NaN or infinity in {path} of layer {self._index}; "
-                    "check the checkpoint or compute in float32"
-                )
+        layer = self._checked_layer()
         runs = dict.fromkeys((matrix.name for matrix in matrices), 0)
         last, n_runs = math.inf, 0
 
@@ -106,6 +100,24 @@ class LayerStream:
                 if start == 0 and set(runs.values()) == {1}:
                     last = len(runs)
                 yield
+
+    def whole_batches(
+        self, matrices: Sequence[Matrix], observe: Observer
+    ) -> Iterator[Float[Tensor, "batch pos d_model"]]:
+        """Run the current layer to its end and show the inputs of its matrices; gives its outputs batch by batch.
+
+        Raises:
+            LensError: a weight of the layer is not finite in the compute format.
+        """
+        layer = self._checked_layer()
+        with _observed({matrix.name: layer.get_submodule(matrix.path) for matrix in matrices}, observe):
+            for start in range(0, len(self._hidden), self._batch_size):
+                yield self._output(start)
+
+    @property
+    def n_batches(self) -> int:
+        """How many batches there are."""
+        return -(-len(self._hidden) // self._batch_size)
 
     def hidden_batches(self) -> Iterator[Float[Tensor, "batch pos d_model"]]:
         """What enters the current layer, in the batches of :meth:`batches_observed`."""
@@ -132,15 +144,18 @@ class LayerStream:
         # Taken over as it is where formats agree: the model and the result then share one copy.
         parameter.data = weight.to(device=parameter.device, dtype=parameter.dtype)
 
-    def advance(self) -> None:
+    def advance(self, outputs: Sequence[Float[Tensor, "_ pos d_model"]] | None = None) -> None:
         """Run the current layer as it is now and let its outputs become the inputs of the next one.
+
+        Args:
+            outputs: what it gives by batch, where that is known: then it does not run.
 
         Raises:
             LensError: an output is not finite.
         """
         if self._index + 1 < len(self._layers):  # nobody reads what the last layer gives
-            for start in range(0, len(self._hidden), self._batch_size):
-                output = self._output(start)
+            for place, start in enumerate(range(0, len(self._hidden), self._batch_size)):
+                output = self._output(start) if outputs is None else outputs[place]
                 if not bool(torch.isfinite(output).all()):
                     raise LensError(
                         f"wanted finite activations, got NaN or infinity from layer {self._index}; "
@@ -179,6 +194,16 @@ class LayerStream:
         # A copy, since a layer may add to its input in place and the buffer is read twice.
         batch = self._hidden[start : start + self._batch_size].clone()
         return self._calls[len(batch)][self._index](self._layer(), batch)
+
+    def _checked_layer(self) -> nn.Module:
+        layer = self._layer()
+        for path, parameter in layer.named_parameters():
+            if not bool(torch.isfinite(parameter).all()):
+                raise LensError(
+                    f"wanted finite weights, got NaN or infinity in {path} of layer {self._index}; "
+                    "check the checkpoint or compute in float32"
+                )
+        return layer
 
     def _layer(self) -> nn.Module:
         """The current layer, with its weights in memory."""
