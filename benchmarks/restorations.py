@@ -25,7 +25,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 from run import describe
 from transformers.utils import logging as transformers_logging
 
-from lcc_lens.best import BEST_METHOD, BEST_OBJECTIVE, REFITTED
+from lcc_lens.best import BEST_LR, BEST_METHOD, BEST_OBJECTIVE, REFITTED
 from lcc_lens.compare import MEASURES, compare
 from lcc_lens.compare_config import CompareConfig
 from lcc_lens.files import read_json, write_json
@@ -33,7 +33,7 @@ from lcc_lens.pruning_jobs import prune, refit
 
 HERE = Path(__file__).parent
 MODELS: dict[str, dict[str, Any]] = {"wanda50": {"sparsity": 0.5}, "wanda24": {"pattern": "2:4"}}
-BEST = f"refit+{BEST_METHOD}:{BEST_OBJECTIVE}"
+BEST = f"refit+{BEST_METHOD}:{BEST_OBJECTIVE}={BEST_LR:g}"
 #: Computed first, with every seed.
 MAIN = (BEST, "lora", "lcc")
 #: Then, with the first seed alone: what the best is made of, the controls, baselines, and parts of the family.
@@ -61,8 +61,6 @@ VARIANTS = {
     # constants at a quarter of the heads, those with the largest mean squared difference, beside heads drawn at random
     "wanda50_quarter": Variant(("lcc", "lcc@random-heads"), {"heads": 0.25}),
     **{f"wanda50_{n}": Variant(settings={"examples": n}) for n in (60, 120, 240)},
-    # harder pruning: a refit that reads more text and makes up for more of what the stream lacks, a higher rate
-    "wanda24_strong": Variant((f"{BEST}=5e-3",), refit={"n_samples": 144, "mend": 0.75, "ridge": 0.03}),
 }
 
 

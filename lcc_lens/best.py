@@ -20,7 +20,7 @@ from lcc_lens.restoration import Restoration
 from lcc_lens.training import Step, TrainConfig
 
 #: What ``best`` stands for; the study of restorations says why.
-BEST_METHOD, BEST_LOW_RANK, BEST_OBJECTIVE = "low-rank", 16, "text+distillation"
+BEST_METHOD, BEST_LOW_RANK, BEST_OBJECTIVE, BEST_LR = "low-rank", 16, "text+distillation", 5e-3
 REFITTED = "refit"
 
 
@@ -51,8 +51,8 @@ def restore_best(
         pruned: reference of the same model with zeros.
         run: the run directory.
         data: training examples (role ``train``).
-        config: settings of the training; its objective is the loss of all tokens and the divergence from the dense
-            model in equal parts if none is given.
+        config: settings of the training; if none are given, its objective is the loss of all tokens and the divergence
+            from the dense model in equal parts, at a rate of 5e-3.
         validation: see :func:`~lcc_lens.recipe.restore`.
         low_rank: the rank.
         calibration: data for the refit.
@@ -74,7 +74,7 @@ def restore_best(
     with first_process_first():
         if not folder.exists():
             refit(dense, pruned, folder, calibration=calibration, n_samples=n_samples, seq_len=seq_len)
-    config = config or TrainConfig(objective=Objective.parse(BEST_OBJECTIVE))
+    config = config or TrainConfig(objective=Objective.parse(BEST_OBJECTIVE), lr=BEST_LR)
     return restore(
         load_pair(dense, folder), None, (), data, method=BEST_METHOD, config=config, validation=validation,
         low_rank=low_rank, max_length=max_length, limit=limit, run=run, resume=resume, on_step=on_step,

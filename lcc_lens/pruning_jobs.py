@@ -24,7 +24,7 @@ from lcc_lens.pruning.structured import Schedule
 
 #: What a refit is calibrated on: instructions, web text and an encyclopedia.
 REFIT_DATA = ("alpaca", "c4", "wikitext")
-REFIT_SAMPLES = 96
+REFIT_SAMPLES = 144
 
 
 def prune(
@@ -105,9 +105,9 @@ def refit(
     calibration: str | Data | Sequence[str | Data] = REFIT_DATA,
     n_samples: int = REFIT_SAMPLES,
     seq_len: int = 512,
-    follow: float = 0.5,
-    ridge: float = 0.01,
-    mend: float = 0.5,
+    follow: float = RefitConfig.follow,
+    ridge: float = RefitConfig.ridge,
+    mend: float = RefitConfig.mend,
     seed: int = 0,
     overwrite: bool = False,
 ) -> dict[str, Any]:

@@ -67,16 +67,16 @@ class Refit(Placed):
     """The directory to write."""
     calibration: tuple[str, ...] = ("alpaca", "c4", "wikitext")
     """Data whose activations are fitted, in equal parts: names, or .jsonl or .txt files."""
-    n_samples: int = 96
+    n_samples: int = 144
     """Calibration sequences in all."""
     seq_len: int = 512
     """Tokens per calibration sequence."""
     follow: float = 0.5
     """Fit to what the dense weights give on inputs so far along the way from those that a map sees now (0) to the dense
     model's own (1)."""
-    ridge: float = 0.01
+    ridge: float = 0.03
     """Pull towards the dense weights, as a share of the inputs' mean square."""
-    mend: float = 0.5
+    mend: float = 0.75
     """Share of what the residual stream lacks that the maps which write to it make up for (0: each map by itself)."""
     seed: int = 0
     """Of the draw of calibration data."""

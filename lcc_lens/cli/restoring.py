@@ -152,15 +152,17 @@ class Restore(Placed):
         return load_role(name, n, "train", self.seed), load_role(name, max(8, n // 10), "held-out", self.seed)
 
     def _config(self) -> TrainConfig:
-        from lcc_lens.best import BEST_OBJECTIVE
+        from lcc_lens.best import BEST_LR, BEST_OBJECTIVE
         from lcc_lens.objectives import Objective
         from lcc_lens.task_recovery import TASK_EPOCHS
         from lcc_lens.training import TrainConfig
 
-        objective = self.objective or (BEST_OBJECTIVE if self.method == "best" else "response")
+        is_best = self.method == "best"
+        objective = self.objective or (BEST_OBJECTIVE if is_best else "response")
+        rate = BEST_LR if is_best and self.lr is None else self.lr
         usual = 1 if self.task is None else TASK_EPOCHS
         return TrainConfig(
-            epochs=usual if self.epochs is None else self.epochs, batch_size=self.batch_size, lr=self.lr,
+            epochs=usual if self.epochs is None else self.epochs, batch_size=self.batch_size, lr=rate,
             checkpoint_every=self.checkpoint_every, seed=self.seed, patience=self.patience,
             micro_tokens=self.micro_tokens, reuse=self.reuse, gradient_checkpointing=self.gradient_checkpointing,
             objective=Objective.parse(objective, temperature=self.temperature),

@@ -56,8 +56,8 @@ class RefitConfig:
     """
 
     follow: float = 0.5
-    ridge: float = 0.01
-    mend: float = 0.5
+    ridge: float = 0.03
+    mend: float = 0.75
     batch_size: int = 8
 
     def __post_init__(self) -> None:
