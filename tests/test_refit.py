@@ -43,7 +43,9 @@ def weights(path: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("follow", [0.0, 0.5, 1.0])
-def test_zeros_stay_and_the_model_comes_nearer(follow: float, dense_dir: Path, pruned_dir: Path, tmp_path: Path) -> None:
+def test_zeros_stay_and_the_model_comes_nearer(
+    follow: float, dense_dir: Path, pruned_dir: Path, tmp_path: Path
+) -> None:
     report = refit(dense_dir, pruned_dir, tmp_path / "refit", config=RefitConfig(follow, mend=0.0), **SETTINGS)
     assert compare_zeros(pruned_dir, tmp_path / "refit").is_equal
     assert divergence(tmp_path / "refit", dense_dir) < 0.9 * divergence(pruned_dir, dense_dir)
@@ -236,8 +238,13 @@ def test_training_may_not_use_what_the_refit_read(
 
 @pytest.mark.parametrize(
     ("settings", "message"),
-    [({"ridge": 0.0}, "ridge above 0"), ({"ridge": float("inf")}, "ridge above 0"), ({"batch_size": 0}, "at least 1"),
-     ({"follow": 1.5}, "a share to follow between 0 and 1, got 1.5"), ({"mend": -0.1}, "a share to mend between 0 and 1")],
+    [
+        ({"ridge": 0.0}, "ridge above 0"),
+        ({"ridge": float("inf")}, "ridge above 0"),
+        ({"batch_size": 0}, "at least 1"),
+        ({"follow": 1.5}, "a share to follow between 0 and 1, got 1.5"),
+        ({"mend": -0.1}, "a share to mend between 0 and 1"),
+    ],
 )
 def test_settings_out_of_range_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(RequestError, match=message):
