@@ -36,6 +36,10 @@ MODELS: dict[str, dict[str, Any]] = {"wanda50": {"sparsity": 0.5}, "wanda24": {"
 BEST = f"refit+{BEST_METHOD}:{BEST_OBJECTIVE}={BEST_LR:g}"
 #: Computed first, with every seed.
 MAIN = (BEST, "lora", "lcc")
+#: What ``best`` was when the larger part of the study ran: kept, so that its files can be completed.
+FIRST_BEST = f"refit+{BEST_METHOD}:{BEST_OBJECTIVE}"
+FIRST_MAIN = (FIRST_BEST, "lora", "lcc")
+FIRST_REFIT = {"n_samples": 96, "follow": 0.0, "mend": 0.5, "ridge": 0.01}
 #: Then, with the first seed alone: what the best is made of, the controls, baselines, and parts of the family.
 OTHERS = (
     "refit", "mean-shift", "lcc@dense", "offset", "random-basis", "lcc@shuffled",
@@ -52,15 +56,25 @@ class Variant:
     """A comparison of a pruned model with other settings than the study's."""
 
     entries: tuple[str, ...] = MAIN
+    main: tuple[str, ...] = MAIN
+    """Of the entries, those with several seeds."""
     settings: dict[str, Any] = field(default_factory=dict)
     refit: dict[str, Any] = field(default_factory=dict)
     """Settings of the refit that differ from ``best``'s."""
 
 
+def _first(entries: tuple[str, ...] = FIRST_MAIN, main: tuple[str, ...] = FIRST_MAIN, **settings: Any) -> Variant:
+    return Variant(entries, main, {"refit_samples": FIRST_REFIT["n_samples"], **settings}, FIRST_REFIT)
+
+
 VARIANTS = {
+    "wanda50": _first((*FIRST_MAIN, *OTHERS)),
+    "wanda24": Variant((*MAIN, *OTHERS)),
+    # the first model with best as it is now
+    "wanda50_best": Variant((BEST, "refit"), (BEST,)),
     # constants at a quarter of the heads, those with the largest mean squared difference, beside heads drawn at random
-    "wanda50_quarter": Variant(("lcc", "lcc@random-heads"), {"heads": 0.25}),
-    **{f"wanda50_{n}": Variant(settings={"examples": n}) for n in (60, 120, 240)},
+    "wanda50_quarter": _first(("lcc", "lcc@random-heads"), ("lcc", "lcc@random-heads"), heads=0.25),
+    **{f"wanda50_{n}": _first(examples=n) for n in (60, 120, 240)},
 }
 
 
@@ -82,7 +96,7 @@ def main(asked: Asked) -> None:
     end = time.monotonic() + 60 * asked.minutes
     tasks: dict[str, Any] = {"tasks": TASKS, "limit": LIMIT} if asked.zero_shot else {}
     for name in asked.models:
-        variant = VARIANTS.get(name, Variant((*MAIN, *OTHERS)))
+        variant = VARIANTS[name]
         config = CompareConfig(speed_rounds=15 if asked.latency else 0, **variant.settings, **tasks)
         entries = tuple(asked.entries) or variant.entries
         pruned = asked.folder / name.partition("_")[0] / "pruned"
@@ -91,7 +105,8 @@ def main(asked: Asked) -> None:
         out = HERE / f"restorations_{name}.json"
         found = read_json(out) if out.exists() else {"cells": {}}
         refitted, usual = asked.folder / name / REFITTED, pruned.parent / REFITTED
-        if not variant.refit and usual.exists() and not refitted.exists():  # it does not depend on the examples
+        is_usual = variant.refit == VARIANTS[pruned.parent.name].refit  # it does not depend on the examples
+        if is_usual and usual.exists() and not refitted.exists():
             shutil.copytree(usual, refitted, copy_function=os.link)
         if variant.refit and not refitted.exists():
             start = time.perf_counter()
@@ -100,8 +115,7 @@ def main(asked: Asked) -> None:
         write_json(
             out, {**found, "command": f"python benchmarks/restorations.py --models {name}", "machine": describe()}
         )
-        main = MAIN if name in MODELS else variant.entries
-        with_seeds = [entry for entry in entries if entry in main and not asked.zero_shot]
+        with_seeds = [entry for entry in entries if entry in variant.main and not asked.zero_shot]
         for some, n_seeds in ((with_seeds, asked.seeds), (entries, 1)):
             compare(
                 "smollm2", pruned, asked.folder / name, some, seeds=n_seeds, config=config, deadline=end, out=out,
@@ -120,7 +134,7 @@ if __name__ == "__main__":
     parser.add_argument("--folder", type=Path, default=Path("runs/restorations"))
     parser.add_argument("--minutes", type=float, default=math.inf, help="begin no cell after so many minutes")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--models", nargs="+", default=[*MODELS, *VARIANTS], choices=[*MODELS, *VARIANTS])
+    parser.add_argument("--models", nargs="+", default=[*VARIANTS], choices=[*VARIANTS])
     parser.add_argument("--entries", nargs="+", default=[], help="all of the study's if not given")
     parser.add_argument("--zero-shot", action="store_true", help="accuracies on five tasks instead, one seed")
     parser.add_argument("--latency", action="store_true", help="time what is served as well")
