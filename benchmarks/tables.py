@@ -224,7 +224,7 @@ RESTORED = {
     "flap": "FLAP's biases, no training",
     "low-rank:text+distillation": "`low-rank`, text and distillation",
     "refit": "`refit`, no training",
-    "refit+low-rank:text+distillation": "`refit`, then `low-rank`, text and distillation",
+    "refit+low-rank:text+distillation": "`best` as it was first: `refit`, then `low-rank`, text and distillation",
     "refit+low-rank:text+distillation=0.005": "`best`: `refit`, then `low-rank`, text and distillation",
     "refit+low-rank": "`refit`, then `low-rank`",
     "refit+low-rank:distillation": "`refit`, then `low-rank`, distilled",
@@ -306,6 +306,7 @@ def ratio_table(bench: dict[str, Any]) -> str:
 MARKED: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "restorations": ("restorations_wanda50.json", restoration_table),
     "restorations 2:4": ("restorations_wanda24.json", restoration_table),
+    "restorations best": ("restorations_wanda50_best.json", restoration_table),
     "accuracies": ("restorations_wanda50.json", accuracy_table),
     "ratios": ("results.json", ratio_table),
 }
