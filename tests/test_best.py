@@ -67,6 +67,7 @@ def test_by_one_command(
     assert main([*command, "--method", "best", "--quiet"]) == 0
     asked = read_json(tmp_path / "run" / "config.json")["restore"]
     assert (asked["method"], asked["low_rank"]) == ("low-rank", 16)
+    assert asked["lr"] == best.BEST_LR
     assert (asked["objective"]["text"], asked["objective"]["distillation"]) == (0.5, 0.5)
     losses = read_json(tmp_path / "run" / "metrics.json")["validation"]["losses"]
     assert list(losses) == ["dense", "pruned", "refitted", "restored"]

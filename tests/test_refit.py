@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from conftest import build_model, save_model
 from transformers import AutoModelForCausalLM
 
 from lcc_lens import pruning_jobs, recipe
+from lcc_lens.cli.pruning import Refit
 from lcc_lens.data import load_data
 from lcc_lens.errors import RequestError
 from lcc_lens.files import read_json, read_tensors
@@ -200,6 +202,12 @@ def test_calibration_is_split_evenly_and_named(
     assert told["source"] == [text.source for text in texts]
     assert told["groups"] == sorted(texts[0].groups | texts[1].groups)
     assert passed["config"] == RefitConfig(0.5, 0.01)
+
+
+def test_the_command_s_defaults_are_the_function_s() -> None:
+    named = {name: one.default for name, one in inspect.signature(pruning_jobs.refit).parameters.items()}
+    for name in ("calibration", "n_samples", "seq_len", "follow", "ridge", "mend", "seed"):
+        assert getattr(Refit, name) == named[name]
 
 
 def test_one_data_set_needs_no_list(dense_dir: Path, pruned_dir: Path, text_file: Path, tmp_path: Path) -> None:

@@ -71,8 +71,8 @@ class Restore(Placed):
     batch_size: int = 8
     """Examples per optimiser step."""
     lr: float | None = None
-    """AdamW's learning rate of the method's first part (its own if not given; a constant's is in units of each head's
-    difference); decays linearly to zero."""
+    """AdamW's learning rate of the method's first part (its own if not given; best: 5e-3; a constant's is in units of
+    each head's difference); decays linearly to zero."""
     tune_lr: bool = False
     """Choose the learning rate by a few steps at each of five first."""
     objective: str | None = None
