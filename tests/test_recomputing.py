@@ -100,7 +100,9 @@ def test_every_family_gives_the_same_gradients(family: str, tmp_path: Path) -> N
     expected = gradients(model, *arguments)
     got = gradients(Recomputed(model), *arguments)
     assert any(float(gradient.abs().max()) > 0 for gradient in expected)
-    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+    size = max(float(gradient.abs().max()) for gradient in expected)
+    for a, b in zip(got, expected, strict=True):  # some processors sum a repeated product in another order
+        assert torch.allclose(a, b, rtol=1e-5, atol=1e-6 * size)
 
 
 @pytest.mark.parametrize("reuse", [False, True])

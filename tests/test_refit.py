@@ -201,7 +201,7 @@ def test_calibration_is_split_evenly_and_named(
     assert told["data"] == "+".join(text.name for text in texts)
     assert told["source"] == [text.source for text in texts]
     assert told["groups"] == sorted(texts[0].groups | texts[1].groups)
-    assert passed["config"] == RefitConfig(0.5, 0.01)
+    assert passed["config"] == RefitConfig()
 
 
 def test_the_command_s_defaults_are_the_function_s() -> None:
