@@ -25,17 +25,17 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 from run import describe
 from transformers.utils import logging as transformers_logging
 
-from lcc_lens.best import BEST_LR, BEST_METHOD, BEST_OBJECTIVE, REFITTED
+from lcc_lens.best import BEST_ENTRY, BEST_METHOD, BEST_OBJECTIVE, REFITTED
 from lcc_lens.compare import MEASURES, compare
 from lcc_lens.compare_config import CompareConfig
+from lcc_lens.entries import Entry
 from lcc_lens.files import read_json, write_json
 from lcc_lens.pruning_jobs import prune, refit
 
 HERE = Path(__file__).parent
 MODELS: dict[str, dict[str, Any]] = {"wanda50": {"sparsity": 0.5}, "wanda24": {"pattern": "2:4"}}
-BEST = f"refit+{BEST_METHOD}:{BEST_OBJECTIVE}={BEST_LR:g}"
 #: Computed first, with every seed.
-MAIN = (BEST, "lora", "lcc")
+MAIN = (BEST_ENTRY, "lora", "lcc")
 #: What ``best`` was when the larger part of the study ran: kept, so that its files can be completed.
 FIRST_BEST = f"refit+{BEST_METHOD}:{BEST_OBJECTIVE}"
 FIRST_MAIN = (FIRST_BEST, "lora", "lcc")
@@ -71,7 +71,7 @@ VARIANTS = {
     "wanda50": _first((*FIRST_MAIN, *OTHERS)),
     "wanda24": Variant((*MAIN, *OTHERS)),
     # the first model with best as it is now
-    "wanda50_best": Variant((BEST, "refit"), (BEST,)),
+    "wanda50_best": Variant((BEST_ENTRY, "refit"), (BEST_ENTRY,)),
     # constants at a quarter of the heads, those with the largest mean squared difference, beside heads drawn at random
     "wanda50_quarter": _first(("lcc", "lcc@random-heads"), ("lcc", "lcc@random-heads"), heads=0.25),
     **{f"wanda50_{n}": _first(examples=n) for n in (60, 120, 240)},
@@ -108,7 +108,7 @@ def main(asked: Asked) -> None:
         is_usual = variant.refit == VARIANTS[pruned.parent.name].refit  # it does not depend on the examples
         if is_usual and usual.exists() and not refitted.exists():
             shutil.copytree(usual, refitted, copy_function=os.link)
-        if variant.refit and not refitted.exists():
+        if variant.refit and not refitted.exists() and any(Entry.parse(entry).on_refit for entry in entries):
             start = time.perf_counter()
             refit("smollm2", pruned, refitted, **variant.refit)
             found |= {"refit": variant.refit, "refit_seconds": round(time.perf_counter() - start, 1)}

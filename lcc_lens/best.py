@@ -22,6 +22,8 @@ from lcc_lens.training import Step, TrainConfig
 #: What ``best`` stands for; the study of restorations says why.
 BEST_METHOD, BEST_LOW_RANK, BEST_OBJECTIVE, BEST_LR = "low-rank", 16, "text+distillation", 5e-3
 REFITTED = "refit"
+#: The same as a line of a comparison.
+BEST_ENTRY = f"refit+{BEST_METHOD}:{BEST_OBJECTIVE}={BEST_LR:g}"
 
 
 def restore_best(

@@ -169,7 +169,7 @@ class _Sample(NamedTuple):
     """What a few tokens' way through a model shows."""
 
     entering: list[Tensor]
-    """What every layer read."""
+    """What every layer read, where it was not told what to read."""
     given: list[Tensor]
     """Every layer's head outputs and, with these edited, what the output projection gives; last the logits."""
     fired: set[str]
@@ -192,8 +192,10 @@ def _sample(model: Any, entering: Sequence[Tensor] = (), **options: Any) -> _Sam
 
     def enter(layer: int) -> HookFunction:
         def replace(resid: Tensor, hook: Any) -> Tensor | None:
-            before[layer] = entering[layer] if entering else resid.clone()
-            return before[layer] if entering else None
+            if entering:
+                return entering[layer]
+            before[layer] = resid.clone()
+            return None
 
         return replace
 

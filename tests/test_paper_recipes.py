@@ -13,6 +13,7 @@ from small_sets import write_sets
 from test_cli import call, refused
 
 from lcc_lens import bench
+from lcc_lens.best import BEST_ENTRY
 from lcc_lens.errors import RequestError
 from lcc_lens.paper_recipes import dry, read_recipe
 from lcc_lens.paper_run import run_recipe
@@ -54,6 +55,7 @@ def test_recipe_states_the_papers_job(path: Path) -> None:
         assert recipe.comparison("rte").tasks == ("rte",)
     figures = {row.entry: (row.accuracy, row.perplexity) for row in recipe.rows}
     assert figures.items() >= PAPER.get(path.stem, {}).items()
+    assert {entry for entry in figures if entry and entry.startswith("refit")} <= {BEST_ENTRY}
 
 
 @pytest.mark.parametrize(

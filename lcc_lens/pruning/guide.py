@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lcc_lens.pruning.matrices import Matrix
+from lcc_lens.pruning.moments import is_same
 from lcc_lens.pruning.stream import LayerStream, Observer
 
 #: For the inputs of a layer's maps and what it gives, over all batches; 2 GiB.
@@ -78,9 +79,9 @@ class Guide:
         last: list[Tensor] = []  # held, so that equal addresses mean the same inputs
 
         def note(name: str, inputs: Tensor) -> None:
-            is_same = bool(last) and last[0].data_ptr() == inputs.data_ptr() and last[0].shape == inputs.shape
+            is_shared = bool(last) and is_same(inputs, last[0])
             # A copy, since a layer may go on to change it in place.
-            reads.append((name, reads[-1][1] if is_same else inputs.clone()))
+            reads.append((name, reads[-1][1] if is_shared else inputs.clone()))
             last[:] = [inputs]
 
         for given in self._stream.whole_batches(self._matrices, note):

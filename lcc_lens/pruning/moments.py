@@ -26,7 +26,7 @@ class InputMoments:
 
     def add(self, name: str, inputs: Float[Tensor, "token in"]) -> None:
         """Add a batch of inputs of a matrix, in the format the model computes in."""
-        if self._last is not None and _is_same(inputs, self._last[1]):
+        if self._last is not None and is_same(inputs, self._last[1]):
             self._leader[name] = self._last[0]
             return
         self._last = (name, inputs)
@@ -54,7 +54,8 @@ class InputMoments:
         return self._leader[name]
 
 
-def _is_same(first: Tensor, second: Tensor) -> bool:
+def is_same(first: Tensor, second: Tensor) -> bool:
+    """Whether two tensors that are both alive are the same numbers in memory."""
     return first.data_ptr() == second.data_ptr() and first.shape == second.shape and first.dtype == second.dtype
 
 
