@@ -1,6 +1,6 @@
 """What each way to restore brings back on SmolLM2-135M: methods, baselines and controls by the same rule.
 
-    python benchmarks/restorations.py [--models wanda50] [--minutes M]
+    python benchmarks/restorations.py [--models wanda50] [--minutes M] [--processes 12]
     python benchmarks/restorations.py --zero-shot      # then, of what was trained, the accuracies on five tasks
     python benchmarks/restorations.py --latency        # and how long each way of being served takes
 
@@ -15,6 +15,8 @@ import argparse
 import math
 import os
 import shutil
+import subprocess
+import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,21 +28,24 @@ from run import describe
 from transformers.utils import logging as transformers_logging
 
 from lcc_lens.best import BEST_ENTRY, BEST_METHOD, BEST_OBJECTIVE, REFITTED
-from lcc_lens.compare import MEASURES, compare
+from lcc_lens.compare import MEASURES, compare, read_part
 from lcc_lens.compare_config import CompareConfig
 from lcc_lens.entries import Entry
 from lcc_lens.files import read_json, write_json
+from lcc_lens.locking import locked
 from lcc_lens.pruning_jobs import prune, refit
+from lcc_lens.task_recovery import RECOVERY_TASKS, TASK_EPOCHS, TASK_EXAMPLES
 
 HERE = Path(__file__).parent
-MODELS: dict[str, dict[str, Any]] = {"wanda50": {"sparsity": 0.5}, "wanda24": {"pattern": "2:4"}}
-#: Computed first, with every seed.
+MODELS: dict[str, dict[str, Any]] = {
+    "wanda50": {"sparsity": 0.5},
+    "wanda24": {"pattern": "2:4"},
+    "wanda60": {"sparsity": 0.6},
+    "structured40": {"method": "slimgpt", "sparsity": 0.4},
+}
+#: Computed first.
 MAIN = (BEST_ENTRY, "lora", "lcc")
-#: What ``best`` was when the larger part of the study ran: kept, so that its files can be completed.
-FIRST_BEST = f"refit+{BEST_METHOD}:{BEST_OBJECTIVE}"
-FIRST_MAIN = (FIRST_BEST, "lora", "lcc")
-FIRST_REFIT = {"n_samples": 96, "follow": 0.0, "mend": 0.5, "ridge": 0.01}
-#: Then, with the first seed alone: what the best is made of, the controls, baselines, and parts of the family.
+#: Then what the best is made of, the controls, baselines, and parts of the family.
 OTHERS = (
     "refit", "mean-shift", "lcc@dense", "offset", "random-basis", "lcc@shuffled",
     f"{BEST_METHOD}:{BEST_OBJECTIVE}", f"lora:{BEST_OBJECTIVE}", "lora@dense", f"{BEST_METHOD}@dense:{BEST_OBJECTIVE}",
@@ -49,33 +54,30 @@ OTHERS = (
 )  # fmt: skip
 TASKS = ("arc_easy", "hellaswag", "winogrande", "openbookqa", "boolq")
 LIMIT = 500
+#: What one task is trained by.
+TASK = {"examples": TASK_EXAMPLES, "epochs": TASK_EPOCHS, "limit": LIMIT}
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A comparison of a pruned model with other settings than the study's."""
+    """A comparison of a pruned model, the first word of its name."""
 
     entries: tuple[str, ...] = MAIN
-    main: tuple[str, ...] = MAIN
-    """Of the entries, those with several seeds."""
     settings: dict[str, Any] = field(default_factory=dict)
-    refit: dict[str, Any] = field(default_factory=dict)
-    """Settings of the refit that differ from ``best``'s."""
-
-
-def _first(entries: tuple[str, ...] = FIRST_MAIN, main: tuple[str, ...] = FIRST_MAIN, **settings: Any) -> Variant:
-    return Variant(entries, main, {"refit_samples": FIRST_REFIT["n_samples"], **settings}, FIRST_REFIT)
+    """Those that differ from the study's."""
 
 
 VARIANTS = {
-    "wanda50": _first((*FIRST_MAIN, *OTHERS)),
+    "wanda50": Variant((*MAIN, *OTHERS)),
     "wanda24": Variant((*MAIN, *OTHERS)),
-    # the first model with best as it is now
-    "wanda50_best": Variant((BEST_ENTRY, "refit"), (BEST_ENTRY,)),
     # constants at a quarter of the heads, those with the largest mean squared difference, beside heads drawn at random
-    "wanda50_quarter": _first(("lcc", "lcc@random-heads"), ("lcc", "lcc@random-heads"), heads=0.25),
-    **{f"wanda50_{n}": _first(examples=n) for n in (60, 120, 240)},
-}
+    "wanda50_quarter": Variant(("lcc", "lcc@random-heads"), {"heads": 0.25}),
+    **{f"wanda50_{n}": Variant(MAIN, {"examples": n}) for n in (60, 120, 240)},
+    **{
+        f"{model}_{task}": Variant(MAIN, {**TASK, "data": task, "tasks": (task,)})
+        for model in ("wanda60", "structured40") for task in RECOVERY_TASKS
+    },
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -89,38 +91,62 @@ class Asked:
     minutes: float
     zero_shot: bool
     latency: bool
+    part: str
+    processes: int
 
 
 def main(asked: Asked) -> None:
     """All cells that are not there, until the time is up."""
     end = time.monotonic() + 60 * asked.minutes
+    if asked.processes > 1:
+        divide(asked.processes)
+    part = read_part(asked.part)
+    first = part[0] % len(asked.models)  # processes begin with different models: each is pruned and refitted by one
     tasks: dict[str, Any] = {"tasks": TASKS, "limit": LIMIT} if asked.zero_shot else {}
-    for name in asked.models:
-        variant = VARIANTS[name]
-        config = CompareConfig(speed_rounds=15 if asked.latency else 0, **variant.settings, **tasks)
+    for name in (*asked.models[first:], *asked.models[:first]):
+        variant, model = VARIANTS[name], name.partition("_")[0]
+        config = CompareConfig(**{"speed_rounds": 15 if asked.latency else 0, **variant.settings, **tasks})
         entries = tuple(asked.entries) or variant.entries
-        pruned = asked.folder / name.partition("_")[0] / "pruned"
+        needs_refit = any(Entry.parse(entry).on_refit for entry in entries)
+        run, out = asked.folder / name, HERE / f"restorations_{name}.json"
+        pruned, refitting = _prepared(asked.folder, model, run, needs_refit=needs_refit)
+        command = f"python benchmarks/restorations.py --models {name}"
+        with locked(run, "comparison"):
+            found = read_json(out) if out.exists() else {"cells": {}}
+            write_json(out, {**found, **refitting, "command": command, "machine": describe()})
+        compare(
+            "smollm2", pruned, run, entries, seeds=1 if asked.zero_shot else asked.seeds, config=config, deadline=end,
+            out=out, part=part, on_cell=_say,
+        )  # fmt: skip
+
+
+def divide(n: int) -> None:
+    """Let so many processes of this command share what can be shared; what is left is this one's."""
+    given = [*sys.argv[1:], "--processes", "1"]
+    parts = [[sys.executable, __file__, *given, "--part", f"{i + 1}/{n}"] for i in range(n)]
+    children = [subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}) for command in parts]
+    for child in children:
+        child.wait()
+
+
+def _prepared(folder: Path, model: str, run: Path, *, needs_refit: bool) -> tuple[Path, dict[str, Any]]:
+    """The pruned model; it and, where it is needed, its refit are made once, the refit linked into ``run``.
+
+    Returns:
+        The pruned model's folder, and how long its refit took.
+    """
+    pruned, refitted, record = folder / model / "pruned", folder / model / REFITTED, folder / model / "refit.json"
+    with locked(folder, model):
         if not pruned.exists():
-            prune("smollm2", pruned, method="wanda", calibration="c4", n_samples=64, **MODELS[pruned.parent.name])
-        out = HERE / f"restorations_{name}.json"
-        found = read_json(out) if out.exists() else {"cells": {}}
-        refitted, usual = asked.folder / name / REFITTED, pruned.parent / REFITTED
-        is_usual = variant.refit == VARIANTS[pruned.parent.name].refit  # it does not depend on the examples
-        if is_usual and usual.exists() and not refitted.exists():
-            shutil.copytree(usual, refitted, copy_function=os.link)
-        if variant.refit and not refitted.exists() and any(Entry.parse(entry).on_refit for entry in entries):
+            settings = {"method": "wanda", "calibration": "c4", "n_samples": 64, **MODELS[model]}
+            prune("smollm2", pruned, **settings)
+        if needs_refit and not refitted.exists():
             start = time.perf_counter()
-            refit("smollm2", pruned, refitted, **variant.refit)
-            found |= {"refit": variant.refit, "refit_seconds": round(time.perf_counter() - start, 1)}
-        write_json(
-            out, {**found, "command": f"python benchmarks/restorations.py --models {name}", "machine": describe()}
-        )
-        with_seeds = [entry for entry in entries if entry in variant.main and not asked.zero_shot]
-        for some, n_seeds in ((with_seeds, asked.seeds), (entries, 1)):
-            compare(
-                "smollm2", pruned, asked.folder / name, some, seeds=n_seeds, config=config, deadline=end, out=out,
-                on_cell=_say,
-            )  # fmt: skip
+            refit("smollm2", pruned, refitted)
+            write_json(record, {"refit_seconds": round(time.perf_counter() - start, 1)})
+        if needs_refit and not (run / REFITTED).exists():
+            shutil.copytree(refitted, run / REFITTED, copy_function=os.link)
+    return pruned, read_json(record) if needs_refit and record.exists() else {}
 
 
 def _say(cell: str, got: dict[str, Any]) -> None:
@@ -134,6 +160,8 @@ if __name__ == "__main__":
     parser.add_argument("--folder", type=Path, default=Path("runs/restorations"))
     parser.add_argument("--minutes", type=float, default=math.inf, help="begin no cell after so many minutes")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--processes", type=int, default=1, help="so many divide the cells among them")
+    parser.add_argument("--part", default="1/1", help="i/n: every n-th cell from the i-th")
     parser.add_argument("--models", nargs="+", default=[*VARIANTS], choices=[*VARIANTS])
     parser.add_argument("--entries", nargs="+", default=[], help="all of the study's if not given")
     parser.add_argument("--zero-shot", action="store_true", help="accuracies on five tasks instead, one seed")

@@ -27,6 +27,7 @@ from lcc_lens.injections import (
     uses_heads,
     uses_sequences,
 )
+from lcc_lens.locking import locked
 from lcc_lens.lr_range import tuned
 from lcc_lens.measures import Measures
 from lcc_lens.memory import peak_memory, release_memory
@@ -100,7 +101,6 @@ class Bench:
             before: the cell as it was measured before, lacking some tasks: those alone are measured, unless what it
                 trained is gone.
         """
-        self._measure_bare(found)
         trained = self._trained(entry, seed, found)
         pair, model, injection = trained.pair, trained.model, trained.injection
         if before is not None and not trained.is_new:
@@ -110,19 +110,30 @@ class Bench:
         measured = self._measured_by(pair).of(pair, model, injection, self._teacher)
         return measured if injection is None else {**measured, **merging_costs(injection, pair, model), **trained.costs}
 
-    def _measure_bare(self, found: dict[str, Any]) -> None:
+    def lacks_bare(self, found: dict[str, Any]) -> bool:
+        """Whether something asked is not measured of both models without an injection."""
+        return any(self._lacking(found, name) for name in ("dense", "pruned"))
+
+    def measure_bare(self, found: dict[str, Any]) -> None:
         """What cells are held against: both models without an injection, on all that is asked."""
         for name in ("dense", "pruned"):
-            bare = found["bare"].get(name)
-            lacking = [task for task in self.config.tasks if bare is None or task not in bare["tasks"]]
-            if bare is not None and not lacking:
+            lacking = self._lacking(found, name)
+            if not lacking:
                 continue
             pair = self.pair(on_refit=False)
             model, measures = getattr(pair, name), self._measured_by(pair)
-            if bare is None:
+            if name not in found["bare"]:
                 found["bare"][name] = measures.of(pair, model, None, self._teacher)
             else:
-                bare["tasks"] |= measures.accuracies(pair, model, None, lacking)
+                tasks = [task for task in lacking if task is not None]
+                found["bare"][name]["tasks"] |= measures.accuracies(pair, model, None, tasks)
+
+    def _lacking(self, found: dict[str, Any], name: str) -> list[str | None]:
+        """Tasks not measured of a bare model; None stands for everything else."""
+        bare = found["bare"].get(name)
+        if bare is None:
+            return [None, *self.config.tasks]
+        return [task for task in self.config.tasks if task not in bare["tasks"]]
 
     def _trained(self, entry: Entry, seed: int, found: dict[str, Any]) -> _Trained:
         """Train an entry; kept numbers are not trained again."""
@@ -228,6 +239,10 @@ class Bench:
     def _scan(self, pair: Pair, method: str, *, on_refit: bool) -> Scan:
         """The scan of the pair, made anew where the one in the folder compares less than the method needs."""
         run = self.run / ("scan_refit" if on_refit else "scan")
+        with locked(self.run, run.name):
+            return self._scan_in(run, pair, method)
+
+    def _scan_in(self, run: Path, pair: Pair, method: str) -> Scan:
         sites, spectra = scanned_sites(method)
         if (run / "scan.json").exists():
             found = Scan.load(run)
@@ -243,12 +258,11 @@ class Bench:
 
     def _refitted(self, found: dict[str, Any]) -> Path:
         path = self.run / REFIT
-        if not path.exists():
-            start = time.perf_counter()
-            refit(
-                self.dense, self.pruned, path, calibration=self.config.refit_data, n_samples=self.config.refit_samples
-            )  # fmt: skip
-            found["refit_seconds"] = round(time.perf_counter() - start, 1)
+        with locked(self.run, "refit"):
+            if not path.exists():
+                data, n, start = self.config.refit_data, self.config.refit_samples, time.perf_counter()
+                refit(self.dense, self.pruned, path, calibration=data, n_samples=n)
+                found["refit_seconds"] = round(time.perf_counter() - start, 1)
         return path
 
     def _training(self, entry: Entry, pair: Pair, seed: int) -> list[TokenSequence]:

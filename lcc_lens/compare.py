@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from lcc_lens.accuracies import mean_rows, task_rows
 from lcc_lens.bench import Bench
 from lcc_lens.compare_config import CompareConfig
-from lcc_lens.config import package_version
+from lcc_lens.comparison_file import ComparisonFile
 from lcc_lens.entries import Entry
 from lcc_lens.errors import InterruptedRun, LensError, RequestError
-from lcc_lens.files import read_json, write_json
 from lcc_lens.inference_cost import served_as
+from lcc_lens.locking import locked
 from lcc_lens.metrics import bootstrap_interval, share_recovered
 
 logger = logging.getLogger(__name__)
@@ -38,6 +36,7 @@ def compare(
     config: CompareConfig | None = None,
     out: str | Path | None = None,
     deadline: float = math.inf,
+    part: tuple[int, int] = (0, 1),
     on_cell: Callable[[str, dict[str, Any]], None] | None = None,
 ) -> dict[str, Any]:
     """Train and measure every entry with every seed; finished cells are kept, failed ones are reported and tried anew.
@@ -60,6 +59,8 @@ def compare(
         out: the file to keep cells, and at the end their :func:`summary`, in; ``comparison.json`` in ``run`` if not
             given.
         deadline: begin no cell after this moment of ``time.monotonic()``.
+        part: ``(i, n)`` computes every n-th cell from the i-th (of 0 to n - 1): n processes with the same arguments but
+            for this one share the work, the folder and the file.
         on_cell: called with every new cell.
 
     Raises:
@@ -69,37 +70,57 @@ def compare(
     parsed, config, run = [Entry.parse(text) for text in entries], config or CompareConfig(), Path(run)
     if config.heads >= 1 and any(entry.control == "random-heads" for entry in parsed):
         raise RequestError("wanted a share of heads below 1 for random heads, got all of them; lower it")
-    out = Path(out) if out is not None else run / COMPARISON
+    if not 0 <= part[0] < part[1]:
+        raise RequestError(f"wanted one of the parts 0 to n - 1 of n, got {part[0]} of {part[1]}")
     bench = Bench(dense, pruned, run, config)
-    found = _begun(out, bench.identity, config)
+    asked = {f"{entry.text} | {seed}": (entry, seed) for seed in range(seeds) for entry in parsed}
+    kept = ComparisonFile(Path(out) if out is not None else run / COMPARISON, run, bench.identity, config, [*asked])
     bench.check_refit()
-    for seed in range(seeds):
-        for entry in parsed:
-            name = f"{entry.text} | {seed}"
-            before = found["cells"].get(name, {})
-            if "perplexity" in before and all(task in before["tasks"] for task in config.tasks):
-                continue
-            if time.monotonic() > deadline:
-                return _summarised(found, out)
-            try:
-                found["cells"][name] = _cell(bench, entry, seed, found, before)
-            except InterruptedRun as error:
-                raise InterruptedRun(
-                    f"stopped in {name}; finished cells are in {out}: the same call goes on"
-                ) from error
-            write_json(out, found)
-            if on_cell is not None:
-                on_cell(name, found["cells"][name])
+    for name in [*asked][part[0] :: part[1]]:
+        before = kept.found["cells"].get(name, {})
+        if "perplexity" in before and all(task in before["tasks"] for task in config.tasks):
+            continue
+        if time.monotonic() > deadline:
+            return _summarised(kept)
+        try:
+            kept.found["cells"][name] = _cell(bench, *asked[name], kept, before)
+        except InterruptedRun as error:
+            raise InterruptedRun(
+                f"stopped in {name}; finished cells are in {kept.path}: the same call goes on"
+            ) from error
+        kept.keep(cell=name)
+        if on_cell is not None:
+            on_cell(name, kept.found["cells"][name])
     if config.speed_rounds and time.monotonic() <= deadline:
-        bench.time(parsed, found)
-    return _summarised(found, out)
+        with locked(run, "times"):
+            kept.refresh()
+            bench.time(parsed, kept.found)
+            kept.keep(own=["inference"])
+    return _summarised(kept)
 
 
-def _cell(bench: Bench, entry: Entry, seed: int, found: dict[str, Any], before: Mapping[str, Any]) -> dict[str, Any]:
+def read_part(text: str) -> tuple[int, int]:
+    """Read ``i/n``, counted from 1, as the ``part`` of :func:`compare`.
+
+    Raises:
+        RequestError: another text, or no such part.
+    """
+    i, slash, n = text.partition("/")
+    if not (slash and i.isdecimal() and n.isdecimal() and 1 <= int(i) <= int(n)):
+        raise RequestError(f"wanted a part as i/n with i of 1 to n, got {text!r}")
+    return int(i) - 1, int(n)
+
+
+def _cell(bench: Bench, entry: Entry, seed: int, kept: ComparisonFile, before: Mapping[str, Any]) -> dict[str, Any]:
     """A cell with all that is asked; where that fails, what there was before and the reason."""
     done = {key: value for key, value in before.items() if key != "error"}
     try:
-        return _finite(bench.cell(entry, seed, found, done if "perplexity" in done else None))
+        if bench.lacks_bare(kept.found):
+            with locked(bench.run, "bare"):
+                kept.refresh()
+                bench.measure_bare(kept.found)
+                kept.keep(own=["bare"])
+        return _finite(bench.cell(entry, seed, kept.found, done if "perplexity" in done else None))
     except InterruptedRun:
         raise
     except (LensError, ArithmeticError, RuntimeError, MemoryError) as error:
@@ -108,11 +129,10 @@ def _cell(bench: Bench, entry: Entry, seed: int, found: dict[str, Any], before: 
         return {**done, "error": first}
 
 
-def _summarised(found: dict[str, Any], out: Path) -> dict[str, Any]:
+def _summarised(kept: ComparisonFile) -> dict[str, Any]:
     """Keep the cells with a row per entry: one file has all there is to say."""
-    found["summary"] = summary(found)
-    write_json(out, found)
-    return found
+    kept.keep(own=["summary"], finish=lambda found: found.update(summary=summary(found)))
+    return kept.found
 
 
 def summary(found: dict[str, Any]) -> list[dict[str, Any]]:
@@ -171,35 +191,3 @@ def _recovered_interval(bare: dict[str, Any], cells: Sequence[dict[str, Any]]) -
     losses = zip(*(cell["texts"][name]["losses"] for cell in cells), strict=True)
     gained = [p - statistics.mean(r) for p, r in zip(pruned, losses, strict=True)]
     return list(bootstrap_interval(gained, [p - d for p, d in zip(pruned, dense, strict=True)]))
-
-
-def _begun(out: Path, identity: dict[str, str], config: CompareConfig) -> dict[str, Any]:
-    """What the file holds already, if it is of this comparison."""
-    settings = json.loads(json.dumps(asdict(config)))  # as the file holds them
-    found: dict[str, Any] = read_json(out) if out.exists() else {"cells": {}}
-    if "settings" in found:
-        _grow(found, settings)
-    for name, value in (("identity", identity), ("settings", settings)):
-        if found.setdefault(name, value) != value:
-            raise RequestError(
-                f"wanted a comparison of the same models and settings in {out}, got another; name another run"
-            )
-    found.setdefault("bare", {})
-    found["version"] = package_version()
-    return found
-
-
-def _grow(found: dict[str, Any], settings: dict[str, Any]) -> None:
-    """Bring what may be measured afterwards in line: more tasks, and how often inference is timed.
-
-    Not by the task that is trained on: with it, other examples choose the best numbers.
-    """
-    kept = found["settings"]
-    if (kept["data"] in kept["tasks"]) != (settings["data"] in settings["tasks"]):
-        return
-    kept["speed_rounds"] = settings["speed_rounds"]
-    if not settings["tasks"]:
-        settings |= {"tasks": kept["tasks"], "limit": kept["limit"]}
-    elif not kept["tasks"]:
-        kept["limit"] = settings["limit"]
-    kept["tasks"] = settings["tasks"] = list(dict.fromkeys([*kept["tasks"], *settings["tasks"]]))

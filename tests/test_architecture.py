@@ -27,6 +27,7 @@ LAYERS: list[tuple[str, ...]] = [
         "memory",
         "processes",
         "interruption",
+        "locking",
         "timeline",
     ),
     (
@@ -130,6 +131,7 @@ LAYERS: list[tuple[str, ...]] = [
         "score_text",
         "bench",
         "compare_config",
+        "comparison_file",
         "best",
         "compare",
         "doctor",

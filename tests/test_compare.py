@@ -11,7 +11,7 @@ from conftest import build_model, save_model
 from test_evaluation import ARC
 
 from lcc_lens import bench as module
-from lcc_lens.compare import compare, summary
+from lcc_lens.compare import compare, read_part, summary
 from lcc_lens.compare_config import CompareConfig
 from lcc_lens.data import encode, load_data
 from lcc_lens.entries import Entry
@@ -357,3 +357,63 @@ def test_random_heads_are_others_and_want_a_choice(
     assert first == again
     assert random_0 != random_1
     assert first not in (random_0, random_1)
+
+
+def test_processes_share_a_comparison(
+    dense_dir: Path, pruned_dir: Path, config: CompareConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entries, done, config = ["norms", "refit"], [], dataclasses.replace(config, refit_data=config.texts, examples=8)
+    measure, refit = module.Bench.measure_bare, module.refit
+
+    def noted(*args):
+        done.append("bare")
+        return measure(*args)
+
+    def short(*args, **kwargs):
+        done.append("refit")
+        return refit(*args, **kwargs, seq_len=16)
+
+    monkeypatch.setattr(module.Bench, "measure_bare", noted)
+    monkeypatch.setattr(module, "refit", short)
+    settings = {"seeds": 2, "config": config}
+    whole = compare(dense_dir, pruned_dir, tmp_path / "whole", entries, **settings)
+    names: dict[int, list[str]] = {0: [], 1: []}
+
+    def second(name: str, cell: dict) -> None:
+        """Another process computes its whole part while the first is at work."""
+        names[0].append(name)
+        if len(names[0]) == 1:
+            compare(
+                dense_dir, pruned_dir, tmp_path / "shared", entries, part=(1, 2), **settings,
+                on_cell=lambda name, cell: names[1].append(name),
+            )  # fmt: skip
+
+    found = compare(dense_dir, pruned_dir, tmp_path / "shared", entries, part=(0, 2), on_cell=second, **settings)
+    assert names == {0: ["norms | 0", "norms | 1"], 1: ["refit | 0", "refit | 1"]}
+    assert list(found["cells"]) == list(whole["cells"]) == [f"{entry} | {seed}" for seed in (0, 1) for entry in entries]
+    for name, cell in whole["cells"].items():
+        assert {key: found["cells"][name][key] for key in ("perplexity", "kl", "response_loss", "texts")} == {
+            key: cell[key] for key in ("perplexity", "kl", "response_loss", "texts")
+        }
+    assert found["summary"][0]["seeds"] == 2
+    assert found["bare"] == whole["bare"]
+    assert sorted(done) == 2 * ["bare"] + 2 * ["refit"]  # once for each folder
+    assert read_json(tmp_path / "shared" / "comparison.json") == found
+    assert "refit_seconds" in found
+
+
+@pytest.mark.parametrize(("text", "expected"), [("1/1", (0, 1)), ("3/8", (2, 8)), ("8/8", (7, 8))])
+def test_parts_are_read(text: str, expected: tuple[int, int]) -> None:
+    assert read_part(text) == expected
+
+
+@pytest.mark.parametrize("text", ["0/2", "3/2", "2", "a/b", "1/", "-1/2"])
+def test_wrong_parts_are_refused(text: str) -> None:
+    with pytest.raises(RequestError, match=f"wanted a part as i/n with i of 1 to n, got '{text}'"):
+        read_part(text)
+
+
+@pytest.mark.parametrize("part", [(2, 2), (-1, 2), (0, 0)])
+def test_parts_that_are_not_there_are_refused(dense_dir: Path, pruned_dir: Path, tmp_path: Path, part: tuple) -> None:
+    with pytest.raises(RequestError, match="wanted one of the parts 0 to n - 1 of n, got"):
+        compare(dense_dir, pruned_dir, tmp_path, ["lcc"], part=part)

@@ -54,9 +54,11 @@ class Compare(Common):
     """Tokens per example at most."""
     speed_rounds: int = 15
     """Rounds in which inference is timed at the end (0: not at all)."""
+    part: str = "1/1"
+    """i/n: compute every n-th cell from the i-th. The same command with 1/n to n/n in n processes shares the work."""
 
     def execute(self) -> None:
-        from lcc_lens.compare import COMPARISON, compare
+        from lcc_lens.compare import COMPARISON, compare, read_part
         from lcc_lens.compare_config import CompareConfig
         from lcc_lens.entries import all_entries
 
@@ -66,5 +68,7 @@ class Compare(Common):
             epochs=self.epochs, speed_rounds=self.speed_rounds,
         )  # fmt: skip
         entries = all_entries(self.methods, baselines=self.baselines, controls=self.controls, heads=self.heads)
-        found = compare(self.dense, self.pruned, self.run, entries, seeds=self.seeds, config=config)
+        found = compare(
+            self.dense, self.pruned, self.run, entries, seeds=self.seeds, config=config, part=read_part(self.part)
+        )  # fmt: skip
         show_comparison(found["bare"], found["summary"], self.run / COMPARISON)
