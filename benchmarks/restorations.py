@@ -1,6 +1,7 @@
 """What each way to restore brings back on SmolLM2-135M: methods, baselines and controls by the same rule.
 
     python benchmarks/restorations.py [--models wanda50] [--minutes M] [--processes 12]
+    python benchmarks/restorations.py --times          # before anything else: what best takes beside LoRA
     python benchmarks/restorations.py --zero-shot      # then, of what was trained, the accuracies on five tasks
     python benchmarks/restorations.py --latency        # and how long each way of being served takes
 
@@ -12,9 +13,11 @@ time. Delete a file to begin anew.
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 import os
 import shutil
+import statistics
 import subprocess
 import sys
 import time
@@ -27,6 +30,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 from run import describe
 from transformers.utils import logging as transformers_logging
 
+from lcc_lens.bench import Bench
 from lcc_lens.best import BEST_ENTRY, BEST_METHOD, BEST_OBJECTIVE, REFITTED
 from lcc_lens.compare import MEASURES, compare, read_part
 from lcc_lens.compare_config import CompareConfig
@@ -36,7 +40,7 @@ from lcc_lens.locking import locked
 from lcc_lens.pruning_jobs import prune, refit
 from lcc_lens.task_recovery import RECOVERY_TASKS, TASK_EPOCHS, TASK_EXAMPLES
 
-HERE = Path(__file__).parent
+HERE, DENSE = Path(__file__).parent, "smollm2"
 MODELS: dict[str, dict[str, Any]] = {
     "wanda50": {"sparsity": 0.5},
     "wanda24": {"pattern": "2:4"},
@@ -50,7 +54,11 @@ OTHERS = (
     "refit", "mean-shift", "lcc@dense", "offset", "random-basis", "lcc@shuffled",
     f"{BEST_METHOD}:{BEST_OBJECTIVE}", f"lora:{BEST_OBJECTIVE}", "lora@dense", f"{BEST_METHOD}@dense:{BEST_OBJECTIVE}",
     "mean-shift-sequential", "mean-shift-sequential-mlp", "flap", "perp", "perp-lora", "lofit", "dora", "eora",
-    "lora-vo", "lora=1e-2", "lora=1e-3", "lcc+mlp-lcc", "gain", "norms", "low-rank", "masked", "lcc:distillation",
+    "lora-vo", "lcc+mlp-lcc", "gain", "norms", "low-rank", "masked", "lcc:distillation",
+    f"{REFITTED}+masked:{BEST_OBJECTIVE}=3e-4",
+    # rates beside each one's own
+    "lora=1e-3", "lora=1e-2", "lcc=1e-2", "lcc=1e-1", "perp=1e-3", "perp=3e-3", "perp-lora=1e-3", "perp-lora=1e-2",
+    "dora=1e-3", "dora=1e-2", "lofit=1e-2", "lofit=1e-1", "norms=1e-3", "gain=3e-3", "low-rank=1e-3", "masked=3e-4",
 )  # fmt: skip
 TASKS = ("arc_easy", "hellaswag", "winogrande", "openbookqa", "boolq")
 LIMIT = 500
@@ -62,19 +70,20 @@ TASK = {"examples": TASK_EXAMPLES, "epochs": TASK_EPOCHS, "limit": LIMIT}
 class Variant:
     """A comparison of a pruned model, the first word of its name."""
 
-    entries: tuple[str, ...] = MAIN
+    main: tuple[str, ...] = MAIN
+    others: tuple[str, ...] = ()
     settings: dict[str, Any] = field(default_factory=dict)
     """Those that differ from the study's."""
 
 
 VARIANTS = {
-    "wanda50": Variant((*MAIN, *OTHERS)),
-    "wanda24": Variant((*MAIN, *OTHERS)),
+    "wanda50": Variant(others=OTHERS),
+    "wanda24": Variant(others=OTHERS),
     # constants at a quarter of the heads, those with the largest mean squared difference, beside heads drawn at random
-    "wanda50_quarter": Variant(("lcc", "lcc@random-heads"), {"heads": 0.25}),
-    **{f"wanda50_{n}": Variant(MAIN, {"examples": n}) for n in (60, 120, 240)},
+    "wanda50_quarter": Variant(("lcc", "lcc@random-heads"), settings={"heads": 0.25}),
+    **{f"wanda50_{n}": Variant(settings={"examples": n}) for n in (60, 120, 240)},
     **{
-        f"{model}_{task}": Variant(MAIN, {**TASK, "data": task, "tasks": (task,)})
+        f"{model}_{task}": Variant(settings={**TASK, "data": task, "tasks": (task,)})
         for model in ("wanda60", "structured40") for task in RECOVERY_TASKS
     },
 }  # fmt: skip
@@ -88,7 +97,9 @@ class Asked:
     models: list[str]
     entries: list[str]
     seeds: int
+    other_seeds: int
     minutes: float
+    times: bool
     zero_shot: bool
     latency: bool
     part: str
@@ -98,26 +109,41 @@ class Asked:
 def main(asked: Asked) -> None:
     """All cells that are not there, until the time is up."""
     end = time.monotonic() + 60 * asked.minutes
+    if asked.times:
+        for name in asked.models:
+            time_best(asked.folder, name)
+        return
     if asked.processes > 1:
         divide(asked.processes)
-    part = read_part(asked.part)
-    first = part[0] % len(asked.models)  # processes begin with different models: each is pruned and refitted by one
+    begun = 0
+    for which, n_seeds in (("main", asked.seeds), ("others", asked.other_seeds)):
+        for name in asked.models:
+            entries: tuple[str, ...] = getattr(VARIANTS[name], which)
+            if asked.entries:
+                entries = tuple(asked.entries) if which == "main" else ()
+            if entries:
+                n = 1 if asked.zero_shot else n_seeds
+                fill(asked, name, entries, n, first=begun, end=end)
+                begun += len(entries) * n
+
+
+def fill(asked: Asked, name: str, entries: tuple[str, ...], n_seeds: int, *, first: int, end: float) -> None:
+    """Compute this process's part of a comparison; so many cells stand before it in the whole study."""
+    variant, i, n = VARIANTS[name], *read_part(asked.part)
     tasks: dict[str, Any] = {"tasks": TASKS, "limit": LIMIT} if asked.zero_shot else {}
-    for name in (*asked.models[first:], *asked.models[:first]):
-        variant, model = VARIANTS[name], name.partition("_")[0]
-        config = CompareConfig(**{"speed_rounds": 15 if asked.latency else 0, **variant.settings, **tasks})
-        entries = tuple(asked.entries) or variant.entries
-        needs_refit = any(Entry.parse(entry).on_refit for entry in entries)
-        run, out = asked.folder / name, HERE / f"restorations_{name}.json"
-        pruned, refitting = _prepared(asked.folder, model, run, needs_refit=needs_refit)
+    config = CompareConfig(**{"speed_rounds": 15 if asked.latency else 0, **variant.settings, **tasks})
+    run, out = asked.folder / name, HERE / f"restorations_{name}.json"
+    pruned, refitting = prepared(
+        asked.folder, name, needs_refit=any(Entry.parse(entry).on_refit for entry in entries)
+    )  # fmt: skip
+    with locked(run, "comparison"):
+        found = read_json(out) if out.exists() else {"cells": {}}
         command = f"python benchmarks/restorations.py --models {name}"
-        with locked(run, "comparison"):
-            found = read_json(out) if out.exists() else {"cells": {}}
-            write_json(out, {**found, **refitting, "command": command, "machine": describe()})
-        compare(
-            "smollm2", pruned, run, entries, seeds=1 if asked.zero_shot else asked.seeds, config=config, deadline=end,
-            out=out, part=part, on_cell=_say,
-        )  # fmt: skip
+        write_json(out, {**found, **refitting, "command": command, "machine": describe()})
+    compare(
+        DENSE, pruned, run, entries, seeds=n_seeds, config=config, deadline=end, out=out, part=((i - first) % n, n),
+        on_cell=_say,
+    )  # fmt: skip
 
 
 def divide(n: int) -> None:
@@ -129,24 +155,43 @@ def divide(n: int) -> None:
         child.wait()
 
 
-def _prepared(folder: Path, model: str, run: Path, *, needs_refit: bool) -> tuple[Path, dict[str, Any]]:
-    """The pruned model; it and, where it is needed, its refit are made once, the refit linked into ``run``.
+def prepared(folder: Path, name: str, *, needs_refit: bool) -> tuple[Path, dict[str, Any]]:
+    """The pruned model; it and, where it is needed, its refit are made once, the refit linked into the comparison.
 
     Returns:
         The pruned model's folder, and how long its refit took.
     """
+    model, run = name.partition("_")[0], folder / name
     pruned, refitted, record = folder / model / "pruned", folder / model / REFITTED, folder / model / "refit.json"
     with locked(folder, model):
         if not pruned.exists():
-            settings = {"method": "wanda", "calibration": "c4", "n_samples": 64, **MODELS[model]}
-            prune("smollm2", pruned, **settings)
+            prune(DENSE, pruned, **{"method": "wanda", "calibration": "c4", "n_samples": 64, **MODELS[model]})
         if needs_refit and not refitted.exists():
             start = time.perf_counter()
-            refit("smollm2", pruned, refitted)
+            refit(DENSE, pruned, refitted)
             write_json(record, {"refit_seconds": round(time.perf_counter() - start, 1)})
         if needs_refit and not (run / REFITTED).exists():
             shutil.copytree(refitted, run / REFITTED, copy_function=os.link)
     return pruned, read_json(record) if needs_refit and record.exists() else {}
+
+
+def time_best(folder: Path, name: str, n_steps: int = 12) -> None:
+    """Seconds of the refit and of training steps of LoRA and of ``best``, with nothing else at work."""
+    with locked(folder, f"{name} alone"):
+        pruned, refitting = prepared(folder, name, needs_refit=True)
+        bench = Bench(DENSE, pruned, folder / name, CompareConfig(speed_rounds=0))
+        steps = {
+            entry: [step.seconds for step in itertools.islice(bench.steps(Entry.parse(entry), seed=0), n_steps)]
+            for entry in ("lora", BEST_ENTRY)
+        }
+        found = {
+            **refitting,
+            "command": f"python benchmarks/restorations.py --times --models {name}",
+            "machine": describe(),
+            "step_seconds": {entry: [round(one, 4) for one in seconds] for entry, seconds in steps.items()},
+        }
+        write_json(HERE / f"best_times_{name}.json", found)
+        print(name, refitting, {entry: statistics.median(seconds) for entry, seconds in steps.items()}, flush=True)
 
 
 def _say(cell: str, got: dict[str, Any]) -> None:
@@ -161,6 +206,8 @@ if __name__ == "__main__":
     parser.add_argument("--minutes", type=float, default=math.inf, help="begin no cell after so many minutes")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--processes", type=int, default=1, help="so many divide the cells among them")
+    parser.add_argument("--other-seeds", type=int, default=1, help="of what is no part of the main comparison")
+    parser.add_argument("--times", action="store_true", help="only time best and LoRA; let nothing else run beside it")
     parser.add_argument("--part", default="1/1", help="i/n: every n-th cell from the i-th")
     parser.add_argument("--models", nargs="+", default=[*VARIANTS], choices=[*VARIANTS])
     parser.add_argument("--entries", nargs="+", default=[], help="all of the study's if not given")

@@ -175,7 +175,7 @@ def describe() -> dict[str, object]:
     return {
         "processor": platform.processor() or platform.machine(),
         "threads": torch.get_num_threads(),
-        "device": str(device),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
         "dtype": str(compute_dtype(device)).removeprefix("torch."),
         "torch": torch.__version__,
         "lcc_lens": package_version(),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -42,7 +42,7 @@ from lcc_lens.reuse import CachedTeacher
 from lcc_lens.scan import Scan, scan
 from lcc_lens.speed import SpeedConfig
 from lcc_lens.trained_numbers import TrainedNumbers
-from lcc_lens.training import TrainConfig, learning_rates, train
+from lcc_lens.training import Step, TrainConfig, learning_rates, train
 
 
 class _Trained(NamedTuple):
@@ -141,10 +141,7 @@ class Bench:
         model = pair.dense if entry.control == "dense" else pair.pruned
         if entry.method is None:
             return _Trained(pair, model, None, {}, is_new=False)
-        settings = TrainConfig(
-            epochs=self.config.epochs, batch_size=self.config.batch_size, lr=entry.lr, seed=seed,
-            objective=entry.objective,
-        )  # fmt: skip
+        settings = self._settings(entry, seed)
         data, validation = self._training(entry, pair, seed), self._validating(pair)
         steps, start = 0, time.perf_counter()
         with peak_memory(device_of(model)) as peak:
@@ -175,6 +172,19 @@ class Bench:
         if can_keep:
             self._kept.keep(injection, entry.text, seed, request, costs)
         return _Trained(pair, model, injection, costs, is_new=trains)
+
+    def steps(self, entry: Entry, seed: int) -> Iterator[Step]:
+        """The steps of an entry's training as they come, nothing of which is kept: for timing."""
+        pair, settings = self.pair(on_refit=entry.on_refit), self._settings(entry, seed)
+        data, validation = self._training(entry, pair, seed), self._validating(pair)
+        injection = self._injection(entry, pair, pair.pruned, seed, lambda: (data, validation, settings))
+        yield from train(pair.pruned, injection, data, validation, settings, teacher=pair.dense)
+
+    def _settings(self, entry: Entry, seed: int) -> TrainConfig:
+        config = self.config
+        return TrainConfig(
+            epochs=config.epochs, batch_size=config.batch_size, lr=entry.lr, seed=seed, objective=entry.objective
+        )
 
     def time(self, entries: Sequence[Entry], found: dict[str, Any]) -> None:
         """Time what is served, unless that was done."""

@@ -57,7 +57,7 @@ class Measures:
             texts[name] = {"perplexity": math.exp(sum(losses) / len(losses)), "losses": losses}
         main = next(iter(texts.values()))
         terms = validation_terms(
-            model, injection, self.responses, 1024, Objective(1.0, 1.0, prompts=False), teacher or pair.dense
+            model, injection, self.responses, None, Objective(1.0, 1.0, prompts=False), teacher or pair.dense
         )  # fmt: skip
         return {
             "perplexity": main["perplexity"],

@@ -24,7 +24,7 @@ from lcc_lens.pruning.structured import Schedule
 
 #: What a refit is calibrated on: instructions, web text and an encyclopedia.
 REFIT_DATA = ("alpaca", "c4", "wikitext")
-REFIT_SAMPLES = 144
+REFIT_SAMPLES = 288
 
 
 def prune(

@@ -17,19 +17,20 @@ class TrainConfig:
     ratio to it. A constant's is in units of each head's root mean square difference (see
     :class:`~lcc_lens.injections.LccInjection`), so that one rate fits all heads and models; the paper's 1e-3 to 1e-5
     are in units of activations. ``patience`` ends the run after so many validations in a row without a new best.
-    ``micro_tokens`` bounds the padded tokens of one backward pass: gradient accumulation, in which a batch is split and
-    the gradients of its parts are summed with the whole batch's token counts, so that the step is that of the unsplit
-    batch. ``gradient_checkpointing`` keeps only what enters each layer and computes the rest again when gradients are
-    taken: the same gradients from less memory, in a third more time. Both decide memory, not the outcome. ``reuse``
-    computes once per sequence what no step changes (see :mod:`lcc_lens.reuse`): faster over several epochs, in return
-    for memory and disk and for equality within rounding only.
+    ``micro_tokens`` bounds the padded tokens of one backward pass (1024 on a CPU and 4096 on a GPU if not given):
+    gradient accumulation, in which a batch is split and the gradients of its parts are summed with the whole batch's
+    token counts, so that the step is that of the unsplit batch. ``gradient_checkpointing`` keeps only what enters each
+    layer and computes the rest again when gradients are taken: the same gradients from less memory, in a third more
+    time. Both decide memory, not the outcome. ``reuse`` computes once per sequence what no step changes (see
+    :mod:`lcc_lens.reuse`): faster over several epochs, in return for memory and disk and for equality within rounding
+    only.
     """
 
     epochs: int = 1
     batch_size: int = 8
     lr: float | None = None
     weight_decay: float = 0.0
-    micro_tokens: int = 1024
+    micro_tokens: int | None = None
     validate_every: int = 20
     checkpoint_every: int = 20
     seed: int = 0
@@ -40,8 +41,9 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "micro_tokens", "validate_every", "checkpoint_every"):
-            if getattr(self, name) < 1:
-                raise RequestError(f"wanted {name} of at least 1, got {getattr(self, name)}")
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise RequestError(f"wanted {name} of at least 1, got {value}")
         if self.lr is not None and not (self.lr > 0 and math.isfinite(self.lr)):
             raise RequestError(f"wanted a learning rate above 0, got {self.lr}")
         if self.patience is not None and self.patience < 1:

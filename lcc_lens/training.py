@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from lcc_lens.config import tokens_per_pass
 from lcc_lens.data import TokenSequence, batches
 from lcc_lens.errors import InterruptedRun
 from lcc_lens.hooks import HookedModel
@@ -157,7 +158,8 @@ def optimise(
     state.optimizer.zero_grad(set_to_none=True)
     total = 0.0
     with injection.attached(hooked_of(model)):
-        for batch in batches(own_part(chosen), max_tokens=state.config.micro_tokens):
+        max_tokens = state.config.micro_tokens or tokens_per_pass(device_of(hooked_of(model)))
+        for batch in batches(own_part(chosen), max_tokens=max_tokens):
             loss = objective.loss(model, batch, counts, injection.hooks(), teacher)
             loss.backward()
             total += float(loss.detach())

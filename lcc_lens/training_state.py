@@ -102,13 +102,20 @@ class TrainingState:
             for name, parameter in self._trained():
                 parameter.copy_(tensors[f"now.{name}"])
                 keys = [key for key in tensors if key.startswith(f"adam.{name}.")]
-                self.optimizer.state[parameter] = {key.rsplit(".", 1)[1]: tensors[key] for key in keys}
+                self.optimizer.state[parameter] = {
+                    key.rsplit(".", 1)[1]: _beside(parameter, tensors[key]) for key in keys
+                }
 
     def _numbers(self) -> dict[str, Tensor]:
         return {name: parameter.detach().clone() for name, parameter in self._trained()}
 
     def _trained(self) -> list[tuple[str, nn.Parameter]]:
         return [(name, number) for name, number in self.injection.named_parameters() if number.requires_grad]
+
+
+def _beside(parameter: nn.Parameter, kept: Tensor) -> Tensor:
+    """A kept number of the optimiser where it computes: moments beside the parameter, the step count on the CPU."""
+    return kept.to(parameter.device) if kept.ndim else kept
 
 
 def learning_rates(injection: Injection, lr: float | None) -> list[float]:

@@ -8,9 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lcc_lens.config import tokens_per_pass
 from lcc_lens.data import Batch, TokenSequence, batches
 from lcc_lens.hooks import HookedModel
 from lcc_lens.injections.base import Injection
+from lcc_lens.models import device_of
 from lcc_lens.objectives import Objective, Source
 from lcc_lens.processes import own_part, summed
 
@@ -24,7 +26,7 @@ def validation_loss(
     model: HookedModel | Source,
     injection: Injection | None,
     sequences: Sequence[TokenSequence],
-    micro_tokens: int = 1024,
+    micro_tokens: int | None = None,
     objective: Objective | None = None,
     teacher: HookedModel | Source | None = None,
 ) -> float:
@@ -38,7 +40,7 @@ def validation_terms(
     model: HookedModel | Source,
     injection: Injection | None,
     sequences: Sequence[TokenSequence],
-    micro_tokens: int,
+    micro_tokens: int | None,
     objective: Objective,
     teacher: HookedModel | Source | None = None,
 ) -> dict[str, float]:
@@ -50,7 +52,8 @@ def validation_terms(
     totals = dict.fromkeys(counts, 0.0)
     with torch.inference_mode(), (injection or Injection()).attached(hooked_of(model)):
         hooks = injection.hooks() if injection is not None else []
-        for batch in batches(own_part(sequences), max_tokens=micro_tokens):
+        max_tokens = micro_tokens or tokens_per_pass(device_of(hooked_of(model)))
+        for batch in batches(own_part(sequences), max_tokens=max_tokens):
             for name, term in objective.terms(model, batch, hooks, teacher).items():
                 totals[name] += float(term)
     (whole,) = summed([torch.tensor(list(totals.values()), dtype=torch.float64)])

@@ -9,6 +9,7 @@ from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("LCC_LENS_DEVICE", "cpu")  # where tests put their own tensors; test_cuda.py compares a GPU
 os.environ["LCC_LENS_DTYPE"] = "float32"  # laws are stated in float32 whatever the processor is fast at
 
 import pytest

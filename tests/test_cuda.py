@@ -22,7 +22,7 @@ from lcc_lens.pruning_jobs import prune, refit
 from lcc_lens.recipe import restore
 from lcc_lens.restoration import Restoration
 from lcc_lens.scan import Scan, scan
-from lcc_lens.train_config import TrainConfig
+from lcc_lens.train_config import Step, TrainConfig
 from lcc_lens.training import validation_loss
 
 GPU = "cuda"
@@ -130,6 +130,26 @@ def test_training_comes_to_the_same(
         weight = before[f"{name}.weight"]
         assert is_near(other(weight) - weight, change(weight) - weight, 5e-2), name
     assert all(gpu.record.losses[name] == pytest.approx(loss, rel=1e-3) for name, loss in cpu.record.losses.items())
+
+
+def test_a_stopped_run_goes_on_to_the_same_numbers(
+    dense_dir: Path, pruned_dir: Path, question_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    on(GPU, monkeypatch)
+    pair, data = load_pair(dense_dir, pruned_dir), load_data(str(question_file), role="train")
+    settings = {"method": "low-rank", "config": TrainConfig(batch_size=4, epochs=3, checkpoint_every=1)}
+    whole = restore(pair, None, (), data, run=tmp_path / "whole", **settings)
+
+    def stop(step: Step) -> None:
+        if step.step == 4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        restore(pair, None, (), data, run=tmp_path / "run", on_step=stop, **settings)
+    resumed = restore(pair, None, (), data, run=tmp_path / "run", resume=True, **settings)
+    for (name, one), (_, other) in zip(whole.changes, resumed.changes, strict=True):
+        weight = weights(pruned_dir)[f"{name}.weight"]
+        assert is_near(other(weight) - weight, one(weight) - weight, 1e-3), name
 
 
 def test_what_a_gpu_restored_in_bfloat16_is_exported_and_verified(

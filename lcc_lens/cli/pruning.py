@@ -67,7 +67,7 @@ class Refit(Placed):
     """The directory to write."""
     calibration: tuple[str, ...] = ("alpaca", "c4", "wikitext")
     """Data whose activations are fitted, in equal parts: names, or .jsonl or .txt files."""
-    n_samples: int = 144
+    n_samples: int = 288
     """Calibration sequences in all."""
     seq_len: int = 512
     """Tokens per calibration sequence."""

@@ -92,8 +92,9 @@ class Restore(Placed):
     lcc_lens.load_restored serves it)."""
     checkpoint_every: int = 20
     """Optimiser steps between checkpoints."""
-    micro_tokens: int = 1024
-    """Padded tokens of one backward pass; a larger batch is split and its gradients accumulated."""
+    micro_tokens: int | None = None
+    """Padded tokens of one backward pass; a larger batch is split and its gradients accumulated (1024 on a CPU, 4096 on
+    a GPU if not given)."""
     reuse: bool = False
     """Compute once per example what no step changes: faster over several epochs, for memory and disk."""
     gradient_checkpointing: bool = False

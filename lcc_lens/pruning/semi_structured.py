@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -49,9 +50,11 @@ def to_semi_structured(model: nn.Module) -> int:
         raise RequestError(
             f"wanted matrices of a multiple of {_ROWS} outputs and {_COLUMNS} inputs for 2:4 kernels, got none"
         )
-    for layer in fitting:
-        convert: Any = torch.sparse.to_sparse_semi_structured
-        layer.weight = nn.Parameter(convert(layer.weight.detach().contiguous()), requires_grad=False)
+    convert: Any = torch.sparse.to_sparse_semi_structured
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The PyTorch API of SparseSemiStructuredTensor is in prototype stage")
+        for layer in fitting:
+            layer.weight = nn.Parameter(convert(layer.weight.detach().contiguous()), requires_grad=False)
     return len(fitting)
 
 
