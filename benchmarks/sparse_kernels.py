@@ -1,4 +1,4 @@
-"""What the GPU's sparse kernels gain on exactly 2:4 models: forward passes of the same weights on both kinds of kernels.
+"""What the GPU's sparse kernels gain on exactly 2:4 models: the same weights on both kinds of kernels.
 
     python benchmarks/sparse_kernels.py [--repeats 15] [--out benchmarks/sparse_kernels.json]
 
