@@ -197,8 +197,10 @@ def read(name: str) -> dict[str, Any]:
 
 RESTORED = {
     "lcc": "`lcc`, the paper's",
-    "random-basis": "the same, random directions",
-    "offset": "the same, no directions",
+    "lcc=1e-2": "`lcc`, learning rate 1e-2",
+    "lcc=1e-1": "`lcc`, learning rate 1e-1",
+    "random-basis": "`lcc`, random directions",
+    "offset": "`lcc`, no directions",
     "mean-shift": "mean difference, no training",
     "lcc@shuffled": "`lcc`, shuffled responses",
     "lcc:distillation": "`lcc`, distilled",
@@ -220,6 +222,7 @@ RESTORED = {
     "lofit": "LoFiT",
     "perp": "PERP (biases and norms)",
     "perp-lora": "PERP (LoRA under the mask)",
+    "perp-lora=1e-3": "the same, learning rate 1e-3",
     "eora": "EoRA, no training",
     "flap": "FLAP's biases, no training",
     "low-rank:text+distillation": "`low-rank`, text and distillation",
@@ -306,8 +309,7 @@ def ratio_table(bench: dict[str, Any]) -> str:
 MARKED: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "restorations": ("restorations_wanda50.json", restoration_table),
     "restorations 2:4": ("restorations_wanda24.json", restoration_table),
-    "restorations best": ("restorations_wanda50_best.json", restoration_table),
-    "accuracies": ("restorations_wanda50.json", accuracy_table),
+    "accuracies": ("restorations_first.json", accuracy_table),
     "ratios": ("results.json", ratio_table),
 }
 

@@ -67,7 +67,7 @@ def recovery_by_rate(found: dict[str, Any]) -> go.Figure:
 
 def recovery_by_examples(all_examples: dict[str, Any]) -> go.Figure:
     """What comes back with fewer training examples, from the comparisons beside that of all of them."""
-    found = [read_json(file) for file in sorted(BENCHMARKS.glob("restorations_wanda50_[0-9]*.json"))]
+    found = [read_json(file) for file in sorted(BENCHMARKS.glob("restorations_first_[0-9]*.json"))]
     points = recovery_points([*found, all_examples], "examples")
     most = max((point.x for point in points), default=0.0)
     told = f"SmolLM2-135M, Wanda 50 %; one epoch, one seed below {most:.0f}. Intervals: blocks of text drawn anew."
@@ -79,10 +79,10 @@ SOURCES: dict[str, tuple[str, Callable[[dict[str, Any]], go.Figure]]] = {
     "selector_study": ("selector_study.json", plot_selector_study),
     "recovery_by_heads": ("selector_study.json", recovery_by_heads),
     "comparison": ("restorations_wanda50.json", plot_comparison),
-    "tasks": ("restorations_wanda50.json", plot_tasks),
-    "inference_cost": ("restorations_wanda50.json", plot_inference_cost),
+    "tasks": ("restorations_first.json", plot_tasks),
+    "inference_cost": ("restorations_first.json", plot_inference_cost),
     "recovery_by_learning_rate": ("restorations_wanda50.json", recovery_by_rate),
-    "recovery_by_examples": ("restorations_wanda50.json", recovery_by_examples),
+    "recovery_by_examples": ("restorations_first.json", recovery_by_examples),
     "pruning_quality": ("pruning_quality.json", plot_pruning_quality),
     "report": ("report.json", plot_report),
 }

@@ -32,7 +32,7 @@ from lcc_lens.lr_range import tuned
 from lcc_lens.measures import Measures
 from lcc_lens.memory import peak_memory, release_memory
 from lcc_lens.merging import merging_costs
-from lcc_lens.models import device_of, identify, resolve
+from lcc_lens.models import device_of, identify, load_hooked, resolve
 from lcc_lens.pair import Pair, load_pair
 from lcc_lens.pruning.refit import REFIT_RECORD
 from lcc_lens.pruning_jobs import refit
@@ -69,6 +69,7 @@ class Bench:
         self._validation: list[TokenSequence] | None = None
         self._measures: Measures | None = None
         self._teacher: CachedTeacher | None = None
+        self._apart: CachedTeacher | None = None
         training = {name: value for name, value in asdict(config).items() if name not in MEASURING}
         held_out = {"measures_training_task": config.data in config.tasks}  # then others choose the best numbers
         self._kept = TrainedNumbers(run / "trained", {**training, **held_out})
@@ -76,7 +77,7 @@ class Bench:
     def pair(self, *, on_refit: bool, found: dict[str, Any] | None = None) -> Pair:
         """The pair with the pruned or the refitted model."""
         if self._held is None or self._held[0] != on_refit:
-            self._held = self._teacher = None
+            self._held = self._teacher = self._apart = None
             release_memory()
             path = self._refitted(found if found is not None else {}) if on_refit else self.pruned
             self._held = (on_refit, load_pair(self.dense, path))
@@ -107,7 +108,7 @@ class Bench:
             lacking = [task for task in self.config.tasks if task not in before["tasks"]]
             scores = self._measured_by(pair).accuracies(pair, model, injection, lacking)
             return {**before, "tasks": {**before["tasks"], **scores}}
-        measured = self._measured_by(pair).of(pair, model, injection, self._teacher)
+        measured = self._measured_by(pair).of(pair, model, injection, self._teaching(entry))
         return measured if injection is None else {**measured, **merging_costs(injection, pair, model), **trained.costs}
 
     def lacks_bare(self, found: dict[str, Any]) -> bool:
@@ -143,7 +144,7 @@ class Bench:
             return _Trained(pair, model, None, {}, is_new=False)
         settings = self._settings(entry, seed)
         data, validation = self._training(entry, pair, seed), self._validating(pair)
-        steps, start = 0, time.perf_counter()
+        teacher, steps, start = self._teaching(entry).model, 0, time.perf_counter()
         with peak_memory(device_of(model)) as peak:
             injection = self._injection(entry, pair, model, seed, lambda: (data, validation, settings))
             rates, trains = learning_rates(injection, entry.lr), bool(injection.n_trained)
@@ -154,9 +155,9 @@ class Bench:
                 return _Trained(pair, model, injection, costs, is_new=False)
             tuning: dict[str, Any] = {}
             if trains and entry.tunes_lr:
-                settings, tuning = tuned(settings, model, injection, data, validation, teacher=pair.dense)
+                settings, tuning = tuned(settings, model, injection, data, validation, teacher=teacher)
             if trains:
-                for step in train(model, injection, data, validation, settings, teacher=pair.dense):
+                for step in train(model, injection, data, validation, settings, teacher=teacher):
                     steps = step.step
         costs = {
             "n_trained": injection.n_trained,
@@ -180,6 +181,18 @@ class Bench:
         injection = self._injection(entry, pair, pair.pruned, seed, lambda: (data, validation, settings))
         yield from train(pair.pruned, injection, data, validation, settings, teacher=pair.dense)
 
+    def _teaching(self, entry: Entry) -> CachedTeacher:
+        """The dense model that an entry is held to: where it acts on the dense model itself, a copy that stays whole.
+
+        Weights are changed in place, so that the pair's own would follow what is trained.
+        """
+        assert self._teacher is not None
+        if entry.control != "dense":
+            return self._teacher
+        if self._apart is None:
+            self._apart = CachedTeacher(load_hooked(self.dense).model)
+        return self._apart
+
     def _settings(self, entry: Entry, seed: int) -> TrainConfig:
         config = self.config
         return TrainConfig(
@@ -197,7 +210,7 @@ class Bench:
             with suppress(RequestError):  # what an architecture has no maps for is not timed
                 maps[site] = reading_maps(pair.pruned, site)
         del pair
-        self._held = self._teacher = None
+        self._held = self._teacher = self._apart = None
         release_memory()
         speed = SpeedConfig(repeats=self.config.speed_rounds)
         found["inference"] = inference_costs(path, maps, kinds, rank=self.config.lora_rank, config=speed)
@@ -232,7 +245,7 @@ class Bench:
             every = scanned.select("random", share=1.0, seed=seed)
             heads = lofit_heads(
                 model, pair.output_projections, every, data, validation, replace(settings, lr=None),
-                share=self.config.lofit_share, teacher=pair.dense,
+                share=self.config.lofit_share, teacher=self._teaching(entry).model,
             )  # fmt: skip
         given = Ingredients(
             model, None if scanned is None else scanned.components, heads, pair.output_projections,

@@ -417,3 +417,20 @@ def test_wrong_parts_are_refused(text: str) -> None:
 def test_parts_that_are_not_there_are_refused(dense_dir: Path, pruned_dir: Path, tmp_path: Path, part: tuple) -> None:
     with pytest.raises(RequestError, match="wanted one of the parts 0 to n - 1 of n, got"):
         compare(dense_dir, pruned_dir, tmp_path, ["lcc"], part=part)
+
+
+def test_a_control_on_the_dense_model_is_held_to_the_dense_model_as_it_was(
+    dense_dir: Path, pruned_dir: Path, config: CompareConfig, tmp_path: Path
+) -> None:
+    """What changes the dense model's weights changes no teacher: the divergence counts, and distillation is at rest."""
+    compare(dense_dir, pruned_dir, tmp_path, ["norms"], seeds=1, config=config)  # the bare models, by a process before
+    entries = ["lora@dense=1e-2", "low-rank@dense=1e-2", "low-rank@dense:distillation=1e-2"]
+    found = compare(dense_dir, pruned_dir, tmp_path, entries, seeds=1, config=config)
+    bare = found["bare"]["dense"]
+    for entry in entries[:2]:
+        cell = found["cells"][f"{entry} | 0"]
+        assert cell["response_loss"] < bare["response_loss"] - 0.01
+        assert cell["kl"] > 0.01
+    resting = found["cells"][f"{entries[2]} | 0"]
+    assert resting["kl"] == pytest.approx(0, abs=1e-6)
+    assert resting["perplexity"] == pytest.approx(bare["perplexity"], rel=1e-5)
