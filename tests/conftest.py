@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import time
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -66,6 +67,13 @@ QUESTIONS = [
 PARAGRAPHS = [
     f"Paragraph {i} says that {i} times {i} is {i * i}, which nobody doubts; see page {7 * i}." for i in range(60)
 ]
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Begin no slow test after the moment that ``LCC_LENS_SLOW_UNTIL`` names, in seconds of the clock."""
+    until = os.environ.get("LCC_LENS_SLOW_UNTIL")
+    if until and item.get_closest_marker("slow") and time.time() > float(until):
+        pytest.skip("the time for slow tests is up")
 
 
 @pytest.fixture(scope="session")

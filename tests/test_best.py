@@ -17,7 +17,6 @@ from lcc_lens.export import export
 from lcc_lens.files import read_json
 from lcc_lens.models import load_plain, load_tokenizer
 from lcc_lens.pruning.zeros import compare_zeros
-from lcc_lens.pruning_jobs import REFIT_SAMPLES
 
 
 @pytest.fixture
@@ -59,12 +58,12 @@ def test_by_one_command(
     real = best.refit
 
     def on_own_text(*args, calibration, n_samples, seq_len):
-        assert (calibration, n_samples, seq_len) == (("alpaca", "c4", "wikitext"), REFIT_SAMPLES, 512)
+        assert (calibration, n_samples, seq_len) == (("alpaca", "c4", "wikitext"), 9, 512)
         return real(*args, calibration=[str(files["text"])], n_samples=4, seq_len=16)
 
     monkeypatch.setattr(best, "refit", on_own_text)
     command = ["restore", str(dense_dir), str(pruned_dir), str(tmp_path / "run"), "--data", str(files["train"])]
-    assert main([*command, "--method", "best", "--quiet"]) == 0
+    assert main([*command, "--method", "best", "--refit-samples", "9", "--quiet"]) == 0
     asked = read_json(tmp_path / "run" / "config.json")["restore"]
     assert (asked["method"], asked["low_rank"]) == ("low-rank", 16)
     assert asked["lr"] == best.BEST_LR

@@ -64,6 +64,8 @@ class Restore(Placed):
     """Directions per MLP (those that the scan holds if not given)."""
     low_rank: int | None = None
     """Rank of low-rank (8 if not given; best: 16)."""
+    refit_samples: int | None = None
+    """Calibration sequences of best's refit (288 if not given); fewer take less time and bring less back."""
     start: Literal["zero", "mean"] = "zero"
     """Where the magnitudes start: at the pruned model, or at the mean difference."""
     epochs: int | None = None
@@ -171,11 +173,12 @@ class Restore(Placed):
 
     def _best(self, data: Data, validation: Data) -> Restoration:
         from lcc_lens.best import BEST_LOW_RANK, restore_best
+        from lcc_lens.pruning_jobs import REFIT_SAMPLES
 
         return restore_best(
             self.dense, self.pruned, self.run, data, config=self._config(), validation=validation,
-            low_rank=self.low_rank or BEST_LOW_RANK, max_length=self.max_length, limit=self._n_examples,
-            resume=self.resume,
+            low_rank=self.low_rank or BEST_LOW_RANK, n_samples=self.refit_samples or REFIT_SAMPLES,
+            max_length=self.max_length, limit=self._n_examples, resume=self.resume,
         )  # fmt: skip
 
     def _one_method(self, data: Data, validation: Data) -> tuple[Restoration, Pair, int]:
