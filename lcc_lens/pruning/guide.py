@@ -9,10 +9,7 @@ from torch import Tensor
 
 from lcc_lens.pruning.matrices import Matrix
 from lcc_lens.pruning.moments import is_same
-from lcc_lens.pruning.stream import LayerStream, Observer
-
-#: For the inputs of a layer's maps and what it gives, over all batches; 2 GiB.
-MOST_BYTES = 2**31
+from lcc_lens.pruning.stream import MOST_BYTES, LayerStream, Observer
 
 
 class Guide:

@@ -249,7 +249,7 @@ class _Moments:
 
     def gather(self, matrices: Sequence[Matrix], stream: LayerStream, guide: Guide | None) -> None:
         """Run the layer of both models over all batches, in step."""
-        own = stream.batches_observed(matrices, self.note)
+        own = stream.batches_observed(matrices, self.note, settled=matrices[0] if len(matrices) == 1 else None)
         if guide is None:
             for _ in own:
                 pass

@@ -56,7 +56,7 @@ class Shortfall:
         own: dict[str, Tensor] = {}
         dense: dict[str, Tensor] = {}
         for _, _, entering, wanted in zip(
-            stream.batches_observed(maps, own.__setitem__),
+            stream.batches_observed(maps, own.__setitem__, settled=self.matrix),
             guide.batches_observed(maps, dense.__setitem__),
             stream.hidden_batches(),
             guide.hidden_batches(),

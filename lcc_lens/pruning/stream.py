@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -20,10 +20,13 @@ from lcc_lens.pruning.layers import decoder_layers, read_config
 from lcc_lens.pruning.matrices import Matrix
 from lcc_lens.pruning.pruners import LayerPruner
 from lcc_lens.pruning.recording import LayerCall, record_calls
+from lcc_lens.pruning.shortcuts import Shortcuts
 
 #: Takes a matrix's name and a batch of its inputs ``[token, in]``.
 Observer = Callable[[str, Tensor], None]
 
+#: What may be kept of a layer so that it need not be computed again; 2 GiB.
+MOST_BYTES = 2**31
 #: Relative error of a sum in bfloat16.
 _ROUNDING = 2e-2
 
@@ -50,6 +53,7 @@ class LayerStream:
         self._layers = layers
         self._index = 0
         self._brought_in: int | None = None
+        self._shortcuts = Shortcuts(MOST_BYTES)
         self._batch_size = batch_size
         self._calls: dict[int, list[LayerCall]] = {}
         device = entry_device(model)
@@ -73,10 +77,18 @@ class LayerStream:
         for _ in self.batches_observed(matrices, pruner.observe):
             pass
 
-    def batches_observed(self, matrices: Sequence[Matrix], observe: Observer) -> Generator[None, None, None]:
+    def batches_observed(
+        self, matrices: Sequence[Matrix], observe: Observer, *, settled: Matrix | None = None
+    ) -> Generator[None, None, None]:
         """Run the current layer and show the inputs of its matrices; yields after every batch.
 
         Where the first batch showed that each of them runs once, later ones go no further than to the last of them.
+
+        Args:
+            matrices: matrices of the layer.
+            observe: sees their inputs.
+            settled: one of them, whose inputs stay as they are for as long as this layer is the current one: where it
+                ends a part of the layer, further passes begin there (see :class:`Shortcuts`).
 
         Raises:
             LensError: a weight of the layer is not finite in the compute format.
@@ -92,11 +104,18 @@ class LayerStream:
             if n_runs == last:
                 raise _AllSeen
 
-        with _observed({name: layer.get_submodule(m.path) for name, m in zip(runs, matrices, strict=True)}, show):
+        observed = {name: layer.get_submodule(m.path) for name, m in zip(runs, matrices, strict=True)}
+        with ExitStack() as stack:
+            done: Callable[[int], None] | None = None
+            if settled is not None:
+                done = stack.enter_context(self._shortcuts.noting(layer, settled.path, self.n_batches))
+            stack.enter_context(_observed(observed, show))
             for start in range(0, len(self._hidden), self._batch_size):
                 n_runs = 0
                 with suppress(_AllSeen):
                     self._output(start)
+                if done is not None:
+                    done(start)
                 if start == 0 and set(runs.values()) == {1}:
                     last = len(runs)
                 yield
@@ -143,6 +162,7 @@ class LayerStream:
         parameter = self._layer().get_submodule(matrix.path).get_parameter("weight")
         # Taken over as it is where formats agree: the model and the result then share one copy.
         parameter.data = weight.to(device=parameter.device, dtype=parameter.dtype)
+        self._shortcuts.forget(matrix.path)
 
     def advance(self, outputs: Sequence[Float[Tensor, "_ pos d_model"]] | None = None) -> None:
         """Run the current layer as it is now and let its outputs become the inputs of the next one.
@@ -162,6 +182,7 @@ class LayerStream:
                         "check the checkpoint or compute in float32"
                     )
                 self._hidden[start : start + len(output)] = output
+        self._shortcuts.clear()
         if self._brought_in == self._index:  # it came from disk and nobody asks for it again
             self._layers[self._index].to("meta")
             trim_heap()
@@ -193,7 +214,8 @@ class LayerStream:
         """What the current layer gives for the batch that begins with this sequence."""
         # A copy, since a layer may add to its input in place and the buffer is read twice.
         batch = self._hidden[start : start + self._batch_size].clone()
-        return self._calls[len(batch)][self._index](self._layer(), batch)
+        with self._shortcuts.taken(start):
+            return self._calls[len(batch)][self._index](self._layer(), batch)
 
     def _checked_layer(self) -> nn.Module:
         layer = self._layer()
