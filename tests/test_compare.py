@@ -362,7 +362,8 @@ def test_random_heads_are_others_and_want_a_choice(
 def test_processes_share_a_comparison(
     dense_dir: Path, pruned_dir: Path, config: CompareConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    entries, done, config = ["norms", "refit"], [], dataclasses.replace(config, refit_data=config.texts, examples=8)
+    entries, done = ["norms", "refit"], []
+    config = dataclasses.replace(config, refit_data=config.texts, examples=8, speed_rounds=1)
     measure, refit = module.Bench.measure_bare, module.refit
 
     def noted(*args):
@@ -373,7 +374,11 @@ def test_processes_share_a_comparison(
         done.append("refit")
         return refit(*args, **kwargs, seq_len=16)
 
+    def timed(self, entries, found):
+        done.append(f"timed behind {len(found['cells'])}")
+
     monkeypatch.setattr(module.Bench, "measure_bare", noted)
+    monkeypatch.setattr(module.Bench, "time", timed)
     monkeypatch.setattr(module, "refit", short)
     settings = {"seeds": 2, "config": config}
     whole = compare(dense_dir, pruned_dir, tmp_path / "whole", entries, **settings)
@@ -397,7 +402,7 @@ def test_processes_share_a_comparison(
         }
     assert found["summary"][0]["seeds"] == 2
     assert found["bare"] == whole["bare"]
-    assert sorted(done) == 2 * ["bare"] + 2 * ["refit"]  # once for each folder
+    assert sorted(done) == 2 * ["bare"] + 2 * ["refit"] + 2 * ["timed behind 4"]  # once for each folder
     assert read_json(tmp_path / "shared" / "comparison.json") == found
     assert "refit_seconds" in found
 
