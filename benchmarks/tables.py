@@ -297,6 +297,40 @@ def accuracy_table(study: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def one_task_table(studies: dict[str, dict[str, Any]]) -> str:
+    """Accuracy after training on a task, the gain over the pruned model (95 %, items), and perplexity elsewhere."""
+    from lcc_lens.compare import summary
+
+    lines = [
+        "| accuracy, % (gain); WikiText perplexity | " + " | ".join(studies) + " |",
+        "|---|" + "---:|" * len(studies),
+    ]
+    for name in ("dense", "pruned"):
+        bare = {task: study["bare"][name] for task, study in studies.items()}
+        cells = [f"{100 * one['tasks'][task]['acc']:.1f}; {one['perplexity']:.1f}" for task, one in bare.items()]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    rows = {task: {row["entry"]: row for row in summary(study)} for task, study in studies.items()}
+    for entry, label in RESTORED.items():
+        if any(entry in found and found[entry]["tasks"] for found in rows.values()):
+            cells = []
+            for task, found in rows.items():
+                row = found.get(entry, {})
+                if not row.get("tasks"):
+                    cells.append("")
+                    continue
+                score = row["tasks"][task]
+                low, high = (100 * end for end in score["gain_interval"])
+                cells.append(f"{100 * score['acc']:.1f} ({low:+.1f} to {high:+.1f}); {row['perplexity']:.1f}")
+            lines.append(f"| {label} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def read_tasks(model: str) -> dict[str, dict[str, Any]]:
+    """The comparisons on one task each of a pruned model, by task."""
+    files = sorted(HERE.glob(f"restorations_{model}_*.json"))
+    return {file.stem.removeprefix(f"restorations_{model}_"): read(file.name) for file in files}
+
+
 def ratio_table(bench: dict[str, Any]) -> str:
     """Times and memory beside bare transformers and peft, in one run."""
     lines = ["| ratio | median | range |", "|---|---:|---:|"]
@@ -328,6 +362,7 @@ def write_marked() -> None:
     text = README.read_text(encoding="utf-8")
     for name, (file, draw) in MARKED.items():
         text = between(text, f"<!-- {name} -->\n", f"\n<!-- /{name} -->", draw(read(file)))
+    text = between(text, "<!-- tasks -->\n", "\n<!-- /tasks -->", one_task_table(read_tasks("wanda60")))
     README.write_text(text, encoding="utf-8")
 
 
@@ -344,6 +379,7 @@ def print_tables() -> None:
         cost_table(read("scan_cost.json"), read("probes.json")),
         published_table(read("published.json")),
         *(draw(read(file)) for file, draw in MARKED.values()),
+        one_task_table(read_tasks("wanda60")),
     ):
         print(table, end="\n\n")
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lcc_lens.config import package_version
+from lcc_lens.config import package_version, tokens_per_pass
 from lcc_lens.data import Batch, Data, TokenSequence, available_splits, batches, encode, load_data
 from lcc_lens.errors import RequestError
 from lcc_lens.harness import HARNESS_FOLDERS, evaluate_task
@@ -26,14 +26,16 @@ if TYPE_CHECKING:
 Scores = dict[str, Any]
 
 
-def sequence_loss(model: PreTrainedModel, sequences: Sequence[TokenSequence], *, batch_tokens: int = 1024) -> Scores:
+def sequence_loss(
+    model: PreTrainedModel, sequences: Sequence[TokenSequence], *, batch_tokens: int | None = None
+) -> Scores:
     """Token-weighted loss of a plain model over the counted tokens of sequences.
 
     Returns:
         ``loss`` in nats per token, ``perplexity``, ``tokens`` (counted) and ``sequences``.
     """
     total, count = 0.0, 0
-    grouped = batches(sequences, max_tokens=batch_tokens)
+    grouped = batches(sequences, max_tokens=batch_tokens or tokens_per_pass(model.device))
     with torch.inference_mode():
         for batch in track(grouped, len(grouped), "loss"):
             nll = _batch_nll(model, batch)

@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import cast
 
 from lcc_lens.activations import SITES, Positions, Site, check_sites
+from lcc_lens.config import tokens_per_pass
 from lcc_lens.data import Data
 from lcc_lens.errors import InterruptedRun, RequestError
 from lcc_lens.headmap import HeadMap
 from lcc_lens.heads import Head
+from lcc_lens.models import device_of
 from lcc_lens.pair import Pair
 from lcc_lens.passes import ScanPlan
 from lcc_lens.processes import first_process_first, is_first_process, n_processes, wait_for_all
@@ -52,7 +54,7 @@ def scan(
     probe_folds: int | None = None,
     selector_examples: int = 32,
     display: int = 8,
-    batch_tokens: int = 1024,
+    batch_tokens: int | None = None,
     seed: int = 0,
     run: str | Path | None = None,
 ) -> Scan:
@@ -85,7 +87,8 @@ def scan(
         probe_folds: cross-validate the linear probe in so many parts.
         selector_examples: examples for selectors that run the models again.
         display: examples whose loss is kept token by token.
-        batch_tokens: tokens per forward pass at most; decides speed and memory.
+        batch_tokens: tokens per forward pass at most (1024 on a CPU, 4096 on a GPU if not given); decides speed and
+            memory.
         seed: of the probes.
         run: a run directory: the scan is saved there, and goes on there after an interruption.
 
@@ -107,6 +110,7 @@ def scan(
     right, wrong = pair_sequences(data, pair, length, limit)
     wanted = possible_selectors(named, pair, data, wrong)
     present: tuple[Site, ...] = tuple(site for site in SITES if site == "z" or (site in sites and site in pair.sites))
+    batch_tokens = batch_tokens or tokens_per_pass(device_of(pair.dense))
     plan = ScanPlan(tuple(right), wrong, positions, present, batch_tokens)
     with _begun(run, pair, plan, spectra) as work, _interruptible(can_go_on=run is not None):
         for _ in track(work.batches(), work.n_batches(), "scan heads"):
