@@ -82,7 +82,7 @@ def norm_gains(model: HookedModel) -> WeightInjection:
     }
     if not changes:
         raise RequestError("wanted norms with weights to train, got none in this architecture; leave norms out")
-    return WeightInjection(changes, default_lr=1e-2)
+    return WeightInjection(changes, default_lr=1e-3)
 
 
 def output_gains(model: HookedModel, projections: Sequence[str], heads: Sequence[Head]) -> WeightInjection:
