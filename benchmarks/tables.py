@@ -210,6 +210,7 @@ RESTORED = {
     "mean-shift-sequential-mlp": "the same, MLPs too",
     "gain": "`gain`",
     "norms": "`norms`",
+    "norms=1e-2": "`norms`, learning rate 1e-2",
     "low-rank": "`low-rank`",
     "masked": "`masked`, all surviving weights",
     "lora": "LoRA (peft; q, k, v, o)",
@@ -307,7 +308,7 @@ def one_task_table(studies: dict[str, dict[str, Any]]) -> str:
     ]
     for name in ("dense", "pruned"):
         bare = {task: study["bare"][name] for task, study in studies.items()}
-        cells = [f"{100 * one['tasks'][task]['acc']:.1f}; {one['perplexity']:.1f}" for task, one in bare.items()]
+        cells = [f"{100 * one['tasks'][task]['acc']:.1f}; {number(one['perplexity'])}" for task, one in bare.items()]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     rows = {task: {row["entry"]: row for row in summary(study)} for task, study in studies.items()}
     for entry, label in RESTORED.items():
@@ -320,7 +321,7 @@ def one_task_table(studies: dict[str, dict[str, Any]]) -> str:
                     continue
                 score = row["tasks"][task]
                 low, high = (100 * end for end in score["gain_interval"])
-                cells.append(f"{100 * score['acc']:.1f} ({low:+.1f} to {high:+.1f}); {row['perplexity']:.1f}")
+                cells.append(f"{100 * score['acc']:.1f} ({low:+.1f} to {high:+.1f}); {number(row['perplexity'])}")
             lines.append(f"| {label} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

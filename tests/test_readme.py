@@ -77,6 +77,16 @@ def test_marked_table_is_drawn_from_the_committed_comparison(mark: str) -> None:
     assert study["identity"].keys() == {"dense_sha256", "pruned_sha256"}
 
 
+def test_single_tasks_are_drawn_from_the_committed_comparisons() -> None:
+    tables = benchmark("tables")
+    studies = tables.read_tasks("wanda60")
+    assert {"rte", "arc_easy"} <= studies.keys()
+    assert f"<!-- tasks -->\n{tables.one_task_table(studies)}\n<!-- /tasks -->" in README
+    assert all(
+        study["settings"]["examples"] == 200 and study["settings"]["tasks"] == [task] for task, study in studies.items()
+    )
+
+
 def test_pictures_and_pages_that_the_readme_names_exist() -> None:
     targets = re.findall(r"\]\((?!http)([^)#]+)|src=\"([^\"]+)", README)
     targets = [link or picture for link, picture in targets]
