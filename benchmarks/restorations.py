@@ -58,7 +58,8 @@ OTHERS = (
     f"{REFITTED}+masked:{BEST_OBJECTIVE}=3e-4",
     # rates beside each one's own
     "lora=1e-3", "lora=1e-2", "lcc=1e-2", "lcc=1e-1", "perp=3e-3", "perp-lora=1e-3", "perp-lora=1e-2",
-    "dora=1e-3", "dora=1e-2", "lofit=1e-2", "lofit=1e-1", "norms=3e-3", "norms=1e-2", "gain=3e-3", "low-rank=1e-3", "masked=3e-4",
+    "dora=1e-3", "dora=1e-2", "lofit=1e-2", "lofit=1e-1", "norms=3e-3", "norms=1e-2", "gain=3e-3", "low-rank=1e-3",
+    "masked=3e-4",
 )  # fmt: skip
 TASKS = ("arc_easy", "hellaswag", "winogrande", "openbookqa", "boolq")
 LIMIT = 500
