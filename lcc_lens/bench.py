@@ -98,43 +98,39 @@ class Bench:
         Args:
             entry: the entry.
             seed: the seed.
-            found: the comparison, for what the bare models and the refit measure.
+            found: the comparison, which is told how long a refit takes.
             before: the cell as it was measured before, lacking some tasks: those alone are measured, unless what it
                 trained is gone.
         """
         trained = self._trained(entry, seed, found)
         pair, model, injection = trained.pair, trained.model, trained.injection
         if before is not None and not trained.is_new:
-            lacking = [task for task in self.config.tasks if task not in before["tasks"]]
-            scores = self._measured_by(pair).accuracies(pair, model, injection, lacking)
+            scores = self._measured_by(pair).accuracies(pair, model, injection, self._unmeasured(before))
             return {**before, "tasks": {**before["tasks"], **scores}}
         measured = self._measured_by(pair).of(pair, model, injection, self._teaching(entry))
         return measured if injection is None else {**measured, **merging_costs(injection, pair, model), **trained.costs}
 
     def lacks_bare(self, found: dict[str, Any]) -> bool:
         """Whether something asked is not measured of both models without an injection."""
-        return any(self._lacking(found, name) for name in ("dense", "pruned"))
+        bare = [found["bare"].get(name) for name in ("dense", "pruned")]
+        return any(model is None or self._unmeasured(model) for model in bare)
 
     def measure_bare(self, found: dict[str, Any]) -> None:
         """What cells are held against: both models without an injection, on all that is asked."""
         for name in ("dense", "pruned"):
-            lacking = self._lacking(found, name)
-            if not lacking:
+            bare = found["bare"].get(name)
+            if bare is not None and not self._unmeasured(bare):
                 continue
             pair = self.pair(on_refit=False)
             model, measures = getattr(pair, name), self._measured_by(pair)
-            if name not in found["bare"]:
+            if bare is None:
                 found["bare"][name] = measures.of(pair, model, None, self._teacher)
             else:
-                tasks = [task for task in lacking if task is not None]
-                found["bare"][name]["tasks"] |= measures.accuracies(pair, model, None, tasks)
+                bare["tasks"] |= measures.accuracies(pair, model, None, self._unmeasured(bare))
 
-    def _lacking(self, found: dict[str, Any], name: str) -> list[str | None]:
-        """Tasks not measured of a bare model; None stands for everything else."""
-        bare = found["bare"].get(name)
-        if bare is None:
-            return [None, *self.config.tasks]
-        return [task for task in self.config.tasks if task not in bare["tasks"]]
+    def _unmeasured(self, measured: Mapping[str, Any]) -> list[str]:
+        """The tasks that are asked and that something measured before lacks."""
+        return [task for task in self.config.tasks if task not in measured["tasks"]]
 
     def _trained(self, entry: Entry, seed: int, found: dict[str, Any]) -> _Trained:
         """Train an entry; kept numbers are not trained again."""
