@@ -61,6 +61,12 @@ OTHERS = (
     "dora=1e-3", "dora=1e-2", "lofit=1e-2", "lofit=1e-1", "norms=3e-3", "norms=1e-2", "gain=3e-3", "low-rank=1e-3",
     "masked=3e-4",
 )  # fmt: skip
+#: Scored on five tasks: methods, controls and baselines, each once.
+SCORED = (
+    BEST_ENTRY, "lora", "lcc", "refit", "mean-shift", "lcc@dense", "offset", "lcc@shuffled", "random-basis", "eora",
+    "flap", "perp", "dora", "lofit", "norms", "perp-lora", "low-rank", "lora@dense", "gain",
+    f"{BEST_METHOD}@dense:{BEST_OBJECTIVE}", f"{BEST_METHOD}:{BEST_OBJECTIVE}", f"lora:{BEST_OBJECTIVE}",
+)  # fmt: skip
 TASKS = ("arc_easy", "hellaswag", "winogrande", "openbookqa", "boolq")
 LIMIT = 500
 #: What one task is trained by.
@@ -80,6 +86,8 @@ class Variant:
 VARIANTS = {
     "wanda50": Variant(others=OTHERS),
     "wanda24": Variant(others=OTHERS),
+    # where more is lost, accuracies tell more apart
+    "wanda24_scored": Variant((), SCORED, {"tasks": TASKS, "limit": LIMIT}),
     # constants at a quarter of the heads, those with the largest mean squared difference, beside heads drawn at random
     "wanda50_quarter": Variant(("lcc", "lcc@random-heads"), settings={"heads": 0.25}),
     **{f"wanda50_{n}": Variant(settings={"examples": n}) for n in (60, 120, 240)},
