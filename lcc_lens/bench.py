@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 
 from lcc_lens.baselines import adapters, eora, flap, lofit_heads
 from lcc_lens.compare_config import MEASURING, CompareConfig
-from lcc_lens.data import Data, TokenSequence, check_disjoint, encode, load_data
+from lcc_lens.comparison_data import ComparisonData
+from lcc_lens.data import TokenSequence, load_data
 from lcc_lens.entries import ADAPTERS, PERP, REFIT, Entry
 from lcc_lens.errors import RequestError
 from lcc_lens.files import read_json
@@ -29,7 +30,6 @@ from lcc_lens.injections import (
 )
 from lcc_lens.locking import locked
 from lcc_lens.lr_range import tuned
-from lcc_lens.measures import Measures
 from lcc_lens.memory import peak_memory, release_memory
 from lcc_lens.merging import merging_costs
 from lcc_lens.models import device_of, identify, load_hooked, resolve
@@ -66,8 +66,7 @@ class Bench:
             for name, model in (("dense", dense), ("pruned", pruned))
         }
         self._held: tuple[bool, Pair] | None = None
-        self._validation: list[TokenSequence] | None = None
-        self._measures: Measures | None = None
+        self._data = ComparisonData(config)
         self._teacher: CachedTeacher | None = None
         self._apart: CachedTeacher | None = None
         training = {name: value for name, value in asdict(config).items() if name not in MEASURING}
@@ -105,9 +104,9 @@ class Bench:
         trained = self._trained(entry, seed, found)
         pair, model, injection = trained.pair, trained.model, trained.injection
         if before is not None and not trained.is_new:
-            scores = self._measured_by(pair).accuracies(pair, model, injection, self._unmeasured(before))
+            scores = self._data.measures(pair.tokenizer).accuracies(pair, model, injection, self._unmeasured(before))
             return {**before, "tasks": {**before["tasks"], **scores}}
-        measured = self._measured_by(pair).of(pair, model, injection, self._teaching(entry))
+        measured = self._data.measures(pair.tokenizer).of(pair, model, injection, self._teaching(entry))
         return measured if injection is None else {**measured, **merging_costs(injection, pair, model), **trained.costs}
 
     def lacks_bare(self, found: dict[str, Any]) -> bool:
@@ -122,7 +121,7 @@ class Bench:
             if bare is not None and not self._unmeasured(bare):
                 continue
             pair = self.pair(on_refit=False)
-            model, measures = getattr(pair, name), self._measured_by(pair)
+            model, measures = getattr(pair, name), self._data.measures(pair.tokenizer)
             if bare is None:
                 found["bare"][name] = measures.of(pair, model, None, self._teacher)
             else:
@@ -139,7 +138,7 @@ class Bench:
         if entry.method is None:
             return _Trained(pair, model, None, {}, is_new=False)
         settings = self._settings(entry, seed)
-        data, validation = self._training(entry, pair, seed), self._validating(pair)
+        data, validation = self._data.training(entry, pair.tokenizer, seed), self._data.validation(pair.tokenizer)
         teacher, steps, start = self._teaching(entry).model, 0, time.perf_counter()
         with peak_memory(device_of(model)) as peak:
             injection = self._injection(entry, pair, model, seed, lambda: (data, validation, settings))
@@ -173,7 +172,7 @@ class Bench:
     def steps(self, entry: Entry, seed: int) -> Iterator[Step]:
         """The steps of an entry's training as they come, nothing of which is kept: for timing."""
         pair, settings = self.pair(on_refit=entry.on_refit), self._settings(entry, seed)
-        data, validation = self._training(entry, pair, seed), self._validating(pair)
+        data, validation = self._data.training(entry, pair.tokenizer, seed), self._data.validation(pair.tokenizer)
         injection = self._injection(entry, pair, pair.pruned, seed, lambda: (data, validation, settings))
         yield from train(pair.pruned, injection, data, validation, settings, teacher=pair.dense)
 
@@ -283,43 +282,3 @@ class Bench:
                 refit(self.dense, self.pruned, path, calibration=data, n_samples=n)
                 found["refit_seconds"] = round(time.perf_counter() - start, 1)
         return path
-
-    def _training(self, entry: Entry, pair: Pair, seed: int) -> list[TokenSequence]:
-        data = load_data(self.config.data, self.config.examples, role="train", seed=seed)
-        check_disjoint(data.groups, self._held_out().groups, "training data", "held-out data")
-        if entry.control == "shuffled":
-            data = data.with_shuffled_responses(seed)
-        return encode(data, pair.tokenizer, max_length=self.config.max_length)
-
-    def _held_out(self) -> Data:
-        return load_data(self.config.data, self.config.validation + self.config.responses, role="held-out")
-
-    def _validating(self, pair: Pair) -> list[TokenSequence]:
-        """Responses that choose the best numbers."""
-        self._prepare(pair)
-        assert self._validation is not None
-        return self._validation
-
-    def _measured_by(self, pair: Pair) -> Measures:
-        self._prepare(pair)
-        assert self._measures is not None
-        return self._measures
-
-    def _prepare(self, pair: Pair) -> None:
-        """Read the held-out data once."""
-        if self._measures is not None:
-            return
-        config = self.config
-        held_out = encode(self._held_out(), pair.tokenizer, max_length=config.max_length)
-        validation, responses = held_out[: config.validation], held_out[config.validation :]
-        if config.data in config.tasks:  # what is measured item by item chooses nothing
-            data = load_data(config.data, config.validation, role="calibration")
-            validation, responses = encode(data, pair.tokenizer, max_length=config.max_length), held_out
-        texts = {
-            Path(text).stem: encode(
-                load_data(text, role="held-out"), pair.tokenizer, max_length=config.block_length, limit=config.blocks
-            )
-            for text in config.texts
-        }
-        self._validation = validation
-        self._measures = Measures(texts, responses, config.tasks, config.limit)

@@ -131,6 +131,7 @@ LAYERS: list[tuple[str, ...]] = [
         "score_text",
         "bench",
         "compare_config",
+        "comparison_data",
         "comparison_file",
         "best",
         "compare",

@@ -17,6 +17,7 @@ from lcc_lens.compare import summary
 from lcc_lens.comparison_tables import comparison_tables, failures, rounded
 from lcc_lens.entries import BASELINES, all_entries
 from lcc_lens.errors import LensError
+from lcc_lens.measures import Measures
 
 
 def scores(**items: str) -> dict:
@@ -176,14 +177,14 @@ def test_compare_by_command(
     def broken(*args: object, **kwargs: object) -> None:
         raise LensError("no adapters today")
 
-    original = bench.Measures.of
+    original = Measures.of
 
     def diverging(self, pair, model, injection, teacher):
         found = original(self, pair, model, injection, teacher)
         return {**found, "kl": math.nan} if injection is not None and "gain" in str(injection).lower() else found
 
     monkeypatch.setattr(bench, "adapters", broken)
-    monkeypatch.setattr(bench.Measures, "of", diverging)
+    monkeypatch.setattr(Measures, "of", diverging)
     assert call("compare", dense_dir, pruned_dir, tmp_path / "run", *few, *methods, "--quiet") == 0
     printed = capsys.readouterr().out
     saved = json.loads((tmp_path / "run" / "comparison.json").read_text())

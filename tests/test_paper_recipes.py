@@ -12,7 +12,7 @@ from conftest import build_model, save_model
 from small_sets import write_sets
 from test_cli import call, refused
 
-from lcc_lens import bench
+from lcc_lens import bench, comparison_data
 from lcc_lens.best import BEST_ENTRY
 from lcc_lens.errors import RequestError
 from lcc_lens.paper_recipes import dry, read_recipe
@@ -141,14 +141,14 @@ def test_a_run_goes_on_and_belongs_to_its_recipe(
 def test_what_is_measured_of_a_task_chooses_nothing(tiny: Path, tmp_path: Path) -> None:
     """Validation, training and measured items of a task's comparison share no group."""
     recipe = dry(read_recipe(ROOT / "recipes" / "tasks_unstructured60.json"))
-    loaded, real = {}, bench.load_data
+    loaded, real = {}, comparison_data.load_data
 
     def noting(name: str, n: int | None = None, *, role: str | None = None, seed: int = 0):
         loaded[name, role] = real(name, n, role=role, seed=seed)
         return loaded[name, role]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(bench, "load_data", noting)
+        patch.setattr(comparison_data, "load_data", noting)
         few = dataclasses.replace(recipe, data=("rte",), model=str(tiny), rows=recipe.rows[:3])
         run_recipe(few, tmp_path / "run")
     measured = real("rte", role="held-out").groups

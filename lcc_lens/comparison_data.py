@@ -1,0 +1,65 @@
+"""What a comparison trains on, what chooses its best numbers, and what it measures on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from lcc_lens.compare_config import CompareConfig
+from lcc_lens.data import Data, TokenSequence, check_disjoint, encode, load_data
+from lcc_lens.entries import Entry
+from lcc_lens.measures import Measures
+
+
+class ComparisonData:
+    """A comparison's data; what is held out is read once.
+
+    Args:
+        config: what all cells share.
+    """
+
+    def __init__(self, config: CompareConfig) -> None:
+        self._config = config
+        self._kept: tuple[list[TokenSequence], Measures] | None = None
+
+    def training(self, entry: Entry, tokenizer: PreTrainedTokenizerBase, seed: int) -> list[TokenSequence]:
+        """The examples of a cell, drawn by its seed, with other prompts' responses where it is such a control.
+
+        Raises:
+            RequestError: examples that are held out as well.
+        """
+        data = load_data(self._config.data, self._config.examples, role="train", seed=seed)
+        check_disjoint(data.groups, self._held_out().groups, "training data", "held-out data")
+        if entry.control == "shuffled":
+            data = data.with_shuffled_responses(seed)
+        return encode(data, tokenizer, max_length=self._config.max_length)
+
+    def validation(self, tokenizer: PreTrainedTokenizerBase) -> list[TokenSequence]:
+        """Responses that choose the best numbers."""
+        return self._read(tokenizer)[0]
+
+    def measures(self, tokenizer: PreTrainedTokenizerBase) -> Measures:
+        """What is measured; none of it has trained or chosen anything."""
+        return self._read(tokenizer)[1]
+
+    def _held_out(self) -> Data:
+        return load_data(self._config.data, self._config.validation + self._config.responses, role="held-out")
+
+    def _read(self, tokenizer: PreTrainedTokenizerBase) -> tuple[list[TokenSequence], Measures]:
+        if self._kept is not None:
+            return self._kept
+        config = self._config
+        held_out = encode(self._held_out(), tokenizer, max_length=config.max_length)
+        validation, responses = held_out[: config.validation], held_out[config.validation :]
+        if config.data in config.tasks:  # what is measured item by item chooses nothing
+            data = load_data(config.data, config.validation, role="calibration")
+            validation, responses = encode(data, tokenizer, max_length=config.max_length), held_out
+        texts = {
+            Path(text).stem: encode(
+                load_data(text, role="held-out"), tokenizer, max_length=config.block_length, limit=config.blocks
+            )
+            for text in config.texts
+        }
+        self._kept = validation, Measures(texts, responses, config.tasks, config.limit)
+        return self._kept
