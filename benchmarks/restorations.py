@@ -61,7 +61,7 @@ OTHERS = (
     "dora=1e-3", "dora=1e-2", "lofit=1e-2", "lofit=1e-1", "norms=3e-3", "norms=1e-2", "gain=3e-3", "low-rank=1e-3",
     "masked=3e-4",
 )  # fmt: skip
-#: Scored on five tasks: methods, controls and baselines, each once.
+#: Scored on five tasks (``--zero-shot``): methods, controls and baselines.
 SCORED = (
     BEST_ENTRY, "lora", "lcc", "refit", "mean-shift", "lcc@dense", "offset", "lcc@shuffled", "random-basis", "eora",
     "flap", "perp", "dora", "lofit", "norms", "perp-lora", "low-rank", "lora@dense", "gain",
@@ -87,7 +87,7 @@ VARIANTS = {
     "wanda50": Variant(others=OTHERS),
     "wanda24": Variant(others=OTHERS),
     # where more is lost, accuracies tell more apart
-    "wanda24_scored": Variant((), SCORED, {"tasks": TASKS, "limit": LIMIT}),
+    "wanda24_scored": Variant(others=SCORED, main=()),
     # constants at a quarter of the heads, those with the largest mean squared difference, beside heads drawn at random
     "wanda50_quarter": Variant(("lcc", "lcc@random-heads"), settings={"heads": 0.25}),
     **{f"wanda50_{n}": Variant(settings={"examples": n}) for n in (60, 120, 240)},
