@@ -40,6 +40,15 @@ def mean_accuracy(scores: Tasks) -> tuple[float, float]:
     return statistics.mean(accuracies), math.hypot(*errors) / len(errors)
 
 
+def tasks_made_worse(bare: Mapping[str, Tasks]) -> list[str]:
+    """The tasks in which the dense model is right more often than the pruned one.
+
+    A small model may answer some task at chance, and pruning may make it better there; a mean with such a task does not
+    say what was lost.
+    """
+    return [task for task, score in bare["dense"].items() if score["acc"] > bare["pruned"][task]["acc"]]
+
+
 def mean_rows(bare: Mapping[str, Tasks], cells: Sequence[Tasks], *, is_restoration: bool = True) -> dict[str, Any]:
     r"""The mean accuracy over tasks of one entry, what it gained, and the share of the loss that it recovered.
 
@@ -55,25 +64,44 @@ def mean_rows(bare: Mapping[str, Tasks], cells: Sequence[Tasks], *, is_restorati
     Returns:
         ``accuracy``, ``accuracy_sd`` (None for one seed), ``accuracy_seeds``, ``accuracy_stderr`` of one seed's,
         ``accuracy_gain_interval``, ``accuracy_recovered`` (None where nothing was lost) and its interval (None where
-        nothing may have been lost).
+        nothing may have been lost); the mean and both of the last of :func:`tasks_made_worse` alone as
+        ``worse_accuracy``, ``worse_recovered`` and ``worse_recovered_interval`` (all None where there is none).
     """
     means = [mean_accuracy(cell)[0] for cell in cells]
-    dense, pruned = (mean_accuracy(bare[name])[0] for name in ("dense", "pruned"))
-    before = {task: _right([score]) for task, score in bare["pruned"].items()}
-    after = {task: _right([cell[task] for cell in cells]) for task in before}
-    gained = [[now - was for now, was in zip(after[task], before[task], strict=True)] for task in before]
-    lost = [[d - p for d, p in zip(_right([bare["dense"][task]]), before[task], strict=True)] for task in before]
-    gain = stratified_interval(gained)
-    share = stratified_interval(gained, lost) if is_restoration else None
+    tasks, worse = list(bare["pruned"]), tasks_made_worse(bare)
+    gain = stratified_interval(_gained(bare["pruned"], cells, tasks))
     return {
         "accuracy": statistics.mean(means),
         "accuracy_sd": statistics.stdev(means) if len(means) > 1 else None,
         "accuracy_seeds": len(cells),
         "accuracy_stderr": mean_accuracy(cells[0])[1],
         "accuracy_gain_interval": None if gain is None else list(gain),
-        "accuracy_recovered": share_recovered(-dense, -pruned, -statistics.mean(means)) if is_restoration else None,
-        "accuracy_recovered_interval": None if share is None else list(share),
+        **_shares(bare, cells, tasks if is_restoration else [], "accuracy"),
+        "worse_accuracy": statistics.mean(_mean_of(cell, worse) for cell in cells) if worse else None,
+        **_shares(bare, cells, worse if is_restoration else [], "worse"),
     }
+
+
+def _shares(bare: Mapping[str, Tasks], cells: Sequence[Tasks], tasks: Sequence[str], name: str) -> dict[str, Any]:
+    """The share of these tasks' loss that was recovered, and its interval."""
+    share, interval = None, None
+    if tasks:
+        dense, pruned = (_mean_of(bare[model], tasks) for model in ("dense", "pruned"))
+        share = share_recovered(-dense, -pruned, -statistics.mean(_mean_of(cell, tasks) for cell in cells))
+        interval = stratified_interval(
+            _gained(bare["pruned"], cells, tasks), _gained(bare["pruned"], [bare["dense"]], tasks)
+        )
+    return {f"{name}_recovered": share, f"{name}_recovered_interval": None if interval is None else list(interval)}
+
+
+def _mean_of(scores: Tasks, tasks: Sequence[str]) -> float:
+    return mean_accuracy({task: scores[task] for task in tasks})[0]
+
+
+def _gained(before: Tasks, after: Sequence[Tasks], tasks: Sequence[str]) -> list[list[float]]:
+    """By task, how much more often every item was right, over seeds."""
+    pairs = ((_right([one[task] for one in after]), _right([before[task]])) for task in tasks)
+    return [[now - was for now, was in zip(*pair, strict=True)] for pair in pairs]
 
 
 def _right(scores: Sequence[Mapping[str, Any]]) -> list[float]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lcc_lens.accuracies import mean_accuracy
+from lcc_lens.accuracies import mean_accuracy, tasks_made_worse
 
 Row = Mapping[str, Any]
 Bare = Mapping[str, Mapping[str, Any]]
@@ -87,20 +87,27 @@ def _texts(bare: Bare, rows: Sequence[Row]) -> Table:
 
 
 def _mean_accuracy(bare: Bare, rows: Sequence[Row]) -> Table:
+    columns = ["", "mean", "standard error", "gain", "recovered", "interval"]
+    shares = ["accuracy"]
+    worse = tasks_made_worse({name: model["tasks"] for name, model in bare.items()})
+    if 0 < len(worse) < len(bare["dense"]["tasks"]):  # elsewhere the pruned model is no worse, and the mean hides it
+        columns += [f"recovered in {', '.join(worse)}", "interval"]
+        shares.append("worse")
     table = []
     for name, model in bare.items():
         mean, stderr = mean_accuracy(model["tasks"])
-        table.append([name, f"{mean:.1%}", f"{stderr:.1%}", "", "", "", ""])
+        table.append([name, f"{mean:.1%}", f"{stderr:.1%}", *[""] * (len(columns) - 2)])
     for row in _scored(rows):
-        share = row["accuracy_recovered"]
-        table.append(
-            [row["entry"], _spread(row, "accuracy", ".1%"), f"{row['accuracy_stderr']:.1%}",
-             _interval(row["accuracy_gain_interval"], "+.1%").strip(), "" if share is None else f"{share:.0%}",
-             _interval(row["accuracy_recovered_interval"], ".0%").strip(), str(row["accuracy_seeds"])]
-        )  # fmt: skip
+        gain = _interval(row["accuracy_gain_interval"], "+.1%").strip()
+        table.append([row["entry"], _spread(row, "accuracy", ".1%"), f"{row['accuracy_stderr']:.1%}", gain])
+        for name in shares:
+            share = row[f"{name}_recovered"]
+            interval = _interval(row[f"{name}_recovered_interval"], ".0%").strip()
+            table[-1] += ["" if share is None else f"{share:.0%}", interval]
+        table[-1].append(str(row["accuracy_seeds"]))
     return Table(
         f"zero-shot accuracy, mean of {', '.join(bare['dense']['tasks'])} (95 % intervals, items drawn anew in each)",
-        ["", "mean", "standard error", "gain", "recovered", "interval", "seeds"], table,
+        [*columns, "seeds"], table,
     )  # fmt: skip
 
 

@@ -12,7 +12,7 @@ import torch
 from test_cli import call
 
 from lcc_lens import bench
-from lcc_lens.accuracies import mean_accuracy, mean_rows, task_rows
+from lcc_lens.accuracies import mean_accuracy, mean_rows, task_rows, tasks_made_worse
 from lcc_lens.compare import summary
 from lcc_lens.comparison_tables import comparison_tables, failures, rounded
 from lcc_lens.entries import BASELINES, all_entries
@@ -89,6 +89,38 @@ def test_no_share_where_nothing_is_lost_or_nothing_is_restored() -> None:
     unsure = mean_rows(little, [scores(rte="1111")])
     assert unsure["accuracy_recovered"] == pytest.approx(2.0)
     assert unsure["accuracy_recovered_interval"] is None
+
+
+def test_tasks_that_pruning_made_better_are_left_out_of_a_share_of_their_own() -> None:
+    better = scores(rte="11100", boolq="00000", piqa="1101")
+    bare = {
+        "dense": scores(rte="11111", boolq="01000", piqa="0001"),
+        "pruned": scores(rte="10000", boolq="00001", piqa="1111"),
+    }
+    assert tasks_made_worse(bare) == ["rte"]  # as many right in boolq, one less in the other
+    row = mean_rows(bare, [better, scores(rte="11000", boolq="11111", piqa="1111")])
+    assert row["worse_accuracy"] == pytest.approx((0.6 + 0.4) / 2)
+    assert row["worse_recovered"] == pytest.approx((0.5 - 0.2) / (1.0 - 0.2))
+    alone = [{"rte": cell["rte"]} for cell in (bare["dense"], bare["pruned"], better)]
+    same = mean_rows({"dense": alone[0], "pruned": alone[1]}, alone[2:])
+    assert mean_rows(bare, [better])["worse_recovered_interval"] == same["accuracy_recovered_interval"]
+    assert (same["worse_recovered"], same["worse_accuracy"]) == (same["accuracy_recovered"], same["accuracy"])
+    nothing = mean_rows({"dense": bare["pruned"], "pruned": bare["pruned"]}, [better])
+    assert [nothing[f"worse_{key}"] for key in ("accuracy", "recovered", "recovered_interval")] == [None] * 3
+
+
+def test_a_share_of_the_tasks_that_lost_stands_beside_that_of_all(found: dict) -> None:
+    for name in ("dense", "pruned"):
+        found["bare"][name]["tasks"] = {**found["bare"][name]["tasks"], "piqa": scores(piqa="1010")["piqa"]}
+    for cell in found["cells"].values():
+        if "tasks" in cell:
+            cell["tasks"] = {**cell["tasks"], "piqa": scores(piqa="1110")["piqa"]}
+    rows = summary(found)
+    mean = comparison_tables(found["bare"], rows)[3]
+    assert mean.columns[4:] == ["recovered", "interval", "recovered in rte, boolq", "interval", "seeds"]
+    assert mean.rows[2][6] == f"{mean_rows(BARE, SEEDS)['accuracy_recovered']:.0%}"
+    assert mean.rows[2][4] == f"{rows[0]['accuracy_recovered']:.0%}" != mean.rows[2][6]
+    assert {len(row) for row in mean.rows} == {len(mean.columns)}
 
 
 def measured(perplexity: float, tasks: dict) -> dict:
