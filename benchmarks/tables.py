@@ -270,31 +270,39 @@ def restoration_table(study: dict[str, Any]) -> str:
 
 
 def accuracy_table(study: dict[str, Any]) -> str:
-    """Zero-shot accuracies of every entry that was scored, task by task, and what the mean gained (95 %, items)."""
-    from lcc_lens.accuracies import mean_accuracy
+    """Zero-shot accuracies of every entry that was scored, task by task, and what the mean gained (95 %, items).
+
+    Beside them the mean of those tasks alone that pruning made worse, and the share of that loss recovered.
+    """
+    from lcc_lens.accuracies import mean_accuracy, tasks_made_worse
     from lcc_lens.compare import summary
 
-    bare = study["bare"]
-    tasks = list(bare["dense"]["tasks"])
+    bare = {name: model["tasks"] for name, model in study["bare"].items()}
+    tasks, worse = list(bare["dense"]), tasks_made_worse(bare)
 
-    def line(name: str, accuracies: list[float], mean: float, rest: str) -> str:
-        return f"| {name} | " + " | ".join(f"{100 * one:.1f}" for one in (*accuracies, mean)) + f" | {rest} |"
+    def line(name: str, accuracies: list[float], mean: float, gain: str, of: float, share: str, seeds: str) -> str:
+        shown = " | ".join(f"{100 * one:.1f}" for one in (*accuracies, mean))
+        return f"| {name} | {shown} | {gain} | {100 * of:.1f} | {share} | {seeds} |"
 
-    lines = ["| accuracy, % | " + " | ".join([*tasks, "mean", "gain of the mean, points"]) + " | seeds |"]
-    lines.append("|---|" + "---:|" * (len(tasks) + 3))
-    for name, model in bare.items():
-        scores = model["tasks"]
-        lines.append(line(name, [scores[task]["acc"] for task in tasks], mean_accuracy(scores)[0], "|"))
+    columns = [
+        *tasks, "mean", "gain of the mean, points", f"mean of {len(worse)} that pruning made worse",
+        "share of that loss recovered, %", "seeds",
+    ]  # fmt: skip
+    lines = ["| accuracy, % | " + " | ".join(columns) + " |", "|---|" + "---:|" * len(columns)]
+    for name, scores in bare.items():
+        of = mean_accuracy({task: scores[task] for task in worse})[0]
+        lines.append(line(name, [scores[task]["acc"] for task in tasks], mean_accuracy(scores)[0], "", of, "", ""))
     rows = {row["entry"]: row for row in summary(study) if row.get("tasks")}
     for entry, label in RESTORED.items():
         if entry in rows:
             row = rows[entry]
             low, high = (100 * end for end in row["accuracy_gain_interval"])
-            gain = (
-                f"{100 * (row['accuracy'] - mean_accuracy(bare['pruned']['tasks'])[0]):+.1f} [{low:+.1f}, {high:+.1f}]"
-            )
-            accuracies = [row["tasks"][task]["acc"] for task in tasks]
-            lines.append(line(label, accuracies, row["accuracy"], f"{gain} | {row['accuracy_seeds']}"))
+            gain = f"{100 * (row['accuracy'] - mean_accuracy(bare['pruned'])[0]):+.1f} [{low:+.1f}, {high:+.1f}]"
+            share = "" if row["worse_recovered"] is None else f"{100 * row['worse_recovered']:.0f}"
+            if row["worse_recovered_interval"] is not None:
+                share += " [{:.0f}, {:.0f}]".format(*(100 * end for end in row["worse_recovered_interval"]))
+            accuracies, seeds = [row["tasks"][task]["acc"] for task in tasks], str(row["accuracy_seeds"])
+            lines.append(line(label, accuracies, row["accuracy"], gain, row["worse_accuracy"], share, seeds))
     return "\n".join(lines)
 
 
@@ -345,6 +353,8 @@ MARKED: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "restorations": ("restorations_wanda50.json", restoration_table),
     "restorations 2:4": ("restorations_wanda24.json", restoration_table),
     "accuracies": ("restorations_first.json", accuracy_table),
+    "accuracies 2:4": ("restorations_wanda24_scored.json", accuracy_table),
+    "restorations 2:4, two cores": ("restorations_wanda24_scored.json", restoration_table),
     "ratios": ("results.json", ratio_table),
 }
 

@@ -79,7 +79,7 @@ SOURCES: dict[str, tuple[str, Callable[[dict[str, Any]], go.Figure]]] = {
     "selector_study": ("selector_study.json", plot_selector_study),
     "recovery_by_heads": ("selector_study.json", recovery_by_heads),
     "comparison": ("restorations_wanda50.json", plot_comparison),
-    "tasks": ("restorations_first.json", plot_tasks),
+    "tasks": ("restorations_wanda24_scored.json", plot_tasks),
     "inference_cost": ("restorations_first.json", plot_inference_cost),
     "recovery_by_learning_rate": ("restorations_wanda50.json", recovery_by_rate),
     "recovery_by_examples": ("restorations_first.json", recovery_by_examples),

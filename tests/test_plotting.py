@@ -13,6 +13,7 @@ import plotly.graph_objects as go
 import pytest
 import torch
 
+from lcc_lens.best import BEST_ENTRY
 from lcc_lens.drawing import Drawn, draw_figures, run_figures
 from lcc_lens.errors import LensError, RequestError
 from lcc_lens.heads import Head
@@ -178,6 +179,7 @@ def test_lens_is_read_as_it_was_saved(tmp_path: Path, gain: LogitGain, promoted:
     [
         ("lcc", "LCC", "restored"),
         ("refit", "refit, untrained", "restored"),
+        (BEST_ENTRY, "best (refit, masked low rank)", "restored"),
         ("refit+low-rank+lcc:distillation", "refit, masked low rank + LCC; distillation", "restored"),
         ("lora-vo=1e-3", "LoRA (v, o); rate 1e-3", "baseline"),
         ("lcc@dense", "LCC, on the dense model", "control"),

@@ -67,7 +67,9 @@ def test_costs_are_drawn_from_the_committed_benchmarks() -> None:
     assert all(file["command"] in README for file in (cost, probes, published))
 
 
-@pytest.mark.parametrize("mark", ["restorations", "restorations 2:4", "accuracies"])
+@pytest.mark.parametrize(
+    "mark", ["restorations", "restorations 2:4", "accuracies", "accuracies 2:4", "restorations 2:4, two cores"]
+)
 def test_marked_table_is_drawn_from_the_committed_comparison(mark: str) -> None:
     tables = benchmark("tables")
     file, draw = tables.MARKED[mark]

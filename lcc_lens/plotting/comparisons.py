@@ -69,7 +69,7 @@ def plot_tasks(found: Mapping[str, Any]) -> go.Figure:
             low, high = (before + 100 * end for end in row["tasks"][task]["gain_interval"])
             marks.append([Mark(100 * row["tasks"][task]["acc"], entry_kind(row["entry"]), (low, high))])
         references = {"dense": 100 * bare["dense"]["tasks"][task]["acc"], "pruned": before}
-        panels.append(Panel(f"{escape(task)}<br>accuracy (%), n = {one['n']}", marks, references))
+        panels.append(Panel(f"{escape(task)}<br>accuracy (%)<br>n = {one['n']}", marks, references))
     figure = forest([entry_label(row["entry"]) for row in rows], panels, KINDS)
     caption = (
         f"Bars: 95 % interval of the gain over the pruned model, items drawn anew. {_seeds(rows, 'accuracy_seeds')}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+from lcc_lens.best import BEST_ENTRY
 from lcc_lens.entries import ADAPTERS, BASELINES, TUNED, Entry
 
 SELECTOR_LABELS = {
@@ -72,6 +73,8 @@ def entry_label(text: str) -> str:
     entry = Entry.parse(text)
     if entry.method is None:
         return "refit, untrained"
+    if text == BEST_ENTRY:
+        return "best (refit, masked low rank)"
     whole, _, rate = text.partition("=")
     objective = whole.partition(":")[2]
     parts = [entry.method] if entry.method in ADAPTERS else entry.method.split("+")
