@@ -106,4 +106,4 @@ def _gained(before: Tasks, after: Sequence[Tasks], tasks: Sequence[str]) -> list
 
 def _right(scores: Sequence[Mapping[str, Any]]) -> list[float]:
     """How often each item was right, over seeds."""
-    return [statistics.mean(map(float, item)) for item in zip(*(score["items"] for score in scores), strict=True)]
+    return [statistics.fmean(map(float, item)) for item in zip(*(score["items"] for score in scores), strict=True)]
