@@ -64,8 +64,8 @@ def mean_rows(bare: Mapping[str, Tasks], cells: Sequence[Tasks], *, is_restorati
     Returns:
         ``accuracy``, ``accuracy_sd`` (None for one seed), ``accuracy_seeds``, ``accuracy_stderr`` of one seed's,
         ``accuracy_gain_interval``, ``accuracy_recovered`` (None where nothing was lost) and its interval (None where
-        nothing may have been lost); the mean and both of the last of :func:`tasks_made_worse` alone as
-        ``worse_accuracy``, ``worse_recovered`` and ``worse_recovered_interval`` (all None where there is none).
+        nothing may have been lost); of :func:`tasks_made_worse` alone the mean, the share recovered and its interval as
+        ``worse_accuracy``, ``worse_recovered`` and ``worse_recovered_interval`` (None where there is no such task).
     """
     means = [mean_accuracy(cell)[0] for cell in cells]
     tasks, worse = list(bare["pruned"]), tasks_made_worse(bare)
