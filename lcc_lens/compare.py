@@ -56,8 +56,7 @@ def compare(
         entries: what to compare; see :class:`Entry`.
         seeds: how many.
         config: what all cells share.
-        out: the file to keep cells, and at the end their :func:`summary`, in; ``comparison.json`` in ``run`` if not
-            given.
+        out: the file to keep cells and their :func:`summary` in; ``comparison.json`` in ``run`` if not given.
         deadline: begin no cell after this moment of ``time.monotonic()``.
         part: ``(i, n)`` computes every n-th cell from the i-th (of 0 to n - 1): n processes with the same arguments but
             for this one share the work, the folder and the file. The one that ends last times inference.
@@ -88,7 +87,7 @@ def compare(
             raise InterruptedRun(
                 f"stopped in {name}; finished cells are in {kept.path}: the same call goes on"
             ) from error
-        kept.keep(cell=name)
+        _summarised(kept, cell=name)
         if on_cell is not None:
             on_cell(name, kept.found["cells"][name])
     kept.refresh()
@@ -129,9 +128,9 @@ def _cell(bench: Bench, entry: Entry, seed: int, kept: ComparisonFile, before: M
         return {**done, "error": first}
 
 
-def _summarised(kept: ComparisonFile) -> dict[str, Any]:
-    """Keep the cells with a row per entry: one file has all there is to say."""
-    kept.keep(own=["summary"], finish=lambda found: found.update(summary=summary(found)))
+def _summarised(kept: ComparisonFile, cell: str | None = None) -> dict[str, Any]:
+    """Keep the cells, one of them new, with a row per entry: one file has all there is to say, at any time."""
+    kept.keep(cell=cell, own=["summary"], finish=lambda found: found.update(summary=summary(found)))
     return kept.found
 
 

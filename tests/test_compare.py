@@ -303,7 +303,9 @@ def test_an_interruption_ends_the_comparison_and_keeps_cells(
             dense_dir, pruned_dir, tmp_path, ["low-rank", "norms", "gain"], seeds=1, config=config,
             on_cell=cells.__setitem__,
         )  # fmt: skip
-    assert list(cells) == list(read_json(tmp_path / "comparison.json")["cells"]) == ["low-rank | 0"]
+    kept = read_json(tmp_path / "comparison.json")
+    assert list(cells) == list(kept["cells"]) == ["low-rank | 0"]
+    assert [(row["entry"], row["seeds"]) for row in kept["summary"]] == [("low-rank", 1)]
 
 
 def test_a_folder_of_another_pair_is_refused(
