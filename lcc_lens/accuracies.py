@@ -46,7 +46,7 @@ def tasks_made_worse(bare: Mapping[str, Tasks]) -> list[str]:
     A small model may answer some task at chance, and pruning may make it better there; a mean with such a task does not
     say what was lost.
     """
-    return [task for task, score in bare["dense"].items() if score["acc"] > bare["pruned"][task]["acc"]]
+    return [task for task, score in bare["pruned"].items() if bare["dense"][task]["acc"] > score["acc"]]
 
 
 def mean_rows(bare: Mapping[str, Tasks], cells: Sequence[Tasks], *, is_restoration: bool = True) -> dict[str, Any]:

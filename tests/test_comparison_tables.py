@@ -97,7 +97,9 @@ def test_tasks_that_pruning_made_better_are_left_out_of_a_share_of_their_own() -
         "dense": scores(rte="11111", boolq="01000", piqa="0001"),
         "pruned": scores(rte="10000", boolq="00001", piqa="1111"),
     }
-    assert tasks_made_worse(bare) == ["rte"]  # as many right in boolq, one less in the other
+    assert tasks_made_worse(bare) == ["rte"]  # as many right in boolq, fewer in piqa
+    further = {**bare, "dense": {**bare["dense"], **scores(arc="1111")}}  # scored, and the pruned model not yet
+    assert tasks_made_worse(further) == ["rte"]
     row = mean_rows(bare, [better, scores(rte="11000", boolq="11111", piqa="1111")])
     assert row["worse_accuracy"] == pytest.approx((0.6 + 0.4) / 2)
     assert row["worse_recovered"] == pytest.approx((0.5 - 0.2) / (1.0 - 0.2))
