@@ -41,7 +41,7 @@ from lcc_lens.restore_checks import check_scan
 from lcc_lens.reuse import CachedTeacher
 from lcc_lens.scan import Scan, scan
 from lcc_lens.speed import SpeedConfig
-from lcc_lens.trained_numbers import TrainedNumbers
+from lcc_lens.trained_numbers import ChosenHeads, TrainedNumbers
 from lcc_lens.training import Step, TrainConfig, learning_rates, train
 
 
@@ -139,13 +139,15 @@ class Bench:
             return _Trained(pair, model, None, {}, is_new=False)
         settings = self._settings(entry, seed)
         data, validation = self._data.training(entry, pair.tokenizer, seed), self._data.validation(pair.tokenizer)
-        teacher, steps, start = self._teaching(entry).model, 0, time.perf_counter()
+        teacher, steps, first = self._teaching(entry).model, 0, ChosenHeads([], 0.0)
         with peak_memory(device_of(model)) as peak:
+            if entry.method == "lofit":
+                first = self._lofit_heads(entry, pair, model, seed, (data, validation, settings))
+            start = time.perf_counter() - first.seconds
             injection = self._injection(entry, pair, model, seed, lambda: (data, validation, settings))
             rates, trains = learning_rates(injection, entry.lr), bool(injection.n_trained)
-            can_keep = trains and entry.method != "lofit"  # what lofit acts on is itself found by training
-            request = [entry.text, seed, pair.dense_id.sha256, pair.pruned_id.sha256, rates]
-            costs = self._kept.load(injection, entry.text, seed, request) if can_keep else None
+            request = [entry.text, seed, pair.dense_id.sha256, pair.pruned_id.sha256, rates, *map(str, first.heads)]
+            costs = self._kept.load(injection, entry.text, seed, request) if trains else None
             if costs is not None:
                 return _Trained(pair, model, injection, costs, is_new=False)
             tuning: dict[str, Any] = {}
@@ -165,7 +167,7 @@ class Bench:
         if entry.method == "mean-shift":
             scanned = self._scan(pair, entry.method, on_refit=entry.on_refit)
             costs["mendable_share"] = scanned.mendable_share(heads=self._chosen(entry, scanned, seed))
-        if can_keep:
+        if trains:
             self._kept.keep(injection, entry.text, seed, request, costs)
         return _Trained(pair, model, injection, costs, is_new=trains)
 
@@ -235,13 +237,8 @@ class Bench:
         if uses_heads(method) or uses_components(method):
             scanned = self._scan(pair, method, on_refit=entry.on_refit)
             heads = self._chosen(entry, scanned, seed)
-        if scanned is not None and entry.method == "lofit":
-            data, validation, settings = training()
-            every = scanned.select("random", share=1.0, seed=seed)
-            heads = lofit_heads(
-                model, pair.output_projections, every, data, validation, replace(settings, lr=None),
-                share=self.config.lofit_share, teacher=self._teaching(entry).model,
-            )  # fmt: skip
+        if entry.method == "lofit":
+            heads = self._lofit_heads(entry, pair, model, seed, training()).heads
         given = Ingredients(
             model, None if scanned is None else scanned.components, heads, pair.output_projections,
             low_rank=self.config.lora_rank if entry.method in PERP else self.config.low_rank, seed=seed,
@@ -249,6 +246,27 @@ class Bench:
             sequences=training()[0] if uses_sequences(method) else (),
         )  # fmt: skip
         return build_injection(method, given)
+
+    def _lofit_heads(
+        self,
+        entry: Entry,
+        pair: Pair,
+        model: HookedModel,
+        seed: int,
+        training: tuple[list[TokenSequence], list[TokenSequence], TrainConfig],
+    ) -> ChosenHeads:
+        """What LoFiT's first stage chooses, at the gains' own rate; kept, so that other rates behind it share it."""
+        (data, validation, settings), text = training, entry.text.partition("=")[0]
+
+        def choose() -> list[Head]:
+            every = self._scan(pair, "offset", on_refit=entry.on_refit).select("random", share=1.0, seed=seed)
+            return lofit_heads(
+                model, pair.output_projections, every, data, validation, replace(settings, lr=None),
+                share=self.config.lofit_share, teacher=self._teaching(entry).model,
+            )  # fmt: skip
+
+        request = [text, seed, pair.dense_id.sha256, pair.pruned_id.sha256]
+        return self._kept.heads(text, seed, request, choose)
 
     def _chosen(self, entry: Entry, scanned: Scan, seed: int) -> list[Head]:
         selector = "random" if entry.control == "random-heads" else self.config.selector

@@ -5,22 +5,33 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from lcc_lens.config import package_version
 from lcc_lens.errors import RequestError
-from lcc_lens.files import read_tensors, write_tensors
+from lcc_lens.files import read_json, read_tensors, write_json, write_tensors
+from lcc_lens.heads import Head
 from lcc_lens.injections import Injection
 
 logger = logging.getLogger(__name__)
 
 
+class ChosenHeads(NamedTuple):
+    """Heads that were found by training, and how many seconds that took."""
+
+    heads: list[Head]
+    seconds: float
+
+
 class TrainedNumbers:
     """A folder with a safetensors file per cell: the trained numbers, and what training them took.
+
+    Where a first stage chooses heads by training, a JSON file holds its choice.
 
     Args:
         folder: the folder; made when something is kept.
@@ -65,6 +76,30 @@ class TrainedNumbers:
         metadata = {"request": self._asked(request), "costs": json.dumps(costs)}
         self._folder.mkdir(parents=True, exist_ok=True)
         write_tensors(self._path(entry, seed), _trained(injection), metadata)
+
+    def heads(self, entry: str, seed: int, request: Sequence[Any], choose: Callable[[], Sequence[Head]]) -> ChosenHeads:
+        """What a first stage chose; it is run where nothing of this very training is kept.
+
+        Args:
+            entry: the cell's entry, less what the first stage does not depend on.
+            seed: its seed.
+            request: what else the choice depends on.
+            choose: the first stage.
+        """
+        path, asked = self._path(entry, seed).with_suffix(".json"), self._asked(request)
+        try:
+            found = read_json(path) if path.exists() else {}
+        except RequestError as error:
+            logger.warning("%s; chosen anew", error)
+            found = {}
+        if found.get("request") == asked:
+            return ChosenHeads([Head.parse(label) for label in found["heads"]], found["seconds"])
+        start = time.perf_counter()
+        chosen = ChosenHeads(list(choose()), time.perf_counter() - start)
+        self._folder.mkdir(parents=True, exist_ok=True)
+        labels = [str(head) for head in chosen.heads]
+        write_json(path, {"request": asked, "heads": labels, "seconds": chosen.seconds})
+        return chosen
 
     def _path(self, entry: str, seed: int) -> Path:
         return self._folder / f"{re.sub(r'[^a-z0-9.=@+-]+', '_', entry.lower())}_{seed}.safetensors"

@@ -144,6 +144,27 @@ def test_tasks_are_scored_under_the_injection(
     assert found["cells"]["lofit | 0"]["n_trained"] == 3 * 6  # a fifth of the 15 heads, an offset of d_head each
 
 
+def test_lofit_chooses_its_heads_once(
+    dense_dir: Path, pruned_dir: Path, config: CompareConfig, scored: CompareConfig, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Its first stage is shared by all rates of the second, and nothing of either is trained again."""
+    first = compare(dense_dir, pruned_dir, tmp_path, ["lofit"], seeds=1, config=config)
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "lofit_heads", None)
+        compare(dense_dir, pruned_dir, tmp_path, ["lofit=1e-1"], seeds=1, config=config)
+        patch.setattr(module, "train", None)
+        grown = compare(dense_dir, pruned_dir, tmp_path, ["lofit"], seeds=1, config=scored)
+    assert {**grown["cells"]["lofit | 0"], "tasks": {}} == first["cells"]["lofit | 0"]
+    heads = json.loads((tmp_path / "trained" / "lofit_0.json").read_text())
+    assert len(heads["heads"]) == 3
+    assert 0 < heads["seconds"] <= first["cells"]["lofit | 0"]["training_seconds"] + 0.1
+    for number, damaged in enumerate(("{", json.dumps({**heads, "request": "another training's"}))):
+        (tmp_path / "trained" / "lofit_0.json").write_text(damaged)
+        compare(dense_dir, pruned_dir, tmp_path, [f"lofit={number + 2}e-2"], seeds=1, config=config)
+        assert json.loads((tmp_path / "trained" / "lofit_0.json").read_text())["heads"] == heads["heads"]
+
+
 def test_tasks_asked_later_are_measured_of_what_was_trained(
     dense_dir: Path, pruned_dir: Path, config: CompareConfig, scored: CompareConfig, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
