@@ -221,6 +221,7 @@ RESTORED = {
     "lora-vo": "LoRA (v, o)",
     "dora": "DoRA (peft; q, k, v, o)",
     "lofit": "LoFiT",
+    "lofit=3e-2": "LoFiT, learning rate 3e-2",
     "perp": "PERP (biases and norms)",
     "perp-lora": "PERP (LoRA under the mask)",
     "perp-lora=1e-3": "the same, learning rate 1e-3",

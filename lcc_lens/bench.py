@@ -9,7 +9,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lcc_lens.baselines import adapters, eora, flap, lofit_heads
+from lcc_lens.baselines import LOFIT_LR, adapters, eora, flap, lofit_heads
 from lcc_lens.compare_config import MEASURING, CompareConfig
 from lcc_lens.comparison_data import ComparisonData
 from lcc_lens.data import TokenSequence, load_data
@@ -145,7 +145,7 @@ class Bench:
                 first = self._lofit_heads(entry, pair, model, seed, (data, validation, settings))
             start = time.perf_counter() - first.seconds
             injection = self._injection(entry, pair, model, seed, lambda: (data, validation, settings))
-            rates, trains = learning_rates(injection, entry.lr), bool(injection.n_trained)
+            rates, trains = learning_rates(injection, settings.lr), bool(injection.n_trained)
             request = [entry.text, seed, pair.dense_id.sha256, pair.pruned_id.sha256, rates, *map(str, first.heads)]
             costs = self._kept.load(injection, entry.text, seed, request) if trains else None
             if costs is not None:
@@ -191,9 +191,9 @@ class Bench:
         return self._apart
 
     def _settings(self, entry: Entry, seed: int) -> TrainConfig:
-        config = self.config
+        config, lr = self.config, LOFIT_LR if entry.lr is None and entry.method == "lofit" else entry.lr
         return TrainConfig(
-            epochs=config.epochs, batch_size=config.batch_size, lr=entry.lr, seed=seed, objective=entry.objective
+            epochs=config.epochs, batch_size=config.batch_size, lr=lr, seed=seed, objective=entry.objective
         )
 
     def time(self, entries: Sequence[Entry], found: dict[str, Any]) -> None:

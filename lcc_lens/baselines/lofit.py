@@ -16,6 +16,9 @@ from lcc_lens.injections.changes import Change, Gain
 from lcc_lens.injections.weights import WeightInjection, output_gains
 from lcc_lens.training import TrainConfig, train
 
+#: Rate of the offsets at the chosen heads: so few numbers bear a higher one than offsets at all heads.
+LOFIT_LR = 1e-1
+
 
 class SparseGains(WeightInjection):
     """Gains of head outputs whose absolute values are penalised, so that most heads keep theirs near zero.

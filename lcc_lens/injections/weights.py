@@ -103,7 +103,7 @@ def output_gains(model: HookedModel, projections: Sequence[str], heads: Sequence
     for layer in sorted({head.layer for head in heads}):
         columns = torch.cat([chosen.head * d_head + own for chosen in heads if chosen.layer == layer])
         changes[projections[layer]] = Gain(torch.zeros(len(columns)), columns)
-    return WeightInjection(changes, default_lr=1e-2)
+    return WeightInjection(changes, default_lr=3e-2)
 
 
 def mlp_gains(model: HookedModel) -> WeightInjection:
