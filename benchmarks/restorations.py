@@ -64,7 +64,7 @@ OTHERS = (
 #: Scored on five tasks (``--zero-shot``): methods, controls and baselines.
 SCORED = (
     BEST_ENTRY, "lora", "lcc", "refit", "mean-shift", "lcc@dense", "offset", "lcc@shuffled", "random-basis", "eora",
-    "flap", "perp", "dora", "lofit", "norms", "perp-lora", "low-rank", "lora@dense", "gain",
+    "flap", "perp", "dora", "lofit", "norms", "perp-lora", "low-rank", "masked", "gain", "lora@dense",
     f"{BEST_METHOD}@dense:{BEST_OBJECTIVE}", f"{BEST_METHOD}:{BEST_OBJECTIVE}", f"lora:{BEST_OBJECTIVE}",
 )  # fmt: skip
 TASKS = ("arc_easy", "hellaswag", "winogrande", "openbookqa", "boolq")
