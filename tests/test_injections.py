@@ -113,8 +113,8 @@ def test_gain_scales_chosen_head_outputs(pair, found: Scan) -> None:
 def test_parts_act_together(pair, found: Scan) -> None:
     injection = disturbed(build(pair, found, "lcc+gain+low-rank"), 0.02)
     assert injection.n_trained == sum(build(pair, found, name).n_trained for name in ("lcc", "gain", "low-rank"))
-    assert learning_rates(injection, None) == [3e-2, 1e-2, 3e-3]
-    assert learning_rates(injection, 6e-2) == [6e-2, 2e-2, 6e-3]
+    assert learning_rates(injection, None) == [3e-2, 3e-2, 3e-3]
+    assert learning_rates(injection, 6e-2) == [6e-2, 6e-2, 6e-3]
     results = []
     for part in (injection, *injection.parts):
         with torch.no_grad(), part.applied_to(pair.pruned) as model:
