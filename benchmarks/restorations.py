@@ -107,6 +107,7 @@ class Asked:
     entries: list[str]
     seeds: int
     other_seeds: int
+    scored_seeds: int
     minutes: float
     times: bool
     zero_shot: bool
@@ -131,7 +132,7 @@ def main(asked: Asked) -> None:
             if asked.entries:
                 entries = tuple(asked.entries) if which == "main" else ()
             if entries:
-                n = 1 if asked.zero_shot else n_seeds
+                n = asked.scored_seeds if asked.zero_shot else n_seeds
                 fill(asked, name, entries, n, first=begun, end=end)
                 begun += len(entries) * n
 
@@ -216,11 +217,12 @@ if __name__ == "__main__":
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--processes", type=int, default=1, help="so many divide the cells among them")
     parser.add_argument("--other-seeds", type=int, default=1, help="of what is no part of the main comparison")
+    parser.add_argument("--scored-seeds", type=int, default=1, help="of what accuracies are asked of")
     parser.add_argument("--times", action="store_true", help="only time best and LoRA; let nothing else run beside it")
     parser.add_argument("--part", default="1/1", help="i/n: every n-th cell from the i-th")
     parser.add_argument("--models", nargs="+", default=[*VARIANTS], choices=[*VARIANTS])
     parser.add_argument("--entries", nargs="+", default=[], help="all of the study's if not given")
-    parser.add_argument("--zero-shot", action="store_true", help="accuracies on five tasks instead, one seed")
+    parser.add_argument("--zero-shot", action="store_true", help="accuracies on five tasks instead")
     parser.add_argument("--latency", action="store_true", help="time what is served as well")
     transformers_logging.set_verbosity_error()
     main(Asked(**vars(parser.parse_args())))
