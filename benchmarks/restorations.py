@@ -90,6 +90,8 @@ VARIANTS = {
     "wanda24_scored": Variant(others=SCORED, main=()),
     # constants at a quarter of the heads, those with the largest mean squared difference, beside heads drawn at random
     "wanda50_quarter": Variant(("lcc", "lcc@random-heads"), settings={"heads": 0.25}),
+    # the same where more is lost, and chosen by attribution patching
+    "wanda24_quarter": Variant(("lcc", "lcc@random-heads"), settings={"heads": 0.25, "selector": "attribution"}),
     **{f"wanda50_{n}": Variant(settings={"examples": n}) for n in (60, 120, 240)},
     **{
         f"{model}_{task}": Variant(settings={**TASK, "data": task, "tasks": (task,)})
