@@ -89,11 +89,10 @@ class TrainedNumbers:
         path, asked = self._path(entry, seed).with_suffix(".json"), self._asked(request)
         try:
             found = read_json(path) if path.exists() else {}
-        except RequestError as error:
-            logger.warning("%s; chosen anew", error)
-            found = {}
-        if found.get("request") == asked:
-            return ChosenHeads([Head.parse(label) for label in found["heads"]], found["seconds"])
+            if found and found["request"] == asked:
+                return ChosenHeads([Head.parse(label) for label in found["heads"]], found["seconds"])
+        except (RequestError, LookupError, TypeError) as error:
+            logger.warning("the heads in %s cannot be read (%s); chosen anew", path, error)
         start = time.perf_counter()
         chosen = ChosenHeads(list(choose()), time.perf_counter() - start)
         self._folder.mkdir(parents=True, exist_ok=True)

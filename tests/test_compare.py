@@ -159,7 +159,7 @@ def test_lofit_chooses_its_heads_once(
     heads = json.loads((tmp_path / "trained" / "lofit_0.json").read_text())
     assert len(heads["heads"]) == 3
     assert 0 < heads["seconds"] <= first["cells"]["lofit | 0"]["training_seconds"] + 0.1
-    for number, damaged in enumerate(("{", json.dumps({**heads, "request": "another training's"}))):
+    for number, damaged in enumerate(("{", "[1]", json.dumps({**heads, "request": "another training's"}))):
         (tmp_path / "trained" / "lofit_0.json").write_text(damaged)
         compare(dense_dir, pruned_dir, tmp_path, [f"lofit={number + 2}e-2"], seeds=1, config=config)
         assert json.loads((tmp_path / "trained" / "lofit_0.json").read_text())["heads"] == heads["heads"]
