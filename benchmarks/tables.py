@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from statistics import fmean
@@ -307,6 +308,49 @@ def accuracy_table(study: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+#: Entries, or models as they came, whose accuracies are held against each other.
+DIFFERENCES = (
+    ("refit+low-rank:text+distillation=0.005", "lora"), ("refit+low-rank:text+distillation=0.005", "lcc"),
+    ("refit+low-rank:text+distillation=0.005", "refit"), ("lcc", "lora"), ("lcc", "random-basis"), ("lcc", "offset"),
+    ("lcc", "lcc@shuffled"), ("lcc", "pruned"), ("lcc@dense", "dense"),
+)  # fmt: skip
+
+
+def difference_table(study: dict[str, Any]) -> str:
+    """Differences of mean accuracy over the tasks that pruning made worse, of the same items with the same seeds."""
+    from lcc_lens.accuracies import accuracy_difference, tasks_made_worse
+
+    bare = {name: model["tasks"] for name, model in study["bare"].items()}
+    worse = tasks_made_worse(bare)
+    scored: dict[str, dict[int, Any]] = {}
+    for name, one in study["cells"].items():
+        entry, _, seed = name.rpartition(" | ")
+        if one.get("tasks"):
+            scored.setdefault(entry, {})[int(seed)] = one["tasks"]
+    drawn = {seed for seeds in scored.values() for seed in seeds}
+    untrained = {name: dict.fromkeys(drawn, tasks) for name, tasks in (*bare.items(), ("refit", scored["refit"][0]))}
+    scored |= untrained
+    lines = [
+        f"| mean of {len(worse)} tasks that pruning made worse | difference, points [95 %, items] | seed by seed |",
+        "|---|---:|---:|",
+    ]
+    for first, second in DIFFERENCES:
+        seeds = sorted(scored[first].keys() & scored[second].keys())
+        ours, others = ([scored[name][seed] for seed in seeds] for name in (first, second))
+        difference, interval = accuracy_difference(ours, others, worse)
+        assert interval is not None
+        low, high = interval
+        pairs = zip(ours, others, strict=True)
+        each = ", ".join(f"{100 * accuracy_difference([one], [other], worse)[0]:+.1f}" for one, other in pairs)
+        names = " - ".join(_short(RESTORED.get(name, name)) for name in (first, second))
+        lines.append(f"| {names} | {100 * difference:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}] | {each} |")
+    return "\n".join(lines)
+
+
+def _short(label: str) -> str:
+    return re.split(r":| \(|, the paper|, no training", label.strip("*"))[0]
+
+
 def one_task_table(studies: dict[str, dict[str, Any]]) -> str:
     """Accuracy after training on a task, the gain over the pruned model (95 %, items), and perplexity elsewhere."""
     from lcc_lens.compare import summary
@@ -355,9 +399,15 @@ MARKED: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "restorations 2:4": ("restorations_wanda24.json", restoration_table),
     "accuracies": ("restorations_first.json", accuracy_table),
     "accuracies 2:4": ("restorations_wanda24_scored.json", accuracy_table),
+    "differences 2:4": ("restorations_wanda24_scored.json", difference_table),
     "restorations 2:4, two cores": ("restorations_wanda24_scored.json", restoration_table),
+    "a quarter of the heads": ("restorations_first_quarter.json", restoration_table),
     "ratios": ("results.json", ratio_table),
 }
+
+
+#: The same for comparisons on one task each: the pruned model.
+MARKED_TASKS = {"tasks": "wanda60"}
 
 
 def between(text: str, begin: str, end: str, new: str) -> str:
@@ -374,7 +424,8 @@ def write_marked() -> None:
     text = README.read_text(encoding="utf-8")
     for name, (file, draw) in MARKED.items():
         text = between(text, f"<!-- {name} -->\n", f"\n<!-- /{name} -->", draw(read(file)))
-    text = between(text, "<!-- tasks -->\n", "\n<!-- /tasks -->", one_task_table(read_tasks("wanda60")))
+    for name, model in MARKED_TASKS.items():
+        text = between(text, f"<!-- {name} -->\n", f"\n<!-- /{name} -->", one_task_table(read_tasks(model)))
     README.write_text(text, encoding="utf-8")
 
 
@@ -391,7 +442,7 @@ def print_tables() -> None:
         cost_table(read("scan_cost.json"), read("probes.json")),
         published_table(read("published.json")),
         *(draw(read(file)) for file, draw in MARKED.values()),
-        one_task_table(read_tasks("wanda60")),
+        *(one_task_table(read_tasks(model)) for model in MARKED_TASKS.values()),
     ):
         print(table, end="\n\n")
 

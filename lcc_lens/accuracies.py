@@ -69,7 +69,7 @@ def mean_rows(bare: Mapping[str, Tasks], cells: Sequence[Tasks], *, is_restorati
     """
     means = [mean_accuracy(cell)[0] for cell in cells]
     tasks, worse = list(bare["pruned"]), tasks_made_worse(bare)
-    gain = stratified_interval(_gained(bare["pruned"], cells, tasks))
+    gain = stratified_interval(_gained([bare["pruned"]], cells, tasks))
     return {
         "accuracy": statistics.mean(means),
         "accuracy_sd": statistics.stdev(means) if len(means) > 1 else None,
@@ -82,6 +82,20 @@ def mean_rows(bare: Mapping[str, Tasks], cells: Sequence[Tasks], *, is_restorati
     }
 
 
+def accuracy_difference(
+    first: Sequence[Tasks], second: Sequence[Tasks], tasks: Sequence[str]
+) -> tuple[float, tuple[float, float] | None]:
+    """How far one entry's mean accuracy over some tasks is above another's, and the interval (95 %, items drawn anew).
+
+    Args:
+        first: the cells of one, by seed, with ``items``.
+        second: those of the other.
+        tasks: every one counts alike.
+    """
+    gained = _gained(second, first, tasks)
+    return statistics.fmean(statistics.fmean(items) for items in gained), stratified_interval(gained)
+
+
 def _shares(bare: Mapping[str, Tasks], cells: Sequence[Tasks], tasks: Sequence[str], name: str) -> dict[str, Any]:
     """The share of these tasks' loss that was recovered, and its interval."""
     share, interval = None, None
@@ -89,7 +103,7 @@ def _shares(bare: Mapping[str, Tasks], cells: Sequence[Tasks], tasks: Sequence[s
         dense, pruned = (_mean_of(bare[model], tasks) for model in ("dense", "pruned"))
         share = share_recovered(-dense, -pruned, -statistics.mean(_mean_of(cell, tasks) for cell in cells))
         interval = stratified_interval(
-            _gained(bare["pruned"], cells, tasks), _gained(bare["pruned"], [bare["dense"]], tasks)
+            _gained([bare["pruned"]], cells, tasks), _gained([bare["pruned"]], [bare["dense"]], tasks)
         )
     return {f"{name}_recovered": share, f"{name}_recovered_interval": None if interval is None else list(interval)}
 
@@ -98,9 +112,9 @@ def _mean_of(scores: Tasks, tasks: Sequence[str]) -> float:
     return mean_accuracy({task: scores[task] for task in tasks})[0]
 
 
-def _gained(before: Tasks, after: Sequence[Tasks], tasks: Sequence[str]) -> list[list[float]]:
+def _gained(before: Sequence[Tasks], after: Sequence[Tasks], tasks: Sequence[str]) -> list[list[float]]:
     """By task, how much more often every item was right, over seeds."""
-    pairs = ((_right([one[task] for one in after]), _right([before[task]])) for task in tasks)
+    pairs = ((_right([one[task] for one in after]), _right([one[task] for one in before])) for task in tasks)
     return [[now - was for now, was in zip(*pair, strict=True)] for pair in pairs]
 
 

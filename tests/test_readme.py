@@ -68,8 +68,12 @@ def test_costs_are_drawn_from_the_committed_benchmarks() -> None:
 
 
 @pytest.mark.parametrize(
-    "mark", ["restorations", "restorations 2:4", "accuracies", "accuracies 2:4", "restorations 2:4, two cores"]
-)
+    "mark",
+    [
+        "restorations", "restorations 2:4", "accuracies", "accuracies 2:4", "restorations 2:4, two cores",
+        "a quarter of the heads", "differences 2:4",
+    ],
+)  # fmt: skip
 def test_marked_table_is_drawn_from_the_committed_comparison(mark: str) -> None:
     tables = benchmark("tables")
     file, draw = tables.MARKED[mark]
@@ -79,11 +83,12 @@ def test_marked_table_is_drawn_from_the_committed_comparison(mark: str) -> None:
     assert study["identity"].keys() == {"dense_sha256", "pruned_sha256"}
 
 
-def test_single_tasks_are_drawn_from_the_committed_comparisons() -> None:
+@pytest.mark.parametrize("mark", ["tasks"])
+def test_single_tasks_are_drawn_from_the_committed_comparisons(mark: str) -> None:
     tables = benchmark("tables")
-    studies = tables.read_tasks("wanda60")
-    assert "rte" in studies
-    assert f"<!-- tasks -->\n{tables.one_task_table(studies)}\n<!-- /tasks -->" in README
+    studies = tables.read_tasks(tables.MARKED_TASKS[mark])
+    assert "arc_easy" in studies
+    assert f"<!-- {mark} -->\n{tables.one_task_table(studies)}\n<!-- /{mark} -->" in README
     assert all(
         study["settings"]["examples"] == 200 and study["settings"]["tasks"] == [task] for task, study in studies.items()
     )
