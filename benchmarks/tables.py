@@ -407,7 +407,7 @@ MARKED: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
 
 
 #: The same for comparisons on one task each: the pruned model.
-MARKED_TASKS = {"tasks": "wanda60"}
+MARKED_TASKS = {"tasks": "wanda60", "tasks, structured": "structured40"}
 
 
 def between(text: str, begin: str, end: str, new: str) -> str:

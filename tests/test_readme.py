@@ -83,7 +83,7 @@ def test_marked_table_is_drawn_from_the_committed_comparison(mark: str) -> None:
     assert study["identity"].keys() == {"dense_sha256", "pruned_sha256"}
 
 
-@pytest.mark.parametrize("mark", ["tasks"])
+@pytest.mark.parametrize("mark", ["tasks", "tasks, structured"])
 def test_single_tasks_are_drawn_from_the_committed_comparisons(mark: str) -> None:
     tables = benchmark("tables")
     studies = tables.read_tasks(tables.MARKED_TASKS[mark])
