@@ -328,8 +328,8 @@ def difference_table(study: dict[str, Any]) -> str:
         if one.get("tasks"):
             scored.setdefault(entry, {})[int(seed)] = one["tasks"]
     drawn = {seed for seeds in scored.values() for seed in seeds}
-    untrained = {name: dict.fromkeys(drawn, tasks) for name, tasks in (*bare.items(), ("refit", scored["refit"][0]))}
-    scored |= untrained
+    for name, tasks in (*bare.items(), ("refit", scored["refit"][0])):  # nothing of these is drawn by a seed
+        scored[name] = dict.fromkeys(drawn, tasks)
     lines = [
         f"| mean of {len(worse)} tasks that pruning made worse | difference, points [95 %, items] | seed by seed |",
         "|---|---:|---:|",
