@@ -8,241 +8,121 @@
     restoration = lcc.restore(pair, scan, heads, lcc.load_data("alpaca", n=480, role="train"))
     lcc.export(restoration, "out/wanda50", "out/restored")
 
-Every name is imported when it is first used, so that ``import lcc_lens`` itself costs nothing.
+Every public name is imported when it is first used, so ``import lcc_lens`` itself loads no module of the package.
 """
 
 from __future__ import annotations
 
+import ast
 import importlib
+import pkgutil
 import sys
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+# The public names, each written once: type checkers read this block, and `_public_names` reads it at run time.
 if TYPE_CHECKING:
-    from lcc_lens.best import restore_best
-    from lcc_lens.compare import compare
-    from lcc_lens.compare_config import CompareConfig
-    from lcc_lens.components import LostComponents, components_from_moments, extract_lost_components
-    from lcc_lens.data import Data, load_data
-    from lcc_lens.doctor import Examination, examine
-    from lcc_lens.drawing import draw_figures
-    from lcc_lens.errors import LensError, RequestError
-    from lcc_lens.evaluation import evaluate
-    from lcc_lens.explorer import explore
-    from lcc_lens.export import export
-    from lcc_lens.gguf_export import export_gguf
-    from lcc_lens.heads import Head
-    from lcc_lens.headscores import HeadScores
-    from lcc_lens.hub import push_to_hub
-    from lcc_lens.in_memory import stored_model
-    from lcc_lens.injections import Composite, Injection, LccInjection, MeanShift, OffsetInjection, WeightInjection
-    from lcc_lens.lens import (
-        answer_streams,
-        component_similarity,
-        direct_effect,
-        exciting_examples,
-        load_lens,
-        logit_gain,
-        promoted_tokens,
-        relation_to_W_O,
-        save_lens,
-    )
-    from lcc_lens.metrics import share_recovered
-    from lcc_lens.models import load_hooked
-    from lcc_lens.objectives import Objective
-    from lcc_lens.pair import Pair, load_pair
-    from lcc_lens.paper_recipes import read_recipe
-    from lcc_lens.paper_run import run_recipe
-    from lcc_lens.plotting import (
-        plot_comparison,
-        plot_inference_cost,
-        plot_logit_gain,
-        plot_loss_map,
-        plot_promoted_tokens,
-        plot_pruning_quality,
-        plot_recovery,
-        plot_report,
-        plot_selector_study,
-        plot_selectors,
-        plot_spectra,
-        plot_tasks,
-        plot_training,
-        recovery_by_selector,
-        recovery_points,
-        write_html,
-        write_image,
-    )
-    from lcc_lens.progress import shown
-    from lcc_lens.pruning_jobs import prune, refit
-    from lcc_lens.recipe import restore
-    from lcc_lens.report import report
-    from lcc_lens.restoration import Restoration
-    from lcc_lens.scan import Scan, scan
-    from lcc_lens.session import RestoreSession
-    from lcc_lens.sidecar import load_restored
-    from lcc_lens.statistics import DifferenceStatistics
-    from lcc_lens.task_recovery import TaskMeasures, load_task_data
-    from lcc_lens.token_loss import TokenLoss
-    from lcc_lens.training import Step, TrainConfig, train
-    from lcc_lens.widget import RestoreWidget
+    from lcc_lens.best import restore_best as restore_best
+    from lcc_lens.compare import compare as compare
+    from lcc_lens.compare_config import CompareConfig as CompareConfig
+    from lcc_lens.components import LostComponents as LostComponents
+    from lcc_lens.components import components_from_moments as components_from_moments
+    from lcc_lens.components import extract_lost_components as extract_lost_components
+    from lcc_lens.data import Data as Data
+    from lcc_lens.data import load_data as load_data
+    from lcc_lens.doctor import Examination as Examination
+    from lcc_lens.doctor import examine as examine
+    from lcc_lens.drawing import draw_figures as draw_figures
+    from lcc_lens.errors import LensError as LensError
+    from lcc_lens.errors import RequestError as RequestError
+    from lcc_lens.evaluation import evaluate as evaluate
+    from lcc_lens.explorer import explore as explore
+    from lcc_lens.export import export as export
+    from lcc_lens.gguf_export import export_gguf as export_gguf
+    from lcc_lens.heads import Head as Head
+    from lcc_lens.headscores import HeadScores as HeadScores
+    from lcc_lens.hub import push_to_hub as push_to_hub
+    from lcc_lens.in_memory import stored_model as stored_model
+    from lcc_lens.injections import Composite as Composite
+    from lcc_lens.injections import Injection as Injection
+    from lcc_lens.injections import LccInjection as LccInjection
+    from lcc_lens.injections import MeanShift as MeanShift
+    from lcc_lens.injections import OffsetInjection as OffsetInjection
+    from lcc_lens.injections import WeightInjection as WeightInjection
+    from lcc_lens.lens import answer_streams as answer_streams
+    from lcc_lens.lens import component_similarity as component_similarity
+    from lcc_lens.lens import direct_effect as direct_effect
+    from lcc_lens.lens import exciting_examples as exciting_examples
+    from lcc_lens.lens import load_lens as load_lens
+    from lcc_lens.lens import logit_gain as logit_gain
+    from lcc_lens.lens import promoted_tokens as promoted_tokens
+    from lcc_lens.lens import relation_to_W_O as relation_to_W_O
+    from lcc_lens.lens import save_lens as save_lens
+    from lcc_lens.metrics import share_recovered as share_recovered
+    from lcc_lens.models import load_hooked as load_hooked
+    from lcc_lens.objectives import Objective as Objective
+    from lcc_lens.pair import Pair as Pair
+    from lcc_lens.pair import load_pair as load_pair
+    from lcc_lens.paper_recipes import read_recipe as read_recipe
+    from lcc_lens.paper_run import run_recipe as run_recipe
+    from lcc_lens.plotting import plot_comparison as plot_comparison
+    from lcc_lens.plotting import plot_inference_cost as plot_inference_cost
+    from lcc_lens.plotting import plot_logit_gain as plot_logit_gain
+    from lcc_lens.plotting import plot_loss_map as plot_loss_map
+    from lcc_lens.plotting import plot_promoted_tokens as plot_promoted_tokens
+    from lcc_lens.plotting import plot_pruning_quality as plot_pruning_quality
+    from lcc_lens.plotting import plot_recovery as plot_recovery
+    from lcc_lens.plotting import plot_report as plot_report
+    from lcc_lens.plotting import plot_selector_study as plot_selector_study
+    from lcc_lens.plotting import plot_selectors as plot_selectors
+    from lcc_lens.plotting import plot_spectra as plot_spectra
+    from lcc_lens.plotting import plot_tasks as plot_tasks
+    from lcc_lens.plotting import plot_training as plot_training
+    from lcc_lens.plotting import recovery_by_selector as recovery_by_selector
+    from lcc_lens.plotting import recovery_points as recovery_points
+    from lcc_lens.plotting import write_html as write_html
+    from lcc_lens.plotting import write_image as write_image
+    from lcc_lens.progress import shown as shown
+    from lcc_lens.pruning_jobs import prune as prune
+    from lcc_lens.pruning_jobs import refit as refit
+    from lcc_lens.recipe import restore as restore
+    from lcc_lens.report import report as report
+    from lcc_lens.restoration import Restoration as Restoration
+    from lcc_lens.scan import Scan as Scan
+    from lcc_lens.scan import scan as scan
+    from lcc_lens.session import RestoreSession as RestoreSession
+    from lcc_lens.sidecar import load_restored as load_restored
+    from lcc_lens.statistics import DifferenceStatistics as DifferenceStatistics
+    from lcc_lens.task_recovery import TaskMeasures as TaskMeasures
+    from lcc_lens.task_recovery import load_task_data as load_task_data
+    from lcc_lens.token_loss import TokenLoss as TokenLoss
+    from lcc_lens.training import Step as Step
+    from lcc_lens.training import TrainConfig as TrainConfig
+    from lcc_lens.training import train as train
+    from lcc_lens.widget import RestoreWidget as RestoreWidget
 
-_HOMES = {
-    "bench": ("CompareConfig",),
-    "best": ("restore_best",),
-    "compare": ("compare",),
-    "components": ("LostComponents", "components_from_moments", "extract_lost_components"),
-    "data": ("Data", "load_data"),
-    "doctor": ("Examination", "examine"),
-    "drawing": ("draw_figures",),
-    "errors": ("LensError", "RequestError"),
-    "evaluation": ("evaluate",),
-    "explorer": ("explore",),
-    "export": ("export",),
-    "gguf_export": ("export_gguf",),
-    "heads": ("Head",),
-    "headscores": ("HeadScores",),
-    "hub": ("push_to_hub",),
-    "in_memory": ("stored_model",),
-    "injections": ("Composite", "Injection", "LccInjection", "MeanShift", "OffsetInjection", "WeightInjection"),
-    "lens": (
-        "answer_streams",
-        "component_similarity",
-        "direct_effect",
-        "exciting_examples",
-        "load_lens",
-        "logit_gain",
-        "promoted_tokens",
-        "relation_to_W_O",
-        "save_lens",
-    ),
-    "metrics": ("share_recovered",),
-    "models": ("load_hooked",),
-    "objectives": ("Objective",),
-    "pair": ("Pair", "load_pair"),
-    "plotting": (
-        "plot_comparison",
-        "plot_inference_cost",
-        "plot_logit_gain",
-        "plot_loss_map",
-        "plot_promoted_tokens",
-        "plot_pruning_quality",
-        "plot_recovery",
-        "plot_report",
-        "plot_selector_study",
-        "plot_selectors",
-        "plot_spectra",
-        "plot_tasks",
-        "plot_training",
-        "recovery_by_selector",
-        "recovery_points",
-        "write_html",
-        "write_image",
-    ),
-    "progress": ("shown",),
-    "pruning_jobs": ("prune", "refit"),
-    "recipe": ("restore",),
-    "report": ("report",),
-    "restoration": ("Restoration",),
-    "scan": ("Scan", "scan"),
-    "session": ("RestoreSession",),
-    "sidecar": ("load_restored",),
-    "statistics": ("DifferenceStatistics",),
-    "token_loss": ("TokenLoss",),
-    "paper_recipes": ("read_recipe",),
-    "paper_run": ("run_recipe",),
-    "task_recovery": ("TaskMeasures", "load_task_data"),
-    "training": ("Step", "TrainConfig", "train"),
-    "widget": ("RestoreWidget",),
-}
-_HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 
-__all__ = [
-    "CompareConfig",
-    "Composite",
-    "Data",
-    "DifferenceStatistics",
-    "Examination",
-    "Head",
-    "HeadScores",
-    "Injection",
-    "LccInjection",
-    "LensError",
-    "LostComponents",
-    "MeanShift",
-    "Objective",
-    "OffsetInjection",
-    "Pair",
-    "RequestError",
-    "Restoration",
-    "RestoreSession",
-    "RestoreWidget",
-    "Scan",
-    "Step",
-    "TaskMeasures",
-    "TokenLoss",
-    "TrainConfig",
-    "WeightInjection",
-    "answer_streams",
-    "compare",
-    "component_similarity",
-    "components_from_moments",
-    "direct_effect",
-    "draw_figures",
-    "evaluate",
-    "examine",
-    "exciting_examples",
-    "explore",
-    "export",
-    "export_gguf",
-    "extract_lost_components",
-    "load_data",
-    "load_hooked",
-    "load_lens",
-    "load_pair",
-    "load_restored",
-    "load_task_data",
-    "logit_gain",
-    "plot_comparison",
-    "plot_inference_cost",
-    "plot_logit_gain",
-    "plot_loss_map",
-    "plot_promoted_tokens",
-    "plot_pruning_quality",
-    "plot_recovery",
-    "plot_report",
-    "plot_selector_study",
-    "plot_selectors",
-    "plot_spectra",
-    "plot_tasks",
-    "plot_training",
-    "promoted_tokens",
-    "prune",
-    "push_to_hub",
-    "read_recipe",
-    "recovery_by_selector",
-    "recovery_points",
-    "refit",
-    "relation_to_W_O",
-    "report",
-    "restore",
-    "restore_best",
-    "run_recipe",
-    "save_lens",
-    "scan",
-    "share_recovered",
-    "shown",
-    "stored_model",
-    "train",
-    "write_html",
-    "write_image",
-]
+def _public_names() -> dict[str, str]:
+    """Maps each public name to the module that defines it, read from the ``TYPE_CHECKING`` block above."""
+    source = pkgutil.get_data(__name__, "__init__.py")
+    block = next(node for node in ast.parse(source or b"").body if isinstance(node, ast.If))
+    return {
+        alias.name: node.module
+        for node in block.body
+        if isinstance(node, ast.ImportFrom) and node.module is not None
+        for alias in node.names
+    }
+
+
+_MODULE_OF = _public_names()
+__all__ = sorted(_MODULE_OF)
 
 
 class _Package(ModuleType):
     """The package itself: importing the module ``lcc_lens.scan`` must not hide the function of the same name."""
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if not (isinstance(value, ModuleType) and name in _HOME_OF):
+        if not (isinstance(value, ModuleType) and name in _MODULE_OF):
             super().__setattr__(name, value)
 
 
@@ -250,12 +130,12 @@ sys.modules[__name__].__class__ = _Package
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME_OF:
+    if name not in _MODULE_OF:
         raise AttributeError(f"module 'lcc_lens' has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"lcc_lens.{_HOME_OF[name]}"), name)
+    value = getattr(importlib.import_module(_MODULE_OF[name]), name)
     globals()[name] = value
     return value
 
 
 def __dir__() -> list[str]:
-    return sorted(__all__)
+    return __all__
