@@ -12,7 +12,7 @@ from typing import Any
 
 from tables import between
 
-from lcc_lens.files import write_text
+from lcc_lens.core.files import write_text
 
 HERE = Path(__file__).parent
 PAGE = HERE.parent / "docs" / "scale.md"

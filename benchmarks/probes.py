@@ -23,7 +23,7 @@ from run import describe, timed
 from torch import nn
 
 from lcc_lens.components import LostComponents, components_from_moments
-from lcc_lens.files import write_json
+from lcc_lens.core.files import write_json
 from lcc_lens.headscores import HeadScores
 from lcc_lens.probes import split_pairs
 from lcc_lens.selectors.interaction_probe import score_interaction_probe

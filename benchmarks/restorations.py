@@ -34,9 +34,8 @@ from lcc_lens.bench import Bench
 from lcc_lens.best import BEST_ENTRY, BEST_METHOD, BEST_OBJECTIVE, REFITTED
 from lcc_lens.compare import MEASURES, compare, read_part
 from lcc_lens.compare_config import CompareConfig
+from lcc_lens.core.files import locked, read_json, write_json
 from lcc_lens.entries import Entry
-from lcc_lens.files import read_json, write_json
-from lcc_lens.locking import locked
 from lcc_lens.pruning_jobs import prune, refit
 from lcc_lens.task_recovery import RECOVERY_TASKS, TASK_EPOCHS, TASK_EXAMPLES
 

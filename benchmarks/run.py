@@ -26,15 +26,15 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 from lcc_lens.baselines import adapters
-from lcc_lens.config import compute_dtype, default_device, package_version
+from lcc_lens.core.config import compute_dtype, default_device, package_version
+from lcc_lens.core.files import write_json
+from lcc_lens.core.memory import peak_memory, release_memory
 from lcc_lens.data import Batch, batches, encode, load_data
 from lcc_lens.demo import passages
 from lcc_lens.evaluation import _batch_nll
 from lcc_lens.export import export
-from lcc_lens.files import write_json
 from lcc_lens.injections import Ingredients, Injection, LccInjection, build_injection
 from lcc_lens.latency import interleaved
-from lcc_lens.memory import peak_memory, release_memory
 from lcc_lens.models import device_of, load_plain, resolve
 from lcc_lens.pair import Pair, load_pair
 from lcc_lens.pruning_jobs import prune

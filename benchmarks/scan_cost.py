@@ -33,10 +33,10 @@ from transformers import DynamicCache
 from transformers.utils import logging as transformers_logging
 
 from lcc_lens.activations import SITES
-from lcc_lens.config import bound_kernel_cache
 from lcc_lens.contrast import shared_length
+from lcc_lens.core.config import bound_kernel_cache
+from lcc_lens.core.files import write_json
 from lcc_lens.data import Data, TokenSequence, batches, load_data
-from lcc_lens.files import write_json
 from lcc_lens.models import load_plain
 from lcc_lens.pair import Pair, load_pair
 from lcc_lens.passes import ScanPlan

@@ -32,7 +32,7 @@ from run import describe
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lcc_lens.files import atomic_directory, read_json, tensor_bytes, weight_files, write_json
+from lcc_lens.core.files import atomic_directory, read_json, tensor_bytes, weight_files, write_json
 
 SEED = 0
 DENSE, PRUNED, RUN, RESTORED = "dense", "pruned", "run", "restored"

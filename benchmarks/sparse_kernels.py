@@ -19,8 +19,8 @@ from run import describe
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lcc_lens.config import default_device
-from lcc_lens.files import write_json
+from lcc_lens.core.config import default_device
+from lcc_lens.core.files import write_json
 from lcc_lens.latency import interleaved, median_interval, spread_tokens, time_prefill
 from lcc_lens.pruning.masks import keep_mask, parse_pattern
 from lcc_lens.pruning.semi_structured import require_kernels, to_semi_structured

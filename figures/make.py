@@ -24,9 +24,9 @@ from typing import Any
 import plotly.graph_objects as go
 import plotly.io
 
+from lcc_lens.core.errors import RequestError
+from lcc_lens.core.files import read_json, write_text
 from lcc_lens.drawing import run_figures
-from lcc_lens.errors import RequestError
-from lcc_lens.files import read_json, write_text
 from lcc_lens.plotting import (
     drawn_from,
     figure_json,

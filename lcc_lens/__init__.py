@@ -28,18 +28,20 @@ if TYPE_CHECKING:
     from lcc_lens.components import LostComponents as LostComponents
     from lcc_lens.components import components_from_moments as components_from_moments
     from lcc_lens.components import extract_lost_components as extract_lost_components
+    from lcc_lens.core.errors import LensError as LensError
+    from lcc_lens.core.errors import RequestError as RequestError
+    from lcc_lens.core.heads import Head as Head
+    from lcc_lens.core.metrics import share_recovered as share_recovered
+    from lcc_lens.core.progress import shown as shown
     from lcc_lens.data import Data as Data
     from lcc_lens.data import load_data as load_data
     from lcc_lens.doctor import Examination as Examination
     from lcc_lens.doctor import examine as examine
     from lcc_lens.drawing import draw_figures as draw_figures
-    from lcc_lens.errors import LensError as LensError
-    from lcc_lens.errors import RequestError as RequestError
     from lcc_lens.evaluation import evaluate as evaluate
     from lcc_lens.explorer import explore as explore
     from lcc_lens.export import export as export
     from lcc_lens.gguf_export import export_gguf as export_gguf
-    from lcc_lens.heads import Head as Head
     from lcc_lens.headscores import HeadScores as HeadScores
     from lcc_lens.hub import push_to_hub as push_to_hub
     from lcc_lens.in_memory import stored_model as stored_model
@@ -58,7 +60,6 @@ if TYPE_CHECKING:
     from lcc_lens.lens import promoted_tokens as promoted_tokens
     from lcc_lens.lens import relation_to_W_O as relation_to_W_O
     from lcc_lens.lens import save_lens as save_lens
-    from lcc_lens.metrics import share_recovered as share_recovered
     from lcc_lens.models import load_hooked as load_hooked
     from lcc_lens.objectives import Objective as Objective
     from lcc_lens.pair import Pair as Pair
@@ -82,7 +83,6 @@ if TYPE_CHECKING:
     from lcc_lens.plotting import recovery_points as recovery_points
     from lcc_lens.plotting import write_html as write_html
     from lcc_lens.plotting import write_image as write_image
-    from lcc_lens.progress import shown as shown
     from lcc_lens.pruning_jobs import prune as prune
     from lcc_lens.pruning_jobs import refit as refit
     from lcc_lens.recipe import restore as restore

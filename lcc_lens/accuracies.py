@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lcc_lens.metrics import bootstrap_interval, share_recovered, stratified_interval
+from lcc_lens.core.metrics import bootstrap_interval, share_recovered, stratified_interval
 
 Tasks = Mapping[str, Mapping[str, Any]]
 

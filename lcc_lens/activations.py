@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from lcc_lens.errors import LensError, RequestError
+from lcc_lens.core.errors import LensError, RequestError
 from lcc_lens.hooks import HookedModel, NamedHook, mlp_name, readers, resid_name, z_name
 from lcc_lens.models import device_of
 from lcc_lens.reading_maps import mlp_width

@@ -11,7 +11,7 @@ from lm_eval.models import huggingface
 from lm_eval.models.huggingface import HFLM
 from torch import Tensor
 
-from lcc_lens.errors import RequestError
+from lcc_lens.core.errors import RequestError
 from lcc_lens.plain_models import logits_where
 from lcc_lens.sequences import Batch, TokenSequence, batches
 from lcc_lens.token_losses import token_nll

@@ -12,11 +12,12 @@ from typing import Any, NamedTuple
 from lcc_lens.baselines import LOFIT_LR, adapters, eora, flap, lofit_heads
 from lcc_lens.compare_config import MEASURING, CompareConfig
 from lcc_lens.comparison_data import ComparisonData
+from lcc_lens.core.errors import RequestError
+from lcc_lens.core.files import locked, read_json
+from lcc_lens.core.heads import Head
+from lcc_lens.core.memory import peak_memory, release_memory
 from lcc_lens.data import TokenSequence, load_data
 from lcc_lens.entries import ADAPTERS, PERP, REFIT, Entry
-from lcc_lens.errors import RequestError
-from lcc_lens.files import read_json
-from lcc_lens.heads import Head
 from lcc_lens.hooks import HookedModel
 from lcc_lens.inference_cost import inference_costs, served_as
 from lcc_lens.injections import (
@@ -28,9 +29,7 @@ from lcc_lens.injections import (
     uses_heads,
     uses_sequences,
 )
-from lcc_lens.locking import locked
 from lcc_lens.lr_range import tuned
-from lcc_lens.memory import peak_memory, release_memory
 from lcc_lens.merging import merging_costs
 from lcc_lens.models import device_of, identify, load_hooked, resolve
 from lcc_lens.pair import Pair, load_pair

@@ -6,13 +6,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from lcc_lens.core.errors import RequestError
+from lcc_lens.core.files import read_json
+from lcc_lens.core.processes import first_process_first
 from lcc_lens.data import Data
-from lcc_lens.errors import RequestError
-from lcc_lens.files import read_json
 from lcc_lens.models import identify, resolve
 from lcc_lens.objectives import Objective
 from lcc_lens.pair import load_pair
-from lcc_lens.processes import first_process_first
 from lcc_lens.pruning.refit import REFIT_RECORD
 from lcc_lens.pruning_jobs import REFIT_DATA, REFIT_SAMPLES, refit
 from lcc_lens.recipe import restore

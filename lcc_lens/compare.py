@@ -14,11 +14,11 @@ from lcc_lens.accuracies import mean_rows, task_rows
 from lcc_lens.bench import Bench
 from lcc_lens.compare_config import CompareConfig
 from lcc_lens.comparison_file import ComparisonFile
+from lcc_lens.core.errors import InterruptedRun, LensError, RequestError
+from lcc_lens.core.files import locked
+from lcc_lens.core.metrics import bootstrap_interval, share_recovered
 from lcc_lens.entries import Entry
-from lcc_lens.errors import InterruptedRun, LensError, RequestError
 from lcc_lens.inference_cost import served_as
-from lcc_lens.locking import locked
-from lcc_lens.metrics import bootstrap_interval, share_recovered
 
 logger = logging.getLogger(__name__)
 COMPARISON = "comparison.json"

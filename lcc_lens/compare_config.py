@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lcc_lens.errors import RequestError
+from lcc_lens.core.errors import RequestError
 from lcc_lens.pruning_jobs import REFIT_DATA, REFIT_SAMPLES
 from lcc_lens.selectors import SelectorName
 

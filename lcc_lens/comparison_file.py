@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from lcc_lens.compare_config import CompareConfig
-from lcc_lens.config import package_version
-from lcc_lens.errors import RequestError
-from lcc_lens.files import read_json, write_json
-from lcc_lens.locking import locked
+from lcc_lens.core.config import package_version
+from lcc_lens.core.errors import RequestError
+from lcc_lens.core.files import locked, read_json, write_json
 
 Finish = Callable[[dict[str, Any]], None]
 #: What a call of its own says.

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lcc_lens.errors import RequestError
+from lcc_lens.core.errors import RequestError
 
 
 @dataclass(frozen=True)

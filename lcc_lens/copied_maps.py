@@ -10,7 +10,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from lcc_lens.errors import RequestError
+from lcc_lens.core.errors import RequestError
 from lcc_lens.offloading import weight_in_memory
 from lcc_lens.pruning.anatomy import ATTENTION_OUTPUTS, MLP_OUTPUTS
 from lcc_lens.pruning.layers import decoder_layers, is_transposed

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from lcc_lens.errors import RequestError
+from lcc_lens.core.errors import RequestError
 from lcc_lens.negatives import contrast, distinct_wrongs, with_other_answers
 from lcc_lens.sequences import Batch, TokenSequence, batches, encode_pair, pad, special_prefix, text_blocks
 from lcc_lens.sources import (

@@ -9,12 +9,12 @@ from typing import Literal
 
 import torch
 
-from lcc_lens.errors import LensError
-from lcc_lens.files import weight_files
+from lcc_lens.core.errors import LensError
+from lcc_lens.core.files import weight_files
+from lcc_lens.core.memory import release_memory
 from lcc_lens.head_writer import HeadWriter
 from lcc_lens.hooks import HookedModel
 from lcc_lens.machine import Machine
-from lcc_lens.memory import release_memory
 from lcc_lens.models import LoadedModel, load_hooked
 from lcc_lens.pruning.anatomy import LayerAnatomy, find_anatomies
 from lcc_lens.pruning.matrices import find_matrices

@@ -12,10 +12,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lcc_lens.config import compute_dtype, default_device
-from lcc_lens.errors import LensError, RequestError
-from lcc_lens.files import read_json, weights_sha256
-from lcc_lens.progress import loading_models, track
+from lcc_lens.core.config import compute_dtype, default_device
+from lcc_lens.core.errors import LensError, RequestError
+from lcc_lens.core.files import read_json, weights_sha256
+from lcc_lens.core.progress import loading_models, track
 from lcc_lens.sequences import Batch, TokenSequence, batches
 
 if TYPE_CHECKING:

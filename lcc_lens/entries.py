@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lcc_lens.baselines.adapters import AdapterKind
-from lcc_lens.errors import RequestError
+from lcc_lens.core.errors import RequestError
 from lcc_lens.injections import bias_sites, parse_method, uses_heads
 from lcc_lens.objectives import Objective
 from lcc_lens.reading_maps import CONSTANT_SITES, ConstantSite

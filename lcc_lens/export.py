@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 
-from lcc_lens.errors import LensError
-from lcc_lens.files import (
+from lcc_lens.core.checkpoint import Splits, parse_size, rewrite_weights
+from lcc_lens.core.errors import LensError
+from lcc_lens.core.files import (
     atomic_directory,
     copy_checkpoint,
     read_json,
@@ -23,10 +24,10 @@ from lcc_lens.files import (
     write_json,
     write_text,
 )
+from lcc_lens.core.memory import release_memory
 from lcc_lens.folding import edited_tensors, fold, require_same_weights, shares_values
 from lcc_lens.hooks import HookedModel
 from lcc_lens.joint_slots import JointSlots, find_joint_slots
-from lcc_lens.memory import release_memory
 from lcc_lens.model_card import model_card
 from lcc_lens.models import (
     LoadedModel,
@@ -41,7 +42,6 @@ from lcc_lens.models import (
 from lcc_lens.offloading import each_parameter, entry_device
 from lcc_lens.reading_maps import reading_maps
 from lcc_lens.restoration import Restoration
-from lcc_lens.rewriting import Splits, parse_size, rewrite_weights
 from lcc_lens.slots import BiasSlots, find_slots
 
 if TYPE_CHECKING:

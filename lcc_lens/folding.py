@@ -11,8 +11,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lcc_lens.errors import LensError, RequestError
-from lcc_lens.files import read_tensor, stored_name, tensor_names
+from lcc_lens.core.errors import LensError, RequestError
+from lcc_lens.core.files import read_tensor, stored_name, tensor_names
 from lcc_lens.injections.changes import merged
 from lcc_lens.injections.constants import SiteConstants
 from lcc_lens.joint_slots import JointSlots

@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lcc_lens.errors import LensError
-from lcc_lens.files import read_json, read_tensor, tensor_names
+from lcc_lens.core.errors import LensError
+from lcc_lens.core.files import read_json, read_tensor, tensor_names
 
 if TYPE_CHECKING:
     import numpy as np

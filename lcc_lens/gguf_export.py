@@ -8,8 +8,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from lcc_lens.errors import LensError, RequestError
-from lcc_lens.files import atomic_path, read_json, require_space, weight_files
+from lcc_lens.core.errors import LensError, RequestError
+from lcc_lens.core.files import atomic_path, read_json, require_space, weight_files
 from lcc_lens.gguf_comparison import compare_gguf
 
 CONVERTER = "convert_hf_to_gguf.py"

@@ -11,10 +11,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lcc_lens.config import tokens_per_pass
+from lcc_lens.core.config import tokens_per_pass
+from lcc_lens.core.errors import RequestError
+from lcc_lens.core.progress import track
 from lcc_lens.data import available_splits, read_records
-from lcc_lens.errors import RequestError
-from lcc_lens.progress import track
 from lcc_lens.tasks import Record
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lcc_lens.copied_maps import HeldWeight, copied_maps, copied_weights
-from lcc_lens.heads import Head, check_heads
+from lcc_lens.core.heads import Head, check_heads
 from lcc_lens.hooked_transformer import is_hooked_transformer
 from lcc_lens.hooks import HookedModel, resid_name, z_adders, z_name
 from lcc_lens.models import device_of

@@ -18,10 +18,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from lcc_lens.errors import RequestError
+from lcc_lens.core.errors import RequestError, first_line
 from lcc_lens.pruning.anatomy import ATTENTION_OUTPUTS, MLP_OUTPUTS
 from lcc_lens.pruning.layers import decoder_layers
-from lcc_lens.references import first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from lcc_lens.errors import LensError, RequestError
-from lcc_lens.files import read_json, weight_files
+from lcc_lens.core.errors import LensError, RequestError, first_line
+from lcc_lens.core.files import read_json, weight_files
 
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -44,10 +44,10 @@ def push_to_hub(directory: str | Path, repository: str, *, private: bool = True)
             repo_id=repository, folder_path=path, commit_message="Upload a restored model"
         )
     except HFValidationError as error:
-        raise RequestError(f"wanted a repository owner/name, got {repository!r} ({_first_line(error)})") from error
+        raise RequestError(f"wanted a repository owner/name, got {repository!r} ({first_line(error)})") from error
     except (HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled, OSError) as error:
         raise LensError(
-            f"wanted to send {path} to {repository}, got a refusal ({_first_line(error)}); log in by hf auth login and "
+            f"wanted to send {path} to {repository}, got a refusal ({first_line(error)}); log in by hf auth login and "
             "see that the hub can be reached (HF_HUB_OFFLINE)"
         ) from error
     return str(commit.commit_url)
@@ -61,7 +61,3 @@ def require_repository(repository: str) -> None:
     """
     if not _REPOSITORY.fullmatch(repository):
         raise RequestError(f"wanted a repository owner/name to send to, got {repository!r}")
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any, cast
 
 from torch import nn
 
-from lcc_lens.config import cache_dir
-from lcc_lens.errors import RequestError
-from lcc_lens.files import disk_errors, sha256_file
-from lcc_lens.progress import loading_models
+from lcc_lens.core.config import cache_dir
+from lcc_lens.core.errors import RequestError
+from lcc_lens.core.files import disk_errors, sha256_file
+from lcc_lens.core.progress import loading_models
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from lcc_lens.baselines.adapters import adapted
+from lcc_lens.core.errors import RequestError
+from lcc_lens.core.files import tensor_names
 from lcc_lens.entries import ADAPTERS, Entry
-from lcc_lens.errors import RequestError
-from lcc_lens.files import tensor_names
 from lcc_lens.injections.weights import IN_LAYER
 from lcc_lens.joint_slots import find_joint_slots
 from lcc_lens.latency import DECODE_PROMPT, interleaved, median_interval, spread_tokens, time_decode, time_prefill

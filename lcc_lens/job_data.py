@@ -7,9 +7,9 @@ from pathlib import Path
 
 import torch
 
+from lcc_lens.core.errors import RequestError
+from lcc_lens.core.files import read_json
 from lcc_lens.data import Data, TokenSequence, check_disjoint, encode, text_blocks
-from lcc_lens.errors import RequestError
-from lcc_lens.files import read_json
 from lcc_lens.models import load_tokenizer
 from lcc_lens.pair import Pair
 from lcc_lens.pruning.refit import REFIT_RECORD

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lcc_lens.errors import RequestError
+from lcc_lens.core.checkpoint import Splits
+from lcc_lens.core.errors import RequestError
 from lcc_lens.reading_maps import ConstantSite
-from lcc_lens.rewriting import Splits
 from lcc_lens.slots import BiasSlots, find_slots
 
 

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from lcc_lens.progress import track
+from lcc_lens.core.progress import track
 
 #: Tokens that are in the cache before decoding is timed.
 DECODE_PROMPT = 16

@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from lcc_lens.core.progress import track
 from lcc_lens.data import TokenSequence
 from lcc_lens.hooks import HookedModel
 from lcc_lens.injections.base import Injection
-from lcc_lens.progress import track
 from lcc_lens.reuse import CachedTeacher
 from lcc_lens.training import TrainConfig, train, validation_loss
 

@@ -9,7 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
-from lcc_lens.config import compute_dtype, default_device, package_version
+from lcc_lens.core.config import compute_dtype, default_device, package_version
 
 _PACKAGES = ("torch", "transformers", "transformer-lens", "safetensors", "accelerate", "peft", "gguf")
 _WIDTH, _REPEATS = 768, 5

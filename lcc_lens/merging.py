@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lcc_lens.errors import RequestError
-from lcc_lens.files import tensor_names
+from lcc_lens.core.errors import RequestError
+from lcc_lens.core.files import tensor_names
 from lcc_lens.hooks import HookedModel
 from lcc_lens.injections import Injection
 from lcc_lens.injections.weights import layer_maps

@@ -11,10 +11,10 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from lcc_lens.config import DeviceMap, HookKind, default_device, default_device_map, hook_kind
 from lcc_lens.copied_maps import copied_maps, remember_copied_maps
-from lcc_lens.errors import LensError, RequestError
-from lcc_lens.files import read_json, weight_files, weights_sha256
+from lcc_lens.core.config import DeviceMap, HookKind, default_device, default_device_map, hook_kind
+from lcc_lens.core.errors import LensError, RequestError, first_line
+from lcc_lens.core.files import read_json, weight_files, weights_sha256
 from lcc_lens.hooked_transformer import check_weights, checkpoint_of, is_hooked_transformer, make_hooked_transformer
 from lcc_lens.hooks import HookedModel, z_adders, z_name
 from lcc_lens.in_memory import stored_model
@@ -22,7 +22,6 @@ from lcc_lens.offloading import entry_device, weight_in_memory
 from lcc_lens.plain_models import load_plain as load_plain
 from lcc_lens.plain_modules import remember_plain_names
 from lcc_lens.pruning.layers import is_transposed
-from lcc_lens.references import first_line as _first_line
 from lcc_lens.references import resolve as resolve
 
 if TYPE_CHECKING:
@@ -72,7 +71,7 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, TypeError, ImportError) as error:  # a file that is not there may be None to a class
-        raise RequestError(f"wanted a tokenizer in {path}, got none that loads ({_first_line(error)})") from error
+        raise RequestError(f"wanted a tokenizer in {path}, got none that loads ({first_line(error)})") from error
     if not _has_words(tokenizer):
         raise RequestError(
             f"wanted a tokenizer in {path}, got none; copy tokenizer.json or its like from the model it belongs to"
@@ -102,10 +101,10 @@ def load_hooked(
     Args:
         reference: see :func:`resolve`, or a model of transformers, or a HookedTransformer.
         tokenizer: of a model in memory; a directory has its own.
-        device: see :func:`lcc_lens.config.default_device`.
-        dtype: see :func:`lcc_lens.config.compute_dtype`.
+        device: see :func:`lcc_lens.core.config.default_device`.
+        dtype: see :func:`lcc_lens.core.config.compute_dtype`.
         device_map: for models larger than memory, see :func:`lcc_lens.offloading.placement`.
-        hooks: see :func:`lcc_lens.config.hook_kind`.
+        hooks: see :func:`lcc_lens.core.config.hook_kind`.
 
     Raises:
         RequestError: the reference cannot be served, or TransformerLens does not take the architecture.
@@ -193,7 +192,7 @@ def _bridge(plain: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: Pa
     except (ValueError, KeyError, AttributeError, NotImplementedError) as error:
         kind = plain.config.model_type
         raise RequestError(
-            f"wanted an architecture that TransformerLens takes, got {kind} ({_first_line(error)})"
+            f"wanted an architecture that TransformerLens takes, got {kind} ({first_line(error)})"
         ) from error
 
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from lcc_lens.core.progress import track
 from lcc_lens.embedding import embed_texts, local_embedder
-from lcc_lens.progress import track
 from lcc_lens.tasks import Example, Item
 
 TFIDF = "most similar by tf-idf"

@@ -13,10 +13,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from lcc_lens.config import DeviceMap
-from lcc_lens.errors import RequestError
+from lcc_lens.core.config import DeviceMap
+from lcc_lens.core.errors import RequestError
+from lcc_lens.core.processes import n_processes, process_device
 from lcc_lens.hooks import HookedModel
-from lcc_lens.processes import n_processes, process_device
 
 
 def placement(path: Path, device: torch.device, device_map: DeviceMap | None) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from lcc_lens.errors import LensError, RequestError
+from lcc_lens.core.errors import LensError, RequestError
 from lcc_lens.probes import LinearProbe
 
 #: Penalty on the squared weights of standardised features, per training example: 1 % of a feature's variance. Without

@@ -10,9 +10,9 @@ from types import UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from lcc_lens.compare_config import CompareConfig
+from lcc_lens.core.errors import RequestError
+from lcc_lens.core.files import read_json
 from lcc_lens.entries import Entry
-from lcc_lens.errors import RequestError
-from lcc_lens.files import read_json
 from lcc_lens.pruning.masks import Unstructured, parse_pattern
 from lcc_lens.pruning.settings import Method, PruneConfig
 

@@ -10,10 +10,10 @@ from typing import Any
 
 from lcc_lens.accuracies import mean_accuracy
 from lcc_lens.compare import compare
-from lcc_lens.config import package_version
-from lcc_lens.errors import RequestError
+from lcc_lens.core.config import package_version
+from lcc_lens.core.errors import RequestError
+from lcc_lens.core.files import read_json, require_free, write_json, write_text
 from lcc_lens.evaluation import check_tasks
-from lcc_lens.files import read_json, require_free, write_json, write_text
 from lcc_lens.paper_recipes import PaperRecipe, dry
 from lcc_lens.paper_tables import recipe_table
 from lcc_lens.pruning_jobs import prune

@@ -11,12 +11,11 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from lcc_lens.config import DeviceMap, compute_dtype, default_device, default_device_map
-from lcc_lens.errors import LensError, RequestError
-from lcc_lens.files import tensor_names
+from lcc_lens.core.config import DeviceMap, compute_dtype, default_device, default_device_map
+from lcc_lens.core.errors import LensError, RequestError, first_line
+from lcc_lens.core.files import tensor_names
+from lcc_lens.core.progress import loading_models
 from lcc_lens.offloading import each_parameter, placement
-from lcc_lens.progress import loading_models
-from lcc_lens.references import first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -37,12 +36,12 @@ def load_plain(
 
     Args:
         path: a Hugging Face directory.
-        device: see :func:`lcc_lens.config.default_device`.
-        dtype: see :func:`lcc_lens.config.compute_dtype`.
+        device: see :func:`lcc_lens.core.config.default_device`.
+        dtype: see :func:`lcc_lens.core.config.compute_dtype`.
         attention: transformers' attention implementation; its own choice for the architecture if not given.
         strict: refuse files that are not all of this architecture; transformers itself fills what is missing with
             random numbers and passes over what it does not know.
-        device_map: see :func:`lcc_lens.offloading.placement`; :func:`lcc_lens.config.default_device_map` if not given.
+        device_map: see :func:`lcc_lens.offloading.placement`; :func:`lcc_lens.core.config.default_device_map` if not given.
 
     Raises:
         RequestError: the files are damaged, of another model than ``config.json`` says, or no causal language model.

@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lcc_lens.copied_maps import HeldWeight, copied_weights
-from lcc_lens.errors import RequestError
+from lcc_lens.core.errors import RequestError
 from lcc_lens.hooked_transformer import is_hooked_transformer
 from lcc_lens.hooks import HookedModel
 from lcc_lens.offloading import require_in_memory

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lcc_lens.copied_maps import copied_maps
-from lcc_lens.errors import RequestError
+from lcc_lens.core.errors import RequestError
 from lcc_lens.hooked_transformer import is_hooked_transformer
 from lcc_lens.hooks import HookedModel, NamedHook, adders, mlp_name, readers, z_name
 from lcc_lens.plain_modules import plain_modules, weight_shape

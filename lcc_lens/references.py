@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from lcc_lens.core.errors import RequestError, first_line
+from lcc_lens.core.files import weight_files
 from lcc_lens.embedded import EMBEDDED_NAME, embedded_model, gguf_model
-from lcc_lens.errors import RequestError
-from lcc_lens.files import weight_files
 
 _HUB_ID = re.compile(r"^[\w.-]+(/[\w.-]+)?(@[\w./-]+)?$")
 _WANTED_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.model", "*.txt"]
@@ -88,12 +88,3 @@ def _require_model(path: Path) -> None:
         weight_files(path)
     except RequestError as error:
         raise RequestError(f"{error}; {_CONVERT}" if "pickle" in str(error) else str(error)) from error
-
-
-def first_line(error: BaseException) -> str:
-    """What another library's message says in one line, not too long."""
-    if "trust_remote_code" in str(error):
-        return "it brings its own code, which is not run here; name a model of an architecture that transformers has"
-    lines = str(error).strip().splitlines()
-    n_lines = 2 if lines and lines[0].endswith(":") else 1
-    return " ".join(line.strip() for line in lines[:n_lines])[:200] or type(error).__name__

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from lcc_lens.config import compute_dtype, default_device, package_version
-from lcc_lens.errors import RequestError
+from lcc_lens.core.config import compute_dtype, default_device, package_version
+from lcc_lens.core.errors import RequestError
 from lcc_lens.evaluation import unique_names
 from lcc_lens.latency import DECODE_PROMPT
 from lcc_lens.models import resolve

@@ -15,10 +15,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lcc_lens.activations import parts_of
-from lcc_lens.config import package_version
-from lcc_lens.errors import LensError, RequestError
-from lcc_lens.files import read_tensors, write_tensors
-from lcc_lens.heads import Head, check_heads, head_indices
+from lcc_lens.core.config import package_version
+from lcc_lens.core.errors import LensError, RequestError
+from lcc_lens.core.files import read_tensors, write_tensors
+from lcc_lens.core.heads import Head, check_heads, head_indices
 from lcc_lens.hooks import HookedModel, kept_hooks
 from lcc_lens.injections.base import Injection
 from lcc_lens.injections.changes import Change, merged, read_change

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lcc_lens.errors import RequestError
-from lcc_lens.heads import Head
+from lcc_lens.core.errors import RequestError
+from lcc_lens.core.heads import Head
 from lcc_lens.injections import bias_sites, parse_method, uses_components, uses_heads, uses_sequences
 from lcc_lens.joint_slots import find_joint_slots
 from lcc_lens.pair import Pair

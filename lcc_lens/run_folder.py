@@ -11,12 +11,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from lcc_lens.config import package_version
-from lcc_lens.files import disk_errors, read_json, write_json, write_text
+from lcc_lens.core.config import package_version
+from lcc_lens.core.files import disk_errors, read_json, write_json, write_text
+from lcc_lens.core.metrics import share_recovered
+from lcc_lens.core.processes import is_first_process
 from lcc_lens.lr_range import RangeTest
-from lcc_lens.metrics import share_recovered
 from lcc_lens.pair import Pair
-from lcc_lens.processes import is_first_process
 from lcc_lens.restoration import Restoration
 from lcc_lens.training import Step
 

@@ -10,16 +10,15 @@ from pathlib import Path
 from typing import cast
 
 from lcc_lens.activations import SITES, Positions, Site, check_sites
-from lcc_lens.config import tokens_per_pass
+from lcc_lens.core.config import tokens_per_pass
+from lcc_lens.core.errors import InterruptedRun, RequestError
+from lcc_lens.core.heads import Head, HeadMap
+from lcc_lens.core.processes import first_process_first, is_first_process, n_processes, wait_for_all
+from lcc_lens.core.progress import track
 from lcc_lens.data import Data
-from lcc_lens.errors import InterruptedRun, RequestError
-from lcc_lens.headmap import HeadMap
-from lcc_lens.heads import Head
 from lcc_lens.models import device_of
 from lcc_lens.pair import Pair
 from lcc_lens.passes import ScanPlan
-from lcc_lens.processes import first_process_first, is_first_process, n_processes, wait_for_all
-from lcc_lens.progress import track
 from lcc_lens.pruning.report import common_pattern
 from lcc_lens.pruning.zeros import matrix_zeros, share_of_zeros
 from lcc_lens.scan_request import checked_length, pair_sequences, possible_selectors

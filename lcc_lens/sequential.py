@@ -10,13 +10,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lcc_lens.activations import parts_of
+from lcc_lens.core.errors import LensError, RequestError
+from lcc_lens.core.heads import Head, check_heads
+from lcc_lens.core.progress import track
 from lcc_lens.data import TokenSequence, batches
-from lcc_lens.errors import LensError, RequestError
-from lcc_lens.heads import Head, check_heads
 from lcc_lens.hooks import HookedModel, NamedHook
 from lcc_lens.layerwise import LayerWalk
 from lcc_lens.pair import Pair
-from lcc_lens.progress import track
 from lcc_lens.reading_maps import CONSTANT_SITES, ConstantSite, site_adders, site_readers
 
 

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 from jaxtyping import Float
 from torch import Tensor
 
+from lcc_lens.core.errors import RequestError
+from lcc_lens.core.heads import Head, check_heads
 from lcc_lens.data import Data
-from lcc_lens.errors import RequestError
 from lcc_lens.export import ExportReport, export
-from lcc_lens.heads import Head, check_heads
 from lcc_lens.hooks import HookedModel
 from lcc_lens.injections import Injection, uses_components, uses_heads
 from lcc_lens.objectives import Objective

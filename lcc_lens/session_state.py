@@ -8,8 +8,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lcc_lens.errors import RequestError
-from lcc_lens.heads import Head
+from lcc_lens.core.errors import RequestError
+from lcc_lens.core.heads import Head
 from lcc_lens.injections import Injection, LccInjection
 from lcc_lens.reshaping import with_scaled_constants
 from lcc_lens.train_config import Step

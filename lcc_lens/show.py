@@ -92,7 +92,7 @@ def show_scan(found: Scan, run_dir: Path) -> None:
 
 def selector_rows(found: Scan, n: int = 3) -> list[list[str]]:
     """Each selector's highest heads."""
-    from lcc_lens.heads import Head
+    from lcc_lens.core.heads import Head
 
     rows = []
     for name, scores in found.selected_by.items():
@@ -108,7 +108,7 @@ def selector_rows(found: Scan, n: int = 3) -> list[list[str]]:
 
 def show_losses(losses: dict[str, float], n_heads: int, run_dir: Path) -> None:
     """Print held-out losses and the share of the loss that was recovered."""
-    from lcc_lens.metrics import share_recovered
+    from lcc_lens.core.metrics import share_recovered
 
     rows = [[name, f"{value:.4f}"] for name, value in losses.items()]
     share = share_recovered(losses["dense"], losses["pruned"], losses["restored"])

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from lcc_lens.errors import RequestError
+from lcc_lens.core.errors import RequestError
 from lcc_lens.hooks import HookedModel
 from lcc_lens.injections import Injection
 from lcc_lens.models import device_of

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lcc_lens.errors import RequestError
+from lcc_lens.core.errors import RequestError
 from lcc_lens.folding import fold, require_same_weights
 from lcc_lens.injections.changes import merged
 from lcc_lens.injections.constants import SiteConstants
@@ -48,8 +48,8 @@ def load_restored(
     Args:
         pruned: reference of the pruned model.
         restoration: its restoration, or a run directory with one.
-        device: see :func:`lcc_lens.config.default_device`.
-        dtype: see :func:`lcc_lens.config.compute_dtype`.
+        device: see :func:`lcc_lens.core.config.default_device`.
+        dtype: see :func:`lcc_lens.core.config.compute_dtype`.
         attention: transformers' attention implementation; its own choice for the architecture if not given.
 
     Raises:

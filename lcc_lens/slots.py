@@ -13,13 +13,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lcc_lens.errors import RequestError
-from lcc_lens.files import stored_name, tensor_names
+from lcc_lens.core.checkpoint import Splits
+from lcc_lens.core.errors import RequestError
+from lcc_lens.core.files import stored_name, tensor_names
 from lcc_lens.pruning.anatomy import ATTENTION_OUTPUTS, MLP_OUTPUTS
 from lcc_lens.pruning.layers import is_transposed, read_config, skeleton
 from lcc_lens.reading_maps import ConstantSite
 from lcc_lens.retyping import config_entries, retyped_configs, split_names
-from lcc_lens.rewriting import Splits
 from lcc_lens.twins import build_twin, shrink, twin_logits
 
 #: Which bias takes the constants: that of the map which reads the site, the value projection's (whose bias passes

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from lcc_lens.errors import RequestError
+from lcc_lens.core.errors import RequestError
 from lcc_lens.tasks import SOURCES, DataSource, Example, Item, Record
 from lcc_lens.user_files import read_lines
 

@@ -7,14 +7,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
+from lcc_lens.core.errors import RequestError
+from lcc_lens.core.files import read_json, write_json
+from lcc_lens.core.metrics import bootstrap_interval, share_recovered, stratified_interval
 from lcc_lens.data import Data, TokenSequence, encode, load_data, load_records
-from lcc_lens.errors import RequestError
 from lcc_lens.evaluation import check_tasks, sequence_loss
-from lcc_lens.files import read_json, write_json
 from lcc_lens.harness import evaluate_task
 from lcc_lens.hooks import HookedModel
 from lcc_lens.job_data import split_examples
-from lcc_lens.metrics import bootstrap_interval, share_recovered, stratified_interval
 from lcc_lens.models import load_plain, load_tokenizer, resolve
 from lcc_lens.pair import Pair
 from lcc_lens.plain_modules import plain_carrier

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Generic, TypeVar
 
-from lcc_lens.errors import RequestError
+from lcc_lens.core.errors import RequestError
 
 State = TypeVar("State")
 

@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from lcc_lens.config import package_version
-from lcc_lens.errors import RequestError
-from lcc_lens.files import read_json, read_tensors, write_json, write_tensors
-from lcc_lens.heads import Head
+from lcc_lens.core.config import package_version
+from lcc_lens.core.errors import RequestError
+from lcc_lens.core.files import read_json, read_tensors, write_json, write_tensors
+from lcc_lens.core.heads import Head
 from lcc_lens.injections import Injection
 
 logger = logging.getLogger(__name__)

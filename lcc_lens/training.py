@@ -8,15 +8,15 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from lcc_lens.config import tokens_per_pass
+from lcc_lens.core.config import tokens_per_pass
+from lcc_lens.core.errors import InterruptedRun
+from lcc_lens.core.interruption import Interruption
+from lcc_lens.core.processes import is_first_process, n_processes, own_part, summed
 from lcc_lens.data import TokenSequence, batches
-from lcc_lens.errors import InterruptedRun
 from lcc_lens.hooks import HookedModel
 from lcc_lens.injections.base import Injection
-from lcc_lens.interruption import Interruption
 from lcc_lens.models import device_of
 from lcc_lens.objectives import Recomputed, Source
-from lcc_lens.processes import is_first_process, n_processes, own_part, summed
 from lcc_lens.reuse import CachedTeacher, reused
 from lcc_lens.train_config import Step, TrainConfig
 from lcc_lens.training_state import CHECKPOINT, TrainingState, epoch_batches, learning_rates

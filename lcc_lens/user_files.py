@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from lcc_lens.errors import RequestError
+from lcc_lens.core.errors import RequestError
 from lcc_lens.negatives import distinct_wrongs
 from lcc_lens.tasks import SOURCES, Example, Item, Kind, Record
 

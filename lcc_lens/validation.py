@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lcc_lens.config import tokens_per_pass
+from lcc_lens.core.config import tokens_per_pass
+from lcc_lens.core.processes import own_part, summed
 from lcc_lens.data import Batch, TokenSequence, batches
 from lcc_lens.hooks import HookedModel
 from lcc_lens.injections.base import Injection
 from lcc_lens.models import device_of
 from lcc_lens.objectives import Objective, Source
-from lcc_lens.processes import own_part, summed
 
 
 def response_nll(model: HookedModel, batch: Batch, hooks: Sequence[Any] = ()) -> Tensor:
@@ -46,7 +46,7 @@ def validation_terms(
 ) -> dict[str, float]:
     """Every loss of an objective by its name, not weighted, per counted token, all from the same passes.
 
-    Several processes (see :mod:`lcc_lens.processes`) divide the sequences and all get the whole.
+    Several processes (see :mod:`lcc_lens.core.processes`) divide the sequences and all get the whole.
     """
     counts = objective.counts(sequences)
     totals = dict.fromkeys(counts, 0.0)

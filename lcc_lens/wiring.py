@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from lcc_lens.errors import LensError
+from lcc_lens.core.errors import LensError
 from lcc_lens.hooks import HookedModel, NamedHook
 from lcc_lens.models import device_of
 

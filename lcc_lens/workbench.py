@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import asdict, dataclass, replace
 
+from lcc_lens.core.errors import InterruptedRun, RequestError
+from lcc_lens.core.heads import Head
 from lcc_lens.data import Data, TokenSequence
-from lcc_lens.errors import InterruptedRun, RequestError
-from lcc_lens.heads import Head
 from lcc_lens.hooks import HookedModel
 from lcc_lens.injections import Ingredients, Injection, build_injection, parse_method, uses_heads
 from lcc_lens.job_data import training_sequences

@@ -7,12 +7,12 @@ import signal
 import sys
 from pathlib import Path
 
+from lcc_lens.core.processes import is_first_process, n_processes, process_index
+from lcc_lens.core.progress import tracked_by
 from lcc_lens.data import load_data
 from lcc_lens.objectives import Objective
 from lcc_lens.offloading import shard_layers
 from lcc_lens.pair import load_pair
-from lcc_lens.processes import is_first_process, n_processes, process_index
-from lcc_lens.progress import tracked_by
 from lcc_lens.recipe import restore
 from lcc_lens.restoration import Restoration
 from lcc_lens.scan import Scan, scan

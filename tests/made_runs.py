@@ -8,9 +8,9 @@ from pathlib import Path
 
 import torch
 
+from lcc_lens.core.files import write_json
+from lcc_lens.core.heads import Head, head_indices
 from lcc_lens.explorer import TokenTables
-from lcc_lens.files import write_json
-from lcc_lens.heads import Head, head_indices
 from lcc_lens.restoration import Restoration, RestorationRecord
 from lcc_lens.scan import Scan
 

@@ -9,7 +9,7 @@ import torch
 from lm_eval.models.huggingface import HFLM
 
 from lcc_lens.answer_scoring import AnswerScorer
-from lcc_lens.errors import RequestError
+from lcc_lens.core.errors import RequestError
 from lcc_lens.models import load_plain, load_tokenizer
 
 #: Contexts and answers as lm-eval hands them over: of several lengths, shared ones, one longer than the limit.

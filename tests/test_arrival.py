@@ -15,9 +15,9 @@ from test_export import restoration_of
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 import lcc_lens as lcc
-from lcc_lens.errors import RequestError
+from lcc_lens.core.errors import RequestError
+from lcc_lens.core.files import read_json, write_json
 from lcc_lens.export import export
-from lcc_lens.files import read_json, write_json
 from lcc_lens.injections.changes import Shift
 from lcc_lens.models import load_hooked, load_plain
 from lcc_lens.references import resolve

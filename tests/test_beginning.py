@@ -66,7 +66,7 @@ def test_diverged_rates_are_kept_and_other_requests_are_not_answered(tmp_path: P
     tested = RangeTest((0.1, 1.0), (2.5, math.inf), 10, 3.0)
     assert tested.by_rate == {"0.1": 2.5, "1.0": None}
     beginning = Beginning("this request", {"dense": 1.0, "pruned": 2.0}, tested)
-    from lcc_lens.files import write_json
+    from lcc_lens.core.files import write_json
 
     write_json(tmp_path / RUN_BEGINNING, beginning.values())
     assert Beginning.read(tmp_path, "this request") == beginning

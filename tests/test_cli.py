@@ -15,8 +15,8 @@ from test_export import restoration_of
 from transformers import AutoModelForCausalLM
 
 from lcc_lens.cli import run
-from lcc_lens.files import sha256_file
-from lcc_lens.heads import Head
+from lcc_lens.core.files import sha256_file
+from lcc_lens.core.heads import Head
 
 
 def call(*arguments: object) -> int:

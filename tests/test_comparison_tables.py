@@ -15,8 +15,8 @@ from lcc_lens import bench
 from lcc_lens.accuracies import accuracy_difference, mean_accuracy, mean_rows, task_rows, tasks_made_worse
 from lcc_lens.compare import summary
 from lcc_lens.comparison_tables import comparison_tables, failures, rounded
+from lcc_lens.core.errors import LensError
 from lcc_lens.entries import BASELINES, all_entries
-from lcc_lens.errors import LensError
 from lcc_lens.measures import Measures
 
 

@@ -12,10 +12,10 @@ import torch
 from conftest import build_model, save_model
 from safetensors.torch import load_file
 
-from lcc_lens.config import compute_dtype, default_device
+from lcc_lens.core.config import compute_dtype, default_device
+from lcc_lens.core.memory import peak_memory
 from lcc_lens.data import load_data
 from lcc_lens.export import export
-from lcc_lens.memory import peak_memory
 from lcc_lens.models import device_of
 from lcc_lens.pair import Pair, load_pair
 from lcc_lens.pruning_jobs import prune, refit

@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import tiny_tokenizer
 
+from lcc_lens.core.errors import RequestError
 from lcc_lens.data import (
     ONE_CLASS,
     Data,
@@ -23,7 +24,6 @@ from lcc_lens.data import (
     one_class,
     text_blocks,
 )
-from lcc_lens.errors import RequestError
 from lcc_lens.sequences import TokenSequence
 from lcc_lens.tasks import SOURCES, Example
 

@@ -34,7 +34,7 @@ def test_every_public_name_is_documented_or_part_of_a_result() -> None:
 @pytest.mark.parametrize("page", PAGES)
 def test_names_of_a_page_exist(page: str) -> None:
     for dotted in re.findall(r"^::: ([\w.]+)$", PAGES[page], flags=re.MULTILINE):
-        assert dotted == "lcc_lens.errors" or named(dotted) is not None
+        assert dotted == "lcc_lens.core.errors" or named(dotted) is not None
     for dotted in re.findall(r"`(lcc_lens\.[\w.]+)`", PAGES[page]):
         try:
             importlib.import_module(dotted)

@@ -13,11 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lcc_lens import data
+from lcc_lens.core.errors import RequestError
+from lcc_lens.core.metrics import bootstrap_interval, perplexity, share_recovered, stratified_interval
 from lcc_lens.data import encode, load_data
-from lcc_lens.errors import RequestError
 from lcc_lens.evaluation import check_tasks, evaluate, evaluate_model, sequence_loss, unique_names
 from lcc_lens.harness import evaluate_task
-from lcc_lens.metrics import bootstrap_interval, perplexity, share_recovered, stratified_interval
 from lcc_lens.models import load_plain, load_tokenizer
 from lcc_lens.negatives import with_other_answers
 

@@ -15,7 +15,8 @@ import torch
 from conftest import N_HEADS, N_LAYERS, build_model, save_model
 from made_runs import HEADS, HOSTILE, LOSSES, write_run
 
-from lcc_lens.errors import RequestError
+from lcc_lens.core.errors import RequestError
+from lcc_lens.core.heads import Head
 from lcc_lens.explorer import TokenTables, explore
 from lcc_lens.explorer.arrays import packed
 from lcc_lens.explorer.page import _SCRIPTS, _STYLES, render, script_json
@@ -24,7 +25,6 @@ from lcc_lens.explorer.results import results_table
 from lcc_lens.explorer.run_contents import RunContents
 from lcc_lens.explorer.token_tables import TABLES_RECORD, TABLES_TENSORS, read_tokens
 from lcc_lens.explorer.verdict import verdict
-from lcc_lens.heads import Head
 from lcc_lens.lens import promoted_tokens
 from lcc_lens.restoration import Restoration
 from lcc_lens.scan import Scan

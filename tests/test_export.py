@@ -11,10 +11,10 @@ from conftest import build_model, save_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GPT2Config, GPT2LMHeadModel, MptConfig
 
-from lcc_lens.errors import LensError, RequestError
+from lcc_lens.core.errors import LensError, RequestError
+from lcc_lens.core.files import sha256_file
+from lcc_lens.core.heads import Head, all_heads
 from lcc_lens.export import export
-from lcc_lens.files import sha256_file
-from lcc_lens.heads import Head, all_heads
 from lcc_lens.models import load_hooked
 from lcc_lens.restoration import Restoration, RestorationRecord
 

@@ -11,10 +11,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from lcc_lens import files
-from lcc_lens.errors import LensError, RequestError
-from lcc_lens.files import atomic_directory, atomic_path, read_json, require_space, write_json, write_tensors
-from lcc_lens.heads import Head, check_heads
+from lcc_lens.core import files
+from lcc_lens.core.errors import LensError, RequestError
+from lcc_lens.core.files import atomic_directory, atomic_path, read_json, require_space, write_json, write_tensors
+from lcc_lens.core.heads import Head, check_heads
 
 
 def full_disk(*args: object, **kwargs: object) -> None:

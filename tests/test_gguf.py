@@ -20,7 +20,7 @@ from test_cli import call, refused
 from test_export import restoration_of
 
 from lcc_lens import gguf_export
-from lcc_lens.errors import LensError, RequestError
+from lcc_lens.core.errors import LensError, RequestError
 from lcc_lens.export import export
 from lcc_lens.gguf_comparison import _grouped, _transposed, compare_gguf
 from lcc_lens.gguf_export import FOLDER_VARIABLE, export_gguf

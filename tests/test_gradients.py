@@ -13,9 +13,9 @@ from test_patching import FAMILIES, encoded, families  # noqa: F401
 from torch import Tensor
 
 from lcc_lens.components import LostComponents
+from lcc_lens.core.errors import LensError, RequestError
+from lcc_lens.core.heads import HeadMap
 from lcc_lens.data import pad
-from lcc_lens.errors import LensError, RequestError
-from lcc_lens.headmap import HeadMap
 from lcc_lens.hooks import logits_at, z_adders, z_name
 from lcc_lens.outcome import response_log_likelihood
 from lcc_lens.pair import Pair

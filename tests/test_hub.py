@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import huggingface_hub
 import pytest
 
-from lcc_lens.errors import LensError, RequestError
+from lcc_lens.core.errors import LensError, RequestError
 from lcc_lens.hub import push_to_hub
 
 

@@ -9,7 +9,7 @@ import torch
 from conftest import D_HEAD, D_MODEL, N_HEADS, N_LAYERS
 from torch import Tensor
 
-from lcc_lens.errors import LensError, RequestError
+from lcc_lens.core.errors import LensError, RequestError
 from lcc_lens.selectors import kl
 from lcc_lens.selectors.kl import score_kl
 

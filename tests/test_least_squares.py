@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lcc_lens.errors import LensError
+from lcc_lens.core.errors import LensError
 from lcc_lens.pruning import least_squares
 from lcc_lens.pruning.least_squares import NormalEquations, masked_least_squares
 

@@ -12,11 +12,10 @@ import torch
 from conftest import D_HEAD, N_HEADS, N_LAYERS, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
+from lcc_lens.core.errors import LensError, RequestError
+from lcc_lens.core.heads import Head, HeadMap, all_heads, head_indices
 from lcc_lens.data import Data, load_data
-from lcc_lens.errors import LensError, RequestError
 from lcc_lens.head_writer import HeadWriter
-from lcc_lens.headmap import HeadMap
-from lcc_lens.heads import Head, all_heads, head_indices
 from lcc_lens.lens import (
     answer_streams,
     component_similarity,

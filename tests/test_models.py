@@ -18,9 +18,9 @@ from tokenizers.models import WordLevel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 from lcc_lens import models
+from lcc_lens.core.errors import LensError, RequestError
+from lcc_lens.core.files import sha256_file, weights_sha256
 from lcc_lens.embedded import converted
-from lcc_lens.errors import LensError, RequestError
-from lcc_lens.files import sha256_file, weights_sha256
 from lcc_lens.hooks import logits_at
 from lcc_lens.models import load_hooked, load_plain, load_tokenizer, resolve
 from lcc_lens.pair import load_pair
@@ -206,7 +206,7 @@ def test_every_public_name_resolves_and_functions_are_not_hidden_by_modules() ->
 
 
 def test_dtype_and_device_follow_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    from lcc_lens.config import compute_dtype, default_device
+    from lcc_lens.core.config import compute_dtype, default_device
 
     cpu = torch.device("cpu")
     monkeypatch.setenv("LCC_LENS_DTYPE", "bfloat16")

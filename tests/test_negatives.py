@@ -14,10 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lcc_lens import negatives
+from lcc_lens.core.errors import LensError, RequestError
+from lcc_lens.core.files import weights_sha256
 from lcc_lens.data import load_data
 from lcc_lens.embedding import embed_texts, load_embedder
-from lcc_lens.errors import LensError, RequestError
-from lcc_lens.files import weights_sha256
 from lcc_lens.negatives import contrast, normalised, with_other_answers
 from lcc_lens.tasks import Example, Item
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lcc_lens.errors import LensError, RequestError
+from lcc_lens.core.errors import LensError, RequestError
 from lcc_lens.pruning import NofM, Pattern, Unstructured
 from lcc_lens.pruning.moments import InputMoments
 from lcc_lens.pruning.obs import DAMPING, damped, output_error, sparsegpt

@@ -14,12 +14,12 @@ from test_export import restoration_of
 from torch import nn
 
 from lcc_lens.cli import run as run_command
-from lcc_lens.config import default_device_map, placed
+from lcc_lens.core.config import default_device_map, placed
+from lcc_lens.core.errors import RequestError
+from lcc_lens.core.heads import Head
 from lcc_lens.data import Data, load_data
-from lcc_lens.errors import RequestError
 from lcc_lens.export import export
 from lcc_lens.head_writer import HeadWriter
-from lcc_lens.heads import Head
 from lcc_lens.models import device_of, load_hooked, load_plain
 from lcc_lens.objectives import Objective
 from lcc_lens.offloading import each_parameter, entry_device, placement, require_in_memory, weight_in_memory

@@ -14,7 +14,7 @@ from test_cli import call, refused
 
 from lcc_lens import bench, comparison_data
 from lcc_lens.best import BEST_ENTRY
-from lcc_lens.errors import RequestError
+from lcc_lens.core.errors import RequestError
 from lcc_lens.paper_recipes import dry, read_recipe
 from lcc_lens.paper_run import run_recipe
 from lcc_lens.paper_tables import paper_page, recipe_table

@@ -14,9 +14,9 @@ import pytest
 import torch
 
 from lcc_lens.best import BEST_ENTRY
+from lcc_lens.core.errors import LensError, RequestError
+from lcc_lens.core.heads import Head
 from lcc_lens.drawing import Drawn, draw_figures, run_figures
-from lcc_lens.errors import LensError, RequestError
-from lcc_lens.heads import Head
 from lcc_lens.lens import LogitGain, PromotedTokens, TokenScore, load_lens, save_lens
 from lcc_lens.plotting import (
     COLORS,
@@ -288,7 +288,7 @@ def test_run_draws_what_it_has_and_names_what_makes_the_rest(found: Scan, tmp_pa
 def test_run_with_everything_lacks_nothing_but_variation(
     found: Scan, tmp_path: Path, comparison: dict[str, Any], gain: LogitGain, promoted: PromotedTokens
 ) -> None:
-    from lcc_lens.files import write_json
+    from lcc_lens.core.files import write_json
     from lcc_lens.restoration import Restoration, RestorationRecord
 
     found.save(tmp_path)

@@ -10,7 +10,7 @@ from reference import probe_accuracy
 from sklearn.linear_model import LogisticRegression
 
 from lcc_lens.components import LostComponents, extract_lost_components
-from lcc_lens.errors import LensError, RequestError
+from lcc_lens.core.errors import LensError, RequestError
 from lcc_lens.kernel_probes import interaction_kernel, leave_one_out, squared_loss
 from lcc_lens.pair_probes import PairActivations, correct_share, fit_pair_probes
 from lcc_lens.probes import fit_linear_probes, split_pairs

@@ -22,9 +22,9 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from lcc_lens.errors import LensError, RequestError
-from lcc_lens.files import sha256_file
-from lcc_lens.progress import tracked_by
+from lcc_lens.core.errors import LensError, RequestError
+from lcc_lens.core.files import sha256_file
+from lcc_lens.core.progress import tracked_by
 from lcc_lens.pruning import NofM, Pattern, Unstructured, detect_pattern, keep_mask, prune
 from lcc_lens.pruning.matrices import find_matrices
 

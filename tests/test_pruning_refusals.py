@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig, ViTConfig
 
-from lcc_lens.errors import DiskFullError, LensError, RequestError
+from lcc_lens.core.errors import DiskFullError, LensError, RequestError
 from lcc_lens.pruning import NofM, Pattern, PruneConfig, Unstructured, prune
 from lcc_lens.pruning.layers import decoder_layers
 from lcc_lens.pruning.matrices import Matrix

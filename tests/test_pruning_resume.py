@@ -14,7 +14,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from lcc_lens.errors import LensError
+from lcc_lens.core.errors import LensError
 from lcc_lens.pruning import Unstructured, prune
 from lcc_lens.pruning.stream import LayerStream
 from lcc_lens.pruning.unfinished import FinishedLayers

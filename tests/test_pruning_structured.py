@@ -24,11 +24,10 @@ from transformers import (
     Qwen3Config,
 )
 
+from lcc_lens.core.errors import RequestError
+from lcc_lens.core.heads import HEAD_MAP, Head, HeadMap, read_head_map
 from lcc_lens.data import load_data
-from lcc_lens.errors import RequestError
 from lcc_lens.export import export
-from lcc_lens.headmap import HEAD_MAP, HeadMap, read_head_map
-from lcc_lens.heads import Head
 from lcc_lens.pair import load_pair
 from lcc_lens.pruning import NofM, PruneConfig, Unstructured, prune
 from lcc_lens.pruning.anatomy import find_anatomies

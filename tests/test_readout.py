@@ -10,9 +10,9 @@ import transformers
 from conftest import save_model
 from transformers import AutoModelForCausalLM
 
-from lcc_lens.errors import LensError, RequestError
+from lcc_lens.core.errors import LensError, RequestError
+from lcc_lens.core.heads import Head
 from lcc_lens.head_writer import HeadWriter, head_output
-from lcc_lens.heads import Head
 from lcc_lens.hooks import z_name
 from lcc_lens.models import load_hooked
 from lcc_lens.norm import Norm

@@ -12,8 +12,8 @@ from test_contrast import FAMILIES
 from test_reuse import passes
 
 from lcc_lens.baselines import adapters
+from lcc_lens.core.heads import Head
 from lcc_lens.data import encode, load_data, pad
-from lcc_lens.heads import Head
 from lcc_lens.hooks import kept_hooks
 from lcc_lens.injections import Ingredients, LccInjection, build_injection
 from lcc_lens.models import load_hooked

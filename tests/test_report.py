@@ -13,7 +13,7 @@ from test_zeros import edited, sparse_model
 
 import lcc_lens
 from lcc_lens.cli import run
-from lcc_lens.errors import RequestError
+from lcc_lens.core.errors import RequestError
 from lcc_lens.evaluation import unique_names
 from lcc_lens.latency import WARM_UP, interleaved, median_interval, spread_tokens, time_decode, time_prefill
 from lcc_lens.report import report

@@ -11,8 +11,8 @@ import torch
 from conftest import save_model
 from test_contrast import FAMILIES
 
+from lcc_lens.core.heads import Head
 from lcc_lens.data import batches, encode, load_data
-from lcc_lens.heads import Head
 from lcc_lens.injections import Ingredients, LccInjection, build_injection
 from lcc_lens.kept_states import KeptStates
 from lcc_lens.models import load_hooked

@@ -12,8 +12,8 @@ import torch
 from conftest import D_HEAD, N_HEADS, N_LAYERS, build_model, save_model
 
 from lcc_lens.activations import SITES
+from lcc_lens.core.errors import LensError, RequestError
 from lcc_lens.data import Data, load_data
-from lcc_lens.errors import LensError, RequestError
 from lcc_lens.pair import Pair, load_pair
 from lcc_lens.scan import Scan, scan
 from lcc_lens.tasks import Example

@@ -13,7 +13,7 @@ from test_export import TOKENS, restoration_of
 from test_slots import mlp_alone, with_mlp
 
 import lcc_lens as lcc
-from lcc_lens.errors import RequestError
+from lcc_lens.core.errors import RequestError
 from lcc_lens.injections.changes import Shift
 from lcc_lens.pair import load_pair
 from lcc_lens.reading_maps import reading_maps

@@ -13,10 +13,10 @@ from safetensors.torch import load_file
 from test_export import TOKENS, restoration_of
 from transformers import AutoConfig, AutoModelForCausalLM, GemmaConfig, Qwen2Config
 
-from lcc_lens.errors import RequestError
+from lcc_lens.core.errors import RequestError
+from lcc_lens.core.files import read_json
+from lcc_lens.core.heads import Head
 from lcc_lens.export import export
-from lcc_lens.files import read_json
-from lcc_lens.heads import Head
 from lcc_lens.injections.changes import Shift
 from lcc_lens.injections.constants import SiteConstants
 from lcc_lens.joint_slots import JointSlots, find_joint_slots

@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from lcc_lens.config import compute_dtype
+from lcc_lens.core.config import compute_dtype
+from lcc_lens.core.files import read_json, sha256_file
 from lcc_lens.data import encode, load_data
 from lcc_lens.demo import DemoConfig, DemoResult, run_demo, texts
 from lcc_lens.embedded import EMBEDDED_SHA256, embedded_model
 from lcc_lens.evaluation import sequence_loss
 from lcc_lens.export import export
-from lcc_lens.files import read_json, sha256_file
 from lcc_lens.models import load_hooked, load_plain, load_tokenizer
 from lcc_lens.objectives import Objective
 from lcc_lens.pair import load_pair

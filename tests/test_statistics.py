@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lcc_lens import statistics
 from lcc_lens.components import extract_lost_components
-from lcc_lens.errors import RequestError
+from lcc_lens.core.errors import RequestError
 from lcc_lens.statistics import DifferenceStatistics, RunningDifferences
 
 N_LAYERS, N_PARTS, WIDTH = 2, 3, 4

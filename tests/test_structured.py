@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from test_obs import inputs_like_text
 from torch import Tensor
 
-from lcc_lens.errors import RequestError
+from lcc_lens.core.errors import RequestError
 from lcc_lens.pruning.obs import DAMPING, damped
 from lcc_lens.pruning.structured import (
     SCHEDULES,

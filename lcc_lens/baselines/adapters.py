@@ -10,7 +10,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from lcc_lens.errors import RequestError
+from lcc_lens.core.errors import RequestError
 from lcc_lens.hooks import HookedModel
 from lcc_lens.injections.base import Injection
 from lcc_lens.injections.footprint import Footprint

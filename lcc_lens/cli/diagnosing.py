@@ -8,7 +8,7 @@ from typing import Annotated
 import tyro
 
 from lcc_lens.cli.options import Common
-from lcc_lens.errors import LensError
+from lcc_lens.core.errors import LensError
 from lcc_lens.show import show_table
 
 

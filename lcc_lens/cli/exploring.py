@@ -9,7 +9,7 @@ from typing import Annotated
 import tyro
 
 from lcc_lens.cli.options import Common
-from lcc_lens.errors import RequestError
+from lcc_lens.core.errors import RequestError
 from lcc_lens.show import console
 
 

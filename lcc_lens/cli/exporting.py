@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from lcc_lens.cli.options import Out, Placed, RunPath
-from lcc_lens.errors import RequestError
+from lcc_lens.core.errors import RequestError
 from lcc_lens.show import console, show_table
 
 

@@ -22,10 +22,10 @@ from lcc_lens.cli.pruning import Prune, Refit
 from lcc_lens.cli.recipes import Recipe
 from lcc_lens.cli.restoring import Restore
 from lcc_lens.cli.scanning import ScanPair
-from lcc_lens.config import bound_kernel_cache, placed
-from lcc_lens.errors import LensError, RequestError
-from lcc_lens.processes import is_first_process, n_processes
-from lcc_lens.progress import shown
+from lcc_lens.core.config import bound_kernel_cache, placed
+from lcc_lens.core.errors import LensError, RequestError
+from lcc_lens.core.processes import is_first_process, n_processes
+from lcc_lens.core.progress import shown
 
 Command = (
     Annotated[Prune, tyro.conf.subcommand("prune")]

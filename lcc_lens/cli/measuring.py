@@ -9,7 +9,7 @@ from typing import Annotated
 import tyro
 
 from lcc_lens.cli.options import Common
-from lcc_lens.errors import RequestError
+from lcc_lens.core.errors import RequestError
 from lcc_lens.show import show_report, show_results
 
 
@@ -29,8 +29,8 @@ class Eval(Common):
     """A results.json to write."""
 
     def execute(self) -> None:
+        from lcc_lens.core.files import write_json
         from lcc_lens.evaluation import evaluate
-        from lcc_lens.files import write_json
 
         if not self.models:
             raise RequestError("wanted at least one model, got none; name some")
@@ -58,7 +58,7 @@ class Report(Common):
     """A report.json to write."""
 
     def execute(self) -> None:
-        from lcc_lens.files import write_json
+        from lcc_lens.core.files import write_json
         from lcc_lens.report import report
 
         if self.out is not None and self.out.is_dir():

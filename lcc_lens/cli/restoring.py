@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from lcc_lens.cli.options import DenseModel, Placed, PrunedModel, RunPath, load_role
-from lcc_lens.errors import RequestError
-from lcc_lens.processes import is_first_process
+from lcc_lens.core.errors import RequestError
+from lcc_lens.core.processes import is_first_process
 from lcc_lens.selectors import SelectorName
 from lcc_lens.show import show_losses, show_recovery
 from lcc_lens.tasks import RecoveryTask

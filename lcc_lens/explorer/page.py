@@ -12,12 +12,12 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from lcc_lens.errors import RequestError
+from lcc_lens.core.errors import RequestError
+from lcc_lens.core.files import write_text
 from lcc_lens.explorer.page_data import EXAMPLE_BYTES, page_data
 from lcc_lens.explorer.results import results_table
 from lcc_lens.explorer.run_contents import RunContents
 from lcc_lens.explorer.token_reading import find_tokens
-from lcc_lens.files import write_text
 
 #: No page is larger, in bytes.
 MOST_BYTES = 15_000_000

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from lcc_lens.errors import RequestError
-from lcc_lens.files import read_json
+from lcc_lens.core.errors import RequestError
+from lcc_lens.core.files import read_json
 from lcc_lens.score_text import format_scores
 
 

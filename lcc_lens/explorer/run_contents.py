@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lcc_lens.errors import RequestError
-from lcc_lens.files import read_json
-from lcc_lens.metrics import share_recovered
+from lcc_lens.core.errors import RequestError
+from lcc_lens.core.files import read_json
+from lcc_lens.core.metrics import share_recovered
 from lcc_lens.restoration import RESTORATION_TENSORS, Restoration
 from lcc_lens.run_folder import RUN_LOG, RUN_METRICS
 from lcc_lens.scan import SCAN_RECORD, Scan

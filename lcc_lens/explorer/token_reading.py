@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 
-from lcc_lens.errors import LensError
+from lcc_lens.core.errors import LensError
 from lcc_lens.explorer.run_contents import RunContents
 from lcc_lens.explorer.token_tables import TokenTables, read_tokens
 from lcc_lens.models import load_hooked

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lcc_lens.core.heads import Head
 from lcc_lens.explorer.run_contents import RunContents
 from lcc_lens.explorer.views import present
-from lcc_lens.heads import Head
 from lcc_lens.restoration import Restoration
 from lcc_lens.scan import Scan
 

@@ -12,8 +12,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lcc_lens.components import LostComponents
-from lcc_lens.errors import RequestError
-from lcc_lens.heads import Head, check_heads, head_indices
+from lcc_lens.core.errors import RequestError
+from lcc_lens.core.heads import Head, check_heads, head_indices
 from lcc_lens.hooks import NamedHook
 from lcc_lens.injections.base import Injection
 from lcc_lens.injections.footprint import Footprint

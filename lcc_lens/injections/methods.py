@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from lcc_lens.activations import Site
-from lcc_lens.errors import RequestError
+from lcc_lens.core.errors import RequestError
 from lcc_lens.injections.base import Composite, Injection
 from lcc_lens.injections.constants import FixedConstants, LccInjection, MeanShift, OffsetInjection
 from lcc_lens.injections.ingredients import Ingredients

@@ -9,8 +9,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from lcc_lens.errors import RequestError
-from lcc_lens.heads import Head, check_heads
+from lcc_lens.core.errors import RequestError
+from lcc_lens.core.heads import Head, check_heads
 from lcc_lens.hooks import HookedModel, NamedHook
 from lcc_lens.injections.base import Injection
 from lcc_lens.injections.changes import Change, Gain, LowRank, Shift

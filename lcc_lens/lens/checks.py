@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lcc_lens.components import LostComponents
-from lcc_lens.errors import RequestError
+from lcc_lens.core.errors import RequestError
 from lcc_lens.hooks import HookedModel
 from lcc_lens.models import device_of
 

@@ -10,9 +10,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lcc_lens.errors import RequestError
+from lcc_lens.core.errors import RequestError
+from lcc_lens.core.heads import Head, check_heads
 from lcc_lens.head_writer import HeadWriter
-from lcc_lens.heads import Head, check_heads
 from lcc_lens.hooks import HookedModel
 from lcc_lens.lens.checks import checked_vector
 

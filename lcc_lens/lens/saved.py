@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from lcc_lens.errors import RequestError
-from lcc_lens.files import read_tensors, write_tensors
-from lcc_lens.heads import Head
+from lcc_lens.core.errors import RequestError
+from lcc_lens.core.files import read_tensors, write_tensors
+from lcc_lens.core.heads import Head
 from lcc_lens.lens.gain import LogitGain
 from lcc_lens.lens.tokens import PromotedTokens, TokenScore
 

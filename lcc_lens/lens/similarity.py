@@ -11,8 +11,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lcc_lens.components import LostComponents
+from lcc_lens.core.heads import Head, all_heads
 from lcc_lens.head_writer import HeadWriter
-from lcc_lens.heads import Head, all_heads
 from lcc_lens.hooks import HookedModel
 from lcc_lens.lens.checks import check_components
 

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Literal
 from jaxtyping import Float
 from torch import Tensor
 
-from lcc_lens.errors import RequestError
+from lcc_lens.core.errors import RequestError
+from lcc_lens.core.heads import Head
 from lcc_lens.head_writer import HeadWriter
-from lcc_lens.heads import Head
 from lcc_lens.hooks import HookedModel
 from lcc_lens.lens.answers import Streams
 from lcc_lens.lens.checks import checked_vector

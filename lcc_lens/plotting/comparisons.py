@@ -10,7 +10,7 @@ from typing import Any
 import plotly.graph_objects as go
 
 from lcc_lens.compare import summary
-from lcc_lens.errors import RequestError
+from lcc_lens.core.errors import RequestError
 from lcc_lens.plotting.forest import Mark, Panel, forest
 from lcc_lens.plotting.labels import entry_kind, entry_label
 from lcc_lens.plotting.theme import COLORS, KINDS, PAGE, rounded, styled

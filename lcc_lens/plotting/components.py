@@ -12,8 +12,8 @@ from jaxtyping import Float
 from plotly.subplots import make_subplots
 from torch import Tensor
 
-from lcc_lens.errors import RequestError
-from lcc_lens.heads import Head, check_heads
+from lcc_lens.core.errors import RequestError
+from lcc_lens.core.heads import Head, check_heads
 from lcc_lens.lens.gain import LogitGain
 from lcc_lens.lens.tokens import PromotedTokens
 from lcc_lens.plotting.theme import COLORS, COLUMN, PAGE, SERIES, rounded, styled

@@ -12,8 +12,8 @@ from jaxtyping import Float
 from plotly.subplots import make_subplots
 from torch import Tensor
 
-from lcc_lens.errors import RequestError
-from lcc_lens.heads import Head
+from lcc_lens.core.errors import RequestError
+from lcc_lens.core.heads import Head
 from lcc_lens.headscores import HeadScores
 from lcc_lens.plotting.labels import GOLD, SELECTOR_LABELS
 from lcc_lens.plotting.theme import COLORS, COLUMN, PAGE, RANKS, SEQUENTIAL, rounded, styled

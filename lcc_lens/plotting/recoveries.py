@@ -11,8 +11,8 @@ from typing import Any, Literal
 import plotly.graph_objects as go
 
 from lcc_lens.compare import summary
+from lcc_lens.core.errors import RequestError
 from lcc_lens.entries import Entry
-from lcc_lens.errors import RequestError
 from lcc_lens.plotting.labels import SELECTOR_LABELS, entry_label
 from lcc_lens.plotting.theme import COLORS, COLUMN, SERIES, rounded, styled
 

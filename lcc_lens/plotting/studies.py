@@ -7,7 +7,7 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from lcc_lens.errors import RequestError
+from lcc_lens.core.errors import RequestError
 from lcc_lens.plotting.forest import Mark, Panel, forest
 from lcc_lens.plotting.labels import GOLD, SELECTOR_LABELS
 from lcc_lens.plotting.theme import COLORS, PAGE, SERIES, styled

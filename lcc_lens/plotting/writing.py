@@ -11,8 +11,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
-from lcc_lens.errors import LensError, RequestError
-from lcc_lens.files import atomic_path, write_text
+from lcc_lens.core.errors import LensError, RequestError
+from lcc_lens.core.files import atomic_path, write_text
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go

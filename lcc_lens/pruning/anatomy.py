@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from lcc_lens.errors import RequestError
+from lcc_lens.core.errors import RequestError
 from lcc_lens.pruning.layers import decoder_layers, read_config, skeleton
 from lcc_lens.pruning.matrices import Matrix
 

@@ -13,10 +13,10 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from lcc_lens.config import package_version
-from lcc_lens.errors import DiskFullError, LensError, RequestError
-from lcc_lens.files import require_free, require_space, weight_files, weights_sha256
-from lcc_lens.progress import track
+from lcc_lens.core.config import package_version
+from lcc_lens.core.errors import DiskFullError, LensError, RequestError
+from lcc_lens.core.files import require_free, require_space, weight_files, weights_sha256
+from lcc_lens.core.progress import track
 from lcc_lens.pruning.anatomy import LayerAnatomy, find_anatomies
 from lcc_lens.pruning.layers import read_config
 from lcc_lens.pruning.masks import Pattern, Scope, require_fit

@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lcc_lens.files import CHUNK, weight_files
-from lcc_lens.progress import track
+from lcc_lens.core.files import CHUNK, weight_files
+from lcc_lens.core.progress import track
 from lcc_lens.pruning.matrices import find_matrices
 from lcc_lens.pruning.zeros import read_rows
 

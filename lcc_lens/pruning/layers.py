@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lcc_lens.errors import RequestError
+from lcc_lens.core.errors import RequestError
 
 
 def read_config(model_dir: Path) -> Any:

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from lcc_lens.errors import LensError
+from lcc_lens.core.errors import LensError
 
 #: A map with at most so many inputs is solved exactly, row by row.
 _NARROW = 128

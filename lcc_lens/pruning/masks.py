@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from lcc_lens.errors import RequestError
+from lcc_lens.core.errors import RequestError
 
 Scope = Literal["row", "matrix"]
 

@@ -10,8 +10,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lcc_lens.errors import LensError, RequestError
-from lcc_lens.files import tensor_names
+from lcc_lens.core.errors import LensError, RequestError
+from lcc_lens.core.files import tensor_names
 from lcc_lens.pruning.layers import decoder_layers, is_linear, is_transposed, read_config, skeleton
 
 # Formats that float32 holds exactly, so that a surviving weight returns to disk bit for bit.

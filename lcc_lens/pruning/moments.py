@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lcc_lens.errors import LensError
+from lcc_lens.core.errors import LensError
 
 # Side of the blocks whose lower half is computed: the upper half is its mirror image.
 _BLOCK = 384

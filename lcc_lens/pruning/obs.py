@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from lcc_lens.errors import LensError
+from lcc_lens.core.errors import LensError
 from lcc_lens.pruning.masks import NofM, Pattern, lowest, require_fit
 
 #: Share of the mean diagonal that is added to a second moment before it is inverted.

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from lcc_lens.errors import LensError
+from lcc_lens.core.errors import LensError
 from lcc_lens.pruning.anatomy import LayerAnatomy
 from lcc_lens.pruning.masks import Pattern, Scope, keep_mask
 from lcc_lens.pruning.scores import magnitude_score, wanda_score

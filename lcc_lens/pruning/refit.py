@@ -11,9 +11,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from lcc_lens.config import package_version
-from lcc_lens.errors import LensError, RequestError
-from lcc_lens.files import (
+from lcc_lens.core.config import package_version
+from lcc_lens.core.errors import LensError, RequestError
+from lcc_lens.core.files import (
     atomic_directory,
     copy_checkpoint,
     read_json,
@@ -23,7 +23,7 @@ from lcc_lens.files import (
     weights_sha256,
     write_json,
 )
-from lcc_lens.progress import track
+from lcc_lens.core.progress import track
 from lcc_lens.pruning.guide import Guide
 from lcc_lens.pruning.least_squares import NormalEquations, masked_least_squares
 from lcc_lens.pruning.matrices import Matrix, StoredWeights, find_matrices

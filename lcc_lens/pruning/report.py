@@ -8,7 +8,7 @@ from typing import Any
 from jaxtyping import Int
 from torch import Tensor
 
-from lcc_lens.config import package_version
+from lcc_lens.core.config import package_version
 from lcc_lens.pruning.masks import detect_pattern, sparsity
 from lcc_lens.pruning.matrices import Matrix
 from lcc_lens.pruning.settings import PruneConfig

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
-from lcc_lens.errors import RequestError
+from lcc_lens.core.errors import RequestError
 from lcc_lens.pruning.anatomy import LayerAnatomy
 from lcc_lens.pruning.masks import NofM, Pattern, Scope, Unstructured
 from lcc_lens.pruning.pruners import Choice, LayerPruner, LayerTask, MagnitudePruner, Split, WandaPruner

@@ -11,8 +11,8 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from lcc_lens.errors import RequestError
-from lcc_lens.files import read_tensor
+from lcc_lens.core.errors import RequestError
+from lcc_lens.core.files import read_tensor
 from lcc_lens.pruning.anatomy import Block, LayerAnatomy
 from lcc_lens.pruning.layers import read_config, skeleton
 from lcc_lens.pruning.matrices import Matrix

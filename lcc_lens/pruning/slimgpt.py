@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from lcc_lens.errors import RequestError
+from lcc_lens.core.errors import RequestError
 from lcc_lens.pruning.anatomy import Block, LayerAnatomy
 from lcc_lens.pruning.moments import InputMoments
 from lcc_lens.pruning.obs import Damped

@@ -11,11 +11,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from lcc_lens.config import default_device_map
-from lcc_lens.errors import LensError, RequestError
-from lcc_lens.memory import trim_heap
+from lcc_lens.core.config import default_device_map
+from lcc_lens.core.errors import LensError, RequestError
+from lcc_lens.core.memory import trim_heap
+from lcc_lens.core.progress import loading_models
 from lcc_lens.offloading import bring_in, entry_device, placement
-from lcc_lens.progress import loading_models
 from lcc_lens.pruning.layers import decoder_layers, read_config
 from lcc_lens.pruning.matrices import Matrix
 from lcc_lens.pruning.pruners import LayerPruner

@@ -11,8 +11,8 @@ from typing import Any
 
 from torch import Tensor
 
-from lcc_lens.errors import RequestError
-from lcc_lens.files import read_json, read_tensors, write_json, write_tensors
+from lcc_lens.core.errors import RequestError
+from lcc_lens.core.files import read_json, read_tensors, write_json, write_tensors
 from lcc_lens.pruning.pruners import Removed
 
 _IDENTITY = "run.json"

@@ -9,8 +9,8 @@ from typing import Any
 from jaxtyping import Int
 from torch import Tensor
 
-from lcc_lens.files import atomic_directory, copy_checkpoint, tensor_names, write_json
-from lcc_lens.headmap import HEAD_MAP, HeadMap
+from lcc_lens.core.files import atomic_directory, copy_checkpoint, tensor_names, write_json
+from lcc_lens.core.heads import HEAD_MAP, HeadMap
 from lcc_lens.pruning.anatomy import LayerAnatomy
 from lcc_lens.pruning.matrices import Matrix
 from lcc_lens.pruning.report import pruning_report

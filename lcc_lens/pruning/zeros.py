@@ -10,9 +10,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lcc_lens.errors import RequestError
-from lcc_lens.files import tensor_names, weight_files
-from lcc_lens.progress import track
+from lcc_lens.core.errors import RequestError
+from lcc_lens.core.files import tensor_names, weight_files
+from lcc_lens.core.progress import track
 from lcc_lens.pruning.layers import read_config, skeleton
 from lcc_lens.pruning.masks import detect_pattern
 from lcc_lens.pruning.matrices import Matrix, find_matrices

@@ -9,13 +9,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from lcc_lens.core.errors import LensError, RequestError
+from lcc_lens.core.progress import track
 from lcc_lens.data import Batch, TokenSequence, batches
-from lcc_lens.errors import LensError, RequestError
 from lcc_lens.hooks import HookFunction, NamedHook, logits_at, z_name, z_readers
 from lcc_lens.models import device_of
 from lcc_lens.outcome import response_log_likelihood
 from lcc_lens.pair import Pair
-from lcc_lens.progress import track
 from lcc_lens.running import forward
 
 _N_GROUPS = 10

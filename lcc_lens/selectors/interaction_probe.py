@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from lcc_lens.components import LostComponents
-from lcc_lens.errors import RequestError
+from lcc_lens.core.errors import RequestError
 from lcc_lens.headscores import HeadScores
 from lcc_lens.kernel_probes import interaction_kernel, leave_one_out, squared_loss
 from lcc_lens.selectors.linear_probe import LayerFeatures, by_head, checked_layers

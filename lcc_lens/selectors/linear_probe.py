@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from lcc_lens.components import LostComponents
-from lcc_lens.errors import LensError, RequestError
+from lcc_lens.core.errors import LensError, RequestError
 from lcc_lens.headscores import HeadScores
 from lcc_lens.pair_probes import RIDGE, PairActivations, correct_share, fit_pair_probes
 from lcc_lens.probes import fit_linear_probes, split_pairs

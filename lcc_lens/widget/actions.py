@@ -6,8 +6,8 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from lcc_lens.errors import RequestError
-from lcc_lens.heads import Head
+from lcc_lens.core.errors import RequestError
+from lcc_lens.core.heads import Head
 from lcc_lens.session import RestoreSession
 
 Message = Mapping[str, Any]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lcc_lens.errors import RequestError
+from lcc_lens.core.errors import RequestError
 from lcc_lens.session import RestoreSession
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import anywidget
 import traitlets
 
-from lcc_lens.errors import RequestError
+from lcc_lens.core.errors import RequestError
 from lcc_lens.session import RestoreSession
 from lcc_lens.training import Step
 from lcc_lens.widget.actions import ACTIONS, Message

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 
-from lcc_lens.errors import LensError, RequestError
+from lcc_lens.core.errors import LensError, RequestError
 
 Job = tuple[str, Callable[[], None]]
 

@@ -23,3 +23,12 @@ class InterruptedRun(LensError):
 
 class DiskFullError(LensError):
     """The disk filled up while something was written."""
+
+
+def first_line(error: BaseException) -> str:
+    """What another library's message says in one line, not too long."""
+    if "trust_remote_code" in str(error):
+        return "it brings its own code, which is not run here; name a model of an architecture that transformers has"
+    lines = str(error).strip().splitlines()
+    n_lines = 2 if lines and lines[0].endswith(":") else 1
+    return " ".join(line.strip() for line in lines[:n_lines])[:200] or type(error).__name__

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lcc_lens.errors import LensError, RequestError
-from lcc_lens.files import WEIGHTS_INDEX, tensor_bytes, tensor_names, weight_files, write_json
+from lcc_lens.core.errors import LensError, RequestError
+from lcc_lens.core.files import WEIGHTS_INDEX, tensor_bytes, tensor_names, weight_files, write_json
 
 if TYPE_CHECKING:
     import torch

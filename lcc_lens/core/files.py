@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lcc_lens.errors import DiskFullError, RequestError
+from lcc_lens.core.errors import DiskFullError, RequestError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -314,3 +314,18 @@ def _copy_side_files(source: Path, target: Path, config: Mapping[str, Any]) -> N
         if file.is_file() and is_small:
             shutil.copyfile(file, target / file.name)
     write_json(target / "config.json", {**read_json(source / "config.json"), **config})
+
+
+@contextmanager
+def locked(folder: Path, work: str) -> Iterator[None]:
+    """Wait until no other process is in such a block; a process that ends in any way leaves it.
+
+    Args:
+        folder: where the lock lies, a hidden file; the folder is made if it is not there.
+        work: what the lock is for: different work does not wait.
+    """
+    from filelock import FileLock
+
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / f".{work}.lock"):
+        yield

@@ -9,8 +9,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, cast, get_args
 
-from lcc_lens.errors import RequestError
-from lcc_lens.processes import n_processes, process_device
+from lcc_lens.core.errors import RequestError
+from lcc_lens.core.processes import n_processes, process_device
 
 if TYPE_CHECKING:
     import torch
@@ -41,7 +41,7 @@ def cache_dir() -> Path:
 def default_device() -> torch.device:
     """The device to compute on: ``LCC_LENS_DEVICE``, else CUDA where there is one, else the CPU.
 
-    Of several processes (see :mod:`lcc_lens.processes`) each has its own.
+    Of several processes (see :mod:`lcc_lens.core.processes`) each has its own.
     """
     import torch
 

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from lcc_lens.errors import LensError
+from lcc_lens.core.errors import LensError
 
 if TYPE_CHECKING:
     import torch
