@@ -35,7 +35,7 @@ from transformers.utils import logging as transformers_logging
 from lcc_lens.core.config import compute_dtype, default_device
 from lcc_lens.core.files import write_json
 from lcc_lens.core.progress import tracked_by
-from lcc_lens.data import load_data
+from lcc_lens.data.datasets import load_data
 from lcc_lens.job_data import calibration_tokens
 from lcc_lens.models import resolve
 from lcc_lens.pruning import NofM, Unstructured, prune

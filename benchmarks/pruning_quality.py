@@ -28,7 +28,7 @@ from run import describe, timed
 from transformers.utils import logging as transformers_logging
 
 from lcc_lens.core.files import read_json, write_json
-from lcc_lens.data import encode, load_data
+from lcc_lens.data.datasets import encode, load_data
 from lcc_lens.evaluation import sequence_loss
 from lcc_lens.job_data import calibration_tokens
 from lcc_lens.models import load_plain, load_tokenizer, resolve

@@ -43,7 +43,7 @@ from transformers.utils import logging as transformers_logging
 from lcc_lens.components import LostComponents
 from lcc_lens.core.config import compute_dtype, default_device
 from lcc_lens.core.files import read_json, read_tensors, write_json
-from lcc_lens.data import Data, encode_pair, load_data
+from lcc_lens.data.datasets import Data, encode_pair, load_data
 from lcc_lens.models import load_tokenizer, resolve
 from lcc_lens.pair import Pair, load_pair
 from lcc_lens.pruning_jobs import prune

@@ -29,7 +29,7 @@ from lcc_lens.baselines import adapters
 from lcc_lens.core.config import compute_dtype, default_device, package_version
 from lcc_lens.core.files import write_json
 from lcc_lens.core.memory import peak_memory, release_memory
-from lcc_lens.data import Batch, batches, encode, load_data
+from lcc_lens.data.datasets import Batch, batches, encode, load_data
 from lcc_lens.demo import passages
 from lcc_lens.evaluation import _batch_nll
 from lcc_lens.export import export

@@ -36,7 +36,7 @@ from lcc_lens.activations import SITES
 from lcc_lens.contrast import shared_length
 from lcc_lens.core.config import bound_kernel_cache
 from lcc_lens.core.files import write_json
-from lcc_lens.data import Data, TokenSequence, batches, load_data
+from lcc_lens.data.datasets import Data, TokenSequence, batches, load_data
 from lcc_lens.models import load_plain
 from lcc_lens.pair import Pair, load_pair
 from lcc_lens.passes import ScanPlan

@@ -32,7 +32,7 @@ from transformers.utils import logging as transformers_logging
 
 from lcc_lens.core.files import read_json, write_json
 from lcc_lens.core.metrics import share_recovered
-from lcc_lens.data import Batch, Data, TokenSequence, batches, encode, load_data
+from lcc_lens.data.datasets import Batch, Data, TokenSequence, batches, encode, load_data
 from lcc_lens.headscores import HeadScores
 from lcc_lens.hooks import HookedModel, NamedHook, logits_at
 from lcc_lens.injections import LccInjection

@@ -33,8 +33,8 @@ if TYPE_CHECKING:
     from lcc_lens.core.heads import Head as Head
     from lcc_lens.core.metrics import share_recovered as share_recovered
     from lcc_lens.core.progress import shown as shown
-    from lcc_lens.data import Data as Data
-    from lcc_lens.data import load_data as load_data
+    from lcc_lens.data.datasets import Data as Data
+    from lcc_lens.data.datasets import load_data as load_data
     from lcc_lens.doctor import Examination as Examination
     from lcc_lens.doctor import examine as examine
     from lcc_lens.drawing import draw_figures as draw_figures

@@ -11,11 +11,11 @@ from jaxtyping import Int
 from torch import Tensor
 
 from lcc_lens.core.errors import LensError, RequestError
+from lcc_lens.data.batches import Batch, TokenSequence
 from lcc_lens.hooks import HookedModel, NamedHook, mlp_name, readers, resid_name, z_name
 from lcc_lens.models import device_of
 from lcc_lens.reading_maps import mlp_width
 from lcc_lens.running import run_without_logits
-from lcc_lens.sequences import Batch, TokenSequence
 
 Site = Literal["z", "mlp", "resid"]
 Positions = Literal["all", "last", "end", "response"] | tuple[int, ...]

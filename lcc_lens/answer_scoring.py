@@ -12,8 +12,8 @@ from lm_eval.models.huggingface import HFLM
 from torch import Tensor
 
 from lcc_lens.core.errors import RequestError
+from lcc_lens.data.batches import Batch, TokenSequence, batches
 from lcc_lens.plain_models import logits_where
-from lcc_lens.sequences import Batch, TokenSequence, batches
 from lcc_lens.token_losses import token_nll
 
 #: A request of lm-eval: its texts, the context's tokens and the answer's.

@@ -16,7 +16,7 @@ from lcc_lens.core.errors import RequestError
 from lcc_lens.core.files import locked, read_json
 from lcc_lens.core.heads import Head
 from lcc_lens.core.memory import peak_memory, release_memory
-from lcc_lens.data import TokenSequence, load_data
+from lcc_lens.data.datasets import TokenSequence, load_data
 from lcc_lens.entries import ADAPTERS, PERP, REFIT, Entry
 from lcc_lens.hooks import HookedModel
 from lcc_lens.inference_cost import inference_costs, served_as

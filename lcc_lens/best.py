@@ -9,7 +9,7 @@ from pathlib import Path
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.files import read_json
 from lcc_lens.core.processes import first_process_first
-from lcc_lens.data import Data
+from lcc_lens.data.datasets import Data
 from lcc_lens.models import identify, resolve
 from lcc_lens.objectives import Objective
 from lcc_lens.pair import load_pair

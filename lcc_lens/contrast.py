@@ -10,7 +10,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from lcc_lens.activations import Places, Site, SiteVisitor, visit_sites
-from lcc_lens.data import Batch, TokenSequence, batches
+from lcc_lens.data.datasets import Batch, TokenSequence, batches
 from lcc_lens.hooks import HookedModel
 from lcc_lens.prefix import Prefix, chosen_rows, go_on, reach, reuses_cache
 

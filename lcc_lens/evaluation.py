@@ -13,11 +13,11 @@ from lcc_lens.core.config import package_version, tokens_per_pass
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.metrics import perplexity
 from lcc_lens.core.progress import track
-from lcc_lens.data import Batch, Data, TokenSequence, available_splits, batches, encode, load_data
+from lcc_lens.data.datasets import Batch, Data, TokenSequence, available_splits, batches, encode, load_data
+from lcc_lens.data.prompts import SOURCES
 from lcc_lens.harness import HARNESS_FOLDERS, evaluate_task
 from lcc_lens.models import load_plain, load_tokenizer, resolve
 from lcc_lens.plain_models import logits_where
-from lcc_lens.tasks import SOURCES
 from lcc_lens.token_losses import token_nll
 
 if TYPE_CHECKING:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.files import read_json
-from lcc_lens.data import Data, TokenSequence, check_disjoint, encode, text_blocks
+from lcc_lens.data.datasets import Data, TokenSequence, check_disjoint, encode, text_blocks
 from lcc_lens.models import load_tokenizer
 from lcc_lens.pair import Pair
 from lcc_lens.pruning.refit import REFIT_RECORD
@@ -58,14 +57,6 @@ def training_sequences(
         encode(data, pair.tokenizer, max_length=max_length, limit=limit),
         encode(validation, pair.tokenizer, max_length=max_length, limit=limit and max(8, limit // 10)),
     )
-
-
-def split_examples(data: Data, n_first: int) -> tuple[Data, Data]:
-    """The first ``n_first`` examples, and the others that share no group with them."""
-    first = data.examples[:n_first]
-    groups = {example.group for example in first}
-    rest = tuple(example for example in data.examples if example.group not in groups)
-    return replace(data, examples=first), replace(data, examples=rest)
 
 
 def _split_off(data: Data) -> tuple[Data, Data]:

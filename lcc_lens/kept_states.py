@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from lcc_lens.data import Batch
+from lcc_lens.data.datasets import Batch
 
 logger = logging.getLogger(__name__)
 _MEMORY = 2**30

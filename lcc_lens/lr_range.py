@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from lcc_lens.core.progress import track
-from lcc_lens.data import TokenSequence
+from lcc_lens.data.datasets import TokenSequence
 from lcc_lens.hooks import HookedModel
 from lcc_lens.injections.base import Injection
 from lcc_lens.reuse import CachedTeacher

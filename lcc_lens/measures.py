@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lcc_lens.data import TokenSequence
+from lcc_lens.data.datasets import TokenSequence
 from lcc_lens.hooks import HookedModel
 from lcc_lens.injections import Injection
 from lcc_lens.objectives import Objective

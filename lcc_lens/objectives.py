@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from lcc_lens.core.errors import RequestError
-from lcc_lens.data import Batch, TokenSequence
+from lcc_lens.data.datasets import Batch, TokenSequence
 from lcc_lens.hooks import HookedModel, logits_at, z_readers
 from lcc_lens.models import device_of
 from lcc_lens.running import forward

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from lcc_lens.data import Batch
+from lcc_lens.data.datasets import Batch
 from lcc_lens.token_losses import token_nll
 
 _CHUNK = 64  # targets whose distributions over the vocabulary are held in float32 at once

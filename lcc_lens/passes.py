@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lcc_lens.activations import Places, Positions, Site, parts_of, sampled_positions
 from lcc_lens.contrast import visit_pairs
-from lcc_lens.data import Batch, TokenSequence, batches
+from lcc_lens.data.datasets import Batch, TokenSequence, batches
 from lcc_lens.hooks import HookedModel
 from lcc_lens.models import device_of
 from lcc_lens.pair import Pair

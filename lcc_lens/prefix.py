@@ -11,9 +11,9 @@ from jaxtyping import Int
 from torch import Tensor
 
 from lcc_lens.activations import Places, Site, SiteVisitor, visit_sites
+from lcc_lens.data.batches import Batch, TokenSequence, pad
 from lcc_lens.hooks import HookedModel
 from lcc_lens.models import device_of
-from lcc_lens.sequences import Batch, TokenSequence, pad
 
 #: How far a model's activations with a reused cache may lie from those without, relative to the largest.
 _TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8}

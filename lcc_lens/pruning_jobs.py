@@ -10,7 +10,7 @@ import torch
 
 from lcc_lens.core.config import compute_dtype, default_device
 from lcc_lens.core.errors import RequestError
-from lcc_lens.data import Data, load_data
+from lcc_lens.data.datasets import Data, load_data
 from lcc_lens.job_data import calibration_tokens, recorded_groups
 from lcc_lens.models import resolve
 from lcc_lens.pruning import parse_pattern

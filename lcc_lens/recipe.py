@@ -12,7 +12,7 @@ from lcc_lens.core.errors import RequestError
 from lcc_lens.core.heads import Head
 from lcc_lens.core.processes import wait_for_all
 from lcc_lens.core.progress import track
-from lcc_lens.data import Data, TokenSequence
+from lcc_lens.data.datasets import Data, TokenSequence
 from lcc_lens.evaluation import sequence_loss
 from lcc_lens.injections import (
     Ingredients,

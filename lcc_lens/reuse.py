@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from lcc_lens.data import Batch
+from lcc_lens.data.datasets import Batch
 from lcc_lens.hooks import HookedModel, before_unembed, logits_at
 from lcc_lens.injections.base import Injection
 from lcc_lens.kept_states import KeptStates

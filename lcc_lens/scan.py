@@ -15,7 +15,7 @@ from lcc_lens.core.errors import InterruptedRun, RequestError
 from lcc_lens.core.heads import Head, HeadMap
 from lcc_lens.core.processes import first_process_first, is_first_process, n_processes, wait_for_all
 from lcc_lens.core.progress import track
-from lcc_lens.data import Data
+from lcc_lens.data.datasets import Data
 from lcc_lens.models import device_of
 from lcc_lens.pair import Pair
 from lcc_lens.passes import ScanPlan

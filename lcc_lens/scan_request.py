@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from lcc_lens.core.errors import RequestError
-from lcc_lens.data import ONE_CLASS, Data, TokenSequence, encode, encode_pair, one_class
+from lcc_lens.data.datasets import ONE_CLASS, Data, TokenSequence, encode, encode_pair, one_class
 from lcc_lens.pair import Pair
 from lcc_lens.selectors import SelectorName
 from lcc_lens.selectors.linear_probe import MIN_PAIRS

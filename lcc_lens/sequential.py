@@ -13,7 +13,7 @@ from lcc_lens.activations import parts_of
 from lcc_lens.core.errors import LensError, RequestError
 from lcc_lens.core.heads import Head, check_heads
 from lcc_lens.core.progress import track
-from lcc_lens.data import TokenSequence, batches
+from lcc_lens.data.datasets import TokenSequence, batches
 from lcc_lens.hooks import HookedModel, NamedHook
 from lcc_lens.layerwise import LayerWalk
 from lcc_lens.pair import Pair

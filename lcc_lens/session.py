@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.heads import Head, check_heads
-from lcc_lens.data import Data
+from lcc_lens.data.datasets import Data
 from lcc_lens.export import ExportReport, export
 from lcc_lens.hooks import HookedModel
 from lcc_lens.injections import Injection, uses_components, uses_heads

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lcc_lens.activations import Places, Site, SiteVisitor, visit_sites
-from lcc_lens.data import TokenSequence, batches
+from lcc_lens.data.datasets import TokenSequence, batches
 from lcc_lens.pair import Pair
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, replace
 
 from lcc_lens.core.errors import InterruptedRun, RequestError
 from lcc_lens.core.heads import Head
-from lcc_lens.data import Data, TokenSequence
+from lcc_lens.data.datasets import Data, TokenSequence
 from lcc_lens.hooks import HookedModel
 from lcc_lens.injections import Ingredients, Injection, build_injection, parse_method, uses_heads
 from lcc_lens.job_data import training_sequences

@@ -23,7 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from lcc_lens.core.errors import LensError
 from lcc_lens.core.files import tensor_names, write_json, write_text
 from lcc_lens.core.heads import Head
-from lcc_lens.data import load_data
+from lcc_lens.data.datasets import load_data
 from lcc_lens.export import export
 from lcc_lens.pair import Pair, load_pair
 from lcc_lens.pruning.anatomy import find_anatomies

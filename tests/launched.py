@@ -9,7 +9,7 @@ from pathlib import Path
 
 from lcc_lens.core.processes import is_first_process, n_processes, process_index
 from lcc_lens.core.progress import tracked_by
-from lcc_lens.data import load_data
+from lcc_lens.data.datasets import load_data
 from lcc_lens.objectives import Objective
 from lcc_lens.offloading import shard_layers
 from lcc_lens.pair import load_pair

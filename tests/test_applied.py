@@ -10,7 +10,7 @@ import torch
 
 from lcc_lens.baselines import adapters
 from lcc_lens.baselines.lofit import SparseGains
-from lcc_lens.data import encode, load_data
+from lcc_lens.data.datasets import encode, load_data
 from lcc_lens.injections import METHODS, Ingredients, build_injection
 from lcc_lens.restoration import Restoration, RestorationRecord
 from lcc_lens.scan import scan

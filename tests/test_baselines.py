@@ -11,7 +11,7 @@ from conftest import build_model, save_model
 from lcc_lens.baselines import adapters, eora, flap, lofit_heads
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.heads import Head
-from lcc_lens.data import encode, load_data
+from lcc_lens.data.datasets import encode, load_data
 from lcc_lens.injections import Composite, Ingredients, build_injection
 from lcc_lens.merging import merging_costs
 from lcc_lens.objectives import Objective

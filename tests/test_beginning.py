@@ -10,7 +10,7 @@ import torch
 
 from lcc_lens import lr_range, recipe, training
 from lcc_lens.baselines.lofit import SparseGains
-from lcc_lens.data import encode, load_data
+from lcc_lens.data.datasets import encode, load_data
 from lcc_lens.injections import Ingredients, build_injection
 from lcc_lens.lr_range import RangeTest, range_test
 from lcc_lens.objectives import Objective

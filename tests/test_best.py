@@ -12,7 +12,7 @@ from lcc_lens import best
 from lcc_lens.cli import run as main
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.files import read_json
-from lcc_lens.data import encode, load_data
+from lcc_lens.data.datasets import encode, load_data
 from lcc_lens.evaluation import sequence_loss
 from lcc_lens.export import export
 from lcc_lens.models import load_plain, load_tokenizer

@@ -15,7 +15,7 @@ from lcc_lens.compare import compare, read_part, summary
 from lcc_lens.compare_config import CompareConfig
 from lcc_lens.core.errors import InterruptedRun, LensError, RequestError
 from lcc_lens.core.files import read_json
-from lcc_lens.data import encode, load_data
+from lcc_lens.data.datasets import encode, load_data
 from lcc_lens.entries import Entry
 from lcc_lens.harness import evaluate_task
 from lcc_lens.models import load_plain, load_tokenizer

@@ -19,13 +19,13 @@ from torch import Tensor
 from lcc_lens import passes, prefix
 from lcc_lens.activations import Places, sampled_positions, visit_sites
 from lcc_lens.contrast import shared_length, visit_pairs
-from lcc_lens.data import Data, TokenSequence, pad
+from lcc_lens.data.batches import encode_pair
+from lcc_lens.data.datasets import Data, TokenSequence, pad
+from lcc_lens.data.prompts import Example
 from lcc_lens.models import load_hooked
 from lcc_lens.pair import load_pair
 from lcc_lens.prefix import Prefix, reuses_cache
 from lcc_lens.scan import scan
-from lcc_lens.sequences import encode_pair
-from lcc_lens.tasks import Example
 
 BASE = {"vocab_size": 257, "bos_token_id": None, "eos_token_id": 0, "pad_token_id": 0, "tie_word_embeddings": False}
 SIZES = {

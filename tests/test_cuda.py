@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from lcc_lens.core.config import compute_dtype, default_device
 from lcc_lens.core.memory import peak_memory
-from lcc_lens.data import load_data
+from lcc_lens.data.datasets import load_data
 from lcc_lens.export import export
 from lcc_lens.models import device_of
 from lcc_lens.pair import Pair, load_pair
@@ -172,7 +172,7 @@ def test_what_a_gpu_restored_in_bfloat16_is_exported_and_verified(
 def test_layers_spread_by_accelerate_give_the_same_losses(
     dense_dir: Path, pruned_dir: Path, question_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from lcc_lens.data import encode
+    from lcc_lens.data.datasets import encode
 
     on(GPU, monkeypatch)
     found = []

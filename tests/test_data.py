@@ -12,7 +12,8 @@ import torch
 from conftest import tiny_tokenizer
 
 from lcc_lens.core.errors import RequestError
-from lcc_lens.data import (
+from lcc_lens.data.batches import TokenSequence
+from lcc_lens.data.datasets import (
     ONE_CLASS,
     Data,
     assert_disjoint,
@@ -24,8 +25,7 @@ from lcc_lens.data import (
     one_class,
     text_blocks,
 )
-from lcc_lens.sequences import TokenSequence
-from lcc_lens.tasks import SOURCES, Example
+from lcc_lens.data.prompts import SOURCES, Example
 
 CHOICES = {"text": ["iron and steel", "iron and zinc", "a cat"], "label": ["A", "B", "C"]}
 RECORDS = {

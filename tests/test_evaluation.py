@@ -12,14 +12,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lcc_lens import data
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.metrics import bootstrap_interval, perplexity, share_recovered, stratified_interval
-from lcc_lens.data import encode, load_data
+from lcc_lens.data.datasets import datasets as data
+from lcc_lens.data.datasets import encode, load_data
+from lcc_lens.data.negatives import with_other_answers
 from lcc_lens.evaluation import check_tasks, evaluate, evaluate_model, sequence_loss, unique_names
 from lcc_lens.harness import evaluate_task
 from lcc_lens.models import load_plain, load_tokenizer
-from lcc_lens.negatives import with_other_answers
 
 BOOLQ = [
     {"passage": f"Story {i} is about a cat.", "question": f"is story {i} about a dog", "answer": bool(i % 2)}

@@ -15,7 +15,7 @@ from torch import Tensor
 from lcc_lens.components import LostComponents
 from lcc_lens.core.errors import LensError, RequestError
 from lcc_lens.core.heads import HeadMap
-from lcc_lens.data import pad
+from lcc_lens.data.datasets import pad
 from lcc_lens.hooks import logits_at, z_adders, z_name
 from lcc_lens.outcome import response_log_likelihood
 from lcc_lens.pair import Pair

@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from lcc_lens.baselines import adapters, eora, flap
 from lcc_lens.core.errors import LensError, RequestError
-from lcc_lens.data import encode, load_data
+from lcc_lens.data.datasets import encode, load_data
 from lcc_lens.export import export
 from lcc_lens.head_writer import HeadWriter
 from lcc_lens.hooked_transformer import checkpoint_of, is_hooked_transformer, make_hooked_transformer

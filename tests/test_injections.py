@@ -14,7 +14,7 @@ from test_contrast import FAMILIES
 
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.heads import Head
-from lcc_lens.data import encode, load_data
+from lcc_lens.data.datasets import encode, load_data
 from lcc_lens.export import export
 from lcc_lens.hooks import z_name
 from lcc_lens.injections import METHODS, Ingredients, build_injection, check_reached

@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM
 
 from lcc_lens.core.errors import LensError, RequestError
 from lcc_lens.core.heads import Head, HeadMap, all_heads, head_indices
-from lcc_lens.data import Data, load_data
+from lcc_lens.data.datasets import Data, load_data
+from lcc_lens.data.prompts import Example
 from lcc_lens.head_writer import HeadWriter
 from lcc_lens.lens import (
     answer_streams,
@@ -27,7 +28,6 @@ from lcc_lens.lens import (
 )
 from lcc_lens.models import load_hooked
 from lcc_lens.readout import Readout
-from lcc_lens.tasks import Example
 
 HEADS = [Head(2, 4), Head(0, 1), Head(1, 3)]
 

@@ -13,13 +13,12 @@ from conftest import tiny_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lcc_lens import negatives
 from lcc_lens.core.errors import LensError, RequestError
 from lcc_lens.core.files import weights_sha256
-from lcc_lens.data import load_data
-from lcc_lens.embedding import embed_texts, load_embedder
-from lcc_lens.negatives import contrast, normalised, with_other_answers
-from lcc_lens.tasks import Example, Item
+from lcc_lens.data.datasets import load_data, negatives
+from lcc_lens.data.negatives import contrast, normalised, with_other_answers
+from lcc_lens.data.prompts import Example, Item
+from lcc_lens.data.sentence_encoder import embed_texts, load_embedder
 
 WORDS = ["iron", "steel", "zinc", "cat", "dog", "sat", "ran", "red", "blue", "the", "of", "a", "hard", "soft", "stone"]
 

@@ -17,7 +17,7 @@ from lcc_lens.cli import run as run_command
 from lcc_lens.core.config import default_device_map, placed
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.heads import Head
-from lcc_lens.data import Data, load_data
+from lcc_lens.data.datasets import Data, load_data
 from lcc_lens.export import export
 from lcc_lens.head_writer import HeadWriter
 from lcc_lens.models import device_of, load_hooked, load_plain

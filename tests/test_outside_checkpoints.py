@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from lcc_lens.cli import run as main_of
 from lcc_lens.core.files import read_json
-from lcc_lens.data import load_data
+from lcc_lens.data.datasets import load_data
 from lcc_lens.export import export
 from lcc_lens.pair import load_pair
 from lcc_lens.recipe import restore

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lcc_lens.core.errors import LensError, RequestError
 from lcc_lens.core.heads import HeadMap
-from lcc_lens.data import TokenSequence, batches, encode_pair, pad
+from lcc_lens.data.datasets import TokenSequence, batches, encode_pair, pad
 from lcc_lens.hooks import logits_at, z_name
 from lcc_lens.outcome import measure, response_log_likelihood
 from lcc_lens.pair import Pair, load_pair

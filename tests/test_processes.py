@@ -16,7 +16,7 @@ import torch
 from lcc_lens.core import processes
 from lcc_lens.core.errors import LensError, RequestError
 from lcc_lens.core.files import read_tensors
-from lcc_lens.data import load_data
+from lcc_lens.data.datasets import load_data
 from lcc_lens.offloading import shard_layers
 from lcc_lens.pair import Pair
 from lcc_lens.restoration import Restoration

@@ -26,7 +26,7 @@ from transformers import (
 
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.heads import HEAD_MAP, Head, HeadMap, read_head_map
-from lcc_lens.data import load_data
+from lcc_lens.data.datasets import load_data
 from lcc_lens.export import export
 from lcc_lens.pair import load_pair
 from lcc_lens.pruning import NofM, PruneConfig, Unstructured, prune

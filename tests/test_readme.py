@@ -11,7 +11,7 @@ import pytest
 
 import lcc_lens
 from lcc_lens.cli import run
-from lcc_lens.tasks import SOURCES
+from lcc_lens.data.prompts import SOURCES
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()

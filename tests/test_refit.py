@@ -16,7 +16,7 @@ from lcc_lens import pruning_jobs, recipe
 from lcc_lens.cli.pruning import Refit
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.files import read_json, read_tensors
-from lcc_lens.data import load_data
+from lcc_lens.data.datasets import load_data
 from lcc_lens.job_data import calibration_tokens, training_sequences
 from lcc_lens.pair import load_pair
 from lcc_lens.pruning import refit as module

@@ -10,7 +10,7 @@ import torch
 from conftest import D_HEAD, N_HEADS, N_LAYERS
 
 from lcc_lens.core.errors import RequestError
-from lcc_lens.data import Data, encode, load_data
+from lcc_lens.data.datasets import Data, encode, load_data
 from lcc_lens.headscores import HeadScores
 from lcc_lens.scan import Scan, scan
 from lcc_lens.selectors import SELECTORS

@@ -12,7 +12,7 @@ from conftest import D_HEAD, build_model, save_model
 
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.heads import Head
-from lcc_lens.data import encode, load_data
+from lcc_lens.data.datasets import encode, load_data
 from lcc_lens.injections import parse_method, uses_heads
 from lcc_lens.models import identity_of, load_hooked
 from lcc_lens.recipe import restore

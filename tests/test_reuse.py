@@ -12,13 +12,13 @@ from conftest import save_model
 from test_contrast import FAMILIES
 
 from lcc_lens.core.heads import Head
-from lcc_lens.data import batches, encode, load_data
+from lcc_lens.data.batches import TokenSequence
+from lcc_lens.data.datasets import batches, encode, load_data
 from lcc_lens.injections import Ingredients, LccInjection, build_injection
 from lcc_lens.kept_states import KeptStates
 from lcc_lens.models import load_hooked
 from lcc_lens.objectives import Objective
 from lcc_lens.reuse import CachedTeacher, StartedLater, _is_product, can_start_later, first_layer, reused
-from lcc_lens.sequences import TokenSequence
 from lcc_lens.training import TrainConfig, train, validation_loss
 
 

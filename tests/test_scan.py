@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.heads import Head
-from lcc_lens.data import TokenSequence, encode, load_data
+from lcc_lens.data.datasets import TokenSequence, encode, load_data
 from lcc_lens.probes import fit_linear_probes, split_pairs
 from lcc_lens.scan import Scan, scan
 from lcc_lens.selectors.linear_probe import ProbeFeatures, score_linear_probe

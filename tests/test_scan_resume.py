@@ -16,7 +16,7 @@ from lcc_lens import passes, scan_work
 from lcc_lens.activations import SITES
 from lcc_lens.core.errors import InterruptedRun, LensError, RequestError
 from lcc_lens.core.progress import tracked_by
-from lcc_lens.data import Data, load_data
+from lcc_lens.data.datasets import Data, load_data
 from lcc_lens.models import load_hooked
 from lcc_lens.pair import Pair, load_pair
 from lcc_lens.scan import UNFINISHED, scan

@@ -13,7 +13,7 @@ from test_contrast import FAMILIES
 from lcc_lens import layerwise
 from lcc_lens.core.errors import LensError, RequestError
 from lcc_lens.core.heads import Head, all_heads
-from lcc_lens.data import encode, load_data
+from lcc_lens.data.datasets import encode, load_data
 from lcc_lens.export import export
 from lcc_lens.hooks import mlp_name, z_name
 from lcc_lens.injections import Ingredients, build_injection

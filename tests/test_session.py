@@ -17,7 +17,7 @@ from conftest import D_HEAD, N_HEADS, N_LAYERS
 import lcc_lens as lcc
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.heads import Head
-from lcc_lens.data import load_data
+from lcc_lens.data.datasets import load_data
 from lcc_lens.job_data import training_sequences
 from lcc_lens.models import load_plain
 from lcc_lens.objectives import Objective

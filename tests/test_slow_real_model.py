@@ -12,7 +12,7 @@ import torch
 
 from lcc_lens.core.config import compute_dtype
 from lcc_lens.core.files import read_json, sha256_file
-from lcc_lens.data import encode, load_data
+from lcc_lens.data.datasets import encode, load_data
 from lcc_lens.demo import DemoConfig, DemoResult, run_demo, texts
 from lcc_lens.embedded import EMBEDDED_SHA256, embedded_model
 from lcc_lens.evaluation import sequence_loss

@@ -10,7 +10,7 @@ from small_sets import write_sets
 from test_cli import call, refused
 
 from lcc_lens.core.errors import RequestError
-from lcc_lens.data import encode, load_data, load_records
+from lcc_lens.data.datasets import encode, load_data, load_records
 from lcc_lens.evaluation import sequence_loss
 from lcc_lens.harness import evaluate_task
 from lcc_lens.models import load_plain, load_tokenizer

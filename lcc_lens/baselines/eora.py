@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lcc_lens.baselines.adapters import AdapterInjection
 from lcc_lens.core.errors import LensError, RequestError
-from lcc_lens.data import TokenSequence, batches
+from lcc_lens.data.datasets import TokenSequence, batches
 from lcc_lens.hooks import HookedModel
 from lcc_lens.injections.weights import layer_maps
 from lcc_lens.models import device_of

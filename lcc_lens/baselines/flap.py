@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lcc_lens.activations import Places, Site, parts_of, visit_sites
 from lcc_lens.core.errors import RequestError
-from lcc_lens.data import TokenSequence, batches
+from lcc_lens.data.datasets import TokenSequence, batches
 from lcc_lens.hooks import HookedModel, NamedHook, adders
 from lcc_lens.injections.base import Injection
 from lcc_lens.injections.footprint import Footprint

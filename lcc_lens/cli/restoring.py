@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Literal
 from lcc_lens.cli.options import DenseModel, Placed, PrunedModel, RunPath, load_role
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.processes import is_first_process
+from lcc_lens.data.prompts import RecoveryTask
 from lcc_lens.selectors import SelectorName
 from lcc_lens.show import show_losses, show_recovery
-from lcc_lens.tasks import RecoveryTask
 
 if TYPE_CHECKING:
-    from lcc_lens.data import Data
+    from lcc_lens.data.datasets import Data
     from lcc_lens.pair import Pair
     from lcc_lens.restoration import Restoration
     from lcc_lens.scan import Scan

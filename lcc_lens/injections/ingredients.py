@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from lcc_lens.components import LostComponents
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.heads import Head
-from lcc_lens.data import TokenSequence
+from lcc_lens.data.datasets import TokenSequence
 from lcc_lens.hooks import HookedModel
 from lcc_lens.injections.constants import Start
 from lcc_lens.pair import Pair

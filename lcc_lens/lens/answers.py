@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lcc_lens.activations import Places
 from lcc_lens.core.errors import LensError, RequestError
-from lcc_lens.data import Data, TokenSequence, batches, encode_pair
+from lcc_lens.data.datasets import Data, TokenSequence, batches, encode_pair
 from lcc_lens.head_writer import HeadWriter
 from lcc_lens.hooks import HookedModel, NamedHook, resid_name
 from lcc_lens.models import device_of

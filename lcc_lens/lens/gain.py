@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lcc_lens.components import LostComponents
 from lcc_lens.core.heads import Head, check_heads
-from lcc_lens.data import Data
+from lcc_lens.data.datasets import Data
 from lcc_lens.head_writer import HeadWriter
 from lcc_lens.hooks import z_name
 from lcc_lens.lens.answers import at_last, contrasts, difference, stderr

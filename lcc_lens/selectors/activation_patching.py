@@ -14,7 +14,7 @@ from torch import Tensor
 from lcc_lens.core.errors import LensError, RequestError
 from lcc_lens.core.heads import Head, all_heads, check_heads
 from lcc_lens.core.progress import track
-from lcc_lens.data import Batch, TokenSequence, batches
+from lcc_lens.data.datasets import Batch, TokenSequence, batches
 from lcc_lens.headscores import HeadScores
 from lcc_lens.pair import Pair
 from lcc_lens.selectors.patched_run import PatchedPositions, PatchedRuns, starts_in_the_middle

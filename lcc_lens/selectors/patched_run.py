@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from lcc_lens.data import Batch
+from lcc_lens.data.datasets import Batch
 from lcc_lens.hooks import HookedModel, HookFunction, NamedHook, logits_at, readers, resid_pre_name, z_name
 from lcc_lens.models import device_of
 from lcc_lens.outcome import Outcome, measure

@@ -12,7 +12,7 @@ from torch import Tensor
 from lcc_lens.components import LostComponents
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.heads import Head
-from lcc_lens.data import TokenSequence
+from lcc_lens.data.datasets import TokenSequence
 from lcc_lens.head_writer import HeadWriter
 from lcc_lens.headscores import HeadScores
 from lcc_lens.pair import Pair

