@@ -37,7 +37,7 @@ from lcc_lens.core.files import write_json
 from lcc_lens.core.progress import tracked_by
 from lcc_lens.data.datasets import load_data
 from lcc_lens.job_data import calibration_tokens
-from lcc_lens.models import resolve
+from lcc_lens.models.loading.references import resolve
 from lcc_lens.pruning import NofM, Unstructured, prune
 
 SEQ_LEN = 512

@@ -44,8 +44,9 @@ from lcc_lens.components import LostComponents
 from lcc_lens.core.config import compute_dtype, default_device
 from lcc_lens.core.files import read_json, read_tensors, write_json
 from lcc_lens.data.datasets import Data, encode_pair, load_data
-from lcc_lens.models import load_tokenizer, resolve
-from lcc_lens.pair import Pair, load_pair
+from lcc_lens.models.loading.hooked import load_tokenizer
+from lcc_lens.models.loading.references import resolve
+from lcc_lens.models.pair import Pair, load_pair
 from lcc_lens.pruning_jobs import prune
 from lcc_lens.scan import Scan, scan
 

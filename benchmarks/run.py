@@ -31,12 +31,14 @@ from lcc_lens.core.files import write_json
 from lcc_lens.core.memory import peak_memory, release_memory
 from lcc_lens.data.datasets import Batch, batches, encode, load_data
 from lcc_lens.demo import passages
-from lcc_lens.evaluation import _batch_nll
 from lcc_lens.export import export
 from lcc_lens.injections import Ingredients, Injection, LccInjection, build_injection
 from lcc_lens.latency import interleaved
-from lcc_lens.models import device_of, load_plain, resolve
-from lcc_lens.pair import Pair, load_pair
+from lcc_lens.models.hooked.losses import _batch_nll
+from lcc_lens.models.hooked.offloading import device_of
+from lcc_lens.models.loading.plain import load_plain
+from lcc_lens.models.loading.references import resolve
+from lcc_lens.models.pair import Pair, load_pair
 from lcc_lens.pruning_jobs import prune
 from lcc_lens.restoration import Restoration, RestorationRecord
 from lcc_lens.scan import Scan, scan

@@ -34,12 +34,12 @@ from lcc_lens.core.files import read_json, write_json
 from lcc_lens.core.metrics import share_recovered
 from lcc_lens.data.datasets import Batch, Data, TokenSequence, batches, encode, load_data
 from lcc_lens.headscores import HeadScores
-from lcc_lens.hooks import HookedModel, NamedHook, logits_at
 from lcc_lens.injections import LccInjection
-from lcc_lens.outcome import measure
-from lcc_lens.pair import Pair, load_pair
+from lcc_lens.models.hooked.forward import forward
+from lcc_lens.models.hooked.hooks import HookedModel, NamedHook, logits_at
+from lcc_lens.models.hooked.losses import measure
+from lcc_lens.models.pair import Pair, load_pair
 from lcc_lens.pruning_jobs import prune
-from lcc_lens.running import forward
 from lcc_lens.scan import Scan, scan
 from lcc_lens.selectors import SELECTORS
 from lcc_lens.training import TrainConfig, train

@@ -44,7 +44,6 @@ if TYPE_CHECKING:
     from lcc_lens.gguf_export import export_gguf as export_gguf
     from lcc_lens.headscores import HeadScores as HeadScores
     from lcc_lens.hub import push_to_hub as push_to_hub
-    from lcc_lens.in_memory import stored_model as stored_model
     from lcc_lens.injections import Composite as Composite
     from lcc_lens.injections import Injection as Injection
     from lcc_lens.injections import LccInjection as LccInjection
@@ -60,10 +59,11 @@ if TYPE_CHECKING:
     from lcc_lens.lens import promoted_tokens as promoted_tokens
     from lcc_lens.lens import relation_to_W_O as relation_to_W_O
     from lcc_lens.lens import save_lens as save_lens
-    from lcc_lens.models import load_hooked as load_hooked
+    from lcc_lens.models.loading.hooked import load_hooked as load_hooked
+    from lcc_lens.models.loading.in_memory import stored_model as stored_model
+    from lcc_lens.models.pair import Pair as Pair
+    from lcc_lens.models.pair import load_pair as load_pair
     from lcc_lens.objectives import Objective as Objective
-    from lcc_lens.pair import Pair as Pair
-    from lcc_lens.pair import load_pair as load_pair
     from lcc_lens.paper_recipes import read_recipe as read_recipe
     from lcc_lens.paper_run import run_recipe as run_recipe
     from lcc_lens.plotting import plot_comparison as plot_comparison

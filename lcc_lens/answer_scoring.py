@@ -13,8 +13,7 @@ from torch import Tensor
 
 from lcc_lens.core.errors import RequestError
 from lcc_lens.data.batches import Batch, TokenSequence, batches
-from lcc_lens.plain_models import logits_where
-from lcc_lens.token_losses import token_nll
+from lcc_lens.models.hooked.losses import logits_where, token_nll
 
 #: A request of lm-eval: its texts, the context's tokens and the answer's.
 Request = tuple[tuple[str, str], list[int], list[int]]

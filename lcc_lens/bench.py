@@ -18,7 +18,6 @@ from lcc_lens.core.heads import Head
 from lcc_lens.core.memory import peak_memory, release_memory
 from lcc_lens.data.datasets import TokenSequence, load_data
 from lcc_lens.entries import ADAPTERS, PERP, REFIT, Entry
-from lcc_lens.hooks import HookedModel
 from lcc_lens.inference_cost import inference_costs, served_as
 from lcc_lens.injections import (
     Ingredients,
@@ -31,11 +30,14 @@ from lcc_lens.injections import (
 )
 from lcc_lens.lr_range import tuned
 from lcc_lens.merging import merging_costs
-from lcc_lens.models import device_of, identify, load_hooked, resolve
-from lcc_lens.pair import Pair, load_pair
+from lcc_lens.models.hooked.hooks import HookedModel
+from lcc_lens.models.hooked.offloading import device_of
+from lcc_lens.models.hooked.sites import CONSTANT_SITES, reading_maps
+from lcc_lens.models.loading.hooked import identify, load_hooked
+from lcc_lens.models.loading.references import resolve
+from lcc_lens.models.pair import Pair, load_pair
 from lcc_lens.pruning.refit import REFIT_RECORD
 from lcc_lens.pruning_jobs import refit
-from lcc_lens.reading_maps import CONSTANT_SITES, reading_maps
 from lcc_lens.restore_checks import check_scan
 from lcc_lens.reuse import CachedTeacher
 from lcc_lens.scan import Scan, scan

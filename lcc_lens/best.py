@@ -10,9 +10,10 @@ from lcc_lens.core.errors import RequestError
 from lcc_lens.core.files import read_json
 from lcc_lens.core.processes import first_process_first
 from lcc_lens.data.datasets import Data
-from lcc_lens.models import identify, resolve
+from lcc_lens.models.loading.hooked import identify
+from lcc_lens.models.loading.references import resolve
+from lcc_lens.models.pair import load_pair
 from lcc_lens.objectives import Objective
-from lcc_lens.pair import load_pair
 from lcc_lens.pruning.refit import REFIT_RECORD
 from lcc_lens.pruning_jobs import REFIT_DATA, REFIT_SAMPLES, refit
 from lcc_lens.recipe import restore

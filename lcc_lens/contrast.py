@@ -9,10 +9,10 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from lcc_lens.activations import Places, Site, SiteVisitor, visit_sites
 from lcc_lens.data.datasets import Batch, TokenSequence, batches
-from lcc_lens.hooks import HookedModel
-from lcc_lens.prefix import Prefix, chosen_rows, go_on, reach, reuses_cache
+from lcc_lens.models.hooked.activations import Places, Site, SiteVisitor, visit_sites
+from lcc_lens.models.hooked.hooks import HookedModel
+from lcc_lens.models.hooked.kv_cache import Prefix, chosen_rows, go_on, reach, reuses_cache
 
 
 def shared_length(right: TokenSequence, wrong: TokenSequence) -> int:

@@ -15,13 +15,15 @@ from lcc_lens.core.files import write_json, write_text
 from lcc_lens.core.metrics import share_recovered
 from lcc_lens.data.datasets import Data, Role, assert_disjoint, encode, load_data, load_records, split_examples
 from lcc_lens.data.prompts import Example
-from lcc_lens.evaluation import sequence_loss
 from lcc_lens.explorer import explore
 from lcc_lens.explorer.token_tables import read_tokens
 from lcc_lens.export import export, model_card
 from lcc_lens.harness import evaluate_task
-from lcc_lens.models import load_plain, load_tokenizer, resolve
-from lcc_lens.pair import load_pair
+from lcc_lens.models.hooked.losses import sequence_loss
+from lcc_lens.models.loading.hooked import load_tokenizer
+from lcc_lens.models.loading.plain import load_plain
+from lcc_lens.models.loading.references import resolve
+from lcc_lens.models.pair import load_pair
 from lcc_lens.pruning_jobs import prune
 from lcc_lens.recipe import restore
 from lcc_lens.scan import scan

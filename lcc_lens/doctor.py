@@ -12,19 +12,18 @@ import torch
 from lcc_lens.core.errors import LensError
 from lcc_lens.core.files import weight_files
 from lcc_lens.core.memory import release_memory
-from lcc_lens.head_writer import HeadWriter
-from lcc_lens.hooks import HookedModel
 from lcc_lens.machine import Machine
-from lcc_lens.models import LoadedModel, load_hooked
-from lcc_lens.pruning.anatomy import LayerAnatomy, find_anatomies
-from lcc_lens.pruning.matrices import find_matrices
+from lcc_lens.models.architecture.anatomy import LayerAnatomy, find_anatomies
+from lcc_lens.models.architecture.bias_slots import find_slots
+from lcc_lens.models.architecture.linear_maps import find_matrices
+from lcc_lens.models.hooked.direct_path import HeadWriter, Readout
+from lcc_lens.models.hooked.forward import fused_attention
+from lcc_lens.models.hooked.hooks import HookedModel
+from lcc_lens.models.hooked.sites import reading_maps
+from lcc_lens.models.loading.hooked import LoadedModel, load_hooked
+from lcc_lens.models.loading.references import resolve
 from lcc_lens.pruning.slicing import allowed_groups, require_sliceable, sliced_config
 from lcc_lens.pruning.slimgpt import Quota
-from lcc_lens.reading_maps import reading_maps
-from lcc_lens.readout import Readout
-from lcc_lens.references import resolve
-from lcc_lens.running import fused_attention
-from lcc_lens.slots import find_slots
 
 #: ``no`` is something that does not work and has another way; ``failed`` a model that nothing here can use.
 Verdict = Literal["yes", "no", "failed"]
@@ -67,7 +66,7 @@ def examine(reference: str | Path) -> Examination:
     Every answer comes from trying: nothing is looked up in a list of families.
 
     Args:
-        reference: see :func:`lcc_lens.references.resolve`.
+        reference: see :func:`lcc_lens.models.loading.references.resolve`.
 
     Returns:
         Findings; a model that cannot be used is one of them, not an error.

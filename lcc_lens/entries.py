@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from lcc_lens.baselines.adapters import AdapterKind
 from lcc_lens.core.errors import RequestError
 from lcc_lens.injections import bias_sites, parse_method, uses_heads
+from lcc_lens.models.hooked.sites import CONSTANT_SITES, ConstantSite
 from lcc_lens.objectives import Objective
-from lcc_lens.reading_maps import CONSTANT_SITES, ConstantSite
 
 CONTROLS = ("dense", "shuffled", "random-heads")
 #: Adapters by name: peft's kind, and the maps that they stand beside.

@@ -7,41 +7,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
-from lcc_lens.core.config import package_version, tokens_per_pass
+from lcc_lens.core.config import package_version
 from lcc_lens.core.errors import RequestError
-from lcc_lens.core.metrics import perplexity
-from lcc_lens.core.progress import track
-from lcc_lens.data.datasets import Batch, Data, TokenSequence, available_splits, batches, encode, load_data
+from lcc_lens.data.datasets import Data, available_splits, encode, load_data
 from lcc_lens.data.prompts import SOURCES
 from lcc_lens.harness import HARNESS_FOLDERS, evaluate_task
-from lcc_lens.models import load_plain, load_tokenizer, resolve
-from lcc_lens.plain_models import logits_where
-from lcc_lens.token_losses import token_nll
+from lcc_lens.models.hooked.losses import sequence_loss
+from lcc_lens.models.loading.hooked import load_tokenizer
+from lcc_lens.models.loading.plain import load_plain
+from lcc_lens.models.loading.references import resolve
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    pass
 
 Scores = dict[str, Any]
-
-
-def sequence_loss(
-    model: PreTrainedModel, sequences: Sequence[TokenSequence], *, batch_tokens: int | None = None
-) -> Scores:
-    """Token-weighted loss of a plain model over the counted tokens of sequences.
-
-    Returns:
-        ``loss`` in nats per token, ``perplexity``, ``tokens`` (counted) and ``sequences``.
-    """
-    total, count = 0.0, 0
-    grouped = batches(sequences, max_tokens=batch_tokens or tokens_per_pass(model.device))
-    with torch.inference_mode():
-        for batch in track(grouped, len(grouped), "loss"):
-            nll = _batch_nll(model, batch)
-            total += float(nll.double().sum())
-            count += len(nll)
-    return {"loss": total / count, "perplexity": perplexity(total, count), "tokens": count, "sequences": len(sequences)}
 
 
 def evaluate_model(
@@ -150,10 +130,3 @@ def _named_loss(data: Data, loss: Scores) -> Scores:
     keys = ("tokens", "sequences")
     named: Scores = {"perplexity": loss["perplexity"]} if data.kind == "text" else {"response_loss": loss["loss"]}
     return {**named, "loss": loss["loss"], **{key: loss[key] for key in keys}, "source": data.source}
-
-
-def _batch_nll(model: PreTrainedModel, batch: Batch) -> Tensor:
-    """Loss of every counted token; only their positions reach the unembedding."""
-    device = model.device
-    logits = logits_where(model, batch.tokens.to(device), batch.is_target().to(device))
-    return token_nll(logits, batch.targets().to(device))

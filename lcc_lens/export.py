@@ -26,23 +26,16 @@ from lcc_lens.core.files import (
 )
 from lcc_lens.core.memory import release_memory
 from lcc_lens.folding import edited_tensors, fold, require_same_weights, shares_values
-from lcc_lens.hooks import HookedModel
-from lcc_lens.joint_slots import JointSlots, find_joint_slots
 from lcc_lens.model_card import model_card
-from lcc_lens.models import (
-    LoadedModel,
-    ModelIdentity,
-    device_of,
-    identify,
-    load_hooked,
-    load_plain,
-    load_tokenizer,
-    resolve,
-)
-from lcc_lens.offloading import each_parameter, entry_device
-from lcc_lens.reading_maps import reading_maps
+from lcc_lens.models.architecture.bias_slots import BiasSlots, find_slots
+from lcc_lens.models.architecture.joint_bias_slots import JointSlots, find_joint_slots
+from lcc_lens.models.hooked.hooks import HookedModel
+from lcc_lens.models.hooked.offloading import device_of, each_parameter, entry_device
+from lcc_lens.models.hooked.sites import reading_maps
+from lcc_lens.models.loading.hooked import LoadedModel, ModelIdentity, identify, load_hooked, load_tokenizer
+from lcc_lens.models.loading.plain import load_plain
+from lcc_lens.models.loading.references import resolve
 from lcc_lens.restoration import Restoration
-from lcc_lens.slots import BiasSlots, find_slots
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -9,8 +9,8 @@ import torch
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.files import read_json
 from lcc_lens.data.datasets import Data, TokenSequence, check_disjoint, encode, text_blocks
-from lcc_lens.models import load_tokenizer
-from lcc_lens.pair import Pair
+from lcc_lens.models.loading.hooked import load_tokenizer
+from lcc_lens.models.pair import Pair
 from lcc_lens.pruning.refit import REFIT_RECORD
 from lcc_lens.scan import Scan
 

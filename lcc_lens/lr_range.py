@@ -11,8 +11,8 @@ from typing import Any
 
 from lcc_lens.core.progress import track
 from lcc_lens.data.datasets import TokenSequence
-from lcc_lens.hooks import HookedModel
 from lcc_lens.injections.base import Injection
+from lcc_lens.models.hooked.hooks import HookedModel
 from lcc_lens.reuse import CachedTeacher
 from lcc_lens.training import TrainConfig, train, validation_loss
 

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from lcc_lens.core.errors import RequestError
 from lcc_lens.data.datasets import Batch, TokenSequence
-from lcc_lens.hooks import HookedModel, logits_at, z_readers
-from lcc_lens.models import device_of
-from lcc_lens.running import forward
-from lcc_lens.token_losses import token_divergence, token_nll
+from lcc_lens.models.hooked.forward import forward
+from lcc_lens.models.hooked.hooks import HookedModel, logits_at, z_readers
+from lcc_lens.models.hooked.losses import token_divergence, token_nll
+from lcc_lens.models.hooked.offloading import device_of
 
 _NAMES = ("response", "distillation", "heads", "text")
 
@@ -206,7 +206,7 @@ def run_model(
         hooks: of an injection.
         with_logits: whether to compute logits, at the counted positions only.
         with_z: whether to keep head outputs there.
-        recompute: see :func:`~lcc_lens.running.forward`.
+        recompute: see :func:`~lcc_lens.models.hooked.forward.forward`.
     """
     device = device_of(model)
     mask, z = mask.to(device), {}

@@ -13,7 +13,7 @@ from lcc_lens.compare_config import CompareConfig
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.files import read_json
 from lcc_lens.entries import Entry
-from lcc_lens.pruning.masks import Unstructured, parse_pattern
+from lcc_lens.models.architecture.sparsity_patterns import Unstructured, parse_pattern
 from lcc_lens.pruning.settings import Method, PruneConfig
 
 Status = Literal["not run at size", "run at size"]

@@ -10,13 +10,13 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from lcc_lens.activations import Places, Positions, Site, parts_of, sampled_positions
 from lcc_lens.contrast import visit_pairs
 from lcc_lens.data.datasets import Batch, TokenSequence, batches
-from lcc_lens.hooks import HookedModel
-from lcc_lens.models import device_of
-from lcc_lens.pair import Pair
-from lcc_lens.prefix import Prefix
+from lcc_lens.models.hooked.activations import Places, Positions, Site, parts_of, sampled_positions
+from lcc_lens.models.hooked.hooks import HookedModel
+from lcc_lens.models.hooked.kv_cache import Prefix
+from lcc_lens.models.hooked.offloading import device_of
+from lcc_lens.models.pair import Pair
 from lcc_lens.statistics import RunningDifferences
 
 #: Examples of one shard where few positions count: enough to sort them by length once more for the pruned model.

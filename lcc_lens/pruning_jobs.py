@@ -12,10 +12,10 @@ from lcc_lens.core.config import compute_dtype, default_device
 from lcc_lens.core.errors import RequestError
 from lcc_lens.data.datasets import Data, load_data
 from lcc_lens.job_data import calibration_tokens, recorded_groups
-from lcc_lens.models import resolve
+from lcc_lens.models.architecture.sparsity_patterns import Pattern, Unstructured
+from lcc_lens.models.loading.references import resolve
 from lcc_lens.pruning import parse_pattern
 from lcc_lens.pruning import prune as prune_checkpoint
-from lcc_lens.pruning.masks import Pattern, Unstructured
 from lcc_lens.pruning.pruners import Choice, Split
 from lcc_lens.pruning.refit import REFIT_RECORD, RefitConfig
 from lcc_lens.pruning.refit import refit as refit_checkpoint

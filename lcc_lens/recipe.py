@@ -13,7 +13,6 @@ from lcc_lens.core.heads import Head
 from lcc_lens.core.processes import wait_for_all
 from lcc_lens.core.progress import track
 from lcc_lens.data.datasets import Data, TokenSequence
-from lcc_lens.evaluation import sequence_loss
 from lcc_lens.injections import (
     Ingredients,
     Start,
@@ -23,8 +22,10 @@ from lcc_lens.injections import (
 )
 from lcc_lens.job_data import training_sequences
 from lcc_lens.lr_range import range_test
-from lcc_lens.models import load_plain, resolve
-from lcc_lens.pair import Pair
+from lcc_lens.models.hooked.losses import sequence_loss
+from lcc_lens.models.loading.plain import load_plain
+from lcc_lens.models.loading.references import resolve
+from lcc_lens.models.pair import Pair
 from lcc_lens.restoration import Restoration, RestorationRecord
 from lcc_lens.restore_checks import check_request, refuse_both_models, require_slots
 from lcc_lens.run_folder import Beginning, RunFolder

@@ -12,9 +12,9 @@ from lcc_lens.core.config import compute_dtype, default_device, package_version
 from lcc_lens.core.errors import RequestError
 from lcc_lens.evaluation import unique_names
 from lcc_lens.latency import DECODE_PROMPT
-from lcc_lens.models import resolve
+from lcc_lens.models.architecture.zeros import ZeroPattern, compare_zeros, zero_pattern
+from lcc_lens.models.loading.references import resolve
 from lcc_lens.pruning.compression import compressed_size, matrix_sizes
-from lcc_lens.pruning.zeros import ZeroPattern, compare_zeros, zero_pattern
 from lcc_lens.speed import SpeedConfig, measure_speed, require_context
 
 Entry = dict[str, Any]
@@ -34,7 +34,7 @@ def report(
     their rounds are interleaved; they run in plain transformers, all in one format.
 
     Args:
-        references: model references (see :func:`lcc_lens.models.resolve`), the dense one best first.
+        references: model references (see :func:`lcc_lens.models.loading.references.resolve`), the dense one best first.
         latency: whether to load the models and time them; else every time is ``None`` and ``ratios`` empty.
         repeats: timed rounds.
         prompt_tokens: tokens of the forward pass that ``prefill_ms`` times.

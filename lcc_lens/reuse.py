@@ -14,13 +14,13 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from lcc_lens.data.datasets import Batch
-from lcc_lens.hooks import HookedModel, before_unembed, logits_at
 from lcc_lens.injections.base import Injection
 from lcc_lens.kept_states import KeptStates
-from lcc_lens.models import device_of
+from lcc_lens.models.hooked.forward import forward
+from lcc_lens.models.hooked.hooks import HookedModel, before_unembed, logits_at
+from lcc_lens.models.hooked.offloading import device_of
+from lcc_lens.models.hooked.self_checks import probe_tokens
 from lcc_lens.objectives import Outputs, Source, run_model
-from lcc_lens.running import forward
-from lcc_lens.wiring import probe_tokens
 
 _LAYER = re.compile(r"\.(\d+)\.")
 #: How far reused results may lie from a whole pass, relative to the largest.
@@ -61,7 +61,7 @@ class StartedLater(Source):
         model: the hooked model; what is injected must leave the layers below ``layer`` alone.
         layer: where to start.
         kept: where residual streams are kept.
-        recompute: see :func:`~lcc_lens.running.forward`.
+        recompute: see :func:`~lcc_lens.models.hooked.forward.forward`.
     """
 
     def __init__(
@@ -99,7 +99,7 @@ def reused(
         model: the hooked model.
         injection: what will act on it.
         kept: what an earlier call gave for this model, which is used again where it starts at the same layer.
-        recompute: see :func:`~lcc_lens.running.forward`.
+        recompute: see :func:`~lcc_lens.models.hooked.forward.forward`.
     """
     layer = first_layer(injection)
     if kept is not None and (kept.layer, kept.recompute) == (layer, recompute):

@@ -16,7 +16,7 @@ from lcc_lens.core.files import disk_errors, read_json, write_json, write_text
 from lcc_lens.core.metrics import share_recovered
 from lcc_lens.core.processes import is_first_process
 from lcc_lens.lr_range import RangeTest
-from lcc_lens.pair import Pair
+from lcc_lens.models.pair import Pair
 from lcc_lens.restoration import Restoration
 from lcc_lens.training import Step
 

@@ -9,18 +9,18 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import cast
 
-from lcc_lens.activations import SITES, Positions, Site, check_sites
 from lcc_lens.core.config import tokens_per_pass
 from lcc_lens.core.errors import InterruptedRun, RequestError
 from lcc_lens.core.heads import Head, HeadMap
 from lcc_lens.core.processes import first_process_first, is_first_process, n_processes, wait_for_all
 from lcc_lens.core.progress import track
 from lcc_lens.data.datasets import Data
-from lcc_lens.models import device_of
-from lcc_lens.pair import Pair
+from lcc_lens.models.architecture.sparsity_patterns import common_pattern
+from lcc_lens.models.architecture.zeros import matrix_zeros, share_of_zeros
+from lcc_lens.models.hooked.activations import SITES, Positions, Site, check_sites
+from lcc_lens.models.hooked.offloading import device_of
+from lcc_lens.models.pair import Pair
 from lcc_lens.passes import ScanPlan
-from lcc_lens.pruning.report import common_pattern
-from lcc_lens.pruning.zeros import matrix_zeros, share_of_zeros
 from lcc_lens.scan_request import checked_length, pair_sequences, possible_selectors
 from lcc_lens.scan_state import ScanState
 from lcc_lens.scan_work import ScanWork

@@ -9,7 +9,7 @@ import torch
 
 from lcc_lens.core.errors import RequestError
 from lcc_lens.data.datasets import ONE_CLASS, Data, TokenSequence, encode, encode_pair, one_class
-from lcc_lens.pair import Pair
+from lcc_lens.models.pair import Pair
 from lcc_lens.selectors import SelectorName
 from lcc_lens.selectors.linear_probe import MIN_PAIRS
 from lcc_lens.selectors.registry import CHEAP, NEED_MODELS, NEED_PAIRS

@@ -13,9 +13,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from lcc_lens.activations import Site
 from lcc_lens.core.errors import LensError, RequestError
 from lcc_lens.core.files import read_tensors, write_tensors
+from lcc_lens.models.hooked.activations import Site
 from lcc_lens.selectors.linear_probe import LayerFeatures
 from lcc_lens.statistics import RunningDifferences
 

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from lcc_lens.activations import Site
 from lcc_lens.core.memory import trim_heap
 from lcc_lens.core.processes import is_first_process, own_part
-from lcc_lens.pair import Pair
+from lcc_lens.models.hooked.activations import Site
+from lcc_lens.models.pair import Pair
 from lcc_lens.passes import ScanPlan, dense_pass, pruned_pass, running_sums
 from lcc_lens.scan_state import ScanState
 from lcc_lens.selectors.linear_probe import LayerFeatures

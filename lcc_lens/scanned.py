@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any, cast
 from jaxtyping import Float
 from torch import Tensor
 
-from lcc_lens.activations import Positions, Site
 from lcc_lens.components import LostComponents
 from lcc_lens.core.config import package_version
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.files import read_json, read_tensors, sha256_file, write_json, write_tensors
 from lcc_lens.core.heads import Head, HeadMap, all_heads, check_heads, head_indices
 from lcc_lens.headscores import HeadScores
+from lcc_lens.models.hooked.activations import Positions, Site
 from lcc_lens.selectors import SELECTORS, SelectorName
 from lcc_lens.selectors.mse import score_mse
 from lcc_lens.selectors.random import score_random

@@ -9,15 +9,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lcc_lens.activations import parts_of
 from lcc_lens.core.errors import LensError, RequestError
 from lcc_lens.core.heads import Head, check_heads
 from lcc_lens.core.progress import track
 from lcc_lens.data.datasets import TokenSequence, batches
-from lcc_lens.hooks import HookedModel, NamedHook
-from lcc_lens.layerwise import LayerWalk
-from lcc_lens.pair import Pair
-from lcc_lens.reading_maps import CONSTANT_SITES, ConstantSite, site_adders, site_readers
+from lcc_lens.models.hooked.activations import parts_of
+from lcc_lens.models.hooked.hooks import HookedModel, NamedHook
+from lcc_lens.models.hooked.layer_walk import LayerWalk
+from lcc_lens.models.hooked.sites import CONSTANT_SITES, ConstantSite, site_adders, site_readers
+from lcc_lens.models.pair import Pair
 
 
 def sequential_means(

@@ -17,10 +17,10 @@ from lcc_lens.core.errors import RequestError
 from lcc_lens.core.heads import Head, check_heads
 from lcc_lens.data.datasets import Data
 from lcc_lens.export import ExportReport, export
-from lcc_lens.hooks import HookedModel
 from lcc_lens.injections import Injection, uses_components, uses_heads
+from lcc_lens.models.hooked.hooks import HookedModel
+from lcc_lens.models.pair import Pair
 from lcc_lens.objectives import Objective
-from lcc_lens.pair import Pair
 from lcc_lens.reshaping import keep_learned
 from lcc_lens.restoration import Restoration
 from lcc_lens.restore_checks import refuse_removed

@@ -14,8 +14,8 @@ from lcc_lens.core.config import compute_dtype, default_device
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.progress import track
 from lcc_lens.latency import DECODE_PROMPT, interleaved, median_interval, spread_tokens, time_decode, time_prefill
-from lcc_lens.models import load_plain
-from lcc_lens.pruning.layers import read_config
+from lcc_lens.models.architecture.layers import read_config
+from lcc_lens.models.loading.plain import load_plain
 from lcc_lens.pruning.semi_structured import require_kernels, to_semi_structured
 
 Durations = dict[str, list[float]]

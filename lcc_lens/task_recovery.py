@@ -12,15 +12,18 @@ from lcc_lens.core.files import read_json, write_json
 from lcc_lens.core.metrics import bootstrap_interval, share_recovered, stratified_interval
 from lcc_lens.data.datasets import Data, TokenSequence, encode, load_data, load_records, split_examples
 from lcc_lens.data.prompts import SOURCES, Record, RecoveryTask
-from lcc_lens.evaluation import check_tasks, sequence_loss
+from lcc_lens.evaluation import check_tasks
 from lcc_lens.harness import evaluate_task
-from lcc_lens.hooks import HookedModel
-from lcc_lens.models import load_plain, load_tokenizer, resolve
-from lcc_lens.pair import Pair
-from lcc_lens.plain_modules import plain_carrier
+from lcc_lens.models.hooked.forward import fused_attention
+from lcc_lens.models.hooked.hooks import HookedModel
+from lcc_lens.models.hooked.losses import sequence_loss
+from lcc_lens.models.hooked.weights import plain_carrier
+from lcc_lens.models.loading.hooked import load_tokenizer
+from lcc_lens.models.loading.plain import load_plain
+from lcc_lens.models.loading.references import resolve
+from lcc_lens.models.pair import Pair
 from lcc_lens.restoration import Restoration
 from lcc_lens.run_folder import RUN_METRICS
-from lcc_lens.running import fused_attention
 
 RECOVERY_TASKS: tuple[str, ...] = get_args(RecoveryTask)
 #: What a task's recovery takes if nothing else is said: the paper's 100 to 200 examples, three times.

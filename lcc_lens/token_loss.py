@@ -10,9 +10,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lcc_lens.activations import Places, Site, SiteVisitor, visit_sites
 from lcc_lens.data.datasets import TokenSequence, batches
-from lcc_lens.pair import Pair
+from lcc_lens.models.hooked.activations import Places, Site, SiteVisitor, visit_sites
+from lcc_lens.models.pair import Pair
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -13,9 +13,9 @@ from lcc_lens.core.errors import InterruptedRun
 from lcc_lens.core.interruption import Interruption
 from lcc_lens.core.processes import is_first_process, n_processes, own_part, summed
 from lcc_lens.data.datasets import TokenSequence, batches
-from lcc_lens.hooks import HookedModel
 from lcc_lens.injections.base import Injection
-from lcc_lens.models import device_of
+from lcc_lens.models.hooked.hooks import HookedModel
+from lcc_lens.models.hooked.offloading import device_of
 from lcc_lens.objectives import Recomputed, Source
 from lcc_lens.reuse import CachedTeacher, reused
 from lcc_lens.train_config import Step, TrainConfig

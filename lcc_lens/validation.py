@@ -11,9 +11,9 @@ from torch import Tensor
 from lcc_lens.core.config import tokens_per_pass
 from lcc_lens.core.processes import own_part, summed
 from lcc_lens.data.datasets import Batch, TokenSequence, batches
-from lcc_lens.hooks import HookedModel
 from lcc_lens.injections.base import Injection
-from lcc_lens.models import device_of
+from lcc_lens.models.hooked.hooks import HookedModel
+from lcc_lens.models.hooked.offloading import device_of
 from lcc_lens.objectives import Objective, Source
 
 

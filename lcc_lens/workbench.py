@@ -8,11 +8,11 @@ from dataclasses import asdict, dataclass, replace
 from lcc_lens.core.errors import InterruptedRun, RequestError
 from lcc_lens.core.heads import Head
 from lcc_lens.data.datasets import Data, TokenSequence
-from lcc_lens.hooks import HookedModel
 from lcc_lens.injections import Ingredients, Injection, build_injection, parse_method, uses_heads
 from lcc_lens.job_data import training_sequences
+from lcc_lens.models.hooked.hooks import HookedModel
+from lcc_lens.models.pair import Pair
 from lcc_lens.objectives import Source
-from lcc_lens.pair import Pair
 from lcc_lens.restoration import RestorationRecord
 from lcc_lens.restore_checks import check_scan, require_slots
 from lcc_lens.reuse import CachedTeacher, StartedLater, reused

@@ -110,7 +110,7 @@ def question_file(folder: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def pair(dense_dir: Path, pruned_dir: Path):
-    from lcc_lens.pair import load_pair
+    from lcc_lens.models.pair import load_pair
 
     return load_pair(dense_dir, pruned_dir)
 

@@ -10,9 +10,9 @@ from pathlib import Path
 from lcc_lens.core.processes import is_first_process, n_processes, process_index
 from lcc_lens.core.progress import tracked_by
 from lcc_lens.data.datasets import load_data
+from lcc_lens.models.hooked.offloading import shard_layers
+from lcc_lens.models.pair import load_pair
 from lcc_lens.objectives import Objective
-from lcc_lens.offloading import shard_layers
-from lcc_lens.pair import load_pair
 from lcc_lens.recipe import restore
 from lcc_lens.restoration import Restoration
 from lcc_lens.scan import Scan, scan

@@ -10,7 +10,8 @@ from lm_eval.models.huggingface import HFLM
 
 from lcc_lens.answer_scoring import AnswerScorer
 from lcc_lens.core.errors import RequestError
-from lcc_lens.models import load_plain, load_tokenizer
+from lcc_lens.models.loading.hooked import load_tokenizer
+from lcc_lens.models.loading.plain import load_plain
 
 #: Contexts and answers as lm-eval hands them over: of several lengths, shared ones, one longer than the limit.
 LIMIT = 24

@@ -19,8 +19,9 @@ from lcc_lens.core.errors import RequestError
 from lcc_lens.core.files import read_json, write_json
 from lcc_lens.export import export
 from lcc_lens.injections.changes import Shift
-from lcc_lens.models import load_hooked, load_plain
-from lcc_lens.references import resolve
+from lcc_lens.models.loading.hooked import load_hooked
+from lcc_lens.models.loading.plain import load_plain
+from lcc_lens.models.loading.references import resolve
 from lcc_lens.restoration import Restoration
 
 #: peft asks a model of transformers by the old name.

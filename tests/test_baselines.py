@@ -14,13 +14,13 @@ from lcc_lens.core.heads import Head
 from lcc_lens.data.datasets import encode, load_data
 from lcc_lens.injections import Composite, Ingredients, build_injection
 from lcc_lens.merging import merging_costs
+from lcc_lens.models.hooked.forward import fused_attention
+from lcc_lens.models.hooked.sites import reading_maps
+from lcc_lens.models.hooked.weights import plain_modules
+from lcc_lens.models.pair import load_pair
 from lcc_lens.objectives import Objective
-from lcc_lens.pair import load_pair
-from lcc_lens.plain_modules import plain_modules
 from lcc_lens.pruning_jobs import prune
-from lcc_lens.reading_maps import reading_maps
 from lcc_lens.restoration import Restoration, RestorationRecord
-from lcc_lens.running import fused_attention
 from lcc_lens.training import TrainConfig, train, validation_loss
 
 TOKENS = torch.arange(12)[None]

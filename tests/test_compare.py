@@ -18,7 +18,8 @@ from lcc_lens.core.files import read_json
 from lcc_lens.data.datasets import encode, load_data
 from lcc_lens.entries import Entry
 from lcc_lens.harness import evaluate_task
-from lcc_lens.models import load_plain, load_tokenizer
+from lcc_lens.models.loading.hooked import load_tokenizer
+from lcc_lens.models.loading.plain import load_plain
 from lcc_lens.objectives import Objective
 from lcc_lens.pruning_jobs import prune
 from lcc_lens.scan import Scan

@@ -13,18 +13,19 @@ import transformers as hf
 from conftest import N_HEADS, build_model, save_model, tiny_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lcc_lens.models.loading.hooked.hooked import kv_cache as prefix
 from reference import head_outputs
 from torch import Tensor
 
-from lcc_lens import passes, prefix
-from lcc_lens.activations import Places, sampled_positions, visit_sites
+from lcc_lens import passes
 from lcc_lens.contrast import shared_length, visit_pairs
 from lcc_lens.data.batches import encode_pair
 from lcc_lens.data.datasets import Data, TokenSequence, pad
 from lcc_lens.data.prompts import Example
-from lcc_lens.models import load_hooked
-from lcc_lens.pair import load_pair
-from lcc_lens.prefix import Prefix, reuses_cache
+from lcc_lens.models.hooked.activations import Places, sampled_positions, visit_sites
+from lcc_lens.models.hooked.kv_cache import Prefix, reuses_cache
+from lcc_lens.models.loading.hooked import load_hooked
+from lcc_lens.models.pair import load_pair
 from lcc_lens.scan import scan
 
 BASE = {"vocab_size": 257, "bos_token_id": None, "eos_token_id": 0, "pad_token_id": 0, "tie_word_embeddings": False}

@@ -14,12 +14,12 @@ import pytest
 import torch
 
 from lcc_lens import passes, scan_work
-from lcc_lens.activations import SITES
 from lcc_lens.cli import run as run_command
 from lcc_lens.core import processes
 from lcc_lens.core.errors import LensError, RequestError
 from lcc_lens.data.datasets import Data, load_data
-from lcc_lens.pair import Pair, load_pair
+from lcc_lens.models.hooked.activations import SITES
+from lcc_lens.models.pair import Pair, load_pair
 from lcc_lens.scan import UNFINISHED, Scan, scan
 from lcc_lens.scan_state import ScanState
 

@@ -12,7 +12,7 @@ from conftest import build_model, save_model
 from lcc_lens import doctor
 from lcc_lens.doctor import Examination, examine
 from lcc_lens.machine import Machine
-from lcc_lens.slots import find_slots
+from lcc_lens.models.architecture.bias_slots import find_slots
 
 
 def said(found: Examination) -> dict[str, tuple[str, str]]:

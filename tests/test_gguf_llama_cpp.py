@@ -14,9 +14,9 @@ from conformance import FAMILIES, HEADS
 from test_export import restoration_of
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from lcc_lens.embedded import embedded_gguf
 from lcc_lens.export import export
 from lcc_lens.gguf_export import FOLDER_VARIABLE, export_gguf
+from lcc_lens.models.loading.gguf import embedded_gguf
 
 LLAMA_CPP = os.environ.get(FOLDER_VARIABLE)
 

@@ -16,9 +16,9 @@ from lcc_lens.components import LostComponents
 from lcc_lens.core.errors import LensError, RequestError
 from lcc_lens.core.heads import HeadMap
 from lcc_lens.data.datasets import pad
-from lcc_lens.hooks import logits_at, z_adders, z_name
-from lcc_lens.outcome import response_log_likelihood
-from lcc_lens.pair import Pair
+from lcc_lens.models.hooked.hooks import logits_at, z_adders, z_name
+from lcc_lens.models.hooked.losses import response_log_likelihood
+from lcc_lens.models.pair import Pair
 from lcc_lens.selectors.attribution_patching import score_attribution_patching
 from lcc_lens.selectors.backward import ResponseGradients, response_gradients
 from lcc_lens.selectors.gradient import score_gradient

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from lcc_lens.models.architecture.linear_maps import find_matrices
 from lcc_lens.pruning import guide as module
 from lcc_lens.pruning.guide import Guide
-from lcc_lens.pruning.matrices import find_matrices
 from lcc_lens.pruning.refit import RefitConfig, refit
 from lcc_lens.pruning.stream import LayerStream
 

@@ -18,13 +18,12 @@ from lcc_lens.baselines import adapters, eora, flap
 from lcc_lens.core.errors import LensError, RequestError
 from lcc_lens.data.datasets import encode, load_data
 from lcc_lens.export import export
-from lcc_lens.head_writer import HeadWriter
-from lcc_lens.hooked_transformer import checkpoint_of, is_hooked_transformer, make_hooked_transformer
-from lcc_lens.models import load_hooked, load_tokenizer
-from lcc_lens.pair import Pair, load_pair
-from lcc_lens.readout import Readout
+from lcc_lens.models.hooked.direct_path import HeadWriter, Readout
+from lcc_lens.models.hooked.forward import can_fuse
+from lcc_lens.models.hooked.hooked_transformer import checkpoint_of, is_hooked_transformer, make_hooked_transformer
+from lcc_lens.models.loading.hooked import load_hooked, load_tokenizer
+from lcc_lens.models.pair import Pair, load_pair
 from lcc_lens.recipe import restore
-from lcc_lens.running import can_fuse
 from lcc_lens.scan import Scan, scan
 from lcc_lens.side_by_side import generate
 from lcc_lens.train_config import TrainConfig
@@ -303,7 +302,7 @@ def test_what_it_does_not_compute_is_refused(kind: str, settings: Any, message: 
 
 @needs_it
 def test_one_that_was_not_loaded_here_is_refused(dense_dir: Path) -> None:
-    from lcc_lens.reading_maps import reading_maps
+    from lcc_lens.models.hooked.sites import reading_maps
 
     path = save("gpt_neox", FAMILIES["gpt_neox"][1], dense_dir.parent / "own")
     with pytest.raises(RequestError, match="got one that was not checked against its checkpoint"):

@@ -16,7 +16,6 @@ from lcc_lens.core.errors import LensError, RequestError
 from lcc_lens.core.heads import Head, HeadMap, all_heads, head_indices
 from lcc_lens.data.datasets import Data, load_data
 from lcc_lens.data.prompts import Example
-from lcc_lens.head_writer import HeadWriter
 from lcc_lens.lens import (
     answer_streams,
     component_similarity,
@@ -26,8 +25,8 @@ from lcc_lens.lens import (
     promoted_tokens,
     relation_to_W_O,
 )
-from lcc_lens.models import load_hooked
-from lcc_lens.readout import Readout
+from lcc_lens.models.hooked.direct_path import HeadWriter, Readout
+from lcc_lens.models.loading.hooked import load_hooked
 
 HEADS = [Head(2, 4), Head(0, 1), Head(1, 3)]
 

@@ -17,7 +17,6 @@ from lcc_lens.core.errors import RequestError
 from lcc_lens.core.heads import Head
 from lcc_lens.data.datasets import encode, load_data
 from lcc_lens.export import export
-from lcc_lens.hooks import NamedHook, mlp_name, readers
 from lcc_lens.injections import (
     METHODS,
     Footprint,
@@ -32,14 +31,16 @@ from lcc_lens.injections import (
     scanned_sites,
 )
 from lcc_lens.merging import merging_costs
-from lcc_lens.models import load_hooked, load_plain
-from lcc_lens.pair import load_pair
+from lcc_lens.models.architecture.bias_slots import find_slots
+from lcc_lens.models.hooked.hooks import NamedHook, mlp_name, readers
+from lcc_lens.models.hooked.sites import mlp_width, reading_maps
+from lcc_lens.models.loading.hooked import load_hooked
+from lcc_lens.models.loading.plain import load_plain
+from lcc_lens.models.pair import load_pair
 from lcc_lens.pruning_jobs import prune
-from lcc_lens.reading_maps import mlp_width, reading_maps
 from lcc_lens.recipe import restore
 from lcc_lens.restoration import Restoration, RestorationRecord
 from lcc_lens.scan import Scan, scan
-from lcc_lens.slots import find_slots
 from lcc_lens.training import TrainConfig
 
 TOKENS = torch.arange(12)[None]

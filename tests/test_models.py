@@ -12,18 +12,20 @@ from typing import Any
 import pytest
 import torch
 from conftest import D_HEAD, N_HEADS, N_LAYERS, build_model, save_model
+from lcc_lens.models.loading.hooked.loading import hooked as models
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
-from lcc_lens import models
 from lcc_lens.core.errors import LensError, RequestError
 from lcc_lens.core.files import sha256_file, weights_sha256
-from lcc_lens.embedded import converted
-from lcc_lens.hooks import logits_at
-from lcc_lens.models import load_hooked, load_plain, load_tokenizer, resolve
-from lcc_lens.pair import load_pair
+from lcc_lens.models.hooked.hooks import logits_at
+from lcc_lens.models.loading.gguf import converted
+from lcc_lens.models.loading.hooked import load_hooked, load_tokenizer
+from lcc_lens.models.loading.plain import load_plain
+from lcc_lens.models.loading.references import resolve
+from lcc_lens.models.pair import load_pair
 
 
 def test_hooked_model_equals_plain_transformers(dense_dir: Path) -> None:

@@ -19,12 +19,20 @@ from lcc_lens.core.errors import RequestError
 from lcc_lens.core.heads import Head
 from lcc_lens.data.datasets import Data, load_data
 from lcc_lens.export import export
-from lcc_lens.head_writer import HeadWriter
-from lcc_lens.models import device_of, load_hooked, load_plain
+from lcc_lens.models.hooked.direct_path import HeadWriter
+from lcc_lens.models.hooked.offloading import (
+    device_of,
+    each_parameter,
+    entry_device,
+    placement,
+    require_in_memory,
+    weight_in_memory,
+)
+from lcc_lens.models.hooked.weights import map_weight
+from lcc_lens.models.loading.hooked import load_hooked
+from lcc_lens.models.loading.plain import load_plain
+from lcc_lens.models.pair import Pair, load_pair
 from lcc_lens.objectives import Objective
-from lcc_lens.offloading import each_parameter, entry_device, placement, require_in_memory, weight_in_memory
-from lcc_lens.pair import Pair, load_pair
-from lcc_lens.plain_modules import map_weight
 from lcc_lens.pruning.stream import LayerStream
 from lcc_lens.pruning_jobs import prune
 from lcc_lens.recipe import restore

@@ -14,9 +14,9 @@ from torch import Tensor
 from lcc_lens.core.errors import LensError, RequestError
 from lcc_lens.core.heads import HeadMap
 from lcc_lens.data.datasets import TokenSequence, batches, encode_pair, pad
-from lcc_lens.hooks import logits_at, z_name
-from lcc_lens.outcome import measure, response_log_likelihood
-from lcc_lens.pair import Pair, load_pair
+from lcc_lens.models.hooked.hooks import logits_at, z_name
+from lcc_lens.models.hooked.losses import measure, response_log_likelihood
+from lcc_lens.models.pair import Pair, load_pair
 from lcc_lens.selectors import patched_run
 from lcc_lens.selectors.activation_patching import patching_effects, score_activation_patching
 from lcc_lens.selectors.patched_run import PatchedRuns, starts_in_the_middle

@@ -17,8 +17,8 @@ from lcc_lens.core import processes
 from lcc_lens.core.errors import LensError, RequestError
 from lcc_lens.core.files import read_tensors
 from lcc_lens.data.datasets import load_data
-from lcc_lens.offloading import shard_layers
-from lcc_lens.pair import Pair
+from lcc_lens.models.hooked.offloading import shard_layers
+from lcc_lens.models.pair import Pair
 from lcc_lens.restoration import Restoration
 from lcc_lens.scan import Scan, scan
 

@@ -25,8 +25,8 @@ from transformers.pytorch_utils import Conv1D
 from lcc_lens.core.errors import LensError, RequestError
 from lcc_lens.core.files import sha256_file
 from lcc_lens.core.progress import tracked_by
+from lcc_lens.models.architecture.linear_maps import find_matrices
 from lcc_lens.pruning import NofM, Pattern, Unstructured, detect_pattern, keep_mask, prune
-from lcc_lens.pruning.matrices import find_matrices
 
 SHAPE = {"hidden_size": 20, "intermediate_size": 44, "num_hidden_layers": 3, "vocab_size": 60}
 # Weights large enough that pruning one layer visibly changes what the next one reads.

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lcc_lens.core.errors import RequestError
+from lcc_lens.models.architecture.sparsity_patterns import common_pattern, require_fit
 from lcc_lens.pruning import (
     NofM,
     Unstructured,
@@ -19,8 +20,6 @@ from lcc_lens.pruning import (
     sparsity,
     wanda_score,
 )
-from lcc_lens.pruning.masks import require_fit
-from lcc_lens.pruning.report import common_pattern
 
 laws = settings(max_examples=60, deadline=None)
 ratios = st.floats(0, 1, exclude_max=True)

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig, ViTConfig
 
 from lcc_lens.core.errors import DiskFullError, LensError, RequestError
+from lcc_lens.models.architecture.layers import decoder_layers
+from lcc_lens.models.architecture.linear_maps import Matrix
 from lcc_lens.pruning import NofM, Pattern, PruneConfig, Unstructured, prune
-from lcc_lens.pruning.layers import decoder_layers
-from lcc_lens.pruning.matrices import Matrix
 from lcc_lens.pruning.pruners import MagnitudePruner, WandaPruner
 from lcc_lens.pruning.settings import PRUNERS
 from lcc_lens.pruning.stream import LayerStream

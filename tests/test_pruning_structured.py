@@ -28,10 +28,10 @@ from lcc_lens.core.errors import RequestError
 from lcc_lens.core.heads import HEAD_MAP, Head, HeadMap, read_head_map
 from lcc_lens.data.datasets import load_data
 from lcc_lens.export import export
-from lcc_lens.pair import load_pair
+from lcc_lens.models.architecture.anatomy import find_anatomies
+from lcc_lens.models.architecture.linear_maps import find_matrices
+from lcc_lens.models.pair import load_pair
 from lcc_lens.pruning import NofM, PruneConfig, Unstructured, prune
-from lcc_lens.pruning.anatomy import find_anatomies
-from lcc_lens.pruning.matrices import find_matrices
 from lcc_lens.pruning.slimgpt import Quota, fixed_quota, possible_quotas
 from lcc_lens.recipe import restore
 from lcc_lens.scan import Scan, scan

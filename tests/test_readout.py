@@ -12,11 +12,9 @@ from transformers import AutoModelForCausalLM
 
 from lcc_lens.core.errors import LensError, RequestError
 from lcc_lens.core.heads import Head
-from lcc_lens.head_writer import HeadWriter, head_output
-from lcc_lens.hooks import z_name
-from lcc_lens.models import load_hooked
-from lcc_lens.norm import Norm
-from lcc_lens.readout import Readout
+from lcc_lens.models.hooked.direct_path import HeadWriter, Norm, Readout, head_output
+from lcc_lens.models.hooked.hooks import z_name
+from lcc_lens.models.loading.hooked import load_hooked
 
 TOKENS = torch.tensor([[3, 14, 15, 92, 65, 35, 89, 79]])
 SIZES = {

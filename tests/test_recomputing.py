@@ -15,9 +15,9 @@ from lcc_lens.baselines import adapters
 from lcc_lens.core.heads import Head
 from lcc_lens.data.batches import TokenSequence
 from lcc_lens.data.datasets import encode, load_data, pad
-from lcc_lens.hooks import kept_hooks
 from lcc_lens.injections import Ingredients, LccInjection, build_injection
-from lcc_lens.models import load_hooked
+from lcc_lens.models.hooked.hooks import kept_hooks
+from lcc_lens.models.loading.hooked import load_hooked
 from lcc_lens.objectives import Objective, Recomputed
 from lcc_lens.reuse import StartedLater, first_layer
 from lcc_lens.training import TrainConfig, train

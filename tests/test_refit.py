@@ -18,10 +18,10 @@ from lcc_lens.core.errors import RequestError
 from lcc_lens.core.files import read_json, read_tensors
 from lcc_lens.data.datasets import load_data
 from lcc_lens.job_data import calibration_tokens, training_sequences
-from lcc_lens.pair import load_pair
+from lcc_lens.models.architecture.zeros import compare_zeros
+from lcc_lens.models.pair import load_pair
 from lcc_lens.pruning import refit as module
 from lcc_lens.pruning.refit import REFIT_RECORD, RefitConfig, refit
-from lcc_lens.pruning.zeros import compare_zeros
 
 CPU = torch.device("cpu")
 TOKENS = torch.randint(1, 257, (24, 40), generator=torch.Generator().manual_seed(0))

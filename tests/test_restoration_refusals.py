@@ -14,7 +14,7 @@ from lcc_lens.core.errors import RequestError
 from lcc_lens.core.heads import Head
 from lcc_lens.data.datasets import encode, load_data
 from lcc_lens.injections import parse_method, uses_heads
-from lcc_lens.models import identity_of, load_hooked
+from lcc_lens.models.loading.hooked import identity_of, load_hooked
 from lcc_lens.recipe import restore
 from lcc_lens.restoration import Restoration
 from lcc_lens.scan import Scan

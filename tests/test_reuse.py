@@ -16,7 +16,7 @@ from lcc_lens.data.batches import TokenSequence
 from lcc_lens.data.datasets import batches, encode, load_data
 from lcc_lens.injections import Ingredients, LccInjection, build_injection
 from lcc_lens.kept_states import KeptStates
-from lcc_lens.models import load_hooked
+from lcc_lens.models.loading.hooked import load_hooked
 from lcc_lens.objectives import Objective
 from lcc_lens.reuse import CachedTeacher, StartedLater, _is_product, can_start_later, first_layer, reused
 from lcc_lens.training import TrainConfig, train, validation_loss

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from lcc_lens.models.loading.hooked.hooked import forward as running
 from test_contrast import FAMILIES, family
 
-from lcc_lens import running
-from lcc_lens.hooks import logits_at, z_adders, z_name, z_readers
-from lcc_lens.running import can_fuse, forward, fused_attention
+from lcc_lens.models.hooked.forward import can_fuse, forward, fused_attention
+from lcc_lens.models.hooked.hooks import logits_at, z_adders, z_name, z_readers
 
 #: GPT-2's output projection is not read under its own forward; fused kernels leave Gemma 2's soft cap out.
 STEPWISE = {"gpt2", "gemma2"}

@@ -10,10 +10,11 @@ from types import ModuleType
 import pytest
 import torch
 
-from lcc_lens.activations import SITES
 from lcc_lens.injections import Ingredients, build_injection
-from lcc_lens.models import load_hooked, load_plain
-from lcc_lens.pair import Pair
+from lcc_lens.models.hooked.activations import SITES
+from lcc_lens.models.loading.hooked import load_hooked
+from lcc_lens.models.loading.plain import load_plain
+from lcc_lens.models.pair import Pair
 from lcc_lens.passes import running_sums
 from lcc_lens.scan import Scan
 from lcc_lens.statistics import RunningDifferences

@@ -13,12 +13,12 @@ import pytest
 import torch
 
 from lcc_lens import passes, scan_work
-from lcc_lens.activations import SITES
 from lcc_lens.core.errors import InterruptedRun, LensError, RequestError
 from lcc_lens.core.progress import tracked_by
 from lcc_lens.data.datasets import Data, load_data
-from lcc_lens.models import load_hooked
-from lcc_lens.pair import Pair, load_pair
+from lcc_lens.models.hooked.activations import SITES
+from lcc_lens.models.loading.hooked import load_hooked
+from lcc_lens.models.pair import Pair, load_pair
 from lcc_lens.scan import UNFINISHED, scan
 from lcc_lens.selectors.registry import NEED_MODELS, Evidence
 
@@ -76,7 +76,7 @@ def one_model(dense_dir: Path, pruned_dir: Path, monkeypatch: pytest.MonkeyPatch
         loads.append(Path(reference).name)
         return loaded
 
-    monkeypatch.setattr("lcc_lens.pair.load_hooked", load)
+    monkeypatch.setattr("lcc_lens.models.pair.load_hooked", load)
     return load_pair(dense_dir, pruned_dir, one_at_a_time=True), loads
 
 

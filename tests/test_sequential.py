@@ -8,17 +8,17 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import D_HEAD, N_HEADS, N_LAYERS, save_model
+from lcc_lens.models.loading.hooked.hooked import layer_walk as layerwise
 from test_contrast import FAMILIES
 
-from lcc_lens import layerwise
 from lcc_lens.core.errors import LensError, RequestError
 from lcc_lens.core.heads import Head, all_heads
 from lcc_lens.data.datasets import encode, load_data
 from lcc_lens.export import export
-from lcc_lens.hooks import mlp_name, z_name
 from lcc_lens.injections import Ingredients, build_injection
-from lcc_lens.layerwise import LayerWalk, can_walk
-from lcc_lens.pair import load_pair
+from lcc_lens.models.hooked.hooks import mlp_name, z_name
+from lcc_lens.models.hooked.layer_walk import LayerWalk, can_walk
+from lcc_lens.models.pair import load_pair
 from lcc_lens.pruning_jobs import prune
 from lcc_lens.recipe import restore
 from lcc_lens.scan import Scan, scan

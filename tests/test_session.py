@@ -19,9 +19,9 @@ from lcc_lens.core.errors import RequestError
 from lcc_lens.core.heads import Head
 from lcc_lens.data.datasets import load_data
 from lcc_lens.job_data import training_sequences
-from lcc_lens.models import load_plain
+from lcc_lens.models.loading.plain import load_plain
+from lcc_lens.models.pair import load_pair
 from lcc_lens.objectives import Objective
-from lcc_lens.pair import load_pair
 from lcc_lens.restoration import Restoration
 from lcc_lens.scan import Scan
 from lcc_lens.session import RestoreSession

@@ -11,9 +11,9 @@ from conformance import prune_family, save_family
 from conftest import PARAGRAPHS
 from torch import Tensor, nn
 
+from lcc_lens.models.architecture.anatomy import output_maps
+from lcc_lens.models.architecture.linear_maps import Matrix, find_matrices
 from lcc_lens.pruning import stream as module
-from lcc_lens.pruning.anatomy import output_maps
-from lcc_lens.pruning.matrices import Matrix, find_matrices
 from lcc_lens.pruning.refit import RefitConfig, refit
 from lcc_lens.pruning.shortcuts import Shortcuts
 from lcc_lens.pruning.stream import LayerStream

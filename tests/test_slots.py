@@ -19,14 +19,14 @@ from lcc_lens.core.heads import Head
 from lcc_lens.export import export
 from lcc_lens.injections.changes import Shift
 from lcc_lens.injections.constants import SiteConstants
-from lcc_lens.joint_slots import JointSlots, find_joint_slots
-from lcc_lens.models import load_hooked
-from lcc_lens.pair import load_pair
-from lcc_lens.reading_maps import ConstantSite, mlp_width, reading_maps
+from lcc_lens.models.architecture.bias_slots import BiasSlots, find_slots
+from lcc_lens.models.architecture.joint_bias_slots import JointSlots, find_joint_slots
+from lcc_lens.models.architecture.retyping import retyped_configs
+from lcc_lens.models.architecture.tiny_models import build_twin, shrink, twin_logits
+from lcc_lens.models.hooked.sites import ConstantSite, mlp_width, reading_maps
+from lcc_lens.models.loading.hooked import load_hooked
+from lcc_lens.models.pair import load_pair
 from lcc_lens.restoration import Restoration
-from lcc_lens.retyping import retyped_configs
-from lcc_lens.slots import BiasSlots, find_slots
-from lcc_lens.twins import build_twin, shrink, twin_logits
 
 
 def reloaded(directory: Path) -> torch.nn.Module:
@@ -178,9 +178,9 @@ def test_a_twin_is_small_and_has_every_kind_of_layer() -> None:
 
 
 def test_slots_of_a_stored_bias_are_found_without_a_twin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import lcc_lens.slots
+    import lcc_lens.models.architecture.bias_slots
 
-    monkeypatch.delattr(lcc_lens.slots, "build_twin")
+    monkeypatch.delattr(lcc_lens.models.architecture.bias_slots, "build_twin")
     pruned = save_model(build_model(attention_bias=True), tmp_path / "pruned")
     slots = find_slots(pruned, load_hooked(pruned).output_projections)
     assert (slots.way, slots.config, slots.zero_biases) == ("output bias", {}, {})
@@ -189,12 +189,12 @@ def test_slots_of_a_stored_bias_are_found_without_a_twin(tmp_path: Path, monkeyp
 def test_architecture_that_cannot_be_built_in_small_keeps_its_own_switch(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import lcc_lens.slots
+    import lcc_lens.models.architecture.bias_slots
 
     def refuse(config: object) -> None:
         raise ValueError("sizes that nobody publishes")
 
-    monkeypatch.setattr(lcc_lens.slots, "shrink", refuse)
+    monkeypatch.setattr(lcc_lens.models.architecture.bias_slots, "shrink", refuse)
     llama, gptj = save_model(build_model(), tmp_path / "llama"), save_family("gptj", tmp_path / "gptj")
     assert find_slots(llama, load_hooked(llama).output_projections).way == "output bias, by attention_bias"
     with pytest.raises(RequestError, match="got gptj, which has none that is exact"):
@@ -264,13 +264,15 @@ def test_joint_configuration_switches_both_sites_on(tmp_path: Path) -> None:
 
 
 def test_ways_that_exclude_each_other_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    import lcc_lens.joint_slots
+    import lcc_lens.models.architecture.joint_bias_slots
 
     ways = {
         "z": BiasSlots(("a.bias",), {"attention_bias": True}, {}, switches=("attention_bias",)),
         "mlp": BiasSlots(("b.bias",), {"mlp_bias": True}, {}, retyped_as="llama", switches=("mlp_bias",), site="mlp"),
     }
-    monkeypatch.setattr(lcc_lens.joint_slots, "find_slots", lambda path, maps, site, **_: ways[site])
+    monkeypatch.setattr(
+        lcc_lens.models.architecture.joint_bias_slots, "find_slots", lambda path, maps, site, **_: ways[site]
+    )
     message = "holds the constants of z and mlp, got output bias, by attention_bias and output bias, re-typed as llama"
     with pytest.raises(RequestError, match=message):
         find_joint_slots(Path(), {"z": ("a",), "mlp": ("b",)})

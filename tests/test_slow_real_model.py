@@ -14,13 +14,14 @@ from lcc_lens.core.config import compute_dtype
 from lcc_lens.core.files import read_json, sha256_file
 from lcc_lens.data.datasets import encode, load_data
 from lcc_lens.demo import DemoConfig, DemoResult, run_demo, texts
-from lcc_lens.embedded import EMBEDDED_SHA256, embedded_model
-from lcc_lens.evaluation import sequence_loss
 from lcc_lens.export import export
-from lcc_lens.models import load_hooked, load_plain, load_tokenizer
+from lcc_lens.models.architecture.zeros import compare_zeros, zero_pattern
+from lcc_lens.models.hooked.losses import sequence_loss
+from lcc_lens.models.loading.gguf import EMBEDDED_SHA256, embedded_model
+from lcc_lens.models.loading.hooked import load_hooked, load_tokenizer
+from lcc_lens.models.loading.plain import load_plain
+from lcc_lens.models.pair import load_pair
 from lcc_lens.objectives import Objective
-from lcc_lens.pair import load_pair
-from lcc_lens.pruning.zeros import compare_zeros, zero_pattern
 from lcc_lens.pruning_jobs import prune, refit
 from lcc_lens.recipe import restore
 from lcc_lens.scan import scan

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from lcc_lens.models.loading.hooked.hooked import losses as token_losses
 from torch.autograd import gradcheck
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
-from lcc_lens import token_losses
-from lcc_lens.token_losses import token_divergence, token_nll
+from lcc_lens.models.hooked.losses import token_divergence, token_nll
 
 
 @pytest.fixture(params=[2, 64])

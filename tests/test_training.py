@@ -17,10 +17,10 @@ from conftest import D_HEAD, N_HEADS, N_LAYERS, build_model, save_model
 from lcc_lens.core.errors import InterruptedRun, RequestError
 from lcc_lens.core.heads import Head, head_indices
 from lcc_lens.data.datasets import Data, batches, encode, load_data, pad
-from lcc_lens.hooks import z_readers
 from lcc_lens.injections import LccInjection, OffsetInjection, constants_by_layer
-from lcc_lens.models import load_hooked
-from lcc_lens.pair import load_pair
+from lcc_lens.models.hooked.hooks import z_readers
+from lcc_lens.models.loading.hooked import load_hooked
+from lcc_lens.models.pair import load_pair
 from lcc_lens.recipe import restore
 from lcc_lens.restoration import Restoration
 from lcc_lens.scan import Scan, scan

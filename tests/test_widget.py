@@ -17,7 +17,7 @@ import lcc_lens as lcc
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.heads import Head
 from lcc_lens.data.datasets import load_data
-from lcc_lens.models import load_plain
+from lcc_lens.models.loading.plain import load_plain
 from lcc_lens.scan import Scan
 from lcc_lens.selectors import SelectorName
 from lcc_lens.session import RestoreSession

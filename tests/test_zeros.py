@@ -11,9 +11,9 @@ from conftest import D_MODEL, build_model, save_model
 from safetensors.torch import load_file, save_file
 
 from lcc_lens.core.errors import RequestError
+from lcc_lens.models.architecture.zeros import compare_zeros, zero_pattern
 from lcc_lens.pruning.compression import compressed_size, matrix_sizes, tensor_chunks, zstd_bytes
 from lcc_lens.pruning.semi_structured import require_kernels, to_semi_structured
-from lcc_lens.pruning.zeros import compare_zeros, zero_pattern
 
 MATRICES_PER_LAYER = 7
 

@@ -8,16 +8,16 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lcc_lens.activations import Places, Site, parts_of, visit_sites
 from lcc_lens.core.errors import RequestError
 from lcc_lens.data.datasets import TokenSequence, batches
-from lcc_lens.hooks import HookedModel, NamedHook, adders
 from lcc_lens.injections.base import Injection
 from lcc_lens.injections.footprint import Footprint
-from lcc_lens.models import device_of
-from lcc_lens.pair import Pair
-from lcc_lens.plain_modules import map_weight, plain_modules
-from lcc_lens.reading_maps import CONSTANT_SITES, ConstantSite, map_output_name, reading_maps
+from lcc_lens.models.hooked.activations import Places, Site, parts_of, visit_sites
+from lcc_lens.models.hooked.hooks import HookedModel, NamedHook, adders
+from lcc_lens.models.hooked.offloading import device_of
+from lcc_lens.models.hooked.sites import CONSTANT_SITES, ConstantSite, map_output_name, reading_maps
+from lcc_lens.models.hooked.weights import map_weight, plain_modules
+from lcc_lens.models.pair import Pair
 
 
 class BiasInjection(Injection):

@@ -14,7 +14,7 @@ from lcc_lens.show import show_losses, show_recovery
 
 if TYPE_CHECKING:
     from lcc_lens.data.datasets import Data
-    from lcc_lens.pair import Pair
+    from lcc_lens.models.pair import Pair
     from lcc_lens.restoration import Restoration
     from lcc_lens.scan import Scan
     from lcc_lens.task_recovery import TaskMeasures
@@ -183,7 +183,7 @@ class Restore(Placed):
 
     def _one_method(self, data: Data, validation: Data) -> tuple[Restoration, Pair, int]:
         from lcc_lens.injections import uses_components, uses_heads
-        from lcc_lens.pair import load_pair
+        from lcc_lens.models.pair import load_pair
         from lcc_lens.recipe import restore
 
         config = self._config()
@@ -231,7 +231,7 @@ class Restore(Placed):
 
     def _measure(self, measures: TaskMeasures, restoration: Restoration, pair: Pair | None) -> None:
         from lcc_lens.best import REFITTED
-        from lcc_lens.pair import load_pair
+        from lcc_lens.models.pair import load_pair
         from lcc_lens.task_recovery import note_task
 
         bare = self.pruned if pair is None else None

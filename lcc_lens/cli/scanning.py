@@ -54,7 +54,7 @@ class ScanPair(Placed):
     """Replace a scan that is there. One that was interrupted goes on by itself."""
 
     def execute(self) -> None:
-        from lcc_lens.pair import load_pair
+        from lcc_lens.models.pair import load_pair
         from lcc_lens.scan import SCAN_RECORD, scan
 
         if (self.run / SCAN_RECORD).exists() and not self.overwrite:

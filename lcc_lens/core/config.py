@@ -15,7 +15,7 @@ from lcc_lens.core.processes import n_processes, process_device
 if TYPE_CHECKING:
     import torch
 
-#: Where a model's weights go that do not all go to one device; see :func:`lcc_lens.offloading.placement`.
+#: Where a model's weights go that do not all go to one device; see :func:`lcc_lens.models.hooked.offloading.placement`.
 DeviceMap = Literal["auto", "disk"]
 DTYPES = ("float32", "bfloat16", "float16")
 #: TransformerLens' kinds of hooked models: hooks on transformers' own model, or its own copy of the model.

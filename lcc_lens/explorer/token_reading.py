@@ -7,7 +7,7 @@ import logging
 from lcc_lens.core.errors import LensError
 from lcc_lens.explorer.run_contents import RunContents
 from lcc_lens.explorer.token_tables import TokenTables, read_tokens
-from lcc_lens.models import load_hooked
+from lcc_lens.models.loading.hooked import load_hooked
 
 logger = logging.getLogger(__name__)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from lcc_lens.reading_maps import CONSTANT_SITES, ConstantSite
+from lcc_lens.models.hooked.sites import CONSTANT_SITES, ConstantSite
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,9 @@ from lcc_lens.components import LostComponents
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.heads import Head
 from lcc_lens.data.datasets import TokenSequence
-from lcc_lens.hooks import HookedModel
 from lcc_lens.injections.constants import Start
-from lcc_lens.pair import Pair
+from lcc_lens.models.hooked.hooks import HookedModel
+from lcc_lens.models.pair import Pair
 from lcc_lens.statistics import DifferenceStatistics
 
 

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from lcc_lens.activations import Site
 from lcc_lens.core.errors import RequestError
 from lcc_lens.injections.base import Composite, Injection
 from lcc_lens.injections.constants import FixedConstants, LccInjection, MeanShift, OffsetInjection
@@ -19,8 +18,9 @@ from lcc_lens.injections.weights import (
     norm_gains,
     output_gains,
 )
-from lcc_lens.models import device_of
-from lcc_lens.reading_maps import CONSTANT_SITES, ConstantSite, reading_maps
+from lcc_lens.models.hooked.activations import Site
+from lcc_lens.models.hooked.offloading import device_of
+from lcc_lens.models.hooked.sites import CONSTANT_SITES, ConstantSite, reading_maps
 from lcc_lens.sequential import sequential_means
 
 #: What a method learns from, beside training: a scan's statistics, its directions at the MLP, sequences, or nothing.

@@ -11,15 +11,15 @@ from torch import Tensor, nn
 
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.heads import Head, check_heads
-from lcc_lens.hooks import HookedModel, NamedHook
 from lcc_lens.injections.base import Injection
 from lcc_lens.injections.changes import Change, Gain, LowRank, Shift
-from lcc_lens.offloading import require_in_memory
-from lcc_lens.plain_modules import plain_modules, weight_shape
-from lcc_lens.pruning.layers import is_linear
-from lcc_lens.reading_maps import mlp_width, reading_maps
-from lcc_lens.running import forward
-from lcc_lens.wiring import probe_tokens
+from lcc_lens.models.architecture.layers import is_linear
+from lcc_lens.models.hooked.forward import forward
+from lcc_lens.models.hooked.hooks import HookedModel, NamedHook
+from lcc_lens.models.hooked.offloading import require_in_memory
+from lcc_lens.models.hooked.self_checks import probe_tokens
+from lcc_lens.models.hooked.sites import mlp_width, reading_maps
+from lcc_lens.models.hooked.weights import plain_modules, weight_shape
 
 #: What the plain names of modules within decoder layers have in common.
 IN_LAYER = re.compile(r"\.\d+\.")

@@ -11,14 +11,14 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from lcc_lens.activations import Places
 from lcc_lens.core.errors import LensError, RequestError
 from lcc_lens.data.datasets import Data, TokenSequence, batches, encode_pair
-from lcc_lens.head_writer import HeadWriter
-from lcc_lens.hooks import HookedModel, NamedHook, resid_name
-from lcc_lens.models import device_of
-from lcc_lens.pair import Pair
-from lcc_lens.running import run_without_logits
+from lcc_lens.models.hooked.activations import Places
+from lcc_lens.models.hooked.direct_path import HeadWriter
+from lcc_lens.models.hooked.forward import run_without_logits
+from lcc_lens.models.hooked.hooks import HookedModel, NamedHook, resid_name
+from lcc_lens.models.hooked.offloading import device_of
+from lcc_lens.models.pair import Pair
 
 logger = logging.getLogger(__name__)
 

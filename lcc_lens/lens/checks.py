@@ -8,8 +8,8 @@ from torch import Tensor
 
 from lcc_lens.components import LostComponents
 from lcc_lens.core.errors import RequestError
-from lcc_lens.hooks import HookedModel
-from lcc_lens.models import device_of
+from lcc_lens.models.hooked.hooks import HookedModel
+from lcc_lens.models.hooked.offloading import device_of
 
 
 def checked_vector(model: HookedModel, vector: Float[Tensor, " d_head"]) -> Float[Tensor, " d_head"]:

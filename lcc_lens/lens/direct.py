@@ -13,10 +13,9 @@ from torch import Tensor
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.heads import Head, check_heads
 from lcc_lens.data.datasets import Data
-from lcc_lens.head_writer import HeadWriter
 from lcc_lens.lens.answers import contrasts, difference, stderr, streams_at
-from lcc_lens.pair import Pair
-from lcc_lens.readout import Readout
+from lcc_lens.models.hooked.direct_path import HeadWriter, Readout
+from lcc_lens.models.pair import Pair
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -9,12 +9,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lcc_lens.activations import Places, Site, visit_sites
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.heads import Head, check_heads
 from lcc_lens.data.datasets import Data, TokenSequence, batches, encode, encode_pair
 from lcc_lens.lens.checks import checked_vector
-from lcc_lens.pair import Pair
+from lcc_lens.models.hooked.activations import Places, Site, visit_sites
+from lcc_lens.models.pair import Pair
 
 if TYPE_CHECKING:
     import pandas as pd

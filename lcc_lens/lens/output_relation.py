@@ -12,9 +12,9 @@ from torch import Tensor
 
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.heads import Head, check_heads
-from lcc_lens.head_writer import HeadWriter
-from lcc_lens.hooks import HookedModel
 from lcc_lens.lens.checks import checked_vector
+from lcc_lens.models.hooked.direct_path import HeadWriter
+from lcc_lens.models.hooked.hooks import HookedModel
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -7,17 +7,16 @@ entry of ``settings.PRUNERS``.
 
 from __future__ import annotations
 
-from lcc_lens.pruning.apply import prune
-from lcc_lens.pruning.masks import (
+from lcc_lens.models.architecture.sparsity_patterns import (
     NofM,
     Pattern,
-    Scope,
     Unstructured,
     detect_pattern,
-    keep_mask,
     parse_pattern,
     sparsity,
 )
+from lcc_lens.pruning.apply import prune
+from lcc_lens.pruning.masks import Scope, keep_mask
 from lcc_lens.pruning.pruners import Choice, LayerPruner, LayerTask, Removed, Split
 from lcc_lens.pruning.scores import magnitude_score, wanda_score
 from lcc_lens.pruning.settings import Method, PruneConfig

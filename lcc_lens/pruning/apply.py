@@ -17,10 +17,11 @@ from lcc_lens.core.config import package_version
 from lcc_lens.core.errors import DiskFullError, LensError, RequestError
 from lcc_lens.core.files import require_free, require_space, weight_files, weights_sha256
 from lcc_lens.core.progress import track
-from lcc_lens.pruning.anatomy import LayerAnatomy, find_anatomies
-from lcc_lens.pruning.layers import read_config
-from lcc_lens.pruning.masks import Pattern, Scope, require_fit
-from lcc_lens.pruning.matrices import Matrix, StoredWeights, find_matrices
+from lcc_lens.models.architecture.anatomy import LayerAnatomy, find_anatomies
+from lcc_lens.models.architecture.layers import read_config
+from lcc_lens.models.architecture.linear_maps import Matrix, StoredWeights, find_matrices
+from lcc_lens.models.architecture.sparsity_patterns import Pattern, require_fit
+from lcc_lens.pruning.masks import Scope
 from lcc_lens.pruning.pruners import Choice, LayerTask, Removed, Split
 from lcc_lens.pruning.settings import INVERTING, Method, PruneConfig
 from lcc_lens.pruning.slicing import allowed_groups, require_sliceable, sliced_config

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from lcc_lens.core.files import CHUNK, weight_files
 from lcc_lens.core.progress import track
-from lcc_lens.pruning.matrices import find_matrices
-from lcc_lens.pruning.zeros import read_rows
+from lcc_lens.models.architecture.linear_maps import find_matrices
+from lcc_lens.models.architecture.zeros import read_rows
 
 #: Zstandard's own default: higher levels take many times longer and gain a few per cent on weights.
 LEVEL = 3
@@ -41,7 +41,7 @@ def matrix_sizes(path: Path) -> dict[str, tuple[int, int]]:
     """Stored and compressed size in bytes of every matrix that pruning may touch, by name.
 
     Raises:
-        RequestError: as :func:`lcc_lens.pruning.matrices.find_matrices`.
+        RequestError: as :func:`lcc_lens.models.architecture.linear_maps.find_matrices`.
     """
     found = [matrix for layer in find_matrices(path) for matrix in layer]
     sizes: dict[str, tuple[int, int]] = {}

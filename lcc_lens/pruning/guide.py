@@ -7,7 +7,7 @@ from collections.abc import Generator, Iterator, Sequence
 from jaxtyping import Float
 from torch import Tensor
 
-from lcc_lens.pruning.matrices import Matrix
+from lcc_lens.models.architecture.linear_maps import Matrix
 from lcc_lens.pruning.moments import is_same
 from lcc_lens.pruning.stream import MOST_BYTES, LayerStream, Observer
 

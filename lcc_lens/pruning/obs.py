@@ -9,7 +9,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from lcc_lens.core.errors import LensError
-from lcc_lens.pruning.masks import NofM, Pattern, lowest, require_fit
+from lcc_lens.models.architecture.sparsity_patterns import NofM, Pattern, require_fit
+from lcc_lens.pruning.masks import lowest
 
 #: Share of the mean diagonal that is added to a second moment before it is inverted.
 DAMPING = 0.01

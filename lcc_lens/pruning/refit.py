@@ -24,16 +24,16 @@ from lcc_lens.core.files import (
     write_json,
 )
 from lcc_lens.core.progress import track
+from lcc_lens.models.architecture.linear_maps import Matrix, StoredWeights, find_matrices
+from lcc_lens.models.architecture.zeros import compare_zeros
 from lcc_lens.pruning.guide import Guide
 from lcc_lens.pruning.least_squares import NormalEquations, masked_least_squares
-from lcc_lens.pruning.matrices import Matrix, StoredWeights, find_matrices
 from lcc_lens.pruning.moments import InputMoments, exact_products
 from lcc_lens.pruning.obs import output_error
 from lcc_lens.pruning.pruners import Removed
 from lcc_lens.pruning.shortfall import Shortfall, Written, outputs_to_mend
 from lcc_lens.pruning.stream import LayerStream
 from lcc_lens.pruning.unfinished import FinishedLayers
-from lcc_lens.pruning.zeros import compare_zeros
 
 REFIT_RECORD = "refit.json"
 #: Beside the finished layers of a run that is not through.

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jaxtyping import Int
 from torch import Tensor
 
 from lcc_lens.core.config import package_version
-from lcc_lens.pruning.masks import detect_pattern, sparsity
-from lcc_lens.pruning.matrices import Matrix
+from lcc_lens.models.architecture.linear_maps import Matrix
+from lcc_lens.models.architecture.sparsity_patterns import common_pattern, detect_pattern, sparsity
 from lcc_lens.pruning.settings import PruneConfig
 
 
@@ -60,18 +60,3 @@ def pruning_report(
         "dense_sha256": dense_sha256,
         "lcc_lens_version": package_version(),
     }
-
-
-def common_pattern(patterns: Collection[str]) -> str:
-    """The strictest pattern that holds in every matrix.
-
-    Example:
-        >>> common_pattern(["2:4", "4:8"])
-        '4:8'
-        >>> common_pattern(["2:4", "dense"])
-        'unstructured'
-    """
-    distinct = set(patterns)
-    if len(distinct) == 1:
-        return distinct.pop()
-    return "4:8" if distinct <= {"2:4", "4:8"} else "unstructured"

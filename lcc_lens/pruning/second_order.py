@@ -10,7 +10,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lcc_lens.pruning.masks import Pattern, keep_mask
+from lcc_lens.models.architecture.sparsity_patterns import Pattern
+from lcc_lens.pruning.masks import keep_mask
 from lcc_lens.pruning.moments import InputMoments
 from lcc_lens.pruning.obs import DAMPING, Damped, damped, output_error, sparsegpt
 from lcc_lens.pruning.pruners import LayerTask, Removed

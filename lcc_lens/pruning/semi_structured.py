@@ -10,8 +10,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lcc_lens.core.errors import RequestError
-from lcc_lens.pruning.layers import decoder_layers
-from lcc_lens.pruning.masks import detect_pattern
+from lcc_lens.models.architecture.layers import decoder_layers
+from lcc_lens.models.architecture.sparsity_patterns import detect_pattern
 
 _FORMATS = (torch.float16, torch.bfloat16)
 # What both of PyTorch's kernels (cuSPARSELt and CUTLASS) take in 16-bit formats.

@@ -6,8 +6,9 @@ from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 from lcc_lens.core.errors import RequestError
-from lcc_lens.pruning.anatomy import LayerAnatomy
-from lcc_lens.pruning.masks import NofM, Pattern, Scope, Unstructured
+from lcc_lens.models.architecture.anatomy import LayerAnatomy
+from lcc_lens.models.architecture.sparsity_patterns import NofM, Pattern, Unstructured
+from lcc_lens.pruning.masks import Scope
 from lcc_lens.pruning.pruners import Choice, LayerPruner, LayerTask, MagnitudePruner, Split, WandaPruner
 from lcc_lens.pruning.second_order import SparseGPTPruner
 from lcc_lens.pruning.slimgpt import SlimGPTPruner

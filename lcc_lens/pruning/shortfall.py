@@ -9,9 +9,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lcc_lens.pruning.anatomy import output_maps
+from lcc_lens.models.architecture.anatomy import output_maps
+from lcc_lens.models.architecture.linear_maps import Matrix
 from lcc_lens.pruning.guide import Guide
-from lcc_lens.pruning.matrices import Matrix
 from lcc_lens.pruning.moments import InputMoments, exact_products
 from lcc_lens.pruning.stream import LayerStream
 

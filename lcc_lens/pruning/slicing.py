@@ -13,9 +13,9 @@ from torch import Tensor
 
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.files import read_tensor
-from lcc_lens.pruning.anatomy import Block, LayerAnatomy
-from lcc_lens.pruning.layers import read_config, skeleton
-from lcc_lens.pruning.matrices import Matrix
+from lcc_lens.models.architecture.anatomy import Block, LayerAnatomy
+from lcc_lens.models.architecture.layers import read_config, skeleton
+from lcc_lens.models.architecture.linear_maps import Matrix
 from lcc_lens.pruning.pruners import Removed
 from lcc_lens.pruning.slimgpt import Quota
 

@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from lcc_lens.core.errors import RequestError
-from lcc_lens.pruning.anatomy import Block, LayerAnatomy
+from lcc_lens.models.architecture.anatomy import Block, LayerAnatomy
 from lcc_lens.pruning.moments import InputMoments
 from lcc_lens.pruning.obs import Damped
 from lcc_lens.pruning.pruners import LayerTask, Removed, Split

@@ -15,9 +15,9 @@ from lcc_lens.core.config import default_device_map
 from lcc_lens.core.errors import LensError, RequestError
 from lcc_lens.core.memory import trim_heap
 from lcc_lens.core.progress import loading_models
-from lcc_lens.offloading import bring_in, entry_device, placement
-from lcc_lens.pruning.layers import decoder_layers, read_config
-from lcc_lens.pruning.matrices import Matrix
+from lcc_lens.models.architecture.layers import decoder_layers, read_config
+from lcc_lens.models.architecture.linear_maps import Matrix
+from lcc_lens.models.hooked.offloading import bring_in, entry_device, placement
 from lcc_lens.pruning.pruners import LayerPruner
 from lcc_lens.pruning.recording import LayerCall, record_calls
 from lcc_lens.pruning.shortcuts import Shortcuts

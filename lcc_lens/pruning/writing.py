@@ -11,8 +11,8 @@ from torch import Tensor
 
 from lcc_lens.core.files import atomic_directory, copy_checkpoint, tensor_names, write_json
 from lcc_lens.core.heads import HEAD_MAP, HeadMap
-from lcc_lens.pruning.anatomy import LayerAnatomy
-from lcc_lens.pruning.matrices import Matrix
+from lcc_lens.models.architecture.anatomy import LayerAnatomy
+from lcc_lens.models.architecture.linear_maps import Matrix
 from lcc_lens.pruning.report import pruning_report
 from lcc_lens.pruning.settings import PruneConfig
 from lcc_lens.pruning.slicing import SlicedTensors, layer_cuts, sliced_config

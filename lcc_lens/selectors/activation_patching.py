@@ -16,7 +16,7 @@ from lcc_lens.core.heads import Head, all_heads, check_heads
 from lcc_lens.core.progress import track
 from lcc_lens.data.datasets import Batch, TokenSequence, batches
 from lcc_lens.headscores import HeadScores
-from lcc_lens.pair import Pair
+from lcc_lens.models.pair import Pair
 from lcc_lens.selectors.patched_run import PatchedPositions, PatchedRuns, starts_in_the_middle
 
 OutcomeName = Literal["response", "kl"]

@@ -12,11 +12,11 @@ from torch import Tensor
 from lcc_lens.core.errors import LensError, RequestError
 from lcc_lens.core.progress import track
 from lcc_lens.data.datasets import Batch, TokenSequence, batches
-from lcc_lens.hooks import HookFunction, NamedHook, logits_at, z_name, z_readers
-from lcc_lens.models import device_of
-from lcc_lens.outcome import response_log_likelihood
-from lcc_lens.pair import Pair
-from lcc_lens.running import forward
+from lcc_lens.models.hooked.forward import forward
+from lcc_lens.models.hooked.hooks import HookFunction, NamedHook, logits_at, z_name, z_readers
+from lcc_lens.models.hooked.losses import response_log_likelihood
+from lcc_lens.models.hooked.offloading import device_of
+from lcc_lens.models.pair import Pair
 
 _N_GROUPS = 10
 

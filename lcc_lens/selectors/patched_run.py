@@ -13,11 +13,19 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from lcc_lens.data.datasets import Batch
-from lcc_lens.hooks import HookedModel, HookFunction, NamedHook, logits_at, readers, resid_pre_name, z_name
-from lcc_lens.models import device_of
-from lcc_lens.outcome import Outcome, measure
-from lcc_lens.pair import Pair
-from lcc_lens.running import forward
+from lcc_lens.models.hooked.forward import forward
+from lcc_lens.models.hooked.hooks import (
+    HookedModel,
+    HookFunction,
+    NamedHook,
+    logits_at,
+    readers,
+    resid_pre_name,
+    z_name,
+)
+from lcc_lens.models.hooked.losses import Outcome, measure
+from lcc_lens.models.hooked.offloading import device_of
+from lcc_lens.models.pair import Pair
 from lcc_lens.selectors.backward import dense_run
 
 logger = logging.getLogger(__name__)

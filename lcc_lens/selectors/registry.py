@@ -13,10 +13,9 @@ from lcc_lens.components import LostComponents
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.heads import Head
 from lcc_lens.data.datasets import TokenSequence
-from lcc_lens.head_writer import HeadWriter
 from lcc_lens.headscores import HeadScores
-from lcc_lens.pair import Pair
-from lcc_lens.readout import Readout
+from lcc_lens.models.hooked.direct_path import HeadWriter, Readout
+from lcc_lens.models.pair import Pair
 from lcc_lens.selectors import SELECTORS, SelectorName
 from lcc_lens.selectors.activation_patching import score_activation_patching
 from lcc_lens.selectors.attribution_patching import score_attribution_patching

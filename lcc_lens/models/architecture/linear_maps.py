@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lcc_lens.core.errors import LensError, RequestError
 from lcc_lens.core.files import tensor_names
-from lcc_lens.pruning.layers import decoder_layers, is_linear, is_transposed, read_config, skeleton
+from lcc_lens.models.architecture.layers import decoder_layers, is_linear, is_transposed, read_config, skeleton
 
 # Formats that float32 holds exactly, so that a surviving weight returns to disk bit for bit.
 _STORED_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}

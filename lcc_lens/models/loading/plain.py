@@ -8,14 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from jaxtyping import Bool, Float, Int
-from torch import Tensor
 
 from lcc_lens.core.config import DeviceMap, compute_dtype, default_device, default_device_map
 from lcc_lens.core.errors import LensError, RequestError, first_line
 from lcc_lens.core.files import tensor_names
 from lcc_lens.core.progress import loading_models
-from lcc_lens.offloading import each_parameter, placement
+from lcc_lens.models.hooked.offloading import each_parameter, placement
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -41,7 +39,7 @@ def load_plain(
         attention: transformers' attention implementation; its own choice for the architecture if not given.
         strict: refuse files that are not all of this architecture; transformers itself fills what is missing with
             random numbers and passes over what it does not know.
-        device_map: see :func:`lcc_lens.offloading.placement`; :func:`lcc_lens.core.config.default_device_map` if not given.
+        device_map: see :func:`lcc_lens.models.hooked.offloading.placement`; :func:`lcc_lens.core.config.default_device_map` if not given.
 
     Raises:
         RequestError: the files are damaged, of another model than ``config.json`` says, or no causal language model.
@@ -70,25 +68,6 @@ def load_plain(
     model = (model if places else model.to(device)).eval().requires_grad_(False)
     _refuse_non_finite(model, path)
     return cast("PreTrainedModel", model)
-
-
-def logits_where(
-    model: PreTrainedModel, tokens: Int[Tensor, "batch pos"], mask: Bool[Tensor, "batch pos"]
-) -> Float[Tensor, "target vocab"]:
-    """A plain model's logits at chosen positions, in row-major order; no others reach the unembedding.
-
-    Args:
-        model: the model; hooks on it act.
-        tokens: right-padded sequences, on the model's device.
-        mask: the positions, on the same device.
-    """
-    unembedding = model.get_output_embeddings()
-    handle = unembedding.register_forward_pre_hook(lambda module, inputs: (inputs[0][mask][None],))
-    try:
-        logits: Tensor = model(tokens, use_cache=False).logits[0]
-    finally:
-        handle.remove()
-    return logits
 
 
 def _refuse_other_shapes(path: Path, report: Mapping[str, Any]) -> None:

@@ -7,28 +7,30 @@ attention fires as well under the model's own forward with PyTorch's fused kerne
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
-from lcc_lens.hooked_transformer import is_hooked_transformer
-from lcc_lens.hooks import (
+from lcc_lens.models.hooked.hooked_transformer import is_hooked_transformer
+from lcc_lens.models.hooked.hooks import (
     HookedModel,
     HookFunction,
     NamedHook,
+    kept_hooks,
     logits_at,
     readers,
     resid_pre_name,
     z_name,
 )
-from lcc_lens.offloading import entry_device
-from lcc_lens.recomputing import recomputed_layers
+from lcc_lens.models.hooked.offloading import entry_device
 
 _KERNELS = "sdpa"
 #: How far fused attention may lie from stepwise, relative to the whole (its norm).
@@ -229,3 +231,51 @@ def _projected(layer: int) -> str:
 def _attention(layer: int) -> str:
     """The beginning of a layer's hook points within attention."""
     return z_name(layer).removesuffix("hook_z")
+
+
+@contextmanager
+def recomputed_layers(
+    model: HookedModel,
+    hooks: Sequence[NamedHook],
+    surroundings: Callable[[HookedModel], AbstractContextManager[Any]],
+) -> Iterator[None]:
+    """Let forward passes inside the block keep only what enters each layer.
+
+    Backward passes come after the block, when temporary hooks are gone; so they put back the hooks of the layer that
+    they run again. Transformers' own switch would not do: it needs a model in training mode, with its dropout.
+
+    Args:
+        model: a hooked model with ``blocks``, such as TransformerBridge.
+        hooks: the temporary hooks of the forward passes.
+        surroundings: what else the forward passes run in.
+    """
+    blocks: list[Any] = list(getattr(model, "blocks", ()))
+    for index, block in enumerate(blocks):
+        if "forward" in block.__dict__:  # a layer that is left out (see lcc_lens.reuse)
+            continue
+        own = [hook for hook in hooks if hook[0].startswith(f"blocks.{index}.")]
+        block.__dict__["forward"] = partial(  # not setattr: the bridge hands that on to the component
+            checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False,
+            context_fn=partial(_contexts, model, own, surroundings),
+        )  # fmt: skip
+    try:
+        yield
+    finally:
+        for block in blocks:
+            if isinstance(block.__dict__.get("forward"), partial):
+                del block.__dict__["forward"]
+
+
+def _contexts(
+    model: HookedModel, hooks: list[NamedHook], surroundings: Callable[[HookedModel], AbstractContextManager[Any]]
+) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+    """What a layer runs in at first, and again."""
+    return nullcontext(), _again(model, hooks, surroundings)
+
+
+@contextmanager
+def _again(
+    model: HookedModel, hooks: list[NamedHook], surroundings: Callable[[HookedModel], AbstractContextManager[Any]]
+) -> Iterator[None]:
+    with surroundings(model), kept_hooks(model, hooks) if hooks else nullcontext():
+        yield

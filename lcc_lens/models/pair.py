@@ -11,14 +11,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lcc_lens.activations import Site, site_widths
 from lcc_lens.core.config import DeviceMap, HookKind
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.heads import HEAD_MAP, HeadMap, read_head_map
 from lcc_lens.core.memory import release_memory
-from lcc_lens.hooked_transformer import is_hooked_transformer
-from lcc_lens.hooks import HookedModel
-from lcc_lens.models import LoadedModel, ModelIdentity, as_reference, load_hooked, resolve
+from lcc_lens.models.hooked.activations import Site, site_widths
+from lcc_lens.models.hooked.hooked_transformer import is_hooked_transformer
+from lcc_lens.models.hooked.hooks import HookedModel
+from lcc_lens.models.loading.hooked import LoadedModel, ModelIdentity, as_reference, load_hooked
+from lcc_lens.models.loading.references import resolve
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -132,7 +133,7 @@ def load_pair(
         device: where to compute.
         dtype: compute format of both models.
         one_at_a_time: never hold both in memory; a scan then runs the dense model over everything first.
-        device_map: for models larger than memory, see :func:`lcc_lens.offloading.placement`.
+        device_map: for models larger than memory, see :func:`lcc_lens.models.hooked.offloading.placement`.
         hooks: see :func:`lcc_lens.core.config.hook_kind`.
 
     Raises:

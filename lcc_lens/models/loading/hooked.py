@@ -11,18 +11,23 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from lcc_lens.copied_maps import copied_maps, remember_copied_maps
 from lcc_lens.core.config import DeviceMap, HookKind, default_device, default_device_map, hook_kind
 from lcc_lens.core.errors import LensError, RequestError, first_line
 from lcc_lens.core.files import read_json, weight_files, weights_sha256
-from lcc_lens.hooked_transformer import check_weights, checkpoint_of, is_hooked_transformer, make_hooked_transformer
-from lcc_lens.hooks import HookedModel, z_adders, z_name
-from lcc_lens.in_memory import stored_model
-from lcc_lens.offloading import entry_device, weight_in_memory
-from lcc_lens.plain_models import load_plain as load_plain
-from lcc_lens.plain_modules import remember_plain_names
-from lcc_lens.pruning.layers import is_transposed
-from lcc_lens.references import resolve as resolve
+from lcc_lens.models.architecture.layers import is_transposed
+from lcc_lens.models.hooked.copied_weights import copied_maps, remember_copied_maps
+from lcc_lens.models.hooked.hooked_transformer import (
+    check_weights,
+    checkpoint_of,
+    is_hooked_transformer,
+    make_hooked_transformer,
+)
+from lcc_lens.models.hooked.hooks import HookedModel, z_adders, z_name
+from lcc_lens.models.hooked.offloading import device_of, weight_in_memory
+from lcc_lens.models.hooked.weights import remember_plain_names
+from lcc_lens.models.loading.in_memory import stored_model
+from lcc_lens.models.loading.plain import load_plain
+from lcc_lens.models.loading.references import resolve
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -91,9 +96,9 @@ def load_hooked(
     """Load a model under TransformerLens' hooks and check that it is what it claims to be.
 
     A model of transformers that is in memory is stored in the cache first (see
-    :func:`lcc_lens.in_memory.stored_model`): artefacts name weights on disk, and hooks would rename its keys. A
+    :func:`lcc_lens.models.loading.in_memory.stored_model`): artefacts name weights on disk, and hooks would rename its keys. A
     HookedTransformer (TransformerLens 3) that is in memory is taken as it is, if it has its checkpoint's weights
-    unprocessed (see :mod:`lcc_lens.hooked_transformer`).
+    unprocessed (see :mod:`lcc_lens.models.hooked.hooked_transformer`).
 
     Checked at once: the hooked logits equal plain transformers', ``hook_z`` has the promised shape, and a change at
     ``hook_z`` changes the logits.
@@ -103,7 +108,7 @@ def load_hooked(
         tokenizer: of a model in memory; a directory has its own.
         device: see :func:`lcc_lens.core.config.default_device`.
         dtype: see :func:`lcc_lens.core.config.compute_dtype`.
-        device_map: for models larger than memory, see :func:`lcc_lens.offloading.placement`.
+        device_map: for models larger than memory, see :func:`lcc_lens.models.hooked.offloading.placement`.
         hooks: see :func:`lcc_lens.core.config.hook_kind`.
 
     Raises:
@@ -169,11 +174,6 @@ def identity_of(model: HookedModel) -> ModelIdentity | None:
 def _sha256_of_state(path: Path, state: tuple[Any, ...]) -> str:
     """A checkpoint's hash, computed once per process and state of its files."""
     return weights_sha256(path)
-
-
-def device_of(model: HookedModel) -> torch.device:
-    """The device that a hooked model takes its tokens on."""
-    return entry_device(cast("torch.nn.Module", model))
 
 
 def _has_words(tokenizer: Any) -> bool:

@@ -13,10 +13,9 @@ from torch import Tensor
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.files import tensor_names, weight_files
 from lcc_lens.core.progress import track
-from lcc_lens.pruning.layers import read_config, skeleton
-from lcc_lens.pruning.masks import detect_pattern
-from lcc_lens.pruning.matrices import Matrix, find_matrices
-from lcc_lens.pruning.report import common_pattern
+from lcc_lens.models.architecture.layers import read_config, skeleton
+from lcc_lens.models.architecture.linear_maps import Matrix, find_matrices
+from lcc_lens.models.architecture.sparsity_patterns import common_pattern, detect_pattern
 
 
 @dataclass(frozen=True)
@@ -30,7 +29,7 @@ class MatrixZeros:
     zeros: int
     """Weights that are exactly zero."""
     pattern: str
-    """``2:4``, ``4:8``, ``unstructured`` or ``dense``; see :func:`lcc_lens.pruning.masks.detect_pattern`."""
+    """``2:4``, ``4:8``, ``unstructured`` or ``dense``; see :func:`lcc_lens.models.architecture.sparsity_patterns.detect_pattern`."""
     zero_rows: int
     """Outputs that no input reaches: rows of zeros only."""
     zero_columns: int

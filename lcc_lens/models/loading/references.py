@@ -7,7 +7,7 @@ from pathlib import Path
 
 from lcc_lens.core.errors import RequestError, first_line
 from lcc_lens.core.files import weight_files
-from lcc_lens.embedded import EMBEDDED_NAME, embedded_model, gguf_model
+from lcc_lens.models.loading.gguf import EMBEDDED_NAME, embedded_model, gguf_model
 
 _HUB_ID = re.compile(r"^[\w.-]+(/[\w.-]+)?(@[\w./-]+)?$")
 _WANTED_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.model", "*.txt"]

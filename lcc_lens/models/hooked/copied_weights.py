@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from lcc_lens.core.errors import RequestError
-from lcc_lens.offloading import weight_in_memory
-from lcc_lens.pruning.anatomy import ATTENTION_OUTPUTS, MLP_OUTPUTS
-from lcc_lens.pruning.layers import decoder_layers, is_transposed
+from lcc_lens.models.architecture.anatomy import ATTENTION_OUTPUTS, MLP_OUTPUTS
+from lcc_lens.models.architecture.layers import decoder_layers, is_transposed
+from lcc_lens.models.hooked.offloading import weight_in_memory
 
 _Site = Literal["z", "mlp"]
 #: By HookedTransformer and site, the plain names of the maps that read it, by layer.

@@ -9,8 +9,8 @@ from typing import Any
 
 from lcc_lens.core.checkpoint import Splits
 from lcc_lens.core.errors import RequestError
-from lcc_lens.reading_maps import ConstantSite
-from lcc_lens.slots import BiasSlots, find_slots
+from lcc_lens.models.architecture.bias_slots import BiasSlots, find_slots
+from lcc_lens.models.hooked.sites import ConstantSite
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class JointSlots:
 
     @property
     def splits(self) -> Splits:
-        """See :class:`~lcc_lens.slots.BiasSlots`."""
+        """See :class:`~lcc_lens.models.architecture.bias_slots.BiasSlots`."""
         return {name: parts for slots in self.by_site.values() for name, parts in slots.splits.items()}
 
     def new_biases(self, stored: Collection[str]) -> dict[str, tuple[int, ...]]:
@@ -51,7 +51,7 @@ class JointSlots:
 def find_joint_slots(
     path: Path, maps: Mapping[ConstantSite, tuple[str, ...]], *, shared_values: bool = False
 ) -> JointSlots:
-    """Find biases that hold the constants of every named site at once; see :func:`~lcc_lens.slots.find_slots`.
+    """Find biases that hold the constants of every named site at once; see :func:`~lcc_lens.models.architecture.bias_slots.find_slots`.
 
     Args:
         path: the checkpoint.

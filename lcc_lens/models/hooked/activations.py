@@ -12,10 +12,10 @@ from torch import Tensor
 
 from lcc_lens.core.errors import LensError, RequestError
 from lcc_lens.data.batches import Batch, TokenSequence
-from lcc_lens.hooks import HookedModel, NamedHook, mlp_name, readers, resid_name, z_name
-from lcc_lens.models import device_of
-from lcc_lens.reading_maps import mlp_width
-from lcc_lens.running import run_without_logits
+from lcc_lens.models.hooked.forward import run_without_logits
+from lcc_lens.models.hooked.hooks import HookedModel, NamedHook, mlp_name, readers, resid_name, z_name
+from lcc_lens.models.hooked.offloading import device_of
+from lcc_lens.models.hooked.sites import mlp_width
 
 Site = Literal["z", "mlp", "resid"]
 Positions = Literal["all", "last", "end", "response"] | tuple[int, ...]

@@ -11,10 +11,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from lcc_lens.hooks import HookedModel, NamedHook, logits_at
-from lcc_lens.models import device_of
-from lcc_lens.running import can_fuse, forward
-from lcc_lens.wiring import probe_tokens
+from lcc_lens.models.hooked.forward import can_fuse, forward
+from lcc_lens.models.hooked.hooks import HookedModel, NamedHook, logits_at
+from lcc_lens.models.hooked.offloading import device_of
+from lcc_lens.models.hooked.self_checks import probe_tokens
 
 #: How far hidden states may lie from a whole pass's, relative to the largest.
 _TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lcc_lens.core.config import DeviceMap
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.processes import n_processes, process_device
-from lcc_lens.hooks import HookedModel
+from lcc_lens.models.hooked.hooks import HookedModel
 
 
 def placement(path: Path, device: torch.device, device_map: DeviceMap | None) -> dict[str, Any]:
@@ -28,7 +28,11 @@ def placement(path: Path, device: torch.device, device_map: DeviceMap | None) ->
         device_map: ``auto`` lets accelerate spread the model over all GPUs, memory and disk as it fits; ``disk`` leaves
             every decoder layer on disk.
     """
-    from lcc_lens.pruning.layers import decoder_layers, read_config, skeleton  # which load models themselves
+    from lcc_lens.models.architecture.layers import (  # which load models themselves
+        decoder_layers,
+        read_config,
+        skeleton,
+    )
 
     if device_map is None:
         return {}
@@ -138,3 +142,8 @@ def _offloading_hook(module: nn.Module) -> Any:
     hook = getattr(module, "_hf_hook", None)
     hooks = getattr(hook, "hooks", (hook,))
     return next((one for one in hooks if getattr(one, "offload", False)), None)
+
+
+def device_of(model: HookedModel) -> torch.device:
+    """The device that a hooked model takes its tokens on."""
+    return entry_device(cast("torch.nn.Module", model))

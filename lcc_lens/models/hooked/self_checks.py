@@ -9,8 +9,8 @@ from jaxtyping import Int
 from torch import Tensor
 
 from lcc_lens.core.errors import LensError
-from lcc_lens.hooks import HookedModel, NamedHook
-from lcc_lens.models import device_of
+from lcc_lens.models.hooked.hooks import HookedModel, NamedHook
+from lcc_lens.models.hooked.offloading import device_of
 
 #: How far a recomputed value may lie from the model's own, relative to the largest.
 _TOLERANCE, _COARSE_TOLERANCE = 1e-4, 5e-2

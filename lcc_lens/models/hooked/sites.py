@@ -9,11 +9,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lcc_lens.copied_maps import copied_maps
 from lcc_lens.core.errors import RequestError
-from lcc_lens.hooked_transformer import is_hooked_transformer
-from lcc_lens.hooks import HookedModel, NamedHook, adders, mlp_name, readers, z_name
-from lcc_lens.plain_modules import plain_modules, weight_shape
+from lcc_lens.models.hooked.copied_weights import copied_maps
+from lcc_lens.models.hooked.hooked_transformer import is_hooked_transformer
+from lcc_lens.models.hooked.hooks import HookedModel, NamedHook, adders, mlp_name, readers, z_name
+from lcc_lens.models.hooked.weights import plain_modules, weight_shape
 
 #: Sites whose activation nothing but one linear map reads: head outputs, and the MLP's post-activation (one part per
 #: layer, written as its head 0).

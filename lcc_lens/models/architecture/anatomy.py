@@ -12,8 +12,8 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from lcc_lens.core.errors import RequestError
-from lcc_lens.pruning.layers import decoder_layers, read_config, skeleton
-from lcc_lens.pruning.matrices import Matrix
+from lcc_lens.models.architecture.layers import decoder_layers, read_config, skeleton
+from lcc_lens.models.architecture.linear_maps import Matrix
 
 # How families name the two output matrices of a layer, seen from the layer.
 ATTENTION_OUTPUTS = (

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from lcc_lens.core.checkpoint import Splits
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.files import stored_name, tensor_names
-from lcc_lens.pruning.anatomy import ATTENTION_OUTPUTS, MLP_OUTPUTS
-from lcc_lens.pruning.layers import is_transposed, read_config, skeleton
-from lcc_lens.reading_maps import ConstantSite
-from lcc_lens.retyping import config_entries, retyped_configs, split_names
-from lcc_lens.twins import build_twin, shrink, twin_logits
+from lcc_lens.models.architecture.anatomy import ATTENTION_OUTPUTS, MLP_OUTPUTS
+from lcc_lens.models.architecture.layers import is_transposed, read_config, skeleton
+from lcc_lens.models.architecture.retyping import config_entries, retyped_configs, split_names
+from lcc_lens.models.architecture.tiny_models import build_twin, shrink, twin_logits
+from lcc_lens.models.hooked.sites import ConstantSite
 
 #: Which bias takes the constants: that of the map which reads the site, the value projection's (whose bias passes
 #: through attention unchanged, since the weights of a query sum to one), or that of the other block's output where both

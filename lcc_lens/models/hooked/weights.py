@@ -14,12 +14,12 @@ from weakref import WeakKeyDictionary
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lcc_lens.copied_maps import HeldWeight, copied_weights
 from lcc_lens.core.errors import RequestError
-from lcc_lens.hooked_transformer import is_hooked_transformer
-from lcc_lens.hooks import HookedModel
-from lcc_lens.offloading import require_in_memory
-from lcc_lens.pruning.layers import is_transposed
+from lcc_lens.models.architecture.layers import is_transposed
+from lcc_lens.models.hooked.copied_weights import HeldWeight, copied_weights
+from lcc_lens.models.hooked.hooked_transformer import is_hooked_transformer
+from lcc_lens.models.hooked.hooks import HookedModel
+from lcc_lens.models.hooked.offloading import require_in_memory
 
 #: By hooked model: where each plain module lies now, by its plain name. Paths, not modules: those would hold the model.
 _PATHS: WeakKeyDictionary[Any, dict[str, str]] = WeakKeyDictionary()

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lcc_lens.retyping import split_tensor
+from lcc_lens.models.architecture.retyping import split_tensor
 
 _N_TOKENS, _VOCABULARY, _WIDTH = 16, 61, 24
 #: Window of local attention in a twin: short enough to act on its few tokens.

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from lcc_lens.core.errors import RequestError, first_line
-from lcc_lens.pruning.anatomy import ATTENTION_OUTPUTS, MLP_OUTPUTS
-from lcc_lens.pruning.layers import decoder_layers
+from lcc_lens.models.architecture.anatomy import ATTENTION_OUTPUTS, MLP_OUTPUTS
+from lcc_lens.models.architecture.layers import decoder_layers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -10,10 +10,10 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from lcc_lens.activations import Places, Site, SiteVisitor, visit_sites
 from lcc_lens.data.batches import Batch, TokenSequence, pad
-from lcc_lens.hooks import HookedModel
-from lcc_lens.models import device_of
+from lcc_lens.models.hooked.activations import Places, Site, SiteVisitor, visit_sites
+from lcc_lens.models.hooked.hooks import HookedModel
+from lcc_lens.models.hooked.offloading import device_of
 
 #: How far a model's activations with a reused cache may lie from those without, relative to the largest.
 _TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8}
@@ -46,7 +46,7 @@ class Prefix:
         *,
         keep: bool = False,
     ) -> Any:
-        """Run forward over what follows the prefix (see :func:`lcc_lens.activations.visit_sites`).
+        """Run forward over what follows the prefix (see :func:`lcc_lens.models.hooked.activations.visit_sites`).
 
         Args:
             tokens: right-padded, without the prefix; positions in ``places`` count from its end.

@@ -1,0 +1,1 @@
+"""Architecture: the layers, linear layers, zeros and bias slots of a checkpoint, found without running it."""

@@ -1,0 +1,1 @@
+"""Hooked models: forward passes, activations, and the weights behind TransformerLens hooks."""
