@@ -36,9 +36,10 @@ from lcc_lens.core.config import compute_dtype, default_device
 from lcc_lens.core.files import write_json
 from lcc_lens.core.progress import tracked_by
 from lcc_lens.data.datasets import load_data
-from lcc_lens.job_data import calibration_tokens
+from lcc_lens.models.architecture.sparsity_patterns import NofM, Unstructured
 from lcc_lens.models.loading.references import resolve
-from lcc_lens.pruning import NofM, Unstructured, prune
+from lcc_lens.pruning.jobs import calibration_tokens
+from lcc_lens.pruning.prune import prune
 
 SEQ_LEN = 512
 OURS: dict[str, dict[str, Any]] = {

@@ -29,12 +29,11 @@ from transformers.utils import logging as transformers_logging
 
 from lcc_lens.core.files import read_json, write_json
 from lcc_lens.data.datasets import encode, load_data
-from lcc_lens.job_data import calibration_tokens
 from lcc_lens.models.hooked.losses import sequence_loss
 from lcc_lens.models.loading.hooked import load_tokenizer
 from lcc_lens.models.loading.plain import load_plain
 from lcc_lens.models.loading.references import resolve
-from lcc_lens.pruning_jobs import prune
+from lcc_lens.pruning.jobs import calibration_tokens, prune
 
 CALIBRATION = {"calibration": "c4", "n_samples": 64, "seq_len": 512}
 LENGTH, EVERY = 512, 8

@@ -47,7 +47,7 @@ from lcc_lens.data.datasets import Data, encode_pair, load_data
 from lcc_lens.models.loading.hooked import load_tokenizer
 from lcc_lens.models.loading.references import resolve
 from lcc_lens.models.pair import Pair, load_pair
-from lcc_lens.pruning_jobs import prune
+from lcc_lens.pruning.jobs import prune
 from lcc_lens.scan import Scan, scan
 
 RUNS = Path(__file__).parent.parent / "runs"

@@ -39,7 +39,7 @@ from lcc_lens.models.hooked.offloading import device_of
 from lcc_lens.models.loading.plain import load_plain
 from lcc_lens.models.loading.references import resolve
 from lcc_lens.models.pair import Pair, load_pair
-from lcc_lens.pruning_jobs import prune
+from lcc_lens.pruning.jobs import prune
 from lcc_lens.restoration import Restoration, RestorationRecord
 from lcc_lens.scan import Scan, scan
 from lcc_lens.training import TrainConfig, TrainingState, optimise

@@ -41,7 +41,7 @@ from lcc_lens.models.hooked.kv_cache import chosen_rows
 from lcc_lens.models.loading.plain import load_plain
 from lcc_lens.models.pair import Pair, load_pair
 from lcc_lens.passes import ScanPlan
-from lcc_lens.pruning_jobs import prune
+from lcc_lens.pruning.jobs import prune
 from lcc_lens.scan import Scan, scan
 from lcc_lens.scan_request import pair_sequences
 

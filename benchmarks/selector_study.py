@@ -39,7 +39,7 @@ from lcc_lens.models.hooked.forward import forward
 from lcc_lens.models.hooked.hooks import HookedModel, NamedHook, logits_at
 from lcc_lens.models.hooked.losses import measure
 from lcc_lens.models.pair import Pair, load_pair
-from lcc_lens.pruning_jobs import prune
+from lcc_lens.pruning.jobs import prune
 from lcc_lens.scan import Scan, scan
 from lcc_lens.selectors import SELECTORS
 from lcc_lens.training import TrainConfig, train

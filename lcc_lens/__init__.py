@@ -83,8 +83,8 @@ if TYPE_CHECKING:
     from lcc_lens.plotting import recovery_points as recovery_points
     from lcc_lens.plotting import write_html as write_html
     from lcc_lens.plotting import write_image as write_image
-    from lcc_lens.pruning_jobs import prune as prune
-    from lcc_lens.pruning_jobs import refit as refit
+    from lcc_lens.pruning.jobs import prune as prune
+    from lcc_lens.pruning.jobs import refit as refit
     from lcc_lens.recipe import restore as restore
     from lcc_lens.report import report as report
     from lcc_lens.restoration import Restoration as Restoration

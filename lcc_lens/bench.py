@@ -36,8 +36,8 @@ from lcc_lens.models.hooked.sites import CONSTANT_SITES, reading_maps
 from lcc_lens.models.loading.hooked import identify, load_hooked
 from lcc_lens.models.loading.references import resolve
 from lcc_lens.models.pair import Pair, load_pair
-from lcc_lens.pruning.refit import REFIT_RECORD
-from lcc_lens.pruning_jobs import refit
+from lcc_lens.pruning.jobs import refit
+from lcc_lens.pruning.refit.refit import REFIT_RECORD
 from lcc_lens.restore_checks import check_scan
 from lcc_lens.reuse import CachedTeacher
 from lcc_lens.scan import Scan, scan

@@ -14,8 +14,8 @@ from lcc_lens.models.loading.hooked import identify
 from lcc_lens.models.loading.references import resolve
 from lcc_lens.models.pair import load_pair
 from lcc_lens.objectives import Objective
-from lcc_lens.pruning.refit import REFIT_RECORD
-from lcc_lens.pruning_jobs import REFIT_DATA, REFIT_SAMPLES, refit
+from lcc_lens.pruning.jobs import REFIT_DATA, REFIT_SAMPLES, refit
+from lcc_lens.pruning.refit.refit import REFIT_RECORD
 from lcc_lens.recipe import restore
 from lcc_lens.restoration import Restoration
 from lcc_lens.training import Step, TrainConfig

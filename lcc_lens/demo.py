@@ -24,7 +24,7 @@ from lcc_lens.models.loading.hooked import load_tokenizer
 from lcc_lens.models.loading.plain import load_plain
 from lcc_lens.models.loading.references import resolve
 from lcc_lens.models.pair import load_pair
-from lcc_lens.pruning_jobs import prune
+from lcc_lens.pruning.jobs import prune
 from lcc_lens.recipe import restore
 from lcc_lens.scan import scan
 from lcc_lens.score_text import format_scores

@@ -22,8 +22,8 @@ from lcc_lens.models.hooked.hooks import HookedModel
 from lcc_lens.models.hooked.sites import reading_maps
 from lcc_lens.models.loading.hooked import LoadedModel, load_hooked
 from lcc_lens.models.loading.references import resolve
-from lcc_lens.pruning.slicing import allowed_groups, require_sliceable, sliced_config
-from lcc_lens.pruning.slimgpt import Quota
+from lcc_lens.pruning.methods.slimgpt import Quota
+from lcc_lens.pruning.output.slicing import allowed_groups, require_sliceable, sliced_config
 
 #: ``no`` is something that does not work and has another way; ``failed`` a model that nothing here can use.
 Verdict = Literal["yes", "no", "failed"]

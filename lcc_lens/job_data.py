@@ -4,32 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
-
 from lcc_lens.core.errors import RequestError
-from lcc_lens.core.files import read_json
-from lcc_lens.data.datasets import Data, TokenSequence, check_disjoint, encode, text_blocks
-from lcc_lens.models.loading.hooked import load_tokenizer
+from lcc_lens.data.datasets import Data, TokenSequence, check_disjoint, encode
 from lcc_lens.models.pair import Pair
-from lcc_lens.pruning.refit import REFIT_RECORD
+from lcc_lens.pruning.jobs import recorded_groups
+from lcc_lens.pruning.refit.refit import REFIT_RECORD
 from lcc_lens.scan import Scan
-
-
-def calibration_tokens(data: Data, model: Path, n_samples: int, seq_len: int, seed: int) -> torch.Tensor:
-    """Equally long token blocks ``[sequence, pos]`` from shuffled documents.
-
-    Raises:
-        RequestError: too little text for ``n_samples`` blocks.
-    """
-    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed)).tolist()
-    text = "\n\n".join(data.examples[i].prompt + data.examples[i].response for i in order)
-    blocks = text_blocks(text, load_tokenizer(model), seq_len, n_samples)
-    if len(blocks) < n_samples:
-        raise RequestError(
-            f"wanted {n_samples} calibration sequences of {seq_len} tokens from {data.source}, got text for "
-            f"{len(blocks)}; name more data or lower --n-samples or --seq-len"
-        )
-    return torch.stack([block.tokens for block in blocks])
 
 
 def training_sequences(
@@ -77,9 +57,3 @@ def _split_off(data: Data) -> tuple[Data, Data]:
 def _calibration_groups(pruned: Path) -> frozenset[str]:
     """What the calibration of pruning and refit used, where the checkpoint says so."""
     return recorded_groups(pruned / "pruning.json") | recorded_groups(pruned / REFIT_RECORD)
-
-
-def recorded_groups(file: Path) -> frozenset[str]:
-    """The groups of the calibration data in a record beside the weights; none where there is no record."""
-    calibration = read_json(file).get("calibration") if file.exists() else None
-    return frozenset((calibration or {}).get("groups", ()))

@@ -14,7 +14,7 @@ from lcc_lens.core.errors import RequestError
 from lcc_lens.core.files import read_json
 from lcc_lens.entries import Entry
 from lcc_lens.models.architecture.sparsity_patterns import Unstructured, parse_pattern
-from lcc_lens.pruning.settings import Method, PruneConfig
+from lcc_lens.pruning.methods.settings import Method, PruneConfig
 
 Status = Literal["not run at size", "run at size"]
 #: Rows of a table that no training makes.
@@ -39,7 +39,7 @@ class PaperRow:
 
 @dataclass(frozen=True)
 class PruneStep:
-    """How a recipe prunes; see :func:`~lcc_lens.pruning_jobs.prune`."""
+    """How a recipe prunes; see :func:`~lcc_lens.pruning.jobs.prune`."""
 
     method: Method
     sparsity: float | None = None

@@ -16,7 +16,7 @@ from lcc_lens.core.files import read_json, require_free, write_json, write_text
 from lcc_lens.evaluation import check_tasks
 from lcc_lens.paper_recipes import PaperRecipe, dry
 from lcc_lens.paper_tables import recipe_table
-from lcc_lens.pruning_jobs import prune
+from lcc_lens.pruning.jobs import prune
 
 RECIPE_SETTINGS, RECIPE_RESULTS, RECIPE_TABLE = "recipe.json", "results.json", "table.md"
 

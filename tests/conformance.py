@@ -30,7 +30,7 @@ from lcc_lens.models.architecture.bias_slots import find_slots
 from lcc_lens.models.architecture.linear_maps import find_matrices
 from lcc_lens.models.hooked.forward import fused_attention
 from lcc_lens.models.pair import Pair, load_pair
-from lcc_lens.pruning_jobs import prune
+from lcc_lens.pruning.jobs import prune
 from lcc_lens.recipe import restore
 from lcc_lens.restoration import Restoration
 from lcc_lens.scan import scan

@@ -88,7 +88,7 @@ def dense_dir(folder: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def pruned_dir(folder: Path, dense_dir: Path, text_file: Path) -> Path:
-    from lcc_lens.pruning_jobs import prune
+    from lcc_lens.pruning.jobs import prune
 
     prune(dense_dir, folder / "pruned", calibration=str(text_file), n_samples=4, seq_len=48)
     return folder / "pruned"

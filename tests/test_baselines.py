@@ -19,7 +19,7 @@ from lcc_lens.models.hooked.sites import reading_maps
 from lcc_lens.models.hooked.weights import plain_modules
 from lcc_lens.models.pair import load_pair
 from lcc_lens.objectives import Objective
-from lcc_lens.pruning_jobs import prune
+from lcc_lens.pruning.jobs import prune
 from lcc_lens.restoration import Restoration, RestorationRecord
 from lcc_lens.training import TrainConfig, train, validation_loss
 

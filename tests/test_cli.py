@@ -168,7 +168,7 @@ def test_help_explains_every_option(command: str, capsys: pytest.CaptureFixture[
 def test_unexpected_failure_is_one_line(
     dense_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from lcc_lens import pruning_jobs
+    from lcc_lens.pruning import jobs as pruning_jobs
 
     def broken(*args: object, **kwargs: object) -> None:
         raise ZeroDivisionError("first line\nsecond line")

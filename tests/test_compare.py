@@ -21,7 +21,7 @@ from lcc_lens.harness import evaluate_task
 from lcc_lens.models.loading.hooked import load_tokenizer
 from lcc_lens.models.loading.plain import load_plain
 from lcc_lens.objectives import Objective
-from lcc_lens.pruning_jobs import prune
+from lcc_lens.pruning.jobs import prune
 from lcc_lens.scan import Scan
 from lcc_lens.training import validation_loss, validation_terms
 

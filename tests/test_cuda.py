@@ -18,7 +18,7 @@ from lcc_lens.data.datasets import load_data
 from lcc_lens.export import export
 from lcc_lens.models.hooked.offloading import device_of
 from lcc_lens.models.pair import Pair, load_pair
-from lcc_lens.pruning_jobs import prune, refit
+from lcc_lens.pruning.jobs import prune, refit
 from lcc_lens.recipe import restore
 from lcc_lens.restoration import Restoration
 from lcc_lens.scan import Scan, scan

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from lcc_lens.models.architecture.linear_maps import find_matrices
-from lcc_lens.pruning import guide as module
-from lcc_lens.pruning.guide import Guide
-from lcc_lens.pruning.refit import RefitConfig, refit
-from lcc_lens.pruning.stream import LayerStream
+from lcc_lens.pruning.refit import dense_stream as module
+from lcc_lens.pruning.calibration.stream import LayerStream
+from lcc_lens.pruning.refit.dense_stream import Guide
+from lcc_lens.pruning.refit.refit import RefitConfig, refit
 
 CPU = torch.device("cpu")
 TOKENS = torch.randint(1, 257, (20, 24), generator=torch.Generator().manual_seed(0))

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lcc_lens.core.errors import LensError
-from lcc_lens.pruning import least_squares
-from lcc_lens.pruning.least_squares import NormalEquations, masked_least_squares
+from lcc_lens.pruning.refit import least_squares
+from lcc_lens.pruning.refit.least_squares import NormalEquations, masked_least_squares
 
 
 def problem(seed: int, n: int = 300, d_in: int = 40, d_out: int = 7, share: float = 0.5):

@@ -37,7 +37,7 @@ from lcc_lens.models.hooked.sites import mlp_width, reading_maps
 from lcc_lens.models.loading.hooked import load_hooked
 from lcc_lens.models.loading.plain import load_plain
 from lcc_lens.models.pair import load_pair
-from lcc_lens.pruning_jobs import prune
+from lcc_lens.pruning.jobs import prune
 from lcc_lens.recipe import restore
 from lcc_lens.restoration import Restoration, RestorationRecord
 from lcc_lens.scan import Scan, scan

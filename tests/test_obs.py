@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lcc_lens.core.errors import LensError, RequestError
-from lcc_lens.pruning import NofM, Pattern, Unstructured
-from lcc_lens.pruning.moments import InputMoments
-from lcc_lens.pruning.obs import DAMPING, damped, output_error, sparsegpt
-from lcc_lens.pruning.pruners import LayerTask
-from lcc_lens.pruning.second_order import SparseGPTPruner
+from lcc_lens.models.architecture.sparsity_patterns import NofM, Pattern, Unstructured
+from lcc_lens.pruning.methods.moments import InputMoments
+from lcc_lens.pruning.methods.obs import DAMPING, damped, output_error, sparsegpt
+from lcc_lens.pruning.methods.pruners import LayerTask
+from lcc_lens.pruning.methods.sparsegpt import SparseGPTPruner
 
 
 def inputs_like_text(n_tokens: int, width: int, seed: int) -> Tensor:

@@ -33,8 +33,8 @@ from lcc_lens.models.loading.hooked import load_hooked
 from lcc_lens.models.loading.plain import load_plain
 from lcc_lens.models.pair import Pair, load_pair
 from lcc_lens.objectives import Objective
-from lcc_lens.pruning.stream import LayerStream
-from lcc_lens.pruning_jobs import prune
+from lcc_lens.pruning.calibration.stream import LayerStream
+from lcc_lens.pruning.jobs import prune
 from lcc_lens.recipe import restore
 from lcc_lens.scan import Scan, scan
 from lcc_lens.train_config import TrainConfig

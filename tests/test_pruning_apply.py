@@ -26,7 +26,9 @@ from lcc_lens.core.errors import LensError, RequestError
 from lcc_lens.core.files import sha256_file
 from lcc_lens.core.progress import tracked_by
 from lcc_lens.models.architecture.linear_maps import find_matrices
-from lcc_lens.pruning import NofM, Pattern, Unstructured, detect_pattern, keep_mask, prune
+from lcc_lens.models.architecture.sparsity_patterns import NofM, Pattern, Unstructured, detect_pattern
+from lcc_lens.pruning.methods.masks import keep_mask
+from lcc_lens.pruning.prune import prune
 
 SHAPE = {"hidden_size": 20, "intermediate_size": 44, "num_hidden_layers": 3, "vocab_size": 60}
 # Weights large enough that pruning one layer visibly changes what the next one reads.
@@ -286,7 +288,8 @@ def test_sparsegpt_keeps_the_share_and_errs_less_than_wanda(
 def test_sparsegpt_factorises_in_double_precision_whatever_the_model_computes_in(
     computed: torch.dtype, dense: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from lcc_lens.pruning import obs, second_order
+    from lcc_lens.pruning.methods import obs
+    from lcc_lens.pruning.methods import sparsegpt as second_order
 
     seen: list[torch.dtype] = []
 

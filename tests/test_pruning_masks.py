@@ -9,17 +9,17 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lcc_lens.core.errors import RequestError
-from lcc_lens.models.architecture.sparsity_patterns import common_pattern, require_fit
-from lcc_lens.pruning import (
+from lcc_lens.models.architecture.sparsity_patterns import (
     NofM,
     Unstructured,
+    common_pattern,
     detect_pattern,
-    keep_mask,
-    magnitude_score,
     parse_pattern,
+    require_fit,
     sparsity,
-    wanda_score,
 )
+from lcc_lens.pruning.methods.masks import keep_mask
+from lcc_lens.pruning.methods.scores import magnitude_score, wanda_score
 
 laws = settings(max_examples=60, deadline=None)
 ratios = st.floats(0, 1, exclude_max=True)

@@ -19,10 +19,11 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig, ViTCo
 from lcc_lens.core.errors import DiskFullError, LensError, RequestError
 from lcc_lens.models.architecture.layers import decoder_layers
 from lcc_lens.models.architecture.linear_maps import Matrix
-from lcc_lens.pruning import NofM, Pattern, PruneConfig, Unstructured, prune
-from lcc_lens.pruning.pruners import MagnitudePruner, WandaPruner
-from lcc_lens.pruning.settings import PRUNERS
-from lcc_lens.pruning.stream import LayerStream
+from lcc_lens.models.architecture.sparsity_patterns import NofM, Pattern, Unstructured
+from lcc_lens.pruning.calibration.stream import LayerStream
+from lcc_lens.pruning.methods.pruners import MagnitudePruner, WandaPruner
+from lcc_lens.pruning.methods.settings import PRUNERS, PruneConfig
+from lcc_lens.pruning.prune import prune
 
 SIZES = {"hidden_size": 20, "intermediate_size": 44, "num_hidden_layers": 3, "vocab_size": 60}
 HEADS = {"num_attention_heads": 5, "num_key_value_heads": 1, "head_dim": 6}

@@ -15,9 +15,10 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from lcc_lens.core.errors import LensError
-from lcc_lens.pruning import Unstructured, prune
-from lcc_lens.pruning.stream import LayerStream
-from lcc_lens.pruning.unfinished import FinishedLayers
+from lcc_lens.models.architecture.sparsity_patterns import Unstructured
+from lcc_lens.pruning.calibration.finished_layers import FinishedLayers
+from lcc_lens.pruning.calibration.stream import LayerStream
+from lcc_lens.pruning.prune import prune
 
 SHAPE = {"hidden_size": 24, "intermediate_size": 44, "num_hidden_layers": 4, "vocab_size": 60}
 HEADS = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 6, "initializer_range": 0.4}
@@ -121,7 +122,7 @@ def test_a_damaged_layer_is_made_again(dense: Path, tmp_path: Path, stop_after: 
 def test_a_disk_that_fills_up_late_loses_no_finished_layer(
     dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from lcc_lens.pruning import writing
+    from lcc_lens.pruning.output import writing
 
     def full(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")

@@ -30,9 +30,11 @@ from lcc_lens.data.datasets import load_data
 from lcc_lens.export import export
 from lcc_lens.models.architecture.anatomy import find_anatomies
 from lcc_lens.models.architecture.linear_maps import find_matrices
+from lcc_lens.models.architecture.sparsity_patterns import NofM, Unstructured
 from lcc_lens.models.pair import load_pair
-from lcc_lens.pruning import NofM, PruneConfig, Unstructured, prune
-from lcc_lens.pruning.slimgpt import Quota, fixed_quota, possible_quotas
+from lcc_lens.pruning.methods.settings import PruneConfig
+from lcc_lens.pruning.methods.slimgpt import Quota, fixed_quota, possible_quotas
+from lcc_lens.pruning.prune import prune
 from lcc_lens.recipe import restore
 from lcc_lens.scan import Scan, scan
 from lcc_lens.training import TrainConfig

@@ -19,7 +19,7 @@ from lcc_lens.injections import Ingredients, build_injection
 from lcc_lens.models.hooked.hooks import mlp_name, z_name
 from lcc_lens.models.hooked.layer_walk import LayerWalk, can_walk
 from lcc_lens.models.pair import load_pair
-from lcc_lens.pruning_jobs import prune
+from lcc_lens.pruning.jobs import prune
 from lcc_lens.recipe import restore
 from lcc_lens.scan import Scan, scan
 from lcc_lens.sequential import sequential_means

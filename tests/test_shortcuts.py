@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from lcc_lens.models.architecture.anatomy import output_maps
 from lcc_lens.models.architecture.linear_maps import Matrix, find_matrices
-from lcc_lens.pruning import stream as module
-from lcc_lens.pruning.refit import RefitConfig, refit
-from lcc_lens.pruning.shortcuts import Shortcuts
-from lcc_lens.pruning.stream import LayerStream
+from lcc_lens.pruning.calibration import stream as module
+from lcc_lens.pruning.calibration.attention_cache import Shortcuts
+from lcc_lens.pruning.calibration.stream import LayerStream
+from lcc_lens.pruning.refit.refit import RefitConfig, refit
 
 CPU = torch.device("cpu")
 TOKENS = torch.randint(1, 250, (20, 24), generator=torch.Generator().manual_seed(0))

@@ -22,7 +22,7 @@ from lcc_lens.models.loading.hooked import load_hooked, load_tokenizer
 from lcc_lens.models.loading.plain import load_plain
 from lcc_lens.models.pair import load_pair
 from lcc_lens.objectives import Objective
-from lcc_lens.pruning_jobs import prune, refit
+from lcc_lens.pruning.jobs import prune, refit
 from lcc_lens.recipe import restore
 from lcc_lens.scan import scan
 from lcc_lens.training import TrainConfig, validation_loss

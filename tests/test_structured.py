@@ -12,8 +12,8 @@ from test_obs import inputs_like_text
 from torch import Tensor
 
 from lcc_lens.core.errors import RequestError
-from lcc_lens.pruning.obs import DAMPING, damped
-from lcc_lens.pruning.structured import (
+from lcc_lens.pruning.methods.obs import DAMPING, damped
+from lcc_lens.pruning.methods.structured import (
     SCHEDULES,
     cheapest_columns,
     cheapest_groups,

@@ -19,7 +19,7 @@ from lcc_lens.models.hooked.forward import run_without_logits
 from lcc_lens.models.hooked.hooks import HookedModel
 from lcc_lens.models.hooked.offloading import device_of
 from lcc_lens.models.hooked.weights import plain_carrier, weight_shape
-from lcc_lens.pruning.moments import InputMoments
+from lcc_lens.pruning.methods.moments import InputMoments
 
 
 class EoraInjection(AdapterInjection):

@@ -45,7 +45,7 @@ class Prune(Placed):
     """Replace an existing directory."""
 
     def execute(self) -> None:
-        from lcc_lens.pruning_jobs import prune
+        from lcc_lens.pruning.jobs import prune
 
         report = prune(
             self.model, self.out, method=self.method, sparsity=self.sparsity, pattern=self.pattern,
@@ -84,7 +84,7 @@ class Refit(Placed):
     """Replace an existing directory. A refit that was interrupted goes on by itself."""
 
     def execute(self) -> None:
-        from lcc_lens.pruning_jobs import refit
+        from lcc_lens.pruning.jobs import refit
 
         report = refit(
             self.dense, self.pruned, self.out, calibration=self.calibration, n_samples=self.n_samples,

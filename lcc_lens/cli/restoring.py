@@ -173,7 +173,7 @@ class Restore(Placed):
 
     def _best(self, data: Data, validation: Data) -> Restoration:
         from lcc_lens.best import BEST_LOW_RANK, restore_best
-        from lcc_lens.pruning_jobs import REFIT_SAMPLES
+        from lcc_lens.pruning.jobs import REFIT_SAMPLES
 
         return restore_best(
             self.dense, self.pruned, self.run, data, config=self._config(), validation=validation,

@@ -11,7 +11,7 @@ from torch import Tensor
 from lcc_lens.core.config import package_version
 from lcc_lens.models.architecture.linear_maps import Matrix
 from lcc_lens.models.architecture.sparsity_patterns import common_pattern, detect_pattern, sparsity
-from lcc_lens.pruning.settings import PruneConfig
+from lcc_lens.pruning.methods.settings import PruneConfig
 
 
 def pruning_report(

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from lcc_lens.core.errors import RequestError
 from lcc_lens.models.architecture.anatomy import Block, LayerAnatomy
-from lcc_lens.pruning.moments import InputMoments
-from lcc_lens.pruning.obs import Damped
-from lcc_lens.pruning.pruners import LayerTask, Removed, Split
-from lcc_lens.pruning.second_order import damped_and_said
-from lcc_lens.pruning.structured import Removal, cheapest_columns, cheapest_groups, refitted
+from lcc_lens.pruning.methods.moments import InputMoments
+from lcc_lens.pruning.methods.obs import Damped
+from lcc_lens.pruning.methods.pruners import LayerTask, Removed, Split
+from lcc_lens.pruning.methods.sparsegpt import damped_and_said
+from lcc_lens.pruning.methods.structured import Removal, cheapest_columns, cheapest_groups, refitted
 
 
 @dataclass(frozen=True)

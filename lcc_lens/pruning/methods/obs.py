@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lcc_lens.core.errors import LensError
 from lcc_lens.models.architecture.sparsity_patterns import NofM, Pattern, require_fit
-from lcc_lens.pruning.masks import lowest
+from lcc_lens.pruning.methods.masks import lowest
 
 #: Share of the mean diagonal that is added to a second moment before it is inverted.
 DAMPING = 0.01

@@ -26,14 +26,14 @@ from lcc_lens.core.files import (
 from lcc_lens.core.progress import track
 from lcc_lens.models.architecture.linear_maps import Matrix, StoredWeights, find_matrices
 from lcc_lens.models.architecture.zeros import compare_zeros
-from lcc_lens.pruning.guide import Guide
-from lcc_lens.pruning.least_squares import NormalEquations, masked_least_squares
-from lcc_lens.pruning.moments import InputMoments, exact_products
-from lcc_lens.pruning.obs import output_error
-from lcc_lens.pruning.pruners import Removed
-from lcc_lens.pruning.shortfall import Shortfall, Written, outputs_to_mend
-from lcc_lens.pruning.stream import LayerStream
-from lcc_lens.pruning.unfinished import FinishedLayers
+from lcc_lens.pruning.calibration.finished_layers import FinishedLayers
+from lcc_lens.pruning.calibration.stream import LayerStream
+from lcc_lens.pruning.methods.moments import InputMoments, exact_products
+from lcc_lens.pruning.methods.obs import output_error
+from lcc_lens.pruning.methods.pruners import Removed
+from lcc_lens.pruning.refit.dense_stream import Guide
+from lcc_lens.pruning.refit.least_squares import NormalEquations, masked_least_squares
+from lcc_lens.pruning.refit.residual_correction import Shortfall, Written, outputs_to_mend
 
 REFIT_RECORD = "refit.json"
 #: Beside the finished layers of a run that is not through.
@@ -50,7 +50,7 @@ class RefitConfig:
             maps also make up for earlier ones' errors.
         ridge: pull towards the dense weights, as a share of the inputs' mean square.
         mend: the share of what the residual stream lacks already that the maps which write to it make up for, upon
-            giving the dense maps' own outputs (:class:`~lcc_lens.pruning.shortfall.Shortfall`); 0 leaves it. Only where
+            giving the dense maps' own outputs (:class:`~lcc_lens.pruning.refit.residual_correction.Shortfall`); 0 leaves it. Only where
             layers add to the stream what their output maps give; elsewhere all maps follow as ``follow`` says.
         batch_size: sequences per forward pass.
     """

@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from lcc_lens.core.errors import RequestError
-from lcc_lens.pruning.obs import Damped
+from lcc_lens.pruning.methods.obs import Damped
 
 Schedule = Literal["log", "linear", "uniform", "falling"]
 SCHEDULES: tuple[Schedule, ...] = ("log", "linear", "uniform", "falling")

@@ -11,11 +11,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lcc_lens.models.architecture.sparsity_patterns import Pattern
-from lcc_lens.pruning.masks import keep_mask
-from lcc_lens.pruning.moments import InputMoments
-from lcc_lens.pruning.obs import DAMPING, Damped, damped, output_error, sparsegpt
-from lcc_lens.pruning.pruners import LayerTask, Removed
-from lcc_lens.pruning.scores import wanda_score
+from lcc_lens.pruning.methods.masks import keep_mask
+from lcc_lens.pruning.methods.moments import InputMoments
+from lcc_lens.pruning.methods.obs import DAMPING, Damped, damped, output_error, sparsegpt
+from lcc_lens.pruning.methods.pruners import LayerTask, Removed
+from lcc_lens.pruning.methods.scores import wanda_score
 
 logger = logging.getLogger(__name__)
 

@@ -21,15 +21,15 @@ from lcc_lens.models.architecture.anatomy import LayerAnatomy, find_anatomies
 from lcc_lens.models.architecture.layers import read_config
 from lcc_lens.models.architecture.linear_maps import Matrix, StoredWeights, find_matrices
 from lcc_lens.models.architecture.sparsity_patterns import Pattern, require_fit
-from lcc_lens.pruning.masks import Scope
-from lcc_lens.pruning.pruners import Choice, LayerTask, Removed, Split
-from lcc_lens.pruning.settings import INVERTING, Method, PruneConfig
-from lcc_lens.pruning.slicing import allowed_groups, require_sliceable, sliced_config
-from lcc_lens.pruning.slimgpt import fixed_quota, possible_quotas
-from lcc_lens.pruning.stream import LayerStream
-from lcc_lens.pruning.structured import Schedule
-from lcc_lens.pruning.unfinished import FinishedLayers
-from lcc_lens.pruning.writing import write_pruned
+from lcc_lens.pruning.calibration.finished_layers import FinishedLayers
+from lcc_lens.pruning.calibration.stream import LayerStream
+from lcc_lens.pruning.methods.masks import Scope
+from lcc_lens.pruning.methods.pruners import Choice, LayerTask, Removed, Split
+from lcc_lens.pruning.methods.settings import INVERTING, Method, PruneConfig
+from lcc_lens.pruning.methods.slimgpt import fixed_quota, possible_quotas
+from lcc_lens.pruning.methods.structured import Schedule
+from lcc_lens.pruning.output.slicing import allowed_groups, require_sliceable, sliced_config
+from lcc_lens.pruning.output.writing import write_pruned
 
 logger = logging.getLogger(__name__)
 

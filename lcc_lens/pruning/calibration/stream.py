@@ -18,9 +18,9 @@ from lcc_lens.core.progress import loading_models
 from lcc_lens.models.architecture.layers import decoder_layers, read_config
 from lcc_lens.models.architecture.linear_maps import Matrix
 from lcc_lens.models.hooked.offloading import bring_in, entry_device, placement
-from lcc_lens.pruning.pruners import LayerPruner
-from lcc_lens.pruning.recording import LayerCall, record_calls
-from lcc_lens.pruning.shortcuts import Shortcuts
+from lcc_lens.pruning.calibration.attention_cache import Shortcuts
+from lcc_lens.pruning.calibration.layer_calls import LayerCall, record_calls
+from lcc_lens.pruning.methods.pruners import LayerPruner
 
 #: Takes a matrix's name and a batch of its inputs ``[token, in]``.
 Observer = Callable[[str, Tensor], None]

@@ -8,8 +8,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lcc_lens.models.architecture.linear_maps import Matrix
-from lcc_lens.pruning.moments import is_same
-from lcc_lens.pruning.stream import MOST_BYTES, LayerStream, Observer
+from lcc_lens.pruning.calibration.stream import MOST_BYTES, LayerStream, Observer
+from lcc_lens.pruning.methods.moments import is_same
 
 
 class Guide:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.files import read_json, read_tensors, write_json, write_tensors
-from lcc_lens.pruning.pruners import Removed
+from lcc_lens.pruning.methods.pruners import Removed
 
 _IDENTITY = "run.json"
 _REMOVED = "removed."

@@ -13,11 +13,11 @@ from lcc_lens.core.files import atomic_directory, copy_checkpoint, tensor_names,
 from lcc_lens.core.heads import HEAD_MAP, HeadMap
 from lcc_lens.models.architecture.anatomy import LayerAnatomy
 from lcc_lens.models.architecture.linear_maps import Matrix
-from lcc_lens.pruning.report import pruning_report
-from lcc_lens.pruning.settings import PruneConfig
-from lcc_lens.pruning.slicing import SlicedTensors, layer_cuts, sliced_config
-from lcc_lens.pruning.slimgpt import Quota
-from lcc_lens.pruning.unfinished import FinishedLayers
+from lcc_lens.pruning.calibration.finished_layers import FinishedLayers
+from lcc_lens.pruning.methods.settings import PruneConfig
+from lcc_lens.pruning.methods.slimgpt import Quota
+from lcc_lens.pruning.output.report import pruning_report
+from lcc_lens.pruning.output.slicing import SlicedTensors, layer_cuts, sliced_config
 
 
 def write_pruned(

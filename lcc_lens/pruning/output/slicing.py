@@ -16,8 +16,8 @@ from lcc_lens.core.files import read_tensor
 from lcc_lens.models.architecture.anatomy import Block, LayerAnatomy
 from lcc_lens.models.architecture.layers import read_config, skeleton
 from lcc_lens.models.architecture.linear_maps import Matrix
-from lcc_lens.pruning.pruners import Removed
-from lcc_lens.pruning.slimgpt import Quota
+from lcc_lens.pruning.methods.pruners import Removed
+from lcc_lens.pruning.methods.slimgpt import Quota
 
 _NONE = torch.empty(0, dtype=torch.long)
 

@@ -8,11 +8,11 @@ from typing import Literal, get_args
 from lcc_lens.core.errors import RequestError
 from lcc_lens.models.architecture.anatomy import LayerAnatomy
 from lcc_lens.models.architecture.sparsity_patterns import NofM, Pattern, Unstructured
-from lcc_lens.pruning.masks import Scope
-from lcc_lens.pruning.pruners import Choice, LayerPruner, LayerTask, MagnitudePruner, Split, WandaPruner
-from lcc_lens.pruning.second_order import SparseGPTPruner
-from lcc_lens.pruning.slimgpt import SlimGPTPruner
-from lcc_lens.pruning.structured import SCHEDULES, Schedule, layer_ratios
+from lcc_lens.pruning.methods.masks import Scope
+from lcc_lens.pruning.methods.pruners import Choice, LayerPruner, LayerTask, MagnitudePruner, Split, WandaPruner
+from lcc_lens.pruning.methods.slimgpt import SlimGPTPruner
+from lcc_lens.pruning.methods.sparsegpt import SparseGPTPruner
+from lcc_lens.pruning.methods.structured import SCHEDULES, Schedule, layer_ratios
 
 Method = Literal["magnitude", "wanda", "sparsegpt", "slimgpt"]
 PRUNERS: dict[Method, type[LayerPruner]] = {
@@ -48,7 +48,7 @@ class PruneConfig:
         RequestError: an unknown word, a combination that the method does not have, or an empty batch.
 
     Example:
-        >>> from lcc_lens.pruning import Unstructured
+        >>> from lcc_lens.models.architecture.sparsity_patterns import Unstructured
         >>> PruneConfig("wanda", Unstructured(0.5)).uses_inputs
         True
     """

@@ -14,8 +14,8 @@ from torch import Tensor
 from lcc_lens.core.errors import LensError
 from lcc_lens.models.architecture.anatomy import LayerAnatomy
 from lcc_lens.models.architecture.sparsity_patterns import Pattern
-from lcc_lens.pruning.masks import Scope, keep_mask
-from lcc_lens.pruning.scores import magnitude_score, wanda_score
+from lcc_lens.pruning.methods.masks import Scope, keep_mask
+from lcc_lens.pruning.methods.scores import magnitude_score, wanda_score
 
 # Tokens whose squares are summed at once.
 _TOKENS_AT_ONCE = 256

@@ -10,17 +10,17 @@ import torch
 
 from lcc_lens.core.config import compute_dtype, default_device
 from lcc_lens.core.errors import RequestError
-from lcc_lens.data.datasets import Data, load_data
-from lcc_lens.job_data import calibration_tokens, recorded_groups
-from lcc_lens.models.architecture.sparsity_patterns import Pattern, Unstructured
+from lcc_lens.core.files import read_json
+from lcc_lens.data.datasets import Data, load_data, text_blocks
+from lcc_lens.models.architecture.sparsity_patterns import Pattern, Unstructured, parse_pattern
+from lcc_lens.models.loading.hooked import load_tokenizer
 from lcc_lens.models.loading.references import resolve
-from lcc_lens.pruning import parse_pattern
-from lcc_lens.pruning import prune as prune_checkpoint
-from lcc_lens.pruning.pruners import Choice, Split
-from lcc_lens.pruning.refit import REFIT_RECORD, RefitConfig
-from lcc_lens.pruning.refit import refit as refit_checkpoint
-from lcc_lens.pruning.settings import Method
-from lcc_lens.pruning.structured import Schedule
+from lcc_lens.pruning.methods.pruners import Choice, Split
+from lcc_lens.pruning.methods.settings import Method
+from lcc_lens.pruning.methods.structured import Schedule
+from lcc_lens.pruning.prune import prune as prune_checkpoint
+from lcc_lens.pruning.refit.refit import REFIT_RECORD, RefitConfig
+from lcc_lens.pruning.refit.refit import refit as refit_checkpoint
 
 #: What a refit is calibrated on: instructions, web text and an encyclopedia.
 REFIT_DATA = ("alpaca", "c4", "wikitext")
@@ -124,12 +124,12 @@ def refit(
             the dense model's own.
         ridge: pull towards the dense weights, as a share of the inputs' mean square.
         mend: the share of what the residual stream lacks that the maps which write to it make up for; see
-            :class:`~lcc_lens.pruning.refit.RefitConfig`.
+            :class:`~lcc_lens.pruning.refit.refit.RefitConfig`.
         seed: of the draw of calibration data.
         overwrite: replace an existing directory.
 
     Returns:
-        What ``refit.json`` holds; see :func:`lcc_lens.pruning.refit.refit`.
+        What ``refit.json`` holds; see :func:`lcc_lens.pruning.refit.refit.refit`.
 
     Raises:
         RequestError: the two are not a dense model and its zeroed version, or there is too little text; nothing is
@@ -163,3 +163,26 @@ def refit(
         *paths, Path(out), tokens=torch.cat(tokens), config=config, device=device, dtype=compute_dtype(device),
         overwrite=overwrite, provenance={**provenance, "dense": str(dense), "pruned": str(pruned), "seed": seed},
     )  # fmt: skip
+
+
+def calibration_tokens(data: Data, model: Path, n_samples: int, seq_len: int, seed: int) -> torch.Tensor:
+    """Equally long token blocks ``[sequence, pos]`` from shuffled documents.
+
+    Raises:
+        RequestError: too little text for ``n_samples`` blocks.
+    """
+    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed)).tolist()
+    text = "\n\n".join(data.examples[i].prompt + data.examples[i].response for i in order)
+    blocks = text_blocks(text, load_tokenizer(model), seq_len, n_samples)
+    if len(blocks) < n_samples:
+        raise RequestError(
+            f"wanted {n_samples} calibration sequences of {seq_len} tokens from {data.source}, got text for "
+            f"{len(blocks)}; name more data or lower --n-samples or --seq-len"
+        )
+    return torch.stack([block.tokens for block in blocks])
+
+
+def recorded_groups(file: Path) -> frozenset[str]:
+    """The groups of the calibration data in a record beside the weights; none where there is no record."""
+    calibration = read_json(file).get("calibration") if file.exists() else None
+    return frozenset((calibration or {}).get("groups", ()))

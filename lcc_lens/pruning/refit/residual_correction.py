@@ -11,9 +11,9 @@ from torch import Tensor
 
 from lcc_lens.models.architecture.anatomy import output_maps
 from lcc_lens.models.architecture.linear_maps import Matrix
-from lcc_lens.pruning.guide import Guide
-from lcc_lens.pruning.moments import InputMoments, exact_products
-from lcc_lens.pruning.stream import LayerStream
+from lcc_lens.pruning.calibration.stream import LayerStream
+from lcc_lens.pruning.methods.moments import InputMoments, exact_products
+from lcc_lens.pruning.refit.dense_stream import Guide
 
 #: A token counts at most so many times as much as the median one.
 _MOST = 10.0

@@ -1,0 +1,1 @@
+"""Calibration: hidden states that stream through a model layer by layer, and what is recorded of them."""

@@ -1,0 +1,1 @@
+"""Methods: what each pruner decides for one layer, from scores and masks to the second-order updates."""

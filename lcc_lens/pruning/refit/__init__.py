@@ -1,0 +1,1 @@
+"""Refit: least squares of the surviving weights against the dense model."""
