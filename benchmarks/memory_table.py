@@ -95,7 +95,7 @@ def statistics_bytes(shape: Shape) -> int:
 
 def wide_spectrum_bytes(shape: Shape, width: int) -> int:
     """The second moments of one wide site, float32, in blocks on and below the diagonal."""
-    from lcc_lens.statistics import Triangle
+    from lcc_lens.analysis.statistics import Triangle
 
     return 4 * shape.n_layers * Triangle.of(width).numel
 

@@ -22,12 +22,12 @@ import torch
 from run import describe, timed
 from torch import nn
 
-from lcc_lens.components import LostComponents, components_from_moments
+from lcc_lens.analysis.components import LostComponents, components_from_moments
+from lcc_lens.analysis.head_scores import HeadScores
+from lcc_lens.analysis.probes.published import split_pairs
+from lcc_lens.analysis.selectors.interaction_probe import score_interaction_probe
+from lcc_lens.analysis.selectors.linear_probe import LayerFeatures, ProbeFeatures, linear_probe_scores
 from lcc_lens.core.files import write_json
-from lcc_lens.headscores import HeadScores
-from lcc_lens.probes import split_pairs
-from lcc_lens.selectors.interaction_probe import score_interaction_probe
-from lcc_lens.selectors.linear_probe import LayerFeatures, ProbeFeatures, linear_probe_scores
 
 LAYERS, HEADS, PAIRS, D_HEAD = 30, 9, 1000, 64
 STRONGEST = 1.0  # in standard deviations of an answer along the signal's direction

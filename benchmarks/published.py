@@ -40,7 +40,8 @@ from run import describe
 from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
-from lcc_lens.components import LostComponents
+from lcc_lens.analysis.components import LostComponents
+from lcc_lens.analysis.scan.scan import Scan, scan
 from lcc_lens.core.config import compute_dtype, default_device
 from lcc_lens.core.files import read_json, read_tensors, write_json
 from lcc_lens.data.datasets import Data, encode_pair, load_data
@@ -48,14 +49,13 @@ from lcc_lens.models.loading.hooked import load_tokenizer
 from lcc_lens.models.loading.references import resolve
 from lcc_lens.models.pair import Pair, load_pair
 from lcc_lens.pruning.jobs import prune
-from lcc_lens.scan import Scan, scan
 
 RUNS = Path(__file__).parent.parent / "runs"
 PUBLISHED = Path(__file__).parent / "published_extraction.py"
 MAX_LENGTH = 512
 #: What our scan is told to do no more than the published code.
 SAME_WORK: dict[str, Any] = {"sites": ("z",), "selectors": ("probe",), "probe_solver": "published", "display": 0}
-#: Functions within `lcc_lens.scan` whose seconds are not extraction, by part.
+#: Functions within `lcc_lens.analysis.scan.scan` whose seconds are not extraction, by part.
 OUR_PARTS = {"tokenising": "pair_sequences", "probes": "score"}
 
 
@@ -83,7 +83,7 @@ def tokens_of(data: Data, dense: Path) -> list[dict[str, list[int]]]:
 def run_ours(pair: Pair, data: Data, settings: dict[str, Any]) -> tuple[Scan, dict[str, float]]:
     """Our scan with its seconds by part: extraction, probes, tokenising."""
     scan(pair, replace(data, examples=data.examples[:4]), positions="last", max_length=MAX_LENGTH, **settings)
-    with seconds_within(sys.modules["lcc_lens.scan"], OUR_PARTS) as seconds:
+    with seconds_within(sys.modules["lcc_lens.analysis.scan.scan"], OUR_PARTS) as seconds:
         start = time.perf_counter()
         found = scan(pair, data, positions="last", max_length=MAX_LENGTH, **settings)
         total = time.perf_counter() - start

@@ -25,6 +25,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import torch
 from transformers.utils import logging as transformers_logging
 
+from lcc_lens.analysis.scan.scan import Scan, scan
 from lcc_lens.baselines import adapters
 from lcc_lens.core.config import compute_dtype, default_device, package_version
 from lcc_lens.core.files import write_json
@@ -41,7 +42,6 @@ from lcc_lens.models.loading.references import resolve
 from lcc_lens.models.pair import Pair, load_pair
 from lcc_lens.pruning.jobs import prune
 from lcc_lens.restoration import Restoration, RestorationRecord
-from lcc_lens.scan import Scan, scan
 from lcc_lens.training import TrainConfig, TrainingState, optimise
 
 #: Methods whose training step is timed; the first also against LoRA's.

@@ -32,7 +32,10 @@ from run import compare, describe
 from transformers import DynamicCache
 from transformers.utils import logging as transformers_logging
 
-from lcc_lens.contrast import shared_length
+from lcc_lens.analysis.scan.contrastive import shared_length
+from lcc_lens.analysis.scan.passes import ScanPlan
+from lcc_lens.analysis.scan.request import pair_sequences
+from lcc_lens.analysis.scan.scan import Scan, scan
 from lcc_lens.core.config import bound_kernel_cache
 from lcc_lens.core.files import write_json
 from lcc_lens.data.datasets import Data, TokenSequence, batches, load_data
@@ -40,10 +43,7 @@ from lcc_lens.models.hooked.activations import SITES
 from lcc_lens.models.hooked.kv_cache import chosen_rows
 from lcc_lens.models.loading.plain import load_plain
 from lcc_lens.models.pair import Pair, load_pair
-from lcc_lens.passes import ScanPlan
 from lcc_lens.pruning.jobs import prune
-from lcc_lens.scan import Scan, scan
-from lcc_lens.scan_request import pair_sequences
 
 LENGTH = 512
 

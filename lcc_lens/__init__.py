@@ -22,12 +22,26 @@ from typing import TYPE_CHECKING, Any
 
 # The public names, each written once: type checkers read this block, and `_public_names` reads it at run time.
 if TYPE_CHECKING:
+    from lcc_lens.analysis.components import LostComponents as LostComponents
+    from lcc_lens.analysis.components import components_from_moments as components_from_moments
+    from lcc_lens.analysis.components import extract_lost_components as extract_lost_components
+    from lcc_lens.analysis.head_scores import HeadScores as HeadScores
+    from lcc_lens.analysis.lens.answers import answer_streams as answer_streams
+    from lcc_lens.analysis.lens.direct import direct_effect as direct_effect
+    from lcc_lens.analysis.lens.exciting import exciting_examples as exciting_examples
+    from lcc_lens.analysis.lens.gain import logit_gain as logit_gain
+    from lcc_lens.analysis.lens.output_relation import relation_to_W_O as relation_to_W_O
+    from lcc_lens.analysis.lens.saved import load_lens as load_lens
+    from lcc_lens.analysis.lens.saved import save_lens as save_lens
+    from lcc_lens.analysis.lens.similarity import component_similarity as component_similarity
+    from lcc_lens.analysis.lens.tokens import promoted_tokens as promoted_tokens
+    from lcc_lens.analysis.scan.scan import Scan as Scan
+    from lcc_lens.analysis.scan.scan import scan as scan
+    from lcc_lens.analysis.scan.token_differences import TokenLoss as TokenLoss
+    from lcc_lens.analysis.statistics import DifferenceStatistics as DifferenceStatistics
     from lcc_lens.best import restore_best as restore_best
     from lcc_lens.compare import compare as compare
     from lcc_lens.compare_config import CompareConfig as CompareConfig
-    from lcc_lens.components import LostComponents as LostComponents
-    from lcc_lens.components import components_from_moments as components_from_moments
-    from lcc_lens.components import extract_lost_components as extract_lost_components
     from lcc_lens.core.errors import LensError as LensError
     from lcc_lens.core.errors import RequestError as RequestError
     from lcc_lens.core.heads import Head as Head
@@ -42,7 +56,6 @@ if TYPE_CHECKING:
     from lcc_lens.explorer import explore as explore
     from lcc_lens.export import export as export
     from lcc_lens.gguf_export import export_gguf as export_gguf
-    from lcc_lens.headscores import HeadScores as HeadScores
     from lcc_lens.hub import push_to_hub as push_to_hub
     from lcc_lens.injections import Composite as Composite
     from lcc_lens.injections import Injection as Injection
@@ -50,15 +63,6 @@ if TYPE_CHECKING:
     from lcc_lens.injections import MeanShift as MeanShift
     from lcc_lens.injections import OffsetInjection as OffsetInjection
     from lcc_lens.injections import WeightInjection as WeightInjection
-    from lcc_lens.lens import answer_streams as answer_streams
-    from lcc_lens.lens import component_similarity as component_similarity
-    from lcc_lens.lens import direct_effect as direct_effect
-    from lcc_lens.lens import exciting_examples as exciting_examples
-    from lcc_lens.lens import load_lens as load_lens
-    from lcc_lens.lens import logit_gain as logit_gain
-    from lcc_lens.lens import promoted_tokens as promoted_tokens
-    from lcc_lens.lens import relation_to_W_O as relation_to_W_O
-    from lcc_lens.lens import save_lens as save_lens
     from lcc_lens.models.loading.hooked import load_hooked as load_hooked
     from lcc_lens.models.loading.in_memory import stored_model as stored_model
     from lcc_lens.models.pair import Pair as Pair
@@ -88,14 +92,10 @@ if TYPE_CHECKING:
     from lcc_lens.recipe import restore as restore
     from lcc_lens.report import report as report
     from lcc_lens.restoration import Restoration as Restoration
-    from lcc_lens.scan import Scan as Scan
-    from lcc_lens.scan import scan as scan
     from lcc_lens.session import RestoreSession as RestoreSession
     from lcc_lens.sidecar import load_restored as load_restored
-    from lcc_lens.statistics import DifferenceStatistics as DifferenceStatistics
     from lcc_lens.task_recovery import TaskMeasures as TaskMeasures
     from lcc_lens.task_recovery import load_task_data as load_task_data
-    from lcc_lens.token_loss import TokenLoss as TokenLoss
     from lcc_lens.training import Step as Step
     from lcc_lens.training import TrainConfig as TrainConfig
     from lcc_lens.training import train as train
@@ -119,7 +119,7 @@ __all__ = sorted(_MODULE_OF)
 
 
 class _Package(ModuleType):
-    """The package itself: importing the module ``lcc_lens.scan`` must not hide the function of the same name."""
+    """The package itself: importing the module ``lcc_lens.analysis.scan.scan`` must not hide the function of the same name."""
 
     def __setattr__(self, name: str, value: Any) -> None:
         if not (isinstance(value, ModuleType) and name in _MODULE_OF):

@@ -9,6 +9,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from lcc_lens.analysis.scan.scan import Scan, scan
 from lcc_lens.baselines import LOFIT_LR, adapters, eora, flap, lofit_heads
 from lcc_lens.compare_config import MEASURING, CompareConfig
 from lcc_lens.comparison_data import ComparisonData
@@ -40,7 +41,6 @@ from lcc_lens.pruning.jobs import refit
 from lcc_lens.pruning.refit.refit import REFIT_RECORD
 from lcc_lens.restore_checks import check_scan
 from lcc_lens.reuse import CachedTeacher
-from lcc_lens.scan import Scan, scan
 from lcc_lens.speed import SpeedConfig
 from lcc_lens.trained_numbers import ChosenHeads, TrainedNumbers
 from lcc_lens.training import Step, TrainConfig, learning_rates, train

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from lcc_lens.analysis.selectors.names import SelectorName
 from lcc_lens.core.errors import RequestError
 from lcc_lens.pruning.jobs import REFIT_DATA, REFIT_SAMPLES
-from lcc_lens.selectors import SelectorName
 
 #: Settings that only say what is measured: cells that differ in them alone were trained alike.
 MEASURING = ("texts", "blocks", "block_length", "tasks", "limit", "speed_rounds")

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lcc_lens.analysis.scan.scan import scan
 from lcc_lens.core.config import package_version
 from lcc_lens.core.files import write_json, write_text
 from lcc_lens.core.metrics import share_recovered
@@ -26,7 +27,6 @@ from lcc_lens.models.loading.references import resolve
 from lcc_lens.models.pair import load_pair
 from lcc_lens.pruning.jobs import prune
 from lcc_lens.recipe import restore
-from lcc_lens.scan import scan
 from lcc_lens.score_text import format_scores
 from lcc_lens.training import TrainConfig
 

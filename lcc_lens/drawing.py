@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
+from lcc_lens.analysis.lens.saved import load_lens
+from lcc_lens.analysis.scan.result import SCAN_RECORD, Scan
 from lcc_lens.compare import COMPARISON
 from lcc_lens.core.errors import LensError, RequestError
 from lcc_lens.core.files import read_json
 from lcc_lens.core.heads import Head
-from lcc_lens.lens.saved import load_lens
 from lcc_lens.plotting.comparisons import plot_comparison, plot_inference_cost, plot_tasks
 from lcc_lens.plotting.components import plot_logit_gain, plot_promoted_tokens, plot_spectra
 from lcc_lens.plotting.head_maps import plot_loss_map, plot_selectors
@@ -22,7 +23,6 @@ from lcc_lens.plotting.training import plot_training
 from lcc_lens.plotting.writing import write_html, write_images
 from lcc_lens.restoration import RESTORATION_TENSORS, Restoration
 from lcc_lens.run_folder import RUN_LOG
-from lcc_lens.scanned import SCAN_RECORD, Scan
 from lcc_lens.training import Step
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ def draw_figures(run: str | Path, out: str | Path, *, formats: Sequence[Format] 
 
     Args:
         run: a directory of ``scan``, ``restore`` or ``compare``, with ``report.json`` (``lcc-lens report --out``) and
-            ``lens.safetensors`` (:func:`~lcc_lens.lens.save_lens`) beside.
+            ``lens.safetensors`` (:func:`~lcc_lens.analysis.lens.save_lens`) beside.
         out: the folder to write.
         formats: HTML opens everywhere; images need kaleido and a Chromium browser.
 

@@ -8,6 +8,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from lcc_lens.analysis.scan.scan import Scan
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.heads import Head
 from lcc_lens.core.processes import wait_for_all
@@ -29,7 +30,6 @@ from lcc_lens.models.pair import Pair
 from lcc_lens.restoration import Restoration, RestorationRecord
 from lcc_lens.restore_checks import check_request, refuse_both_models, require_slots
 from lcc_lens.run_folder import Beginning, RunFolder
-from lcc_lens.scan import Scan
 from lcc_lens.training import Step, TrainConfig, learning_rates, train, validation_loss
 
 

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 from jaxtyping import Float
 from torch import Tensor
 
+from lcc_lens.analysis.scan.scan import Scan
+from lcc_lens.analysis.selectors.names import SelectorName
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.heads import Head, check_heads
 from lcc_lens.data.datasets import Data
@@ -24,8 +26,6 @@ from lcc_lens.objectives import Objective
 from lcc_lens.reshaping import keep_learned
 from lcc_lens.restoration import Restoration
 from lcc_lens.restore_checks import refuse_removed
-from lcc_lens.scan import Scan
-from lcc_lens.selectors import SelectorName
 from lcc_lens.session_state import SessionState
 from lcc_lens.side_by_side import generate, next_tokens
 from lcc_lens.timeline import Timeline

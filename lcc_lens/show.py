@@ -7,8 +7,8 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lcc_lens.analysis.scan.scan import Scan
     from lcc_lens.drawing import Drawn
-    from lcc_lens.scan import Scan
 
 
 _SITE_NAMES = {"z": "head outputs", "mlp": "MLP after its activation", "resid": "residual stream"}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import asdict, dataclass, replace
 
+from lcc_lens.analysis.scan.scan import Scan
 from lcc_lens.core.errors import InterruptedRun, RequestError
 from lcc_lens.core.heads import Head
 from lcc_lens.data.datasets import Data, TokenSequence
@@ -16,7 +17,6 @@ from lcc_lens.objectives import Source
 from lcc_lens.restoration import RestorationRecord
 from lcc_lens.restore_checks import check_scan, require_slots
 from lcc_lens.reuse import CachedTeacher, StartedLater, reused
-from lcc_lens.scan import Scan
 from lcc_lens.session_state import SessionState
 from lcc_lens.training import Step, TrainConfig, train, validation_loss
 

@@ -20,6 +20,7 @@ import torch
 from conftest import PARAGRAPHS, QUESTIONS, save_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from lcc_lens.analysis.scan.scan import scan
 from lcc_lens.core.errors import LensError
 from lcc_lens.core.files import tensor_names, write_json, write_text
 from lcc_lens.core.heads import Head
@@ -33,7 +34,6 @@ from lcc_lens.models.pair import Pair, load_pair
 from lcc_lens.pruning.jobs import prune
 from lcc_lens.recipe import restore
 from lcc_lens.restoration import Restoration
-from lcc_lens.scan import scan
 from lcc_lens.sidecar import load_restored
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"

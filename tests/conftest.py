@@ -117,8 +117,8 @@ def pair(dense_dir: Path, pruned_dir: Path):
 
 @pytest.fixture(scope="session")
 def found(pair, question_file: Path):
+    from lcc_lens.analysis.scan.scan import scan
     from lcc_lens.data.datasets import load_data
-    from lcc_lens.scan import scan
 
     return scan(pair, load_data(str(question_file)))
 

@@ -7,6 +7,7 @@ import signal
 import sys
 from pathlib import Path
 
+from lcc_lens.analysis.scan.scan import Scan, scan
 from lcc_lens.core.processes import is_first_process, n_processes, process_index
 from lcc_lens.core.progress import tracked_by
 from lcc_lens.data.datasets import load_data
@@ -15,7 +16,6 @@ from lcc_lens.models.pair import load_pair
 from lcc_lens.objectives import Objective
 from lcc_lens.recipe import restore
 from lcc_lens.restoration import Restoration
-from lcc_lens.scan import Scan, scan
 from lcc_lens.training import TrainConfig
 
 EVERY = 3  # steps between checkpoints

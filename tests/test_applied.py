@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 
+from lcc_lens.analysis.scan.scan import scan
 from lcc_lens.baselines import adapters
 from lcc_lens.baselines.lofit import SparseGains
 from lcc_lens.data.datasets import encode, load_data
 from lcc_lens.injections import METHODS, Ingredients, build_injection
 from lcc_lens.restoration import Restoration, RestorationRecord
-from lcc_lens.scan import scan
 
 TOKENS = torch.arange(1, 25)[None]
 BASELINES = ("lora", "dora", "lofit")

@@ -287,13 +287,13 @@ def test_import_is_light(module: str) -> None:
 @pytest.mark.parametrize(
     ("module", "source"),
     [
-        ("components", "from lcc_lens.scan import scan"),
+        ("components", "from lcc_lens.analysis.scan.scan import scan"),
         ("components", "from lcc_lens import scan"),
         ("components", "from lcc_lens import load_pair"),
-        ("components", "import lcc_lens.scan as s"),
+        ("components", "import lcc_lens.analysis.scan.scan as s"),
         ("components", "from .scan import scan"),
         ("components", "from . import scan"),
-        ("components", "def f():\n    from lcc_lens.scan import scan"),
+        ("components", "def f():\n    from lcc_lens.analysis.scan.scan import scan"),
         ("pruning.masks", "from ..scan import scan"),
         ("pruning.masks", "from .apply import prune"),
         ("", "from lcc_lens.cli import main"),
@@ -307,7 +307,7 @@ def test_an_upward_import_is_found(module: str, source: str) -> None:
 @pytest.mark.parametrize(
     ("module", "source"),
     [
-        ("scan", "from lcc_lens.components import LostComponents\nfrom lcc_lens import files\nimport torch"),
+        ("scan", "from lcc_lens.analysis.components import LostComponents\nfrom lcc_lens import files\nimport torch"),
         ("scan", "from lcc_lens.training import train"),
         ("demo", "import lcc_lens as lcc"),
         ("", "def __getattr__(name):\n    from lcc_lens.cli import main"),

@@ -11,8 +11,8 @@ from chromium import PHONE, chromium
 from conftest import N_HEADS, N_LAYERS
 from made_runs import HOSTILE, write_run
 
+from lcc_lens.analysis.scan.scan import Scan
 from lcc_lens.explorer import explore
-from lcc_lens.scan import Scan
 
 pytestmark = pytest.mark.browser
 

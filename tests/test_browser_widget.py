@@ -13,8 +13,8 @@ from conftest import N_HEADS, N_LAYERS
 from jupyter import jupyter_lab, run_first_cell, write_notebook
 from test_browser_explorer import PICTURES
 
+from lcc_lens.analysis.scan.scan import Scan
 from lcc_lens.models.loading.plain import load_plain
-from lcc_lens.scan import Scan
 
 pytestmark = pytest.mark.browser
 

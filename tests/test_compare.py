@@ -11,6 +11,7 @@ from conftest import build_model, save_model
 from test_evaluation import ARC
 
 from lcc_lens import bench as module
+from lcc_lens.analysis.scan.scan import Scan
 from lcc_lens.compare import compare, read_part, summary
 from lcc_lens.compare_config import CompareConfig
 from lcc_lens.core.errors import InterruptedRun, LensError, RequestError
@@ -22,7 +23,6 @@ from lcc_lens.models.loading.hooked import load_tokenizer
 from lcc_lens.models.loading.plain import load_plain
 from lcc_lens.objectives import Objective
 from lcc_lens.pruning.jobs import prune
-from lcc_lens.scan import Scan
 from lcc_lens.training import validation_loss, validation_terms
 
 SMALL = {

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import lost_component
 
-from lcc_lens.components import components_from_moments, extract_lost_components
+from lcc_lens.analysis.components import components_from_moments, extract_lost_components
 from lcc_lens.core.errors import RequestError
 
 SHAPES = st.tuples(st.integers(1, 20), st.integers(1, 3), st.integers(1, 4), st.integers(1, 7))

@@ -17,8 +17,9 @@ from lcc_lens.models.loading.hooked.hooked import kv_cache as prefix
 from reference import head_outputs
 from torch import Tensor
 
-from lcc_lens import passes
-from lcc_lens.contrast import shared_length, visit_pairs
+from lcc_lens.analysis.scan import passes
+from lcc_lens.analysis.scan.contrastive import shared_length, visit_pairs
+from lcc_lens.analysis.scan.scan import scan
 from lcc_lens.data.batches import encode_pair
 from lcc_lens.data.datasets import Data, TokenSequence, pad
 from lcc_lens.data.prompts import Example
@@ -26,7 +27,6 @@ from lcc_lens.models.hooked.activations import Places, sampled_positions, visit_
 from lcc_lens.models.hooked.kv_cache import Prefix, reuses_cache
 from lcc_lens.models.loading.hooked import load_hooked
 from lcc_lens.models.pair import load_pair
-from lcc_lens.scan import scan
 
 BASE = {"vocab_size": 257, "bos_token_id": None, "eos_token_id": 0, "pad_token_id": 0, "tie_word_embeddings": False}
 SIZES = {
@@ -222,7 +222,7 @@ def test_probes_read_what_plain_models_give(
 ) -> None:
     """Four places of every pair; those at the question's end come from the pass over the question and its answer."""
     features: list[Any] = []
-    scan_module = import_module("lcc_lens.scan")  # lcc_lens.scan is the function
+    scan_module = import_module("lcc_lens.analysis.scan.scan")  # lcc_lens.analysis.scan.scan is the function
     score = scan_module.score
     monkeypatch.setattr(passes, "SHARD", shard)
     monkeypatch.setattr(

@@ -12,6 +12,7 @@ import torch
 from conftest import build_model, save_model
 from safetensors.torch import load_file
 
+from lcc_lens.analysis.scan.scan import Scan, scan
 from lcc_lens.core.config import compute_dtype, default_device
 from lcc_lens.core.memory import peak_memory
 from lcc_lens.data.datasets import load_data
@@ -21,7 +22,6 @@ from lcc_lens.models.pair import Pair, load_pair
 from lcc_lens.pruning.jobs import prune, refit
 from lcc_lens.recipe import restore
 from lcc_lens.restoration import Restoration
-from lcc_lens.scan import Scan, scan
 from lcc_lens.train_config import Step, TrainConfig
 from lcc_lens.training import validation_loss
 

@@ -13,17 +13,18 @@ from typing import Any
 import pytest
 import torch
 
-from lcc_lens import passes, scan_work
+from lcc_lens.analysis.scan import passes
+from lcc_lens.analysis.scan import shards as scan_work
+from lcc_lens.analysis.scan.scan import UNFINISHED, Scan, scan
+from lcc_lens.analysis.scan.shards import ScanState
 from lcc_lens.cli import run as run_command
 from lcc_lens.core import processes
 from lcc_lens.core.errors import LensError, RequestError
 from lcc_lens.data.datasets import Data, load_data
 from lcc_lens.models.hooked.activations import SITES
 from lcc_lens.models.pair import Pair, load_pair
-from lcc_lens.scan import UNFINISHED, Scan, scan
-from lcc_lens.scan_state import ScanState
 
-scan_module = import_module("lcc_lens.scan")  # lcc_lens.scan is the function
+scan_module = import_module("lcc_lens.analysis.scan.scan")  # lcc_lens.analysis.scan.scan is the function
 LAST: dict[str, Any] = {"positions": "last", "batch_tokens": 70, "display": 1}
 ALL: dict[str, Any] = {"positions": "all", "batch_tokens": 150, "display": 0, "sites": SITES}
 
@@ -105,7 +106,7 @@ def test_processes_give_the_bits_of_one(
 def test_wide_spectra_agree_within_rounding(
     pairs: list[Pair], data: Data, together: Together, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lcc_lens.statistics._WIDE", 8)
+    monkeypatch.setattr("lcc_lens.analysis.statistics._WIDE", 8)
     settings = {**ALL, "spectra": ("z", "mlp")}
     expected = scan(pairs[0], data, **settings).others["mlp"].singular_values
     found, _ = together.run(2, lambda i: scan(pairs[i], data, **settings, run=tmp_path / "run"))

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import lcc_lens
-from lcc_lens.statistics import DifferenceStatistics
+from lcc_lens.analysis.statistics import DifferenceStatistics
 
 ROOT = Path(__file__).parents[1]
 PAGES = {path.name: path.read_text() for path in sorted((ROOT / "docs").glob("*.md"))}

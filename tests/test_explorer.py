@@ -15,6 +15,8 @@ import torch
 from conftest import N_HEADS, N_LAYERS, build_model, save_model
 from made_runs import HEADS, HOSTILE, LOSSES, write_run
 
+from lcc_lens.analysis.lens.tokens import promoted_tokens
+from lcc_lens.analysis.scan.scan import Scan
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.heads import Head
 from lcc_lens.explorer import TokenTables, explore
@@ -25,9 +27,7 @@ from lcc_lens.explorer.results import results_table
 from lcc_lens.explorer.run_contents import RunContents
 from lcc_lens.explorer.token_tables import TABLES_RECORD, TABLES_TENSORS, read_tokens
 from lcc_lens.explorer.verdict import verdict
-from lcc_lens.lens import promoted_tokens
 from lcc_lens.restoration import Restoration
-from lcc_lens.scan import Scan
 
 
 @pytest.fixture

@@ -42,7 +42,7 @@ def test_full_disk_under_safetensors_is_one_line(tmp_path: Path, monkeypatch: py
 
 
 def test_full_disk_during_a_scan_keeps_the_earlier_scan(found, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from lcc_lens.scan import Scan
+    from lcc_lens.analysis.scan.scan import Scan
 
     found.save(tmp_path)
     monkeypatch.setattr("safetensors.torch.save_file", full_disk)

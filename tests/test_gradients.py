@@ -12,17 +12,17 @@ from conftest import D_HEAD, N_HEADS, N_LAYERS
 from test_patching import FAMILIES, encoded, families  # noqa: F401
 from torch import Tensor
 
-from lcc_lens.components import LostComponents
+from lcc_lens.analysis.components import LostComponents
+from lcc_lens.analysis.selectors.attribution_patching import score_attribution_patching
+from lcc_lens.analysis.selectors.backward import ResponseGradients, response_gradients
+from lcc_lens.analysis.selectors.gradient import score_gradient
+from lcc_lens.analysis.selectors.patched_run import PatchedRuns
 from lcc_lens.core.errors import LensError, RequestError
 from lcc_lens.core.heads import HeadMap
 from lcc_lens.data.datasets import pad
 from lcc_lens.models.hooked.hooks import logits_at, z_adders, z_name
 from lcc_lens.models.hooked.losses import response_log_likelihood
 from lcc_lens.models.pair import Pair
-from lcc_lens.selectors.attribution_patching import score_attribution_patching
-from lcc_lens.selectors.backward import ResponseGradients, response_gradients
-from lcc_lens.selectors.gradient import score_gradient
-from lcc_lens.selectors.patched_run import PatchedRuns
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from lcc_lens.models.architecture.linear_maps import find_matrices
-from lcc_lens.pruning.refit import dense_stream as module
 from lcc_lens.pruning.calibration.stream import LayerStream
+from lcc_lens.pruning.refit import dense_stream as module
 from lcc_lens.pruning.refit.dense_stream import Guide
 from lcc_lens.pruning.refit.refit import RefitConfig, refit
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from scipy.stats import spearmanr
 from torch import Tensor
 
-from lcc_lens.headscores import HeadScores
+from lcc_lens.analysis.head_scores import HeadScores
 
 N_LAYERS, N_HEADS = 2, 5
 

@@ -14,6 +14,7 @@ from conftest import N_HEADS, N_LAYERS, build_model, save_model
 from reference import head_outputs, layer_outputs
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from lcc_lens.analysis.scan.scan import Scan, scan
 from lcc_lens.baselines import adapters, eora, flap
 from lcc_lens.core.errors import LensError, RequestError
 from lcc_lens.data.datasets import encode, load_data
@@ -24,7 +25,6 @@ from lcc_lens.models.hooked.hooked_transformer import checkpoint_of, is_hooked_t
 from lcc_lens.models.loading.hooked import load_hooked, load_tokenizer
 from lcc_lens.models.pair import Pair, load_pair
 from lcc_lens.recipe import restore
-from lcc_lens.scan import Scan, scan
 from lcc_lens.side_by_side import generate
 from lcc_lens.train_config import TrainConfig
 

@@ -12,6 +12,7 @@ from conftest import build_model, save_model
 from safetensors.torch import load_file
 from test_contrast import FAMILIES
 
+from lcc_lens.analysis.scan.scan import Scan
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.heads import Head
 from lcc_lens.data.datasets import encode, load_data
@@ -28,7 +29,6 @@ from lcc_lens.models.loading.plain import load_plain
 from lcc_lens.objectives import Objective
 from lcc_lens.recipe import restore
 from lcc_lens.restoration import Restoration, RestorationRecord
-from lcc_lens.scan import Scan
 from lcc_lens.training import TrainConfig, learning_rates, train, validation_loss, validation_terms
 
 #: Joint query-key-value maps, which TransformerLens computes from copies.

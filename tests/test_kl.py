@@ -9,9 +9,9 @@ import torch
 from conftest import D_HEAD, D_MODEL, N_HEADS, N_LAYERS
 from torch import Tensor
 
+from lcc_lens.analysis.selectors import kl
+from lcc_lens.analysis.selectors.kl import score_kl
 from lcc_lens.core.errors import LensError, RequestError
-from lcc_lens.selectors import kl
-from lcc_lens.selectors.kl import score_kl
 
 N_PAIRS, D_VOCAB = 11, 97
 

@@ -12,19 +12,17 @@ import torch
 from conftest import D_HEAD, N_HEADS, N_LAYERS, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
+from lcc_lens.analysis.lens.answers import answer_streams
+from lcc_lens.analysis.lens.direct import direct_effect
+from lcc_lens.analysis.lens.exciting import exciting_examples
+from lcc_lens.analysis.lens.gain import logit_gain
+from lcc_lens.analysis.lens.output_relation import relation_to_W_O
+from lcc_lens.analysis.lens.similarity import component_similarity
+from lcc_lens.analysis.lens.tokens import promoted_tokens
 from lcc_lens.core.errors import LensError, RequestError
 from lcc_lens.core.heads import Head, HeadMap, all_heads, head_indices
 from lcc_lens.data.datasets import Data, load_data
 from lcc_lens.data.prompts import Example
-from lcc_lens.lens import (
-    answer_streams,
-    component_similarity,
-    direct_effect,
-    exciting_examples,
-    logit_gain,
-    promoted_tokens,
-    relation_to_W_O,
-)
 from lcc_lens.models.hooked.direct_path import HeadWriter, Readout
 from lcc_lens.models.loading.hooked import load_hooked
 

@@ -12,7 +12,8 @@ from conftest import D_MODEL, N_LAYERS, build_model, save_model
 from safetensors.torch import load_file
 from test_contrast import FAMILIES
 
-from lcc_lens import statistics
+from lcc_lens.analysis import statistics
+from lcc_lens.analysis.scan.scan import Scan, scan
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.heads import Head
 from lcc_lens.data.datasets import encode, load_data
@@ -40,7 +41,6 @@ from lcc_lens.models.pair import load_pair
 from lcc_lens.pruning.jobs import prune
 from lcc_lens.recipe import restore
 from lcc_lens.restoration import Restoration, RestorationRecord
-from lcc_lens.scan import Scan, scan
 from lcc_lens.training import TrainConfig
 
 TOKENS = torch.arange(12)[None]

@@ -13,6 +13,7 @@ from conformance import save_family
 from test_export import restoration_of
 from torch import nn
 
+from lcc_lens.analysis.scan.scan import Scan, scan
 from lcc_lens.cli import run as run_command
 from lcc_lens.core.config import default_device_map, placed
 from lcc_lens.core.errors import RequestError
@@ -36,7 +37,6 @@ from lcc_lens.objectives import Objective
 from lcc_lens.pruning.calibration.stream import LayerStream
 from lcc_lens.pruning.jobs import prune
 from lcc_lens.recipe import restore
-from lcc_lens.scan import Scan, scan
 from lcc_lens.train_config import TrainConfig
 
 export_module = import_module("lcc_lens.export")  # lcc_lens.export is the function

@@ -11,15 +11,15 @@ import torch
 from conftest import N_HEADS, N_LAYERS, QUESTIONS, build_model, save_model
 from torch import Tensor
 
+from lcc_lens.analysis.selectors import patched_run
+from lcc_lens.analysis.selectors.activation_patching import patching_effects, score_activation_patching
+from lcc_lens.analysis.selectors.patched_run import PatchedRuns, starts_in_the_middle
 from lcc_lens.core.errors import LensError, RequestError
 from lcc_lens.core.heads import HeadMap
 from lcc_lens.data.datasets import TokenSequence, batches, encode_pair, pad
 from lcc_lens.models.hooked.hooks import logits_at, z_name
 from lcc_lens.models.hooked.losses import measure, response_log_likelihood
 from lcc_lens.models.pair import Pair, load_pair
-from lcc_lens.selectors import patched_run
-from lcc_lens.selectors.activation_patching import patching_effects, score_activation_patching
-from lcc_lens.selectors.patched_run import PatchedRuns, starts_in_the_middle
 
 FAMILIES = ["llama", "gpt2", "gemma2", "qwen2"]
 
@@ -280,7 +280,7 @@ def test_a_patch_that_breaks_the_run_names_its_head(pair: Pair) -> None:
         def prepare(cls, *args, **kwargs) -> PatchedRuns:
             return replace(runs, batch=args[1])
 
-    from lcc_lens.selectors import activation_patching
+    from lcc_lens.analysis.selectors import activation_patching
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(activation_patching, "PatchedRuns", Broken)

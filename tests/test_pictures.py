@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from lcc_lens.analysis.scan.scan import Scan
 from lcc_lens.core.errors import LensError
 from lcc_lens.core.heads import Head
 from lcc_lens.demo import DemoConfig, run_demo
 from lcc_lens.plotting import plot_loss_map, plot_training, write_html, write_image
-from lcc_lens.scan import Scan
 from lcc_lens.score_text import format_scores
 from lcc_lens.training import Step
 

@@ -13,11 +13,14 @@ import plotly.graph_objects as go
 import pytest
 import torch
 
+from lcc_lens.analysis.lens.gain import LogitGain
+from lcc_lens.analysis.lens.saved import load_lens, save_lens
+from lcc_lens.analysis.lens.tokens import PromotedTokens, TokenScore
+from lcc_lens.analysis.scan.scan import Scan
 from lcc_lens.best import BEST_ENTRY
 from lcc_lens.core.errors import LensError, RequestError
 from lcc_lens.core.heads import Head
 from lcc_lens.drawing import Drawn, draw_figures, run_figures
-from lcc_lens.lens import LogitGain, PromotedTokens, TokenScore, load_lens, save_lens
 from lcc_lens.plotting import (
     COLORS,
     Recovery,
@@ -42,7 +45,6 @@ from lcc_lens.plotting import (
 )
 from lcc_lens.plotting.labels import entry_kind, entry_label
 from lcc_lens.plotting.theme import styled
-from lcc_lens.scan import Scan
 from lcc_lens.show import show_drawn
 
 PNG = b"\x89PNG\r\n\x1a\n" + b"".join(

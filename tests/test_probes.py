@@ -9,13 +9,18 @@ import torch
 from reference import probe_accuracy
 from sklearn.linear_model import LogisticRegression
 
-from lcc_lens.components import LostComponents, extract_lost_components
+from lcc_lens.analysis.components import LostComponents, extract_lost_components
+from lcc_lens.analysis.probes.converged import PairActivations, correct_share, fit_pair_probes
+from lcc_lens.analysis.probes.kernel import interaction_kernel, leave_one_out, squared_loss
+from lcc_lens.analysis.probes.published import fit_linear_probes, split_pairs
+from lcc_lens.analysis.selectors.interaction_probe import RIDGES, score_interaction_probe
+from lcc_lens.analysis.selectors.linear_probe import (
+    LayerFeatures,
+    ProbeFeatures,
+    linear_probe_scores,
+    score_linear_probe,
+)
 from lcc_lens.core.errors import LensError, RequestError
-from lcc_lens.kernel_probes import interaction_kernel, leave_one_out, squared_loss
-from lcc_lens.pair_probes import PairActivations, correct_share, fit_pair_probes
-from lcc_lens.probes import fit_linear_probes, split_pairs
-from lcc_lens.selectors.interaction_probe import RIDGES, score_interaction_probe
-from lcc_lens.selectors.linear_probe import LayerFeatures, ProbeFeatures, linear_probe_scores, score_linear_probe
 
 LAYERS, HEADS, D_HEAD = 2, 3, 6
 
@@ -98,7 +103,7 @@ def test_pairs_that_teach_nothing_get_a_probe_that_knows_nothing() -> None:
 def test_heads_in_chunks_are_heads_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     pairs = random_pairs(40)
     together = fit_pair_probes(pairs)
-    monkeypatch.setattr("lcc_lens.pair_probes._CHUNK", 3 * 40 * D_HEAD)
+    monkeypatch.setattr("lcc_lens.analysis.probes.converged._CHUNK", 3 * 40 * D_HEAD)
     alone = fit_pair_probes(pairs)
     assert torch.allclose(together.weight, alone.weight, atol=1e-5)
     assert torch.allclose(together.bias, alone.bias, atol=1e-4)

@@ -13,6 +13,7 @@ import launched
 import pytest
 import torch
 
+from lcc_lens.analysis.scan.scan import Scan, scan
 from lcc_lens.core import processes
 from lcc_lens.core.errors import LensError, RequestError
 from lcc_lens.core.files import read_tensors
@@ -20,7 +21,6 @@ from lcc_lens.data.datasets import load_data
 from lcc_lens.models.hooked.offloading import shard_layers
 from lcc_lens.models.pair import Pair
 from lcc_lens.restoration import Restoration
-from lcc_lens.scan import Scan, scan
 
 ROOT = Path(__file__).resolve().parents[1]
 LAUNCH = (

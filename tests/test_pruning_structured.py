@@ -24,6 +24,7 @@ from transformers import (
     Qwen3Config,
 )
 
+from lcc_lens.analysis.scan.scan import Scan, scan
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.heads import HEAD_MAP, Head, HeadMap, read_head_map
 from lcc_lens.data.datasets import load_data
@@ -36,7 +37,6 @@ from lcc_lens.pruning.methods.settings import PruneConfig
 from lcc_lens.pruning.methods.slimgpt import Quota, fixed_quota, possible_quotas
 from lcc_lens.pruning.prune import prune
 from lcc_lens.recipe import restore
-from lcc_lens.scan import Scan, scan
 from lcc_lens.training import TrainConfig
 
 SHAPE = {"hidden_size": 24, "intermediate_size": 44, "num_hidden_layers": 3, "vocab_size": 60}

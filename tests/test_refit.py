@@ -21,8 +21,8 @@ from lcc_lens.job_data import training_sequences
 from lcc_lens.models.architecture.zeros import compare_zeros
 from lcc_lens.models.pair import load_pair
 from lcc_lens.pruning import jobs as pruning_jobs
-from lcc_lens.pruning.refit import refit as module
 from lcc_lens.pruning.jobs import calibration_tokens
+from lcc_lens.pruning.refit import refit as module
 from lcc_lens.pruning.refit.refit import REFIT_RECORD, RefitConfig, refit
 
 CPU = torch.device("cpu")

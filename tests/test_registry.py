@@ -9,14 +9,12 @@ import pytest
 import torch
 from conftest import D_HEAD, N_HEADS, N_LAYERS
 
-from lcc_lens.core.errors import RequestError
-from lcc_lens.data.datasets import Data, encode, load_data
-from lcc_lens.headscores import HeadScores
-from lcc_lens.scan import Scan, scan
-from lcc_lens.selectors import SELECTORS
-from lcc_lens.selectors.attribution_patching import score_attribution_patching
-from lcc_lens.selectors.backward import response_gradients
-from lcc_lens.selectors.registry import (
+from lcc_lens.analysis.head_scores import HeadScores
+from lcc_lens.analysis.scan.scan import Scan, scan
+from lcc_lens.analysis.selectors.attribution_patching import score_attribution_patching
+from lcc_lens.analysis.selectors.backward import response_gradients
+from lcc_lens.analysis.selectors.names import SELECTORS
+from lcc_lens.analysis.selectors.registry import (
     CHEAP,
     NEED_MODELS,
     NEED_PAIRS,
@@ -26,6 +24,8 @@ from lcc_lens.selectors.registry import (
     check_selectors,
     score,
 )
+from lcc_lens.core.errors import RequestError
+from lcc_lens.data.datasets import Data, encode, load_data
 
 NOT_KEPT = {"mse", "random"}  # a scan gives them without being asked
 
@@ -92,7 +92,7 @@ def test_one_backward_pass_serves_both_gradient_selectors(
         calls.append(len(sequences))
         return response_gradients(pair_, sequences, **options)
 
-    monkeypatch.setattr("lcc_lens.selectors.registry.response_gradients", counting)
+    monkeypatch.setattr("lcc_lens.analysis.selectors.registry.response_gradients", counting)
     sequences = encode(data, pair.tokenizer)
     evidence = Evidence(pair, sequences, scored.heads, scored.components, settings=ScoreSettings(examples=3))
     found = score(("attribution", "gradient", "mse"), evidence)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import D_HEAD, build_model, save_model
 
+from lcc_lens.analysis.scan.scan import Scan
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.heads import Head
 from lcc_lens.data.datasets import encode, load_data
@@ -17,7 +18,6 @@ from lcc_lens.injections import parse_method, uses_heads
 from lcc_lens.models.loading.hooked import identity_of, load_hooked
 from lcc_lens.recipe import restore
 from lcc_lens.restoration import Restoration
-from lcc_lens.scan import Scan
 
 TOKENS = torch.arange(12)[None]
 ON_HEADS = ("lcc", "offset", "mean-shift", "random-basis", "gain", "mean-shift-sequential")

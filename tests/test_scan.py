@@ -12,12 +12,12 @@ from conftest import D_HEAD, D_MODEL, N_HEADS, N_LAYERS
 from reference import head_outputs, layer_outputs, probe_accuracy
 from torch import Tensor
 
+from lcc_lens.analysis.probes.published import fit_linear_probes, split_pairs
+from lcc_lens.analysis.scan.scan import Scan, scan
+from lcc_lens.analysis.selectors.linear_probe import ProbeFeatures, score_linear_probe
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.heads import Head
 from lcc_lens.data.datasets import TokenSequence, encode, load_data
-from lcc_lens.probes import fit_linear_probes, split_pairs
-from lcc_lens.scan import Scan, scan
-from lcc_lens.selectors.linear_probe import ProbeFeatures, score_linear_probe
 
 CHOSEN = (3, -2, 29, -30, 400)  # questions have 29 or 30 tokens; nothing counts twice
 

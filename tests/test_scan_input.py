@@ -11,12 +11,12 @@ import pytest
 import torch
 from conftest import D_HEAD, N_HEADS, N_LAYERS, build_model, save_model
 
+from lcc_lens.analysis.scan.scan import Scan, scan
 from lcc_lens.core.errors import LensError, RequestError
 from lcc_lens.data.datasets import Data, load_data
 from lcc_lens.data.prompts import Example
 from lcc_lens.models.hooked.activations import SITES
 from lcc_lens.models.pair import Pair, load_pair
-from lcc_lens.scan import Scan, scan
 
 
 def made_up(*triples: tuple[str, str, str | None]) -> Data:

@@ -12,17 +12,18 @@ from typing import Any
 import pytest
 import torch
 
-from lcc_lens import passes, scan_work
+from lcc_lens.analysis.scan import passes
+from lcc_lens.analysis.scan import shards as scan_work
+from lcc_lens.analysis.scan.scan import UNFINISHED, scan
+from lcc_lens.analysis.selectors.registry import NEED_MODELS, Evidence
 from lcc_lens.core.errors import InterruptedRun, LensError, RequestError
 from lcc_lens.core.progress import tracked_by
 from lcc_lens.data.datasets import Data, load_data
 from lcc_lens.models.hooked.activations import SITES
 from lcc_lens.models.loading.hooked import load_hooked
 from lcc_lens.models.pair import Pair, load_pair
-from lcc_lens.scan import UNFINISHED, scan
-from lcc_lens.selectors.registry import NEED_MODELS, Evidence
 
-scan_module = import_module("lcc_lens.scan")  # lcc_lens.scan is the function
+scan_module = import_module("lcc_lens.analysis.scan.scan")  # lcc_lens.analysis.scan.scan is the function
 SETTINGS = {"positions": "last", "batch_tokens": 70, "display": 0, "sites": ("z",)}
 N_SHARDS = 4
 Passes = list[tuple[str, int]]

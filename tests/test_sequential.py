@@ -11,6 +11,7 @@ from conftest import D_HEAD, N_HEADS, N_LAYERS, save_model
 from lcc_lens.models.loading.hooked.hooked import layer_walk as layerwise
 from test_contrast import FAMILIES
 
+from lcc_lens.analysis.scan.scan import Scan, scan
 from lcc_lens.core.errors import LensError, RequestError
 from lcc_lens.core.heads import Head, all_heads
 from lcc_lens.data.datasets import encode, load_data
@@ -21,7 +22,6 @@ from lcc_lens.models.hooked.layer_walk import LayerWalk, can_walk
 from lcc_lens.models.pair import load_pair
 from lcc_lens.pruning.jobs import prune
 from lcc_lens.recipe import restore
-from lcc_lens.scan import Scan, scan
 from lcc_lens.sequential import sequential_means
 
 HEADS = [Head(0, 1), Head(0, 4), Head(2, 0), Head(2, 3)]

@@ -15,6 +15,7 @@ import torch
 from conftest import D_HEAD, N_HEADS, N_LAYERS
 
 import lcc_lens as lcc
+from lcc_lens.analysis.scan.scan import Scan
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.heads import Head
 from lcc_lens.data.datasets import load_data
@@ -23,7 +24,6 @@ from lcc_lens.models.loading.plain import load_plain
 from lcc_lens.models.pair import load_pair
 from lcc_lens.objectives import Objective
 from lcc_lens.restoration import Restoration
-from lcc_lens.scan import Scan
 from lcc_lens.session import RestoreSession
 from lcc_lens.training import validation_loss
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from lcc_lens.analysis.scan.scan import scan
 from lcc_lens.core.config import compute_dtype
 from lcc_lens.core.files import read_json, sha256_file
 from lcc_lens.data.datasets import encode, load_data
@@ -24,7 +25,6 @@ from lcc_lens.models.pair import load_pair
 from lcc_lens.objectives import Objective
 from lcc_lens.pruning.jobs import prune, refit
 from lcc_lens.recipe import restore
-from lcc_lens.scan import scan
 from lcc_lens.training import TrainConfig, validation_loss
 
 pytestmark = pytest.mark.slow

@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lcc_lens import statistics
-from lcc_lens.components import extract_lost_components
+from lcc_lens.analysis import statistics
+from lcc_lens.analysis.components import extract_lost_components
+from lcc_lens.analysis.statistics import DifferenceStatistics, RunningDifferences
 from lcc_lens.core.errors import RequestError
-from lcc_lens.statistics import DifferenceStatistics, RunningDifferences
 
 N_LAYERS, N_PARTS, WIDTH = 2, 3, 4
 CPU = torch.device("cpu")

@@ -14,6 +14,7 @@ import torch
 import transformers
 from conftest import D_HEAD, N_HEADS, N_LAYERS, build_model, save_model
 
+from lcc_lens.analysis.scan.scan import Scan, scan
 from lcc_lens.core.errors import InterruptedRun, RequestError
 from lcc_lens.core.heads import Head, head_indices
 from lcc_lens.data.datasets import Data, batches, encode, load_data, pad
@@ -23,7 +24,6 @@ from lcc_lens.models.loading.hooked import load_hooked
 from lcc_lens.models.pair import load_pair
 from lcc_lens.recipe import restore
 from lcc_lens.restoration import Restoration
-from lcc_lens.scan import Scan, scan
 from lcc_lens.training import TrainConfig, epoch_batches, response_nll, train, validation_loss
 
 FAST = TrainConfig(lr=0.1, batch_size=4, validate_every=2, checkpoint_every=2, seed=1)

@@ -14,12 +14,12 @@ import torch
 from conftest import D_HEAD, N_HEADS, N_LAYERS
 
 import lcc_lens as lcc
+from lcc_lens.analysis.scan.scan import Scan
+from lcc_lens.analysis.selectors.names import SelectorName
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.heads import Head
 from lcc_lens.data.datasets import load_data
 from lcc_lens.models.loading.plain import load_plain
-from lcc_lens.scan import Scan
-from lcc_lens.selectors import SelectorName
 from lcc_lens.session import RestoreSession
 from lcc_lens.widget import RestoreWidget
 from lcc_lens.widget.contents import curve_contents, script, style

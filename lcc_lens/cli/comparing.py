@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from lcc_lens.analysis.selectors.names import SelectorName
 from lcc_lens.cli.options import Common, DenseModel, PrunedModel, RunPath
-from lcc_lens.selectors import SelectorName
 from lcc_lens.show import show_comparison
 
 

@@ -5,18 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from lcc_lens.analysis.selectors.names import SelectorName
 from lcc_lens.cli.options import DenseModel, Placed, PrunedModel, RunPath, load_role
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.processes import is_first_process
 from lcc_lens.data.prompts import RecoveryTask
-from lcc_lens.selectors import SelectorName
 from lcc_lens.show import show_losses, show_recovery
 
 if TYPE_CHECKING:
+    from lcc_lens.analysis.scan.scan import Scan
     from lcc_lens.data.datasets import Data
     from lcc_lens.models.pair import Pair
     from lcc_lens.restoration import Restoration
-    from lcc_lens.scan import Scan
     from lcc_lens.task_recovery import TaskMeasures
     from lcc_lens.training import TrainConfig
 
@@ -201,8 +201,8 @@ class Restore(Placed):
         return restoration, pair, len(heads)
 
     def _scan(self, pair: Pair) -> Scan:
+        from lcc_lens.analysis.scan.scan import SCAN_RECORD, Scan, scan
         from lcc_lens.injections import scanned_sites
-        from lcc_lens.scan import SCAN_RECORD, Scan, scan
 
         name = self.task or self.scan_data or "boolq"
         if (self.run / SCAN_RECORD).exists():

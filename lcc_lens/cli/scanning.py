@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from lcc_lens.analysis.selectors.names import SelectorName
 from lcc_lens.cli.options import DenseModel, Placed, PrunedModel, RunPath, load_role
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.processes import is_first_process
-from lcc_lens.selectors import SelectorName
 from lcc_lens.show import show_scan
 
 
@@ -54,8 +54,8 @@ class ScanPair(Placed):
     """Replace a scan that is there. One that was interrupted goes on by itself."""
 
     def execute(self) -> None:
+        from lcc_lens.analysis.scan.scan import SCAN_RECORD, scan
         from lcc_lens.models.pair import load_pair
-        from lcc_lens.scan import SCAN_RECORD, scan
 
         if (self.run / SCAN_RECORD).exists() and not self.overwrite:
             raise RequestError(f"{self.run} holds a scan already; name another run or pass --overwrite")

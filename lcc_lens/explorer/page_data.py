@@ -8,14 +8,14 @@ from typing import Any
 
 import torch
 
+from lcc_lens.analysis.scan.scan import Scan
+from lcc_lens.analysis.scan.token_differences import TokenLoss
 from lcc_lens.core.heads import all_heads
 from lcc_lens.explorer.arrays import packed
 from lcc_lens.explorer.run_contents import RunContents
 from lcc_lens.explorer.token_tables import TokenTables
 from lcc_lens.explorer.verdict import verdict
 from lcc_lens.explorer.views import views
-from lcc_lens.scan import Scan
-from lcc_lens.token_loss import TokenLoss
 
 #: Bytes of token losses that a page holds; examples beyond are left out. Base64 takes a third more.
 EXAMPLE_BYTES = 3_000_000

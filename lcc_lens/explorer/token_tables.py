@@ -12,14 +12,14 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from lcc_lens.analysis.lens.tokens import TokenReader
+from lcc_lens.analysis.scan.scan import SCAN_TENSORS, Scan
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.files import read_json, read_tensors, sha256_file, write_json, write_tensors
 from lcc_lens.core.heads import Head
 from lcc_lens.core.progress import track
-from lcc_lens.lens.tokens import TokenReader
 from lcc_lens.models.hooked.hooks import HookedModel
 from lcc_lens.restoration import RESTORATION_TENSORS, Restoration
-from lcc_lens.scan import SCAN_TENSORS, Scan
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

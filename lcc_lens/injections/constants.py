@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lcc_lens.components import LostComponents
+from lcc_lens.analysis.components import LostComponents
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.heads import Head, check_heads, head_indices
 from lcc_lens.injections.base import Injection

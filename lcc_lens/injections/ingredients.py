@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lcc_lens.components import LostComponents
+from lcc_lens.analysis.components import LostComponents
+from lcc_lens.analysis.statistics import DifferenceStatistics
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.heads import Head
 from lcc_lens.data.datasets import TokenSequence
 from lcc_lens.injections.constants import Start
 from lcc_lens.models.hooked.hooks import HookedModel
 from lcc_lens.models.pair import Pair
-from lcc_lens.statistics import DifferenceStatistics
 
 
 @dataclass(frozen=True)

@@ -12,12 +12,12 @@ from jaxtyping import Float
 from plotly.subplots import make_subplots
 from torch import Tensor
 
+from lcc_lens.analysis.lens.gain import LogitGain
+from lcc_lens.analysis.lens.tokens import PromotedTokens
+from lcc_lens.analysis.scan.result import Scan
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.heads import Head, check_heads
-from lcc_lens.lens.gain import LogitGain
-from lcc_lens.lens.tokens import PromotedTokens
 from lcc_lens.plotting.theme import COLORS, COLUMN, PAGE, SERIES, rounded, styled
-from lcc_lens.scanned import Scan
 
 _BAND = "rgba(77,77,77,0.18)"
 _MIDDLE = "#4d4d4d"

@@ -12,13 +12,13 @@ from jaxtyping import Float
 from plotly.subplots import make_subplots
 from torch import Tensor
 
+from lcc_lens.analysis.head_scores import HeadScores
+from lcc_lens.analysis.scan.result import Scan
+from lcc_lens.analysis.selectors.names import SelectorName
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.heads import Head
-from lcc_lens.headscores import HeadScores
 from lcc_lens.plotting.labels import GOLD, SELECTOR_LABELS
 from lcc_lens.plotting.theme import COLORS, COLUMN, PAGE, RANKS, SEQUENTIAL, rounded, styled
-from lcc_lens.scanned import Scan
-from lcc_lens.selectors import SelectorName
 
 _ROW, _SMALL_ROW = 13, 9  # pixels per layer, alone and among several maps
 _PER_LINE = 4  # maps side by side

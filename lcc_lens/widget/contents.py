@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from importlib.resources import files
 from typing import Any
 
+from lcc_lens.analysis.scan.scan import Scan
+from lcc_lens.analysis.selectors.names import SELECTORS, SelectorName
 from lcc_lens.core.heads import all_heads
 from lcc_lens.explorer.views import View, views_of_scan
 from lcc_lens.injections import uses_components, uses_heads
-from lcc_lens.scan import Scan
-from lcc_lens.selectors import SELECTORS, SelectorName
 from lcc_lens.session import RestoreSession
 from lcc_lens.training import Step
 

@@ -1,0 +1,1 @@
+"""Analysis: what pruning took from each head, and which heads matter most."""

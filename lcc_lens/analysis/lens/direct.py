@@ -1,0 +1,108 @@
+"""The direct effect of constants in head outputs on a task's logit difference."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from lcc_lens.analysis.lens.answers import contrasts, difference, stderr, streams_at
+from lcc_lens.core.errors import RequestError
+from lcc_lens.core.heads import Head, check_heads
+from lcc_lens.data.datasets import Data
+from lcc_lens.models.hooked.direct_path import HeadWriter, Readout
+from lcc_lens.models.pair import Pair
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+@dataclass(frozen=True)
+class DirectEffect:
+    """What a constant per head adds directly to a task's logit difference, example by example.
+
+    ``pruned`` is the logit difference that the pruned model has, to hold the effects against.
+    """
+
+    heads: tuple[Head, ...]
+    effects: Float[Tensor, "example chosen"]
+    pruned: Float[Tensor, " example"]
+
+    @property
+    def mean(self) -> Float[Tensor, " chosen"]:
+        """Each head's mean effect."""
+        return self.effects.mean(0)
+
+    @property
+    def stderr(self) -> Float[Tensor, " chosen"]:
+        """Its standard error over examples; NaN for a single one."""
+        return stderr(self.effects)
+
+    @property
+    def total(self) -> tuple[float, float]:
+        """Mean and standard error of the sum over heads."""
+        total = self.effects.sum(1)
+        return float(total.mean()), float(stderr(total))
+
+    def table(self) -> pd.DataFrame:
+        """One row per head: layer, head, effect, stderr."""
+        import pandas as pd
+
+        layers, heads = zip(*self.heads, strict=True)
+        columns = {"layer": layers, "head": heads, "effect": self.mean.tolist(), "stderr": self.stderr.tolist()}
+        return pd.DataFrame(columns)
+
+
+def direct_effect(
+    pair: Pair,
+    data: Data,
+    heads: Sequence[Head | tuple[int, int]],
+    constants: Float[Tensor, "chosen d_head"],
+    *,
+    max_length: int = 512,
+    batch_tokens: int = 1024,
+) -> DirectEffect:
+    r"""What constants added to head outputs do to a task's logit difference by the direct path alone.
+
+    With $c$ a head's constant, $u = c W_O[h]$ in the residual stream, and the final norm's gain $g$, centring $C$ and
+    scale $s_n$ at the pruned model's actual stream of example n:
+    $(W_U[right_n] - W_U[wrong_n]) \cdot (g \odot Cu) / s_n$. Later layers do not see the constant and the scale stays:
+    effects of heads add up, and say nothing of what later layers make of them. In logits before a soft cap.
+
+    A constant moves every question towards the same answer. Where the same two labels are right half the time each, its
+    effects are of one size with both signs and their mean is about zero: look at ``effects`` themselves.
+
+    Right and wrong are compared at the first token in which they differ; tokens before it that both answers share
+    belong to the context. Pairs that never differ are left out with a warning.
+
+    Args:
+        pair: the hooked models; the pruned one is read.
+        data: contrastive examples.
+        heads: the pruned model's heads.
+        constants: one per head, in the same order: ``scan.components.component(1)[head_indices(heads)]`` or a
+            restoration's ``constants`` with its ``heads``.
+        max_length: tokens per example at most.
+        batch_tokens: tokens per forward pass at most.
+
+    Raises:
+        RequestError: a head is not in the model, shapes differ, or the data have no usable contrast.
+    """
+    # TransformerLens' direct_logit_attribution wants norms folded into the weights, which a pair never is.
+    chosen = tuple(Head(*head) for head in heads)
+    check_heads(chosen, pair.n_layers, pair.n_heads)
+    if tuple(constants.shape) != (len(chosen), pair.d_head):
+        wanted = (len(chosen), pair.d_head)
+        raise RequestError(f"wanted constants of shape {wanted}, one for each head, got {tuple(constants.shape)}")
+    contexts, answers = contrasts(pair, data, max_length)
+    readout, writer = Readout.of(pair.pruned), HeadWriter.of(pair.pruned)
+    streams = streams_at(pair.pruned, writer, contexts, batch_tokens)
+    written = torch.stack([writer.output(head, constant) for head, constant in zip(chosen, constants, strict=True)])
+    answers = answers.to(streams.resid.device)
+    logits = readout.direct(written, streams.resid, answers)
+    scale = streams.attention_scale[:, [head.layer for head in chosen]]
+    pruned = readout.logits_of(streams.resid[:, None], answers)[:, 0]
+    return DirectEffect(chosen, (difference(logits) / scale).cpu(), difference(pruned).cpu())

@@ -1,0 +1,147 @@
+"""The examples that excite a direction of a head most."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from lcc_lens.analysis.lens.checks import checked_vector
+from lcc_lens.core.errors import RequestError
+from lcc_lens.core.heads import Head, check_heads
+from lcc_lens.data.datasets import Data, TokenSequence, batches, encode, encode_pair
+from lcc_lens.models.hooked.activations import Places, Site, visit_sites
+from lcc_lens.models.pair import Pair
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+Which = Literal["dense", "pruned", "difference"]
+
+
+@dataclass(frozen=True)
+class ExcitingToken:
+    """A token at which a head's output lies far along a direction, with the text around it."""
+
+    score: float
+    example: int
+    position: int
+    before: str
+    token: str
+    after: str
+
+
+@dataclass(frozen=True)
+class ExcitingExamples:
+    """The examples that excite a direction of a head most, each with its best token."""
+
+    head: Head
+    model: Which
+    tokens: tuple[ExcitingToken, ...]
+
+    def table(self) -> pd.DataFrame:
+        """One row per example, highest score first: score, example, position, before, token, after."""
+        import pandas as pd
+
+        return pd.DataFrame([vars(token) for token in self.tokens])
+
+
+def exciting_examples(
+    pair: Pair,
+    data: Data,
+    head: Head | tuple[int, int],
+    direction: Float[Tensor, " d_head"],
+    *,
+    k: int = 10,
+    model: Which = "difference",
+    context: int = 12,
+    max_length: int = 512,
+    limit: int | None = None,
+    batch_tokens: int = 1024,
+) -> ExcitingExamples:
+    r"""The examples whose head output lies farthest along a direction, each with its best token.
+
+    The score is $z \cdot v / |v|$ with z the dense or the pruned model's, or dense minus pruned. Of each token only the
+    score is kept, one number.
+
+    Args:
+        pair: the hooked models.
+        data: examples of any kind (right answers where there are two; text is cut into blocks).
+        head: the pruned model's head.
+        direction: v, for instance ``scan.components.directions[head][0]``.
+        k: examples.
+        model: whose output.
+        context: tokens of text on either side.
+        max_length: tokens per example at most.
+        limit: examples at most, or blocks of text.
+        batch_tokens: tokens per forward pass at most.
+
+    Raises:
+        RequestError: the head is not in the model, the direction is zero, k below 1, or no usable example.
+    """
+    (head,) = check_heads([head], pair.n_layers, pair.n_heads)
+    unit = checked_vector(pair.pruned, direction)
+    unit = unit / unit.norm()
+    if k < 1:
+        raise RequestError(f"wanted at least one example, got k = {k}; raise it")
+    index, sequences = _indexed(pair, data, max_length, limit)
+    scores = _projections(pair, sequences, head, unit, model, batch_tokens)
+    best = [(float(values.max()), int(values.argmax())) for values in scores]
+    order = sorted(range(len(best)), key=lambda i: -best[i][0])[:k]  # equal scores: the earlier example
+    tokens = []
+    for i in order:
+        (score, position), ids = best[i], sequences[i].tokens
+        stop = position + 1
+        parts = (ids[max(0, position - context) : position], ids[position:stop], ids[stop : stop + context])
+        before, token, after = (str(pair.tokenizer.decode(part)) for part in parts)
+        tokens.append(ExcitingToken(score, index[i], position, before, token, after))
+    return ExcitingExamples(head, model, tuple(tokens))
+
+
+def _indexed(pair: Pair, data: Data, max_length: int, limit: int | None) -> tuple[list[int], list[TokenSequence]]:
+    """Sequences with the number of the example each one is (of the block, for text)."""
+    if data.kind == "text":
+        blocks = encode(data, pair.tokenizer, max_length=max_length, limit=limit)
+        return list(range(len(blocks))), blocks
+    encoded = [encode_pair(pair.tokenizer, e.prompt, e.response, max_length) for e in data.examples[:limit]]
+    found = [(number, sequence) for number, sequence in enumerate(encoded) if sequence is not None]
+    if not found:
+        raise RequestError(
+            f"wanted sequences of up to {max_length} tokens from {data.source}, got none; raise the limit"
+        )
+    return [number for number, _ in found], [sequence for _, sequence in found]
+
+
+def _projections(
+    pair: Pair, sequences: list[TokenSequence], head: Head, unit: Tensor, which: Which, batch_tokens: int
+) -> list[Float[Tensor, " pos"]]:
+    """The head's output along a unit vector at every token; one model after the other, so that one need be loaded."""
+    signs = {"pruned": (1.0, 0.0), "dense": (0.0, 1.0), "difference": (-1.0, 1.0)}
+    if which not in signs:
+        raise RequestError(f"wanted one of {', '.join(signs)}, got {which!r}")
+    scores = [torch.zeros(len(sequence)) for sequence in sequences]
+    for sign, is_dense in zip(signs[which], (False, True), strict=True):
+        if sign:
+            _add_projections(scores, pair, sequences, head, sign * unit, is_dense, batch_tokens)
+    return scores
+
+
+def _add_projections(
+    scores: list[Tensor], pair: Pair, sequences: list[TokenSequence], head: Head, vector: Tensor, is_dense: bool,
+    batch_tokens: int,
+) -> None:  # fmt: skip
+    """Add one model's z along a vector to the scores."""
+    model = pair.dense if is_dense else pair.pruned
+
+    def visit(site: Site, layer: int, z: Tensor) -> None:
+        if layer == head.layer:
+            kept = (pair.kept_heads(layer, z) if is_dense else z).float()
+            along = (kept[:, head.head] @ vector.to(kept.device)).cpu()
+            for row, values in zip(batch.index, along.split(batch.lengths.tolist()), strict=True):
+                scores[row] += values
+
+    for batch in batches(sequences, max_tokens=batch_tokens):
+        visit_sites(model, batch.tokens, {"z": Places.all_tokens(batch)}, visit)

@@ -1,0 +1,68 @@
+"""How alike the lost components of different heads are, in the residual stream and as z vectors."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from lcc_lens.analysis.components import LostComponents
+from lcc_lens.analysis.lens.checks import check_components
+from lcc_lens.core.heads import Head, all_heads
+from lcc_lens.models.hooked.direct_path import HeadWriter
+from lcc_lens.models.hooked.hooks import HookedModel
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+@dataclass(frozen=True)
+class ComponentSimilarity:
+    """Cosines between the lost components of all heads.
+
+    ``resid`` compares what they write into the residual stream; ``raw`` compares them as z vectors, which has a meaning
+    within one layer only (NaN elsewhere) and not much even there: every head has its own W_O. A head that lost
+    nothing, or whose output goes nowhere, has NaN.
+    """
+
+    heads: tuple[Head, ...]
+    resid: Float[Tensor, "head head"]
+    raw: Float[Tensor, "head head"]
+
+    def table(self) -> pd.DataFrame:
+        """The matrix of cosines in the residual stream, labelled by head."""
+        import pandas as pd
+
+        labels = [str(head) for head in self.heads]
+        return pd.DataFrame(self.resid.numpy(), index=labels, columns=labels)
+
+
+def component_similarity(model: HookedModel, components: LostComponents, *, rank: int = 1) -> ComponentSimilarity:
+    r"""Cosines between what the heads' lost components write into the residual stream, $c_h W_O[h]$, for all heads.
+
+    Args:
+        model: the hooked model whose W_O carries them, the pruned one.
+        components: of a scan of the pair.
+        rank: K of the components; 1 compares the first directions.
+
+    Raises:
+        RequestError: the components are another model's, or the rank is out of range.
+    """
+    check_components(model, components)
+    writer, constants = HeadWriter.of(model), components.component(rank)
+    n_layers, n_heads, d_head = constants.shape
+    heads = all_heads(n_layers, n_heads)
+    written = torch.stack([writer.output(head, constants[head]).cpu() for head in heads])
+    layer = torch.arange(n_layers).repeat_interleave(n_heads)
+    raw = _cosines(constants.reshape(-1, d_head)).masked_fill(layer[:, None] != layer, math.nan)
+    return ComponentSimilarity(tuple(heads), _cosines(written), raw)
+
+
+def _cosines(vectors: Float[Tensor, "vector coordinate"]) -> Float[Tensor, "vector vector"]:
+    unit = vectors.double() / vectors.double().norm(dim=-1, keepdim=True)  # a zero vector gives NaN
+    cosines: Tensor = unit @ unit.T
+    return cosines.float()

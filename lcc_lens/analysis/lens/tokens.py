@@ -1,0 +1,128 @@
+"""The tokens that a vector in a head's output promotes and suppresses."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from jaxtyping import Float
+from torch import Tensor
+
+from lcc_lens.analysis.lens.answers import Streams
+from lcc_lens.analysis.lens.checks import checked_vector
+from lcc_lens.core.errors import RequestError
+from lcc_lens.core.heads import Head
+from lcc_lens.models.hooked.direct_path import HeadWriter, Readout
+from lcc_lens.models.hooked.hooks import HookedModel
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from transformers import PreTrainedTokenizerBase
+
+Side = Literal["promoted", "suppressed"]
+
+
+@dataclass(frozen=True)
+class TokenScore:
+    """A token that a vector promotes or suppresses, and by how much in logits."""
+
+    side: Side
+    token: int
+    text: str
+    logit: float
+
+
+@dataclass(frozen=True)
+class PromotedTokens:
+    """The tokens that a vector in a head's output promotes and suppresses most; ``reading`` says how it was read."""
+
+    head: Head
+    reading: Literal["alone", "direct"]
+    tokens: tuple[TokenScore, ...]
+
+    def table(self) -> pd.DataFrame:
+        """One row per token, strongest first on either side: side, token, text, logit."""
+        import pandas as pd
+
+        return pd.DataFrame([vars(token) for token in self.tokens])
+
+
+@dataclass(frozen=True)
+class TokenReader:
+    """Reads vectors in head outputs as logits; made once, with its checks, for any number of vectors."""
+
+    writer: HeadWriter
+    readout: Readout
+
+    @classmethod
+    def of(cls, model: HookedModel) -> TokenReader:
+        """Take what reads a head from a hooked model.
+
+        Raises:
+            LensError: the architecture's way to the logits is not known.
+        """
+        return cls(HeadWriter.of(model), Readout.of(model))
+
+    def logits(self, written: Float[Tensor, "*vector d_model"]) -> Float[Tensor, "*vector d_vocab"]:
+        """What vectors in the residual stream say of every token alone (see :func:`promoted_tokens`); zeros nothing."""
+        return self.readout.project(self.readout.norm(written) - self.readout.norm.shift)
+
+    def logits_at(
+        self, written: Float[Tensor, "*vector d_model"], layer: int, at: Streams
+    ) -> Float[Tensor, "*vector d_vocab"]:
+        """What vectors of a layer's heads add to every token's logit at actual streams, on average."""
+        scale = self.readout.norm.scale(at.resid) * at.attention_scale[:, layer, None]
+        return self.readout.project(self.readout.norm.linear(written) * (1 / scale).mean())
+
+
+def promoted_tokens(
+    model: HookedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    head: Head,
+    z_vector: Float[Tensor, " d_head"],
+    *,
+    k: int = 10,
+    at: Streams | None = None,
+) -> PromotedTokens:
+    r"""The tokens that a vector in a head's output promotes and suppresses most.
+
+    Two readings. **Alone** (without ``at``): $W_U(\mathrm{norm}(v W_O[h]) - \mathrm{norm}(0))$, Eq. 6 of the vector
+    itself, which shows its direction; the norm blows any vector up to the same length. **Direct** (with ``at``): the
+    norm's scale is held at that of actual residual streams and averaged over them, which shows what adding the vector
+    really does to the logits. Both leave out what says the same whatever the vector: the unembedding's bias and the
+    norm's shift, which would put frequent tokens first; and the soft cap, which changes no order.
+
+    Args:
+        model: the hooked model whose W_O and unembedding read the vector.
+        tokenizer: its tokenizer.
+        head: whose output the vector lives in.
+        z_vector: for instance a row of ``scan.components.component(1)[head]``.
+        k: tokens per side.
+        at: residual streams from :func:`answer_streams`.
+
+    Raises:
+        RequestError: the head is not in the model, k is out of range, or W_O takes the vector to zero.
+
+    Example:
+        >>> said = promoted_tokens(pair.pruned, pair.tokenizer, Head(0, 4), lost[0, 4])  # doctest: +SKIP
+        >>> said.table().query("side == 'promoted'")  # doctest: +SKIP
+
+    Reference: RestoreLCC (arXiv 2510.21834), Eq. 6.
+    """
+    # TransformerLens' logit_readout reads a vector the same way but keeps bias and soft cap in the values.
+    d_vocab = int(model.cfg.d_vocab)
+    if not 1 <= k <= d_vocab:
+        raise RequestError(f"wanted between 1 and {d_vocab} tokens, got k = {k}")
+    z_vector = checked_vector(model, z_vector)
+    reader = TokenReader.of(model)
+    written = reader.writer.output(head, z_vector)
+    if not bool(written.any()):
+        raise RequestError(f"wanted a vector that {head}'s output projection reads, got one that it takes to zero")
+    logits = (reader.logits(written) if at is None else reader.logits_at(written, head.layer, at)).cpu()
+    sides: tuple[tuple[Side, bool], ...] = (("promoted", True), ("suppressed", False))
+    tokens = [
+        TokenScore(side, index, str(tokenizer.decode([index])), float(logits[index]))
+        for side, largest in sides
+        for index in logits.topk(k, largest=largest).indices.tolist()
+    ]
+    return PromotedTokens(head, "alone" if at is None else "direct", tuple(tokens))

@@ -1,0 +1,284 @@
+"""The passes of a scan: the dense model over a shard of the examples, then the pruned one, read at the same places."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from lcc_lens.analysis.scan.contrastive import visit_pairs
+from lcc_lens.analysis.statistics import RunningDifferences
+from lcc_lens.data.datasets import Batch, TokenSequence, batches
+from lcc_lens.models.hooked.activations import Places, Positions, Site, parts_of, sampled_positions
+from lcc_lens.models.hooked.hooks import HookedModel
+from lcc_lens.models.hooked.kv_cache import Prefix
+from lcc_lens.models.hooked.offloading import device_of
+from lcc_lens.models.pair import Pair
+
+#: Examples of one shard where few positions count: enough to sort them by length once more for the pruned model.
+SHARD = 128
+#: Head outputs at single places of contrastive pairs, beside the sampled ones.
+ENDS = ("question", "right", "wrong")
+#: Shared first tokens are read once where they are at least so many, in at least so many examples.
+LEAST_PREFIX, LEAST_MEMBERS = 16, 6
+
+
+@dataclass(frozen=True)
+class ScanPlan:
+    """What is read where: sequences, the positions that count, and the wrong answers where there are any."""
+
+    sequences: tuple[TokenSequence, ...]
+    wrong: tuple[TokenSequence, ...] | None
+    positions: Positions
+    sites: tuple[Site, ...]
+    batch_tokens: int
+
+    @cached_property
+    def prefixes(self) -> tuple[Int[Tensor, " prefix"], ...]:
+        """What groups of examples begin with, such as a task's preamble, before anything is read; number 0 is empty."""
+        return self._grouped[0]
+
+    @cached_property
+    def prefix_of(self) -> tuple[int, ...]:
+        """Every example's prefix, by number."""
+        return self._grouped[1]
+
+    @cached_property
+    def _grouped(self) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+        groups: dict[bytes, list[int]] = {}
+        for i in range(len(self.sequences)):
+            if self._before_reading(i) >= LEAST_PREFIX:
+                groups.setdefault(self.sequences[i].tokens[:LEAST_PREFIX].numpy().tobytes(), []).append(i)
+        prefixes, number = [torch.zeros(0, dtype=torch.long)], [0] * len(self.sequences)
+        for members in groups.values():
+            if len(members) >= LEAST_MEMBERS:
+                for i in members:
+                    number[i] = len(prefixes)
+                prefixes.append(self._common(members))
+        return tuple(prefixes), tuple(number)
+
+    def _common(self, members: Sequence[int]) -> Int[Tensor, " prefix"]:
+        """What some examples all begin with, before anything is read."""
+        first, n = self.sequences[members[0]].tokens, min(map(self._before_reading, members))
+        for i in members:
+            differs = (self.sequences[i].tokens[:n] != first[:n]).nonzero()
+            n = int(differs[0]) if len(differs) else n
+        return first[:n]
+
+    def _before_reading(self, example: int) -> int:
+        """How many first tokens of an example nothing is read at."""
+        ends = [self.question_end(example)] if self.wrong is not None else []
+        return min([len(self.sequences[example]) - 1, *self.sampled(example), *ends])
+
+    def shards(self) -> list[tuple[int, ...]]:
+        """The examples, longest first, in portions that are finished one by one."""
+        if self.positions == "all":
+            return [batch.index for batch in batches(self.sequences, max_tokens=self.batch_tokens)]
+        order = sorted(range(len(self.sequences)), key=lambda i: -len(self.sequences[i]))
+        return [tuple(order[start : start + SHARD]) for start in range(0, len(order), SHARD)]
+
+    def dense_batches(self, shard: Sequence[int]) -> list[tuple[int, Batch]]:
+        """A shard's batches for the dense model, each with its prefix's number and without that prefix.
+
+        ``Batch.index`` counts within the shard.
+        """
+        return self._batches(shard, [len(self.sequences[i]) for i in shard])
+
+    def pruned_batches(self, shard: Sequence[int]) -> list[tuple[int, Batch]]:
+        """A shard's batches for the pruned model, which reads no further than an activation counts."""
+        return self._batches(shard, [self._needed(i) for i in shard])
+
+    def sampled(self, example: int) -> list[int]:
+        """The positions of one example that count."""
+        return sampled_positions(self.sequences[example], self.positions)
+
+    def question_end(self, example: int) -> int:
+        """The question's last token."""
+        return self.sequences[example].loss_from - 1
+
+    def _needed(self, example: int) -> int:
+        """How many tokens of an example the pruned model has to read."""
+        ends = [self.question_end(example)] if self.wrong is not None else []
+        return 1 + max([self.n_prefix(example), *self.sampled(example), *ends])
+
+    def n_prefix(self, example: int) -> int:
+        """The tokens of an example's prefix."""
+        return len(self.prefixes[self.prefix_of[example]])
+
+    def _batches(self, shard: Sequence[int], ends: Sequence[int]) -> list[tuple[int, Batch]]:
+        """Batches of what follows the prefixes, as far as each example's end."""
+        found: list[tuple[int, Batch]] = []
+        for number in sorted({self.prefix_of[i] for i in shard}):
+            members = [k for k, i in enumerate(shard) if self.prefix_of[i] == number]
+            parts = [self._part(shard[k], ends[k]) for k in members]
+            for batch in batches(parts, max_tokens=self.batch_tokens):
+                found.append((number, replace(batch, index=tuple(members[k] for k in batch.index))))
+        return found
+
+    def _part(self, example: int, end: int) -> TokenSequence:
+        """An example from its prefix to a position."""
+        sequence, n = self.sequences[example], self.n_prefix(example)
+        return TokenSequence(sequence.tokens[n:end], max(1, min(sequence.loss_from, end) - n))
+
+
+class Rows:
+    """Activations ``[layer, row, part, width]`` of one site at chosen places, filled batch by batch.
+
+    Rows go example by example in the order of the shard, whatever order batches come in.
+    """
+
+    def __init__(self, counts: Sequence[int]) -> None:
+        ends = torch.tensor(counts).cumsum(0)
+        self.start = [0, *ends.tolist()]
+        self.layers: dict[int, Tensor] = {}
+
+    def ids(self, members: Sequence[int]) -> Int[Tensor, " sample"]:
+        """The rows of some members of the shard, member by member."""
+        return torch.cat([torch.arange(self.start[i], self.start[i + 1]) for i in members])
+
+    def put(self, layer: int, ids: Int[Tensor, " sample"], values: Tensor) -> None:
+        """Fill some rows of a layer."""
+        if layer not in self.layers:
+            self.layers[layer] = values.new_empty(self.start[-1], *values.shape[1:])
+        self.layers[layer][ids.to(values.device)] = values
+
+    def by_layer(self) -> list[Tensor]:
+        """All layers in order."""
+        return [self.layers[layer] for layer in range(len(self.layers))]
+
+
+def dense_pass(pair: Pair, plan: ScanPlan, shard: Sequence[int]) -> Generator[None, None, dict[str, list[Tensor]]]:
+    """The dense model over a shard: by name a tensor ``[row, part, width]`` per layer; yields after every batch.
+
+    Names are the plan's sites, at the sampled positions; for contrastive pairs also the head outputs at the ends of the
+    ``question`` and of the ``right`` and ``wrong`` answers. Heads stand in the pruned model's order.
+    """
+    counts = [len(plan.sampled(i)) for i in shard]
+    rows = {site: Rows(counts) for site in plan.sites}
+    ends = {name: Rows([1] * len(shard)) for name in (ENDS if plan.wrong is not None else ())}
+    prefixes = [Prefix(pair.dense, tokens) for tokens in plan.prefixes]
+    for number, batch in plan.dense_batches(shard):
+        members = [shard[i] for i in batch.index]
+        where = _sampled_places(plan, members)
+        reader = _DenseReader(pair, rows, ends, batch.index, len(where))
+        places = dict.fromkeys(plan.sites, where)
+        if plan.wrong is None:
+            prefixes[number].visit(batch.tokens, places, reader.visit)
+        else:
+            places["z"] = _joined(where, _question_ends(plan, members), batch)
+            right, wrong = ([sequences[i] for i in members] for sequences in (plan.sequences, plan.wrong))
+            visit_pairs(prefixes[number], batch, right, wrong, places, reader.visit, reader.visit_wrong)
+        yield
+    return {**{str(site): r.by_layer() for site, r in rows.items()}, **{name: r.by_layer() for name, r in ends.items()}}
+
+
+def pruned_pass(
+    pair: Pair,
+    plan: ScanPlan,
+    shard: Sequence[int],
+    dense: Mapping[str, Sequence[Tensor]],
+    sums: Mapping[Site, RunningDifferences],
+) -> Generator[None, None, list[Tensor] | None]:
+    """The pruned model over a shard, added to the sums; only as far as an activation counts. Yields after every batch.
+
+    Returns:
+        Head outputs at the ends of the questions, ``[pair, head, d_head]`` per layer; None without wrong answers.
+    """
+    counts = [len(plan.sampled(i)) for i in shard]
+    rows, question = {site: Rows(counts) for site in plan.sites}, Rows([1] * len(shard))
+    example = torch.repeat_interleave(torch.tensor(counts))
+
+    def compare(site: Site, layer: int) -> None:
+        device = sums[site].device  # of a model on several devices, that of its first layer
+        values = rows[site].layers.pop(layer).to(device)
+        sums[site].update(layer, dense[site][layer].to(device), values, example.to(device))
+
+    prefixes = [Prefix(pair.pruned, tokens) for tokens in plan.prefixes]
+    for number, batch in plan.pruned_batches(shard):
+        within = [shard[i] for i in batch.index]
+        where = _sampled_places(plan, within)
+        places = dict.fromkeys(plan.sites, where)
+        if plan.wrong is not None:
+            ends = _question_ends(plan, within)
+            places["z"] = Places(
+                torch.cat([where.sequence, torch.arange(len(ends))]), torch.cat([where.position, ends])
+            )
+        reader = _PrunedReader(rows, question, batch.index, compare)
+        prefixes[number].visit(batch.tokens, places, reader.visit)
+        yield
+    for site, running in sums.items():
+        running.count(example)
+        for layer in sorted(rows[site].layers):
+            compare(site, layer)
+    return question.by_layer() if plan.wrong is not None else None
+
+
+def running_sums(model: HookedModel, sites: Sequence[Site], spectra: Sequence[Site]) -> dict[Site, RunningDifferences]:
+    """Empty sums for every site, on the model's device."""
+    n_layers, device = int(model.cfg.n_layers), device_of(model)
+    return {
+        site: RunningDifferences(n_layers, *parts_of(model, site), device, second_moment=site in spectra)
+        for site in sites
+    }
+
+
+class _DenseReader:
+    """Sorts what one batch of the dense model gives into rows."""
+
+    def __init__(
+        self, pair: Pair, rows: Mapping[Site, Rows], ends: Mapping[str, Rows], members: Sequence[int], n_sampled: int
+    ) -> None:
+        self.pair, self.rows, self.ends, self.n_sampled = pair, rows, ends, n_sampled
+        self.ids = next(iter(rows.values())).ids(members)
+        self.members = torch.tensor(members)
+
+    def visit(self, site: Site, layer: int, values: Tensor) -> None:
+        values = self.pair.kept_heads(layer, values) if site == "z" else values
+        self.rows[site].put(layer, self.ids, values[: self.n_sampled])
+        if site == "z" and self.ends:
+            question, right = values[self.n_sampled :].split(len(self.members))
+            self.ends["question"].put(layer, self.members, question)
+            self.ends["right"].put(layer, self.members, right)
+
+    def visit_wrong(self, site: Site, layer: int, values: Tensor) -> None:
+        self.ends["wrong"].put(layer, self.members, self.pair.kept_heads(layer, values))
+
+
+class _PrunedReader:
+    """Sorts what one batch of the pruned model gives into rows; compares a layer once all its rows are there."""
+
+    def __init__(
+        self, rows: Mapping[Site, Rows], question: Rows, members: Sequence[int], compare: Callable[[Site, int], None]
+    ) -> None:
+        self.rows, self.question, self.members, self.compare = rows, question, torch.tensor(members), compare
+        self.ids = next(iter(rows.values())).ids(members)
+
+    def visit(self, site: Site, layer: int, values: Tensor) -> None:
+        self.rows[site].put(layer, self.ids, values[: len(self.ids)])
+        if len(values) > len(self.ids):
+            self.question.put(layer, self.members, values[len(self.ids) :])
+        if len(self.ids) == self.rows[site].start[-1]:
+            self.compare(site, layer)
+
+
+def _sampled_places(plan: ScanPlan, examples: Sequence[int]) -> Places:
+    """Where the examples of one batch are sampled, example by example, counted from the prefix's end."""
+    positions = [[p - plan.n_prefix(i) for p in plan.sampled(i)] for i in examples]
+    sequence = torch.repeat_interleave(torch.tensor([len(p) for p in positions]))
+    position = torch.tensor([p for example in positions for p in example], dtype=torch.long)
+    return Places(sequence, position)
+
+
+def _question_ends(plan: ScanPlan, examples: Sequence[int]) -> Int[Tensor, " example"]:
+    """Where the questions of one batch end, counted from the prefix's end."""
+    return torch.tensor([plan.question_end(i) - plan.n_prefix(i) for i in examples])
+
+
+def _joined(where: Places, question: Int[Tensor, " sequence"], batch: Batch) -> Places:
+    """The sampled places, then the questions' ends, then the sequences' ends."""
+    every = torch.arange(len(question))
+    return Places(torch.cat([where.sequence, every, every]), torch.cat([where.position, question, batch.lengths - 1]))

@@ -1,0 +1,316 @@
+"""The scan artefact: what pruning took from every head, frozen, with the weights and data it belongs to."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from jaxtyping import Float
+from torch import Tensor
+
+from lcc_lens.analysis.components import LostComponents
+from lcc_lens.analysis.head_scores import HeadScores
+from lcc_lens.analysis.scan.token_differences import TokenLoss
+from lcc_lens.analysis.selectors.mse import score_mse
+from lcc_lens.analysis.selectors.names import SELECTORS, SelectorName
+from lcc_lens.analysis.selectors.random import score_random
+from lcc_lens.analysis.statistics import DifferenceStatistics
+from lcc_lens.core.config import package_version
+from lcc_lens.core.errors import RequestError
+from lcc_lens.core.files import read_json, read_tensors, sha256_file, write_json, write_tensors
+from lcc_lens.core.heads import Head, HeadMap, all_heads, check_heads, head_indices
+from lcc_lens.models.hooked.activations import Positions, Site
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+SCAN_TENSORS = "scan.safetensors"
+SCAN_RECORD = "scan.json"
+
+
+@dataclass(frozen=True)
+class ScanRecord:
+    """Where a scan comes from: weights, data, settings.
+
+    ``negatives`` says how wrong answers were chosen (see :class:`~lcc_lens.data.datasets.Data`). ``pattern`` and ``sparsity``
+    describe the pruned model's zeros. ``dense_heads`` and ``removed_heads`` are the pair's head map where whole heads
+    were removed; empty where every head is where it was.
+    """
+
+    dense: str
+    pruned: str
+    dense_sha256: str
+    pruned_sha256: str
+    data: str
+    source: str
+    positions: Positions
+    n_examples: int
+    n_samples: int
+    max_length: int
+    probe_rank: int | None
+    seed: int
+    version: str = field(default_factory=package_version)
+    groups: tuple[str, ...] = ()
+    negatives: str | None = None
+    pattern: str = ""
+    sparsity: float | None = None
+    dense_heads: tuple[tuple[int, ...], ...] = ()
+    removed_heads: tuple[tuple[int, ...], ...] = ()
+
+
+@dataclass(frozen=True)
+class Scan:
+    r"""What pruning took from every head of one model, on one data set. Frozen; saved without loss.
+
+    ``heads`` are the statistics of the head outputs (site ``z``), ``others`` those of the MLP's post-activation
+    (``mlp``) and the residual stream (``resid``), one part per layer; ``components`` the lost components;
+    ``selected_by`` the scores that selectors gave; ``tokens`` the loss at every token of the first examples.
+    """
+
+    record: ScanRecord
+    heads: DifferenceStatistics
+    components: LostComponents
+    others: Mapping[Site, DifferenceStatistics] = field(default_factory=dict)
+    selected_by: Mapping[str, HeadScores] = field(default_factory=dict)
+    tokens: tuple[TokenLoss, ...] = ()
+
+    @property
+    def mean_difference(self) -> Float[Tensor, "layer head d_head"]:
+        r"""$\bar\delta$ with $\delta = z_{dense} - z_{pruned}$."""
+        return self.heads.mean_difference
+
+    @property
+    def relative_loss(self) -> Float[Tensor, "layer head"]:
+        r"""Root of $\sum|\delta|^2 / \sum|z_{dense}|^2$: the share of each head's output that pruning changed."""
+        return self.heads.relative_loss
+
+    @property
+    def cosine(self) -> Float[Tensor, "layer head"]:
+        """The cosine between the two models' head outputs over all samples."""
+        return self.heads.cosine
+
+    @property
+    def constant_share(self) -> Float[Tensor, "layer head"]:
+        r"""The constant share of the difference, $N|\bar\delta|^2 / \sum|\delta|^2$: all that a constant can mend."""
+        return self.heads.constant_share
+
+    def has_mlp(self, *, directions: bool = False) -> bool:
+        """Whether the MLP's post-activation was compared, and with its spectrum if ``directions`` are wanted."""
+        found = self.others.get("mlp")
+        return found is not None and (not directions or found.singular_values is not None)
+
+    def mendable_share(self, site: Site = "z", heads: Iterable[Head] | None = None) -> float:
+        r"""The share of the squared difference at a site that is constant: the most that a mean shift can mend there.
+
+        $\sum_i N|\bar\delta_i|^2 / \sum_j \sum_n|\delta_{n,j}|^2$ with the heads $i$ to mend and all heads $j$ (or
+        layers). No constant leaves less of the squared difference than the mean does; what it brings back of the loss
+        is another matter, and constants at several layers act on each other.
+
+        Args:
+            site: ``z``, or another one that was compared.
+            heads: the heads that would be mended, all if not given.
+
+        Raises:
+            RequestError: the site was not compared.
+        """
+        found = self.heads if site == "z" else self.others.get(site)
+        if found is None:
+            raise RequestError(f"wanted a scan with the site {site}, got one without; scan again")
+        energy = found.squared_difference.double()
+        constant = found.constant_share.double() * energy
+        if heads is not None:
+            constant = constant[head_indices(check_heads(heads, *energy.shape))]
+        total = float(energy.sum())
+        return float(constant.sum()) / total if total > 0 else 0.0
+
+    @property
+    def head_map(self) -> HeadMap:
+        """Which head of the dense model every head is, and which are there in shape only."""
+        n_layers, n_heads = self.relative_loss.shape
+        if not self.record.dense_heads:
+            return HeadMap.identity(n_layers, n_heads)
+        return HeadMap(self.record.dense_heads, self.record.removed_heads)
+
+    def scores(self, selector: SelectorName = "probe", *, seed: int | None = None) -> HeadScores:
+        """Each head's score under a selector with its uncertainty, higher for heads to restore first.
+
+        Raises:
+            RequestError: an unknown selector, or one that this scan was not asked for.
+        """
+        if selector == "mse":
+            return score_mse(self.heads, self.record.n_examples)
+        if selector == "random":
+            n_layers, n_heads = self.relative_loss.shape
+            return score_random(n_layers, n_heads, self.record.seed if seed is None else seed)
+        if selector not in SELECTORS:
+            raise RequestError(f"wanted one of the selectors {', '.join(SELECTORS)}, got {selector!r}")
+        if selector not in self.selected_by:
+            found = ", ".join([*self.selected_by, "mse", "random"])
+            raise RequestError(
+                f"wanted {selector} scores, got a scan of {self.record.n_examples} sequences of {self.record.data} "
+                f"with {found}; name the selector {selector} when scanning, or select by another one"
+            )
+        return self.selected_by[selector]
+
+    def with_scores(self, scores: Iterable[HeadScores]) -> Scan:
+        """The same scan with more selectors' scores."""
+        return replace(self, selected_by={**self.selected_by, **{s.selector: s for s in scores}})
+
+    def select(self, selector: SelectorName = "probe", *, share: float = 0.25, seed: int | None = None) -> list[Head]:
+        """The heads with the highest scores, as many as ``share`` of all heads (rounded up), in model order.
+
+        Heads that pruning removed whole cannot be restored (their output goes nowhere): they neither count nor come up.
+
+        Args:
+            selector: how heads are scored (see :meth:`scores`); ties go to the larger mean squared difference, since
+                a probe's accuracy takes few values, then to the earlier head.
+            share: between 0 (exclusive) and 1.
+            seed: of the random selector.
+
+        Raises:
+            RequestError: the share is not within (0, 1].
+        """
+        if not 0 < share <= 1:
+            raise RequestError(f"wanted a share of heads above 0 and up to 1, got {share}")
+        alive = self.ranking(selector, seed=seed)
+        return sorted(alive[: math.ceil(share * len(alive))])
+
+    def ranking(self, selector: SelectorName = "probe", *, seed: int | None = None) -> list[Head]:
+        """All heads that pruning left, the highest score first; what :meth:`select` takes its heads from.
+
+        Args:
+            selector: see :meth:`select`, for ties too.
+            seed: of the random selector.
+
+        Raises:
+            RequestError: an unknown selector, or one that this scan was not asked for.
+        """
+        n_layers, n_heads = self.relative_loss.shape
+        scores = self.scores(selector, seed=seed).value.nan_to_num(nan=-math.inf).flatten().tolist()
+        loss = self.heads.mse.flatten().tolist()
+        order = sorted(range(len(scores)), key=lambda i: (-scores[i], -loss[i], i))
+        heads = all_heads(n_layers, n_heads)
+        removed = self.head_map.removed
+        return [heads[i] for i in order if heads[i].head not in removed[heads[i].layer]]
+
+    def table(self) -> pd.DataFrame:
+        """One row per head: layer, head, and every scalar statistic."""
+        import pandas as pd
+
+        heads = all_heads(*self.relative_loss.shape)
+        mapping = self.head_map
+        columns: dict[str, list[Any]] = {
+            "layer": [head.layer for head in heads],
+            "head": [head.head for head in heads],
+            "dense_head": [mapping.dense_heads[head.layer][head.head] for head in heads],
+            "is_removed": [head.head in mapping.removed[head.layer] for head in heads],
+            **{name: getattr(self.heads, name).flatten().tolist() for name in _COLUMNS},
+            "effective_rank": self.components.effective_rank.flatten().tolist(),
+            "first_direction_share": self.components.explained_share()[..., 0].flatten().tolist(),
+        }
+        for name, scores in {**self.selected_by, "mse": self.scores("mse")}.items():
+            columns[name] = scores.value.flatten().tolist()
+            columns[f"{name}_stderr"] = scores.stderr.flatten().tolist()
+        return pd.DataFrame(columns)
+
+    def layer_table(self) -> pd.DataFrame:
+        """One row per layer and site: attention's head outputs beside the MLP and the residual stream."""
+        import pandas as pd
+
+        rows = []
+        for site, found in {"z": self.heads, **self.others}.items():
+            for layer in range(self.relative_loss.shape[0]):
+                rows.append({"layer": layer, "site": site, **_pooled(found, layer)})
+        return pd.DataFrame(rows)
+
+    def save(self, run: str | Path) -> None:
+        """Write ``scan.safetensors`` and ``scan.json`` into a run directory, each atomically."""
+        run = Path(run)
+        write_tensors(run / SCAN_TENSORS, self._tensors())
+        parts = {
+            "selected_by": {name: _described(scores) for name, scores in self.selected_by.items()},
+            "tokens": [{**vars(token), "loss": None} for token in self.tokens],
+        }
+        write_json(run / SCAN_RECORD, {**asdict(self.record), **parts, "scan_sha256": sha256_file(run / SCAN_TENSORS)})
+
+    @classmethod
+    def load(cls, run: str | Path) -> Scan:
+        """Read a scan, bit for bit as it was saved.
+
+        Raises:
+            RequestError: a file is missing or damaged, or the tensors are not the ones that were saved.
+        """
+        run = Path(run)
+        fields = read_json(run / SCAN_RECORD)
+        expected = fields.pop("scan_sha256", None)
+        tensors, _ = read_tensors(run / SCAN_TENSORS)
+        if sha256_file(run / SCAN_TENSORS) != expected:
+            raise RequestError(f"wanted {run / SCAN_TENSORS} as the scan wrote it, got a changed file; scan again")
+        try:
+            described, tokens = fields.pop("selected_by"), fields.pop("tokens")
+            record = ScanRecord(**{name: _tuples(value) for name, value in fields.items()})
+            sites = {name.split(".")[0] for name in tensors} & {"mlp", "resid"}
+            return cls(
+                record=record,
+                heads=_statistics(tensors, "z", record.n_samples),
+                components=LostComponents(**_below(tensors, "components"), n_samples=record.n_samples),
+                others={cast("Site", site): _statistics(tensors, site, record.n_samples) for site in sorted(sites)},
+                selected_by={
+                    name: HeadScores(**entry, **cast("dict[str, Any]", _below(tensors, f"scores.{name}")))
+                    for name, entry in described.items()
+                },
+                tokens=tuple(
+                    TokenLoss(**{**_tuple_fields(token), "loss": tensors[f"tokens.{i}"]})
+                    for i, token in enumerate(tokens)
+                ),
+            )
+        except (KeyError, TypeError) as error:
+            raise RequestError(
+                f"wanted a scan of this version in {run}, got another layout ({error}); scan again"
+            ) from error
+
+    def _tensors(self) -> dict[str, Tensor]:
+        components = {name: t for name, t in vars(self.components).items() if isinstance(t, Tensor)}
+        groups = {"z": self.heads.tensors(), "components": components}
+        groups |= {site: found.tensors() for site, found in self.others.items()}
+        groups |= {f"scores.{n}": {"value": s.value, "stderr": s.stderr} for n, s in self.selected_by.items()}
+        groups["tokens"] = {str(i): token.loss for i, token in enumerate(self.tokens)}
+        return {f"{group}.{name}": t.contiguous() for group, tensors in groups.items() for name, t in tensors.items()}
+
+
+#: Scalars of every head, in the order of the table.
+_COLUMNS = ("relative_loss", "cosine", "constant_share", "input_share")
+
+
+def _pooled(found: DifferenceStatistics, layer: int) -> dict[str, float]:
+    """The statistics of a layer as a whole: its heads together, or its one part."""
+    mean = found.mean_difference[layer].flatten()[None, None]
+    sums = (found.squared_dense, found.squared_pruned, found.squared_difference, found.dot, found.mse_stderr)
+    dense, pruned, difference, dot, spread = (part[layer].sum()[None, None] for part in sums)
+    whole = DifferenceStatistics(found.n_samples, mean, dense, pruned, difference, dot, spread)
+    return {name: float(getattr(whole, name)) for name in _COLUMNS}
+
+
+def _statistics(tensors: Mapping[str, Tensor], site: str, n_samples: int) -> DifferenceStatistics:
+    return DifferenceStatistics(n_samples=n_samples, **cast("dict[str, Any]", _below(tensors, site)))
+
+
+def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    start = f"{prefix}."
+    return {name.removeprefix(start): tensor for name, tensor in tensors.items() if name.startswith(start)}
+
+
+def _described(scores: HeadScores) -> dict[str, Any]:
+    return {"selector": scores.selector, "n_examples": scores.n_examples, "settings": scores.settings}
+
+
+def _tuple_fields(fields: dict[str, Any]) -> dict[str, Any]:
+    return {name: _tuples(value) for name, value in fields.items()}
+
+
+def _tuples(value: Any) -> Any:
+    """JSON's lists as the tuples that they were, however nested."""
+    return tuple(_tuples(item) for item in value) if isinstance(value, list) else value

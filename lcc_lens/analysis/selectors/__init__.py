@@ -1,0 +1,1 @@
+"""Selectors: each gives every head a score with an uncertainty; the heads with the highest scores are restored."""

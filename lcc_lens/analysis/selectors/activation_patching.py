@@ -1,0 +1,184 @@
+"""Activation patching: the exact effect of giving the pruned model one head of the dense model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from lcc_lens.analysis.head_scores import HeadScores
+from lcc_lens.analysis.selectors.patched_run import PatchedPositions, PatchedRuns, starts_in_the_middle
+from lcc_lens.core.errors import LensError, RequestError
+from lcc_lens.core.heads import Head, all_heads, check_heads
+from lcc_lens.core.progress import track
+from lcc_lens.data.datasets import Batch, TokenSequence, batches
+from lcc_lens.models.pair import Pair
+
+OutcomeName = Literal["response", "kl"]
+_OUTCOMES = ("response", "kl")
+
+
+@dataclass(frozen=True)
+class PatchingEffects:
+    """What every patched head changed on every example, in nats per response token; NaN where none was patched.
+
+    ``log_likelihood`` is the gain of the response's mean log-likelihood over the unpatched pruned model,
+    ``divergence`` the fall of the divergence from the dense model (positive is better in both).
+    """
+
+    log_likelihood: Float[Tensor, "example layer head"]
+    divergence: Float[Tensor, "example layer head"] | None
+
+    def scores(self, outcome: OutcomeName = "response", settings: dict[str, object] | None = None) -> HeadScores:
+        """The mean effect of each head with its standard error over examples.
+
+        Raises:
+            RequestError: the divergence was not measured, or the outcome has another name.
+        """
+        if outcome not in _OUTCOMES:
+            raise RequestError(f"wanted an outcome of {', '.join(_OUTCOMES)}, got {outcome!r}")
+        effects = self.log_likelihood if outcome == "response" else self.divergence
+        if effects is None:
+            raise RequestError("wanted effects on the divergence, got none; measure them with divergence=True")
+        return HeadScores.from_examples("patching", effects, {"outcome": outcome, **(settings or {})})
+
+
+def score_activation_patching(
+    pair: Pair,
+    sequences: Sequence[TokenSequence],
+    *,
+    heads: Iterable[Head | tuple[int, int]] | None = None,
+    positions: PatchedPositions = "all",
+    batch_tokens: int = 2048,
+    outcome: OutcomeName = "response",
+    on_done: Callable[[PatchingEffects], None] | None = None,
+) -> HeadScores:
+    """Score heads by what the dense model's output of that one head brings the pruned model.
+
+    The gold standard for other selectors: no linearisation, no probe. It costs a forward pass from the head's layer up
+    for every head and example; :func:`~lcc_lens.analysis.selectors.attribution_patching.score_attribution_patching` estimates
+    the same from one backward pass.
+
+    Args:
+        pair: the hooked models.
+        sequences: questions with their right answers.
+        heads: which to patch (all if not given); the others score NaN.
+        positions: patch at ``all`` positions, or in the ``response`` only: from the question's last token on.
+        batch_tokens: padded tokens per forward pass at most; decides speed and memory.
+        outcome: ``response``, the gain of its mean log-likelihood, or ``kl``, the fall of the divergence from the
+            dense model at the positions that predict it; both in nats per token.
+        on_done: called after every batch of examples with the effects so far (NaN where still to come).
+
+    Raises:
+        RequestError: no example, a head that is not there, or an unknown name.
+        LensError: an effect is NaN or infinite (names layer and head).
+
+    Reference: Meng et al., "Locating and Editing Factual Associations in GPT" (arXiv 2202.05262), section 2; Zhang and
+    Nanda, "Towards Best Practices of Activation Patching" (arXiv 2309.16042).
+    """
+    effects = patching_effects(
+        pair, sequences, heads=heads, positions=positions, batch_tokens=batch_tokens,
+        divergence=outcome == "kl", on_done=on_done,
+    )  # fmt: skip
+    return effects.scores(outcome, {"positions": positions})
+
+
+def patching_effects(
+    pair: Pair,
+    sequences: Sequence[TokenSequence],
+    *,
+    heads: Iterable[Head | tuple[int, int]] | None = None,
+    positions: PatchedPositions = "all",
+    batch_tokens: int = 2048,
+    divergence: bool = True,
+    on_done: Callable[[PatchingEffects], None] | None = None,
+) -> PatchingEffects:
+    """Patch every head on every example and keep each single effect (see :func:`score_activation_patching`).
+
+    Rows of a forward pass are (example, head) pairs of one layer. It starts at that layer, from the pruned model's
+    residual stream, wherever the model computes the same from there (checked on a few tokens first).
+
+    Args:
+        divergence: measure the divergence from the dense model as well; it costs two more passes over the logits.
+    """
+    if not sequences:
+        raise RequestError("wanted at least one example to patch, got none")
+    if positions not in ("all", "response"):
+        raise RequestError(f"wanted positions all or response, got {positions!r}")
+    everything = all_heads(pair.n_layers, pair.n_heads)
+    chosen = everything if heads is None else check_heads(heads, pair.n_layers, pair.n_heads)
+    effects = _empty(len(sequences), pair, chosen, divergence)
+    alive = [head for head in chosen if head.head not in pair.head_map.removed[head.layer]]
+    grouped = batches(sequences, max_tokens=batch_tokens)
+    steps = [step for batch in grouped for step in _plan(batch, alive, batch_tokens)]
+    may_start = starts_in_the_middle(pair.pruned)
+    runs: PatchedRuns | None = None
+    for step in track(steps, len(steps), "patch heads"):
+        if runs is None or runs.batch is not step.batch:
+            if runs is not None and on_done is not None:
+                on_done(effects)
+            runs = None  # frees the last batch's activations before the next one's are taken
+            runs = PatchedRuns.prepare(pair, step.batch, positions, may_start=may_start, divergence=divergence)
+        _measure_step(runs, step, effects)
+    if on_done is not None:
+        on_done(effects)
+    return effects
+
+
+class _Step(NamedTuple):
+    """One forward pass: which examples of a batch, each with which head of one layer."""
+
+    batch: Batch
+    layer: int
+    example: Int[Tensor, " row"]
+    head: Int[Tensor, " row"]
+
+
+def _plan(batch: Batch, heads: Sequence[Head], batch_tokens: int) -> list[_Step]:
+    """Cut the (example, head) pairs of each layer into forward passes of nearly equal size."""
+    n_examples, length = batch.tokens.shape
+    most = max(1, batch_tokens // length)
+    steps = []
+    for layer in sorted({head.layer for head in heads}):
+        own = torch.tensor([head.head for head in heads if head.layer == layer])
+        example, head = (grid.flatten() for grid in torch.meshgrid(torch.arange(n_examples), own, indexing="ij"))
+        n_parts = math.ceil(len(example) / most)
+        parts = zip(example.tensor_split(n_parts), head.tensor_split(n_parts), strict=True)
+        steps += [_Step(batch, layer, *part) for part in parts]
+    return steps
+
+
+def _empty(n_examples: int, pair: Pair, chosen: Sequence[Head], divergence: bool) -> PatchingEffects:
+    """Effects that are all to come: NaN, but 0 for chosen heads whose output goes nowhere (they are not run)."""
+
+    def empty() -> Tensor:
+        values = torch.full((n_examples, pair.n_layers, pair.n_heads), math.nan)
+        for layer, head in chosen:
+            if head in pair.head_map.removed[layer]:
+                values[:, layer, head] = 0.0
+        return values
+
+    return PatchingEffects(empty(), empty() if divergence else None)
+
+
+def _measure_step(runs: PatchedRuns, step: _Step, effects: PatchingEffects) -> None:
+    """Run one step and write what it changed into the effects."""
+    patched, unpatched = runs.run(step.layer, step.example, step.head), runs.unpatched
+    where = torch.tensor(step.batch.index)[step.example], torch.tensor(step.layer), step.head
+
+    def change(after: Tensor, before: Tensor) -> Tensor:
+        changed = (after - before[step.example.to(before.device)]).cpu()
+        bad = (~torch.isfinite(changed)).nonzero()
+        if len(bad):
+            head = Head(step.layer, int(step.head[int(bad[0])]))
+            raise LensError(f"wanted finite effects, got NaN or infinity after patching {head}; check the weights")
+        return changed
+
+    effects.log_likelihood[where] = change(patched.log_likelihood, unpatched.log_likelihood)
+    if effects.divergence is not None and patched.divergence is not None and unpatched.divergence is not None:
+        effects.divergence[where] = -change(patched.divergence, unpatched.divergence)  # a fall is a gain

@@ -1,0 +1,78 @@
+"""Heads by KL: how differently the dense and the pruned head vote through the logit lens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from lcc_lens.analysis.head_scores import HeadScores
+from lcc_lens.core.errors import LensError, RequestError
+
+HeadLogits = Callable[[int, Tensor], Tensor]
+_CHUNK_BYTES = 192 << 20
+_COPIES = 6  # float32 tensors the size of the logits that live at once
+
+
+def score_kl(
+    layers: Iterable[tuple[Float[Tensor, "pair head d_head"], Float[Tensor, "pair head d_head"]]],
+    logits: HeadLogits,
+    *,
+    max_examples: int = 32,
+    seed: int = 0,
+) -> HeadScores:
+    r"""How far a pruned head's vote is from the dense one's, the mean of $KL(p(z_{dense}) \| p(z_{pruned}))$, in nats.
+
+    The vote is $p(z) = \mathrm{softmax}(\mathrm{LM\_head}(\mathrm{final\_norm}(z W_O[h])))$, the head's logit lens
+    (Eq. 6), with $z$ its output at the question's last token. The final norm gives every vote the same length, so a
+    head counts for what it says, not for how loud it says it.
+
+    Args:
+        layers: by layer from the first on, the dense and the pruned model's head outputs at the questions' last
+            tokens; any iterable, so that layers may come from disk.
+        logits: ``logits(layer, z[pair head d_head]) -> [pair head d_vocab]``, the logit lens of every head.
+        max_examples: as many pairs as are read through the lens, drawn with ``seed`` (each costs
+            ``4 n_layers n_heads d_model d_vocab`` operations).
+        seed: of the draw.
+
+    Raises:
+        RequestError: no layer, no pair, or no example to read.
+        LensError: a divergence is NaN or infinite (names layer and head).
+
+    Reference: the "heads by KL" ablation of RestoreLCC (arXiv 2510.21834).
+    """
+    if max_examples < 1:
+        raise RequestError(f"wanted at least one example to read through the lens, got {max_examples}; raise it")
+    by_layer = []
+    for layer, (z_dense, z_pruned) in enumerate(layers):
+        if not len(z_dense):
+            raise RequestError("wanted at least one question, got none; give more data")
+        generator = torch.Generator().manual_seed(seed)  # the same draw for every layer
+        drawn = torch.randperm(len(z_dense), generator=generator)[:max_examples].sort().values.to(z_dense.device)
+        by_layer.append(_layer_divergence(layer, z_dense[drawn], z_pruned[drawn], logits))
+    if not by_layer:
+        raise RequestError("wanted head outputs of at least one layer, got none")
+    return HeadScores.from_examples("kl", torch.stack(by_layer, dim=1), {"max_examples": max_examples, "seed": seed})
+
+
+def _layer_divergence(
+    layer: int, z_dense: Float[Tensor, "pair head d_head"], z_pruned: Float[Tensor, "pair head d_head"],
+    logits: HeadLogits,
+) -> Float[Tensor, "pair head"]:  # fmt: skip
+    """One layer's divergences, as many pairs at a time as fit into a fixed amount of memory."""
+    parts: list[Tensor] = []
+    start, size = 0, 1  # the first pair tells how large a vocabulary is
+    with torch.inference_mode():
+        while start < len(z_dense):
+            part = slice(start, start + size)
+            dense, pruned = (logits(layer, z[part]).float().log_softmax(-1) for z in (z_dense, z_pruned))
+            parts.append((dense.exp() * (dense - pruned)).sum(-1).cpu())
+            start += size
+            size = max(1, _CHUNK_BYTES // (dense[0].numel() * dense.element_size() * _COPIES))
+    divergence = torch.cat(parts)
+    bad = (~torch.isfinite(divergence)).any(0).nonzero()
+    if len(bad):
+        raise LensError(f"wanted finite votes, got NaN or infinity in head L{layer}H{int(bad[0])}; check the weights")
+    return divergence.clone()

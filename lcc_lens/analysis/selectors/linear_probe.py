@@ -1,0 +1,192 @@
+"""The paper's selector: how well a linear probe tells right from wrong answers beside the restored activation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from lcc_lens.analysis.components import LostComponents
+from lcc_lens.analysis.head_scores import HeadScores
+from lcc_lens.analysis.probes.converged import RIDGE, PairActivations, correct_share, fit_pair_probes
+from lcc_lens.analysis.probes.published import fit_linear_probes, split_pairs
+from lcc_lens.core.errors import LensError, RequestError
+
+MIN_PAIRS = 4
+Solver = Literal["newton", "published"]
+_Splits = list[tuple[Int[Tensor, " train"], Int[Tensor, " test"]]]
+
+
+class LayerFeatures(NamedTuple):
+    """One layer of :class:`ProbeFeatures`; the dense model's question may be missing where nothing asks for it."""
+
+    z_pruned_question: Float[Tensor, "pair head d_head"]
+    z_dense_question: Float[Tensor, "pair head d_head"] | None
+    z_dense_right: Float[Tensor, "pair head d_head"]
+    z_dense_wrong: Float[Tensor, "pair head d_head"]
+
+
+@dataclass(frozen=True)
+class ProbeFeatures:
+    """Last-token head outputs of contrastive pairs: the question in the pruned model, both answers in the dense one."""
+
+    z_pruned_question: Float[Tensor, "pair layer head d_head"]
+    z_dense_right: Float[Tensor, "pair layer head d_head"]
+    z_dense_wrong: Float[Tensor, "pair layer head d_head"]
+    z_dense_question: Float[Tensor, "pair layer head d_head"] | None = None
+
+    def layers(self) -> Iterator[LayerFeatures]:
+        """One layer after the other."""
+        for layer in range(self.z_dense_right.shape[1]):
+            yield LayerFeatures(
+                self.z_pruned_question[:, layer],
+                None if self.z_dense_question is None else self.z_dense_question[:, layer],
+                self.z_dense_right[:, layer],
+                self.z_dense_wrong[:, layer],
+            )
+
+
+def linear_probe_scores(
+    layers: Iterable[LayerFeatures],
+    components: LostComponents,
+    *,
+    rank: int = 1,
+    solver: Solver = "newton",
+    folds: int | None = None,
+    held_out_share: float = 0.3,
+    ridge: float = RIDGE,
+    seed: int = 0,
+) -> HeadScores:
+    r"""Held-out accuracy of one linear probe per head on $[z_c^q ; z_{dense}^{q+r}]$, with its standard error.
+
+    The edited activation is $z_c^q = z_{pruned}^q + c$ with the head's lost component of the given rank; pairs with
+    the right answer are labelled 1, with the wrong one 0; pairs stay together. The standard error is taken over
+    held-out pairs, each of which counts with the mean of its two halves. It says nothing about another split of the
+    same pairs; between folds the probes also share training pairs, so that it is a little too small there.
+
+    $c$ is the same in every row, so it moves the probe's bias alone: with ``newton`` the rank changes no score.
+
+    Args:
+        layers: activations of the pairs, layer by layer (a generator will do).
+        components: lost components of the same heads.
+        rank: K, the number of directions in the edit (the paper's text says 1, its code 10).
+        solver: ``newton`` finds the minimum of the penalised loss (:func:`fit_pair_probes`); ``published`` takes the
+            paper's 200 steps of Adam and depends on its random start.
+        folds: number of parts of the pairs, each of which is held out once; one split if not given.
+        held_out_share: share of the pairs that the probe of a single split does not see.
+        ridge: the penalty of ``newton``.
+        seed: of the split and of the published start.
+
+    Returns:
+        Scores "probe" between 0 and 1.
+
+    Raises:
+        RequestError: fewer than 4 pairs, a rank outside 1 and d_head, folds outside 2 and the number of pairs, or
+            layers that do not fit the components.
+        LensError: an activation is not finite.
+
+    Reference: RestoreLCC (arXiv 2510.21834), Eq. 7 and section 4.1.
+    """
+    component = components.component(rank)
+    generator = torch.Generator().manual_seed(seed)  # one for all layers: every head has a start of its own
+    splits: _Splits = []
+    correct = []
+    for layer, features in enumerate(checked_layers(layers, components)):
+        splits = splits or _splits(len(features.z_dense_right), folds, held_out_share, seed)
+        pairs = _edited_pairs(features, component[layer])
+        parts = []
+        for train, test in splits:
+            if solver == "newton":
+                probe = fit_pair_probes(pairs.take(train), ridge=ridge)
+            else:
+                probe = fit_linear_probes(*pairs.take(train).examples(), seed=generator)
+            parts.append(correct_share(probe, pairs.take(test)).T.cpu())
+        correct.append(torch.cat(parts))
+    settings: dict[str, Any] = {"rank": rank, "solver": solver, "folds": folds, "seed": seed}
+    if folds is None:
+        settings["held_out_share"] = held_out_share
+    if solver == "newton":
+        settings["ridge"] = ridge
+    return HeadScores.from_examples("probe", torch.stack(correct, dim=1), settings)
+
+
+def score_linear_probe(
+    features: ProbeFeatures,
+    components: LostComponents,
+    *,
+    rank: int = 1,
+    held_out_share: float = 0.3,
+    seed: int = 0,
+) -> Float[Tensor, "layer head"]:
+    """The scores of :func:`linear_probe_scores` with the published solver; a rank above d_head means all directions.
+
+    Raises:
+        RequestError: fewer than 4 pairs.
+    """
+    scores = linear_probe_scores(
+        features.layers(),
+        components,
+        rank=min(rank, components.d_head),
+        solver="published",
+        held_out_share=held_out_share,
+        seed=seed,
+    )
+    return scores.value
+
+
+def checked_layers(layers: Iterable[LayerFeatures], components: LostComponents) -> Iterator[LayerFeatures]:
+    """The same layers, once each is known to fit the components and to be finite.
+
+    Raises:
+        RequestError: fewer than 4 pairs, or other layers, heads or widths than the components'.
+        LensError: an activation is not finite.
+    """
+    n_layers, n_heads, _, d_head = components.directions.shape
+    count, n_pairs = 0, None
+    for features in layers:
+        present = [z for z in features if z is not None]
+        n_pairs = present[0].shape[0] if n_pairs is None else n_pairs
+        if n_pairs < MIN_PAIRS:
+            raise RequestError(f"wanted at least {MIN_PAIRS} contrastive pairs, got {n_pairs}; scan more examples")
+        wanted = (n_pairs, n_heads, d_head)
+        wrong = next((tuple(z.shape) for z in present if z.shape != wanted), None)
+        if wrong is not None or count == n_layers:
+            got = f"{wrong}" if wrong is not None else "another"
+            raise RequestError(
+                f"wanted {n_layers} layers of activations {wanted} as in the components, got {got} at layer {count}; "
+                "take both from the same scan"
+            )
+        if not all(bool(torch.isfinite(z.sum())) for z in present):
+            raise LensError(f"wanted finite activations, got NaN or infinity in layer {count}; check the weights")
+        yield features
+        count += 1
+    if count < n_layers:
+        raise RequestError(
+            f"wanted {n_layers} layers of activations as in the components, got {count}; take both from the same scan"
+        )
+
+
+def by_head(z: Float[Tensor, "pair head d_head"]) -> Float[Tensor, "head pair d_head"]:
+    """Heads first, in float32 at least: half precision is for storage."""
+    return z.to(torch.promote_types(z.dtype, torch.float32)).transpose(0, 1)
+
+
+def _edited_pairs(features: LayerFeatures, component: Float[Tensor, "head d_head"]) -> PairActivations:
+    question = by_head(features.z_pruned_question)
+    edited = question + component[:, None].to(question)
+    return PairActivations(edited, by_head(features.z_dense_right), by_head(features.z_dense_wrong))
+
+
+def _splits(n_pairs: int, folds: int | None, held_out_share: float, seed: int) -> _Splits:
+    """Training and held-out pairs, once or once a fold."""
+    if folds is None:
+        return [split_pairs(n_pairs, held_out_share, seed)]
+    if not 2 <= folds <= n_pairs:
+        raise RequestError(f"wanted between 2 and {n_pairs} folds (the number of pairs), got {folds}")
+    order = torch.randperm(n_pairs, generator=torch.Generator().manual_seed(seed))
+    parts = order.tensor_split(folds)
+    return [(torch.cat([*parts[:fold], *parts[fold + 1 :]]), parts[fold]) for fold in range(folds)]

@@ -1,0 +1,177 @@
+"""Patched forward passes over one batch: many (example, head) rows at once, started at the patched layer."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from lcc_lens.analysis.selectors.backward import dense_run
+from lcc_lens.data.datasets import Batch
+from lcc_lens.models.hooked.forward import forward
+from lcc_lens.models.hooked.hooks import (
+    HookedModel,
+    HookFunction,
+    NamedHook,
+    logits_at,
+    readers,
+    resid_pre_name,
+    z_name,
+)
+from lcc_lens.models.hooked.losses import Outcome, measure
+from lcc_lens.models.hooked.offloading import device_of
+from lcc_lens.models.pair import Pair
+
+logger = logging.getLogger(__name__)
+
+PatchedPositions = Literal["all", "response"]
+#: How far logits may lie apart, relative to the largest: the same operations on the same shapes give the same bits.
+_TOLERANCE = 1e-5
+
+
+@dataclass(frozen=True)
+class PatchedRuns:
+    """What patched runs over one batch share: both models' activations there, and the unpatched outcome.
+
+    Activations keep the models' number format. ``resid`` holds the pruned model's residual stream before every
+    layer, which does not change below a patched one; it is empty where runs must start from the tokens.
+    ``is_patched`` says at which positions patches go in; None for all.
+    """
+
+    model: HookedModel
+    batch: Batch
+    z_dense: list[Float[Tensor, "batch pos head d_head"]]
+    resid: list[Float[Tensor, "batch pos d_model"]]
+    is_patched: Bool[Tensor, "batch pos"] | None
+    dense_logits: Float[Tensor, "target d_vocab"] | None
+    unpatched: Outcome
+
+    @classmethod
+    def prepare(
+        cls, pair: Pair, batch: Batch, positions: PatchedPositions, *, may_start: bool, divergence: bool
+    ) -> PatchedRuns:
+        """Run both models once over the batch."""
+        device = device_of(pair.pruned)
+        z_dense, dense_logits = dense_run(pair, batch, with_logits=divergence)
+        dense_logits = None if dense_logits is None else dense_logits.to(device)
+        resid: list[Tensor] = []
+        hooks = resid_readers(pair.n_layers, resid) if may_start else []
+        with torch.inference_mode():
+            narrow = logits_at(pair.pruned, batch.is_target().to(device))
+            logits = forward(pair.pruned, batch.tokens.to(device), [*hooks, *narrow])
+            unpatched = measure(logits[0], batch, dense_logits)
+        position = torch.arange(batch.tokens.shape[1])
+        is_patched = (position >= batch.loss_from[:, None] - 1).to(device) if positions == "response" else None
+        z_here = [z.to(device) for z in z_dense]
+        return cls(pair.pruned, batch, z_here, resid, is_patched, dense_logits, unpatched)
+
+    def run(self, layer: int, example: Int[Tensor, " row"], head: Int[Tensor, " row"]) -> Outcome:
+        """The pruned model's outcome on each row's example with the dense output of that row's head.
+
+        Args:
+            layer: of all rows' heads.
+            example: row by row, the example's place in the batch.
+            head: row by row, the head.
+        """
+        rows = Batch(
+            self.batch.tokens[example], self.batch.lengths[example], self.batch.loss_from[example],
+            tuple(self.batch.index[i] for i in example.tolist()),
+        )  # fmt: skip
+        device = device_of(self.model)
+        length = int(rows.lengths.max()) - 1  # nothing follows the last token that would have to be predicted
+        mask, place = rows.is_target()[:, :length].to(device), example.to(device)
+        patch = (z_name(layer), self._patch(layer, place, head.to(device), length))
+        hooks: list[NamedHook] = [patch, *logits_at(self.model, mask)]
+        with torch.inference_mode():
+            resid = self.resid[layer][place, :length] if self.resid and layer > 0 else None
+            logits = _run_from(self.model, layer, resid, rows.tokens[:, :length].to(device), hooks)
+            if self.dense_logits is None:
+                return measure(logits[0], rows)
+            return measure(logits[0], rows, self.dense_logits, self._dense_row(example).to(device))
+
+    def _patch(self, layer: int, example: Tensor, head: Tensor, length: int) -> HookFunction:
+        row = torch.arange(len(example), device=example.device)
+
+        def patch(z: Tensor, hook: Any) -> Tensor:
+            z = z.clone()
+            value = self.z_dense[layer][example, :length, head]
+            if self.is_patched is not None:
+                value = torch.where(self.is_patched[example, :length, None], value, z[row, :, head])
+            z[row, :, head] = value
+            return z
+
+        return patch
+
+    def _dense_row(self, example: Int[Tensor, " row"]) -> Int[Tensor, " target"]:
+        """Which of the batch's targets each target of the rows is."""
+        is_target = self.batch.is_target()
+        number = is_target.flatten().cumsum(0).reshape(is_target.shape) - 1
+        return number[example][is_target[example]]
+
+
+def resid_readers(n_layers: int, resid: list[Tensor]) -> list[NamedHook]:
+    """Hooks that append the residual stream before every layer to a list, in the order of layers."""
+    return readers(resid_pre_name, range(n_layers), lambda layer, x: resid.append(x.clone()))
+
+
+def starts_in_the_middle(model: HookedModel) -> bool:
+    """Whether the model computes the same from a layer's residual stream on as from the tokens.
+
+    Not so where a layer reads what another one left beside the residual stream (shared keys and values, say), or where
+    its blocks cannot be passed over. Tried on a few tokens from the second, the middle and the last layer.
+    """
+    n_layers = int(model.cfg.n_layers)
+    device = device_of(model)
+    tokens = (torch.arange(1, 25, device=device) * 7919 % int(model.cfg.d_vocab)).reshape(2, 12)
+    resid: list[Tensor] = []
+    with torch.inference_mode():
+        expected = forward(model, tokens, resid_readers(n_layers, resid)).float()
+        for layer in sorted({1, n_layers // 2, n_layers - 1} & set(range(1, n_layers))):
+            try:
+                got = _run_from(model, layer, resid[layer], tokens, []).float()
+            except (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError) as error:
+                logger.info("patched runs start from the tokens: layer %d cannot be started at (%s)", layer, error)
+                return False
+            if not bool((got - expected).abs().max() <= _TOLERANCE * expected.abs().max()):
+                logger.info("patched runs start from the tokens: from layer %d on the logits differ", layer)
+                return False
+    return True
+
+
+def _run_from(model: HookedModel, layer: int, resid: Tensor | None, tokens: Tensor, hooks: list[NamedHook]) -> Any:
+    """Run from a layer on with the given residual stream; from the tokens where there is none."""
+    if resid is None:
+        return forward(model, tokens, hooks)
+    swap: NamedHook = (resid_pre_name(layer), lambda x, hook: resid)
+    with _skipped_blocks(model, layer):
+        return forward(model, tokens, [swap, *hooks])
+
+
+@contextmanager
+def _skipped_blocks(model: HookedModel, n_blocks: int) -> Iterator[None]:
+    """Let the first blocks pass their input through.
+
+    TransformerLens' own ``start_at_layer`` gives the same result, but runs the blocks below all the same. The tokens
+    still go in, so positions, rotations and masks are made as ever.
+    """
+    blocks = list(cast("Any", model).blocks)[:n_blocks]
+    before = [block.__dict__.get("forward") for block in blocks]
+    try:
+        for block in blocks:
+            block.__dict__["forward"] = _pass_through
+        yield
+    finally:
+        for block, forward in zip(blocks, before, strict=True):
+            block.__dict__.pop("forward", None)
+            if forward is not None:
+                block.__dict__["forward"] = forward
+
+
+def _pass_through(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    return hidden_states
