@@ -31,12 +31,12 @@ from run import describe
 from transformers.utils import logging as transformers_logging
 
 from lcc_lens.bench import Bench
-from lcc_lens.best import BEST_ENTRY, BEST_METHOD, BEST_OBJECTIVE, REFITTED
 from lcc_lens.compare import MEASURES, compare, read_part
 from lcc_lens.compare_config import CompareConfig
 from lcc_lens.core.files import locked, read_json, write_json
 from lcc_lens.entries import Entry
 from lcc_lens.pruning.jobs import prune, refit
+from lcc_lens.restoration.best import BEST_ENTRY, BEST_METHOD, BEST_OBJECTIVE, REFITTED
 from lcc_lens.task_recovery import RECOVERY_TASKS, TASK_EPOCHS, TASK_EXAMPLES
 
 HERE, DENSE = Path(__file__).parent, "smollm2"

@@ -33,7 +33,6 @@ from lcc_lens.core.memory import peak_memory, release_memory
 from lcc_lens.data.datasets import Batch, batches, encode, load_data
 from lcc_lens.demo import passages
 from lcc_lens.export import export
-from lcc_lens.injections import Ingredients, Injection, LccInjection, build_injection
 from lcc_lens.latency import interleaved
 from lcc_lens.models.hooked.losses import _batch_nll
 from lcc_lens.models.hooked.offloading import device_of
@@ -41,8 +40,12 @@ from lcc_lens.models.loading.plain import load_plain
 from lcc_lens.models.loading.references import resolve
 from lcc_lens.models.pair import Pair, load_pair
 from lcc_lens.pruning.jobs import prune
-from lcc_lens.restoration import Restoration, RestorationRecord
-from lcc_lens.training import TrainConfig, TrainingState, optimise
+from lcc_lens.restoration.injections.base import Injection
+from lcc_lens.restoration.injections.constants import LccInjection
+from lcc_lens.restoration.injections.ingredients import Ingredients
+from lcc_lens.restoration.injections.methods import build_injection
+from lcc_lens.restoration.result import Restoration, RestorationRecord
+from lcc_lens.restoration.training.loop import TrainConfig, TrainingState, optimise
 
 #: Methods whose training step is timed; the first also against LoRA's.
 STEPS = ("lcc", "offset", "gain", "norms", "low-rank", "masked")

@@ -36,13 +36,13 @@ from lcc_lens.analysis.selectors.names import SELECTORS
 from lcc_lens.core.files import read_json, write_json
 from lcc_lens.core.metrics import share_recovered
 from lcc_lens.data.datasets import Batch, Data, TokenSequence, batches, encode, load_data
-from lcc_lens.injections import LccInjection
 from lcc_lens.models.hooked.forward import forward
 from lcc_lens.models.hooked.hooks import HookedModel, NamedHook, logits_at
 from lcc_lens.models.hooked.losses import measure
 from lcc_lens.models.pair import Pair, load_pair
 from lcc_lens.pruning.jobs import prune
-from lcc_lens.training import TrainConfig, train
+from lcc_lens.restoration.injections.constants import LccInjection
+from lcc_lens.restoration.training.loop import TrainConfig, train
 
 MODELS: dict[str, dict[str, Any]] = {"wanda 50%": {"sparsity": 0.5}, "wanda 2:4": {"pattern": "2:4"}}
 SHARES = (0.1, 0.25)

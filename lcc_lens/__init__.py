@@ -39,7 +39,6 @@ if TYPE_CHECKING:
     from lcc_lens.analysis.scan.scan import scan as scan
     from lcc_lens.analysis.scan.token_differences import TokenLoss as TokenLoss
     from lcc_lens.analysis.statistics import DifferenceStatistics as DifferenceStatistics
-    from lcc_lens.best import restore_best as restore_best
     from lcc_lens.compare import compare as compare
     from lcc_lens.compare_config import CompareConfig as CompareConfig
     from lcc_lens.core.errors import LensError as LensError
@@ -57,17 +56,10 @@ if TYPE_CHECKING:
     from lcc_lens.export import export as export
     from lcc_lens.gguf_export import export_gguf as export_gguf
     from lcc_lens.hub import push_to_hub as push_to_hub
-    from lcc_lens.injections import Composite as Composite
-    from lcc_lens.injections import Injection as Injection
-    from lcc_lens.injections import LccInjection as LccInjection
-    from lcc_lens.injections import MeanShift as MeanShift
-    from lcc_lens.injections import OffsetInjection as OffsetInjection
-    from lcc_lens.injections import WeightInjection as WeightInjection
     from lcc_lens.models.loading.hooked import load_hooked as load_hooked
     from lcc_lens.models.loading.in_memory import stored_model as stored_model
     from lcc_lens.models.pair import Pair as Pair
     from lcc_lens.models.pair import load_pair as load_pair
-    from lcc_lens.objectives import Objective as Objective
     from lcc_lens.paper_recipes import read_recipe as read_recipe
     from lcc_lens.paper_run import run_recipe as run_recipe
     from lcc_lens.plotting import plot_comparison as plot_comparison
@@ -89,16 +81,24 @@ if TYPE_CHECKING:
     from lcc_lens.plotting import write_image as write_image
     from lcc_lens.pruning.jobs import prune as prune
     from lcc_lens.pruning.jobs import refit as refit
-    from lcc_lens.recipe import restore as restore
     from lcc_lens.report import report as report
-    from lcc_lens.restoration import Restoration as Restoration
+    from lcc_lens.restoration.best import restore_best as restore_best
+    from lcc_lens.restoration.injections.base import Composite as Composite
+    from lcc_lens.restoration.injections.base import Injection as Injection
+    from lcc_lens.restoration.injections.constants import LccInjection as LccInjection
+    from lcc_lens.restoration.injections.constants import MeanShift as MeanShift
+    from lcc_lens.restoration.injections.constants import OffsetInjection as OffsetInjection
+    from lcc_lens.restoration.injections.weights import WeightInjection as WeightInjection
+    from lcc_lens.restoration.restore import restore as restore
+    from lcc_lens.restoration.result import Restoration as Restoration
+    from lcc_lens.restoration.training.loop import Step as Step
+    from lcc_lens.restoration.training.loop import TrainConfig as TrainConfig
+    from lcc_lens.restoration.training.loop import train as train
+    from lcc_lens.restoration.training.objectives import Objective as Objective
     from lcc_lens.session import RestoreSession as RestoreSession
     from lcc_lens.sidecar import load_restored as load_restored
     from lcc_lens.task_recovery import TaskMeasures as TaskMeasures
     from lcc_lens.task_recovery import load_task_data as load_task_data
-    from lcc_lens.training import Step as Step
-    from lcc_lens.training import TrainConfig as TrainConfig
-    from lcc_lens.training import train as train
     from lcc_lens.widget import RestoreWidget as RestoreWidget
 
 

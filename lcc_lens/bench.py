@@ -20,16 +20,6 @@ from lcc_lens.core.memory import peak_memory, release_memory
 from lcc_lens.data.datasets import TokenSequence, load_data
 from lcc_lens.entries import ADAPTERS, PERP, REFIT, Entry
 from lcc_lens.inference_cost import inference_costs, served_as
-from lcc_lens.injections import (
-    Ingredients,
-    Injection,
-    build_injection,
-    scanned_sites,
-    uses_components,
-    uses_heads,
-    uses_sequences,
-)
-from lcc_lens.lr_range import tuned
 from lcc_lens.merging import merging_costs
 from lcc_lens.models.hooked.hooks import HookedModel
 from lcc_lens.models.hooked.offloading import device_of
@@ -39,11 +29,21 @@ from lcc_lens.models.loading.references import resolve
 from lcc_lens.models.pair import Pair, load_pair
 from lcc_lens.pruning.jobs import refit
 from lcc_lens.pruning.refit.refit import REFIT_RECORD
-from lcc_lens.restore_checks import check_scan
-from lcc_lens.reuse import CachedTeacher
+from lcc_lens.restoration.checks import check_scan
+from lcc_lens.restoration.injections.base import Injection
+from lcc_lens.restoration.injections.ingredients import Ingredients
+from lcc_lens.restoration.injections.methods import (
+    build_injection,
+    scanned_sites,
+    uses_components,
+    uses_heads,
+    uses_sequences,
+)
+from lcc_lens.restoration.training.loop import Step, TrainConfig, learning_rates, train
+from lcc_lens.restoration.training.lr_range import tuned
+from lcc_lens.restoration.training.reuse import CachedTeacher
 from lcc_lens.speed import SpeedConfig
 from lcc_lens.trained_numbers import ChosenHeads, TrainedNumbers
-from lcc_lens.training import Step, TrainConfig, learning_rates, train
 
 
 class _Trained(NamedTuple):

@@ -26,9 +26,9 @@ from lcc_lens.models.loading.plain import load_plain
 from lcc_lens.models.loading.references import resolve
 from lcc_lens.models.pair import load_pair
 from lcc_lens.pruning.jobs import prune
-from lcc_lens.recipe import restore
+from lcc_lens.restoration.restore import restore
+from lcc_lens.restoration.training.loop import TrainConfig
 from lcc_lens.score_text import format_scores
-from lcc_lens.training import TrainConfig
 
 
 @dataclass(frozen=True)

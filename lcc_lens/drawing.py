@@ -21,9 +21,9 @@ from lcc_lens.plotting.recoveries import Along, plot_recovery, recovery_points
 from lcc_lens.plotting.reports import plot_report
 from lcc_lens.plotting.training import plot_training
 from lcc_lens.plotting.writing import write_html, write_images
-from lcc_lens.restoration import RESTORATION_TENSORS, Restoration
-from lcc_lens.run_folder import RUN_LOG
-from lcc_lens.training import Step
+from lcc_lens.restoration.result import RESTORATION_TENSORS, Restoration
+from lcc_lens.restoration.run_folder import RUN_LOG
+from lcc_lens.restoration.training.loop import Step
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go

@@ -35,7 +35,7 @@ from lcc_lens.models.hooked.sites import reading_maps
 from lcc_lens.models.loading.hooked import LoadedModel, ModelIdentity, identify, load_hooked, load_tokenizer
 from lcc_lens.models.loading.plain import load_plain
 from lcc_lens.models.loading.references import resolve
-from lcc_lens.restoration import Restoration
+from lcc_lens.restoration.result import Restoration
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

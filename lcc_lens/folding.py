@@ -13,13 +13,13 @@ from torch import Tensor
 
 from lcc_lens.core.errors import LensError, RequestError
 from lcc_lens.core.files import read_tensor, stored_name, tensor_names
-from lcc_lens.injections.changes import merged
-from lcc_lens.injections.constants import SiteConstants
 from lcc_lens.models.architecture.bias_slots import BiasSlots
 from lcc_lens.models.architecture.joint_bias_slots import JointSlots
 from lcc_lens.models.hooked.sites import reading_maps
 from lcc_lens.models.loading.hooked import LoadedModel, ModelIdentity
-from lcc_lens.restoration import Restoration
+from lcc_lens.restoration.injections.changes import merged
+from lcc_lens.restoration.injections.constants import SiteConstants
+from lcc_lens.restoration.result import Restoration
 
 
 def require_same_weights(restoration: Restoration, identity: ModelIdentity) -> None:

@@ -14,12 +14,12 @@ from lcc_lens.baselines.adapters import adapted
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.files import tensor_names
 from lcc_lens.entries import ADAPTERS, Entry
-from lcc_lens.injections.weights import IN_LAYER
 from lcc_lens.latency import DECODE_PROMPT, interleaved, median_interval, spread_tokens, time_decode, time_prefill
 from lcc_lens.models.architecture.joint_bias_slots import find_joint_slots
 from lcc_lens.models.architecture.layers import is_linear
 from lcc_lens.models.hooked.sites import ConstantSite
 from lcc_lens.models.loading.plain import load_plain
+from lcc_lens.restoration.injections.weights import IN_LAYER
 from lcc_lens.speed import SpeedConfig
 
 #: What a result looks like at inference, beside the adapters' names.

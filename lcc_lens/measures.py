@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from lcc_lens.data.datasets import TokenSequence
-from lcc_lens.injections import Injection
 from lcc_lens.models.hooked.forward import fused_attention
 from lcc_lens.models.hooked.hooks import HookedModel
 from lcc_lens.models.hooked.weights import plain_carrier
 from lcc_lens.models.pair import Pair
-from lcc_lens.objectives import Objective
-from lcc_lens.reuse import CachedTeacher
-from lcc_lens.training import validation_loss, validation_terms
+from lcc_lens.restoration.injections.base import Injection
+from lcc_lens.restoration.training.loop import validation_loss, validation_terms
+from lcc_lens.restoration.training.objectives import Objective
+from lcc_lens.restoration.training.reuse import CachedTeacher
 
 
 @dataclass(frozen=True)

@@ -11,13 +11,13 @@ from torch import Tensor
 
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.files import tensor_names
-from lcc_lens.injections import Injection
-from lcc_lens.injections.weights import layer_maps
 from lcc_lens.models.architecture.joint_bias_slots import find_joint_slots
 from lcc_lens.models.architecture.layers import is_transposed
 from lcc_lens.models.hooked.hooks import HookedModel
 from lcc_lens.models.hooked.sites import ConstantSite, reading_maps
 from lcc_lens.models.pair import Pair
+from lcc_lens.restoration.injections.base import Injection
+from lcc_lens.restoration.injections.weights import layer_maps
 
 
 def merging_costs(injection: Injection, pair: Pair, model: HookedModel) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lcc_lens.restoration import Restoration
+from lcc_lens.restoration.result import Restoration
 
 
 def model_card(restoration: Restoration, metrics: Mapping[str, Any], difference: float) -> str:

@@ -7,7 +7,8 @@ from typing import TypeVar
 
 import torch
 
-from lcc_lens.injections import Injection, LccInjection
+from lcc_lens.restoration.injections.base import Injection
+from lcc_lens.restoration.injections.constants import LccInjection
 
 AnyInjection = TypeVar("AnyInjection", bound=Injection)
 

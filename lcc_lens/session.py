@@ -19,17 +19,18 @@ from lcc_lens.core.errors import RequestError
 from lcc_lens.core.heads import Head, check_heads
 from lcc_lens.data.datasets import Data
 from lcc_lens.export import ExportReport, export
-from lcc_lens.injections import Injection, uses_components, uses_heads
 from lcc_lens.models.hooked.hooks import HookedModel
 from lcc_lens.models.pair import Pair
-from lcc_lens.objectives import Objective
 from lcc_lens.reshaping import keep_learned
-from lcc_lens.restoration import Restoration
-from lcc_lens.restore_checks import refuse_removed
+from lcc_lens.restoration.checks import refuse_removed
+from lcc_lens.restoration.injections.base import Injection
+from lcc_lens.restoration.injections.methods import uses_components, uses_heads
+from lcc_lens.restoration.result import Restoration
+from lcc_lens.restoration.training.loop import Step, TrainConfig
+from lcc_lens.restoration.training.objectives import Objective
 from lcc_lens.session_state import SessionState
 from lcc_lens.side_by_side import generate, next_tokens
 from lcc_lens.timeline import Timeline
-from lcc_lens.training import Step, TrainConfig
 from lcc_lens.workbench import open_workbench
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ class RestoreSession:
 
     Models run in :meth:`train`, :meth:`loss`, :meth:`next_tokens`, :meth:`generate`, :meth:`export` and :meth:`save`
     alone, and are as they were between all calls. What no step changes is computed once per example for the whole
-    session (see :mod:`lcc_lens.reuse`). Properties and :meth:`stop` may be used from any thread at any time; everything
+    session (see :mod:`lcc_lens.restoration.training.reuse`). Properties and :meth:`stop` may be used from any thread at any time; everything
     else is refused while another call is at work.
 
     Args:
@@ -54,7 +55,7 @@ class RestoreSession:
         scan: their scan, for the heads and directions; None for methods that need none.
         data: training examples (role ``train``).
         validation: held-out examples of the same kind; a tenth of the training examples' groups if not given.
-        method: of :data:`~lcc_lens.injections.METHODS`, or several joined by ``+``.
+        method: of :data:`~lcc_lens.restoration.injections.METHODS`, or several joined by ``+``.
         objective: what training minimises; the response's loss if not given.
         batch_size: examples per optimiser step.
         max_length: tokens per example at most.

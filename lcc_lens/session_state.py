@@ -10,9 +10,10 @@ from torch import Tensor
 
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.heads import Head
-from lcc_lens.injections import Injection, LccInjection
 from lcc_lens.reshaping import with_scaled_constants
-from lcc_lens.train_config import Step
+from lcc_lens.restoration.injections.base import Injection
+from lcc_lens.restoration.injections.constants import LccInjection
+from lcc_lens.restoration.training.config import Step
 
 
 @dataclass(frozen=True)

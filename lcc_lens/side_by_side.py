@@ -10,12 +10,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from lcc_lens.core.errors import RequestError
-from lcc_lens.injections import Injection
 from lcc_lens.models.hooked.forward import forward, fused_attention
 from lcc_lens.models.hooked.hooks import HookedModel
 from lcc_lens.models.hooked.offloading import device_of
 from lcc_lens.models.hooked.weights import plain_carrier
 from lcc_lens.models.pair import Pair
+from lcc_lens.restoration.injections.base import Injection
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -13,15 +13,15 @@ from torch import Tensor, nn
 
 from lcc_lens.core.errors import RequestError
 from lcc_lens.folding import fold, require_same_weights
-from lcc_lens.injections.changes import merged
-from lcc_lens.injections.constants import SiteConstants
 from lcc_lens.models.architecture.anatomy import ATTENTION_OUTPUTS, MLP_OUTPUTS
 from lcc_lens.models.architecture.layers import decoder_layers, is_transposed
 from lcc_lens.models.hooked.sites import ConstantSite, reading_maps
 from lcc_lens.models.loading.hooked import identify, load_hooked
 from lcc_lens.models.loading.plain import load_plain
 from lcc_lens.models.loading.references import resolve
-from lcc_lens.restoration import Restoration
+from lcc_lens.restoration.injections.changes import merged
+from lcc_lens.restoration.injections.constants import SiteConstants
+from lcc_lens.restoration.result import Restoration
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

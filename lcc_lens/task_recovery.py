@@ -22,8 +22,8 @@ from lcc_lens.models.loading.hooked import load_tokenizer
 from lcc_lens.models.loading.plain import load_plain
 from lcc_lens.models.loading.references import resolve
 from lcc_lens.models.pair import Pair
-from lcc_lens.restoration import Restoration
-from lcc_lens.run_folder import RUN_METRICS
+from lcc_lens.restoration.result import Restoration
+from lcc_lens.restoration.run_folder import RUN_METRICS
 
 RECOVERY_TASKS: tuple[str, ...] = get_args(RecoveryTask)
 #: What a task's recovery takes if nothing else is said: the paper's 100 to 200 examples, three times.

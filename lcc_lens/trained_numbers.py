@@ -16,7 +16,7 @@ from lcc_lens.core.config import package_version
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.files import read_json, read_tensors, write_json, write_tensors
 from lcc_lens.core.heads import Head
-from lcc_lens.injections import Injection
+from lcc_lens.restoration.injections.base import Injection
 
 logger = logging.getLogger(__name__)
 

@@ -9,16 +9,18 @@ from lcc_lens.analysis.scan.scan import Scan
 from lcc_lens.core.errors import InterruptedRun, RequestError
 from lcc_lens.core.heads import Head
 from lcc_lens.data.datasets import Data, TokenSequence
-from lcc_lens.injections import Ingredients, Injection, build_injection, parse_method, uses_heads
-from lcc_lens.job_data import training_sequences
 from lcc_lens.models.hooked.hooks import HookedModel
 from lcc_lens.models.pair import Pair
-from lcc_lens.objectives import Source
-from lcc_lens.restoration import RestorationRecord
-from lcc_lens.restore_checks import check_scan, require_slots
-from lcc_lens.reuse import CachedTeacher, StartedLater, reused
+from lcc_lens.restoration.checks import check_scan, require_slots
+from lcc_lens.restoration.injections.base import Injection
+from lcc_lens.restoration.injections.ingredients import Ingredients
+from lcc_lens.restoration.injections.methods import build_injection, parse_method, uses_heads
+from lcc_lens.restoration.result import RestorationRecord
+from lcc_lens.restoration.training.loop import Step, TrainConfig, train, validation_loss
+from lcc_lens.restoration.training.objectives import Source
+from lcc_lens.restoration.training.reuse import CachedTeacher, StartedLater, reused
+from lcc_lens.restoration.training_data import training_sequences
 from lcc_lens.session_state import SessionState
-from lcc_lens.training import Step, TrainConfig, train, validation_loss
 
 
 def open_workbench(
@@ -114,7 +116,7 @@ class Workbench:
             injection: a copy of the state's, trained in place.
             state: where to start.
             n_steps: how many.
-            lr: see :class:`~lcc_lens.training.TrainConfig`.
+            lr: see :class:`~lcc_lens.restoration.training.loop.TrainConfig`.
             is_over: called after every step; whether to stop there.
         """
         first_loss = self._objective(injection) if state.held_out is None else state.held_out

@@ -32,8 +32,8 @@ from lcc_lens.models.architecture.linear_maps import find_matrices
 from lcc_lens.models.hooked.forward import fused_attention
 from lcc_lens.models.pair import Pair, load_pair
 from lcc_lens.pruning.jobs import prune
-from lcc_lens.recipe import restore
-from lcc_lens.restoration import Restoration
+from lcc_lens.restoration.restore import restore
+from lcc_lens.restoration.result import Restoration
 from lcc_lens.sidecar import load_restored
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"

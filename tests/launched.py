@@ -13,10 +13,10 @@ from lcc_lens.core.progress import tracked_by
 from lcc_lens.data.datasets import load_data
 from lcc_lens.models.hooked.offloading import shard_layers
 from lcc_lens.models.pair import load_pair
-from lcc_lens.objectives import Objective
-from lcc_lens.recipe import restore
-from lcc_lens.restoration import Restoration
-from lcc_lens.training import TrainConfig
+from lcc_lens.restoration.restore import restore
+from lcc_lens.restoration.result import Restoration
+from lcc_lens.restoration.training.loop import TrainConfig
+from lcc_lens.restoration.training.objectives import Objective
 
 EVERY = 3  # steps between checkpoints
 

@@ -12,8 +12,9 @@ from lcc_lens.analysis.scan.scan import scan
 from lcc_lens.baselines import adapters
 from lcc_lens.baselines.lofit import SparseGains
 from lcc_lens.data.datasets import encode, load_data
-from lcc_lens.injections import METHODS, Ingredients, build_injection
-from lcc_lens.restoration import Restoration, RestorationRecord
+from lcc_lens.restoration.injections.ingredients import Ingredients
+from lcc_lens.restoration.injections.methods import METHODS, build_injection
+from lcc_lens.restoration.result import Restoration, RestorationRecord
 
 TOKENS = torch.arange(1, 25)[None]
 BASELINES = ("lora", "dora", "lofit")

@@ -308,7 +308,7 @@ def test_an_upward_import_is_found(module: str, source: str) -> None:
     ("module", "source"),
     [
         ("scan", "from lcc_lens.analysis.components import LostComponents\nfrom lcc_lens import files\nimport torch"),
-        ("scan", "from lcc_lens.training import train"),
+        ("scan", "from lcc_lens.restoration.training.loop import train"),
         ("demo", "import lcc_lens as lcc"),
         ("", "def __getattr__(name):\n    from lcc_lens.cli import main"),
         ("", "if TYPE_CHECKING:\n    from lcc_lens.cli import main"),

@@ -18,11 +18,11 @@ import lcc_lens as lcc
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.files import read_json, write_json
 from lcc_lens.export import export
-from lcc_lens.injections.changes import Shift
 from lcc_lens.models.loading.hooked import load_hooked
 from lcc_lens.models.loading.plain import load_plain
 from lcc_lens.models.loading.references import resolve
-from lcc_lens.restoration import Restoration
+from lcc_lens.restoration.injections.changes import Shift
+from lcc_lens.restoration.result import Restoration
 
 #: peft asks a model of transformers by the old name.
 OLD_NAME = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")

@@ -12,16 +12,18 @@ from lcc_lens.baselines import adapters, eora, flap, lofit_heads
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.heads import Head
 from lcc_lens.data.datasets import encode, load_data
-from lcc_lens.injections import Composite, Ingredients, build_injection
 from lcc_lens.merging import merging_costs
 from lcc_lens.models.hooked.forward import fused_attention
 from lcc_lens.models.hooked.sites import reading_maps
 from lcc_lens.models.hooked.weights import plain_modules
 from lcc_lens.models.pair import load_pair
-from lcc_lens.objectives import Objective
 from lcc_lens.pruning.jobs import prune
-from lcc_lens.restoration import Restoration, RestorationRecord
-from lcc_lens.training import TrainConfig, train, validation_loss
+from lcc_lens.restoration.injections.base import Composite
+from lcc_lens.restoration.injections.ingredients import Ingredients
+from lcc_lens.restoration.injections.methods import build_injection
+from lcc_lens.restoration.result import Restoration, RestorationRecord
+from lcc_lens.restoration.training.loop import TrainConfig, train, validation_loss
+from lcc_lens.restoration.training.objectives import Objective
 
 TOKENS = torch.arange(12)[None]
 

@@ -7,16 +7,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from lcc_lens.restoration.result.training import loop as training
+from lcc_lens.restoration.result.training import lr_range
 
-from lcc_lens import lr_range, recipe, training
 from lcc_lens.baselines.lofit import SparseGains
 from lcc_lens.data.datasets import encode, load_data
-from lcc_lens.injections import Ingredients, build_injection
-from lcc_lens.lr_range import RangeTest, range_test
-from lcc_lens.objectives import Objective
-from lcc_lens.recipe import restore
-from lcc_lens.run_folder import RUN_BEGINNING, Beginning
-from lcc_lens.training import TrainConfig, TrainingState, optimise
+from lcc_lens.restoration.injections.ingredients import Ingredients
+from lcc_lens.restoration.injections.methods import build_injection
+from lcc_lens.restoration.restore import restore
+from lcc_lens.restoration.result import restore as recipe
+from lcc_lens.restoration.run_folder import RUN_BEGINNING, Beginning
+from lcc_lens.restoration.training.loop import TrainConfig, TrainingState, optimise
+from lcc_lens.restoration.training.lr_range import RangeTest, range_test
+from lcc_lens.restoration.training.objectives import Objective
 
 
 def counted(monkeypatch: pytest.MonkeyPatch, module, name: str) -> list[int]:

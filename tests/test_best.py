@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from lcc_lens import best
 from lcc_lens.cli import run as main
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.files import read_json
@@ -18,6 +17,7 @@ from lcc_lens.models.architecture.zeros import compare_zeros
 from lcc_lens.models.hooked.losses import sequence_loss
 from lcc_lens.models.loading.hooked import load_tokenizer
 from lcc_lens.models.loading.plain import load_plain
+from lcc_lens.restoration.result import best
 
 
 @pytest.fixture

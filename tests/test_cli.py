@@ -79,7 +79,7 @@ def test_interrupted_restore_goes_on(
     dense_dir: Path, pruned_dir: Path, question_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    from lcc_lens import recipe
+    from lcc_lens.restoration.result import restore as recipe
 
     class Stopping(recipe.RunFolder):
         def add(self, step) -> None:

@@ -21,9 +21,9 @@ from lcc_lens.entries import Entry
 from lcc_lens.harness import evaluate_task
 from lcc_lens.models.loading.hooked import load_tokenizer
 from lcc_lens.models.loading.plain import load_plain
-from lcc_lens.objectives import Objective
 from lcc_lens.pruning.jobs import prune
-from lcc_lens.training import validation_loss, validation_terms
+from lcc_lens.restoration.training.loop import validation_loss, validation_terms
+from lcc_lens.restoration.training.objectives import Objective
 
 SMALL = {
     "examples": 24, "validation": 4, "responses": 4, "blocks": 2, "block_length": 16, "scan_examples": 24,

@@ -20,10 +20,10 @@ from lcc_lens.export import export
 from lcc_lens.models.hooked.offloading import device_of
 from lcc_lens.models.pair import Pair, load_pair
 from lcc_lens.pruning.jobs import prune, refit
-from lcc_lens.recipe import restore
-from lcc_lens.restoration import Restoration
-from lcc_lens.train_config import Step, TrainConfig
-from lcc_lens.training import validation_loss
+from lcc_lens.restoration.restore import restore
+from lcc_lens.restoration.result import Restoration
+from lcc_lens.restoration.training.config import Step, TrainConfig
+from lcc_lens.restoration.training.loop import validation_loss
 
 GPU = "cuda"
 DEVICES = {"one": "cpu", "other": GPU}

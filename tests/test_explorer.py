@@ -27,7 +27,7 @@ from lcc_lens.explorer.results import results_table
 from lcc_lens.explorer.run_contents import RunContents
 from lcc_lens.explorer.token_tables import TABLES_RECORD, TABLES_TENSORS, read_tokens
 from lcc_lens.explorer.verdict import verdict
-from lcc_lens.restoration import Restoration
+from lcc_lens.restoration.result import Restoration
 
 
 @pytest.fixture

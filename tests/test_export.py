@@ -16,7 +16,7 @@ from lcc_lens.core.files import sha256_file
 from lcc_lens.core.heads import Head, all_heads
 from lcc_lens.export import export
 from lcc_lens.models.loading.hooked import load_hooked
-from lcc_lens.restoration import Restoration, RestorationRecord
+from lcc_lens.restoration.result import Restoration, RestorationRecord
 
 TOKENS = torch.arange(3, 60)[None]
 

@@ -24,9 +24,9 @@ from lcc_lens.models.hooked.forward import can_fuse
 from lcc_lens.models.hooked.hooked_transformer import checkpoint_of, is_hooked_transformer, make_hooked_transformer
 from lcc_lens.models.loading.hooked import load_hooked, load_tokenizer
 from lcc_lens.models.pair import Pair, load_pair
-from lcc_lens.recipe import restore
+from lcc_lens.restoration.restore import restore
+from lcc_lens.restoration.training.config import TrainConfig
 from lcc_lens.side_by_side import generate
-from lcc_lens.train_config import TrainConfig
 
 HAS_IT = int(version("transformer-lens").split(".")[0]) < 4
 needs_it = pytest.mark.skipif(not HAS_IT, reason="TransformerLens 4 has no HookedTransformer")

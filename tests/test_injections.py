@@ -17,19 +17,21 @@ from lcc_lens.core.errors import RequestError
 from lcc_lens.core.heads import Head
 from lcc_lens.data.datasets import encode, load_data
 from lcc_lens.export import export
-from lcc_lens.injections import METHODS, Ingredients, build_injection, check_reached
-from lcc_lens.injections.changes import Gain, LowRank, Shift
-from lcc_lens.job_data import training_sequences
-from lcc_lens.lr_range import range_test
 from lcc_lens.models.hooked.hooks import z_name
 from lcc_lens.models.hooked.losses import token_divergence
 from lcc_lens.models.hooked.weights import changed_weights, plain_modules
 from lcc_lens.models.loading.hooked import load_hooked
 from lcc_lens.models.loading.plain import load_plain
-from lcc_lens.objectives import Objective
-from lcc_lens.recipe import restore
-from lcc_lens.restoration import Restoration, RestorationRecord
-from lcc_lens.training import TrainConfig, learning_rates, train, validation_loss, validation_terms
+from lcc_lens.restoration.injections.changes import Gain, LowRank, Shift
+from lcc_lens.restoration.injections.ingredients import Ingredients
+from lcc_lens.restoration.injections.methods import METHODS, build_injection
+from lcc_lens.restoration.injections.weights import check_reached
+from lcc_lens.restoration.restore import restore
+from lcc_lens.restoration.result import Restoration, RestorationRecord
+from lcc_lens.restoration.training.loop import TrainConfig, learning_rates, train, validation_loss, validation_terms
+from lcc_lens.restoration.training.lr_range import range_test
+from lcc_lens.restoration.training.objectives import Objective
+from lcc_lens.restoration.training_data import training_sequences
 
 #: Joint query-key-value maps, which TransformerLens computes from copies.
 REFUSED = {("gpt2", "low-rank"), ("gpt_neox", "low-rank")}

@@ -18,19 +18,6 @@ from lcc_lens.core.errors import RequestError
 from lcc_lens.core.heads import Head
 from lcc_lens.data.datasets import encode, load_data
 from lcc_lens.export import export
-from lcc_lens.injections import (
-    METHODS,
-    Footprint,
-    Ingredients,
-    LccInjection,
-    MeanShift,
-    OffsetInjection,
-    bias_sites,
-    build_injection,
-    describe_methods,
-    parse_method,
-    scanned_sites,
-)
 from lcc_lens.merging import merging_costs
 from lcc_lens.models.architecture.bias_slots import find_slots
 from lcc_lens.models.hooked.hooks import NamedHook, mlp_name, readers
@@ -39,9 +26,20 @@ from lcc_lens.models.loading.hooked import load_hooked
 from lcc_lens.models.loading.plain import load_plain
 from lcc_lens.models.pair import load_pair
 from lcc_lens.pruning.jobs import prune
-from lcc_lens.recipe import restore
-from lcc_lens.restoration import Restoration, RestorationRecord
-from lcc_lens.training import TrainConfig
+from lcc_lens.restoration.injections.constants import LccInjection, MeanShift, OffsetInjection
+from lcc_lens.restoration.injections.footprint import Footprint
+from lcc_lens.restoration.injections.ingredients import Ingredients
+from lcc_lens.restoration.injections.methods import (
+    METHODS,
+    bias_sites,
+    build_injection,
+    describe_methods,
+    parse_method,
+    scanned_sites,
+)
+from lcc_lens.restoration.restore import restore
+from lcc_lens.restoration.result import Restoration, RestorationRecord
+from lcc_lens.restoration.training.loop import TrainConfig
 
 TOKENS = torch.arange(12)[None]
 D_MLP = 44

@@ -33,11 +33,11 @@ from lcc_lens.models.hooked.weights import map_weight
 from lcc_lens.models.loading.hooked import load_hooked
 from lcc_lens.models.loading.plain import load_plain
 from lcc_lens.models.pair import Pair, load_pair
-from lcc_lens.objectives import Objective
 from lcc_lens.pruning.calibration.stream import LayerStream
 from lcc_lens.pruning.jobs import prune
-from lcc_lens.recipe import restore
-from lcc_lens.train_config import TrainConfig
+from lcc_lens.restoration.restore import restore
+from lcc_lens.restoration.training.config import TrainConfig
+from lcc_lens.restoration.training.objectives import Objective
 
 export_module = import_module("lcc_lens.export")  # lcc_lens.export is the function
 TOKENS = torch.arange(1, 25).reshape(2, 12)

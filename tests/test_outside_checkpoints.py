@@ -15,8 +15,8 @@ from lcc_lens.core.files import read_json
 from lcc_lens.data.datasets import load_data
 from lcc_lens.export import export
 from lcc_lens.models.pair import load_pair
-from lcc_lens.recipe import restore
-from lcc_lens.training import TrainConfig
+from lcc_lens.restoration.restore import restore
+from lcc_lens.restoration.training.loop import TrainConfig
 
 
 @pytest.fixture(scope="module")

@@ -13,11 +13,11 @@ from small_sets import write_sets
 from test_cli import call, refused
 
 from lcc_lens import bench, comparison_data
-from lcc_lens.best import BEST_ENTRY
 from lcc_lens.core.errors import RequestError
 from lcc_lens.paper_recipes import dry, read_recipe
 from lcc_lens.paper_run import run_recipe
 from lcc_lens.paper_tables import paper_page, recipe_table
+from lcc_lens.restoration.best import BEST_ENTRY
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted((ROOT / "recipes").glob("*.json"))

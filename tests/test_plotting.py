@@ -17,7 +17,6 @@ from lcc_lens.analysis.lens.gain import LogitGain
 from lcc_lens.analysis.lens.saved import load_lens, save_lens
 from lcc_lens.analysis.lens.tokens import PromotedTokens, TokenScore
 from lcc_lens.analysis.scan.scan import Scan
-from lcc_lens.best import BEST_ENTRY
 from lcc_lens.core.errors import LensError, RequestError
 from lcc_lens.core.heads import Head
 from lcc_lens.drawing import Drawn, draw_figures, run_figures
@@ -45,6 +44,7 @@ from lcc_lens.plotting import (
 )
 from lcc_lens.plotting.labels import entry_kind, entry_label
 from lcc_lens.plotting.theme import styled
+from lcc_lens.restoration.best import BEST_ENTRY
 from lcc_lens.show import show_drawn
 
 PNG = b"\x89PNG\r\n\x1a\n" + b"".join(
@@ -291,7 +291,7 @@ def test_run_with_everything_lacks_nothing_but_variation(
     found: Scan, tmp_path: Path, comparison: dict[str, Any], gain: LogitGain, promoted: PromotedTokens
 ) -> None:
     from lcc_lens.core.files import write_json
-    from lcc_lens.restoration import Restoration, RestorationRecord
+    from lcc_lens.restoration.result import Restoration, RestorationRecord
 
     found.save(tmp_path)
     losses = {"dense": 1.0, "pruned": 2.0}
@@ -319,7 +319,7 @@ def test_drawn_and_lacking_are_shown(tmp_path: Path, capsys: pytest.CaptureFixtu
 
 
 def test_a_damaged_log_is_named(found: Scan, tmp_path: Path) -> None:
-    from lcc_lens.restoration import Restoration, RestorationRecord
+    from lcc_lens.restoration.result import Restoration, RestorationRecord
 
     record = RestorationRecord("d", "p", "", "", "lcc", "alpaca", 7, 4)
     Restoration(record, (Head(0, 1),), *(found.mean_difference[0, :1].clone() for _ in range(3))).save(tmp_path)

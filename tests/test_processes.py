@@ -20,7 +20,7 @@ from lcc_lens.core.files import read_tensors
 from lcc_lens.data.datasets import load_data
 from lcc_lens.models.hooked.offloading import shard_layers
 from lcc_lens.models.pair import Pair
-from lcc_lens.restoration import Restoration
+from lcc_lens.restoration.result import Restoration
 
 ROOT = Path(__file__).resolve().parents[1]
 LAUNCH = (

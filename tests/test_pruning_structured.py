@@ -36,8 +36,8 @@ from lcc_lens.models.pair import load_pair
 from lcc_lens.pruning.methods.settings import PruneConfig
 from lcc_lens.pruning.methods.slimgpt import Quota, fixed_quota, possible_quotas
 from lcc_lens.pruning.prune import prune
-from lcc_lens.recipe import restore
-from lcc_lens.training import TrainConfig
+from lcc_lens.restoration.restore import restore
+from lcc_lens.restoration.training.loop import TrainConfig
 
 SHAPE = {"hidden_size": 24, "intermediate_size": 44, "num_hidden_layers": 3, "vocab_size": 60}
 GROUPED = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 6, "initializer_range": 0.4}

@@ -15,12 +15,14 @@ from lcc_lens.baselines import adapters
 from lcc_lens.core.heads import Head
 from lcc_lens.data.batches import TokenSequence
 from lcc_lens.data.datasets import encode, load_data, pad
-from lcc_lens.injections import Ingredients, LccInjection, build_injection
 from lcc_lens.models.hooked.hooks import kept_hooks
 from lcc_lens.models.loading.hooked import load_hooked
-from lcc_lens.objectives import Objective, Recomputed
-from lcc_lens.reuse import StartedLater, first_layer
-from lcc_lens.training import TrainConfig, train
+from lcc_lens.restoration.injections.constants import LccInjection
+from lcc_lens.restoration.injections.ingredients import Ingredients
+from lcc_lens.restoration.injections.methods import build_injection
+from lcc_lens.restoration.training.loop import TrainConfig, train
+from lcc_lens.restoration.training.objectives import Objective, Recomputed
+from lcc_lens.restoration.training.reuse import StartedLater, first_layer
 
 EVERYTHING = Objective(1.0, 1.0, heads=1.0, text=1.0)
 

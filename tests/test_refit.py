@@ -12,18 +12,18 @@ import torch
 from conftest import build_model, save_model
 from transformers import AutoModelForCausalLM
 
-from lcc_lens import recipe
 from lcc_lens.cli.pruning import Refit
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.files import read_json, read_tensors
 from lcc_lens.data.datasets import load_data
-from lcc_lens.job_data import training_sequences
 from lcc_lens.models.architecture.zeros import compare_zeros
 from lcc_lens.models.pair import load_pair
 from lcc_lens.pruning import jobs as pruning_jobs
 from lcc_lens.pruning.jobs import calibration_tokens
 from lcc_lens.pruning.refit import refit as module
 from lcc_lens.pruning.refit.refit import REFIT_RECORD, RefitConfig, refit
+from lcc_lens.restoration.result import restore as recipe
+from lcc_lens.restoration.training_data import training_sequences
 
 CPU = torch.device("cpu")
 TOKENS = torch.randint(1, 257, (24, 40), generator=torch.Generator().manual_seed(0))

@@ -14,10 +14,10 @@ from lcc_lens.analysis.scan.scan import Scan
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.heads import Head
 from lcc_lens.data.datasets import encode, load_data
-from lcc_lens.injections import parse_method, uses_heads
 from lcc_lens.models.loading.hooked import identity_of, load_hooked
-from lcc_lens.recipe import restore
-from lcc_lens.restoration import Restoration
+from lcc_lens.restoration.injections.methods import parse_method, uses_heads
+from lcc_lens.restoration.restore import restore
+from lcc_lens.restoration.result import Restoration
 
 TOKENS = torch.arange(12)[None]
 ON_HEADS = ("lcc", "offset", "mean-shift", "random-basis", "gain", "mean-shift-sequential")

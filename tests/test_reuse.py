@@ -14,12 +14,21 @@ from test_contrast import FAMILIES
 from lcc_lens.core.heads import Head
 from lcc_lens.data.batches import TokenSequence
 from lcc_lens.data.datasets import batches, encode, load_data
-from lcc_lens.injections import Ingredients, LccInjection, build_injection
-from lcc_lens.kept_states import KeptStates
 from lcc_lens.models.loading.hooked import load_hooked
-from lcc_lens.objectives import Objective
-from lcc_lens.reuse import CachedTeacher, StartedLater, _is_product, can_start_later, first_layer, reused
-from lcc_lens.training import TrainConfig, train, validation_loss
+from lcc_lens.restoration.injections.constants import LccInjection
+from lcc_lens.restoration.injections.ingredients import Ingredients
+from lcc_lens.restoration.injections.methods import build_injection
+from lcc_lens.restoration.training.loop import TrainConfig, train, validation_loss
+from lcc_lens.restoration.training.objectives import Objective
+from lcc_lens.restoration.training.reuse import (
+    CachedTeacher,
+    KeptStates,
+    StartedLater,
+    _is_product,
+    can_start_later,
+    first_layer,
+    reused,
+)
 
 
 def passes(model, monkeypatch: pytest.MonkeyPatch) -> list[int]:
@@ -144,7 +153,7 @@ def test_full_disk_is_no_failure(monkeypatch: pytest.MonkeyPatch, caplog) -> Non
     def full(tensor):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("lcc_lens.kept_states._mapped", full)
+    monkeypatch.setattr("lcc_lens.restoration.training.reuse._mapped", full)
     batch = next(iter(batches([TokenSequence(torch.arange(5), 1)], max_tokens=99)))
     kept = KeptStates(max_bytes=0)
     for _ in range(2):

@@ -13,11 +13,12 @@ import torch
 from lcc_lens.analysis.scan.passes import running_sums
 from lcc_lens.analysis.scan.scan import Scan
 from lcc_lens.analysis.statistics import RunningDifferences
-from lcc_lens.injections import Ingredients, build_injection
 from lcc_lens.models.hooked.activations import SITES
 from lcc_lens.models.loading.hooked import load_hooked
 from lcc_lens.models.loading.plain import load_plain
 from lcc_lens.models.pair import Pair
+from lcc_lens.restoration.injections.ingredients import Ingredients
+from lcc_lens.restoration.injections.methods import build_injection
 
 ROOT = Path(__file__).parents[1]
 

@@ -16,13 +16,14 @@ from lcc_lens.core.errors import LensError, RequestError
 from lcc_lens.core.heads import Head, all_heads
 from lcc_lens.data.datasets import encode, load_data
 from lcc_lens.export import export
-from lcc_lens.injections import Ingredients, build_injection
 from lcc_lens.models.hooked.hooks import mlp_name, z_name
 from lcc_lens.models.hooked.layer_walk import LayerWalk, can_walk
 from lcc_lens.models.pair import load_pair
 from lcc_lens.pruning.jobs import prune
-from lcc_lens.recipe import restore
-from lcc_lens.sequential import sequential_means
+from lcc_lens.restoration.injections.ingredients import Ingredients
+from lcc_lens.restoration.injections.methods import build_injection
+from lcc_lens.restoration.injections.sequential import sequential_means
+from lcc_lens.restoration.restore import restore
 
 HEADS = [Head(0, 1), Head(0, 4), Head(2, 0), Head(2, 3)]
 

@@ -19,13 +19,13 @@ from lcc_lens.analysis.scan.scan import Scan
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.heads import Head
 from lcc_lens.data.datasets import load_data
-from lcc_lens.job_data import training_sequences
 from lcc_lens.models.loading.plain import load_plain
 from lcc_lens.models.pair import load_pair
-from lcc_lens.objectives import Objective
-from lcc_lens.restoration import Restoration
+from lcc_lens.restoration.result import Restoration
+from lcc_lens.restoration.training.loop import validation_loss
+from lcc_lens.restoration.training.objectives import Objective
+from lcc_lens.restoration.training_data import training_sequences
 from lcc_lens.session import RestoreSession
-from lcc_lens.training import validation_loss
 
 PROMPT = "is 3 plus 2 more than"
 TOKENS = torch.arange(1, 25)[None]
@@ -105,7 +105,9 @@ def test_training_that_makes_it_worse_changes_nothing(session: RestoreSession, m
     steps = session.train(5, lr=0.05)
     before, constants = session.loss(), session.constants
     best = min(step.validation_loss for step in steps if step.validation_loss is not None)
-    monkeypatch.setattr("lcc_lens.training.validation_loss", lambda *_: best + 0.01)  # as if every step led astray
+    monkeypatch.setattr(
+        "lcc_lens.restoration.training.loop.validation_loss", lambda *_: best + 0.01
+    )  # as if every step led astray
     session.train(6, lr=0.5)
     assert torch.equal(session.constants, constants)
     assert session.loss() == before

@@ -17,8 +17,6 @@ from lcc_lens.core.errors import RequestError
 from lcc_lens.core.files import read_json
 from lcc_lens.core.heads import Head
 from lcc_lens.export import export
-from lcc_lens.injections.changes import Shift
-from lcc_lens.injections.constants import SiteConstants
 from lcc_lens.models.architecture.bias_slots import BiasSlots, find_slots
 from lcc_lens.models.architecture.joint_bias_slots import JointSlots, find_joint_slots
 from lcc_lens.models.architecture.retyping import retyped_configs
@@ -26,7 +24,9 @@ from lcc_lens.models.architecture.tiny_models import build_twin, shrink, twin_lo
 from lcc_lens.models.hooked.sites import ConstantSite, mlp_width, reading_maps
 from lcc_lens.models.loading.hooked import load_hooked
 from lcc_lens.models.pair import load_pair
-from lcc_lens.restoration import Restoration
+from lcc_lens.restoration.injections.changes import Shift
+from lcc_lens.restoration.injections.constants import SiteConstants
+from lcc_lens.restoration.result import Restoration
 
 
 def reloaded(directory: Path) -> torch.nn.Module:

@@ -22,10 +22,10 @@ from lcc_lens.models.loading.gguf import EMBEDDED_SHA256, embedded_model
 from lcc_lens.models.loading.hooked import load_hooked, load_tokenizer
 from lcc_lens.models.loading.plain import load_plain
 from lcc_lens.models.pair import load_pair
-from lcc_lens.objectives import Objective
 from lcc_lens.pruning.jobs import prune, refit
-from lcc_lens.recipe import restore
-from lcc_lens.training import TrainConfig, validation_loss
+from lcc_lens.restoration.restore import restore
+from lcc_lens.restoration.training.loop import TrainConfig, validation_loss
+from lcc_lens.restoration.training.objectives import Objective
 
 pytestmark = pytest.mark.slow
 

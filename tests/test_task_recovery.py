@@ -101,7 +101,7 @@ def test_the_best_method_recovers_a_task_too(
     sets: Path, text_file: Path, dense_dir: Path, pruned_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its pair is the refitted model's, but the pruned one is measured as it was."""
-    from lcc_lens import best
+    from lcc_lens.restoration.result import best
 
     real = best.refit
     monkeypatch.setattr(

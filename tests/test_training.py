@@ -18,13 +18,13 @@ from lcc_lens.analysis.scan.scan import Scan, scan
 from lcc_lens.core.errors import InterruptedRun, RequestError
 from lcc_lens.core.heads import Head, head_indices
 from lcc_lens.data.datasets import Data, batches, encode, load_data, pad
-from lcc_lens.injections import LccInjection, OffsetInjection, constants_by_layer
 from lcc_lens.models.hooked.hooks import z_readers
 from lcc_lens.models.loading.hooked import load_hooked
 from lcc_lens.models.pair import load_pair
-from lcc_lens.recipe import restore
-from lcc_lens.restoration import Restoration
-from lcc_lens.training import TrainConfig, epoch_batches, response_nll, train, validation_loss
+from lcc_lens.restoration.injections.constants import LccInjection, OffsetInjection, constants_by_layer
+from lcc_lens.restoration.restore import restore
+from lcc_lens.restoration.result import Restoration
+from lcc_lens.restoration.training.loop import TrainConfig, epoch_batches, response_nll, train, validation_loss
 
 FAST = TrainConfig(lr=0.1, batch_size=4, validate_every=2, checkpoint_every=2, seed=1)
 
@@ -42,7 +42,7 @@ def z_of(model, tokens: torch.Tensor) -> torch.Tensor:
 
 
 def finished(injection: LccInjection, found: Scan) -> Restoration:
-    from lcc_lens.restoration import RestorationRecord
+    from lcc_lens.restoration.result import RestorationRecord
 
     return Restoration.of(injection, RestorationRecord("d", "p", "", "", "lcc", "none", 0, 0))
 
@@ -145,7 +145,7 @@ def test_training_lowers_the_loss_and_keeps_the_best(pair, found: Scan, sequence
 
 def test_diverging_run_stops_and_keeps_the_best(pair, found: Scan, sequences, caplog, monkeypatch) -> None:
     """A random model answers even absurd constants with a flat distribution, so the bar is lowered to meet it."""
-    monkeypatch.setattr("lcc_lens.training._DIVERGED", 0.5)
+    monkeypatch.setattr("lcc_lens.restoration.training.loop._DIVERGED", 0.5)
     injection = LccInjection(found.components, found.select("mse", share=1.0))
     validation = sequences[40:]
     before = validation_loss(pair.pruned, None, validation)
@@ -414,7 +414,9 @@ def test_diverged_run_resumes_to_the_same_end(
         step = len((tmp_path / "log.jsonl").read_text().splitlines()) if (tmp_path / "log.jsonl").exists() else 0
         return 9.0 if moved and step == 3 else 1.0
 
-    monkeypatch.setattr("lcc_lens.training.validation_loss", diverge)  # as if the fourth step led astray
+    monkeypatch.setattr(
+        "lcc_lens.restoration.training.loop.validation_loss", diverge
+    )  # as if the fourth step led astray
     run_restore(pair, found, question_file, tmp_path)
     first = Restoration.load(tmp_path)
     assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 4

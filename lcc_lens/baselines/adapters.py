@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from lcc_lens.core.errors import RequestError
-from lcc_lens.injections.base import Injection
-from lcc_lens.injections.footprint import Footprint
-from lcc_lens.injections.weights import layer_maps
 from lcc_lens.models.architecture.layers import is_transposed
 from lcc_lens.models.hooked.hooks import HookedModel
 from lcc_lens.models.hooked.weights import plain_carrier
+from lcc_lens.restoration.injections.base import Injection
+from lcc_lens.restoration.injections.footprint import Footprint
+from lcc_lens.restoration.injections.weights import layer_maps
 
 AdapterKind = Literal["lora", "dora"]
 #: The attention's projections, as llama-like architectures name them.
@@ -47,7 +47,7 @@ class AdapterInjection(Injection):
 
     @property
     def footprint(self) -> Footprint:
-        """See :class:`~lcc_lens.injections.footprint.Footprint`."""
+        """See :class:`~lcc_lens.restoration.injections.footprint.Footprint`."""
         return Footprint(n_trained=self.n_trained, n_beside=self.n_beside)
 
     @contextmanager

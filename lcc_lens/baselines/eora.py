@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from lcc_lens.baselines.adapters import AdapterInjection
 from lcc_lens.core.errors import LensError, RequestError
 from lcc_lens.data.datasets import TokenSequence, batches
-from lcc_lens.injections.weights import layer_maps
 from lcc_lens.models.architecture.layers import is_transposed
 from lcc_lens.models.hooked.forward import run_without_logits
 from lcc_lens.models.hooked.hooks import HookedModel
 from lcc_lens.models.hooked.offloading import device_of
 from lcc_lens.models.hooked.weights import plain_carrier, weight_shape
 from lcc_lens.pruning.methods.moments import InputMoments
+from lcc_lens.restoration.injections.weights import layer_maps
 
 
 class EoraInjection(AdapterInjection):

@@ -10,14 +10,14 @@ from torch import Tensor
 
 from lcc_lens.core.errors import RequestError
 from lcc_lens.data.datasets import TokenSequence, batches
-from lcc_lens.injections.base import Injection
-from lcc_lens.injections.footprint import Footprint
 from lcc_lens.models.hooked.activations import Places, Site, parts_of, visit_sites
 from lcc_lens.models.hooked.hooks import HookedModel, NamedHook, adders
 from lcc_lens.models.hooked.offloading import device_of
 from lcc_lens.models.hooked.sites import CONSTANT_SITES, ConstantSite, map_output_name, reading_maps
 from lcc_lens.models.hooked.weights import map_weight, plain_modules
 from lcc_lens.models.pair import Pair
+from lcc_lens.restoration.injections.base import Injection
+from lcc_lens.restoration.injections.footprint import Footprint
 
 
 class BiasInjection(Injection):
@@ -35,7 +35,7 @@ class BiasInjection(Injection):
 
     @property
     def footprint(self) -> Footprint:
-        """See :class:`~lcc_lens.injections.footprint.Footprint`."""
+        """See :class:`~lcc_lens.restoration.injections.footprint.Footprint`."""
         return Footprint(biases=self._sites)
 
     def biases(self, site: ConstantSite) -> Float[Tensor, "layer d_model"]:

@@ -11,10 +11,10 @@ from torch import Tensor
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.heads import Head
 from lcc_lens.data.datasets import TokenSequence
-from lcc_lens.injections.changes import Change, Gain
-from lcc_lens.injections.weights import WeightInjection, output_gains
 from lcc_lens.models.hooked.hooks import HookedModel
-from lcc_lens.training import TrainConfig, train
+from lcc_lens.restoration.injections.changes import Change, Gain
+from lcc_lens.restoration.injections.weights import WeightInjection, output_gains
+from lcc_lens.restoration.training.loop import TrainConfig, train
 
 #: Rate of the offsets at the chosen heads: so few numbers bear a higher one than offsets at all heads.
 LOFIT_LR = 1e-1

@@ -39,7 +39,7 @@ class Export(Placed):
 
         from lcc_lens.export import export
         from lcc_lens.hub import push_to_hub, require_repository
-        from lcc_lens.restoration import Restoration
+        from lcc_lens.restoration.result import Restoration
 
         if self.push_to_hub is not None:
             require_repository(self.push_to_hub)

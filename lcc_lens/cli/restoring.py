@@ -16,9 +16,9 @@ if TYPE_CHECKING:
     from lcc_lens.analysis.scan.scan import Scan
     from lcc_lens.data.datasets import Data
     from lcc_lens.models.pair import Pair
-    from lcc_lens.restoration import Restoration
+    from lcc_lens.restoration.result import Restoration
+    from lcc_lens.restoration.training.loop import TrainConfig
     from lcc_lens.task_recovery import TaskMeasures
-    from lcc_lens.training import TrainConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,8 +111,8 @@ class Restore(Placed):
     """Replace a restoration that is there."""
 
     def execute(self) -> None:
-        from lcc_lens.injections import parse_method
-        from lcc_lens.restoration import RESTORATION_TENSORS
+        from lcc_lens.restoration.injections.methods import parse_method
+        from lcc_lens.restoration.result import RESTORATION_TENSORS
 
         if (self.run / RESTORATION_TENSORS).exists() and not (self.overwrite or self.resume):
             raise RequestError(f"{self.run} holds a restoration already; name another run or pass --overwrite")
@@ -155,10 +155,10 @@ class Restore(Placed):
         return load_role(name, n, "train", self.seed), load_role(name, max(8, n // 10), "held-out", self.seed)
 
     def _config(self) -> TrainConfig:
-        from lcc_lens.best import BEST_LR, BEST_OBJECTIVE
-        from lcc_lens.objectives import Objective
+        from lcc_lens.restoration.best import BEST_LR, BEST_OBJECTIVE
+        from lcc_lens.restoration.training.loop import TrainConfig
+        from lcc_lens.restoration.training.objectives import Objective
         from lcc_lens.task_recovery import TASK_EPOCHS
-        from lcc_lens.training import TrainConfig
 
         is_best = self.method == "best"
         objective = self.objective or (BEST_OBJECTIVE if is_best else "response")
@@ -172,8 +172,8 @@ class Restore(Placed):
         )  # fmt: skip
 
     def _best(self, data: Data, validation: Data) -> Restoration:
-        from lcc_lens.best import BEST_LOW_RANK, restore_best
         from lcc_lens.pruning.jobs import REFIT_SAMPLES
+        from lcc_lens.restoration.best import BEST_LOW_RANK, restore_best
 
         return restore_best(
             self.dense, self.pruned, self.run, data, config=self._config(), validation=validation,
@@ -182,9 +182,9 @@ class Restore(Placed):
         )  # fmt: skip
 
     def _one_method(self, data: Data, validation: Data) -> tuple[Restoration, Pair, int]:
-        from lcc_lens.injections import uses_components, uses_heads
         from lcc_lens.models.pair import load_pair
-        from lcc_lens.recipe import restore
+        from lcc_lens.restoration.injections.methods import uses_components, uses_heads
+        from lcc_lens.restoration.restore import restore
 
         config = self._config()
         pair = load_pair(self.dense, self.pruned, one_at_a_time=self.one_at_a_time)
@@ -202,7 +202,7 @@ class Restore(Placed):
 
     def _scan(self, pair: Pair) -> Scan:
         from lcc_lens.analysis.scan.scan import SCAN_RECORD, Scan, scan
-        from lcc_lens.injections import scanned_sites
+        from lcc_lens.restoration.injections.methods import scanned_sites
 
         name = self.task or self.scan_data or "boolq"
         if (self.run / SCAN_RECORD).exists():
@@ -230,8 +230,8 @@ class Restore(Placed):
         return measures
 
     def _measure(self, measures: TaskMeasures, restoration: Restoration, pair: Pair | None) -> None:
-        from lcc_lens.best import REFITTED
         from lcc_lens.models.pair import load_pair
+        from lcc_lens.restoration.best import REFITTED
         from lcc_lens.task_recovery import note_task
 
         bare = self.pruned if pair is None else None

@@ -12,8 +12,8 @@ from lcc_lens.analysis.scan.scan import SCAN_RECORD, Scan
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.files import read_json
 from lcc_lens.core.metrics import share_recovered
-from lcc_lens.restoration import RESTORATION_TENSORS, Restoration
-from lcc_lens.run_folder import RUN_LOG, RUN_METRICS
+from lcc_lens.restoration.result import RESTORATION_TENSORS, Restoration
+from lcc_lens.restoration.run_folder import RUN_LOG, RUN_METRICS
 
 #: The names of a step's numbers that the page draws.
 _STEP_FIELDS = ("step", "loss", "validation_loss")

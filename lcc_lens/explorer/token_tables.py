@@ -19,7 +19,7 @@ from lcc_lens.core.files import read_json, read_tensors, sha256_file, write_json
 from lcc_lens.core.heads import Head
 from lcc_lens.core.progress import track
 from lcc_lens.models.hooked.hooks import HookedModel
-from lcc_lens.restoration import RESTORATION_TENSORS, Restoration
+from lcc_lens.restoration.result import RESTORATION_TENSORS, Restoration
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

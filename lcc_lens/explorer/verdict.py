@@ -10,7 +10,7 @@ from lcc_lens.analysis.scan.scan import Scan
 from lcc_lens.core.heads import Head
 from lcc_lens.explorer.run_contents import RunContents
 from lcc_lens.explorer.views import present
-from lcc_lens.restoration import Restoration
+from lcc_lens.restoration.result import Restoration
 
 #: From this share of the lost log-likelihood on, these words.
 _WORDS = (

@@ -15,7 +15,7 @@ from lcc_lens.analysis.head_scores import HeadScores
 from lcc_lens.analysis.scan.scan import Scan
 from lcc_lens.explorer.arrays import packed
 from lcc_lens.explorer.run_contents import RunContents
-from lcc_lens.restoration import Restoration
+from lcc_lens.restoration.result import Restoration
 
 #: Title, unit, factor from the score to that unit, and meaning of every selector's score.
 _SELECTORS: dict[str, tuple[str, str, float, str]] = {

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Literal
 
-from lcc_lens.best import BEST_ENTRY
 from lcc_lens.entries import ADAPTERS, BASELINES, TUNED, Entry
+from lcc_lens.restoration.best import BEST_ENTRY
 
 SELECTOR_LABELS = {
     "patching": "activation patching",

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import plotly.graph_objects as go
 
 from lcc_lens.plotting.theme import COLORS, COLUMN, rounded, styled
-from lcc_lens.training import Step
+from lcc_lens.restoration.training.loop import Step
 
 
 def plot_training(

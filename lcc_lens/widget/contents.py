@@ -12,9 +12,9 @@ from lcc_lens.analysis.scan.scan import Scan
 from lcc_lens.analysis.selectors.names import SELECTORS, SelectorName
 from lcc_lens.core.heads import all_heads
 from lcc_lens.explorer.views import View, views_of_scan
-from lcc_lens.injections import uses_components, uses_heads
+from lcc_lens.restoration.injections.methods import uses_components, uses_heads
+from lcc_lens.restoration.training.loop import Step
 from lcc_lens.session import RestoreSession
-from lcc_lens.training import Step
 
 #: Number of the step, training loss, held-out loss or None.
 Point = list[int | float | None]

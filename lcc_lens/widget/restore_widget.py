@@ -10,8 +10,8 @@ import anywidget
 import traitlets
 
 from lcc_lens.core.errors import RequestError
+from lcc_lens.restoration.training.loop import Step
 from lcc_lens.session import RestoreSession
-from lcc_lens.training import Step
 from lcc_lens.widget.actions import ACTIONS, Message
 from lcc_lens.widget.contents import (
     Point,

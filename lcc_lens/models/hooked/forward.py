@@ -251,7 +251,7 @@ def recomputed_layers(
     """
     blocks: list[Any] = list(getattr(model, "blocks", ()))
     for index, block in enumerate(blocks):
-        if "forward" in block.__dict__:  # a layer that is left out (see lcc_lens.reuse)
+        if "forward" in block.__dict__:  # a layer that is left out (see lcc_lens.restoration.training.reuse)
             continue
         own = [hook for hook in hooks if hook[0].startswith(f"blocks.{index}.")]
         block.__dict__["forward"] = partial(  # not setattr: the bridge hands that on to the component

@@ -7,10 +7,10 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 from torch import Tensor, nn
 
-from lcc_lens.injections.changes import Change, merged
-from lcc_lens.injections.footprint import Footprint
 from lcc_lens.models.hooked.hooks import HookedModel, NamedHook, kept_hooks
 from lcc_lens.models.hooked.weights import changed_weights
+from lcc_lens.restoration.injections.changes import Change, merged
+from lcc_lens.restoration.injections.footprint import Footprint
 
 
 class Injection(nn.Module):

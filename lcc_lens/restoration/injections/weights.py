@@ -11,8 +11,6 @@ from torch import Tensor, nn
 
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.heads import Head, check_heads
-from lcc_lens.injections.base import Injection
-from lcc_lens.injections.changes import Change, Gain, LowRank, Shift
 from lcc_lens.models.architecture.layers import is_linear
 from lcc_lens.models.hooked.forward import forward
 from lcc_lens.models.hooked.hooks import HookedModel, NamedHook
@@ -20,6 +18,8 @@ from lcc_lens.models.hooked.offloading import require_in_memory
 from lcc_lens.models.hooked.self_checks import probe_tokens
 from lcc_lens.models.hooked.sites import mlp_width, reading_maps
 from lcc_lens.models.hooked.weights import plain_modules, weight_shape
+from lcc_lens.restoration.injections.base import Injection
+from lcc_lens.restoration.injections.changes import Change, Gain, LowRank, Shift
 
 #: What the plain names of modules within decoder layers have in common.
 IN_LAYER = re.compile(r"\.\d+\.")
@@ -30,7 +30,7 @@ class WeightInjection(Injection):
 
     Args:
         changes: what to train, by module name.
-        default_lr: see :class:`~lcc_lens.injections.base.Injection`.
+        default_lr: see :class:`~lcc_lens.restoration.injections.base.Injection`.
     """
 
     def __init__(self, changes: Mapping[str, Change], *, default_lr: float) -> None:

@@ -10,9 +10,9 @@ from lcc_lens.analysis.statistics import DifferenceStatistics
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.heads import Head
 from lcc_lens.data.datasets import TokenSequence
-from lcc_lens.injections.constants import Start
 from lcc_lens.models.hooked.hooks import HookedModel
 from lcc_lens.models.pair import Pair
+from lcc_lens.restoration.injections.constants import Start
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,17 @@ from collections.abc import Sequence
 from lcc_lens.analysis.scan.scan import Scan
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.heads import Head
-from lcc_lens.injections import bias_sites, parse_method, uses_components, uses_heads, uses_sequences
 from lcc_lens.models.architecture.joint_bias_slots import find_joint_slots
 from lcc_lens.models.hooked.sites import reading_maps
 from lcc_lens.models.pair import Pair
-from lcc_lens.train_config import TrainConfig
+from lcc_lens.restoration.injections.methods import (
+    bias_sites,
+    parse_method,
+    uses_components,
+    uses_heads,
+    uses_sequences,
+)
+from lcc_lens.restoration.training.config import TrainConfig
 
 
 def check_request(pair: Pair, scan: Scan | None, heads: Sequence[Head], method: str) -> None:

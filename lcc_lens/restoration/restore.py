@@ -14,23 +14,19 @@ from lcc_lens.core.heads import Head
 from lcc_lens.core.processes import wait_for_all
 from lcc_lens.core.progress import track
 from lcc_lens.data.datasets import Data, TokenSequence
-from lcc_lens.injections import (
-    Ingredients,
-    Start,
-    build_injection,
-    trains_numbers,
-    uses_sequences,
-)
-from lcc_lens.job_data import training_sequences
-from lcc_lens.lr_range import range_test
 from lcc_lens.models.hooked.losses import sequence_loss
 from lcc_lens.models.loading.plain import load_plain
 from lcc_lens.models.loading.references import resolve
 from lcc_lens.models.pair import Pair
-from lcc_lens.restoration import Restoration, RestorationRecord
-from lcc_lens.restore_checks import check_request, refuse_both_models, require_slots
-from lcc_lens.run_folder import Beginning, RunFolder
-from lcc_lens.training import Step, TrainConfig, learning_rates, train, validation_loss
+from lcc_lens.restoration.checks import check_request, refuse_both_models, require_slots
+from lcc_lens.restoration.injections.constants import Start
+from lcc_lens.restoration.injections.ingredients import Ingredients
+from lcc_lens.restoration.injections.methods import build_injection, trains_numbers, uses_sequences
+from lcc_lens.restoration.result import Restoration, RestorationRecord
+from lcc_lens.restoration.run_folder import Beginning, RunFolder
+from lcc_lens.restoration.training.loop import Step, TrainConfig, learning_rates, train, validation_loss
+from lcc_lens.restoration.training.lr_range import range_test
+from lcc_lens.restoration.training_data import training_sequences
 
 
 def restore(
@@ -64,18 +60,18 @@ def restore(
         heads: which heads to restore; none for methods that act on no heads.
         data: training examples (role ``train``); mean-shift learns from none, and uses their held-out part alone; a
             sequential one is measured on them.
-        method: ``lcc``, a control, or another part of :data:`~lcc_lens.injections.METHODS`; parts joined by ``+`` train
+        method: ``lcc``, a control, or another part of :data:`~lcc_lens.restoration.injections.METHODS`; parts joined by ``+`` train
             together (``lcc+low-rank``).
         config: training settings.
         validation: held-out examples of the same kind; a tenth of the training examples' groups if not given.
         rank: directions per head; all if not given.
         mlp_rank: directions per MLP; those that the scan holds if not given.
         low_rank: the rank of a masked low rank.
-        start: see :class:`~lcc_lens.injections.LccInjection`.
+        start: see :class:`~lcc_lens.restoration.injections.LccInjection`.
         max_length: tokens per example at most.
         limit: training sequences at most (text is cut into many), and a tenth of it for validation.
         shuffle_responses: a control: train on every prompt with another one's response; validation stays as it is.
-        tune_lr: choose the learning rate by a short range test first (see :mod:`lcc_lens.lr_range`); its losses are
+        tune_lr: choose the learning rate by a short range test first (see :mod:`lcc_lens.restoration.training.lr_range`); its losses are
             noted in the settings.
         exportable: refuse, before anything is trained, a model whose checkpoint cannot hold the result. Without it the
             restoration serves under hooks alone.

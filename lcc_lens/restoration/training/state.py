@@ -15,8 +15,8 @@ from lcc_lens.core.errors import RequestError
 from lcc_lens.core.files import read_tensors, write_tensors
 from lcc_lens.core.processes import is_first_process
 from lcc_lens.data.datasets import TokenSequence
-from lcc_lens.injections.base import Injection
-from lcc_lens.train_config import TrainConfig
+from lcc_lens.restoration.injections.base import Injection
+from lcc_lens.restoration.training.config import TrainConfig
 
 CHECKPOINT = "checkpoint.safetensors"
 _BUCKET = 8  # batches among which sequences are sorted by length: less padding, order still random

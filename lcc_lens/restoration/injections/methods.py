@@ -7,10 +7,14 @@ from dataclasses import dataclass
 from typing import Literal
 
 from lcc_lens.core.errors import RequestError
-from lcc_lens.injections.base import Composite, Injection
-from lcc_lens.injections.constants import FixedConstants, LccInjection, MeanShift, OffsetInjection
-from lcc_lens.injections.ingredients import Ingredients
-from lcc_lens.injections.weights import (
+from lcc_lens.models.hooked.activations import Site
+from lcc_lens.models.hooked.offloading import device_of
+from lcc_lens.models.hooked.sites import CONSTANT_SITES, ConstantSite, reading_maps
+from lcc_lens.restoration.injections.base import Composite, Injection
+from lcc_lens.restoration.injections.constants import FixedConstants, LccInjection, MeanShift, OffsetInjection
+from lcc_lens.restoration.injections.ingredients import Ingredients
+from lcc_lens.restoration.injections.sequential import sequential_means
+from lcc_lens.restoration.injections.weights import (
     check_reached,
     masked_low_rank,
     masked_weights,
@@ -18,10 +22,6 @@ from lcc_lens.injections.weights import (
     norm_gains,
     output_gains,
 )
-from lcc_lens.models.hooked.activations import Site
-from lcc_lens.models.hooked.offloading import device_of
-from lcc_lens.models.hooked.sites import CONSTANT_SITES, ConstantSite, reading_maps
-from lcc_lens.sequential import sequential_means
 
 #: What a method learns from, beside training: a scan's statistics, its directions at the MLP, sequences, or nothing.
 Source = Literal["none", "scan", "scan with mlp", "scan with the mlp's directions", "sequences"]
@@ -178,7 +178,7 @@ def build_injection(method: str, given: Ingredients) -> Injection:
 
     Raises:
         RequestError: an unknown name, ingredients that do not fit it, or a model whose hooked forward pass would not
-            read the changed weights (see :func:`~lcc_lens.injections.weights.check_reached`) or has no map that reads
+            read the changed weights (see :func:`~lcc_lens.restoration.injections.weights.check_reached`) or has no map that reads
             a constant.
     """
     names = parse_method(method)

@@ -15,10 +15,10 @@ from lcc_lens.core.config import package_version
 from lcc_lens.core.files import disk_errors, read_json, write_json, write_text
 from lcc_lens.core.metrics import share_recovered
 from lcc_lens.core.processes import is_first_process
-from lcc_lens.lr_range import RangeTest
 from lcc_lens.models.pair import Pair
-from lcc_lens.restoration import Restoration
-from lcc_lens.training import Step
+from lcc_lens.restoration.result import Restoration
+from lcc_lens.restoration.training.loop import Step
+from lcc_lens.restoration.training.lr_range import RangeTest
 
 RUN_CONFIG = "config.json"
 RUN_BEGINNING = "beginning.json"

@@ -11,10 +11,10 @@ from typing import Any
 
 from lcc_lens.core.progress import track
 from lcc_lens.data.datasets import TokenSequence
-from lcc_lens.injections.base import Injection
 from lcc_lens.models.hooked.hooks import HookedModel
-from lcc_lens.reuse import CachedTeacher
-from lcc_lens.training import TrainConfig, train, validation_loss
+from lcc_lens.restoration.injections.base import Injection
+from lcc_lens.restoration.training.loop import TrainConfig, train, validation_loss
+from lcc_lens.restoration.training.reuse import CachedTeacher
 
 logger = logging.getLogger(__name__)
 #: Around the method's own rate.

@@ -13,14 +13,14 @@ from lcc_lens.core.errors import InterruptedRun
 from lcc_lens.core.interruption import Interruption
 from lcc_lens.core.processes import is_first_process, n_processes, own_part, summed
 from lcc_lens.data.datasets import TokenSequence, batches
-from lcc_lens.injections.base import Injection
 from lcc_lens.models.hooked.hooks import HookedModel
 from lcc_lens.models.hooked.offloading import device_of
-from lcc_lens.objectives import Recomputed, Source
-from lcc_lens.reuse import CachedTeacher, reused
-from lcc_lens.train_config import Step, TrainConfig
-from lcc_lens.training_state import CHECKPOINT, TrainingState, epoch_batches, learning_rates
-from lcc_lens.validation import hooked_of, response_nll, validation_loss, validation_terms
+from lcc_lens.restoration.injections.base import Injection
+from lcc_lens.restoration.training.config import Step, TrainConfig
+from lcc_lens.restoration.training.objectives import Recomputed, Source
+from lcc_lens.restoration.training.reuse import CachedTeacher, reused
+from lcc_lens.restoration.training.state import CHECKPOINT, TrainingState, epoch_batches, learning_rates
+from lcc_lens.restoration.training.validation import hooked_of, response_nll, validation_loss, validation_terms
 
 __all__ = [
     "CHECKPOINT",

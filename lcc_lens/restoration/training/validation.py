@@ -11,10 +11,10 @@ from torch import Tensor
 from lcc_lens.core.config import tokens_per_pass
 from lcc_lens.core.processes import own_part, summed
 from lcc_lens.data.datasets import Batch, TokenSequence, batches
-from lcc_lens.injections.base import Injection
 from lcc_lens.models.hooked.hooks import HookedModel
 from lcc_lens.models.hooked.offloading import device_of
-from lcc_lens.objectives import Objective, Source
+from lcc_lens.restoration.injections.base import Injection
+from lcc_lens.restoration.training.objectives import Objective, Source
 
 
 def response_nll(model: HookedModel, batch: Batch, hooks: Sequence[Any] = ()) -> Tensor:

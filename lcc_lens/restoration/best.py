@@ -13,12 +13,12 @@ from lcc_lens.data.datasets import Data
 from lcc_lens.models.loading.hooked import identify
 from lcc_lens.models.loading.references import resolve
 from lcc_lens.models.pair import load_pair
-from lcc_lens.objectives import Objective
 from lcc_lens.pruning.jobs import REFIT_DATA, REFIT_SAMPLES, refit
 from lcc_lens.pruning.refit.refit import REFIT_RECORD
-from lcc_lens.recipe import restore
-from lcc_lens.restoration import Restoration
-from lcc_lens.training import Step, TrainConfig
+from lcc_lens.restoration.restore import restore
+from lcc_lens.restoration.result import Restoration
+from lcc_lens.restoration.training.loop import Step, TrainConfig
+from lcc_lens.restoration.training.objectives import Objective
 
 #: What ``best`` stands for; the study of restorations says why.
 BEST_METHOD, BEST_LOW_RANK, BEST_OBJECTIVE, BEST_LR = "low-rank", 16, "text+distillation", 5e-3
@@ -56,7 +56,7 @@ def restore_best(
         data: training examples (role ``train``).
         config: settings of the training; if none are given, its objective is the loss of all tokens and the divergence
             from the dense model in equal parts, at a rate of 5e-3.
-        validation: see :func:`~lcc_lens.recipe.restore`.
+        validation: see :func:`~lcc_lens.restoration.restore.restore`.
         low_rank: the rank.
         calibration: data for the refit.
         n_samples: sequences of it.

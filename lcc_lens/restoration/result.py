@@ -18,15 +18,15 @@ from lcc_lens.core.config import package_version
 from lcc_lens.core.errors import LensError, RequestError
 from lcc_lens.core.files import read_tensors, write_tensors
 from lcc_lens.core.heads import Head, check_heads, head_indices
-from lcc_lens.injections.base import Injection
-from lcc_lens.injections.changes import Change, merged, read_change
-from lcc_lens.injections.constants import ConstantInjection, SiteConstants
-from lcc_lens.injections.footprint import Footprint
 from lcc_lens.models.hooked.activations import parts_of
 from lcc_lens.models.hooked.hooks import HookedModel, kept_hooks
 from lcc_lens.models.hooked.sites import ConstantSite
 from lcc_lens.models.hooked.weights import changed_weights, held_weights
 from lcc_lens.models.loading.hooked import identity_of
+from lcc_lens.restoration.injections.base import Injection
+from lcc_lens.restoration.injections.changes import Change, merged, read_change
+from lcc_lens.restoration.injections.constants import ConstantInjection, SiteConstants
+from lcc_lens.restoration.injections.footprint import Footprint
 
 RESTORATION_TENSORS = "restoration.safetensors"
 #: In the names of the tensors of constants at the MLP.

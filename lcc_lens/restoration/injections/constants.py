@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from lcc_lens.analysis.components import LostComponents
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.heads import Head, check_heads, head_indices
-from lcc_lens.injections.base import Injection
-from lcc_lens.injections.footprint import Footprint
 from lcc_lens.models.hooked.hooks import NamedHook
 from lcc_lens.models.hooked.sites import ConstantSite, site_adders
+from lcc_lens.restoration.injections.base import Injection
+from lcc_lens.restoration.injections.footprint import Footprint
 
 Start = Literal["zero", "mean"]
 #: A constant's learning rate at the MLP: it is wide, and Adam moves all of its coordinates at once.
@@ -76,7 +76,7 @@ class ConstantInjection(Injection):
 
     @property
     def footprint(self) -> Footprint:
-        """See :class:`~lcc_lens.injections.footprint.Footprint`."""
+        """See :class:`~lcc_lens.restoration.injections.footprint.Footprint`."""
         return Footprint(biases=(self.site,), n_trained=self.n_trained)
 
     @abstractmethod

@@ -1,0 +1,1 @@
+"""Training: the loop, its objectives, validation, resumable state and the activations that steps reuse."""
