@@ -32,7 +32,7 @@ from lcc_lens.core.files import write_json
 from lcc_lens.core.memory import peak_memory, release_memory
 from lcc_lens.data.datasets import Batch, batches, encode, load_data
 from lcc_lens.demo import passages
-from lcc_lens.export import export
+from lcc_lens.exporters.huggingface import export
 from lcc_lens.latency import interleaved
 from lcc_lens.models.hooked.losses import _batch_nll
 from lcc_lens.models.hooked.offloading import device_of

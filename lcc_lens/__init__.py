@@ -53,9 +53,10 @@ if TYPE_CHECKING:
     from lcc_lens.drawing import draw_figures as draw_figures
     from lcc_lens.evaluation import evaluate as evaluate
     from lcc_lens.explorer import explore as explore
-    from lcc_lens.export import export as export
-    from lcc_lens.gguf_export import export_gguf as export_gguf
-    from lcc_lens.hub import push_to_hub as push_to_hub
+    from lcc_lens.exporters.gguf import export_gguf as export_gguf
+    from lcc_lens.exporters.hub import push_to_hub as push_to_hub
+    from lcc_lens.exporters.huggingface import export as export
+    from lcc_lens.exporters.sidecar import load_restored as load_restored
     from lcc_lens.models.loading.hooked import load_hooked as load_hooked
     from lcc_lens.models.loading.in_memory import stored_model as stored_model
     from lcc_lens.models.pair import Pair as Pair
@@ -96,7 +97,6 @@ if TYPE_CHECKING:
     from lcc_lens.restoration.training.loop import train as train
     from lcc_lens.restoration.training.objectives import Objective as Objective
     from lcc_lens.session import RestoreSession as RestoreSession
-    from lcc_lens.sidecar import load_restored as load_restored
     from lcc_lens.task_recovery import TaskMeasures as TaskMeasures
     from lcc_lens.task_recovery import load_task_data as load_task_data
     from lcc_lens.widget import RestoreWidget as RestoreWidget

@@ -18,7 +18,7 @@ from lcc_lens.data.datasets import Data, Role, assert_disjoint, encode, load_dat
 from lcc_lens.data.prompts import Example
 from lcc_lens.explorer import explore
 from lcc_lens.explorer.token_tables import read_tokens
-from lcc_lens.export import export, model_card
+from lcc_lens.exporters.huggingface import export, model_card
 from lcc_lens.harness import evaluate_task
 from lcc_lens.models.hooked.losses import sequence_loss
 from lcc_lens.models.loading.hooked import load_tokenizer

@@ -18,7 +18,7 @@ from lcc_lens.analysis.selectors.names import SelectorName
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.heads import Head, check_heads
 from lcc_lens.data.datasets import Data
-from lcc_lens.export import ExportReport, export
+from lcc_lens.exporters.huggingface import ExportReport, export
 from lcc_lens.models.hooked.hooks import HookedModel
 from lcc_lens.models.pair import Pair
 from lcc_lens.reshaping import keep_learned
@@ -304,7 +304,7 @@ class RestoreSession:
             return Restoration.of(injection, self._bench.record(self._state, self.history))
 
     def export(self, out: str | Path, *, overwrite: bool = False) -> ExportReport:
-        """Write and verify the restored model (see :func:`~lcc_lens.export.export`)."""
+        """Write and verify the restored model (see :func:`~lcc_lens.exporters.huggingface.export`)."""
         return export(self.restoration(), self.pair.pruned_id.path, out, overwrite=overwrite)
 
     def save(self, run: str | Path) -> None:

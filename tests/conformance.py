@@ -25,7 +25,8 @@ from lcc_lens.core.errors import LensError
 from lcc_lens.core.files import tensor_names, write_json, write_text
 from lcc_lens.core.heads import Head
 from lcc_lens.data.datasets import load_data
-from lcc_lens.export import export
+from lcc_lens.exporters.huggingface import export
+from lcc_lens.exporters.sidecar import load_restored
 from lcc_lens.models.architecture.anatomy import find_anatomies
 from lcc_lens.models.architecture.bias_slots import find_slots
 from lcc_lens.models.architecture.linear_maps import find_matrices
@@ -34,7 +35,6 @@ from lcc_lens.models.pair import Pair, load_pair
 from lcc_lens.pruning.jobs import prune
 from lcc_lens.restoration.restore import restore
 from lcc_lens.restoration.result import Restoration
-from lcc_lens.sidecar import load_restored
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 HEADS = [Head(0, 3), Head(1, 0), Head(2, 1), Head(2, 4)]

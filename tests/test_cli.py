@@ -267,7 +267,7 @@ def test_doctor_by_command(dense_dir: Path, tmp_path: Path, capsys: pytest.Captu
 def test_export_in_another_format_and_other_files_is_sent(
     pruned_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from lcc_lens import hub
+    from lcc_lens.exporters import hub
 
     sent: list[tuple[Path, str]] = []
 

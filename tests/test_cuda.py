@@ -16,7 +16,7 @@ from lcc_lens.analysis.scan.scan import Scan, scan
 from lcc_lens.core.config import compute_dtype, default_device
 from lcc_lens.core.memory import peak_memory
 from lcc_lens.data.datasets import load_data
-from lcc_lens.export import export
+from lcc_lens.exporters.huggingface import export
 from lcc_lens.models.hooked.offloading import device_of
 from lcc_lens.models.pair import Pair, load_pair
 from lcc_lens.pruning.jobs import prune, refit

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 from lcc_lens.core.errors import LensError, RequestError
 from lcc_lens.core.files import sha256_file
 from lcc_lens.core.heads import Head, all_heads
-from lcc_lens.export import export
+from lcc_lens.exporters.huggingface import export
 from lcc_lens.models.loading.hooked import load_hooked
 from lcc_lens.restoration.result import Restoration, RestorationRecord
 
@@ -122,7 +122,7 @@ def test_export_that_computes_something_else_is_not_kept(tmp_path: Path, monkeyp
     import sys
 
     pruned = save_model(build_model(), tmp_path / "pruned")
-    module = sys.modules["lcc_lens.folding"]
+    module = sys.modules["lcc_lens.exporters.folding"]
     right = module.fold
     monkeypatch.setattr(module, "fold", lambda *args: {layer: 1.01 * bias for layer, bias in right(*args).items()})
     with pytest.raises(LensError, match="wanted the reloaded export"):

@@ -19,11 +19,10 @@ from safetensors.torch import load_file, save_file
 from test_cli import call, refused
 from test_export import restoration_of
 
-from lcc_lens import gguf_export
 from lcc_lens.core.errors import LensError, RequestError
-from lcc_lens.export import export
-from lcc_lens.gguf_comparison import _grouped, _transposed, compare_gguf
-from lcc_lens.gguf_export import FOLDER_VARIABLE, export_gguf
+from lcc_lens.exporters import gguf as gguf_export
+from lcc_lens.exporters.gguf import FOLDER_VARIABLE, _grouped, _transposed, compare_gguf, export_gguf
+from lcc_lens.exporters.huggingface import export
 
 
 @pytest.fixture(autouse=True)

@@ -14,8 +14,8 @@ from conformance import FAMILIES, HEADS
 from test_export import restoration_of
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from lcc_lens.export import export
-from lcc_lens.gguf_export import FOLDER_VARIABLE, export_gguf
+from lcc_lens.exporters.gguf import FOLDER_VARIABLE, export_gguf
+from lcc_lens.exporters.huggingface import export
 from lcc_lens.models.loading.gguf import embedded_gguf
 
 LLAMA_CPP = os.environ.get(FOLDER_VARIABLE)

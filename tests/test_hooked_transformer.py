@@ -18,7 +18,7 @@ from lcc_lens.analysis.scan.scan import Scan, scan
 from lcc_lens.baselines import adapters, eora, flap
 from lcc_lens.core.errors import LensError, RequestError
 from lcc_lens.data.datasets import encode, load_data
-from lcc_lens.export import export
+from lcc_lens.exporters.huggingface import export
 from lcc_lens.models.hooked.direct_path import HeadWriter, Readout
 from lcc_lens.models.hooked.forward import can_fuse
 from lcc_lens.models.hooked.hooked_transformer import checkpoint_of, is_hooked_transformer, make_hooked_transformer

@@ -9,7 +9,7 @@ import huggingface_hub
 import pytest
 
 from lcc_lens.core.errors import LensError, RequestError
-from lcc_lens.hub import push_to_hub
+from lcc_lens.exporters.hub import push_to_hub
 
 
 def test_directory_is_sent_whole(dense_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:

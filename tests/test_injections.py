@@ -16,7 +16,7 @@ from lcc_lens.analysis.scan.scan import Scan
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.heads import Head
 from lcc_lens.data.datasets import encode, load_data
-from lcc_lens.export import export
+from lcc_lens.exporters.huggingface import export
 from lcc_lens.models.hooked.hooks import z_name
 from lcc_lens.models.hooked.losses import token_divergence
 from lcc_lens.models.hooked.weights import changed_weights, plain_modules

@@ -19,7 +19,7 @@ from lcc_lens.core.config import default_device_map, placed
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.heads import Head
 from lcc_lens.data.datasets import Data, load_data
-from lcc_lens.export import export
+from lcc_lens.exporters.huggingface import export
 from lcc_lens.models.hooked.direct_path import HeadWriter
 from lcc_lens.models.hooked.offloading import (
     device_of,
@@ -39,7 +39,7 @@ from lcc_lens.restoration.restore import restore
 from lcc_lens.restoration.training.config import TrainConfig
 from lcc_lens.restoration.training.objectives import Objective
 
-export_module = import_module("lcc_lens.export")  # lcc_lens.export is the function
+export_module = import_module("lcc_lens.exporters.huggingface")  # lcc_lens.exporters.huggingface is the function
 TOKENS = torch.arange(1, 25).reshape(2, 12)
 
 

@@ -28,7 +28,7 @@ from lcc_lens.analysis.scan.scan import Scan, scan
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.heads import HEAD_MAP, Head, HeadMap, read_head_map
 from lcc_lens.data.datasets import load_data
-from lcc_lens.export import export
+from lcc_lens.exporters.huggingface import export
 from lcc_lens.models.architecture.anatomy import find_anatomies
 from lcc_lens.models.architecture.linear_maps import find_matrices
 from lcc_lens.models.architecture.sparsity_patterns import NofM, Unstructured

@@ -15,7 +15,7 @@ from lcc_lens.analysis.scan.scan import Scan, scan
 from lcc_lens.core.errors import LensError, RequestError
 from lcc_lens.core.heads import Head, all_heads
 from lcc_lens.data.datasets import encode, load_data
-from lcc_lens.export import export
+from lcc_lens.exporters.huggingface import export
 from lcc_lens.models.hooked.hooks import mlp_name, z_name
 from lcc_lens.models.hooked.layer_walk import LayerWalk, can_walk
 from lcc_lens.models.pair import load_pair

@@ -14,10 +14,10 @@ from test_slots import mlp_alone, with_mlp
 
 import lcc_lens as lcc
 from lcc_lens.core.errors import RequestError
+from lcc_lens.exporters.sidecar import BUFFER
 from lcc_lens.models.hooked.sites import reading_maps
 from lcc_lens.models.pair import load_pair
 from lcc_lens.restoration.injections.changes import Shift
-from lcc_lens.sidecar import BUFFER
 
 
 def test_run_directory_serves_what_no_checkpoint_holds(tmp_path: Path) -> None:

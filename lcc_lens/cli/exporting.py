@@ -37,8 +37,8 @@ class Export(Placed):
     def execute(self) -> None:
         import torch
 
-        from lcc_lens.export import export
-        from lcc_lens.hub import push_to_hub, require_repository
+        from lcc_lens.exporters.hub import push_to_hub, require_repository
+        from lcc_lens.exporters.huggingface import export
         from lcc_lens.restoration.result import Restoration
 
         if self.push_to_hub is not None:
@@ -66,7 +66,7 @@ class Export(Placed):
 
     def _require_gguf(self) -> None:
         """Refuse a GGUF file that could not be written, before the export is."""
-        from lcc_lens.gguf_export import require_converter, require_new_file
+        from lcc_lens.exporters.gguf import require_converter, require_new_file
 
         if self.gguf is not None:
             require_converter(self.llama_cpp)
@@ -75,7 +75,7 @@ class Export(Placed):
             raise RequestError("wanted the GGUF file to write beside --llama-cpp, got none; name it by --gguf FILE")
 
     def _write_gguf(self, file: Path) -> None:
-        from lcc_lens.gguf_export import export_gguf
+        from lcc_lens.exporters.gguf import export_gguf
 
         written = export_gguf(self.out, file, llama_cpp=self.llama_cpp, overwrite=self.overwrite)
         rows = [

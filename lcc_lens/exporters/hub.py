@@ -17,7 +17,7 @@ def push_to_hub(directory: str | Path, repository: str, *, private: bool = True)
     The login is the user's own (``hf auth login``, or ``HF_TOKEN``); no token is taken or kept here.
 
     Args:
-        directory: what :func:`lcc_lens.export.export` wrote.
+        directory: what :func:`lcc_lens.exporters.huggingface.export` wrote.
         repository: ``owner/name``; made if it is not there.
         private: whether a repository that is made here is private.
 

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lcc_lens.core.errors import RequestError
-from lcc_lens.folding import fold, require_same_weights
+from lcc_lens.exporters.folding import fold, require_same_weights
 from lcc_lens.models.architecture.anatomy import ATTENTION_OUTPUTS, MLP_OUTPUTS
 from lcc_lens.models.architecture.layers import decoder_layers, is_transposed
 from lcc_lens.models.hooked.sites import ConstantSite, reading_maps

@@ -25,8 +25,8 @@ from lcc_lens.core.files import (
     write_text,
 )
 from lcc_lens.core.memory import release_memory
-from lcc_lens.folding import edited_tensors, fold, require_same_weights, shares_values
-from lcc_lens.model_card import model_card
+from lcc_lens.exporters.folding import edited_tensors, fold, require_same_weights, shares_values
+from lcc_lens.exporters.model_card import model_card
 from lcc_lens.models.architecture.bias_slots import BiasSlots, find_slots
 from lcc_lens.models.architecture.joint_bias_slots import JointSlots, find_joint_slots
 from lcc_lens.models.hooked.hooks import HookedModel

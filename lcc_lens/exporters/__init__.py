@@ -1,0 +1,1 @@
+"""Exporters: a restoration folded into a plain Hugging Face checkpoint, a GGUF file, or kept beside the weights."""
