@@ -10,8 +10,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from lcc_lens.core.files import read_json
-from lcc_lens.paper_recipes import read_recipe
-from lcc_lens.paper_tables import paper_page
+from lcc_lens.evaluation.paper.recipes import read_recipe
+from lcc_lens.evaluation.paper.tables import paper_page
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "paper_tables.md"

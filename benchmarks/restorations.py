@@ -5,7 +5,7 @@
     python benchmarks/restorations.py --zero-shot      # then, of what was trained, the accuracies on five tasks
     python benchmarks/restorations.py --latency        # and how long each way of being served takes
 
-For each pruned model this is ``lcc-lens compare`` (see ``lcc_lens/compare.py`` for what a cell is). Cells are kept in
+For each pruned model this is ``lcc-lens compare`` (see ``lcc_lens/evaluation/comparison/compare.py`` for what a cell is). Cells are kept in
 ``benchmarks/restorations_*.json`` as they come, what they trained in ``--folder``; the study can be stopped at any
 time. Delete a file to begin anew.
 """
@@ -30,14 +30,14 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 from run import describe
 from transformers.utils import logging as transformers_logging
 
-from lcc_lens.bench import Bench
-from lcc_lens.compare import MEASURES, compare, read_part
-from lcc_lens.compare_config import CompareConfig
 from lcc_lens.core.files import locked, read_json, write_json
-from lcc_lens.entries import Entry
+from lcc_lens.evaluation.comparison.compare import MEASURES, compare, read_part
+from lcc_lens.evaluation.comparison.config import CompareConfig
+from lcc_lens.evaluation.comparison.entry import Entry
+from lcc_lens.evaluation.comparison.runner import Bench
+from lcc_lens.evaluation.task_recovery import RECOVERY_TASKS, TASK_EPOCHS, TASK_EXAMPLES
 from lcc_lens.pruning.jobs import prune, refit
 from lcc_lens.restoration.best import BEST_ENTRY, BEST_METHOD, BEST_OBJECTIVE, REFITTED
-from lcc_lens.task_recovery import RECOVERY_TASKS, TASK_EPOCHS, TASK_EXAMPLES
 
 HERE, DENSE = Path(__file__).parent, "smollm2"
 MODELS: dict[str, dict[str, Any]] = {

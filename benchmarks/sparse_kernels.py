@@ -21,10 +21,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from lcc_lens.core.config import default_device
 from lcc_lens.core.files import write_json
-from lcc_lens.latency import interleaved, median_interval, spread_tokens, time_prefill
+from lcc_lens.evaluation.efficiency.semi_structured import require_kernels, to_semi_structured
+from lcc_lens.evaluation.efficiency.timing import interleaved, median_interval, spread_tokens, time_prefill
 from lcc_lens.models.architecture.sparsity_patterns import parse_pattern
 from lcc_lens.pruning.methods.masks import keep_mask
-from lcc_lens.pruning.semi_structured import require_kernels, to_semi_structured
 
 SHAPES: dict[str, dict[str, int]] = {
     "SmolLM2-135M": {

@@ -244,7 +244,7 @@ RESTORED = {
 
 def restoration_table(study: dict[str, Any]) -> str:
     """Mean over seeds, with the standard deviation where there are several, of every entry of a comparison."""
-    from lcc_lens.compare import summary
+    from lcc_lens.evaluation.comparison.compare import summary
 
     def cell(row: dict[str, Any], key: str, digits: int, scale: float = 1.0) -> str:
         value, spread = row[key], row[f"{key}_sd"]
@@ -276,8 +276,8 @@ def accuracy_table(study: dict[str, Any]) -> str:
 
     Beside them the mean of those tasks alone that pruning made worse, and the share of that loss recovered.
     """
-    from lcc_lens.accuracies import mean_accuracy, tasks_made_worse
-    from lcc_lens.compare import summary
+    from lcc_lens.evaluation.comparison.accuracies import mean_accuracy, tasks_made_worse
+    from lcc_lens.evaluation.comparison.compare import summary
 
     bare = {name: model["tasks"] for name, model in study["bare"].items()}
     tasks, worse = list(bare["dense"]), tasks_made_worse(bare)
@@ -318,7 +318,7 @@ DIFFERENCES = (
 
 def difference_table(study: dict[str, Any]) -> str:
     """Differences of mean accuracy over the tasks that pruning made worse, of the same items with the same seeds."""
-    from lcc_lens.accuracies import accuracy_difference, tasks_made_worse
+    from lcc_lens.evaluation.comparison.accuracies import accuracy_difference, tasks_made_worse
 
     bare = {name: model["tasks"] for name, model in study["bare"].items()}
     worse = tasks_made_worse(bare)
@@ -353,7 +353,7 @@ def _short(label: str) -> str:
 
 def one_task_table(studies: dict[str, dict[str, Any]]) -> str:
     """Accuracy after training on a task, the gain over the pruned model (95 %, items), and perplexity elsewhere."""
-    from lcc_lens.compare import summary
+    from lcc_lens.evaluation.comparison.compare import summary
 
     lines = [
         "| accuracy, % (gain); WikiText perplexity | " + " | ".join(studies) + " |",

@@ -39,8 +39,6 @@ if TYPE_CHECKING:
     from lcc_lens.analysis.scan.scan import scan as scan
     from lcc_lens.analysis.scan.token_differences import TokenLoss as TokenLoss
     from lcc_lens.analysis.statistics import DifferenceStatistics as DifferenceStatistics
-    from lcc_lens.compare import compare as compare
-    from lcc_lens.compare_config import CompareConfig as CompareConfig
     from lcc_lens.core.errors import LensError as LensError
     from lcc_lens.core.errors import RequestError as RequestError
     from lcc_lens.core.heads import Head as Head
@@ -48,10 +46,17 @@ if TYPE_CHECKING:
     from lcc_lens.core.progress import shown as shown
     from lcc_lens.data.datasets import Data as Data
     from lcc_lens.data.datasets import load_data as load_data
-    from lcc_lens.doctor import Examination as Examination
-    from lcc_lens.doctor import examine as examine
     from lcc_lens.drawing import draw_figures as draw_figures
-    from lcc_lens.evaluation import evaluate as evaluate
+    from lcc_lens.evaluation.comparison.compare import compare as compare
+    from lcc_lens.evaluation.comparison.config import CompareConfig as CompareConfig
+    from lcc_lens.evaluation.doctor import Examination as Examination
+    from lcc_lens.evaluation.doctor import examine as examine
+    from lcc_lens.evaluation.efficiency.report import report as report
+    from lcc_lens.evaluation.evaluate import evaluate as evaluate
+    from lcc_lens.evaluation.paper.recipes import read_recipe as read_recipe
+    from lcc_lens.evaluation.paper.run import run_recipe as run_recipe
+    from lcc_lens.evaluation.task_recovery import TaskMeasures as TaskMeasures
+    from lcc_lens.evaluation.task_recovery import load_task_data as load_task_data
     from lcc_lens.explorer import explore as explore
     from lcc_lens.exporters.gguf import export_gguf as export_gguf
     from lcc_lens.exporters.hub import push_to_hub as push_to_hub
@@ -61,8 +66,6 @@ if TYPE_CHECKING:
     from lcc_lens.models.loading.in_memory import stored_model as stored_model
     from lcc_lens.models.pair import Pair as Pair
     from lcc_lens.models.pair import load_pair as load_pair
-    from lcc_lens.paper_recipes import read_recipe as read_recipe
-    from lcc_lens.paper_run import run_recipe as run_recipe
     from lcc_lens.plotting import plot_comparison as plot_comparison
     from lcc_lens.plotting import plot_inference_cost as plot_inference_cost
     from lcc_lens.plotting import plot_logit_gain as plot_logit_gain
@@ -82,7 +85,6 @@ if TYPE_CHECKING:
     from lcc_lens.plotting import write_image as write_image
     from lcc_lens.pruning.jobs import prune as prune
     from lcc_lens.pruning.jobs import refit as refit
-    from lcc_lens.report import report as report
     from lcc_lens.restoration.best import restore_best as restore_best
     from lcc_lens.restoration.injections.base import Composite as Composite
     from lcc_lens.restoration.injections.base import Injection as Injection
@@ -97,8 +99,6 @@ if TYPE_CHECKING:
     from lcc_lens.restoration.training.loop import train as train
     from lcc_lens.restoration.training.objectives import Objective as Objective
     from lcc_lens.session import RestoreSession as RestoreSession
-    from lcc_lens.task_recovery import TaskMeasures as TaskMeasures
-    from lcc_lens.task_recovery import load_task_data as load_task_data
     from lcc_lens.widget import RestoreWidget as RestoreWidget
 
 

@@ -16,10 +16,11 @@ from lcc_lens.core.files import write_json, write_text
 from lcc_lens.core.metrics import share_recovered
 from lcc_lens.data.datasets import Data, Role, assert_disjoint, encode, load_data, load_records, split_examples
 from lcc_lens.data.prompts import Example
+from lcc_lens.evaluation.evaluate import format_scores
+from lcc_lens.evaluation.lm_eval_tasks import evaluate_task
 from lcc_lens.explorer import explore
 from lcc_lens.explorer.token_tables import read_tokens
 from lcc_lens.exporters.huggingface import export, model_card
-from lcc_lens.harness import evaluate_task
 from lcc_lens.models.hooked.losses import sequence_loss
 from lcc_lens.models.loading.hooked import load_tokenizer
 from lcc_lens.models.loading.plain import load_plain
@@ -28,7 +29,6 @@ from lcc_lens.models.pair import load_pair
 from lcc_lens.pruning.jobs import prune
 from lcc_lens.restoration.restore import restore
 from lcc_lens.restoration.training.loop import TrainConfig
-from lcc_lens.score_text import format_scores
 
 
 @dataclass(frozen=True)

@@ -60,7 +60,7 @@ def refit_rows(report: dict[str, Any]) -> list[list[str]]:
 
 def show_comparison(bare: dict[str, Any], rows: list[dict[str, Any]], out: Path) -> None:
     """Print a comparison: what came back, what it cost, and which cells failed."""
-    from lcc_lens.comparison_tables import comparison_tables, failures
+    from lcc_lens.evaluation.comparison.tables import comparison_tables, failures
 
     for table in comparison_tables(bare, rows) if bare else ():
         show_table(table.title, table.columns, table.rows)
@@ -135,7 +135,7 @@ def show_recovery(found: dict[str, Any], run: Path) -> None:
 
 def show_results(models: dict[str, Any], title: str) -> None:
     """Print the scores of models side by side."""
-    from lcc_lens.score_text import format_scores
+    from lcc_lens.evaluation.evaluate import format_scores
 
     columns = ["model", *format_scores(next(iter(models.values()))["tasks"])]
     show_table(title, columns, [[name, *format_scores(entry["tasks"]).values()] for name, entry in models.items()])
@@ -143,7 +143,7 @@ def show_results(models: dict[str, Any], title: str) -> None:
 
 def show_report(found: dict[str, Any], title: str) -> None:
     """Print an efficiency report: sizes, times, and what they say."""
-    from lcc_lens.report_text import findings, size_table, time_table
+    from lcc_lens.evaluation.efficiency.report_text import findings, size_table, time_table
 
     show_table(title, *size_table(found))
     if found["ratios"]:

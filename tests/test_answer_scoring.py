@@ -8,8 +8,8 @@ import pytest
 import torch
 from lm_eval.models.huggingface import HFLM
 
-from lcc_lens.answer_scoring import AnswerScorer
 from lcc_lens.core.errors import RequestError
+from lcc_lens.evaluation.lm_eval_model import AnswerScorer
 from lcc_lens.models.loading.hooked import load_tokenizer
 from lcc_lens.models.loading.plain import load_plain
 

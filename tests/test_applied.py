@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from lcc_lens.analysis.scan.scan import scan
-from lcc_lens.baselines import adapters
-from lcc_lens.baselines.lofit import SparseGains
 from lcc_lens.data.datasets import encode, load_data
+from lcc_lens.evaluation.baselines.adapters import adapters
+from lcc_lens.evaluation.baselines.lofit import SparseGains
 from lcc_lens.restoration.injections.ingredients import Ingredients
 from lcc_lens.restoration.injections.methods import METHODS, build_injection
 from lcc_lens.restoration.result import Restoration, RestorationRecord

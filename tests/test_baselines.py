@@ -8,11 +8,14 @@ import pytest
 import torch
 from conftest import build_model, save_model
 
-from lcc_lens.baselines import adapters, eora, flap, lofit_heads
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.heads import Head
 from lcc_lens.data.datasets import encode, load_data
-from lcc_lens.merging import merging_costs
+from lcc_lens.evaluation.baselines.adapters import adapters
+from lcc_lens.evaluation.baselines.eora import eora
+from lcc_lens.evaluation.baselines.flap import flap
+from lcc_lens.evaluation.baselines.lofit import lofit_heads
+from lcc_lens.evaluation.comparison.costs import merging_costs
 from lcc_lens.models.hooked.forward import fused_attention
 from lcc_lens.models.hooked.sites import reading_maps
 from lcc_lens.models.hooked.weights import plain_modules

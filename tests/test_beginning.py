@@ -10,8 +10,8 @@ import torch
 from lcc_lens.restoration.result.training import loop as training
 from lcc_lens.restoration.result.training import lr_range
 
-from lcc_lens.baselines.lofit import SparseGains
 from lcc_lens.data.datasets import encode, load_data
+from lcc_lens.evaluation.baselines.lofit import SparseGains
 from lcc_lens.restoration.injections.ingredients import Ingredients
 from lcc_lens.restoration.injections.methods import build_injection
 from lcc_lens.restoration.restore import restore

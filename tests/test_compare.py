@@ -8,17 +8,17 @@ from pathlib import Path
 
 import pytest
 from conftest import build_model, save_model
+from lcc_lens.evaluation.evaluate.comparison import runner as module
 from test_evaluation import ARC
 
-from lcc_lens import bench as module
 from lcc_lens.analysis.scan.scan import Scan
-from lcc_lens.compare import compare, read_part, summary
-from lcc_lens.compare_config import CompareConfig
 from lcc_lens.core.errors import InterruptedRun, LensError, RequestError
 from lcc_lens.core.files import read_json
 from lcc_lens.data.datasets import encode, load_data
-from lcc_lens.entries import Entry
-from lcc_lens.harness import evaluate_task
+from lcc_lens.evaluation.comparison.compare import compare, read_part, summary
+from lcc_lens.evaluation.comparison.config import CompareConfig
+from lcc_lens.evaluation.comparison.entry import Entry
+from lcc_lens.evaluation.lm_eval_tasks import evaluate_task
 from lcc_lens.models.loading.hooked import load_tokenizer
 from lcc_lens.models.loading.plain import load_plain
 from lcc_lens.pruning.jobs import prune

@@ -9,15 +9,21 @@ from pathlib import Path
 
 import pytest
 import torch
+from lcc_lens.evaluation.evaluate.comparison import runner as bench
 from test_cli import call
 
-from lcc_lens import bench
-from lcc_lens.accuracies import accuracy_difference, mean_accuracy, mean_rows, task_rows, tasks_made_worse
-from lcc_lens.compare import summary
-from lcc_lens.comparison_tables import comparison_tables, failures, rounded
 from lcc_lens.core.errors import LensError
-from lcc_lens.entries import BASELINES, all_entries
-from lcc_lens.measures import Measures
+from lcc_lens.evaluation.comparison.accuracies import (
+    accuracy_difference,
+    mean_accuracy,
+    mean_rows,
+    task_rows,
+    tasks_made_worse,
+)
+from lcc_lens.evaluation.comparison.compare import summary
+from lcc_lens.evaluation.comparison.entry import BASELINES, all_entries
+from lcc_lens.evaluation.comparison.measures import Measures
+from lcc_lens.evaluation.comparison.tables import comparison_tables, failures, rounded
 
 
 def scores(**items: str) -> dict:

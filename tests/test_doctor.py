@@ -9,9 +9,8 @@ import pytest
 from conformance import save_family
 from conftest import build_model, save_model
 
-from lcc_lens import doctor
-from lcc_lens.doctor import Examination, examine
-from lcc_lens.machine import Machine
+from lcc_lens.evaluation.doctor import Examination, Machine, examine
+from lcc_lens.evaluation.evaluate import doctor
 from lcc_lens.models.architecture.bias_slots import find_slots
 
 

@@ -17,8 +17,8 @@ from lcc_lens.core.metrics import bootstrap_interval, perplexity, share_recovere
 from lcc_lens.data.datasets import datasets as data
 from lcc_lens.data.datasets import encode, load_data
 from lcc_lens.data.negatives import with_other_answers
-from lcc_lens.evaluation import check_tasks, evaluate, evaluate_model, unique_names
-from lcc_lens.harness import evaluate_task
+from lcc_lens.evaluation.evaluate import check_tasks, evaluate, evaluate_model, unique_names
+from lcc_lens.evaluation.lm_eval_tasks import evaluate_task
 from lcc_lens.models.hooked.losses import sequence_loss
 from lcc_lens.models.loading.hooked import load_tokenizer
 from lcc_lens.models.loading.plain import load_plain

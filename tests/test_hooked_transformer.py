@@ -15,9 +15,11 @@ from reference import head_outputs, layer_outputs
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lcc_lens.analysis.scan.scan import Scan, scan
-from lcc_lens.baselines import adapters, eora, flap
 from lcc_lens.core.errors import LensError, RequestError
 from lcc_lens.data.datasets import encode, load_data
+from lcc_lens.evaluation.baselines.adapters import adapters
+from lcc_lens.evaluation.baselines.eora import eora
+from lcc_lens.evaluation.baselines.flap import flap
 from lcc_lens.exporters.huggingface import export
 from lcc_lens.models.hooked.direct_path import HeadWriter, Readout
 from lcc_lens.models.hooked.forward import can_fuse

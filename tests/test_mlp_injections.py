@@ -17,8 +17,8 @@ from lcc_lens.analysis.scan.scan import Scan, scan
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.heads import Head
 from lcc_lens.data.datasets import encode, load_data
+from lcc_lens.evaluation.comparison.costs import merging_costs
 from lcc_lens.exporters.huggingface import export
-from lcc_lens.merging import merging_costs
 from lcc_lens.models.architecture.bias_slots import find_slots
 from lcc_lens.models.hooked.hooks import NamedHook, mlp_name, readers
 from lcc_lens.models.hooked.sites import mlp_width, reading_maps

@@ -9,14 +9,15 @@ from pathlib import Path
 
 import pytest
 from conftest import build_model, save_model
+from lcc_lens.evaluation.evaluate.comparison import data as comparison_data
+from lcc_lens.evaluation.evaluate.comparison import runner as bench
 from small_sets import write_sets
 from test_cli import call, refused
 
-from lcc_lens import bench, comparison_data
 from lcc_lens.core.errors import RequestError
-from lcc_lens.paper_recipes import dry, read_recipe
-from lcc_lens.paper_run import run_recipe
-from lcc_lens.paper_tables import paper_page, recipe_table
+from lcc_lens.evaluation.paper.recipes import dry, read_recipe
+from lcc_lens.evaluation.paper.run import run_recipe
+from lcc_lens.evaluation.paper.tables import paper_page, recipe_table
 from lcc_lens.restoration.best import BEST_ENTRY
 
 ROOT = Path(__file__).parents[1]
@@ -123,7 +124,7 @@ def test_a_run_goes_on_and_belongs_to_its_recipe(
         raise AssertionError("pruned, and the cells are there")
 
     with monkeypatch.context() as patch:
-        patch.setattr("lcc_lens.paper_run.prune", never)
+        patch.setattr("lcc_lens.evaluation.paper.run.prune", never)
         patch.setattr(bench, "train", never)
         results = run_recipe(recipe, tmp_path / "run", dry_run=tiny, on_cell=lambda *cell: cells.append(cell[0]))
     assert cells == []

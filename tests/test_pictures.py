@@ -13,9 +13,9 @@ from lcc_lens.analysis.scan.scan import Scan
 from lcc_lens.core.errors import LensError
 from lcc_lens.core.heads import Head
 from lcc_lens.demo import DemoConfig, run_demo
+from lcc_lens.evaluation.evaluate import format_scores
 from lcc_lens.plotting import plot_loss_map, plot_training, write_html, write_image
 from lcc_lens.restoration.training.loop import Step
-from lcc_lens.score_text import format_scores
 
 
 def test_loss_map_leaves_removed_heads_blank_and_says_where_heads_moved(found: Scan) -> None:

@@ -11,10 +11,10 @@ from conftest import N_LAYERS, save_model
 from test_contrast import FAMILIES
 from test_reuse import passes
 
-from lcc_lens.baselines import adapters
 from lcc_lens.core.heads import Head
 from lcc_lens.data.batches import TokenSequence
 from lcc_lens.data.datasets import encode, load_data, pad
+from lcc_lens.evaluation.baselines.adapters import adapters
 from lcc_lens.models.hooked.hooks import kept_hooks
 from lcc_lens.models.loading.hooked import load_hooked
 from lcc_lens.restoration.injections.constants import LccInjection

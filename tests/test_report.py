@@ -14,10 +14,17 @@ from test_zeros import edited, sparse_model
 import lcc_lens
 from lcc_lens.cli import run
 from lcc_lens.core.errors import RequestError
-from lcc_lens.evaluation import unique_names
-from lcc_lens.latency import WARM_UP, interleaved, median_interval, spread_tokens, time_decode, time_prefill
-from lcc_lens.report import report
-from lcc_lens.report_text import findings, size_table, time_table
+from lcc_lens.evaluation.efficiency.report import report
+from lcc_lens.evaluation.efficiency.report_text import findings, size_table, time_table
+from lcc_lens.evaluation.efficiency.timing import (
+    WARM_UP,
+    interleaved,
+    median_interval,
+    spread_tokens,
+    time_decode,
+    time_prefill,
+)
+from lcc_lens.evaluation.evaluate import unique_names
 
 SHORT = {"repeats": 3, "prompt_tokens": 9, "new_tokens": 2}
 
@@ -97,7 +104,7 @@ def test_a_model_of_another_shape_gets_a_note(checkpoints: dict[str, Path], tmp_
 
 
 def test_without_latency_nothing_is_loaded(checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delattr("lcc_lens.speed.load_plain")
+    monkeypatch.delattr("lcc_lens.evaluation.efficiency.timing.load_plain")
     found = report([checkpoints["sparse"], checkpoints["sparse"]], latency=False)
     assert list(found["models"]) == unique_names([str(checkpoints["sparse"])] * 2)
     assert found["ratios"] == {}
@@ -255,7 +262,7 @@ def test_command_refuses_before_it_writes(
 
 
 def test_public_name_stays_the_function() -> None:
-    import lcc_lens.report as module
+    import lcc_lens.evaluation.efficiency.report as module
 
-    assert lcc_lens.report is report
+    assert lcc_lens.evaluation.efficiency.report is report
     assert callable(module)

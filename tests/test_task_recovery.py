@@ -11,11 +11,11 @@ from test_cli import call, refused
 
 from lcc_lens.core.errors import RequestError
 from lcc_lens.data.datasets import encode, load_data, load_records
-from lcc_lens.harness import evaluate_task
+from lcc_lens.evaluation.lm_eval_tasks import evaluate_task
+from lcc_lens.evaluation.task_recovery import RECOVERY_TASKS, load_task_data
 from lcc_lens.models.hooked.losses import sequence_loss
 from lcc_lens.models.loading.hooked import load_tokenizer
 from lcc_lens.models.loading.plain import load_plain
-from lcc_lens.task_recovery import RECOVERY_TASKS, load_task_data
 
 
 @pytest.fixture

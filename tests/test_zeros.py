@@ -11,9 +11,9 @@ from conftest import D_MODEL, build_model, save_model
 from safetensors.torch import load_file, save_file
 
 from lcc_lens.core.errors import RequestError
+from lcc_lens.evaluation.efficiency.compression import compressed_size, matrix_sizes, tensor_chunks, zstd_bytes
+from lcc_lens.evaluation.efficiency.semi_structured import require_kernels, to_semi_structured
 from lcc_lens.models.architecture.zeros import compare_zeros, zero_pattern
-from lcc_lens.pruning.compression import compressed_size, matrix_sizes, tensor_chunks, zstd_bytes
-from lcc_lens.pruning.semi_structured import require_kernels, to_semi_structured
 
 MATRICES_PER_LAYER = 7
 
@@ -202,7 +202,7 @@ def test_compressed_sizes(sparse_dir: Path, tmp_path: Path) -> None:
 
 
 def test_chunks_hold_every_byte(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lcc_lens.pruning.compression.CHUNK", 7)
+    monkeypatch.setattr("lcc_lens.evaluation.efficiency.compression.CHUNK", 7)
     tensor = torch.arange(15, dtype=torch.bfloat16).reshape(3, 5).T
     whole = tensor.contiguous().view(torch.uint8).numpy().tobytes()
     assert b"".join(bytes(chunk) for chunk in tensor_chunks(tensor)) == whole

@@ -58,9 +58,9 @@ class Compare(Common):
     """i/n: compute every n-th cell from the i-th. The same command with 1/n to n/n in n processes shares the work."""
 
     def execute(self) -> None:
-        from lcc_lens.compare import COMPARISON, compare, read_part
-        from lcc_lens.compare_config import CompareConfig
-        from lcc_lens.entries import all_entries
+        from lcc_lens.evaluation.comparison.compare import COMPARISON, compare, read_part
+        from lcc_lens.evaluation.comparison.config import CompareConfig
+        from lcc_lens.evaluation.comparison.entry import all_entries
 
         config = CompareConfig(
             data=self.data, examples=self.examples, texts=self.texts, blocks=self.blocks, responses=self.responses,

@@ -20,7 +20,7 @@ class Doctor(Common):
     """smollm2, a directory, a .gguf file, or a hub id (owner/name@revision)."""
 
     def execute(self) -> None:
-        from lcc_lens.doctor import examine
+        from lcc_lens.evaluation.doctor import examine
 
         found = examine(self.model)
         show_table(f"model: {found.reference}", ["", ""], [finding.row for finding in found.model])

@@ -30,7 +30,7 @@ class Eval(Common):
 
     def execute(self) -> None:
         from lcc_lens.core.files import write_json
-        from lcc_lens.evaluation import evaluate
+        from lcc_lens.evaluation.evaluate import evaluate
 
         if not self.models:
             raise RequestError("wanted at least one model, got none; name some")
@@ -59,7 +59,7 @@ class Report(Common):
 
     def execute(self) -> None:
         from lcc_lens.core.files import write_json
-        from lcc_lens.report import report
+        from lcc_lens.evaluation.efficiency.report import report
 
         if self.out is not None and self.out.is_dir():
             raise RequestError(f"wanted a file to write the report to, got the folder {self.out}; name a .json file")

@@ -32,9 +32,9 @@ class Recipe(Common):
     """A tiny model to run every step on, with next to no data: whether it runs, not what comes of it."""
 
     def execute(self) -> None:
-        from lcc_lens.comparison_tables import failures
-        from lcc_lens.paper_recipes import read_recipe
-        from lcc_lens.paper_run import RECIPE_TABLE, run_recipe
+        from lcc_lens.evaluation.comparison.tables import failures
+        from lcc_lens.evaluation.paper.recipes import read_recipe
+        from lcc_lens.evaluation.paper.run import RECIPE_TABLE, run_recipe
 
         recipe, out = read_recipe(self.file), self.out or Path("runs") / self.file.stem
         results = run_recipe(

@@ -15,10 +15,10 @@ from lcc_lens.show import show_losses, show_recovery
 if TYPE_CHECKING:
     from lcc_lens.analysis.scan.scan import Scan
     from lcc_lens.data.datasets import Data
+    from lcc_lens.evaluation.task_recovery import TaskMeasures
     from lcc_lens.models.pair import Pair
     from lcc_lens.restoration.result import Restoration
     from lcc_lens.restoration.training.loop import TrainConfig
-    from lcc_lens.task_recovery import TaskMeasures
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,7 +138,7 @@ class Restore(Placed):
 
     @property
     def _n_examples(self) -> int:
-        from lcc_lens.task_recovery import TASK_EXAMPLES
+        from lcc_lens.evaluation.task_recovery import TASK_EXAMPLES
 
         if self.examples is not None:
             return self.examples
@@ -146,7 +146,7 @@ class Restore(Placed):
 
     def _examples(self) -> tuple[Data, Data]:
         """Training and validation data."""
-        from lcc_lens.task_recovery import load_task_data
+        from lcc_lens.evaluation.task_recovery import load_task_data
 
         n = self._n_examples
         if self.task is not None:
@@ -155,10 +155,10 @@ class Restore(Placed):
         return load_role(name, n, "train", self.seed), load_role(name, max(8, n // 10), "held-out", self.seed)
 
     def _config(self) -> TrainConfig:
+        from lcc_lens.evaluation.task_recovery import TASK_EPOCHS
         from lcc_lens.restoration.best import BEST_LR, BEST_OBJECTIVE
         from lcc_lens.restoration.training.loop import TrainConfig
         from lcc_lens.restoration.training.objectives import Objective
-        from lcc_lens.task_recovery import TASK_EPOCHS
 
         is_best = self.method == "best"
         objective = self.objective or (BEST_OBJECTIVE if is_best else "response")
@@ -221,7 +221,7 @@ class Restore(Placed):
 
     def _measures(self) -> TaskMeasures | None:
         """What a task is measured on, if there is one; what has no data is refused before any work."""
-        from lcc_lens.task_recovery import TaskMeasures
+        from lcc_lens.evaluation.task_recovery import TaskMeasures
 
         if self.task is None:
             return None
@@ -230,9 +230,9 @@ class Restore(Placed):
         return measures
 
     def _measure(self, measures: TaskMeasures, restoration: Restoration, pair: Pair | None) -> None:
+        from lcc_lens.evaluation.task_recovery import note_task
         from lcc_lens.models.pair import load_pair
         from lcc_lens.restoration.best import REFITTED
-        from lcc_lens.task_recovery import note_task
 
         bare = self.pruned if pair is None else None
         found = measures.of(restoration, pair or load_pair(self.dense, self.run / REFITTED), bare=bare)

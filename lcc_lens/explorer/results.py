@@ -7,7 +7,7 @@ from typing import Any
 
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.files import read_json
-from lcc_lens.score_text import format_scores
+from lcc_lens.evaluation.evaluate import format_scores
 
 
 def results_table(path: Path) -> dict[str, Any]:

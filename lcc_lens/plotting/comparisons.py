@@ -9,8 +9,8 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from lcc_lens.compare import summary
 from lcc_lens.core.errors import RequestError
+from lcc_lens.evaluation.comparison.compare import summary
 from lcc_lens.plotting.forest import Mark, Panel, forest
 from lcc_lens.plotting.labels import entry_kind, entry_label
 from lcc_lens.plotting.theme import COLORS, KINDS, PAGE, rounded, styled
@@ -27,7 +27,7 @@ def plot_comparison(found: Mapping[str, Any]) -> go.Figure:
     model recover nothing by definition and stand below with their losses.
 
     Args:
-        found: what :func:`lcc_lens.compare.compare` returns, or ``comparison.json``.
+        found: what :func:`lcc_lens.evaluation.comparison.compare.compare` returns, or ``comparison.json``.
 
     Raises:
         RequestError: no finished cell.
@@ -53,7 +53,7 @@ def plot_tasks(found: Mapping[str, Any]) -> go.Figure:
     Bars are 95 % intervals of the gain over the pruned model on the same items, drawn anew.
 
     Args:
-        found: what :func:`lcc_lens.compare.compare` returns, or ``comparison.json``.
+        found: what :func:`lcc_lens.evaluation.comparison.compare.compare` returns, or ``comparison.json``.
 
     Raises:
         RequestError: the comparison measured no task.
@@ -81,7 +81,7 @@ def plot_inference_cost(found: Mapping[str, Any]) -> go.Figure:
     """What is recovered against the time per generated token, and whether pruned weights stay zero.
 
     Args:
-        found: what :func:`lcc_lens.compare.compare` returns, or ``comparison.json``.
+        found: what :func:`lcc_lens.evaluation.comparison.compare.compare` returns, or ``comparison.json``.
 
     Raises:
         RequestError: the comparison timed nothing.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from lcc_lens.entries import ADAPTERS, BASELINES, TUNED, Entry
+from lcc_lens.evaluation.comparison.entry import ADAPTERS, BASELINES, TUNED, Entry
 from lcc_lens.restoration.best import BEST_ENTRY
 
 SELECTOR_LABELS = {

@@ -10,9 +10,9 @@ from typing import Any, Literal
 
 import plotly.graph_objects as go
 
-from lcc_lens.compare import summary
 from lcc_lens.core.errors import RequestError
-from lcc_lens.entries import Entry
+from lcc_lens.evaluation.comparison.compare import summary
+from lcc_lens.evaluation.comparison.entry import Entry
 from lcc_lens.plotting.labels import SELECTOR_LABELS, entry_label
 from lcc_lens.plotting.theme import COLORS, COLUMN, SERIES, rounded, styled
 
@@ -98,7 +98,7 @@ def recovery_points(comparisons: Sequence[Mapping[str, Any]], along: Along) -> l
     """Points of comparisons: every line with the settings or the learning rate that it was trained with.
 
     Args:
-        comparisons: what :func:`lcc_lens.compare.compare` returns; of one pruned model, or recovery means different
+        comparisons: what :func:`lcc_lens.evaluation.comparison.compare.compare` returns; of one pruned model, or recovery means different
             things.
         along: ``heads`` and ``examples`` are a comparison's settings; learning rates are told apart within each.
     """

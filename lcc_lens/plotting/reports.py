@@ -20,7 +20,7 @@ def plot_report(report: Mapping[str, Any]) -> go.Figure:
     """Zeros and their pattern, size on disk, and latency beside the first model's.
 
     Args:
-        report: what :func:`lcc_lens.report.report` returns, or ``report.json``.
+        report: what :func:`lcc_lens.evaluation.efficiency.report.report` returns, or ``report.json``.
     """
     models, ratios = report["models"], report["ratios"]
     whole, zstd = _LOOKS

@@ -14,7 +14,7 @@ class Footprint:
 
     A checkpoint carries it if the maps that read each site of ``biases`` can hold a bias, and if there is nothing
     ``n_beside``; changed weights need nothing. How many numbers the biases add depends on the checkpoint (it may have
-    them already, or bring others along): :func:`lcc_lens.merging.merging_costs` counts them.
+    them already, or bring others along): :func:`lcc_lens.evaluation.comparison.costs.merging_costs` counts them.
     """
 
     biases: tuple[ConstantSite, ...] = ()

@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Mapping
 from typing import Any
 
-from lcc_lens.paper_recipes import BARE, PaperRecipe, PaperRow
+from lcc_lens.evaluation.paper.recipes import BARE, PaperRecipe, PaperRow
 
 Results = Mapping[str, Any]
 _HEAD = """# The paper's tables
@@ -55,7 +55,7 @@ def paper_page(recipes: Mapping[str, PaperRecipe], results: Mapping[str, Results
 
     Args:
         recipes: by the name of their file.
-        results: what :func:`~lcc_lens.paper_run.run_recipe` gave, by the same names.
+        results: what :func:`~lcc_lens.evaluation.paper.run.run_recipe` gave, by the same names.
     """
     tables = []
     for name, recipe in recipes.items():

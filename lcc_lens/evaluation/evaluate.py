@@ -12,7 +12,7 @@ from lcc_lens.core.config import package_version
 from lcc_lens.core.errors import RequestError
 from lcc_lens.data.datasets import Data, available_splits, encode, load_data
 from lcc_lens.data.prompts import SOURCES
-from lcc_lens.harness import HARNESS_FOLDERS, evaluate_task
+from lcc_lens.evaluation.lm_eval_tasks import HARNESS_FOLDERS, evaluate_task
 from lcc_lens.models.hooked.losses import sequence_loss
 from lcc_lens.models.loading.hooked import load_tokenizer
 from lcc_lens.models.loading.plain import load_plain
@@ -130,3 +130,18 @@ def _named_loss(data: Data, loss: Scores) -> Scores:
     keys = ("tokens", "sequences")
     named: Scores = {"perplexity": loss["perplexity"]} if data.kind == "text" else {"response_loss": loss["loss"]}
     return {**named, "loss": loss["loss"], **{key: loss[key] for key in keys}, "source": data.source}
+
+
+def format_scores(tasks: dict[str, Any]) -> dict[str, str]:
+    """Column title to text for one model's scores: perplexity, response loss, accuracy with standard error."""
+    columns: dict[str, str] = {}
+    for name, scores in tasks.items():
+        if "perplexity" in scores:
+            columns[f"{name}: perplexity"] = f"{scores['perplexity']:.2f}"
+        elif "response_loss" in scores:
+            columns[f"{name}: loss"] = f"{scores['response_loss']:.3f}"
+        else:
+            columns[f"{name}: accuracy (n = {scores['n']})"] = (
+                f"{100 * scores['acc']:.1f} ± {100 * scores['stderr']:.1f} %"
+            )
+    return columns

@@ -12,8 +12,8 @@ from lcc_lens.core.files import read_json, write_json
 from lcc_lens.core.metrics import bootstrap_interval, share_recovered, stratified_interval
 from lcc_lens.data.datasets import Data, TokenSequence, encode, load_data, load_records, split_examples
 from lcc_lens.data.prompts import SOURCES, Record, RecoveryTask
-from lcc_lens.evaluation import check_tasks
-from lcc_lens.harness import evaluate_task
+from lcc_lens.evaluation.evaluate import check_tasks
+from lcc_lens.evaluation.lm_eval_tasks import evaluate_task
 from lcc_lens.models.hooked.forward import fused_attention
 from lcc_lens.models.hooked.hooks import HookedModel
 from lcc_lens.models.hooked.losses import sequence_loss

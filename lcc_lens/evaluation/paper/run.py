@@ -8,14 +8,14 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from lcc_lens.accuracies import mean_accuracy
-from lcc_lens.compare import compare
 from lcc_lens.core.config import package_version
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.files import read_json, require_free, write_json, write_text
-from lcc_lens.evaluation import check_tasks
-from lcc_lens.paper_recipes import PaperRecipe, dry
-from lcc_lens.paper_tables import recipe_table
+from lcc_lens.evaluation.comparison.accuracies import mean_accuracy
+from lcc_lens.evaluation.comparison.compare import compare
+from lcc_lens.evaluation.evaluate import check_tasks
+from lcc_lens.evaluation.paper.recipes import PaperRecipe, dry
+from lcc_lens.evaluation.paper.tables import recipe_table
 from lcc_lens.pruning.jobs import prune
 
 RECIPE_SETTINGS, RECIPE_RESULTS, RECIPE_TABLE = "recipe.json", "results.json", "table.md"

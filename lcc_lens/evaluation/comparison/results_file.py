@@ -8,10 +8,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from lcc_lens.compare_config import CompareConfig
 from lcc_lens.core.config import package_version
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.files import locked, read_json, write_json
+from lcc_lens.evaluation.comparison.config import CompareConfig
 
 Finish = Callable[[dict[str, Any]], None]
 #: What a call of its own says.

@@ -3,24 +3,35 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Collection, Mapping
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from lcc_lens.baselines.adapters import adapted
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.files import tensor_names
-from lcc_lens.entries import ADAPTERS, Entry
-from lcc_lens.latency import DECODE_PROMPT, interleaved, median_interval, spread_tokens, time_decode, time_prefill
+from lcc_lens.evaluation.baselines.adapters import adapted
+from lcc_lens.evaluation.comparison.entry import ADAPTERS, Entry
+from lcc_lens.evaluation.efficiency.timing import (
+    DECODE_PROMPT,
+    SpeedConfig,
+    interleaved,
+    median_interval,
+    spread_tokens,
+    time_decode,
+    time_prefill,
+)
 from lcc_lens.models.architecture.joint_bias_slots import find_joint_slots
-from lcc_lens.models.architecture.layers import is_linear
-from lcc_lens.models.hooked.sites import ConstantSite
+from lcc_lens.models.architecture.layers import is_linear, is_transposed
+from lcc_lens.models.hooked.hooks import HookedModel
+from lcc_lens.models.hooked.sites import ConstantSite, reading_maps
 from lcc_lens.models.loading.plain import load_plain
-from lcc_lens.restoration.injections.weights import IN_LAYER
-from lcc_lens.speed import SpeedConfig
+from lcc_lens.models.pair import Pair
+from lcc_lens.restoration.injections.base import Injection
+from lcc_lens.restoration.injections.weights import IN_LAYER, layer_maps
 
 #: What a result looks like at inference, beside the adapters' names.
 PLAIN = "pruned"
@@ -105,3 +116,42 @@ def _served(path: Path, maps: Mapping[ConstantSite, tuple[str, ...]], kind: str,
                 if number.dtype != model.dtype:
                     setattr(layer, name, nn.Parameter(number.data.to(model.dtype), requires_grad=False))
     return model
+
+
+def merging_costs(injection: Injection, pair: Pair, model: HookedModel) -> dict[str, Any]:
+    """What merging an injection into a pair's pruned (or dense) model costs.
+
+    Returns:
+        ``n_added``: numbers that the checkpoint holds beyond its own (None where no checkpoint of the architecture can
+        hold the result): biases for constants, none for changed weights. Adapters stay beside the weights, since
+        merged they fill the zeros. ``zeros_kept``: the share of zeros in the decoder layers' linear maps that are zeros
+        after merging; 1 for all that acts under the zero pattern. None where there are no zeros.
+    """
+    footprint = injection.footprint
+    added = _bias_numbers(pair, footprint.biases)
+    return {
+        "n_added": None if added is None else footprint.n_beside + added,
+        "zeros_kept": _zeros_kept(model, injection.merged_weights()),
+    }
+
+
+def _bias_numbers(pair: Pair, sites: Sequence[ConstantSite]) -> int | None:
+    """What biases for constants at some sites add to the checkpoint, with those that come along as zeros."""
+    path = pair.pruned_id.path
+    try:
+        slots = find_joint_slots(path, {site: reading_maps(pair.pruned, site) for site in sites})
+    except RequestError:
+        return None
+    return sum(math.prod(shape) for shape in slots.new_biases(tensor_names(path)).values())
+
+
+@torch.no_grad()
+def _zeros_kept(model: HookedModel, changes: Mapping[str, Callable[[Tensor], Tensor]]) -> float | None:
+    zeros = kept = 0
+    for name, module in layer_maps(model).items():
+        weight: Tensor = module.get_parameter("weight")
+        weight = weight.T if is_transposed(module) else weight
+        were = weight == 0
+        zeros += int(were.sum())
+        kept += int((were & (changes[name](weight) == 0)).sum()) if name in changes else int(were.sum())
+    return kept / zeros if zeros else None

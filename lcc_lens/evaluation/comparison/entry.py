@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lcc_lens.baselines.adapters import AdapterKind
 from lcc_lens.core.errors import RequestError
+from lcc_lens.evaluation.baselines.adapters import AdapterKind
 from lcc_lens.models.hooked.sites import CONSTANT_SITES, ConstantSite
 from lcc_lens.restoration.injections.methods import bias_sites, parse_method, uses_heads
 from lcc_lens.restoration.training.objectives import Objective

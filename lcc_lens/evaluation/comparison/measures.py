@@ -72,7 +72,7 @@ class Measures:
         self, pair: Pair, model: HookedModel, injection: Injection | None, tasks: Sequence[str]
     ) -> dict[str, dict[str, Any]]:
         """The ``tasks`` of :meth:`of` alone."""
-        from lcc_lens.harness import evaluate_task
+        from lcc_lens.evaluation.lm_eval_tasks import evaluate_task
 
         found: dict[str, dict[str, Any]] = {}
         with (injection or Injection()).applied_to(model), fused_attention(model):

@@ -10,12 +10,11 @@ import torch
 
 from lcc_lens.core.config import compute_dtype, default_device, package_version
 from lcc_lens.core.errors import RequestError
-from lcc_lens.evaluation import unique_names
-from lcc_lens.latency import DECODE_PROMPT
+from lcc_lens.evaluation.efficiency.compression import compressed_size, matrix_sizes
+from lcc_lens.evaluation.efficiency.timing import DECODE_PROMPT, SpeedConfig, measure_speed, require_context
+from lcc_lens.evaluation.evaluate import unique_names
 from lcc_lens.models.architecture.zeros import ZeroPattern, compare_zeros, zero_pattern
 from lcc_lens.models.loading.references import resolve
-from lcc_lens.pruning.compression import compressed_size, matrix_sizes
-from lcc_lens.speed import SpeedConfig, measure_speed, require_context
 
 Entry = dict[str, Any]
 
@@ -43,7 +42,7 @@ def report(
     Returns:
         ``models`` by name; ``ratios`` of each model's times to the first model's, formed within each round;
         ``zero_patterns``, every model with zeros against the first of them; ``settings``, ``machine``, ``version``.
-        Times are in milliseconds, medians with intervals as :func:`lcc_lens.latency.median_interval` gives them, sizes
+        Times are in milliseconds, medians with intervals as :func:`lcc_lens.evaluation.efficiency.timing.median_interval` gives them, sizes
         in bytes.
 
     Raises:

@@ -62,7 +62,7 @@ def evaluate_task(
     """
     from lm_eval import evaluate as run_lm_eval
 
-    from lcc_lens.answer_scoring import AnswerScorer
+    from lcc_lens.evaluation.lm_eval_model import AnswerScorer
 
     with tempfile.TemporaryDirectory() as folder, _quiet(f"task {task}"):
         manager, name = _task_spec(task, Path(folder), records)

@@ -9,10 +9,10 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from lcc_lens.compare_config import CompareConfig
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.files import read_json
-from lcc_lens.entries import Entry
+from lcc_lens.evaluation.comparison.config import CompareConfig
+from lcc_lens.evaluation.comparison.entry import Entry
 from lcc_lens.models.architecture.sparsity_patterns import Unstructured, parse_pattern
 from lcc_lens.pruning.methods.settings import Method, PruneConfig
 
@@ -26,7 +26,7 @@ _T = TypeVar("_T")
 class PaperRow:
     """A row of the paper's table: its name there, the entry that makes it here, and the paper's figures.
 
-    ``entry`` is ``dense``, ``pruned`` or a line of a comparison (see :class:`~lcc_lens.entries.Entry`); None where the
+    ``entry`` is ``dense``, ``pruned`` or a line of a comparison (see :class:`~lcc_lens.evaluation.comparison.entry.Entry`); None where the
     recipe does not make the row. ``accuracy`` is the mean over tasks in per cent; both are None where the paper has no
     such row.
     """

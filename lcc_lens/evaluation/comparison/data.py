@@ -6,10 +6,10 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from lcc_lens.compare_config import CompareConfig
 from lcc_lens.data.datasets import Data, TokenSequence, check_disjoint, encode, load_data
-from lcc_lens.entries import Entry
-from lcc_lens.measures import Measures
+from lcc_lens.evaluation.comparison.config import CompareConfig
+from lcc_lens.evaluation.comparison.entry import Entry
+from lcc_lens.evaluation.comparison.measures import Measures
 
 
 class ComparisonData:

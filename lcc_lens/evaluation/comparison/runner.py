@@ -10,17 +10,21 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lcc_lens.analysis.scan.scan import Scan, scan
-from lcc_lens.baselines import LOFIT_LR, adapters, eora, flap, lofit_heads
-from lcc_lens.compare_config import MEASURING, CompareConfig
-from lcc_lens.comparison_data import ComparisonData
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.files import locked, read_json
 from lcc_lens.core.heads import Head
 from lcc_lens.core.memory import peak_memory, release_memory
 from lcc_lens.data.datasets import TokenSequence, load_data
-from lcc_lens.entries import ADAPTERS, PERP, REFIT, Entry
-from lcc_lens.inference_cost import inference_costs, served_as
-from lcc_lens.merging import merging_costs
+from lcc_lens.evaluation.baselines.adapters import adapters
+from lcc_lens.evaluation.baselines.eora import eora
+from lcc_lens.evaluation.baselines.flap import flap
+from lcc_lens.evaluation.baselines.lofit import LOFIT_LR, lofit_heads
+from lcc_lens.evaluation.comparison.config import MEASURING, CompareConfig
+from lcc_lens.evaluation.comparison.costs import inference_costs, merging_costs, served_as
+from lcc_lens.evaluation.comparison.data import ComparisonData
+from lcc_lens.evaluation.comparison.entry import ADAPTERS, PERP, REFIT, Entry
+from lcc_lens.evaluation.comparison.trained_weights import ChosenHeads, TrainedNumbers
+from lcc_lens.evaluation.efficiency.timing import SpeedConfig
 from lcc_lens.models.hooked.hooks import HookedModel
 from lcc_lens.models.hooked.offloading import device_of
 from lcc_lens.models.hooked.sites import CONSTANT_SITES, reading_maps
@@ -42,8 +46,6 @@ from lcc_lens.restoration.injections.methods import (
 from lcc_lens.restoration.training.loop import Step, TrainConfig, learning_rates, train
 from lcc_lens.restoration.training.lr_range import tuned
 from lcc_lens.restoration.training.reuse import CachedTeacher
-from lcc_lens.speed import SpeedConfig
-from lcc_lens.trained_numbers import ChosenHeads, TrainedNumbers
 
 
 class _Trained(NamedTuple):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from lcc_lens.latency import CONFIDENCE
+from lcc_lens.evaluation.efficiency.timing import CONFIDENCE
 
 Entry = Mapping[str, Any]
 #: A stored size this close to the first model's is the same size.

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lcc_lens.accuracies import mean_accuracy, tasks_made_worse
+from lcc_lens.evaluation.comparison.accuracies import mean_accuracy, tasks_made_worse
 
 Row = Mapping[str, Any]
 Bare = Mapping[str, Mapping[str, Any]]
@@ -26,7 +26,7 @@ def comparison_tables(bare: Bare, rows: Sequence[Row]) -> list[Table]:
 
     Args:
         bare: the dense and the pruned model's measures.
-        rows: what :func:`~lcc_lens.compare.summary` gives.
+        rows: what :func:`~lcc_lens.evaluation.comparison.compare.summary` gives.
     """
     tables = [_recovery(bare, rows), _costs(rows)]
     if len(next(iter(bare.values()))["texts"]) > 1:

@@ -1,0 +1,1 @@
+"""Evaluation: losses, accuracies, speed, and methods held against each other and against baselines."""

@@ -1,0 +1,1 @@
+"""Baselines: methods of other authors, trained by the same loop on the same batches."""
