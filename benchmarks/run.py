@@ -30,10 +30,10 @@ from lcc_lens.core.config import compute_dtype, default_device, package_version
 from lcc_lens.core.files import write_json
 from lcc_lens.core.memory import peak_memory, release_memory
 from lcc_lens.data.datasets import Batch, batches, encode, load_data
-from lcc_lens.demo import passages
 from lcc_lens.evaluation.baselines.adapters import adapters
 from lcc_lens.evaluation.efficiency.timing import interleaved
 from lcc_lens.exporters.huggingface import export
+from lcc_lens.frontends.demo import passages
 from lcc_lens.models.hooked.losses import _batch_nll
 from lcc_lens.models.hooked.offloading import device_of
 from lcc_lens.models.loading.plain import load_plain

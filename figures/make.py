@@ -26,22 +26,12 @@ import plotly.io
 
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.files import read_json, write_text
-from lcc_lens.drawing import run_figures
-from lcc_lens.plotting import (
-    drawn_from,
-    figure_json,
-    figure_sha256,
-    plot_comparison,
-    plot_inference_cost,
-    plot_pruning_quality,
-    plot_recovery,
-    plot_report,
-    plot_selector_study,
-    plot_tasks,
-    recovery_by_selector,
-    recovery_points,
-    write_images,
-)
+from lcc_lens.frontends.plotting.comparisons import plot_comparison, plot_inference_cost, plot_tasks
+from lcc_lens.frontends.plotting.recoveries import plot_recovery, recovery_by_selector, recovery_points
+from lcc_lens.frontends.plotting.reports import plot_report
+from lcc_lens.frontends.plotting.run_figures import run_figures
+from lcc_lens.frontends.plotting.studies import plot_pruning_quality, plot_selector_study
+from lcc_lens.frontends.plotting.writing import drawn_from, figure_json, figure_sha256, write_images
 
 HERE = Path(__file__).parent
 BENCHMARKS = HERE.parent / "benchmarks"

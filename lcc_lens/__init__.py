@@ -16,8 +16,6 @@ from __future__ import annotations
 import ast
 import importlib
 import pkgutil
-import sys
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 # The public names, each written once: type checkers read this block, and `_public_names` reads it at run time.
@@ -46,7 +44,6 @@ if TYPE_CHECKING:
     from lcc_lens.core.progress import shown as shown
     from lcc_lens.data.datasets import Data as Data
     from lcc_lens.data.datasets import load_data as load_data
-    from lcc_lens.drawing import draw_figures as draw_figures
     from lcc_lens.evaluation.comparison.compare import compare as compare
     from lcc_lens.evaluation.comparison.config import CompareConfig as CompareConfig
     from lcc_lens.evaluation.doctor import Examination as Examination
@@ -57,32 +54,35 @@ if TYPE_CHECKING:
     from lcc_lens.evaluation.paper.run import run_recipe as run_recipe
     from lcc_lens.evaluation.task_recovery import TaskMeasures as TaskMeasures
     from lcc_lens.evaluation.task_recovery import load_task_data as load_task_data
-    from lcc_lens.explorer import explore as explore
     from lcc_lens.exporters.gguf import export_gguf as export_gguf
     from lcc_lens.exporters.hub import push_to_hub as push_to_hub
     from lcc_lens.exporters.huggingface import export as export
     from lcc_lens.exporters.sidecar import load_restored as load_restored
+    from lcc_lens.frontends.explorer.page import explore as explore
+    from lcc_lens.frontends.plotting.comparisons import plot_comparison as plot_comparison
+    from lcc_lens.frontends.plotting.comparisons import plot_inference_cost as plot_inference_cost
+    from lcc_lens.frontends.plotting.comparisons import plot_tasks as plot_tasks
+    from lcc_lens.frontends.plotting.components import plot_logit_gain as plot_logit_gain
+    from lcc_lens.frontends.plotting.components import plot_promoted_tokens as plot_promoted_tokens
+    from lcc_lens.frontends.plotting.components import plot_spectra as plot_spectra
+    from lcc_lens.frontends.plotting.head_maps import plot_loss_map as plot_loss_map
+    from lcc_lens.frontends.plotting.head_maps import plot_selectors as plot_selectors
+    from lcc_lens.frontends.plotting.recoveries import plot_recovery as plot_recovery
+    from lcc_lens.frontends.plotting.recoveries import recovery_by_selector as recovery_by_selector
+    from lcc_lens.frontends.plotting.recoveries import recovery_points as recovery_points
+    from lcc_lens.frontends.plotting.reports import plot_report as plot_report
+    from lcc_lens.frontends.plotting.run_figures import draw_figures as draw_figures
+    from lcc_lens.frontends.plotting.studies import plot_pruning_quality as plot_pruning_quality
+    from lcc_lens.frontends.plotting.studies import plot_selector_study as plot_selector_study
+    from lcc_lens.frontends.plotting.training import plot_training as plot_training
+    from lcc_lens.frontends.plotting.writing import write_html as write_html
+    from lcc_lens.frontends.plotting.writing import write_image as write_image
+    from lcc_lens.frontends.session.session import RestoreSession as RestoreSession
+    from lcc_lens.frontends.widget import RestoreWidget as RestoreWidget
     from lcc_lens.models.loading.hooked import load_hooked as load_hooked
     from lcc_lens.models.loading.in_memory import stored_model as stored_model
     from lcc_lens.models.pair import Pair as Pair
     from lcc_lens.models.pair import load_pair as load_pair
-    from lcc_lens.plotting import plot_comparison as plot_comparison
-    from lcc_lens.plotting import plot_inference_cost as plot_inference_cost
-    from lcc_lens.plotting import plot_logit_gain as plot_logit_gain
-    from lcc_lens.plotting import plot_loss_map as plot_loss_map
-    from lcc_lens.plotting import plot_promoted_tokens as plot_promoted_tokens
-    from lcc_lens.plotting import plot_pruning_quality as plot_pruning_quality
-    from lcc_lens.plotting import plot_recovery as plot_recovery
-    from lcc_lens.plotting import plot_report as plot_report
-    from lcc_lens.plotting import plot_selector_study as plot_selector_study
-    from lcc_lens.plotting import plot_selectors as plot_selectors
-    from lcc_lens.plotting import plot_spectra as plot_spectra
-    from lcc_lens.plotting import plot_tasks as plot_tasks
-    from lcc_lens.plotting import plot_training as plot_training
-    from lcc_lens.plotting import recovery_by_selector as recovery_by_selector
-    from lcc_lens.plotting import recovery_points as recovery_points
-    from lcc_lens.plotting import write_html as write_html
-    from lcc_lens.plotting import write_image as write_image
     from lcc_lens.pruning.jobs import prune as prune
     from lcc_lens.pruning.jobs import refit as refit
     from lcc_lens.restoration.best import restore_best as restore_best
@@ -98,8 +98,6 @@ if TYPE_CHECKING:
     from lcc_lens.restoration.training.loop import TrainConfig as TrainConfig
     from lcc_lens.restoration.training.loop import train as train
     from lcc_lens.restoration.training.objectives import Objective as Objective
-    from lcc_lens.session import RestoreSession as RestoreSession
-    from lcc_lens.widget import RestoreWidget as RestoreWidget
 
 
 def _public_names() -> dict[str, str]:
@@ -116,17 +114,6 @@ def _public_names() -> dict[str, str]:
 
 _MODULE_OF = _public_names()
 __all__ = sorted(_MODULE_OF)
-
-
-class _Package(ModuleType):
-    """The package itself: importing the module ``lcc_lens.analysis.scan.scan`` must not hide the function of the same name."""
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if not (isinstance(value, ModuleType) and name in _MODULE_OF):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package
 
 
 def __getattr__(name: str) -> Any:

@@ -7,7 +7,7 @@ import sys
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; gives the exit code."""
-    from lcc_lens.cli import run
+    from lcc_lens.frontends.cli.main import run
 
     return run(arguments)
 

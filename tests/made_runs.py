@@ -11,7 +11,7 @@ import torch
 from lcc_lens.analysis.scan.scan import Scan
 from lcc_lens.core.files import write_json
 from lcc_lens.core.heads import Head, head_indices
-from lcc_lens.explorer import TokenTables
+from lcc_lens.frontends.explorer.token_tables import TokenTables
 from lcc_lens.restoration.result import Restoration, RestorationRecord
 
 HOSTILE = "</script><img src=x onerror=\"document.title='owned'\"><!--"

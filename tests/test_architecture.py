@@ -6,7 +6,6 @@ import ast
 import subprocess
 import sys
 from collections.abc import Iterator
-from fnmatch import fnmatchcase
 from pathlib import Path
 
 import pytest
@@ -14,154 +13,18 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "lcc_lens"
 
-# A module imports from its own layer or from those above it in this list. "" is the package itself, the facade.
-LAYERS: list[tuple[str, ...]] = [
-    (
-        "errors",
-        "heads",
-        "headmap",
-        "progress",
-        "config",
-        "files",
-        "rewriting",
-        "memory",
-        "processes",
-        "interruption",
-        "locking",
-        "timeline",
-    ),
-    (
-        "components",
-        "statistics",
-        "headscores",
-        "probes",
-        "pair_probes",
-        "kernel_probes",
-        "metrics",
-        "token_losses",
-        "pruning.scores",
-        "pruning.masks",
-        "pruning.obs",
-        "pruning.least_squares",
-        "pruning.structured",
-    ),
-    (
-        "data",
-        "tasks",
-        "negatives",
-        "embedding",
-        "sources",
-        "user_files",
-        "sequences",
-        "machine",
-        "models",
-        "offloading",
-        "references",
-        "in_memory",
-        "hooked_transformer",
-        "copied_maps",
-        "pair",
-        "readout",
-        "head_writer",
-        "norm",
-        "wiring",
-        "embedded",
-        "hooks",
-        "plain_models",
-        "plain_modules",
-        "reading_maps",
-        "layerwise",
-        "sequential",
-        "running",
-        "retyping",
-        "slots",
-        "joint_slots",
-        "twins",
-        "recomputing",
-        "kept_states",
-        "contrast",
-        "prefix",
-        "passes",
-        "activations",
-        "outcome",
-        "pruning",
-        "pruning.*",
-    ),
-    (
-        "scan",
-        "scanned",
-        "scan_state",
-        "scan_work",
-        "scan_request",
-        "token_loss",
-        "selectors",
-        "selectors.*",
-        "injections",
-        "injections.*",
-        "objectives",
-        "reuse",
-        "restoration",
-        "training",
-        "session_state",
-        "side_by_side",
-        "reshaping",
-        "train_config",
-        "training_state",
-        "validation",
-        "lr_range",
-        "baselines",
-        "baselines.*",
-    ),
-    (
-        "",
-        "accuracies",
-        "answer_scoring",
-        "comparison_tables",
-        "evaluation",
-        "harness",
-        "export",
-        "folding",
-        "gguf_comparison",
-        "gguf_export",
-        "hub",
-        "model_card",
-        "drawing",
-        "plotting",
-        "plotting.*",
-        "score_text",
-        "bench",
-        "compare_config",
-        "comparison_data",
-        "comparison_file",
-        "best",
-        "compare",
-        "doctor",
-        "entries",
-        "measures",
-        "merging",
-        "inference_cost",
-        "pruning_jobs",
-        "recipe",
-        "restore_checks",
-        "job_data",
-        "run_folder",
-        "trained_numbers",
-        "session",
-        "workbench",
-        "lens",
-        "lens.*",
-        "latency",
-        "speed",
-        "report",
-        "report_text",
-        "sidecar",
-        "task_recovery",
-        "paper_recipes",
-        "paper_run",
-        "paper_tables",
-    ),
-    ("cli", "cli.*", "show", "demo", "__main__", "explorer", "explorer.*", "widget", "widget.*"),
+# The rooms, in the order of the data. A module imports from its own room and from rooms on earlier floors.
+FLOORS: list[tuple[str, ...]] = [
+    ("core",),
+    ("data",),
+    ("models",),
+    ("pruning", "analysis"),
+    ("restoration",),
+    ("exporters", "evaluation"),
+    ("frontends",),
+    ("", "__main__"),  # the package itself, which imports on demand, and the command
 ]
+MAX_MODULES_IN_A_FOLDER, MAX_ENTRIES, MAX_LINES_OF_A_MODULE, MAX_LINES_OF_A_FUNCTION = 16, 12, 300, 60
 # What takes seconds to import, or is not needed to say --help.
 HEAVY = {"torch", "transformers", "transformer_lens", "plotly", "datasets", "pandas", "sklearn", "lm_eval"}
 PICKLES = {"pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}
@@ -176,13 +39,14 @@ def module_name(path: Path, package: Path = PACKAGE) -> str:
 FILES = {module_name(path): path for path in sorted(PACKAGE.rglob("*.py"))}
 
 
-def layer_of(module: str) -> int | None:
-    """The number of a module's layer: the layer that names it, else the one whose pattern fits; None for neither."""
-    for fits in (str.__eq__, fnmatchcase):
-        for number, names in enumerate(LAYERS):
-            if any(fits(module, name) for name in names):
-                return number
-    return None
+def room_of(module: str) -> str:
+    """The room that a module stands in; "" for the package itself."""
+    return module.partition(".")[0]
+
+
+def floor_of(room: str) -> int | None:
+    """The number of a room's floor, from 0; None where the list does not name the room."""
+    return next((number for number, rooms in enumerate(FLOORS) if room in rooms), None)
 
 
 def run_on_import(tree: ast.AST) -> Iterator[ast.AST]:
@@ -210,7 +74,7 @@ def imported_modules(source: str, module: str, *, is_package: bool, known: set[s
         elif isinstance(node, ast.ImportFrom):
             base = here[: len(here) + is_package - node.level] if node.level else []
             base = [*base, *(node.module.split(".") if node.module else [])]
-            # `from lcc_lens.pruning import masks` names a module, `from lcc_lens.pruning import prune` does not.
+            # `from lcc_lens.core import files` names a module, `from lcc_lens.core.files import read_json` does not.
             named = [".".join([*base, alias.name]) for alias in node.names]
             named = [name if name.removeprefix("lcc_lens.") in known else ".".join(base) for name in named]
         else:
@@ -220,11 +84,30 @@ def imported_modules(source: str, module: str, *, is_package: bool, known: set[s
 
 
 def upward_imports(source: str, module: str, *, is_package: bool, known: set[str]) -> list[str]:
-    own = layer_of(module)
-    assert own is not None
+    """What a module imports from another room that does not stand on an earlier floor."""
+    room, floor = room_of(module), floor_of(room_of(module))
+    assert floor is not None
     imported = imported_modules(source, module, is_package=is_package, known=known)
-    layers = {name: layer_of(name) for name in imported}
-    return sorted(name or "lcc_lens" for name, layer in layers.items() if layer is not None and layer > own)
+    floors = {name: floor_of(room_of(name)) for name in imported if room_of(name) != room}
+    return sorted(name or "lcc_lens" for name, other in floors.items() if other is not None and other >= floor)
+
+
+def find_cycle(imports: dict[str, set[str]]) -> list[str]:
+    """Modules that import each other in a circle, the first one repeated at the end; empty if there are none."""
+    finished: set[str] = set()
+
+    def visit(module: str, path: list[str]) -> list[str]:
+        if module in path:
+            return [*path[path.index(module) :], module]
+        if module in finished:
+            return []
+        for other in sorted(imports.get(module, ())):
+            if cycle := visit(other, [*path, module]):
+                return cycle
+        finished.add(module)
+        return []
+
+    return next((cycle for module in sorted(imports) if (cycle := visit(module, []))), [])
 
 
 def unsafe_calls(source: str) -> list[str]:
@@ -257,18 +140,52 @@ def is_remote_code(key: ast.expr | None) -> bool:
     return isinstance(key, ast.Constant) and key.value == "trust_remote_code"
 
 
-def test_every_module_has_a_layer() -> None:
-    strays = [name for name in FILES if layer_of(name) is None]
-    assert not strays, f"add {', '.join(strays)} to LAYERS in {Path(__file__).name}"
+def test_every_room_has_a_floor() -> None:
+    strays = {room_of(name) for name in FILES if floor_of(room_of(name)) is None}
+    assert not strays, f"add {', '.join(sorted(strays))} to FLOORS in {Path(__file__).name}"
 
 
-@pytest.mark.parametrize("module", [name for name in FILES if layer_of(name) is not None])
+@pytest.mark.parametrize("module", FILES)
 def test_imports_point_down(module: str) -> None:
     path = FILES[module]
     upward = upward_imports(
         path.read_text(encoding="utf-8"), module, is_package=path.name == "__init__.py", known=set(FILES)
     )
-    assert not upward, f"{module or 'lcc_lens'} (layer {layer_of(module)}) imports {', '.join(upward)} from above it"
+    assert not upward, f"{module or 'lcc_lens'} imports {', '.join(upward)}, which stands on no earlier floor"
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    imports = {
+        name: imported_modules(
+            path.read_text(encoding="utf-8"), name, is_package=path.name == "__init__.py", known=set(FILES)
+        )
+        for name, path in FILES.items()
+    }
+    assert find_cycle(imports) == []
+
+
+def test_a_circle_of_imports_is_found() -> None:
+    assert find_cycle({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c", "b"]
+    assert find_cycle({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == []
+
+
+def test_the_house_stays_small_enough_to_see() -> None:
+    folders = {path.parent for path in FILES.values()} - {PACKAGE}
+    modules = {folder: [p for p in folder.glob("*.py") if p.name != "__init__.py"] for folder in folders}
+    crowded = [folder.name for folder, files in modules.items() if len(files) > MAX_MODULES_IN_A_FOLDER]
+    assert not crowded, f"more than {MAX_MODULES_IN_A_FOLDER} modules in {', '.join(crowded)}"
+    entries = [entry.name for entry in PACKAGE.iterdir() if entry.name != "__pycache__"]
+    assert len(entries) <= MAX_ENTRIES, f"more than {MAX_ENTRIES} entries in lcc_lens: {', '.join(sorted(entries))}"
+
+
+def test_a_folder_opens_with_what_it_is_for_and_imports_nothing() -> None:
+    for name, path in FILES.items():
+        if path.name == "__init__.py" and name:
+            tree = ast.parse(path.read_text(encoding="utf-8"))
+            assert ast.get_docstring(tree), f"{name} does not say what it is for"
+            eager = [node for node in run_on_import(tree) if isinstance(node, ast.ImportFrom | ast.Import)]
+            modules = {getattr(node, "module", "") or "" for node in eager}
+            assert not any(module.startswith("lcc_lens") for module in modules), f"{name} imports when it is opened"
 
 
 @pytest.mark.parametrize("module", FILES)
@@ -277,7 +194,7 @@ def test_nothing_unsafe_is_called(module: str) -> None:
     assert not found, f"{FILES[module].relative_to(ROOT)}: {'; '.join(found)}"
 
 
-@pytest.mark.parametrize("module", ["lcc_lens", "lcc_lens.cli"])
+@pytest.mark.parametrize("module", ["lcc_lens", "lcc_lens.frontends.cli.main"])
 def test_import_is_light(module: str) -> None:
     code = f"import sys, {module}; print(*sorted({{name.split('.')[0] for name in sys.modules}}))"
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
@@ -287,35 +204,32 @@ def test_import_is_light(module: str) -> None:
 @pytest.mark.parametrize(
     ("module", "source"),
     [
-        ("components", "from lcc_lens.analysis.scan.scan import scan"),
-        ("components", "from lcc_lens import scan"),
-        ("components", "from lcc_lens import load_pair"),
-        ("components", "import lcc_lens.analysis.scan.scan as s"),
-        ("components", "from .scan import scan"),
-        ("components", "from . import scan"),
-        ("components", "def f():\n    from lcc_lens.analysis.scan.scan import scan"),
-        ("pruning.masks", "from ..scan import scan"),
-        ("pruning.masks", "from .apply import prune"),
-        ("", "from lcc_lens.cli import main"),
+        ("data.datasets", "from lcc_lens.models.pair import load_pair"),
+        ("data.datasets", "from lcc_lens import models"),
+        ("data.datasets", "from lcc_lens import load_pair"),
+        ("data.datasets", "import lcc_lens.models.pair as p"),
+        ("data.datasets", "from ..models.pair import load_pair"),
+        ("data.datasets", "from ..models import pair"),
+        ("data.datasets", "def f():\n    from lcc_lens.models.pair import load_pair"),
+        ("pruning.jobs", "from lcc_lens.analysis.components import LostComponents"),  # the same floor, another room
     ],
 )
 def test_an_upward_import_is_found(module: str, source: str) -> None:
-    known = {"components", "scan", "cli", "pruning", "pruning.masks", "pruning.apply"}
-    assert len(upward_imports(source, module, is_package=module == "", known=known)) == 1
+    known = {"data", "data.datasets", "models", "models.pair", "pruning.jobs", "analysis.components"}
+    assert len(upward_imports(source, module, is_package=False, known=known)) == 1
 
 
 @pytest.mark.parametrize(
     ("module", "source"),
     [
-        ("scan", "from lcc_lens.analysis.components import LostComponents\nfrom lcc_lens import files\nimport torch"),
-        ("scan", "from lcc_lens.restoration.training.loop import train"),
-        ("demo", "import lcc_lens as lcc"),
-        ("", "def __getattr__(name):\n    from lcc_lens.cli import main"),
-        ("", "if TYPE_CHECKING:\n    from lcc_lens.cli import main"),
+        ("models.pair", "from lcc_lens.data.datasets import Data\nfrom lcc_lens.core import files\nimport torch"),
+        ("models.pair", "from lcc_lens.models.loading.hooked import load_hooked"),
+        ("", "def __getattr__(name):\n    from lcc_lens.frontends.demo import run"),
+        ("", "if TYPE_CHECKING:\n    from lcc_lens.frontends.demo import run"),
     ],
 )
 def test_a_downward_import_passes(module: str, source: str) -> None:
-    known = {"components", "scan", "files", "training", "cli", "demo"}
+    known = {"data.datasets", "core.files", "models.pair", "models.loading.hooked", "frontends.demo"}
     assert upward_imports(source, module, is_package=module == "", known=known) == []
 
 

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from lcc_lens.cli import run as main
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.files import read_json
 from lcc_lens.data.datasets import encode, load_data
 from lcc_lens.exporters.huggingface import export
+from lcc_lens.frontends.cli.main import run as main
 from lcc_lens.models.architecture.zeros import compare_zeros
 from lcc_lens.models.hooked.losses import sequence_loss
 from lcc_lens.models.loading.hooked import load_tokenizer

@@ -12,7 +12,7 @@ from conftest import N_HEADS, N_LAYERS
 from made_runs import HOSTILE, write_run
 
 from lcc_lens.analysis.scan.scan import Scan
-from lcc_lens.explorer import explore
+from lcc_lens.frontends.explorer.page import explore
 
 pytestmark = pytest.mark.browser
 

@@ -14,9 +14,9 @@ from safetensors.torch import load_file
 from test_export import restoration_of
 from transformers import AutoModelForCausalLM
 
-from lcc_lens.cli import run
 from lcc_lens.core.files import sha256_file
 from lcc_lens.core.heads import Head
+from lcc_lens.frontends.cli.main import run
 
 
 def call(*arguments: object) -> int:

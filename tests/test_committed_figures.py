@@ -11,7 +11,7 @@ from pathlib import Path
 
 import plotly.io
 
-from lcc_lens.plotting import drawn_from, figure_json, figure_sha256
+from lcc_lens.frontends.plotting.writing import drawn_from, figure_json, figure_sha256
 
 FIGURES = Path(__file__).parents[1] / "figures"
 

@@ -17,10 +17,10 @@ from lcc_lens.analysis.scan import passes
 from lcc_lens.analysis.scan import shards as scan_work
 from lcc_lens.analysis.scan.scan import UNFINISHED, Scan, scan
 from lcc_lens.analysis.scan.shards import ScanState
-from lcc_lens.cli import run as run_command
 from lcc_lens.core import processes
 from lcc_lens.core.errors import LensError, RequestError
 from lcc_lens.data.datasets import Data, load_data
+from lcc_lens.frontends.cli.main import run as run_command
 from lcc_lens.models.hooked.activations import SITES
 from lcc_lens.models.pair import Pair, load_pair
 

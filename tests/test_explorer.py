@@ -19,14 +19,13 @@ from lcc_lens.analysis.lens.tokens import promoted_tokens
 from lcc_lens.analysis.scan.scan import Scan
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.heads import Head
-from lcc_lens.explorer import TokenTables, explore
-from lcc_lens.explorer.arrays import packed
-from lcc_lens.explorer.page import _SCRIPTS, _STYLES, render, script_json
-from lcc_lens.explorer.page_data import EXAMPLE_BYTES, page_data
-from lcc_lens.explorer.results import results_table
-from lcc_lens.explorer.run_contents import RunContents
-from lcc_lens.explorer.token_tables import TABLES_RECORD, TABLES_TENSORS, read_tokens
-from lcc_lens.explorer.verdict import verdict
+from lcc_lens.frontends.explorer.arrays import packed
+from lcc_lens.frontends.explorer.page import _SCRIPTS, _STYLES, explore, render, script_json
+from lcc_lens.frontends.explorer.page_data import EXAMPLE_BYTES, page_data
+from lcc_lens.frontends.explorer.results import results_table
+from lcc_lens.frontends.explorer.run_contents import RunContents
+from lcc_lens.frontends.explorer.token_tables import TABLES_RECORD, TABLES_TENSORS, TokenTables, read_tokens
+from lcc_lens.frontends.explorer.verdict import verdict
 from lcc_lens.restoration.result import Restoration
 
 
@@ -132,7 +131,7 @@ def test_examples_beyond_the_budget_are_left_out(found: Scan, run: Path) -> None
 
 
 def test_too_large_a_page_is_refused(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lcc_lens.explorer.page.MOST_BYTES", 10_000)
+    monkeypatch.setattr("lcc_lens.frontends.explorer.page.MOST_BYTES", 10_000)
     with pytest.raises(RequestError, match="wanted a page of up to 0 MB, got"):
         explore(run)
     assert not (run / "explorer.html").exists()
@@ -168,7 +167,7 @@ def test_the_policy_names_exactly_the_scripts(run: Path) -> None:
 def test_every_asset_is_inlined_once() -> None:
     from importlib.resources import files
 
-    names = [item.name for item in (files("lcc_lens.explorer") / "assets").iterdir()]
+    names = [item.name for item in (files("lcc_lens.frontends.explorer") / "assets").iterdir()]
     assert sorted(names) == sorted((*_STYLES, *_SCRIPTS, "boot.js", "page.html"))
 
 
@@ -197,7 +196,7 @@ def test_tokens_are_read_once_and_kept(found: Scan, run: Path, monkeypatch: pyte
     (run / TABLES_RECORD).unlink()
     explore(run)
     kept = (run / TABLES_TENSORS).read_bytes()
-    monkeypatch.setattr("lcc_lens.explorer.token_reading.load_hooked", None)
+    monkeypatch.setattr("lcc_lens.frontends.explorer.token_reading.load_hooked", None)
     (shown,) = data_of(explore(run))["runs"]
     assert shown["tokens"]["vectors"][-1] == "learned"
     assert shown["notes"] == []

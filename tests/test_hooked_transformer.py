@@ -21,6 +21,7 @@ from lcc_lens.evaluation.baselines.adapters import adapters
 from lcc_lens.evaluation.baselines.eora import eora
 from lcc_lens.evaluation.baselines.flap import flap
 from lcc_lens.exporters.huggingface import export
+from lcc_lens.frontends.session.side_by_side import generate
 from lcc_lens.models.hooked.direct_path import HeadWriter, Readout
 from lcc_lens.models.hooked.forward import can_fuse
 from lcc_lens.models.hooked.hooked_transformer import checkpoint_of, is_hooked_transformer, make_hooked_transformer
@@ -28,7 +29,6 @@ from lcc_lens.models.loading.hooked import load_hooked, load_tokenizer
 from lcc_lens.models.pair import Pair, load_pair
 from lcc_lens.restoration.restore import restore
 from lcc_lens.restoration.training.config import TrainConfig
-from lcc_lens.side_by_side import generate
 
 HAS_IT = int(version("transformer-lens").split(".")[0]) < 4
 needs_it = pytest.mark.skipif(not HAS_IT, reason="TransformerLens 4 has no HookedTransformer")

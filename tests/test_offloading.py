@@ -14,12 +14,12 @@ from test_export import restoration_of
 from torch import nn
 
 from lcc_lens.analysis.scan.scan import Scan, scan
-from lcc_lens.cli import run as run_command
 from lcc_lens.core.config import default_device_map, placed
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.heads import Head
 from lcc_lens.data.datasets import Data, load_data
 from lcc_lens.exporters.huggingface import export
+from lcc_lens.frontends.cli.main import run as run_command
 from lcc_lens.models.hooked.direct_path import HeadWriter
 from lcc_lens.models.hooked.offloading import (
     device_of,

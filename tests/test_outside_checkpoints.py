@@ -10,10 +10,10 @@ from conftest import build_model, save_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
 from lcc_lens.analysis.scan.scan import scan
-from lcc_lens.cli import run as main_of
 from lcc_lens.core.files import read_json
 from lcc_lens.data.datasets import load_data
 from lcc_lens.exporters.huggingface import export
+from lcc_lens.frontends.cli.main import run as main_of
 from lcc_lens.models.pair import load_pair
 from lcc_lens.restoration.restore import restore
 from lcc_lens.restoration.training.loop import TrainConfig

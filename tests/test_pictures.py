@@ -12,9 +12,11 @@ import pytest
 from lcc_lens.analysis.scan.scan import Scan
 from lcc_lens.core.errors import LensError
 from lcc_lens.core.heads import Head
-from lcc_lens.demo import DemoConfig, run_demo
 from lcc_lens.evaluation.evaluate import format_scores
-from lcc_lens.plotting import plot_loss_map, plot_training, write_html, write_image
+from lcc_lens.frontends.demo import DemoConfig, run_demo
+from lcc_lens.frontends.plotting.head_maps import plot_loss_map
+from lcc_lens.frontends.plotting.training import plot_training
+from lcc_lens.frontends.plotting.writing import write_html, write_image
 from lcc_lens.restoration.training.loop import Step
 
 

@@ -19,33 +19,18 @@ from lcc_lens.analysis.lens.tokens import PromotedTokens, TokenScore
 from lcc_lens.analysis.scan.scan import Scan
 from lcc_lens.core.errors import LensError, RequestError
 from lcc_lens.core.heads import Head
-from lcc_lens.drawing import Drawn, draw_figures, run_figures
-from lcc_lens.plotting import (
-    COLORS,
-    Recovery,
-    drawn_from,
-    figure_json,
-    figure_sha256,
-    plot_comparison,
-    plot_inference_cost,
-    plot_logit_gain,
-    plot_loss_map,
-    plot_promoted_tokens,
-    plot_recovery,
-    plot_report,
-    plot_selector_study,
-    plot_selectors,
-    plot_spectra,
-    plot_tasks,
-    recovery_by_selector,
-    recovery_points,
-    write_image,
-    write_images,
-)
-from lcc_lens.plotting.labels import entry_kind, entry_label
-from lcc_lens.plotting.theme import styled
+from lcc_lens.frontends.cli.show import show_drawn
+from lcc_lens.frontends.plotting.comparisons import plot_comparison, plot_inference_cost, plot_tasks
+from lcc_lens.frontends.plotting.components import plot_logit_gain, plot_promoted_tokens, plot_spectra
+from lcc_lens.frontends.plotting.head_maps import plot_loss_map, plot_selectors
+from lcc_lens.frontends.plotting.labels import entry_kind, entry_label
+from lcc_lens.frontends.plotting.recoveries import Recovery, plot_recovery, recovery_by_selector, recovery_points
+from lcc_lens.frontends.plotting.reports import plot_report
+from lcc_lens.frontends.plotting.run_figures import Drawn, draw_figures, run_figures
+from lcc_lens.frontends.plotting.studies import plot_selector_study
+from lcc_lens.frontends.plotting.theme import COLORS, styled
+from lcc_lens.frontends.plotting.writing import drawn_from, figure_json, figure_sha256, write_image, write_images
 from lcc_lens.restoration.best import BEST_ENTRY
-from lcc_lens.show import show_drawn
 
 PNG = b"\x89PNG\r\n\x1a\n" + b"".join(
     struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))

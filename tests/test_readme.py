@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 import lcc_lens
-from lcc_lens.cli import run
 from lcc_lens.data.prompts import SOURCES
+from lcc_lens.frontends.cli.main import run
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()

@@ -12,10 +12,10 @@ import torch
 from conftest import build_model, save_model
 from transformers import AutoModelForCausalLM
 
-from lcc_lens.cli.pruning import Refit
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.files import read_json, read_tensors
 from lcc_lens.data.datasets import load_data
+from lcc_lens.frontends.cli.pruning import Refit
 from lcc_lens.models.architecture.zeros import compare_zeros
 from lcc_lens.models.pair import load_pair
 from lcc_lens.pruning import jobs as pruning_jobs

@@ -12,7 +12,6 @@ from conftest import build_model, save_model
 from test_zeros import edited, sparse_model
 
 import lcc_lens
-from lcc_lens.cli import run
 from lcc_lens.core.errors import RequestError
 from lcc_lens.evaluation.efficiency.report import report
 from lcc_lens.evaluation.efficiency.report_text import findings, size_table, time_table
@@ -25,6 +24,7 @@ from lcc_lens.evaluation.efficiency.timing import (
     time_prefill,
 )
 from lcc_lens.evaluation.evaluate import unique_names
+from lcc_lens.frontends.cli.main import run
 
 SHORT = {"repeats": 3, "prompt_tokens": 9, "new_tokens": 2}
 

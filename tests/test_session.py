@@ -19,13 +19,13 @@ from lcc_lens.analysis.scan.scan import Scan
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.heads import Head
 from lcc_lens.data.datasets import load_data
+from lcc_lens.frontends.session.session import RestoreSession
 from lcc_lens.models.loading.plain import load_plain
 from lcc_lens.models.pair import load_pair
 from lcc_lens.restoration.result import Restoration
 from lcc_lens.restoration.training.loop import validation_loss
 from lcc_lens.restoration.training.objectives import Objective
 from lcc_lens.restoration.training_data import training_sequences
-from lcc_lens.session import RestoreSession
 
 PROMPT = "is 3 plus 2 more than"
 TOKENS = torch.arange(1, 25)[None]

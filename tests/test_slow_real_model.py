@@ -14,8 +14,8 @@ from lcc_lens.analysis.scan.scan import scan
 from lcc_lens.core.config import compute_dtype
 from lcc_lens.core.files import read_json, sha256_file
 from lcc_lens.data.datasets import encode, load_data
-from lcc_lens.demo import DemoConfig, DemoResult, run_demo, texts
 from lcc_lens.exporters.huggingface import export
+from lcc_lens.frontends.demo import DemoConfig, DemoResult, run_demo, texts
 from lcc_lens.models.architecture.zeros import compare_zeros, zero_pattern
 from lcc_lens.models.hooked.losses import sequence_loss
 from lcc_lens.models.loading.gguf import EMBEDDED_SHA256, embedded_model

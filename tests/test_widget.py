@@ -19,11 +19,11 @@ from lcc_lens.analysis.selectors.names import SelectorName
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.heads import Head
 from lcc_lens.data.datasets import load_data
+from lcc_lens.frontends.session.session import RestoreSession
+from lcc_lens.frontends.widget import RestoreWidget
+from lcc_lens.frontends.widget.contents import curve_contents, script, style
+from lcc_lens.frontends.widget.worker import Worker
 from lcc_lens.models.loading.plain import load_plain
-from lcc_lens.session import RestoreSession
-from lcc_lens.widget import RestoreWidget
-from lcc_lens.widget.contents import curve_contents, script, style
-from lcc_lens.widget.worker import Worker
 
 PROMPT = "is 3 plus 2 more than"
 

@@ -20,7 +20,7 @@ PICTURES = Path(__file__).resolve().parents[1] / "docs" / "tour"
 DESK = {"viewport": {"width": 1280, "height": 800}}
 NOTEBOOK = """
 import lcc_lens as lcc
-from lcc_lens.demo import passages
+from lcc_lens.frontends.demo import passages
 
 pair = lcc.load_pair("smollm2", "demo/pruned")
 scan = lcc.Scan.load("demo/run")

@@ -1,0 +1,1 @@
+"""Command line: one dataclass per subcommand, one module per group of subcommands."""

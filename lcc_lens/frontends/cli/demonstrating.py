@@ -1,0 +1,38 @@
+"""The subcommand demo: the whole method on the embedded model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from lcc_lens.frontends.cli.options import Common
+from lcc_lens.frontends.cli.show import console, show_results, show_table
+
+
+@dataclass(frozen=True, kw_only=True)
+class Demo(Common):
+    """Prune the embedded model, see what its heads lost, restore it, export it, and open a page."""
+
+    folder: Path = Path("runs/demo")
+    """Where everything is written."""
+    seed: int = 0
+    """Of the draw of data."""
+
+    def execute(self) -> None:
+        from lcc_lens.frontends.demo import DemoConfig, run_demo
+
+        stages = iter(range(1, 10))
+
+        def stage(title: str) -> None:
+            if not self.quiet:
+                console().print(f"[bold]{next(stages)}/5[/bold] {title}")
+
+        result = run_demo(DemoConfig(folder=self.folder, seed=self.seed), stage=stage)
+        show_results(result.results["models"], "dense, pruned, restored on held-out data")
+        shares = {name: value for name, value in result.results["share_recovered"].items() if value is not None}
+        show_table(
+            "share of the lost log-likelihood recovered", ["data", "share"],
+            [[name, f"{value:.1%}"] for name, value in shares.items()],
+        )  # fmt: skip
+        console().print(f"model  {result.restored}")
+        console().print(f"page   {result.page}", soft_wrap=True)

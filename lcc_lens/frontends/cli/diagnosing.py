@@ -1,0 +1,29 @@
+"""The subcommand doctor: what works for a model, and on this machine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+import tyro
+
+from lcc_lens.core.errors import LensError
+from lcc_lens.frontends.cli.options import Common
+from lcc_lens.frontends.cli.show import show_table
+
+
+@dataclass(frozen=True, kw_only=True)
+class Doctor(Common):
+    """See whether a model loads as it should, what works for it, and what this machine offers."""
+
+    model: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODEL")]
+    """smollm2, a directory, a .gguf file, or a hub id (owner/name@revision)."""
+
+    def execute(self) -> None:
+        from lcc_lens.evaluation.doctor import examine
+
+        found = examine(self.model)
+        show_table(f"model: {found.reference}", ["", ""], [finding.row for finding in found.model])
+        show_table("machine", ["", ""], [finding.row for finding in found.machine])
+        if not found.is_sound:
+            raise LensError(f"wanted a model that loads and passes its checks, got {self.model}; see ✗ above")

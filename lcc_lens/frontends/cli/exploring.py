@@ -1,0 +1,36 @@
+"""The subcommand explore: a page of a run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from lcc_lens.core.errors import RequestError
+from lcc_lens.frontends.cli.options import Common
+from lcc_lens.frontends.cli.show import console
+
+
+@dataclass(frozen=True, kw_only=True)
+class Explore(Common):
+    """Write a page to explore a run by layer and head; it opens in any browser with no network."""
+
+    runs: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="RUN [RUN2]")]
+    """A run directory, and a second one of the same dense model to compare with."""
+    out: Path | None = None
+    """The page to write (explorer.html in RUN if not given)."""
+    results: Path | None = None
+    """A results.json of lcc-lens eval to show as a table."""
+    tokens: bool = True
+    """Read the pruned model, once, for the tokens that components promote; they are kept in RUN."""
+
+    def execute(self) -> None:
+        from lcc_lens.frontends.explorer.page import explore
+
+        if len(self.runs) not in (1, 2):
+            raise RequestError(f"wanted one run, or two to compare, got {len(self.runs)}; name RUN or RUN RUN2")
+        other = self.runs[1] if len(self.runs) == 2 else None
+        page = explore(self.runs[0], self.out, other=other, results=self.results, read_model=self.tokens)
+        console().print(f"page  {page}", soft_wrap=True)

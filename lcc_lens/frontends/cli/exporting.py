@@ -1,0 +1,86 @@
+"""The subcommand export: a restoration as a plain Hugging Face directory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from lcc_lens.core.errors import RequestError
+from lcc_lens.frontends.cli.options import Out, Placed, RunPath
+from lcc_lens.frontends.cli.show import console, show_table
+
+
+@dataclass(frozen=True, kw_only=True)
+class Export(Placed):
+    """Fold a restoration into a plain Hugging Face directory and verify it."""
+
+    run: RunPath
+    """The run directory with the restoration."""
+    out: Out
+    """The directory to write."""
+    pruned: str | None = None
+    """Where the pruned model lies now (where the run found it, if not given)."""
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Round the weights to this format (the pruned model's, if not given)."""
+    max_shard_size: str | None = None
+    """Bytes per weight file at most, such as 5GB (the pruned model's files, if not given)."""
+    push_to_hub: str | None = None
+    """Upload the verified directory to this repository (owner/name), private, under your own login."""
+    gguf: Path | None = None
+    """Also write this file for llama.cpp, by its converter and in the directory's format, every number compared."""
+    llama_cpp: Path | None = None
+    """A clone of llama.cpp, for its converter (LCC_LENS_LLAMA_CPP, if not given)."""
+    overwrite: bool = False
+    """Replace an existing directory and GGUF file."""
+
+    def execute(self) -> None:
+        import torch
+
+        from lcc_lens.exporters.hub import push_to_hub, require_repository
+        from lcc_lens.exporters.huggingface import export
+        from lcc_lens.restoration.result import Restoration
+
+        if self.push_to_hub is not None:
+            require_repository(self.push_to_hub)
+        self._require_gguf()
+        restoration = Restoration.load(self.run)
+        report = export(
+            restoration, self.pruned or restoration.record.pruned, self.out,
+            dtype=None if self.dtype is None else getattr(torch, self.dtype), max_shard_size=self.max_shard_size,
+            overwrite=self.overwrite,
+        )  # fmt: skip
+        rows = [
+            ["biases added", str(len(report.added))],
+            ["tensors changed", str(len(report.changed))],
+            ["tensors bit-identical", str(report.identical_tensors)],
+            ["zeros in matrices", f"{report.zeros:,}"],
+            ["largest logit difference to the hooked model", f"{report.logit_difference:.2g}"],
+            ["largest effect on the logits", f"{report.logit_effect:.2g}"],
+        ]
+        show_table(f"exported and verified: {self.out}", ["", ""], rows)
+        if self.gguf is not None:
+            self._write_gguf(self.gguf)
+        if self.push_to_hub is not None:
+            console().print(push_to_hub(self.out, self.push_to_hub), soft_wrap=True)
+
+    def _require_gguf(self) -> None:
+        """Refuse a GGUF file that could not be written, before the export is."""
+        from lcc_lens.exporters.gguf import require_converter, require_new_file
+
+        if self.gguf is not None:
+            require_converter(self.llama_cpp)
+            require_new_file(self.gguf, overwrite=self.overwrite)
+        elif self.llama_cpp is not None:
+            raise RequestError("wanted the GGUF file to write beside --llama-cpp, got none; name it by --gguf FILE")
+
+    def _write_gguf(self, file: Path) -> None:
+        from lcc_lens.exporters.gguf import export_gguf
+
+        written = export_gguf(self.out, file, llama_cpp=self.llama_cpp, overwrite=self.overwrite)
+        rows = [
+            ["architecture in llama.cpp", written.architecture],
+            ["format of matrices", written.number_format],
+            ["tensors equal to the directory's", str(written.n_tensors)],
+        ]
+        show_table(f"for llama.cpp: {file}", ["", ""], rows)

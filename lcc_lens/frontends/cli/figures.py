@@ -1,0 +1,26 @@
+"""The subcommand figures: every figure that a run has the data for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from lcc_lens.frontends.cli.options import Common, Out, RunPath
+from lcc_lens.frontends.cli.show import show_drawn
+
+
+@dataclass(frozen=True, kw_only=True)
+class Figures(Common):
+    """Draw every figure that a run has the data for, and name what would produce the others."""
+
+    run: RunPath
+    """A directory of scan, restore or compare."""
+    out: Out
+    """The folder to write."""
+    formats: tuple[Literal["html", "png", "svg", "pdf"], ...] = ("html", "png", "svg", "pdf")
+    """HTML opens everywhere; images need a Chromium browser."""
+
+    def execute(self) -> None:
+        from lcc_lens.frontends.plotting.run_figures import draw_figures
+
+        show_drawn(draw_figures(self.run, self.out, formats=self.formats), self.out)

@@ -1,0 +1,104 @@
+"""Parse one command, run it, and end with an exit code and at most one line of error."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import warnings
+from contextlib import nullcontext
+from typing import Annotated, Any
+
+import tyro
+
+from lcc_lens.core.config import bound_kernel_cache, placed
+from lcc_lens.core.errors import LensError, RequestError
+from lcc_lens.core.processes import is_first_process, n_processes
+from lcc_lens.core.progress import shown
+from lcc_lens.frontends.cli.comparing import Compare
+from lcc_lens.frontends.cli.demonstrating import Demo
+from lcc_lens.frontends.cli.diagnosing import Doctor
+from lcc_lens.frontends.cli.exploring import Explore
+from lcc_lens.frontends.cli.exporting import Export
+from lcc_lens.frontends.cli.figures import Figures
+from lcc_lens.frontends.cli.measuring import Eval, Report
+from lcc_lens.frontends.cli.pruning import Prune, Refit
+from lcc_lens.frontends.cli.recipes import Recipe
+from lcc_lens.frontends.cli.restoring import Restore
+from lcc_lens.frontends.cli.scanning import ScanPair
+
+Command = (
+    Annotated[Prune, tyro.conf.subcommand("prune")]
+    | Annotated[Refit, tyro.conf.subcommand("refit")]
+    | Annotated[ScanPair, tyro.conf.subcommand("scan")]
+    | Annotated[Restore, tyro.conf.subcommand("restore")]
+    | Annotated[Compare, tyro.conf.subcommand("compare")]
+    | Annotated[Recipe, tyro.conf.subcommand("recipe")]
+    | Annotated[Export, tyro.conf.subcommand("export")]
+    | Annotated[Eval, tyro.conf.subcommand("eval")]
+    | Annotated[Report, tyro.conf.subcommand("report")]
+    | Annotated[Figures, tyro.conf.subcommand("figures")]
+    | Annotated[Explore, tyro.conf.subcommand("explore")]
+    | Annotated[Doctor, tyro.conf.subcommand("doctor")]
+    | Annotated[Demo, tyro.conf.subcommand("demo")]
+)
+
+#: What several processes do together.
+_DIVIDED = (ScanPair, Restore)
+
+
+def run(arguments: list[str] | None = None) -> int:
+    """Parse and run one command; gives the exit code: 0 done, 1 failed, 2 cannot be served, 130 interrupted."""
+    try:
+        command: Any = tyro.cli(
+            Command, args=arguments, prog="lcc-lens", description="See what pruning took, and put it back.",
+            config=(tyro.conf.FlagCreatePairsOff,),
+        )  # fmt: skip
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else 2
+    quiet = command.quiet or not is_first_process()
+    _set_up_logging(quiet)
+    bound_kernel_cache()
+    try:
+        _refuse_several(command)
+        with placed(getattr(command, "device_map", None)), nullcontext() if quiet else shown():
+            command.execute()
+    except LensError as error:
+        return _fail(str(error), error.exit_code)
+    except KeyboardInterrupt:
+        return _fail("interrupted; finished steps are kept", 130)
+    except Exception as error:
+        if os.environ.get("LCC_LENS_DEBUG"):
+            raise
+        first = (str(error).strip().splitlines() or [""])[0]
+        return _fail(f"{type(error).__name__}: {first} (LCC_LENS_DEBUG=1 shows where)", 1)
+    return 0
+
+
+def _refuse_several(command: Any) -> None:
+    """Refuse what several processes would each do, over each other's files.
+
+    Raises:
+        RequestError: says what may be launched.
+    """
+    if n_processes() > 1 and not isinstance(command, _DIVIDED):
+        name = type(command).__name__.lower()
+        raise RequestError(
+            f"wanted scan or restore in {n_processes()} processes, got {name}; run it without a launcher"
+        )
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"lcc-lens: {' '.join(message.split())}", file=sys.stderr)
+    return code
+
+
+def _set_up_logging(quiet: bool) -> None:
+    from transformers.utils import logging as transformers_logging
+
+    logging.basicConfig(level=logging.ERROR if quiet else logging.WARNING, format="lcc-lens: %(message)s")
+    logging.getLogger().setLevel(logging.ERROR)
+    logging.getLogger("lcc_lens").setLevel(logging.ERROR if quiet else logging.INFO)
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    warnings.filterwarnings("ignore")  # third-party deprecations are for the tests, not for users

@@ -1,0 +1,94 @@
+"""Subcommands that write a smaller or a mended model: prune and refit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import tyro
+
+from lcc_lens.frontends.cli.options import DenseModel, Out, Placed, PrunedModel
+from lcc_lens.frontends.cli.show import pruning_rows, refit_rows, show_table
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prune(Placed):
+    """Remove weights and write a plain Hugging Face directory."""
+
+    model: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODEL")]
+    """smollm2, a directory, a .gguf file, or a hub id."""
+    out: Out
+    """The directory to write."""
+    method: Literal["magnitude", "wanda", "sparsegpt", "slimgpt"] = "wanda"
+    """Single weights go by size (magnitude), by size times input (wanda) or with compensation (sparsegpt); slimgpt
+    removes whole heads and neurons."""
+    sparsity: float | None = None
+    """Share of the weights to remove (0.5 if no pattern is given; 0.2 for slimgpt)."""
+    pattern: str | None = None
+    """N:M such as 2:4 instead of a share: N weights stay of every M."""
+    calibration: str = "c4"
+    """Data whose activations the method reads: a name, or a .jsonl or .txt file."""
+    n_samples: int = 128
+    """Calibration sequences."""
+    seq_len: int = 512
+    """Tokens per calibration sequence."""
+    seed: int = 0
+    """Of the draw of calibration data."""
+    sliced: bool = False
+    """slimgpt: write a smaller model of standard configuration instead of zeros."""
+    schedule: Literal["log", "linear", "uniform", "falling"] | None = None
+    """slimgpt: how the sparsity is spread over the layers (log; uniform if sliced)."""
+    split: Literal["spared", "proportional", "error"] | None = None
+    """slimgpt: how many heads go in each layer: rounded down (spared), nearest, or by error; neurons make up the
+    difference."""
+    overwrite: bool = False
+    """Replace an existing directory."""
+
+    def execute(self) -> None:
+        from lcc_lens.pruning.jobs import prune
+
+        report = prune(
+            self.model, self.out, method=self.method, sparsity=self.sparsity, pattern=self.pattern,
+            calibration=self.calibration, n_samples=self.n_samples, seq_len=self.seq_len, seed=self.seed,
+            sliced=self.sliced, schedule=self.schedule, split=self.split, overwrite=self.overwrite,
+        )  # fmt: skip
+        show_table(f"{self.method}: {self.out}", ["", ""], pruning_rows(report))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Refit(Placed):
+    """Fit the surviving weights of a pruned model by least squares: no training, all zeros stay."""
+
+    dense: DenseModel
+    """The dense model."""
+    pruned: PrunedModel
+    """The model pruned from it."""
+    out: Out
+    """The directory to write."""
+    calibration: tuple[str, ...] = ("alpaca", "c4", "wikitext")
+    """Data whose activations are fitted, in equal parts: names, or .jsonl or .txt files."""
+    n_samples: int = 288
+    """Calibration sequences in all."""
+    seq_len: int = 512
+    """Tokens per calibration sequence."""
+    follow: float = 0.5
+    """Fit to what the dense weights give on inputs so far along the way from those that a map sees now (0) to the dense
+    model's own (1)."""
+    ridge: float = 0.03
+    """Pull towards the dense weights, as a share of the inputs' mean square."""
+    mend: float = 0.75
+    """Share of what the residual stream lacks that the maps which write to it make up for (0: each map by itself)."""
+    seed: int = 0
+    """Of the draw of calibration data."""
+    overwrite: bool = False
+    """Replace an existing directory. A refit that was interrupted goes on by itself."""
+
+    def execute(self) -> None:
+        from lcc_lens.pruning.jobs import refit
+
+        report = refit(
+            self.dense, self.pruned, self.out, calibration=self.calibration, n_samples=self.n_samples,
+            seq_len=self.seq_len, follow=self.follow, ridge=self.ridge, mend=self.mend, seed=self.seed,
+            overwrite=self.overwrite,
+        )  # fmt: skip
+        show_table(f"refitted: {self.out}", ["", ""], refit_rows(report))

@@ -1,0 +1,48 @@
+"""The subcommand recipe: a group of rows of the paper's tables as one job."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from lcc_lens.frontends.cli.options import Common
+from lcc_lens.frontends.cli.show import console
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe(Common):
+    """Prune, restore by every method and measure as a recipe says; the same command goes on where it stopped."""
+
+    file: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RECIPE")]
+    """One of recipes/*.json, or your own."""
+    out: Path | None = None
+    """Where everything is written (runs/ and the recipe's name, if not given)."""
+    model: str | None = None
+    """Another model than the recipe's."""
+    seeds: int | None = None
+    """Another number of seeds."""
+    examples: int | None = None
+    """Another number of training examples."""
+    limit: int | None = None
+    """Items of each task at most."""
+    dry_run: str | None = None
+    """A tiny model to run every step on, with next to no data: whether it runs, not what comes of it."""
+
+    def execute(self) -> None:
+        from lcc_lens.evaluation.comparison.tables import failures
+        from lcc_lens.evaluation.paper.recipes import read_recipe
+        from lcc_lens.evaluation.paper.run import RECIPE_TABLE, run_recipe
+
+        recipe, out = read_recipe(self.file), self.out or Path("runs") / self.file.stem
+        results = run_recipe(
+            recipe, out, model=self.model, seeds=self.seeds, examples=self.examples, limit=self.limit,
+            dry_run=self.dry_run,
+        )  # fmt: skip
+        console().print((out / RECIPE_TABLE).read_text(encoding="utf-8"), highlight=False, markup=False, soft_wrap=True)
+        for comparison in results["comparisons"].values():
+            for line in failures(comparison["rows"]):
+                console().print(line, highlight=False, markup=False, soft_wrap=True)
+        console().print(f"table {out / RECIPE_TABLE}", soft_wrap=True)

@@ -1,0 +1,161 @@
+"""What commands print: tables and sentences on the terminal."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lcc_lens.analysis.scan.scan import Scan
+    from lcc_lens.frontends.plotting.run_figures import Drawn
+
+
+_SITE_NAMES = {"z": "head outputs", "mlp": "MLP after its activation", "resid": "residual stream"}
+
+
+def console() -> Any:
+    """The terminal, as wide as it is now."""
+    from rich.console import Console
+
+    return Console()
+
+
+def show_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
+    """Print a table; the first column is text, the others are numbers."""
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", show_header=any(columns))
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="left" if number == 0 else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    console().print(table)
+
+
+def pruning_rows(report: dict[str, Any]) -> list[list[str]]:
+    """What a pruning report says, as rows of a name and a value."""
+    if "share_removed" not in report:
+        rows = [["sparsity", f"{report['sparsity']:.4f}"], ["pattern", report["pattern_found"]]]
+        return [*rows, ["matrices", str(len(report["matrices"]))]]
+    heads, neurons = sum(map(len, report["removed_heads"])), sum(report["removed_neurons"])
+    form = "out of the shapes" if report["sliced"] else "zero"
+    return [
+        [f"share of the layers' weights now {form}", f"{report['share_removed']:.4f}"],
+        ["heads removed", str(heads)],
+        ["neurons removed", str(neurons)],
+    ]
+
+
+def refit_rows(report: dict[str, Any]) -> list[list[str]]:
+    """What a refit's report says, as rows of a name and a value."""
+    left = sorted(report["error_left"].values())
+    return [
+        ["matrices refitted, zeros kept", str(len(left))],
+        ["squared error left on the calibration inputs, median", f"{median(left):.3f}"],
+        ["least and most", f"{left[0]:.3f} and {left[-1]:.3f}"],
+        ["calibration", f"{report['calibration']['data']}, {report['calibration']['sequences']} sequences"],
+    ]
+
+
+def show_comparison(bare: dict[str, Any], rows: list[dict[str, Any]], out: Path) -> None:
+    """Print a comparison: what came back, what it cost, and which cells failed."""
+    from lcc_lens.evaluation.comparison.tables import comparison_tables, failures
+
+    for table in comparison_tables(bare, rows) if bare else ():
+        show_table(table.title, table.columns, table.rows)
+    for line in failures(rows):
+        console().print(line, highlight=False, markup=False)
+    console().print(f"comparison {out}", soft_wrap=True)
+
+
+def show_scan(found: Scan, run_dir: Path) -> None:
+    """Write the loss map and print the heads that changed most."""
+    from lcc_lens.frontends.plotting.head_maps import plot_loss_map
+    from lcc_lens.frontends.plotting.writing import write_html
+
+    page = run_dir / "loss_map.html"
+    write_html(plot_loss_map(found), page)
+    frame = found.table().query("not is_removed").sort_values("relative_loss", ascending=False).head(10)
+    rows = [
+        [f"L{row.layer}H{row.head}", f"{row.relative_loss:.1%}", f"{row.cosine:.3f}", f"{row.constant_share:.1%}"]
+        for row in frame.itertuples()
+    ]
+    show_table("heads that changed most", ["head", "changed", "cosine", "constant share"], rows)
+    show_table("what changed, by site (mean over layers)", ["site", "changed", "cosine", "constant share"], [
+        [_SITE_NAMES[str(site)], f"{row.relative_loss:.1%}", f"{row.cosine:.3f}", f"{row.constant_share:.1%}"]
+        for site, row in found.layer_table().groupby("site", sort=False).mean().iterrows()
+    ])  # fmt: skip
+    if found.selected_by:
+        show_table("highest scores, with standard errors", ["selector", "heads"], selector_rows(found))
+    console().print(f"scan {run_dir}\npage {page}", soft_wrap=True)
+
+
+def selector_rows(found: Scan, n: int = 3) -> list[list[str]]:
+    """Each selector's highest heads."""
+    from lcc_lens.core.heads import Head
+
+    rows = []
+    for name, scores in found.selected_by.items():
+        value = scores.value.nan_to_num(nan=float("-inf")).clone()
+        for layer, removed in enumerate(found.head_map.removed):
+            value[layer, list(removed)] = float("-inf")
+        flat = value.flatten()
+        best = [Head(int(i) // scores.value.shape[1], int(i) % scores.value.shape[1]) for i in flat.topk(n).indices]
+        told = [f"{head} {float(scores.value[head]):.2g} ± {float(scores.stderr[head]):.1g}" for head in best]
+        rows.append([name, "   ".join(told)])
+    return rows
+
+
+def show_losses(losses: dict[str, float], n_heads: int, run_dir: Path) -> None:
+    """Print held-out losses and the share of the loss that was recovered."""
+    from lcc_lens.core.metrics import share_recovered
+
+    rows = [[name, f"{value:.4f}"] for name, value in losses.items()]
+    share = share_recovered(losses["dense"], losses["pruned"], losses["restored"])
+    rows.append(["share recovered", "nothing was lost" if share is None else f"{share:.1%}"])
+    title = "held-out response loss" + (f", {n_heads} heads" if n_heads else "")
+    show_table(title, ["model", "nats per token"], rows)
+    console().print(f"restoration {run_dir}", soft_wrap=True)
+
+
+def show_recovery(found: dict[str, Any], run: Path) -> None:
+    """Print what a task's recovery brought, and what it cost elsewhere."""
+    show_results(found["models"], f"{found['task']} on held-out items, and {found['text']}: {run}")
+    low, high = found["gain_interval"]
+    sentence = f"accuracy of the restored model above the pruned one's: {found['gain']:+.1%} [{low:+.1%}, {high:+.1%}]"
+    if found["share_recovered"] is None:
+        sentence += "; pruning lost nothing on these items"
+    elif found["share_interval"] is None:
+        sentence += f"; {found['share_recovered']:.0%} of a loss that may be none on so few items"
+    else:
+        low, high = found["share_interval"]
+        sentence += f"; {found['share_recovered']:.0%} [{low:.0%}, {high:.0%}] of what pruning lost"
+    console().print(sentence, highlight=False, markup=False, soft_wrap=True)
+
+
+def show_results(models: dict[str, Any], title: str) -> None:
+    """Print the scores of models side by side."""
+    from lcc_lens.evaluation.evaluate import format_scores
+
+    columns = ["model", *format_scores(next(iter(models.values()))["tasks"])]
+    show_table(title, columns, [[name, *format_scores(entry["tasks"]).values()] for name, entry in models.items()])
+
+
+def show_report(found: dict[str, Any], title: str) -> None:
+    """Print an efficiency report: sizes, times, and what they say."""
+    from lcc_lens.evaluation.efficiency.report_text import findings, size_table, time_table
+
+    show_table(title, *size_table(found))
+    if found["ratios"]:
+        show_table("median and interval of interleaved rounds", *time_table(found))
+    for sentence in findings(found):
+        console().print(sentence, highlight=False, markup=False)
+
+
+def show_drawn(drawn: Drawn, out: Path) -> None:
+    """Print which figures were drawn, and what would make the others."""
+    names = list(dict.fromkeys(path.stem for path in drawn.files))
+    console().print(f"{out}: {', '.join(names)}", soft_wrap=True)
+    if drawn.lacking:
+        show_table("not drawn", ["figure", "what it needs"], [[name, why] for name, why in drawn.lacking.items()])

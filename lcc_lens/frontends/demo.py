@@ -1,0 +1,183 @@
+"""The main job from beginning to end on the embedded model: prune, scan, restore, export, evaluate, show."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lcc_lens.analysis.scan.scan import scan
+from lcc_lens.core.config import package_version
+from lcc_lens.core.files import write_json, write_text
+from lcc_lens.core.metrics import share_recovered
+from lcc_lens.data.datasets import Data, Role, assert_disjoint, encode, load_data, load_records, split_examples
+from lcc_lens.data.prompts import Example
+from lcc_lens.evaluation.evaluate import format_scores
+from lcc_lens.evaluation.lm_eval_tasks import evaluate_task
+from lcc_lens.exporters.huggingface import export, model_card
+from lcc_lens.frontends.explorer.page import explore
+from lcc_lens.frontends.explorer.token_tables import read_tokens
+from lcc_lens.models.hooked.losses import sequence_loss
+from lcc_lens.models.loading.hooked import load_tokenizer
+from lcc_lens.models.loading.plain import load_plain
+from lcc_lens.models.loading.references import resolve
+from lcc_lens.models.pair import load_pair
+from lcc_lens.pruning.jobs import prune
+from lcc_lens.restoration.restore import restore
+from lcc_lens.restoration.training.loop import TrainConfig
+
+
+@dataclass(frozen=True)
+class DemoConfig:
+    """Sizes of the demo; the defaults fit two cores and 4 GiB."""
+
+    model: str = "smollm2"
+    folder: Path = Path("runs/demo")
+    sparsity: float = 0.5
+    n_calibration: int = 24
+    calibration_length: int = 256
+    n_probe: int = 64
+    n_train: int = 240
+    n_validation: int = 12
+    n_held_out: int = 40
+    max_length: int = 144
+    n_text_blocks: int = 8
+    text_length: int = 512
+    n_items: int = 50
+    batch_size: int = 4
+    lr: float = 3e-2
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class DemoResult:
+    """Where everything is, and the numbers by model."""
+
+    pruned: Path
+    restored: Path
+    page: Path
+    results: dict[str, Any]
+    seconds: dict[str, float]
+
+
+def passages(role: Role, n: int, seed: int) -> Data:
+    """BoolQ's passages as instructions: the question asks for the Wikipedia passage that answers it."""
+    boolq = load_data("boolq", n, role=role, seed=seed)
+    return dataclasses.replace(
+        boolq, name="boolq passages", kind="instruction", examples=tuple(_passage(e) for e in boolq.examples)
+    )
+
+
+def texts(role: Role, without: frozenset[str] = frozenset()) -> Data:
+    """BoolQ's passages as plain text, without some groups."""
+    boolq = load_data("boolq", role=role)
+    kept = [example for example in boolq.examples if example.group not in without]
+    unique = {example.prompt.rpartition("\nQuestion: ")[0]: example.group for example in kept}
+    examples = tuple(Example("", text, group) for text, group in unique.items())
+    return dataclasses.replace(boolq, name="boolq text", kind="text", examples=examples)
+
+
+def run_demo(config: DemoConfig, *, stage: Callable[[str], None] | None = None) -> DemoResult:
+    """Run every step anew; only the converted model is kept between runs.
+
+    Args:
+        config: model, folder and sizes.
+        stage: called with each step's title, for front ends.
+    """
+    clock: dict[str, float] = {}
+    timed = _stages(clock, stage)
+    folder = config.folder
+    pruned, restored, run = folder / "pruned", folder / "restored", folder / "run"
+    training = passages("train", config.n_train, config.seed)
+    probe = load_data("boolq", config.n_probe, role="probe", seed=config.seed)
+    validation, held_out = split_examples(passages("held-out", config.n_held_out, config.seed), config.n_validation)
+    text = texts("held-out", without=frozenset(example.group for example in validation.examples))
+    calibration = texts("calibration")
+    for measured in (held_out, text):
+        assert_disjoint(calibration, probe, training, validation, measured)
+
+    with timed("prune", f"remove {config.sparsity:.0%} of the weights (Wanda)"):
+        resolve(config.model)
+        prune(
+            config.model, pruned, sparsity=config.sparsity, calibration=calibration, n_samples=config.n_calibration,
+            seq_len=config.calibration_length, seed=config.seed, overwrite=True,
+        )  # fmt: skip
+    with timed("scan", "see what each head lost"):
+        pair = load_pair(config.model, pruned)
+        found = scan(pair, probe, max_length=2 * config.max_length, seed=config.seed)
+        found.save(run)
+    with timed("restore", "train a constant per head"):
+        settings = TrainConfig(
+            batch_size=config.batch_size, lr=config.lr, micro_tokens=640, validate_every=15, seed=config.seed
+        )
+        restoration = restore(
+            pair, found, found.select("mse", share=1.0), training, validation=validation, config=settings,
+            max_length=config.max_length, run=run,
+        )  # fmt: skip
+    read_tokens(pair.pruned, pair.tokenizer, found, restoration).save(run)
+    del pair  # two models' memory, needed by what follows
+    with timed("export", "fold into a plain Hugging Face directory and verify"):
+        report = export(restoration, pruned, restored, overwrite=True)
+    with timed("evaluate", "compare dense, pruned and restored"):
+        paths = {"dense": resolve(config.model), "pruned": pruned, "restored": restored}
+        models: dict[str, Any] = {
+            name: {"path": str(path), "tasks": _tasks(path, held_out, text, config)} for name, path in paths.items()
+        }
+    card_numbers = {name: format_scores(entry["tasks"]) for name, entry in models.items()}
+    write_text(restored / "README.md", model_card(restoration, card_numbers, report.logit_difference))
+    results = {
+        "models": models,
+        "share_recovered": _shares(models),
+        "export": {k: v for k, v in dataclasses.asdict(report).items() if k not in ("path", "added", "changed")},
+        "config": {**dataclasses.asdict(config), "folder": str(folder)},
+        "seconds": {name: round(value, 1) for name, value in clock.items()},
+        "version": package_version(),
+    }
+    write_json(folder / "results.json", results)
+    page = explore(run, folder / "index.html", results=folder / "results.json", read_model=False)
+    return DemoResult(pruned, restored, page, results, clock)
+
+
+def _tasks(path: Path, held_out: Data, text: Data, config: DemoConfig) -> dict[str, Any]:
+    model, tokenizer = load_plain(path), load_tokenizer(path)
+    blocks = encode(text, tokenizer, max_length=config.text_length, limit=config.n_text_blocks)
+    responses = encode(held_out, tokenizer, max_length=config.max_length)
+    spoken, written = sequence_loss(model, responses), sequence_loss(model, blocks)
+    boolq = load_records("boolq", config.n_items, role="held-out", seed=config.seed + 1)
+    arc = load_records("arc_easy", config.n_items, role="held-out", seed=config.seed)
+    return {
+        "held-out text": {"perplexity": written["perplexity"], "loss": written["loss"], "tokens": written["tokens"]},
+        "held-out responses": {"response_loss": spoken["loss"], "loss": spoken["loss"], "tokens": spoken["tokens"]},
+        "boolq": evaluate_task(model, tokenizer, "boolq", records=boolq),
+        "arc_easy": evaluate_task(model, tokenizer, "arc_easy", records=arc),
+    }
+
+
+def _shares(models: dict[str, Any]) -> dict[str, float | None]:
+    """The share of the lost log-likelihood that came back, per kind of held-out data."""
+    return {
+        name: share_recovered(*(models[m]["tasks"][name]["loss"] for m in ("dense", "pruned", "restored")))
+        for name in ("held-out text", "held-out responses")
+    }
+
+
+def _passage(example: Example) -> Example:
+    passage, _, question = example.prompt.rpartition("\nQuestion: ")
+    question = question.removesuffix("\nAnswer:")
+    return Example(f"Question: {question}\nPassage:", f" {passage}", example.group)
+
+
+def _stages(clock: dict[str, float], stage: Callable[[str], None] | None) -> Any:
+    @contextmanager
+    def timed(name: str, title: str) -> Iterator[None]:
+        start = time.perf_counter()
+        if stage is not None:
+            stage(title)
+        yield
+        clock[name] = time.perf_counter() - start
+
+    return timed

@@ -1,0 +1,183 @@
+"""All figures that a run directory has the data for."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+from lcc_lens.analysis.lens.saved import load_lens
+from lcc_lens.analysis.scan.result import SCAN_RECORD, Scan
+from lcc_lens.core.errors import LensError, RequestError
+from lcc_lens.core.files import read_json
+from lcc_lens.core.heads import Head
+from lcc_lens.evaluation.comparison.compare import COMPARISON
+from lcc_lens.frontends.plotting.comparisons import plot_comparison, plot_inference_cost, plot_tasks
+from lcc_lens.frontends.plotting.components import plot_logit_gain, plot_promoted_tokens, plot_spectra
+from lcc_lens.frontends.plotting.head_maps import plot_loss_map, plot_selectors
+from lcc_lens.frontends.plotting.recoveries import Along, plot_recovery, recovery_points
+from lcc_lens.frontends.plotting.reports import plot_report
+from lcc_lens.frontends.plotting.training import plot_training
+from lcc_lens.frontends.plotting.writing import write_html, write_images
+from lcc_lens.restoration.result import RESTORATION_TENSORS, Restoration
+from lcc_lens.restoration.run_folder import RUN_LOG
+from lcc_lens.restoration.training.loop import Step
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
+
+Format = Literal["html", "png", "svg", "pdf"]
+FORMATS: tuple[Format, ...] = get_args(Format)
+REPORT = "report.json"
+_N_SPECTRA = 3  # heads with a line of their own
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """The files that were written, and the figures that were not: by name, what they lack and what would make it."""
+
+    files: tuple[Path, ...]
+    lacking: dict[str, str]
+
+
+def draw_figures(run: str | Path, out: str | Path, *, formats: Sequence[Format] = FORMATS) -> Drawn:
+    """Draw every figure that a run directory has the data for; no model is run.
+
+    Args:
+        run: a directory of ``scan``, ``restore`` or ``compare``, with ``report.json`` (``lcc-lens report --out``) and
+            ``lens.safetensors`` (:func:`~lcc_lens.analysis.lens.save_lens`) beside.
+        out: the folder to write.
+        formats: HTML opens everywhere; images need kaleido and a Chromium browser.
+
+    Raises:
+        RequestError: the run has the data for no figure, an unknown format, or a damaged file.
+        LensError: images were asked for and cannot be drawn; HTML pages that were asked for are there.
+
+    Example:
+        >>> draw_figures("runs/mine", "figures/mine").lacking  # doctest: +SKIP
+        {'report': 'wanted runs/mine/report.json, got none; make it with lcc-lens report --out'}
+    """
+    run, out = Path(run), Path(out)
+    unknown = [name for name in formats if name not in FORMATS]
+    if unknown or not formats:
+        raise RequestError(f"wanted formats among {', '.join(FORMATS)}, got {', '.join(unknown) or 'none'}")
+    figures, lacking = run_figures(run)
+    if not figures:
+        first = next(iter(lacking.values()))
+        raise RequestError(f"wanted a run with data for a figure in {run}, got none ({first})")
+    paths = {out / f"{name}.{kind}": figure for name, figure in figures.items() for kind in formats}
+    for path, figure in paths.items():
+        if path.suffix == ".html":
+            write_html(figure, path, alone=False)
+    try:
+        write_images({path: figure for path, figure in paths.items() if path.suffix != ".html"})
+    except LensError as error:
+        there = f"; the HTML pages are in {out}" if "html" in formats else ""
+        raise LensError(f"{error}{there}") from error
+    return Drawn(tuple(paths), lacking)
+
+
+def run_figures(run: str | Path) -> tuple[dict[str, go.Figure], dict[str, str]]:
+    """The figures that a run directory has the data for, and what the others lack, both by name."""
+    figures: dict[str, go.Figure] = {}
+    lacking: dict[str, str] = {}
+    for name, draw in _FIGURES.items():
+        try:
+            figures[name] = draw(Path(run))
+        except RequestError as error:
+            lacking[name] = str(error)
+    return figures, lacking
+
+
+def _loss_map(run: Path) -> go.Figure:
+    found = _scan(run)
+    heads = Restoration.load(run).heads if (run / RESTORATION_TENSORS).exists() else ()
+    n_layers, n_heads = found.relative_loss.shape
+    return plot_loss_map(found, heads if len(heads) < n_layers * n_heads else ())
+
+
+def _spectra(run: Path) -> go.Figure:
+    found = _scan(run)
+    loss = found.relative_loss
+    worst = loss.flatten().argsort(descending=True, stable=True)[:_N_SPECTRA].tolist()
+    return plot_spectra(found, [Head(*divmod(place, loss.shape[1])) for place in worst])
+
+
+def _training(run: Path) -> go.Figure:
+    if not (run / RUN_LOG).exists() or not (run / RESTORATION_TENSORS).exists():
+        raise RequestError(f"wanted {run / RUN_LOG} of a finished restoration, got none; make it with lcc-lens restore")
+    try:
+        steps = [Step(**json.loads(line)) for line in (run / RUN_LOG).read_text(encoding="utf-8").splitlines()]
+    except (ValueError, TypeError) as error:
+        raise RequestError(f"wanted steps in {run / RUN_LOG}, got a damaged line ({error}); restore again") from error
+    record = Restoration.load(run).record
+    told = f"{record.method}, {record.n_examples} examples of {Path(record.data).name}, seed {record.seed}."
+    return plot_training(steps, record.losses.get("dense"), record.losses.get("pruned"), told)
+
+
+def _gain(run: Path) -> go.Figure:
+    gains, _ = load_lens(run)
+    if not gains:
+        raise RequestError(f"wanted logit gains in {run}, got none; save them with save_lens")
+    return plot_logit_gain(gains[:4])
+
+
+def _tokens(run: Path) -> go.Figure:
+    _, promoted = load_lens(run)
+    if not promoted:
+        raise RequestError(f"wanted promoted tokens in {run}, got none; save them with save_lens")
+    return plot_promoted_tokens(promoted[0])
+
+
+def _along(along: Along) -> Callable[[Path], go.Figure]:
+    """Recovery over the comparisons in a run and, where several settings were tried, in the folders below it."""
+
+    def draw(run: Path) -> go.Figure:
+        files = sorted([*run.glob(COMPARISON), *run.glob(f"*/{COMPARISON}")])
+        comparisons = [read_json(file) for file in files] or [_comparison(run)]
+        n = len(comparisons)
+        return plot_recovery(
+            recovery_points(comparisons, along),
+            along,
+            f"{n} comparison{'s' * (n > 1)}; intervals: blocks of text drawn anew.",
+        )
+
+    return draw
+
+
+def _scan(run: Path) -> Scan:
+    if not (run / SCAN_RECORD).exists():
+        raise RequestError(f"wanted {run / SCAN_RECORD}, got none; make it with lcc-lens scan")
+    return Scan.load(run)
+
+
+def _comparison(run: Path) -> dict[str, Any]:
+    if not (run / COMPARISON).exists():
+        raise RequestError(f"wanted {run / COMPARISON}, got none; make it with lcc-lens compare")
+    found: dict[str, Any] = read_json(run / COMPARISON)
+    return found
+
+
+def _report(run: Path) -> go.Figure:
+    if not (run / REPORT).exists():
+        raise RequestError(f"wanted {run / REPORT}, got none; make it with lcc-lens report --out {run / REPORT}")
+    return plot_report(read_json(run / REPORT))
+
+
+_FIGURES: dict[str, Callable[[Path], go.Figure]] = {
+    "loss_map": _loss_map,
+    "selectors": lambda run: plot_selectors(_scan(run)),
+    "spectra": _spectra,
+    "logit_gain": _gain,
+    "promoted_tokens": _tokens,
+    "training": _training,
+    "comparison": lambda run: plot_comparison(_comparison(run)),
+    "tasks": lambda run: plot_tasks(_comparison(run)),
+    "recovery_by_heads": _along("heads"),
+    "recovery_by_examples": _along("examples"),
+    "recovery_by_learning_rate": _along("learning rate"),
+    "inference_cost": lambda run: plot_inference_cost(_comparison(run)),
+    "report": _report,
+}

@@ -1,0 +1,48 @@
+"""Training curves."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import plotly.graph_objects as go
+
+from lcc_lens.frontends.plotting.theme import COLORS, COLUMN, rounded, styled
+from lcc_lens.restoration.training.loop import Step
+
+
+def plot_training(
+    steps: Sequence[Step], dense_loss: float | None = None, pruned_loss: float | None = None, caption: str = ""
+) -> go.Figure:
+    """Training and held-out loss per optimiser step, between the dense and the pruned model's held-out loss.
+
+    Args:
+        steps: records of a run.
+        dense_loss: held-out loss of the dense model, nats per response token.
+        pruned_loss: held-out loss of the pruned model.
+        caption: what was trained on what, with which seed.
+    """
+    validated = [step for step in steps if step.validation_loss is not None]
+    figure = go.Figure()
+    figure.add_scatter(
+        x=[s.step for s in steps], y=[rounded(s.loss) for s in steps], name="training batches", mode="lines",
+        line={"color": "#9a9a9a", "width": 1},
+    )  # fmt: skip
+    figure.add_scatter(
+        x=[s.step for s in validated], y=[rounded(s.validation_loss) for s in validated], name="restored, held-out",
+        mode="lines+markers", line={"color": COLORS["restored"], "width": 2},
+    )  # fmt: skip
+    for name, value in (("pruned", pruned_loss), ("dense", dense_loss)):
+        if value is not None:
+            figure.add_hline(
+                y=rounded(value), line={"color": COLORS[name], "dash": "dash"},
+                annotation={
+                    "text": name, "font": {"color": COLORS[name]}, "yshift": -1, "x": 1, "xanchor": "right",
+                    "yanchor": "bottom", "showarrow": False,
+                },
+            )  # fmt: skip
+    styled(
+        figure, "Restoring", f"{len(steps)} optimiser steps. {caption}".strip(), width=COLUMN, plot_height=230, above=30
+    )
+    figure.update_xaxes(title="optimiser step")
+    figure.update_yaxes(title="loss (nats per response token)")
+    return figure

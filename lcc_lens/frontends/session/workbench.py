@@ -1,0 +1,182 @@
+"""What a session computes: injections, training steps and held-out losses; what no call changes is computed once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import asdict, dataclass, replace
+
+from lcc_lens.analysis.scan.scan import Scan
+from lcc_lens.core.errors import InterruptedRun, RequestError
+from lcc_lens.core.heads import Head
+from lcc_lens.data.datasets import Data, TokenSequence
+from lcc_lens.frontends.session.state import SessionState
+from lcc_lens.models.hooked.hooks import HookedModel
+from lcc_lens.models.pair import Pair
+from lcc_lens.restoration.checks import check_scan, require_slots
+from lcc_lens.restoration.injections.base import Injection
+from lcc_lens.restoration.injections.ingredients import Ingredients
+from lcc_lens.restoration.injections.methods import build_injection, parse_method, uses_heads
+from lcc_lens.restoration.result import RestorationRecord
+from lcc_lens.restoration.training.loop import Step, TrainConfig, train, validation_loss
+from lcc_lens.restoration.training.objectives import Source
+from lcc_lens.restoration.training.reuse import CachedTeacher, StartedLater, reused
+from lcc_lens.restoration.training_data import training_sequences
+
+
+def open_workbench(
+    pair: Pair,
+    scan: Scan | None,
+    data: Data,
+    validation: Data | None,
+    *,
+    method: str,
+    config: TrainConfig,
+    max_length: int,
+    low_rank: int,
+    exportable: bool,
+) -> Workbench:
+    """Check what a session is asked for and encode its data; see :class:`~lcc_lens.frontends.session.session.RestoreSession`.
+
+    Raises:
+        RequestError: see there.
+    """
+    parse_method(method)
+    if scan is not None:
+        check_scan(scan, pair)
+    elif uses_heads(method):
+        raise RequestError(f"wanted a scan of this pair for {method}, got none; scan it first")
+    if pair.one_at_a_time:
+        raise RequestError("wanted both models in memory, got a pair with one at a time; load it without")
+    if exportable:
+        require_slots(pair, method)
+    sequences, held_out = training_sequences(pair, scan, data, validation, max_length, None, None)
+    return Workbench(pair, scan, method, data.name, sequences, held_out, config, low_rank)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a call of training came to: its steps, the best objective, and whether it was stopped before its end."""
+
+    steps: tuple[Step, ...]
+    held_out: float
+    is_cut: bool
+
+
+class Workbench:
+    """Builds, trains and measures the injections of one method on the same data.
+
+    Args:
+        pair: the hooked models.
+        scan: their scan, if the method needs one.
+        method: see :class:`~lcc_lens.frontends.session.session.RestoreSession`.
+        data: the training data's name.
+        sequences: training data.
+        held_out: what the best numbers are chosen by.
+        config: settings of every training.
+        low_rank: the rank of a masked low rank.
+    """
+
+    def __init__(
+        self,
+        pair: Pair,
+        scan: Scan | None,
+        method: str,
+        data: str,
+        sequences: Sequence[TokenSequence],
+        held_out: Sequence[TokenSequence],
+        config: TrainConfig,
+        low_rank: int,
+    ) -> None:
+        self.pair, self.scan, self.method, self.data, self.low_rank = pair, scan, method, data, low_rank
+        self.sequences, self.held_out, self.config = sequences, held_out, config
+        self._teacher = CachedTeacher(pair.dense) if config.objective.needs_teacher else None
+        self._started: StartedLater | None = None
+        self._bare: dict[str, float] = {}
+
+    def build(self, heads: tuple[Head, ...], rank: int | None) -> Injection:
+        """The method's injection before any training."""
+        components = None if self.scan is None else self.scan.components
+        given = Ingredients(
+            self.pair.pruned, components, heads, self.pair.output_projections, rank=rank, low_rank=self.low_rank,
+            seed=self.config.seed,
+        )  # fmt: skip
+        return build_injection(self.method, given)
+
+    def train(
+        self,
+        injection: Injection,
+        state: SessionState,
+        n_steps: int,
+        lr: float | None,
+        is_over: Callable[[Step], bool],
+    ) -> Trained:
+        """Train on from a state, on the examples that follow those of its steps; the injection ends with the best.
+
+        Args:
+            injection: a copy of the state's, trained in place.
+            state: where to start.
+            n_steps: how many.
+            lr: see :class:`~lcc_lens.restoration.training.loop.TrainConfig`.
+            is_over: called after every step; whether to stop there.
+        """
+        first_loss = self._objective(injection) if state.held_out is None else state.held_out
+        running, steps, is_cut = self._steps(injection, n_steps, lr, len(state.steps), first_loss), list[Step](), False
+        try:
+            for step in running:
+                steps.append(step)
+                is_cut = is_over(step) and step.step < n_steps
+                if is_cut:
+                    break
+        except InterruptedRun:
+            is_cut = True
+        finally:
+            running.close()  # puts the best numbers into the injection
+        measured = (step.validation_loss for step in steps if step.validation_loss is not None)
+        return Trained(tuple(steps), min([first_loss, *measured]), is_cut)
+
+    def losses(self, injection: Injection | None) -> dict[str, float]:
+        """The held-out responses' loss in nats per token; without an injection the restored model is the pruned one."""
+        if not self._bare:
+            both = {"dense": self.pair.dense, "pruned": self.pair.pruned}
+            self._bare = {name: validation_loss(model, None, self.held_out) for name, model in both.items()}
+        if injection is None:
+            return {**self._bare, "restored": self._bare["pruned"]}
+        return {**self._bare, "restored": validation_loss(self._source(injection), injection, self.held_out)}
+
+    def record(self, state: SessionState, history: Sequence[str]) -> RestorationRecord:
+        """Where a state comes from, with its losses."""
+        config, n_steps, injection = self.config, len(state.steps), state.chosen()
+        data, n_examples = self.data, min(len(self.sequences), n_steps * config.batch_size)
+        if self.scan is not None and not injection.n_trained:
+            data, n_examples = self.scan.record.data, self.scan.record.n_examples
+        settings = {
+            "objective": asdict(config.objective), "batch_size": config.batch_size, "rank": state.rank,
+            "low_rank": self.low_rank, "scale": state.scale, "steps": n_steps,
+            "heads": [str(head) for head in state.heads], "history": list(history),
+        }  # fmt: skip
+        return RestorationRecord(
+            dense=self.pair.dense_id.reference, pruned=self.pair.pruned_id.reference,
+            dense_sha256=self.pair.dense_id.sha256, pruned_sha256=self.pair.pruned_id.sha256, method=self.method,
+            data=data, n_examples=n_examples, seed=config.seed, settings=settings, losses=self.losses(state.scaled()),
+            n_trained=injection.n_trained,
+        )  # fmt: skip
+
+    def _steps(
+        self, injection: Injection, n_steps: int, lr: float | None, n_before: int, first_loss: float
+    ) -> Generator[Step, None, None]:
+        config = replace(self.config, lr=lr, seed=self.config.seed + n_before)
+        first, n = n_before * config.batch_size, len(self.sequences)
+        coming = [self.sequences[index % n] for index in range(first, first + n_steps * config.batch_size)]
+        yield from train(
+            self._source(injection), injection, coming, self.held_out, config, teacher=self._teacher,
+            first_loss=first_loss,
+        )  # fmt: skip
+
+    def _objective(self, injection: Injection) -> float:
+        settings = self.config.micro_tokens, self.config.objective, self._teacher
+        return validation_loss(self._source(injection), injection, self.held_out, *settings)
+
+    def _source(self, injection: Injection) -> HookedModel | Source:
+        found = reused(self.pair.pruned, injection, self._started)
+        self._started = found if isinstance(found, StartedLater) else None
+        return found

@@ -1,0 +1,110 @@
+"""What the browser is shown of a session, as small JSON."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+from importlib.resources import files
+from typing import Any
+
+from lcc_lens.analysis.scan.scan import Scan
+from lcc_lens.analysis.selectors.names import SELECTORS, SelectorName
+from lcc_lens.core.heads import all_heads
+from lcc_lens.frontends.explorer.views import View, views_of_scan
+from lcc_lens.frontends.session.session import RestoreSession
+from lcc_lens.restoration.injections.methods import uses_components, uses_heads
+from lcc_lens.restoration.training.loop import Step
+
+#: Number of the step, training loss, held-out loss or None.
+Point = list[int | float | None]
+#: Points of a loss curve that a screen can tell apart; a long session's curve is thinned to so many.
+_MOST_POINTS = 400
+_STYLES = ("base.css", "map.css", "parts.css")
+#: Joined into one module; only the last one exports.
+_SCRIPTS = (
+    "dom.js",
+    "theme.js",
+    "map.js",
+    "picking.js",
+    "training.js",
+    "curve.js",
+    "readout.js",
+    "ending.js",
+    "main.js",
+)
+
+
+def script() -> str:
+    """The browser's side, as one module that imports nothing."""
+    return "".join(_read(name) for name in _SCRIPTS)
+
+
+def style() -> str:
+    """Its style, which touches nothing outside of the widget."""
+    return "".join(_read(name) for name in _STYLES)
+
+
+def fixed_contents(session: RestoreSession) -> dict[str, Any]:
+    """What no action changes: the grid of heads, what it can show, the selectors' orders, what the method offers."""
+    cfg, scan = session.pair.pruned.cfg, session.scan if uses_heads(session.method) else None
+    n_layers, n_heads = (0, 0) if scan is None else (int(cfg.n_layers), int(cfg.n_heads))
+    has_constants = uses_components(session.method)
+    return {
+        "method": session.method, "dense": session.pair.dense_id.reference, "pruned": session.pair.pruned_id.reference,
+        "layers": n_layers, "heads": n_heads, "most_rank": int(cfg.d_head) if has_constants else 0,
+        "has_scale": has_constants, "views": [] if scan is None else [_view(view) for view in views_of_scan(scan)],
+        "removed": [] if scan is None else _removed(scan),
+        "rankings": {} if scan is None else _rankings(scan, session.seed),
+    }  # fmt: skip
+
+
+def state_contents(session: RestoreSession) -> dict[str, Any]:
+    """Where a session is; ``key`` is another one after other actions, and the same again after undoing them."""
+    return {
+        "heads": [str(head) for head in session.heads], "rank": session.rank, "scale": session.scale,
+        "n_steps": len(session.steps), "history": list(session.history), "key": state_key(session),
+        "can_undo": bool(session.history), "can_redo": bool(session.undone),
+    }  # fmt: skip
+
+
+def state_key(session: RestoreSession) -> str:
+    """A name for the state: its history gives the same bits, so that says enough."""
+    return hashlib.sha256("\n".join(session.history).encode()).hexdigest()[:12]
+
+
+def curve_contents(steps: Sequence[Step]) -> list[Point]:
+    """Number, training loss and held-out loss (None where not measured) of every step; all held-out ones are kept."""
+    every = max(1, math.ceil(len(steps) / _MOST_POINTS))
+    numbered = enumerate(steps, start=1)
+    return [step_contents(n, step) for n, step in numbered if n % every == 0 or step.validation_loss is not None]
+
+
+def step_contents(number: int, step: Step) -> Point:
+    """One point of the loss curve."""
+    return [number, _short(step.loss), None if step.validation_loss is None else _short(step.validation_loss)]
+
+
+def _view(view: View) -> dict[str, Any]:
+    values = [_short(value) for value in view.value.flatten().tolist()]
+    return {"key": view.key, "title": view.title, "unit": view.unit, "meaning": view.meaning, "values": values}
+
+
+def _removed(scan: Scan) -> list[str]:
+    heads = all_heads(*scan.relative_loss.shape)
+    return [str(head) for head in heads if head.head in scan.head_map.removed[head.layer]]
+
+
+def _rankings(scan: Scan, seed: int) -> dict[str, list[str]]:
+    """Every selector that the scan can answer, with all heads in its order."""
+    offered: list[SelectorName] = [name for name in SELECTORS if name in {*scan.selected_by, "mse", "random"}]  # type: ignore[misc]
+    return {name: [str(head) for head in scan.ranking(name, seed=seed)] for name in offered}
+
+
+def _short(value: float) -> float | None:
+    """Five digits, which no screen shows more of; JSON has no infinities."""
+    return float(f"{value:.5g}") if math.isfinite(value) else None
+
+
+def _read(name: str) -> str:
+    return (files("lcc_lens.frontends.widget") / "assets" / name).read_text(encoding="utf-8")

@@ -1,0 +1,187 @@
+"""The widget itself: traits that the browser shows, and what its messages set going."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import anywidget
+import traitlets
+
+from lcc_lens.core.errors import RequestError
+from lcc_lens.frontends.session.session import RestoreSession
+from lcc_lens.frontends.widget.actions import ACTIONS, Message
+from lcc_lens.frontends.widget.contents import (
+    Point,
+    curve_contents,
+    fixed_contents,
+    script,
+    state_contents,
+    state_key,
+    step_contents,
+    style,
+)
+from lcc_lens.frontends.widget.worker import Job, Worker, line_of
+from lcc_lens.restoration.training.loop import Step
+
+#: The most likely tokens of every model in the table, and how many tokens each model goes on with.
+_TABLE, _GENERATED = 4, 32
+
+
+class RestoreWidget(anywidget.AnyWidget):
+    """Restore by clicks: a view of a session in JupyterLab, VS Code or Colab; nothing is fetched from elsewhere.
+
+    Every click is a call of the session and leaves its line of code, shown at the foot. Choosing heads runs no model;
+    what does runs in a thread of its own, so cells can be run meanwhile (the session refuses them the models until it
+    is done). After calls of the session from cells, :meth:`refresh` shows them.
+
+    Args:
+        session: what the clicks act on.
+        prompt: what the three models are asked to go on with.
+        reads_at_once: read losses and prompt again after every action; if False, after training and when asked.
+
+    Attributes:
+        busy: what is being done; empty at rest.
+        error: the last refusal or failure, as one line.
+        readout: the last losses, next tokens and generations, and the ``key`` of the state that they are of.
+        exported: the last verified export.
+
+    Example:
+        >>> lcc.RestoreWidget(lcc.RestoreSession(pair, scan, data))  # doctest: +SKIP
+    """
+
+    _esm = script()
+    _css = style()
+    fixed = traitlets.Dict().tag(sync=True)
+    state = traitlets.Dict().tag(sync=True)
+    curve: traitlets.List[Point] = traitlets.List().tag(sync=True)
+    live: traitlets.List[Point] = traitlets.List().tag(sync=True)
+    readout = traitlets.Dict().tag(sync=True)
+    exported = traitlets.Dict().tag(sync=True)
+    busy = traitlets.Unicode().tag(sync=True)
+    error = traitlets.Unicode().tag(sync=True)
+    prompt = traitlets.Unicode().tag(sync=True)
+    reads_at_once = traitlets.Bool(True).tag(sync=True)
+
+    def __init__(
+        self, session: RestoreSession, *, prompt: str = "The capital of France is", reads_at_once: bool = True
+    ) -> None:
+        self.session, self._stopped, self._skipped = session, threading.Event(), threading.Event()
+        super().__init__(fixed=fixed_contents(session), prompt=prompt, reads_at_once=reads_at_once)
+        self._worker = Worker(self._tell, self._fail)
+        self.on_msg(self._receive)
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Show where the session is now."""
+        self.curve = curve_contents(self.session.steps)
+        self.state = state_contents(self.session)
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Wait until what was begun is done, so many seconds at most; whether it is."""
+        return self._worker.wait(timeout)
+
+    def close(self) -> None:
+        """End a training with the best so far, and take the widget away."""
+        self._stop()
+        super().close()
+
+    def _receive(self, widget: object, message: Message, buffers: object) -> None:
+        """Do what a message asks; whatever happens, the browser hears that it was dealt with."""
+        self.error = ""
+        try:
+            self._do(message)
+        except Exception as error:
+            self._fail(line_of(error))
+        self.refresh()
+        self.send({"done": message.get("do")})
+
+    def _do(self, message: Message) -> None:
+        action = message.get("do")
+        jobs = {"train": self._train, "read": self._read, "export": self._export}
+        if self.busy == "reading" and action in {*ACTIONS, *jobs}:
+            # Asked for before the browser knew of the reading, which is of the past now: it gives way.
+            self._skipped.set()
+            self._worker.wait()
+        if action == "stop":
+            self._stop()
+        elif action == "skip":  # somebody waits for a reading to end that is of the past already
+            self._skipped.set()
+        elif action in ACTIONS:
+            ACTIONS[action](self.session, message)
+            self.refresh()
+            if self.reads_at_once:
+                self._worker.begin([self._reading()])
+        elif action in jobs:
+            jobs[action](message)
+        else:
+            raise RequestError(f"wanted an action of the widget, got {action!r}")
+
+    def _train(self, message: Message) -> None:
+        n_steps, lr = int(message["steps"]), None if message.get("lr") is None else float(message["lr"])
+        n_before = len(self.session.steps)
+
+        def show(step: Step) -> None:
+            self.live = [*self.live, step_contents(n_before + step.step, step)]
+            if self._stopped.is_set():
+                self.session.stop()
+
+        def train() -> None:
+            self.session.train(n_steps, lr, on_step=show)
+            self.live = []
+            self.refresh()
+
+        self._stopped.clear()
+        self._worker.begin([("training", train), self._reading()])
+
+    def _read(self, message: Message) -> None:
+        self.prompt = str(message.get("prompt", self.prompt))
+        self._worker.begin([self._reading()])
+
+    def _export(self, message: Message) -> None:
+        out, overwrite = str(message["out"]), bool(message.get("overwrite", False))
+        if not out.strip():
+            raise RequestError("wanted a folder to export to, got no name; write one")
+
+        def export() -> None:
+            report = self.session.export(out, overwrite=overwrite)
+            self.exported = {
+                "path": str(report.path), "difference": report.logit_difference, "effect": report.logit_effect,
+                "line": f"session.export({out!r}{', overwrite=True' if overwrite else ''})",
+            }  # fmt: skip
+
+        self._worker.begin([("exporting", export)])
+
+    def _reading(self) -> Job:
+        self._skipped.clear()
+        return "reading", self._read_now
+
+    def _read_now(self) -> None:
+        """Show every part as it is found, the slowest last, until the rest is skipped."""
+        session, prompt = self.session, self.prompt
+        parts: dict[str, Callable[[], Any]] = {"losses": session.loss}
+        if prompt:
+            parts["tokens"] = lambda: session.next_tokens(prompt, _TABLE).to_dict("records")
+            parts["texts"] = lambda: session.generate(prompt, _GENERATED)
+        found: dict[str, Any] = {"key": state_key(session), "prompt": prompt}
+        for name, read in parts.items():
+            if self._skipped.is_set():
+                return
+            found = {**found, name: read()}
+            self.readout = found
+
+    def _stop(self) -> None:
+        self._stopped.set()
+        self.session.stop()
+
+    def _tell(self, word: str) -> None:
+        try:
+            if not word:
+                self.live = []
+                self.refresh()
+        finally:
+            self.busy = word
+
+    def _fail(self, line: str) -> None:
+        self.error = line
