@@ -32,7 +32,7 @@ help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 $(INSTALLED): pyproject.toml constraints.txt Makefile
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "wanted Python 3.10 or newer, got %d.%d; name one with PYTHON=..." % sys.version_info[:2])'
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "expected Python 3.10 or newer, got %d.%d; name one with PYTHON=..." % sys.version_info[:2])'
 	@echo "Installing into $(VENV) (a few minutes the first time)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(PIP_INSTALL) --constraint constraints.txt --upgrade pip
@@ -69,13 +69,13 @@ test: $(INSTALLED)  ## Run the tests, without the slow ones
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(ARGS)
 
 test-tl3: $(INSTALLED_TL3)  ## Run the tests of HookedTransformer, on TransformerLens 3
-	HF_HUB_OFFLINE=1 $(BIN_TL3)/python -m pytest tests/test_hooked_transformer.py tests/test_models.py $(ARGS)
+	HF_HUB_OFFLINE=1 $(BIN_TL3)/python -m pytest tests/unit/models/test_hooked_transformer.py tests/unit/models/test_models.py $(ARGS)
 
 browser: $(INSTALLED) | $(if $(BROWSER),,chromium)  ## Run the tests in a real browser (pictures in build/screenshots)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m browser -n 0 $(ARGS)
 
 chromium:
-	@command -v apt-get >/dev/null || { echo "wanted Chromium or Chrome on the PATH, got none; install it (dnf install" \
+	@command -v apt-get >/dev/null || { echo "expected Chromium or Chrome on the PATH, got none; install it (dnf install" \
 		"chromium, brew install --cask google-chrome) and run this again" >&2; exit 1; }
 	@echo "Installing Chromium"
 	@$(SUDO) apt-get update -qq && $(SUDO) apt-get install -y -qq --no-install-recommends chromium
@@ -96,10 +96,10 @@ figures: $(INSTALLED)  ## Draw the figures again
 	$(BIN)/python figures/make.py
 
 tour: $(INSTALLED) | $(if $(BROWSER),,chromium)  ## Take the documentation's screenshots of the demo's run
-	HF_HUB_OFFLINE=1 $(BIN)/python -W ignore tests/tour.py
+	HF_HUB_OFFLINE=1 $(BIN)/python -W ignore tests/support/tour.py
 
 families: $(INSTALLED)  ## Try every family of models and write docs/families.md
-	HF_HUB_OFFLINE=1 $(BIN)/python -W ignore tests/conformance.py
+	HF_HUB_OFFLINE=1 $(BIN)/python -W ignore tests/support/conformance.py
 
 docs: $(INSTALLED_DOCS)  ## Build the documentation into build/site; any warning fails
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict

@@ -181,7 +181,9 @@ def bench(task: str, pairs: dict[str, Pair], python: Path, n: int, repeats: int,
             found, seconds = run_ours(pair, data, SAME_WORK)
             note(f"ours {dtype}", seconds)
             if found.record.n_examples != len(examples):
-                raise SystemExit(f"wanted the same {len(examples)} pairs on both sides, got {found.record.n_examples}")
+                raise SystemExit(
+                    f"expected the same {len(examples)} pairs on both sides, got {found.record.n_examples}"
+                )
             if with_probes:
                 result["largest_relative_difference"] = differences(found.components, tensors)
                 result["probe_accuracy"] = probe_agreement(found.scores("probe").value, tensors["probe_accuracy"])
@@ -213,7 +215,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if not arguments.peer_python.exists():
         raise SystemExit(
-            f"wanted the Python of an environment with pyvene, got none at {arguments.peer_python}; install it with\n"
+            f"expected the Python of an environment with pyvene, got none at {arguments.peer_python}; install it with\n"
             "    python3 -m venv runs/pyvene\n"
             "    runs/pyvene/bin/pip install torch==2.13.0\n"
             "    echo 'torch==2.13.0' > torch-constraint.txt\n"

@@ -415,7 +415,7 @@ def between(text: str, begin: str, end: str, new: str) -> str:
     before, found, rest = text.partition(begin)
     _, ended, after = rest.partition(end)
     if not (found and ended):
-        raise SystemExit(f"wanted the marks {begin.strip()} and {end.strip()} in the page, got no such; add them")
+        raise SystemExit(f"expected the marks {begin.strip()} and {end.strip()} in the page, got no such; add them")
     return before + begin + new + end + after
 
 

@@ -73,7 +73,7 @@ class LostComponents:
         rank = most if rank is None else rank
         if not 1 <= rank <= most:
             held = f"d_head = {most}" if self.mean is None else f"the {most} directions held"
-            raise RequestError(f"wanted a rank between 1 and {held}, got {rank}")
+            raise RequestError(f"expected a rank between 1 and {held}, got {rank}")
         return torch.einsum("lhk,lhkd->lhd", self.coefficients[..., :rank], self.directions[..., :rank, :])
 
     def in_random_basis(self, seed: int = 0) -> LostComponents:
@@ -86,7 +86,7 @@ class LostComponents:
             RequestError: not all directions are held.
         """
         if self.mean is not None:
-            raise RequestError(f"wanted all {self.d_head} directions to turn, got the first {self.n_held} alone")
+            raise RequestError(f"expected all {self.d_head} directions to turn, got the first {self.n_held} alone")
         generator = torch.Generator().manual_seed(seed)
         *heads, _, d_head = self.directions.shape
         normal = torch.randn(*heads, d_head, d_head, dtype=torch.float64, generator=generator)

@@ -38,7 +38,7 @@ def parse_size(size: int | str) -> int:
     """
     match = re.fullmatch(r"(\d+)\s*(|KB|MB|GB)", str(size).strip(), flags=re.IGNORECASE)
     if match is None or int(match[1]) == 0:
-        raise RequestError(f"wanted a size such as 5GB or a number of bytes, got {size!r}")
+        raise RequestError(f"expected a size such as 5GB or a number of bytes, got {size!r}")
     return int(match[1]) * _UNITS[match[2].upper()]
 
 
@@ -118,7 +118,7 @@ def _cast(name: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
         return tensor
     new = tensor.to(dtype)
     if not bool(new.isfinite().all()):
-        raise LensError(f"wanted numbers that {dtype} holds, got larger ones in {name}; choose bfloat16 or float32")
+        raise LensError(f"expected numbers that {dtype} holds, got larger ones in {name}; choose bfloat16 or float32")
     return new
 
 

@@ -50,7 +50,7 @@ def default_device() -> torch.device:
         try:
             return torch.device(named)
         except RuntimeError as error:
-            raise RequestError(f"wanted LCC_LENS_DEVICE to be a torch device, got {named!r}") from error
+            raise RequestError(f"expected LCC_LENS_DEVICE to be a torch device, got {named!r}") from error
     if n_processes() > 1:
         return process_device()
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -60,7 +60,7 @@ def default_device_map() -> DeviceMap | None:
     """Where weights go: ``LCC_LENS_DEVICE_MAP``, else all to the device to compute on."""
     named = os.environ.get("LCC_LENS_DEVICE_MAP")
     if named and named not in get_args(DeviceMap):
-        raise RequestError(f"wanted LCC_LENS_DEVICE_MAP to be {' or '.join(get_args(DeviceMap))}, got {named!r}")
+        raise RequestError(f"expected LCC_LENS_DEVICE_MAP to be {' or '.join(get_args(DeviceMap))}, got {named!r}")
     return cast("DeviceMap", named) if named else None
 
 
@@ -101,7 +101,7 @@ def compute_dtype(device: torch.device) -> torch.dtype:
     named = os.environ.get("LCC_LENS_DTYPE")
     if named:
         if named not in DTYPES:
-            raise RequestError(f"wanted LCC_LENS_DTYPE to be one of {', '.join(DTYPES)}, got {named!r}")
+            raise RequestError(f"expected LCC_LENS_DTYPE to be one of {', '.join(DTYPES)}, got {named!r}")
         dtype: torch.dtype = getattr(torch, named)
         return dtype
     return torch.bfloat16 if _is_bf16_fast(device) else torch.float32
@@ -124,7 +124,7 @@ def hook_kind() -> HookKind:
     for kind in get_args(HookKind):
         if named == kind:
             return cast("HookKind", kind)
-    raise RequestError(f"wanted LCC_LENS_HOOKS to be one of {', '.join(get_args(HookKind))}, got {named!r}")
+    raise RequestError(f"expected LCC_LENS_HOOKS to be one of {', '.join(get_args(HookKind))}, got {named!r}")
 
 
 def _is_bf16_fast(device: torch.device) -> bool:

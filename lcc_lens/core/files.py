@@ -108,7 +108,7 @@ def require_space(path: Path, n_bytes: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < n_bytes:
         raise RequestError(
-            f"wanted {n_bytes / 1e6:.0f} MB of disk for {path}, got {free / 1e6:.0f} MB free; "
+            f"expected {n_bytes / 1e6:.0f} MB of disk for {path}, got {free / 1e6:.0f} MB free; "
             "free some space or name a folder on another disk"
         )
 
@@ -133,10 +133,10 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise RequestError(f"wanted the file {path}, got nothing there; check the path") from error
+        raise RequestError(f"expected the file {path}, got nothing there; check the path") from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise RequestError(
-            f"wanted JSON in {path}, got something else ({error}); restore or rebuild the file"
+            f"expected JSON in {path}, got something else ({error}); restore or rebuild the file"
         ) from error
 
 
@@ -162,9 +162,9 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})
     except FileNotFoundError as error:
-        raise RequestError(f"wanted the file {path}, got nothing there; check the path") from error
+        raise RequestError(f"expected the file {path}, got nothing there; check the path") from error
     except SafetensorError as error:
-        raise RequestError(f"wanted a safetensors file in {path}, got a damaged one ({error}); rebuild it") from error
+        raise RequestError(f"expected a safetensors file in {path}, got a damaged one ({error}); rebuild it") from error
 
 
 def sha256_file(path: Path) -> str:
@@ -190,12 +190,12 @@ def weight_files(directory: Path) -> list[Path]:
     missing = [file.name for file in files if not file.exists()]
     if missing:
         raise RequestError(
-            f"wanted every shard of {directory}, got none named {missing[0]}; fetch the checkpoint again"
+            f"expected every shard of {directory}, got none named {missing[0]}; fetch the checkpoint again"
         )
     if not files:
         pickles = sorted(p.name for p in directory.glob("*.bin"))
         hint = f"got the pickle {pickles[0]}; convert it to safetensors first" if pickles else "got none"
-        raise RequestError(f"wanted model.safetensors in {directory}, {hint}")
+        raise RequestError(f"expected model.safetensors in {directory}, {hint}")
     return files
 
 
@@ -219,7 +219,7 @@ def tensor_names(directory: Path) -> dict[str, Path]:
                 where.update(dict.fromkeys(handle.keys(), file))
         except SafetensorError as error:
             raise RequestError(
-                f"wanted a safetensors file in {file}, got a damaged one ({error}); fetch it again"
+                f"expected a safetensors file in {file}, got a damaged one ({error}); fetch it again"
             ) from error
     return where
 
@@ -240,7 +240,7 @@ def read_tensor(stored: Mapping[str, Path], name: str) -> Tensor:
 
     if name not in stored:
         raise RequestError(
-            f"wanted the tensor {name} in the checkpoint, got none of that name; the layout is not supported"
+            f"expected the tensor {name} in the checkpoint, got none of that name; the layout is not supported"
         )
     with safe_open(stored[name], framework="pt") as file:
         tensor: Tensor = file.get_tensor(name)
@@ -277,7 +277,7 @@ def copy_checkpoint(
     unknown = set(replaced) - set(tensor_names(source))
     if unknown:
         raise RequestError(
-            f"wanted the tensor {min(unknown)} in {source}, got none of that name; the layout is not supported"
+            f"expected the tensor {min(unknown)} in {source}, got none of that name; the layout is not supported"
         )
     for number, file in enumerate(files):
         with safe_open(file, framework="pt") as handle:
@@ -286,7 +286,7 @@ def copy_checkpoint(
         for name in tensors.keys() & replaced.keys():
             new = replaced[name]
             if tensors[name].shape != new.shape and not resize:
-                raise RequestError(f"wanted {name} of shape {tuple(tensors[name].shape)}, got {tuple(new.shape)}")
+                raise RequestError(f"expected {name} of shape {tuple(tensors[name].shape)}, got {tuple(new.shape)}")
             tensors[name] = new.to(device="cpu", dtype=tensors[name].dtype).contiguous()
         if number == 0 and added:
             tensors.update({name: tensor.detach().cpu().contiguous() for name, tensor in added.items()})

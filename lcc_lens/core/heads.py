@@ -39,7 +39,7 @@ class Head(NamedTuple):
         """
         match = _LABEL.match(label)
         if match is None:
-            raise RequestError(f"wanted a head such as L12H3, got {label!r}")
+            raise RequestError(f"expected a head such as L12H3, got {label!r}")
         return cls(int(match[1]), int(match[2]))
 
 
@@ -56,13 +56,13 @@ def check_heads(heads: Iterable[Head | tuple[int, int]], n_layers: int, n_heads:
     """
     checked = sorted(Head(*head) for head in heads)
     if not checked:
-        raise RequestError("wanted at least one head, got none; raise the share of heads")
+        raise RequestError("expected at least one head, got none; raise the share of heads")
     if len(set(checked)) != len(checked):
-        raise RequestError("wanted every head once, got one twice; remove the repetition")
+        raise RequestError("expected every head once, got one twice; remove the repetition")
     for head in checked:
         if not (0 <= head.layer < n_layers and 0 <= head.head < n_heads):
             raise RequestError(
-                f"wanted heads within {n_layers} layers x {n_heads} heads, got {head}; "
+                f"expected heads within {n_layers} layers x {n_heads} heads, got {head}; "
                 f"the last one is {Head(n_layers - 1, n_heads - 1)}"
             )
     return checked
@@ -125,7 +125,7 @@ def read_head_map(model_dir: Path) -> HeadMap | None:
             for name in ("dense_heads", "removed_heads")
         )
     except (KeyError, TypeError, ValueError) as error:
-        raise RequestError(f"wanted a head map in {path}, got another layout ({error!r}); prune again") from error
+        raise RequestError(f"expected a head map in {path}, got another layout ({error!r}); prune again") from error
     if len(dense_heads) != len(removed):
-        raise RequestError(f"wanted a head map of as many layers in both parts of {path}, got another; prune again")
+        raise RequestError(f"expected a head map of as many layers in both parts of {path}, got another; prune again")
     return HeadMap(dense_heads, removed)

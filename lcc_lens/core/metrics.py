@@ -62,7 +62,7 @@ def bootstrap_interval(
     a = torch.tensor(numerators, dtype=torch.float64)
     b = torch.ones_like(a) if denominators is None else torch.tensor(denominators, dtype=torch.float64)
     if not len(a) or len(a) != len(b):
-        raise ValueError(f"wanted as many numerators as denominators, at least one, got {len(a)} and {len(b)}")
+        raise ValueError(f"expected as many numerators as denominators, at least one, got {len(a)} and {len(b)}")
     drawn = torch.randint(len(a), (n_samples, len(a)), generator=torch.Generator().manual_seed(seed))
     statistics = a[drawn].sum(1) / b[drawn].sum(1)
     low, high = torch.quantile(statistics, torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64))
@@ -99,7 +99,7 @@ def stratified_interval(
     """
     shapes = [len(stratum) for stratum in numerators]
     if not shapes or not all(shapes) or (denominators is not None and [len(b) for b in denominators] != shapes):
-        raise ValueError(f"wanted strata with items, as many denominators as numerators, got {shapes}")
+        raise ValueError(f"expected strata with items, as many denominators as numerators, got {shapes}")
     generator = torch.Generator().manual_seed(seed)
     quantiles = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)
     above, below = torch.zeros(2, n_samples, dtype=torch.float64)

@@ -53,7 +53,7 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 #: The refusal of data that :func:`one_class` finds; takes ``label`` and ``n``.
-ONE_CLASS = "wanted questions of both labels, got only {label!r} in {n}; add questions with the other answer"
+ONE_CLASS = "expected questions of both labels, got only {label!r} in {n}; add questions with the other answer"
 #: Fewer examples than this may have one label by chance.
 _MIN_LABELLED = 4
 #: Each role's range of the group's hash, in percent: with a held-out split of its own, and without.
@@ -98,7 +98,7 @@ class Data:
         """
         if self.kind == "text" or len(self) < 2:
             raise RequestError(
-                f"wanted at least 2 prompts with responses to shuffle, got {len(self)} of kind {self.kind} in "
+                f"expected at least 2 prompts with responses to shuffle, got {len(self)} of kind {self.kind} in "
                 f"{self.source}; name other data"
             )
         order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed)).tolist()
@@ -162,20 +162,22 @@ def one_class(data: Data) -> str | None:
 def _drawn(name: str, n: int | None, role: Role | None, seed: int) -> tuple[Kind, _Pairs, str]:
     """The kind, the chosen records with what they say, and the source of a data set or file."""
     if n is not None and n < 1:
-        raise RequestError(f"wanted at least one example of {name}, got n = {n}; raise it")
+        raise RequestError(f"expected at least one example of {name}, got n = {n}; raise it")
     if Path(name).suffix in (".jsonl", ".txt"):
         kind, pairs, source = read_file(Path(name))
         pairs = [pair for pair in pairs if role is None or _in_role(pair[1], role, has_held_out=False)]
     elif name in SOURCES:
         kind, pairs, source = _read_named(name, role)
     else:
-        raise RequestError(f"wanted a data set ({', '.join(SOURCES)}) or a .jsonl or .txt file, got {name!r}")
+        raise RequestError(f"expected a data set ({', '.join(SOURCES)}) or a .jsonl or .txt file, got {name!r}")
     pairs = _with_a_wrong_answer(pairs, source)
     if n is not None:
         order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(seed)).tolist()
         pairs = [pairs[i] for i in order[:n]]
     if not pairs:
-        raise RequestError(f"wanted examples in {source}{f' for the role {role}' if role else ''}, got none; add some")
+        raise RequestError(
+            f"expected examples in {source}{f' for the role {role}' if role else ''}, got none; add some"
+        )
     return kind, pairs, source
 
 
@@ -197,7 +199,7 @@ def check_disjoint(first: frozenset[str], second: frozenset[str], first_name: st
     shared = len(first & second)
     if shared:
         raise RequestError(
-            f"wanted {first_name} and {second_name} without a shared sequence, got {shared} in both; "
+            f"expected {first_name} and {second_name} without a shared sequence, got {shared} in both; "
             "load them with different roles"
         )
 
@@ -228,13 +230,13 @@ def encode(
         n_cut = min(len(data.examples), limit or len(data.examples)) - len(sequences)
         if n_cut and not sequences:
             raise RequestError(
-                f"wanted responses that begin within {max_length} tokens from {data.source}, got none: all {n_cut} are "
+                f"expected responses that begin within {max_length} tokens from {data.source}, got none: all {n_cut} are "
                 "cut off; raise the length limit"
             )
         if n_cut:
             logger.warning("%d examples left out: no response within %d tokens", n_cut, max_length)
     if not sequences:
-        raise RequestError(f"wanted sequences of up to {max_length} tokens from {data.source}, got none long enough")
+        raise RequestError(f"expected sequences of up to {max_length} tokens from {data.source}, got none long enough")
     return sequences
 
 
@@ -257,7 +259,7 @@ def _with_a_wrong_answer(pairs: _Pairs, source: str) -> _Pairs:
         n_equal = len(pairs) - len(kept)
         if not kept:
             raise RequestError(
-                f"wanted wrong answers that differ from the right ones in {source}, got none in {n_equal} questions"
+                f"expected wrong answers that differ from the right ones in {source}, got none in {n_equal} questions"
             )
         logger.warning("%d of %d questions left out: every wrong answer equals the right one", n_equal, len(pairs))
     return kept

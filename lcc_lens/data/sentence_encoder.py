@@ -61,7 +61,7 @@ def load_embedder(path: Path) -> Embedder:
     from safetensors import SafetensorError
     from transformers import AutoModel, AutoTokenizer
 
-    wanted = f"wanted a sentence encoder in {path} ({EMBEDDER_VARIABLE})"
+    wanted = f"expected a sentence encoder in {path} ({EMBEDDER_VARIABLE})"
     if not (path / "config.json").is_file():
         raise RequestError(f"{wanted}, got no Hugging Face directory there; check the path")
     if not any((path / name).is_file() for name in ("tokenizer.json", "vocab.txt", "vocab.json", *_PIECES)):
@@ -101,7 +101,7 @@ def embed_texts(texts: Sequence[str], embedder: Embedder | None = None) -> Float
     """
     embedder = embedder or local_embedder()
     if embedder is None:
-        raise RequestError(f"wanted a sentence encoder, got none; set {EMBEDDER_VARIABLE} to a directory with one")
+        raise RequestError(f"expected a sentence encoder, got none; set {EMBEDDER_VARIABLE} to a directory with one")
     ids = embedder.tokenizer(list(texts), truncation=True, max_length=embedder.max_length)["input_ids"] if texts else []
     filled = [number for number, tokens in enumerate(ids) if tokens]
     grouped = batches([TokenSequence(torch.tensor(ids[n]), 1) for n in filled], max_tokens=8192, max_batch=128)
@@ -110,7 +110,7 @@ def embed_texts(texts: Sequence[str], embedder: Embedder | None = None) -> Float
         embeddings[[filled[position] for position in batch.index]] = _embed(embedder, batch)
     if not bool(torch.isfinite(embeddings).all()):
         raise LensError(
-            f"wanted finite embeddings from {embedder.name}, got NaN or infinity; try LCC_LENS_DTYPE=float32"
+            f"expected finite embeddings from {embedder.name}, got NaN or infinity; try LCC_LENS_DTYPE=float32"
         )
     return embeddings
 
@@ -138,7 +138,7 @@ def _pooling(path: Path) -> Literal["mean", "cls"]:
     modes = [named] if isinstance(named, str) else flags
     if extra or len(modes) != 1 or modes[0] not in _POOLINGS:
         raise RequestError(
-            f"wanted mean or CLS pooling alone in {path} ({EMBEDDER_VARIABLE}), "
+            f"expected mean or CLS pooling alone in {path} ({EMBEDDER_VARIABLE}), "
             f"got {', '.join([*modes, *extra]) or 'none'}; name another encoder"
         )
     return _POOLINGS[modes[0]]

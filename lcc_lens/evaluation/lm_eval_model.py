@@ -48,7 +48,7 @@ class AnswerScorer(HFLM):  # type: ignore[misc]  # lm-eval is not typed
         longest = max((len(answer) for _, _, answer in requests), default=0)
         if longest > self.max_length:
             raise RequestError(
-                f"wanted answers of at most {self.max_length} tokens, got one of {longest}; leave the task out"
+                f"expected answers of at most {self.max_length} tokens, got one of {longest}; leave the task out"
             )
         sharing: dict[tuple[tuple[int, ...], int], list[int]] = {}
         for index, (_, context, answer) in enumerate(requests):

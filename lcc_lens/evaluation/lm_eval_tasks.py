@@ -73,7 +73,7 @@ def evaluate_task(
     scores = next(iter(results["results"].values()))
     n = next(iter(results["n-samples"].values()))["effective"]
     if "acc,none" not in scores:
-        raise RequestError(f"wanted a task scored by accuracy, got {task}; run it with lm-eval itself")
+        raise RequestError(f"expected a task scored by accuracy, got {task}; run it with lm-eval itself")
     accuracy = float(scores["acc,none"])
     found: dict[str, Any] = {"acc": accuracy, "stderr": math.sqrt(accuracy * (1 - accuracy) / max(n - 1, 1)), "n": n}
     if "acc_norm,none" in scores:
@@ -102,7 +102,7 @@ def _task_spec(task: str, folder: Path, records: Sequence[Record] | None) -> tup
         splits = available_splits(task)
         evaluated = evaluated if evaluated in splits else "validation"
         if evaluated not in splits:
-            raise RequestError(f"wanted a validation split of {task}, got {', '.join(splits)}; add the file")
+            raise RequestError(f"expected a validation split of {task}, got {', '.join(splits)}; add the file")
         records, _ = read_records(task, evaluated)
     file = folder / "items.jsonl"
     file.write_text("".join(json.dumps(_with_hub_fields(task, record)) + "\n" for record in records), encoding="utf-8")

@@ -48,9 +48,9 @@ def load_task_data(task: str, examples: int = TASK_EXAMPLES, *, seed: int = 0) -
         Feng et al., arXiv 2510.21834: task-specific recovery.
     """
     if task not in RECOVERY_TASKS:
-        raise RequestError(f"wanted a task to recover ({', '.join(RECOVERY_TASKS)}), got {task!r}; choose one")
+        raise RequestError(f"expected a task to recover ({', '.join(RECOVERY_TASKS)}), got {task!r}; choose one")
     if examples < 2:
-        raise RequestError(f"wanted at least 2 training examples of {task}, got {examples}; raise the number")
+        raise RequestError(f"expected at least 2 training examples of {task}, got {examples}; raise the number")
     n_validation = max(8, examples // 10)
     # several times as many as needed: those that share an article with a training example cannot validate
     drawn = load_data(task, examples + 4 * n_validation, role="train", seed=seed)
@@ -58,7 +58,7 @@ def load_task_data(task: str, examples: int = TASK_EXAMPLES, *, seed: int = 0) -
     validation = replace(rest, examples=rest.examples[:n_validation])
     if len(training) < examples or len(validation) < n_validation:
         raise RequestError(
-            f"wanted {examples} training examples of {task} and {n_validation} more to validate on, got "
+            f"expected {examples} training examples of {task} and {n_validation} more to validate on, got "
             f"{len(drawn)} in {drawn.source}; lower the number of examples or add data"
         )
     return training, validation
@@ -87,7 +87,9 @@ class TaskMeasures:
     def check(self) -> None:
         """Refuse a task or text without data before anything is trained."""
         if self.text in SOURCES and SOURCES[self.text].kind != "text":
-            raise RequestError(f"wanted running text to measure the cost elsewhere on, got {self.text}; name a corpus")
+            raise RequestError(
+                f"expected running text to measure the cost elsewhere on, got {self.text}; name a corpus"
+            )
         check_tasks((self.task, self.text))
 
     def of(self, restoration: Restoration, pair: Pair, *, bare: str | Path | None = None) -> dict[str, Any]:

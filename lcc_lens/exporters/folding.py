@@ -31,7 +31,7 @@ def require_same_weights(restoration: Restoration, identity: ModelIdentity) -> N
     wanted, got = restoration.record.pruned_sha256, identity.sha256
     if wanted != got:
         raise RequestError(
-            f"wanted the pruned model with SHA-256 {wanted[:12]}…, got {got[:12]}… in {identity.path}; name the model "
+            f"expected the pruned model with SHA-256 {wanted[:12]}…, got {got[:12]}… in {identity.path}; name the model "
             "that was restored"
         )
 
@@ -82,7 +82,7 @@ def fold_values(
     for layer, groups in grouped.items():
         if not torch.equal(groups, groups[:, :1].expand_as(groups)):
             raise RequestError(
-                f"wanted the same constant in all heads that share a value head, got others in layer {layer}; serve it "
+                f"expected the same constant in all heads that share a value head, got others in layer {layer}; serve it "
                 "by lcc_lens.load_restored"
             )
     return {layer: groups[:, 0].flatten() for layer, groups in grouped.items()}
@@ -160,11 +160,11 @@ class _ChangedWeights(Mapping[str, Tensor]):
             new = change(old.float().T).T if is_turned else change(old.float())
         new = new.to(old.dtype).contiguous()
         if not bool(torch.isfinite(new).all()):
-            raise LensError(f"wanted finite weights, got NaN or infinity in {name}; lower the learning rate")
+            raise LensError(f"expected finite weights, got NaN or infinity in {name}; lower the learning rate")
         if old.ndim == 1:
             return new
         if bool(new[old == 0].any()):
-            raise LensError(f"wanted the zeros of {name} kept, got others; nothing was kept")
+            raise LensError(f"expected the zeros of {name} kept, got others; nothing was kept")
         return torch.where(old == 0, old, new)  # minus zero stays what it was, too
 
     def __iter__(self) -> Iterator[str]:

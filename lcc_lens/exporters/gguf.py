@@ -83,12 +83,12 @@ def require_converter(llama_cpp: str | Path | None) -> Path:
     advice = "git clone https://github.com/ggml-org/llama.cpp (nothing to build)"
     if not named:
         raise RequestError(
-            f"wanted a clone of llama.cpp for its converter, got none; {advice} and name the folder by --llama-cpp or "
+            f"expected a clone of llama.cpp for its converter, got none; {advice} and name the folder by --llama-cpp or "
             f"{FOLDER_VARIABLE}"
         )
     converter = Path(named).expanduser() / CONVERTER
     if not converter.is_file():
-        raise RequestError(f"wanted a clone of llama.cpp with {CONVERTER}, got {named}, which has none; {advice}")
+        raise RequestError(f"expected a clone of llama.cpp with {CONVERTER}, got {named}, which has none; {advice}")
     return converter
 
 
@@ -99,7 +99,7 @@ def require_new_file(file: Path, *, overwrite: bool) -> None:
         RequestError: it is there and ``overwrite`` is false, or it is a folder.
     """
     if file.is_dir():
-        raise RequestError(f"wanted a file name for the GGUF, got the folder {file}; name a file in it")
+        raise RequestError(f"expected a file name for the GGUF, got the folder {file}; name a file in it")
     if file.exists() and not overwrite:
         raise RequestError(f"{file} exists already; name another file or pass --overwrite")
 
@@ -128,7 +128,7 @@ def _convert(converter: Path, directory: Path, file: Path, number_format: str) -
     if done.returncode != 0:
         said = [line.strip() for line in done.stderr.splitlines() if line.strip()] or ["nothing said"]
         raise LensError(
-            f"wanted {directory} converted by {converter}, got exit code {done.returncode} ({said[-1][:300]}); no GGUF "
+            f"expected {directory} converted by {converter}, got exit code {done.returncode} ({said[-1][:300]}); no GGUF "
             "was kept"
         )
 
@@ -193,7 +193,7 @@ def compare_gguf(file: Path, directory: Path) -> tuple[str, int]:
     architecture = _field(reader, "general.architecture")
     if architecture not in _ARCHITECTURES:
         known = ", ".join(_ARCHITECTURES)
-        raise LensError(f"wanted a GGUF whose layout can be compared ({known}), got {architecture}")
+        raise LensError(f"expected a GGUF whose layout can be compared ({known}), got {architecture}")
     layout, reads_biases = _ARCHITECTURES[architecture]
     stored = tensor_names(directory)
     names = _names(architecture, _field(reader, f"{architecture}.block_count"), stored)
@@ -207,7 +207,7 @@ def compare_gguf(file: Path, directory: Path) -> tuple[str, int]:
         found = dequantize(written[name].data, written[name].tensor_type)
         wanted = layout(name, read_tensor(stored, source).float().numpy(), *heads)
         if found.shape != wanted.shape or not (found == wanted).all():
-            raise LensError(f"wanted {name} in the GGUF equal to {source} of {directory}, got other numbers")
+            raise LensError(f"expected {name} in the GGUF equal to {source} of {directory}, got other numbers")
     return architecture, len(names)
 
 
@@ -217,13 +217,13 @@ def _read(file: Path) -> GGUFReader:
     try:
         return GGUFReader(file)
     except (ValueError, IndexError, KeyError) as error:  # a damaged file fails within the reader in many ways
-        raise LensError(f"wanted a whole GGUF file, got a damaged one ({error})") from error
+        raise LensError(f"expected a whole GGUF file, got a damaged one ({error})") from error
 
 
 def _field(reader: GGUFReader, key: str) -> Any:
     field = reader.get_field(key)
     if field is None:
-        raise LensError(f"wanted {key} in the GGUF, got none")
+        raise LensError(f"expected {key} in the GGUF, got none")
     return field.contents()
 
 
@@ -244,7 +244,7 @@ def _names(architecture: str, n_layers: int, stored: Mapping[str, Path]) -> dict
         found = (named.get_name(spelling, (".weight", ".bias")) for spelling in spellings)
         name = next((name for name in found if name is not None), None)
         if name is None or name in names:
-            raise LensError(f"wanted a name of its own for {source} in the GGUF of {architecture}, got {name}")
+            raise LensError(f"expected a name of its own for {source} in the GGUF of {architecture}, got {name}")
         names[name] = source
     return names
 
@@ -256,16 +256,16 @@ def _require_same_names(names: dict[str, str], written: dict[str, Any]) -> None:
     if _UNEMBEDDING in names.keys() - written.keys() and _EMBEDDING in written:
         written[_UNEMBEDDING] = written[_EMBEDDING]
     if missing := names.keys() - written.keys():
-        raise LensError(f"wanted {names[min(missing)]} in the GGUF, got no {min(missing)}")
+        raise LensError(f"expected {names[min(missing)]} in the GGUF, got no {min(missing)}")
     if strays := written.keys() - names.keys() - _TABLES:
-        raise LensError(f"wanted the directory's tensors alone in the GGUF, got {min(strays)} as well")
+        raise LensError(f"expected the directory's tensors alone in the GGUF, got {min(strays)} as well")
 
 
 def _refuse_biases(names: Mapping[str, str], architecture: str) -> None:
     unread = [name for name in names if name.endswith(("attn_output.bias", "ffn_down.bias"))]
     if unread:
         raise LensError(
-            f"wanted an architecture whose output biases llama.cpp reads, got {architecture}, which has none there: it "
+            f"expected an architecture whose output biases llama.cpp reads, got {architecture}, which has none there: it "
             f"would refuse {unread[0]}; serve the exported directory by transformers"
         )
 
@@ -275,7 +275,7 @@ def _require_sizes(reader: GGUFReader, architecture: str, n_heads: int, width: i
     wanted = {"attention.head_count": n_heads, "feed_forward_length": width}
     for key, size in wanted.items():
         if (told := _field(reader, f"{architecture}.{key}")) != size:
-            raise LensError(f"wanted {key} {size} in the GGUF, got {told}, which is not the size of what it holds")
+            raise LensError(f"expected {key} {size} in the GGUF, got {told}, which is not the size of what it holds")
 
 
 def _heads(config: Mapping[str, Any]) -> tuple[int, int]:

@@ -44,10 +44,10 @@ def push_to_hub(directory: str | Path, repository: str, *, private: bool = True)
             repo_id=repository, folder_path=path, commit_message="Upload a restored model"
         )
     except HFValidationError as error:
-        raise RequestError(f"wanted a repository owner/name, got {repository!r} ({first_line(error)})") from error
+        raise RequestError(f"expected a repository owner/name, got {repository!r} ({first_line(error)})") from error
     except (HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled, OSError) as error:
         raise LensError(
-            f"wanted to send {path} to {repository}, got a refusal ({first_line(error)}); log in by hf auth login and "
+            f"expected to send {path} to {repository}, got a refusal ({first_line(error)}); log in by hf auth login and "
             "see that the hub can be reached (HF_HUB_OFFLINE)"
         ) from error
     return str(commit.commit_url)
@@ -60,4 +60,4 @@ def require_repository(repository: str) -> None:
         RequestError: it is none.
     """
     if not _REPOSITORY.fullmatch(repository):
-        raise RequestError(f"wanted a repository owner/name to send to, got {repository!r}")
+        raise RequestError(f"expected a repository owner/name to send to, got {repository!r}")

@@ -175,7 +175,7 @@ def _count_identical(
         parts = [read_tensor(after, part) for part, _ in splits.get(name, ((name, 0),))]
         second = torch.cat(parts) if len(parts) > 1 else parts[0]  # a number by itself cannot be joined
         if first.dtype != second.dtype or not torch.equal(_bits(first), _bits(second)):
-            raise LensError(f"wanted {name} bit-identical after export, got a change; nothing was kept")
+            raise LensError(f"expected {name} bit-identical after export, got a change; nothing was kept")
     return len(untouched)
 
 
@@ -210,14 +210,14 @@ def _reload(hooked: _HookedLogits, before: _Source, exported: Path) -> tuple[flo
     """
     plain = load_plain(exported, dtype=torch.float32, attention="eager")
     if load_tokenizer(exported)(_PROBE_TEXT)["input_ids"] != before.tokenizer(_PROBE_TEXT)["input_ids"]:
-        raise LensError(f"wanted the tokenizer of {before.identity.reference} kept, got another; nothing was kept")
+        raise LensError(f"expected the tokenizer of {before.identity.reference} kept, got another; nothing was kept")
     with torch.inference_mode():
         reloaded = plain(hooked.tokens.to(entry_device(plain))).logits
     difference = float((reloaded - hooked.restored.to(reloaded)).abs().max())
     tolerance = _tolerance(exported, before.projection) * max(1.0, float(hooked.restored.abs().max()))
     if not difference <= tolerance:
         raise LensError(
-            f"wanted the reloaded export of {before.identity.reference} within {tolerance:.2g} of the hooked model's "
+            f"expected the reloaded export of {before.identity.reference} within {tolerance:.2g} of the hooked model's "
             f"logits, got {difference:.2g}; nothing was kept"
         )
     zeros = sum(int((parameter == 0).sum()) for _, parameter in each_parameter(plain) if parameter.ndim > 1)

@@ -203,12 +203,12 @@ def check_pair(dense: _Description, pruned: _Description) -> None:
         wanted, got = dense.shapes[name], pruned.shapes[name]
         if wanted != got:
             raise RequestError(
-                f"wanted two models of the same shape, got {name} {wanted} in {dense.identity.reference} and {got} in "
+                f"expected two models of the same shape, got {name} {wanted} in {dense.identity.reference} and {got} in "
                 f"{pruned.identity.reference}; name the model that this one was pruned from"
             )
     if dense.vocabulary != pruned.vocabulary:
         raise RequestError(
-            f"wanted two models with the same tokenizer, got different vocabularies in {dense.identity.reference} and "
+            f"expected two models with the same tokenizer, got different vocabularies in {dense.identity.reference} and "
             f"{pruned.identity.reference}; name the model that this one was pruned from"
         )
 
@@ -226,14 +226,14 @@ def match_heads(n_dense: int, pruned: LoadedModel) -> HeadMap:
     if found is None:
         if n_heads != n_dense:
             raise RequestError(
-                f"wanted {HEAD_MAP} beside {pruned.identity.reference}, which has {n_heads} heads of "
+                f"expected {HEAD_MAP} beside {pruned.identity.reference}, which has {n_heads} heads of "
                 f"{n_dense}, got none; write which dense head each one is, or prune with lcc-lens"
             )
         return HeadMap.identity(n_layers, n_heads, pruned.removed_heads)
     fits = all(len(heads) == n_heads and set(heads) <= set(range(n_dense)) for heads in found.dense_heads)
     if len(found.dense_heads) != n_layers or not fits:
         raise RequestError(
-            f"wanted a head map of {n_layers} layers with {n_heads} of {n_dense} heads beside "
+            f"expected a head map of {n_layers} layers with {n_heads} of {n_dense} heads beside "
             f"{pruned.identity.reference}, got another; name the model that this one was pruned from"
         )
     return HeadMap(found.dense_heads, pruned.removed_heads)

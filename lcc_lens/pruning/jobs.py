@@ -70,7 +70,7 @@ def prune(
         What ``pruning.json`` holds.
     """
     if sparsity is not None and pattern is not None:
-        raise RequestError(f"wanted a sparsity or a pattern, got both ({sparsity} and {pattern}); leave one out")
+        raise RequestError(f"expected a sparsity or a pattern, got both ({sparsity} and {pattern}); leave one out")
     share = sparsity if sparsity is not None else 0.2 if method == "slimgpt" else 0.5
     chosen: Pattern = parse_pattern(pattern) if pattern else Unstructured(share)
     path, device = resolve(model), default_device()
@@ -140,10 +140,10 @@ def refit(
     """
     calibration = [calibration] if isinstance(calibration, str | Data) else calibration
     if not calibration:
-        raise RequestError("wanted data to calibrate on, got none; name some")
+        raise RequestError("expected data to calibrate on, got none; name some")
     if n_samples < len(calibration):
         raise RequestError(
-            f"wanted at least one calibration sequence of each data set, got {n_samples} for {len(calibration)}; "
+            f"expected at least one calibration sequence of each data set, got {n_samples} for {len(calibration)}; "
             "raise n_samples"
         )
     config = RefitConfig(follow, ridge, mend)
@@ -176,7 +176,7 @@ def calibration_tokens(data: Data, model: Path, n_samples: int, seq_len: int, se
     blocks = text_blocks(text, load_tokenizer(model), seq_len, n_samples)
     if len(blocks) < n_samples:
         raise RequestError(
-            f"wanted {n_samples} calibration sequences of {seq_len} tokens from {data.source}, got text for "
+            f"expected {n_samples} calibration sequences of {seq_len} tokens from {data.source}, got text for "
             f"{len(blocks)}; name more data or lower --n-samples or --seq-len"
         )
     return torch.stack([block.tokens for block in blocks])

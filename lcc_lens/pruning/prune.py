@@ -103,7 +103,7 @@ def prune(
     """
     config = PruneConfig(method, pattern, scope, seed, batch_size, sliced, schedule, choice, split)
     if model_dir.resolve().is_relative_to(out.resolve()):
-        raise RequestError(f"wanted an output folder that does not hold the model, got {out}; name another folder")
+        raise RequestError(f"expected an output folder that does not hold the model, got {out}; name another folder")
     plan = find_matrices(model_dir)
     for matrix in (matrix for layer in plan for matrix in layer):
         require_fit(pattern, matrix.d_in, matrix.name)
@@ -163,21 +163,21 @@ def _checked(
 ) -> Int[Tensor, "sequence pos"]:
     """Refuse calibration tokens that the model cannot read, and too few to invert what they say."""
     if tokens is None or tokens.numel() == 0:
-        raise RequestError(f"wanted calibration sequences for {config.method}, got none; name calibration data")
+        raise RequestError(f"expected calibration sequences for {config.method}, got none; name calibration data")
     text_config = read_config(model_dir).get_text_config()
     low, high = int(tokens.min()), int(tokens.max())
     if low < 0 or high >= text_config.vocab_size:
         raise RequestError(
-            f"wanted calibration tokens from 0 to {text_config.vocab_size - 1}, got {low} to {high}; "
+            f"expected calibration tokens from 0 to {text_config.vocab_size - 1}, got {low} to {high}; "
             "use the model's own tokenizer"
         )
     longest = getattr(text_config, "max_position_embeddings", None) or tokens.shape[1]
     if tokens.shape[1] > longest:
-        raise RequestError(f"wanted sequences of at most {longest} tokens, got {tokens.shape[1]}; shorten them")
+        raise RequestError(f"expected sequences of at most {longest} tokens, got {tokens.shape[1]}; shorten them")
     widest = max((matrix for layer in plan for matrix in layer), key=lambda matrix: matrix.d_in)
     if config.method in INVERTING and tokens.numel() < widest.d_in:
         raise RequestError(
-            f"wanted at least {widest.d_in} calibration tokens for {config.method}, as many as {widest.name} has "
+            f"expected at least {widest.d_in} calibration tokens for {config.method}, as many as {widest.name} has "
             f"inputs, got {tokens.numel()}; raise --n-samples or --seq-len"
         )
     return tokens
@@ -227,6 +227,6 @@ def _pruned_layer(
     weights: dict[str, Tensor] = {}
     for name, weight in pruner.pruned(StoredWeights(matrices, device)):
         if not bool(torch.isfinite(weight).all()):
-            raise LensError(f"wanted finite pruned weights, got NaN or infinity in {name}; compute in float32")
+            raise LensError(f"expected finite pruned weights, got NaN or infinity in {name}; compute in float32")
         weights[name] = by_name[name].stored(weight).cpu()
     return weights, pruner.removed()

@@ -92,4 +92,4 @@ def _check_refit(folder: Path, dense: str | Path, pruned: str | Path) -> None:
     record = read_json(folder / REFIT_RECORD)
     for name, model in (("dense", dense), ("pruned", pruned)):
         if record.get(f"{name}_sha256") != identify(model, resolve(model)).sha256:
-            raise RequestError(f"wanted a refit of this pair in {folder}, got another's; name another run")
+            raise RequestError(f"expected a refit of this pair in {folder}, got another's; name another run")

@@ -30,9 +30,9 @@ def check_request(pair: Pair, scan: Scan | None, heads: Sequence[Head], method: 
     if scan is not None:
         check_scan(scan, pair)
     elif uses_components(method):
-        raise RequestError(f"wanted a scan of this pair for {method}, got none; scan it first")
+        raise RequestError(f"expected a scan of this pair for {method}, got none; scan it first")
     if uses_heads(method) and not heads:
-        raise RequestError(f"wanted heads to restore by {method}, got none; choose some by scan.select")
+        raise RequestError(f"expected heads to restore by {method}, got none; choose some by scan.select")
     refuse_removed(heads, pair)
 
 
@@ -45,7 +45,7 @@ def refuse_both_models(method: str, config: TrainConfig) -> None:
     if uses_sequences(method) or config.objective.needs_teacher:
         what = method if uses_sequences(method) else "an objective that follows the dense model"
         raise RequestError(
-            f"wanted both models in memory for {what}, got one at a time; load both, or choose mean-shift or the "
+            f"expected both models in memory for {what}, got one at a time; load both, or choose mean-shift or the "
             "response's loss"
         )
 
@@ -62,7 +62,7 @@ def check_scan(scan: Scan, pair: Pair) -> None:
     ):
         if recorded != identity.sha256:
             raise RequestError(
-                f"wanted the {name} model of the scan (SHA-256 {recorded[:12]}…), got {identity.reference} "
+                f"expected the {name} model of the scan (SHA-256 {recorded[:12]}…), got {identity.reference} "
                 f"({identity.sha256[:12]}…); scan this pair first"
             )
 
@@ -86,4 +86,4 @@ def refuse_removed(heads: Sequence[Head], pair: Pair) -> None:
     removed = {Head(layer, head) for layer, gone in enumerate(pair.head_map.removed) for head in gone}
     gone = sorted(removed.intersection(heads))
     if gone:
-        raise RequestError(f"wanted heads that are still there, got {gone[0]}, removed whole; choose by scan.select")
+        raise RequestError(f"expected heads that are still there, got {gone[0]}, removed whole; choose by scan.select")

@@ -96,7 +96,7 @@ def restore(
     if exportable:
         require_slots(pair, method)
     if shuffle_responses and not trains_numbers(method):
-        raise RequestError(f"wanted a method that trains to shuffle responses for, got {method}; leave one out")
+        raise RequestError(f"expected a method that trains to shuffle responses for, got {method}; leave one out")
     run = Path(run) if run is not None else None
     training, held_out = training_sequences(
         pair, scan, data, validation, max_length, limit, config.seed if shuffle_responses else None

@@ -101,17 +101,19 @@ class Restoration:
             LensError: a number is not finite.
         """
         if not injection.footprint.folds:
-            raise RequestError("wanted an injection that folds into the checkpoint, got one that stays beside it")
+            raise RequestError("expected an injection that folds into the checkpoint, got one that stays beside it")
         changes = [(name, _frozen(change)) for part in injection.parts for name, change in part.changes().items()]
         found = [part.frozen() for part in injection.parts if isinstance(part, ConstantInjection)]
         by_site: dict[ConstantSite, SiteConstants] = {one.site: one for one in found}
         if not set(injection.footprint.biases) <= by_site.keys():  # flap's: biases themselves, of no constants
-            raise RequestError("wanted constants or changed weights to keep, got biases of maps; compare them instead")
+            raise RequestError(
+                "expected constants or changed weights to keep, got biases of maps; compare them instead"
+            )
         none = torch.zeros(0, 0)
         z = by_site.get("z", SiteConstants("z", (), none, none, none))
         restoration = cls(record, z.parts, z.values, z.magnitudes, z.offset, tuple(changes), by_site.get("mlp"))
         if not all(bool(torch.isfinite(tensor).all()) for tensor in restoration._tensors().values()):
-            raise LensError("wanted finite numbers, got NaN or infinity; lower the learning rate")
+            raise LensError("expected finite numbers, got NaN or infinity; lower the learning rate")
         return restoration
 
     @contextmanager
@@ -139,7 +141,7 @@ class Restoration:
         identity, wanted = identity_of(model), self.record.pruned_sha256
         if identity is not None and wanted and identity.sha256 != wanted:
             raise RequestError(
-                f"wanted the pruned model with SHA-256 {wanted[:12]}…, got {identity.sha256[:12]}… of "
+                f"expected the pruned model with SHA-256 {wanted[:12]}…, got {identity.sha256[:12]}… of "
                 f"{identity.reference}; name the model that was restored, or pass any_weights=True"
             )
 
@@ -150,7 +152,7 @@ class Restoration:
             shape = weights[name].shape if name in weights else None
             if shape is None or not change.fits(shape):
                 got = "none" if shape is None else f"one of shape {shape}"
-                raise RequestError(f"wanted a model with the weight {name} that was restored, got {got}; wrong model")
+                raise RequestError(f"expected a model with the weight {name} that was restored, got {got}; wrong model")
 
     def save(self, run: str | Path) -> None:
         """Write ``restoration.safetensors`` into a run directory, atomically; its metadata hold the record."""
@@ -168,7 +170,7 @@ class Restoration:
         path = Path(run) / RESTORATION_TENSORS
         tensors, metadata = read_tensors(path)
         if metadata.get("content_sha256") != _content_hash(tensors):
-            raise RequestError(f"wanted {path} as the restoration wrote it, got a changed file; restore again")
+            raise RequestError(f"expected {path} as the restoration wrote it, got a changed file; restore again")
         try:
             heads = tuple(Head(int(layer), int(head)) for layer, head in tensors.pop("heads"))
             changes = _read_changes({name: tensors.pop(name) for name in list(tensors) if _SEPARATOR in name})
@@ -176,7 +178,7 @@ class Restoration:
             return cls(RestorationRecord(**json.loads(metadata["record"])), heads, **tensors, changes=changes, mlp=mlp)
         except (KeyError, TypeError, ValueError) as error:
             raise RequestError(
-                f"wanted a restoration of this version in {path}, got another layout ({error})"
+                f"expected a restoration of this version in {path}, got another layout ({error})"
             ) from error
 
     def _tensors(self) -> dict[str, Tensor]:
@@ -209,7 +211,7 @@ def _fitting_parts(found: SiteConstants, model: HookedModel) -> int:
     check_heads(found.parts, int(model.cfg.n_layers), n_parts)
     if found.values.shape[-1] != width:
         name = "d_head" if found.site == "z" else "d_mlp"
-        raise RequestError(f"wanted a model with {name} {found.values.shape[-1]}, got {width}; wrong model")
+        raise RequestError(f"expected a model with {name} {found.values.shape[-1]}, got {width}; wrong model")
     return n_parts
 
 

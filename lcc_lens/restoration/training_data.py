@@ -47,7 +47,7 @@ def _split_off(data: Data) -> tuple[Data, Data]:
     held_out = tuple(example for example in data.examples if example.group in chosen)
     if not kept or not held_out:
         raise RequestError(
-            f"wanted at least 2 different examples to train and validate on, got {len(groups)}; add data"
+            f"expected at least 2 different examples to train and validate on, got {len(groups)}; add data"
         )
     return Data(data.name, data.kind, kept, data.source, data.role), Data(
         data.name, data.kind, held_out, data.source, data.role

@@ -48,7 +48,7 @@ def contrasts(pair: Pair, data: Data, max_length: int) -> tuple[list[TokenSequen
     """For every example the tokens before right and wrong part, and the two tokens there."""
     if any(example.wrong is None for example in data.examples):
         raise RequestError(
-            f"wanted right and wrong answers, got {data.name}, whose examples have none; use a task such as boolq"
+            f"expected right and wrong answers, got {data.name}, whose examples have none; use a task such as boolq"
         )
     contexts, answers = [], []
     for example in data.examples:
@@ -71,7 +71,7 @@ def contrasts(pair: Pair, data: Data, max_length: int) -> tuple[list[TokenSequen
         )  # fmt: skip
     if not contexts:
         raise RequestError(
-            f"wanted pairs that differ within {max_length} tokens from {data.source}, got none; raise the limit"
+            f"expected pairs that differ within {max_length} tokens from {data.source}, got none; raise the limit"
         )
     return contexts, torch.tensor(answers)
 
@@ -97,7 +97,7 @@ def at_last(
     stacked = {name: torch.stack(found) for name, found in rows.items()}
     for name, value in stacked.items():
         if not bool(torch.isfinite(value).all()):
-            raise LensError(f"wanted finite activations, got NaN or infinity at {name}; check the weights")
+            raise LensError(f"expected finite activations, got NaN or infinity at {name}; check the weights")
     return stacked
 
 

@@ -96,7 +96,7 @@ def direct_effect(
     check_heads(chosen, pair.n_layers, pair.n_heads)
     if tuple(constants.shape) != (len(chosen), pair.d_head):
         wanted = (len(chosen), pair.d_head)
-        raise RequestError(f"wanted constants of shape {wanted}, one for each head, got {tuple(constants.shape)}")
+        raise RequestError(f"expected constants of shape {wanted}, one for each head, got {tuple(constants.shape)}")
     contexts, answers = contrasts(pair, data, max_length)
     readout, writer = Readout.of(pair.pruned), HeadWriter.of(pair.pruned)
     streams = streams_at(pair.pruned, writer, contexts, batch_tokens)

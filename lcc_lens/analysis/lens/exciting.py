@@ -86,7 +86,7 @@ def exciting_examples(
     unit = checked_vector(pair.pruned, direction)
     unit = unit / unit.norm()
     if k < 1:
-        raise RequestError(f"wanted at least one example, got k = {k}; raise it")
+        raise RequestError(f"expected at least one example, got k = {k}; raise it")
     index, sequences = _indexed(pair, data, max_length, limit)
     scores = _projections(pair, sequences, head, unit, model, batch_tokens)
     best = [(float(values.max()), int(values.argmax())) for values in scores]
@@ -110,7 +110,7 @@ def _indexed(pair: Pair, data: Data, max_length: int, limit: int | None) -> tupl
     found = [(number, sequence) for number, sequence in enumerate(encoded) if sequence is not None]
     if not found:
         raise RequestError(
-            f"wanted sequences of up to {max_length} tokens from {data.source}, got none; raise the limit"
+            f"expected sequences of up to {max_length} tokens from {data.source}, got none; raise the limit"
         )
     return [number for number, _ in found], [sequence for _, sequence in found]
 
@@ -121,7 +121,7 @@ def _projections(
     """The head's output along a unit vector at every token; one model after the other, so that one need be loaded."""
     signs = {"pruned": (1.0, 0.0), "dense": (0.0, 1.0), "difference": (-1.0, 1.0)}
     if which not in signs:
-        raise RequestError(f"wanted one of {', '.join(signs)}, got {which!r}")
+        raise RequestError(f"expected one of {', '.join(signs)}, got {which!r}")
     scores = [torch.zeros(len(sequence)) for sequence in sequences]
     for sign, is_dense in zip(signs[which], (False, True), strict=True):
         if sign:

@@ -74,7 +74,7 @@ def relation_to_W_O(
     chosen = tuple(Head(*head) for head in heads)
     check_heads(set(chosen), int(model.cfg.n_layers), int(model.cfg.n_heads))
     if len(chosen) != len(vectors):
-        raise RequestError(f"wanted one vector per head, got {len(vectors)} for {len(chosen)} heads")
+        raise RequestError(f"expected one vector per head, got {len(vectors)} for {len(chosen)} heads")
     v = torch.stack([checked_vector(model, vector).double().cpu() for vector in vectors])
     v = v / v.norm(dim=-1, keepdim=True)
     writer = HeadWriter.of(model)

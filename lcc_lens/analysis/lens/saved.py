@@ -44,7 +44,7 @@ def load_lens(run: str | Path) -> tuple[list[LogitGain], list[PromotedTokens]]:
     """
     path = Path(run) / LENS_FILE
     if not path.exists():
-        raise RequestError(f"wanted {path}, got none; save what the lens says with save_lens")
+        raise RequestError(f"expected {path}, got none; save what the lens says with save_lens")
     tensors, metadata = read_tensors(path)
     try:
         described = json.loads(metadata["lens"])
@@ -57,5 +57,5 @@ def load_lens(run: str | Path) -> tuple[list[LogitGain], list[PromotedTokens]]:
             for one in described["promoted"]
         ]
     except (KeyError, TypeError, ValueError) as error:
-        raise RequestError(f"wanted {path} of this version, got another layout ({error}); save it again") from error
+        raise RequestError(f"expected {path} of this version, got another layout ({error}); save it again") from error
     return gains, promoted

@@ -112,12 +112,12 @@ def promoted_tokens(
     # TransformerLens' logit_readout reads a vector the same way but keeps bias and soft cap in the values.
     d_vocab = int(model.cfg.d_vocab)
     if not 1 <= k <= d_vocab:
-        raise RequestError(f"wanted between 1 and {d_vocab} tokens, got k = {k}")
+        raise RequestError(f"expected between 1 and {d_vocab} tokens, got k = {k}")
     z_vector = checked_vector(model, z_vector)
     reader = TokenReader.of(model)
     written = reader.writer.output(head, z_vector)
     if not bool(written.any()):
-        raise RequestError(f"wanted a vector that {head}'s output projection reads, got one that it takes to zero")
+        raise RequestError(f"expected a vector that {head}'s output projection reads, got one that it takes to zero")
     logits = (reader.logits(written) if at is None else reader.logits_at(written, head.layer, at)).cpu()
     sides: tuple[tuple[Side, bool], ...] = (("promoted", True), ("suppressed", False))
     tokens = [

@@ -80,7 +80,7 @@ def fit_pair_probes(
         LensError: a head has no minimum that can be found.
     """
     if not ridge > 0:
-        raise RequestError(f"wanted a ridge above 0, got {ridge}; separable pairs have no minimum without one")
+        raise RequestError(f"expected a ridge above 0, got {ridge}; separable pairs have no minimum without one")
     n_heads = pairs.question.shape[0]
     per_head = sum(z[0].numel() for z in pairs)
     size = max(1, _CHUNK // max(per_head, 1))
@@ -98,7 +98,7 @@ def _fit_chunk(pairs: PairActivations, ridge: float, tol: float, max_steps: int)
         return probe
     if pairs.question.dtype == torch.float64:
         raise LensError(
-            f"wanted probes that converge within {max_steps} steps, got {int((~converged).sum())} of {len(converged)} "
+            f"expected probes that converge within {max_steps} steps, got {int((~converged).sum())} of {len(converged)} "
             "heads that do not; raise the ridge or check the activations"
         )
     # On the processor: not every device has float64

@@ -45,7 +45,7 @@ def pair_sequences(
         )
     if not fitting:
         raise RequestError(
-            f"wanted contrastive pairs of up to {length} tokens from {data.source}, got none; raise the limit"
+            f"expected contrastive pairs of up to {length} tokens from {data.source}, got none; raise the limit"
         )
     return [right for right, _ in fitting], tuple(wrong for _, wrong in fitting)
 
@@ -55,7 +55,7 @@ def checked_length(pair: Pair, max_length: int | None) -> int:
     context = pair.context
     if max_length is not None and max_length > context:
         raise RequestError(
-            f"wanted sequences within the models' context of {context} tokens, got a limit of {max_length}"
+            f"expected sequences within the models' context of {context} tokens, got a limit of {max_length}"
         )
     return max_length if max_length is not None else min(_DEFAULT_LENGTH, context)
 
@@ -68,9 +68,9 @@ def possible_selectors(
     reason = None
     label = one_class(data)
     if wrong is None:
-        reason = f"wanted questions with right and wrong answers, got {data.name} without"
+        reason = f"expected questions with right and wrong answers, got {data.name} without"
     elif len(wrong) < MIN_PAIRS:
-        reason = f"wanted at least {MIN_PAIRS} pairs, got {len(wrong)}; scan more examples"
+        reason = f"expected at least {MIN_PAIRS} pairs, got {len(wrong)}; scan more examples"
     elif label is not None:
         reason = ONE_CLASS.format(label=label, n=len(data))
     if reason is not None and any(name in NEED_PAIRS for name in names):
@@ -81,5 +81,5 @@ def possible_selectors(
         names = [name for name in names if name not in NEED_PAIRS]
     if pair.one_at_a_time and any(name in NEED_MODELS for name in names):
         both = ", ".join(name for name in names if name in NEED_MODELS)
-        raise RequestError(f"wanted both models in memory for {both}, got one at a time; load both")
+        raise RequestError(f"expected both models in memory for {both}, got one at a time; load both")
     return names

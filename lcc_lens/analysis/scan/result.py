@@ -118,7 +118,7 @@ class Scan:
         """
         found = self.heads if site == "z" else self.others.get(site)
         if found is None:
-            raise RequestError(f"wanted a scan with the site {site}, got one without; scan again")
+            raise RequestError(f"expected a scan with the site {site}, got one without; scan again")
         energy = found.squared_difference.double()
         constant = found.constant_share.double() * energy
         if heads is not None:
@@ -146,11 +146,11 @@ class Scan:
             n_layers, n_heads = self.relative_loss.shape
             return score_random(n_layers, n_heads, self.record.seed if seed is None else seed)
         if selector not in SELECTORS:
-            raise RequestError(f"wanted one of the selectors {', '.join(SELECTORS)}, got {selector!r}")
+            raise RequestError(f"expected one of the selectors {', '.join(SELECTORS)}, got {selector!r}")
         if selector not in self.selected_by:
             found = ", ".join([*self.selected_by, "mse", "random"])
             raise RequestError(
-                f"wanted {selector} scores, got a scan of {self.record.n_examples} sequences of {self.record.data} "
+                f"expected {selector} scores, got a scan of {self.record.n_examples} sequences of {self.record.data} "
                 f"with {found}; name the selector {selector} when scanning, or select by another one"
             )
         return self.selected_by[selector]
@@ -174,7 +174,7 @@ class Scan:
             RequestError: the share is not within (0, 1].
         """
         if not 0 < share <= 1:
-            raise RequestError(f"wanted a share of heads above 0 and up to 1, got {share}")
+            raise RequestError(f"expected a share of heads above 0 and up to 1, got {share}")
         alive = self.ranking(selector, seed=seed)
         return sorted(alive[: math.ceil(share * len(alive))])
 
@@ -248,7 +248,7 @@ class Scan:
         expected = fields.pop("scan_sha256", None)
         tensors, _ = read_tensors(run / SCAN_TENSORS)
         if sha256_file(run / SCAN_TENSORS) != expected:
-            raise RequestError(f"wanted {run / SCAN_TENSORS} as the scan wrote it, got a changed file; scan again")
+            raise RequestError(f"expected {run / SCAN_TENSORS} as the scan wrote it, got a changed file; scan again")
         try:
             described, tokens = fields.pop("selected_by"), fields.pop("tokens")
             record = ScanRecord(**{name: _tuples(value) for name, value in fields.items()})
@@ -269,7 +269,7 @@ class Scan:
             )
         except (KeyError, TypeError) as error:
             raise RequestError(
-                f"wanted a scan of this version in {run}, got another layout ({error}); scan again"
+                f"expected a scan of this version in {run}, got another layout ({error}); scan again"
             ) from error
 
     def _tensors(self) -> dict[str, Tensor]:

@@ -120,7 +120,7 @@ def scan(
         sums = work.whole_sums()
         heads, *others = (sums.pop(site).finish() for site in present)  # the sums are large and let go one by one
         if heads.n_samples < 2:
-            raise RequestError(f"wanted at least 2 positions to compare, got {heads.n_samples}; scan more examples")
+            raise RequestError(f"expected at least 2 positions to compare, got {heads.n_samples}; scan more examples")
         components = heads.components()
         _warn(heads.n_samples, components.d_head, heads.is_silent.nonzero().tolist())
         settings = ScoreSettings(probe_rank, probe_solver, probe_folds, selector_examples, seed, batch_tokens)
@@ -231,7 +231,7 @@ def _warn(n_samples: int, d_head: int, silent: Iterable[Sequence[int]]) -> None:
     """Say what the data leave open."""
     if n_samples < d_head:
         logger.warning(
-            "wanted at least %d samples to determine every direction, got %d: the last %d directions of each head are "
+            "expected at least %d samples to determine every direction, got %d: the last %d directions of each head are "
             "arbitrary; all other statistics hold", d_head, n_samples, d_head - n_samples,
         )  # fmt: skip
     heads = [str(Head(layer, head)) for layer, head in silent]

@@ -202,7 +202,7 @@ class ScanState:
         """
         if self.n_done < n_shards:
             raise LensError(
-                f"wanted {n_shards} finished parts of the scan in {self.folder}, got {self.n_done}; put the run on a "
+                f"expected {n_shards} finished parts of the scan in {self.folder}, got {self.n_done}; put the run on a "
                 "disk that all machines share, then run the same command again to go on"
             )
 
@@ -243,7 +243,7 @@ class ScanState:
                             parts[name].append(handle.get_slice(name)[layer])
                 except (OSError, SafetensorError) as error:
                     raise LensError(
-                        f"wanted {file} as the scan wrote it, got a damaged one; delete {self.folder} and scan again"
+                        f"expected {file} as the scan wrote it, got a damaged one; delete {self.folder} and scan again"
                     ) from error
             yield LayerFeatures(*(torch.cat(parts[name])[back].float() for name in _FEATURES))
 
@@ -275,7 +275,7 @@ class ScanState:
         if record.get("identity") != self._identity:
             if joined:
                 raise RequestError(
-                    f"wanted the scan that the first process began in {self.folder}, got none of it; put the run on a "
+                    f"expected the scan that the first process began in {self.folder}, got none of it; put the run on a "
                     "disk that all machines share"
                 )
             shutil.rmtree(self.folder, ignore_errors=True)

@@ -41,10 +41,10 @@ class PatchingEffects:
             RequestError: the divergence was not measured, or the outcome has another name.
         """
         if outcome not in _OUTCOMES:
-            raise RequestError(f"wanted an outcome of {', '.join(_OUTCOMES)}, got {outcome!r}")
+            raise RequestError(f"expected an outcome of {', '.join(_OUTCOMES)}, got {outcome!r}")
         effects = self.log_likelihood if outcome == "response" else self.divergence
         if effects is None:
-            raise RequestError("wanted effects on the divergence, got none; measure them with divergence=True")
+            raise RequestError("expected effects on the divergence, got none; measure them with divergence=True")
         return HeadScores.from_examples("patching", effects, {"outcome": outcome, **(settings or {})})
 
 
@@ -107,9 +107,9 @@ def patching_effects(
         divergence: measure the divergence from the dense model as well; it costs two more passes over the logits.
     """
     if not sequences:
-        raise RequestError("wanted at least one example to patch, got none")
+        raise RequestError("expected at least one example to patch, got none")
     if positions not in ("all", "response"):
-        raise RequestError(f"wanted positions all or response, got {positions!r}")
+        raise RequestError(f"expected positions all or response, got {positions!r}")
     everything = all_heads(pair.n_layers, pair.n_heads)
     chosen = everything if heads is None else check_heads(heads, pair.n_layers, pair.n_heads)
     effects = _empty(len(sequences), pair, chosen, divergence)
@@ -176,7 +176,7 @@ def _measure_step(runs: PatchedRuns, step: _Step, effects: PatchingEffects) -> N
         bad = (~torch.isfinite(changed)).nonzero()
         if len(bad):
             head = Head(step.layer, int(step.head[int(bad[0])]))
-            raise LensError(f"wanted finite effects, got NaN or infinity after patching {head}; check the weights")
+            raise LensError(f"expected finite effects, got NaN or infinity after patching {head}; check the weights")
         return changed
 
     effects.log_likelihood[where] = change(patched.log_likelihood, unpatched.log_likelihood)

@@ -66,7 +66,7 @@ def response_gradients(
         LensError: a gradient is NaN or infinite (names layer and head).
     """
     if len(sequences) < 2:
-        raise RequestError(f"wanted at least 2 examples for gradients, got {len(sequences)}; give more")
+        raise RequestError(f"expected at least 2 examples for gradients, got {len(sequences)}; give more")
     n_groups = min(n_groups, len(sequences))
     shape = pair.n_layers, pair.n_heads
     attribution = torch.zeros(len(sequences), *shape)
@@ -142,6 +142,6 @@ def _reduced(gradient: Tensor, difference: Tensor, layer: int) -> tuple[Tensor, 
             bad = (~torch.isfinite(reduced)).any(-1).any(0).nonzero()
             if len(bad):
                 raise LensError(
-                    f"wanted finite gradients, got NaN or infinity at head L{layer}H{int(bad[0])}; check the weights"
+                    f"expected finite gradients, got NaN or infinity at head L{layer}H{int(bad[0])}; check the weights"
                 )
     return attribution.cpu(), constant.cpu()

@@ -64,9 +64,9 @@ def score_interaction_probe(
     """
     components.component(rank)  # refuses a rank outside 1 and d_head
     if not ridges or min(ridges) <= 0:
-        raise RequestError(f"wanted ridges above 0, got {ridges}; leave them out for {RIDGES}")
+        raise RequestError(f"expected ridges above 0, got {ridges}; leave them out for {RIDGES}")
     if max_pairs < 4:
-        raise RequestError(f"wanted max_pairs of 4 at least, got {max_pairs}")
+        raise RequestError(f"expected max_pairs of 4 at least, got {max_pairs}")
     improvement: list[Tensor] = []
     report: dict[str, list[list[float]]] = {"ridge": [], "accuracy_pruned": [], "accuracy_restored": []}
     for layer, features in enumerate(checked_layers(layers, components)):
@@ -94,7 +94,7 @@ def _inputs(
 ) -> tuple[Float[Tensor, "head pair d_head"], Float[Tensor, "head pair d_head"], Float[Tensor, "head pair d_head"]]:
     """The pruned and the restored question and the difference of the answers."""
     if features.z_dense_question is None:
-        raise RequestError("wanted the dense model's questions beside the pruned model's, got none; scan again")
+        raise RequestError("expected the dense model's questions beside the pruned model's, got none; scan again")
     here = chosen.to(features.z_dense_right.device)
     pruned, dense, right, wrong = (
         by_head(z[here])

@@ -44,16 +44,16 @@ def score_kl(
     Reference: the "heads by KL" ablation of RestoreLCC (arXiv 2510.21834).
     """
     if max_examples < 1:
-        raise RequestError(f"wanted at least one example to read through the lens, got {max_examples}; raise it")
+        raise RequestError(f"expected at least one example to read through the lens, got {max_examples}; raise it")
     by_layer = []
     for layer, (z_dense, z_pruned) in enumerate(layers):
         if not len(z_dense):
-            raise RequestError("wanted at least one question, got none; give more data")
+            raise RequestError("expected at least one question, got none; give more data")
         generator = torch.Generator().manual_seed(seed)  # the same draw for every layer
         drawn = torch.randperm(len(z_dense), generator=generator)[:max_examples].sort().values.to(z_dense.device)
         by_layer.append(_layer_divergence(layer, z_dense[drawn], z_pruned[drawn], logits))
     if not by_layer:
-        raise RequestError("wanted head outputs of at least one layer, got none")
+        raise RequestError("expected head outputs of at least one layer, got none")
     return HeadScores.from_examples("kl", torch.stack(by_layer, dim=1), {"max_examples": max_examples, "seed": seed})
 
 
@@ -74,5 +74,5 @@ def _layer_divergence(
     divergence = torch.cat(parts)
     bad = (~torch.isfinite(divergence)).any(0).nonzero()
     if len(bad):
-        raise LensError(f"wanted finite votes, got NaN or infinity in head L{layer}H{int(bad[0])}; check the weights")
+        raise LensError(f"expected finite votes, got NaN or infinity in head L{layer}H{int(bad[0])}; check the weights")
     return divergence.clone()

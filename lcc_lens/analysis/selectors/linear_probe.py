@@ -151,22 +151,22 @@ def checked_layers(layers: Iterable[LayerFeatures], components: LostComponents) 
         present = [z for z in features if z is not None]
         n_pairs = present[0].shape[0] if n_pairs is None else n_pairs
         if n_pairs < MIN_PAIRS:
-            raise RequestError(f"wanted at least {MIN_PAIRS} contrastive pairs, got {n_pairs}; scan more examples")
+            raise RequestError(f"expected at least {MIN_PAIRS} contrastive pairs, got {n_pairs}; scan more examples")
         wanted = (n_pairs, n_heads, d_head)
         wrong = next((tuple(z.shape) for z in present if z.shape != wanted), None)
         if wrong is not None or count == n_layers:
             got = f"{wrong}" if wrong is not None else "another"
             raise RequestError(
-                f"wanted {n_layers} layers of activations {wanted} as in the components, got {got} at layer {count}; "
+                f"expected {n_layers} layers of activations {wanted} as in the components, got {got} at layer {count}; "
                 "take both from the same scan"
             )
         if not all(bool(torch.isfinite(z.sum())) for z in present):
-            raise LensError(f"wanted finite activations, got NaN or infinity in layer {count}; check the weights")
+            raise LensError(f"expected finite activations, got NaN or infinity in layer {count}; check the weights")
         yield features
         count += 1
     if count < n_layers:
         raise RequestError(
-            f"wanted {n_layers} layers of activations as in the components, got {count}; take both from the same scan"
+            f"expected {n_layers} layers of activations as in the components, got {count}; take both from the same scan"
         )
 
 
@@ -186,7 +186,7 @@ def _splits(n_pairs: int, folds: int | None, held_out_share: float, seed: int) -
     if folds is None:
         return [split_pairs(n_pairs, held_out_share, seed)]
     if not 2 <= folds <= n_pairs:
-        raise RequestError(f"wanted between 2 and {n_pairs} folds (the number of pairs), got {folds}")
+        raise RequestError(f"expected between 2 and {n_pairs} folds (the number of pairs), got {folds}")
     order = torch.randperm(n_pairs, generator=torch.Generator().manual_seed(seed))
     parts = order.tensor_split(folds)
     return [(torch.cat([*parts[:fold], *parts[fold + 1 :]]), parts[fold]) for fold in range(folds)]

@@ -86,7 +86,7 @@ class Evidence:
             RequestError: the data have no right and wrong answers.
         """
         if self.layers is None:
-            raise RequestError("wanted questions with right and wrong answers, got data without; name such a task")
+            raise RequestError("expected questions with right and wrong answers, got data without; name such a task")
         return self.layers()
 
     def require_models(self) -> None:
@@ -96,7 +96,7 @@ class Evidence:
             RequestError: says what to do.
         """
         if self.pair.one_at_a_time:
-            raise RequestError("wanted both models in memory for this selector, got one at a time; load both")
+            raise RequestError("expected both models in memory for this selector, got one at a time; load both")
 
 
 def _probe(evidence: Evidence) -> HeadScores:
@@ -170,7 +170,7 @@ def check_selectors(names: Iterable[str]) -> tuple[SelectorName, ...]:
     known: dict[str, SelectorName] = {name: name for name in REGISTRY}
     for name in names:
         if name not in known:
-            raise RequestError(f"wanted some of the selectors {', '.join(SELECTORS)}, got {name!r}")
+            raise RequestError(f"expected some of the selectors {', '.join(SELECTORS)}, got {name!r}")
     return tuple(dict.fromkeys(known[name] for name in names))
 
 

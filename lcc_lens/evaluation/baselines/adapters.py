@@ -96,7 +96,7 @@ def adapters(
     names = {path: chosen[id(module)] for path, module in original.named_modules() if id(module) in chosen}
     paths = list(names)
     if not paths:
-        raise RequestError(f"wanted linear maps named {', '.join(targets)}, got none in this architecture")
+        raise RequestError(f"expected linear maps named {', '.join(targets)}, got none in this architecture")
     plain = {path: original.get_submodule(path) for path in paths}
     if kind == "dora":
         _refuse_zero_rows({names[path]: module for path, module in plain.items()})
@@ -121,7 +121,7 @@ def _refuse_zero_rows(maps: Mapping[str, nn.Module]) -> None:
         weight = cast("Tensor", module.weight)
         n_zero = int((weight == 0).all(0 if is_transposed(module) else 1).sum())
         if n_zero:
-            raise RequestError(f"wanted no row of zeros for DoRA, got {n_zero} in {name}; restore by LoRA instead")
+            raise RequestError(f"expected no row of zeros for DoRA, got {n_zero} in {name}; restore by LoRA instead")
 
 
 def adapted(model: nn.Module, paths: Sequence[str], *, kind: AdapterKind, rank: int, seed: int) -> None:
@@ -133,7 +133,7 @@ def adapted(model: nn.Module, paths: Sequence[str], *, kind: AdapterKind, rank: 
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError as error:
-        raise RequestError("wanted peft for LoRA and DoRA, got none; install lcc-lens[baselines]") from error
+        raise RequestError("expected peft for LoRA and DoRA, got none; install lcc-lens[baselines]") from error
     config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=list(paths), use_dora=kind == "dora", bias="none")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -94,11 +94,11 @@ def eora(
         EoRA (arXiv 2410.21271), from the paper alone.
     """
     if rank < 1:
-        raise RequestError(f"wanted a rank of at least 1, got {rank}")
+        raise RequestError(f"expected a rank of at least 1, got {rank}")
     maps, originals = layer_maps(model), layer_maps(dense)
     shapes = [{name: weight_shape(module) for name, module in group.items()} for group in (maps, originals)]
     if shapes[0] != shapes[1]:
-        raise RequestError("wanted models whose maps have the same shapes, got a sliced one; leave eora out")
+        raise RequestError("expected models whose maps have the same shapes, got a sliced one; leave eora out")
     moments = _input_moments(model, maps, sequences, max_tokens)
     layers: dict[str, nn.Module] = {}
     paths = {id(module): path for path, module in _original(model).named_modules()}
@@ -107,7 +107,7 @@ def eora(
             moment = moments[name]
         except LensError as error:
             raise RequestError(
-                f"wanted a model that computes with {name}, got one that uses a copy of it; leave eora out"
+                f"expected a model that computes with {name}, got one that uses a copy of it; leave eora out"
             ) from error
         lost = _rows(originals[name]).float().to(moment) - _rows(module).float()
         layers[paths[id(module)]] = _WithLowRank(module, *_low_rank(lost, moment, rank))

@@ -82,7 +82,7 @@ def flap(
         for layer, (original, name) in enumerate(zip(*by_layer, strict=True)):
             weights = map_weight(dense, original), map_weight(mended, name)
             if weights[0].shape != weights[1].shape:
-                raise RequestError("wanted models whose maps have the same shapes, got a sliced one; leave flap out")
+                raise RequestError("expected models whose maps have the same shapes, got a sliced one; leave flap out")
             lost = weights[0].double().cpu() - weights[1].double().cpu()
             rows.append(lost @ means[site][layer])
         biases[site] = torch.stack(rows).float()
@@ -99,7 +99,7 @@ def mean_inputs(
         LensError: an activation is not finite.
     """
     if not sequences:
-        raise RequestError("wanted sequences to take means on, got none; add data")
+        raise RequestError("expected sequences to take means on, got none; add data")
     n_layers, n = int(model.cfg.n_layers), sum(map(len, sequences))
     sums = {
         site: torch.zeros(n_layers, *parts_of(model, site), dtype=torch.float64) for site in CONSTANT_SITES

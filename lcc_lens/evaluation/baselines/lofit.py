@@ -66,7 +66,7 @@ def lofit_heads(
         RequestError: a share outside (0, 1], or no gain made the held-out objective better.
     """
     if not 0 < share <= 1:
-        raise RequestError(f"wanted a share of heads above 0 and up to 1, got {share}")
+        raise RequestError(f"expected a share of heads above 0 and up to 1, got {share}")
     gains = SparseGains(output_gains(model, projections, heads).changes(), l1=l1)
     for _ in train(model, gains, sequences, validation, config, teacher=teacher):
         pass
@@ -80,6 +80,6 @@ def lofit_heads(
                 sizes[Head(layer, index)] = float(own.detach().norm())
     if not any(sizes.values()):
         raise RequestError(
-            "wanted gains that lower the held-out loss to choose heads by, got none; lower the learning rate"
+            "expected gains that lower the held-out loss to choose heads by, got none; lower the learning rate"
         )
     return sorted(sizes, key=lambda head: -sizes[head])[: math.ceil(share * len(sizes))]

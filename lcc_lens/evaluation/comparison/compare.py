@@ -68,9 +68,9 @@ def compare(
     """
     parsed, config, run = [Entry.parse(text) for text in entries], config or CompareConfig(), Path(run)
     if config.heads >= 1 and any(entry.control == "random-heads" for entry in parsed):
-        raise RequestError("wanted a share of heads below 1 for random heads, got all of them; lower it")
+        raise RequestError("expected a share of heads below 1 for random heads, got all of them; lower it")
     if not 0 <= part[0] < part[1]:
-        raise RequestError(f"wanted one of the parts 0 to n - 1 of n, got {part[0]} of {part[1]}")
+        raise RequestError(f"expected one of the parts 0 to n - 1 of n, got {part[0]} of {part[1]}")
     bench = Bench(dense, pruned, run, config)
     asked = {f"{entry.text} | {seed}": (entry, seed) for seed in range(seeds) for entry in parsed}
     kept = ComparisonFile(Path(out) if out is not None else run / COMPARISON, run, bench.identity, config, [*asked])
@@ -106,7 +106,7 @@ def read_part(text: str) -> tuple[int, int]:
     """
     i, slash, n = text.partition("/")
     if not (slash and i.isdecimal() and n.isdecimal() and 1 <= int(i) <= int(n)):
-        raise RequestError(f"wanted a part as i/n with i of 1 to n, got {text!r}")
+        raise RequestError(f"expected a part as i/n with i of 1 to n, got {text!r}")
     return int(i) - 1, int(n)
 
 
@@ -175,7 +175,7 @@ def _finite(cell: dict[str, Any]) -> dict[str, Any]:
     """Refuse figures that are no numbers: what diverged has failed, and JSON could not hold it."""
     for name in MEASURES:
         if not math.isfinite(cell[name]):
-            raise LensError(f"wanted finite figures, got a {name} of {cell[name]}; lower the learning rate")
+            raise LensError(f"expected finite figures, got a {name} of {cell[name]}; lower the learning rate")
     return cell
 
 

@@ -47,4 +47,4 @@ class CompareConfig:
 
     def __post_init__(self) -> None:
         if not self.texts:
-            raise RequestError("wanted at least one text to measure perplexity on, got none; name one")
+            raise RequestError("expected at least one text to measure perplexity on, got none; name one")

@@ -98,7 +98,7 @@ def inference_costs(
 def _served(path: Path, maps: Mapping[ConstantSite, tuple[str, ...]], kind: str, rank: int) -> Any:
     sites = next((sites for sites, name in BIASES.items() if name == kind), ())
     if not set(sites) <= maps.keys():
-        raise RequestError(f"wanted maps that read {' and '.join(sites)}, got none; leave {kind} out")
+        raise RequestError(f"expected maps that read {' and '.join(sites)}, got none; leave {kind} out")
     slots = find_joint_slots(path, {site: maps[site] for site in sites})
     model = load_plain(path)
     modules = dict(model.named_modules())

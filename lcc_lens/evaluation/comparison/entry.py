@@ -79,18 +79,18 @@ class Entry:
         on_refit = whole == REFIT or whole.startswith(f"{REFIT}+")
         method = whole.removeprefix(REFIT).removeprefix("+") if on_refit else whole
         if control and control not in CONTROLS:
-            raise RequestError(f"wanted a control ({', '.join(CONTROLS)}), got {control!r} in {text!r}")
+            raise RequestError(f"expected a control ({', '.join(CONTROLS)}), got {control!r} in {text!r}")
         is_own = bool(method) and method not in BASELINES
         if is_own:
             parse_method(method)
         if control == "random-heads" and not (is_own and uses_heads(method)):
-            raise RequestError(f"wanted a method that acts on heads for random heads, got {text!r}")
+            raise RequestError(f"expected a method that acts on heads for random heads, got {text!r}")
         if (control == "dense" and on_refit) or (control and not method):
-            raise RequestError(f"wanted a control of something that trains on the pruned model, got {text!r}")
+            raise RequestError(f"expected a control of something that trains on the pruned model, got {text!r}")
         try:
             lr = float(rate) if rate and rate != TUNED else None
         except ValueError:
-            raise RequestError(f"wanted a learning rate or {TUNED!r} behind =, got {rate!r} in {text!r}") from None
+            raise RequestError(f"expected a learning rate or {TUNED!r} behind =, got {rate!r} in {text!r}") from None
         return cls(
             text, method or None, on_refit, control or None, Objective.parse(objective or "response"), lr, rate == TUNED
         )

@@ -77,7 +77,7 @@ def _begun(path: Path, identity: dict[str, str], config: CompareConfig) -> dict[
     for name, value in (("identity", identity), ("settings", settings)):
         if found.setdefault(name, value) != value:
             raise RequestError(
-                f"wanted a comparison of the same models and settings in {path}, got another; name another run"
+                f"expected a comparison of the same models and settings in {path}, got another; name another run"
             )
     found.setdefault("bare", {})
     found["version"] = package_version()

@@ -90,7 +90,7 @@ class Bench:
         """Refuse a refitted model of another pair in the folder."""
         record = self.run / REFIT / REFIT_RECORD
         if record.exists() and {name: read_json(record).get(name) for name in self.identity} != self.identity:
-            raise RequestError(f"wanted a refit of this pair in {record.parent}, got another's; name another run")
+            raise RequestError(f"expected a refit of this pair in {record.parent}, got another's; name another run")
 
     def cell(
         self, entry: Entry, seed: int, found: dict[str, Any], before: Mapping[str, Any] | None = None
@@ -225,7 +225,7 @@ class Bench:
     ) -> Injection:
         assert entry.method is not None
         if entry.control == "dense" and pair.n_heads != int(pair.dense.cfg.n_heads):
-            raise RequestError(f"wanted models with the same heads for {entry.text}, got a sliced one; leave it out")
+            raise RequestError(f"expected models with the same heads for {entry.text}, got a sliced one; leave it out")
         if entry.method in ADAPTERS:
             kind, targets = ADAPTERS[entry.method]
             built = adapters(model, kind=kind, rank=self.config.lora_rank, targets=targets, seed=seed)

@@ -54,7 +54,7 @@ def report(
         0.5
     """
     if not references:
-        raise RequestError("wanted at least one model, got none; name some, the dense one first")
+        raise RequestError("expected at least one model, got none; name some, the dense one first")
     config = SpeedConfig(repeats, prompt_tokens, new_tokens)
     paths = dict(zip(unique_names(references), map(resolve, references), strict=True))
     if latency:

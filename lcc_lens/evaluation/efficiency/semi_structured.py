@@ -42,13 +42,13 @@ def to_semi_structured(model: nn.Module) -> int:
     others = [name for name, layer in linears.items() if detect_pattern(layer.weight) != "2:4"]
     if others:
         raise RequestError(
-            f"wanted every linear weight exactly 2:4, got {len(others)} of {len(linears)} that are not ({others[0]} "
+            f"expected every linear weight exactly 2:4, got {len(others)} of {len(linears)} that are not ({others[0]} "
             "first); prune with --pattern 2:4"
         )
     fitting = [layer for layer in linears.values() if _fits(layer.weight)]
     if not fitting:
         raise RequestError(
-            f"wanted matrices of a multiple of {_ROWS} outputs and {_COLUMNS} inputs for 2:4 kernels, got none"
+            f"expected matrices of a multiple of {_ROWS} outputs and {_COLUMNS} inputs for 2:4 kernels, got none"
         )
     convert: Any = torch.sparse.to_sparse_semi_structured
     with warnings.catch_warnings():
@@ -65,14 +65,16 @@ def require_kernels(device: torch.device, dtype: torch.dtype) -> None:
         RequestError: says what is missing.
     """
     if device.type != "cuda":
-        raise RequestError(f"wanted a CUDA device for 2:4 kernels, got {device}; run on an NVIDIA GPU, Ampere or newer")
+        raise RequestError(
+            f"expected a CUDA device for 2:4 kernels, got {device}; run on an NVIDIA GPU, Ampere or newer"
+        )
     if torch.cuda.get_device_capability(device) < _CAPABILITY:
         raise RequestError(
-            f"wanted a GPU with sparse tensor cores, got {torch.cuda.get_device_name(device)}; "
+            f"expected a GPU with sparse tensor cores, got {torch.cuda.get_device_name(device)}; "
             "run on an NVIDIA GPU, Ampere or newer"
         )
     if dtype not in _FORMATS:
-        raise RequestError(f"wanted float16 or bfloat16 for 2:4 kernels, got {dtype}; set LCC_LENS_DTYPE=bfloat16")
+        raise RequestError(f"expected float16 or bfloat16 for 2:4 kernels, got {dtype}; set LCC_LENS_DTYPE=bfloat16")
 
 
 def _linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
@@ -80,7 +82,7 @@ def _linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
     prefix, layers = decoder_layers(model, model.config)
     found = {f"{prefix}.{name}": layer for name, layer in layers.named_modules() if isinstance(layer, nn.Linear)}
     if not found:
-        raise RequestError(f"wanted linear layers for 2:4 kernels, got none in {type(model).__name__}")
+        raise RequestError(f"expected linear layers for 2:4 kernels, got none in {type(model).__name__}")
     return found
 
 

@@ -45,7 +45,7 @@ class SpeedConfig:
         for name, number in vars(self).items():
             if number < 1:
                 raise RequestError(
-                    f"wanted {name.replace('_', ' ')} of at least 1, got {number}; give a positive number"
+                    f"expected {name.replace('_', ' ')} of at least 1, got {number}; give a positive number"
                 )
 
     @property
@@ -75,7 +75,7 @@ def require_context(paths: Mapping[str, Path], n_tokens: int) -> None:
     for name, path in paths.items():
         longest = getattr(read_config(path).get_text_config(), "max_position_embeddings", None)
         if longest is not None and n_tokens > longest:
-            raise RequestError(f"wanted at most {longest} tokens for {name}, got {n_tokens}; ask for fewer tokens")
+            raise RequestError(f"expected at most {longest} tokens for {name}, got {n_tokens}; ask for fewer tokens")
 
 
 def measure_speed(paths: Mapping[str, Path], config: SpeedConfig, *, semi_structured: Collection[str] = ()) -> Speed:

@@ -52,7 +52,7 @@ class PruneStep:
 
     def __post_init__(self) -> None:
         if (self.sparsity is None) == (self.pattern is None):
-            raise RequestError(f"wanted a sparsity or a pattern to prune to, got {self.sparsity} and {self.pattern}")
+            raise RequestError(f"expected a sparsity or a pattern to prune to, got {self.sparsity} and {self.pattern}")
         pattern = parse_pattern(self.pattern) if self.pattern else Unstructured(self.sparsity or 0.0)
         PruneConfig(self.method, pattern, sliced=self.sliced)  # refuses what does not go together
 
@@ -79,7 +79,7 @@ class PaperRecipe:
 
     def __post_init__(self) -> None:
         if not self.data or self.seeds < 1 or not self.entries:
-            raise RequestError(f"wanted data, a seed and a row to train in {self.title!r}, got none; add some")
+            raise RequestError(f"expected data, a seed and a row to train in {self.title!r}, got none; add some")
         for entry in self.entries:
             Entry.parse(entry)
 
@@ -106,13 +106,13 @@ def read_recipe(path: str | Path) -> PaperRecipe:
     """
     path = Path(path)
     if not path.is_file():
-        raise RequestError(f"wanted a recipe, got {path}, which is no file; name one of recipes/*.json")
+        raise RequestError(f"expected a recipe, got {path}, which is no file; name one of recipes/*.json")
     values = dict(_mapping(read_json(path), str(path)))
     for key, part in (("prune", PruneStep), ("compare", CompareConfig)):
         values[key] = _build(part, values.get(key, {}), f"{key} of {path}")
     rows = values.get("rows")
     if not isinstance(rows, Sequence):
-        raise RequestError(f"wanted a list of rows in {path}, got {rows!r}")
+        raise RequestError(f"expected a list of rows in {path}, got {rows!r}")
     values["rows"] = tuple(_build(PaperRow, row, f"row {n} of {path}") for n, row in enumerate(rows, 1))
     return _build(PaperRecipe, values, str(path))
 
@@ -133,11 +133,11 @@ def _build(kind: type[_T], values: Any, where: str) -> _T:
     fields = {field.name: field for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
     unknown = sorted(given.keys() - fields.keys())
     if unknown:
-        raise RequestError(f"wanted {', '.join(fields)} in the {where}, got {unknown[0]!r} too; correct the name")
+        raise RequestError(f"expected {', '.join(fields)} in the {where}, got {unknown[0]!r} too; correct the name")
     absent = dataclasses.MISSING
     missing = [n for n, f in fields.items() if n not in given and f.default is absent and f.default_factory is absent]
     if missing:
-        raise RequestError(f"wanted {missing[0]!r} in the {where}, got none; add it")
+        raise RequestError(f"expected {missing[0]!r} in the {where}, got none; add it")
     hints = get_type_hints(kind)
     return kind(**{name: _typed(value, hints[name], f"{name!r} in the {where}") for name, value in given.items()})
 
@@ -159,10 +159,10 @@ def _typed(value: Any, hint: Any, what: str) -> Any:
     wanted = [
         ", ".join(map(str, get_args(o))) if get_origin(o) is Literal else getattr(o, "__name__", o) for o in options
     ]
-    raise RequestError(f"wanted {' or '.join(map(str, wanted))} for {what}, got {value!r}")
+    raise RequestError(f"expected {' or '.join(map(str, wanted))} for {what}, got {value!r}")
 
 
 def _mapping(values: Any, where: str) -> Mapping[str, Any]:
     if not isinstance(values, Mapping):
-        raise RequestError(f"wanted an object with fields in the {where}, got {values!r}")
+        raise RequestError(f"expected an object with fields in the {where}, got {values!r}")
     return values

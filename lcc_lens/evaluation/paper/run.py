@@ -84,7 +84,7 @@ def _changed(
     """The recipe with what the caller wants otherwise."""
     if dry_run is not None:
         if model is not None:
-            raise RequestError(f"wanted one model, got {model} and the dry run's {dry_run}; leave one out")
+            raise RequestError(f"expected one model, got {model} and the dry run's {dry_run}; leave one out")
         recipe, model = dry(recipe), str(dry_run)
     config = replace(
         recipe.compare, examples=examples or recipe.compare.examples, limit=limit or recipe.compare.limit
@@ -100,7 +100,9 @@ def _settle(out: Path, settings: dict[str, Any]) -> None:
         require_free(out, overwrite=False)
         write_json(file, rest)
     elif read_json(file) != rest:
-        raise RequestError(f"wanted this recipe's own folder, got another one's or other sizes in {out}; name another")
+        raise RequestError(
+            f"expected this recipe's own folder, got another one's or other sizes in {out}; name another"
+        )
 
 
 def _as_written(settings: dict[str, Any]) -> dict[str, Any]:

@@ -26,4 +26,4 @@ class Doctor(Common):
         show_table(f"model: {found.reference}", ["", ""], [finding.row for finding in found.model])
         show_table("machine", ["", ""], [finding.row for finding in found.machine])
         if not found.is_sound:
-            raise LensError(f"wanted a model that loads and passes its checks, got {self.model}; see ✗ above")
+            raise LensError(f"expected a model that loads and passes its checks, got {self.model}; see ✗ above")

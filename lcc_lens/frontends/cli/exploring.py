@@ -30,7 +30,7 @@ class Explore(Common):
         from lcc_lens.frontends.explorer.page import explore
 
         if len(self.runs) not in (1, 2):
-            raise RequestError(f"wanted one run, or two to compare, got {len(self.runs)}; name RUN or RUN RUN2")
+            raise RequestError(f"expected one run, or two to compare, got {len(self.runs)}; name RUN or RUN RUN2")
         other = self.runs[1] if len(self.runs) == 2 else None
         page = explore(self.runs[0], self.out, other=other, results=self.results, read_model=self.tokens)
         console().print(f"page  {page}", soft_wrap=True)

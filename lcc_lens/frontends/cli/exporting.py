@@ -72,7 +72,7 @@ class Export(Placed):
             require_converter(self.llama_cpp)
             require_new_file(self.gguf, overwrite=self.overwrite)
         elif self.llama_cpp is not None:
-            raise RequestError("wanted the GGUF file to write beside --llama-cpp, got none; name it by --gguf FILE")
+            raise RequestError("expected the GGUF file to write beside --llama-cpp, got none; name it by --gguf FILE")
 
     def _write_gguf(self, file: Path) -> None:
         from lcc_lens.exporters.gguf import export_gguf

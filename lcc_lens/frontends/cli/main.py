@@ -84,7 +84,7 @@ def _refuse_several(command: Any) -> None:
     if n_processes() > 1 and not isinstance(command, _DIVIDED):
         name = type(command).__name__.lower()
         raise RequestError(
-            f"wanted scan or restore in {n_processes()} processes, got {name}; run it without a launcher"
+            f"expected scan or restore in {n_processes()} processes, got {name}; run it without a launcher"
         )
 
 

@@ -33,7 +33,7 @@ class Eval(Common):
         from lcc_lens.evaluation.evaluate import evaluate
 
         if not self.models:
-            raise RequestError("wanted at least one model, got none; name some")
+            raise RequestError("expected at least one model, got none; name some")
         results = evaluate(self.models, self.tasks, limit=self.limit, length=self.length)
         if self.out is not None:
             write_json(self.out, results)
@@ -62,7 +62,7 @@ class Report(Common):
         from lcc_lens.evaluation.efficiency.report import report
 
         if self.out is not None and self.out.is_dir():
-            raise RequestError(f"wanted a file to write the report to, got the folder {self.out}; name a .json file")
+            raise RequestError(f"expected a file to write the report to, got the folder {self.out}; name a .json file")
         found = report(
             self.models, latency=self.latency, repeats=self.repeats, prompt_tokens=self.prompt_tokens,
             new_tokens=self.new_tokens,

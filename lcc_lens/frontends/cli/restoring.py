@@ -118,12 +118,12 @@ class Restore(Placed):
             raise RequestError(f"{self.run} holds a restoration already; name another run or pass --overwrite")
         if self.task is not None and (self.data is not None or self.scan_data is not None):
             raise RequestError(
-                "wanted a task or data of your own, got both; leave out --task, or --data and --scan-data"
+                "expected a task or data of your own, got both; leave out --task, or --data and --scan-data"
             )
         if self.method != "best":
             parse_method(self.method)
         elif self.one_at_a_time:
-            raise RequestError("wanted both models in memory for best, got one at a time; leave out --one-at-a-time")
+            raise RequestError("expected both models in memory for best, got one at a time; leave out --one-at-a-time")
         measures = self._measures()
         data, validation = self._examples()
         if self.method == "best":
@@ -209,7 +209,7 @@ class Restore(Placed):
             found = Scan.load(self.run)
             if self.task is not None and found.record.data != self.task:
                 raise RequestError(
-                    f"wanted a scan of {self.task} in {self.run}, got one of {found.record.data}; name another run"
+                    f"expected a scan of {self.task} in {self.run}, got one of {found.record.data}; name another run"
                 )
             return found
         data = load_role(name, self.scan_examples, "probe", self.seed)

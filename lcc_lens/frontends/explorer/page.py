@@ -62,7 +62,7 @@ def explore(
     """
     out = Path(run) / "explorer.html" if out is None else Path(out)
     if out.is_dir():
-        raise RequestError(f"wanted a file to write the page to, got the folder {out}; name an .html file")
+        raise RequestError(f"expected a file to write the page to, got the folder {out}; name an .html file")
     runs = [RunContents.read(path) for path in ([run] if other is None else [run, other])]
     if len(runs) == 2:
         check_comparable(*runs)
@@ -73,7 +73,7 @@ def explore(
     size = len(text.encode())
     if size > MOST_BYTES:
         raise RequestError(
-            f"wanted a page of up to {MOST_BYTES / 1e6:.0f} MB, got {size / 1e6:.0f} MB; explore one run at a time, or "
+            f"expected a page of up to {MOST_BYTES / 1e6:.0f} MB, got {size / 1e6:.0f} MB; explore one run at a time, or "
             "scan again with fewer examples"
         )
     write_text(out, text)
@@ -88,17 +88,17 @@ def check_comparable(first: RunContents, second: RunContents) -> None:
     """
     for run in (first, second):
         if run.scan is None:
-            raise RequestError(f"wanted a scan in {run.path} to compare heads, got none; run lcc-lens scan first")
+            raise RequestError(f"expected a scan in {run.path} to compare heads, got none; run lcc-lens scan first")
     assert first.scan is not None
     assert second.scan is not None
     if first.scan.record.dense_sha256 != second.scan.record.dense_sha256:
         raise RequestError(
-            f"wanted two runs of one dense model, got {first.scan.record.dense} in {first.path} and "
+            f"expected two runs of one dense model, got {first.scan.record.dense} in {first.path} and "
             f"{second.scan.record.dense} in {second.path}; scan both from the same model"
         )
     if first.scan.head_map.dense_heads != second.scan.head_map.dense_heads:
         raise RequestError(
-            f"wanted two runs with the same heads, got other heads in {second.path}; heads that moved cannot be "
+            f"expected two runs with the same heads, got other heads in {second.path}; heads that moved cannot be "
             "compared place by place"
         )
 

@@ -25,7 +25,7 @@ def results_table(path: Path) -> dict[str, Any]:
         ]
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise RequestError(
-            f"wanted results as lcc-lens eval writes them in {path}, got another layout ({error!r}); evaluate again"
+            f"expected results as lcc-lens eval writes them in {path}, got another layout ({error!r}); evaluate again"
         ) from error
     columns = list(dict.fromkeys(column for cells in rows.values() for column in cells))
     return {

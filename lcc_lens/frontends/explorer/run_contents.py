@@ -46,7 +46,7 @@ class RunContents:
         has_scan, has_restoration = (path / SCAN_RECORD).exists(), (path / RESTORATION_TENSORS).exists()
         if not (has_scan or has_restoration):
             raise RequestError(
-                f"wanted a run with a scan or a restoration in {path}, got neither; run lcc-lens scan or restore first"
+                f"expected a run with a scan or a restoration in {path}, got neither; run lcc-lens scan or restore first"
             )
         scan = Scan.load(path) if has_scan else None
         restoration = Restoration.load(path) if has_restoration else None
@@ -84,7 +84,7 @@ def _check_weights(
     for name, hashes in present.items():
         if hashes != present[first]:
             raise RequestError(
-                f"wanted one pair of models in {path}, got a {first} and a {name} of different weights; "
+                f"expected one pair of models in {path}, got a {first} and a {name} of different weights; "
                 "scan or restore again"
             )
 
@@ -99,5 +99,5 @@ def _steps(log: Path) -> tuple[Mapping[str, Any], ...]:
             step = json.loads(line)
             steps.append({name: step.get(name) for name in _STEP_FIELDS})
         except (json.JSONDecodeError, AttributeError) as error:
-            raise RequestError(f"wanted a step as JSON in line {number} of {log}, got {line[:40]!r}") from error
+            raise RequestError(f"expected a step as JSON in line {number} of {log}, got {line[:40]!r}") from error
     return tuple(steps)

@@ -47,5 +47,5 @@ def _read(run: RunContents) -> TokenTables:
     record = run.scan.record
     loaded = load_hooked(record.pruned)
     if loaded.identity.sha256 != record.pruned_sha256:
-        raise LensError(f"wanted the weights that were scanned in {record.pruned}, got others; scan again")
+        raise LensError(f"expected the weights that were scanned in {record.pruned}, got others; scan again")
     return read_tokens(loaded.model, loaded.tokenizer, run.scan, run.restoration)

@@ -60,7 +60,7 @@ def plot_tasks(found: Mapping[str, Any]) -> go.Figure:
     """
     rows, bare = [row for row in _rows(found) if row["tasks"]], found["bare"]
     if not rows:
-        raise RequestError("wanted a comparison with zero-shot tasks, got none; compare with --tasks arc_easy piqa")
+        raise RequestError("expected a comparison with zero-shot tasks, got none; compare with --tasks arc_easy piqa")
     panels = []
     for task, one in rows[0]["tasks"].items():
         before = 100 * bare["pruned"]["tasks"][task]["acc"]
@@ -88,7 +88,9 @@ def plot_inference_cost(found: Mapping[str, Any]) -> go.Figure:
     """
     rows = [row for row in _rows(found) if row.get("inference") and row["recovered"] is not None]
     if not rows:
-        raise RequestError("wanted a comparison with times at inference, got none; compare again: it times at the end")
+        raise RequestError(
+            "expected a comparison with times at inference, got none; compare again: it times at the end"
+        )
     rows.sort(key=lambda row: -row["recovered"])
     figure = go.Figure()
     best: set[float] = set()
@@ -141,7 +143,7 @@ def _rows(found: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Finished lines, restorations before baselines before controls, the best first."""
     rows = [row for row in summary(dict(found)) if row["seeds"]]
     if not rows:
-        raise RequestError("wanted a comparison with finished cells, got none; run it first")
+        raise RequestError("expected a comparison with finished cells, got none; run it first")
 
     def place(row: Row) -> tuple[int, float, str]:
         value = row["recovered"]

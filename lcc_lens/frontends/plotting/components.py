@@ -38,7 +38,7 @@ def plot_spectra(scan: Scan, heads: Sequence[Head] = ()) -> go.Figure:
         RequestError: more than four heads, or one that the model does not have.
     """
     if len(heads) > len(SERIES):
-        raise RequestError(f"wanted at most {len(SERIES)} heads in a figure of spectra, got {len(heads)}; name fewer")
+        raise RequestError(f"expected at most {len(SERIES)} heads in a figure of spectra, got {len(heads)}; name fewer")
     lost = scan.components
     if heads:
         check_heads(heads, *scan.relative_loss.shape)
@@ -79,7 +79,7 @@ def plot_logit_gain(gains: LogitGain | Sequence[LogitGain]) -> go.Figure:
     several = [gains] if isinstance(gains, LogitGain) else list(gains)
     if not 1 <= len(several) <= len(SERIES) or len({gain.is_cumulative for gain in several}) > 1:
         raise RequestError(
-            f"wanted the gains of one to {len(SERIES)} heads, all cumulative or none, got {len(several)} heads; "
+            f"expected the gains of one to {len(SERIES)} heads, all cumulative or none, got {len(several)} heads; "
             "draw the others on their own"
         )
     figure = go.Figure()

@@ -85,7 +85,7 @@ def plot_selectors(scan: Scan, selectors: Sequence[SelectorName] | None = None) 
     """
     names: list[SelectorName] = list(selectors) if selectors is not None else _held(scan)
     if not names:
-        raise RequestError("wanted at least one selector to draw, got none; name some")
+        raise RequestError("expected at least one selector to draw, got none; name some")
     names.sort(key=lambda name: name != GOLD)
     scores = {name: scan.scores(name) for name in names}
     gold = scores.get("patching")

@@ -65,7 +65,7 @@ def plot_recovery(
         name for name in dict.fromkeys(p.series for p in points) if len({p.x for p in points if p.series == name}) > 1
     ]
     if not series:
-        raise RequestError(f"wanted recovery at two or more values of {along}, got one; {_HOW[along]}")
+        raise RequestError(f"expected recovery at two or more values of {along}, got one; {_HOW[along]}")
     if len(series) > len(_LOOKS):
         best = {name: max(p.share for p in points if p.series == name) for name in series}
         series = sorted(series, key=lambda name: -best[name])[: len(_LOOKS)]

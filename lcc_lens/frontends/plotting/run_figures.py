@@ -57,16 +57,16 @@ def draw_figures(run: str | Path, out: str | Path, *, formats: Sequence[Format] 
 
     Example:
         >>> draw_figures("runs/mine", "figures/mine").lacking  # doctest: +SKIP
-        {'report': 'wanted runs/mine/report.json, got none; make it with lcc-lens report --out'}
+        {'report': 'expected runs/mine/report.json, got none; make it with lcc-lens report --out'}
     """
     run, out = Path(run), Path(out)
     unknown = [name for name in formats if name not in FORMATS]
     if unknown or not formats:
-        raise RequestError(f"wanted formats among {', '.join(FORMATS)}, got {', '.join(unknown) or 'none'}")
+        raise RequestError(f"expected formats among {', '.join(FORMATS)}, got {', '.join(unknown) or 'none'}")
     figures, lacking = run_figures(run)
     if not figures:
         first = next(iter(lacking.values()))
-        raise RequestError(f"wanted a run with data for a figure in {run}, got none ({first})")
+        raise RequestError(f"expected a run with data for a figure in {run}, got none ({first})")
     paths = {out / f"{name}.{kind}": figure for name, figure in figures.items() for kind in formats}
     for path, figure in paths.items():
         if path.suffix == ".html":
@@ -107,11 +107,13 @@ def _spectra(run: Path) -> go.Figure:
 
 def _training(run: Path) -> go.Figure:
     if not (run / RUN_LOG).exists() or not (run / RESTORATION_TENSORS).exists():
-        raise RequestError(f"wanted {run / RUN_LOG} of a finished restoration, got none; make it with lcc-lens restore")
+        raise RequestError(
+            f"expected {run / RUN_LOG} of a finished restoration, got none; make it with lcc-lens restore"
+        )
     try:
         steps = [Step(**json.loads(line)) for line in (run / RUN_LOG).read_text(encoding="utf-8").splitlines()]
     except (ValueError, TypeError) as error:
-        raise RequestError(f"wanted steps in {run / RUN_LOG}, got a damaged line ({error}); restore again") from error
+        raise RequestError(f"expected steps in {run / RUN_LOG}, got a damaged line ({error}); restore again") from error
     record = Restoration.load(run).record
     told = f"{record.method}, {record.n_examples} examples of {Path(record.data).name}, seed {record.seed}."
     return plot_training(steps, record.losses.get("dense"), record.losses.get("pruned"), told)
@@ -120,14 +122,14 @@ def _training(run: Path) -> go.Figure:
 def _gain(run: Path) -> go.Figure:
     gains, _ = load_lens(run)
     if not gains:
-        raise RequestError(f"wanted logit gains in {run}, got none; save them with save_lens")
+        raise RequestError(f"expected logit gains in {run}, got none; save them with save_lens")
     return plot_logit_gain(gains[:4])
 
 
 def _tokens(run: Path) -> go.Figure:
     _, promoted = load_lens(run)
     if not promoted:
-        raise RequestError(f"wanted promoted tokens in {run}, got none; save them with save_lens")
+        raise RequestError(f"expected promoted tokens in {run}, got none; save them with save_lens")
     return plot_promoted_tokens(promoted[0])
 
 
@@ -149,20 +151,20 @@ def _along(along: Along) -> Callable[[Path], go.Figure]:
 
 def _scan(run: Path) -> Scan:
     if not (run / SCAN_RECORD).exists():
-        raise RequestError(f"wanted {run / SCAN_RECORD}, got none; make it with lcc-lens scan")
+        raise RequestError(f"expected {run / SCAN_RECORD}, got none; make it with lcc-lens scan")
     return Scan.load(run)
 
 
 def _comparison(run: Path) -> dict[str, Any]:
     if not (run / COMPARISON).exists():
-        raise RequestError(f"wanted {run / COMPARISON}, got none; make it with lcc-lens compare")
+        raise RequestError(f"expected {run / COMPARISON}, got none; make it with lcc-lens compare")
     found: dict[str, Any] = read_json(run / COMPARISON)
     return found
 
 
 def _report(run: Path) -> go.Figure:
     if not (run / REPORT).exists():
-        raise RequestError(f"wanted {run / REPORT}, got none; make it with lcc-lens report --out {run / REPORT}")
+        raise RequestError(f"expected {run / REPORT}, got none; make it with lcc-lens report --out {run / REPORT}")
     return plot_report(read_json(run / REPORT))
 
 

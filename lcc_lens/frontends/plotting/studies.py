@@ -29,9 +29,9 @@ def plot_selector_study(study: Mapping[str, Any], share: str | None = None) -> g
     shares = list(next(iter(models.values()))["recovery"])
     share = share or max(shares, key=lambda s: float(s.rstrip("%")))
     if share not in shares:
-        raise RequestError(f"wanted one of the shares {', '.join(shares)}, got {share!r}")
+        raise RequestError(f"expected one of the shares {', '.join(shares)}, got {share!r}")
     if len(models) > len(SERIES):
-        raise RequestError(f"wanted at most {len(SERIES)} pruned models, got {len(models)}; draw some of them")
+        raise RequestError(f"expected at most {len(SERIES)} pruned models, got {len(models)}; draw some of them")
     looks = dict(zip(models, SERIES, strict=False))
     names = list(SELECTOR_LABELS)
     correlation = [

@@ -62,7 +62,7 @@ def write_images(figures: Mapping[Path, go.Figure]) -> None:
 
     for path in figures:
         if path.suffix not in IMAGES:
-            raise RequestError(f"wanted a file name that ends in {', '.join(IMAGES)}, got {path.name}")
+            raise RequestError(f"expected a file name that ends in {', '.join(IMAGES)}, got {path.name}")
     if not figures:
         return
     with TemporaryDirectory() as folder:
@@ -75,7 +75,7 @@ def write_images(figures: Mapping[Path, go.Figure]) -> None:
             )  # fmt: skip
         except (ValueError, RuntimeError, ImportError, OSError) as error:
             raise LensError(
-                f"wanted kaleido and a Chromium browser to draw {next(iter(figures)).name}, got none that works "
+                f"expected kaleido and a Chromium browser to draw {next(iter(figures)).name}, got none that works "
                 f"({str(error).strip().splitlines()[0][:100]}); install them, or write HTML instead"
             ) from error
         for draft, (path, figure) in zip(drafts, figures.items(), strict=True):

@@ -162,7 +162,7 @@ class RestoreSession:
         """
         with self._alone():
             if self.scan is None or not uses_heads(self.method):
-                raise RequestError(f"wanted a method of heads to choose them for, got {self.method}")
+                raise RequestError(f"expected a method of heads to choose them for, got {self.method}")
             if isinstance(heads, str):
                 line = f"session.choose({heads!r}, share={float(share)!r})"
                 heads = self.scan.select(heads, share=share, seed=self.seed)
@@ -170,7 +170,7 @@ class RestoreSession:
                 heads = sorted(set(heads))
                 line = f"session.choose([{', '.join(f'lcc.Head({head.layer}, {head.head})' for head in heads)}])"
             if not heads:
-                raise RequestError("wanted heads to restore, got none; name some or a selector")
+                raise RequestError("expected heads to restore, got none; name some or a selector")
             check_heads(heads, int(self.pair.pruned.cfg.n_layers), int(self.pair.pruned.cfg.n_heads))
             refuse_removed(heads, self.pair)
             self._rebuild(tuple(heads), self.rank, line)
@@ -184,7 +184,7 @@ class RestoreSession:
         """
         with self._alone():
             if not uses_components(self.method):
-                raise RequestError(f"wanted a method with directions to set a rank for, got {self.method}")
+                raise RequestError(f"expected a method with directions to set a rank for, got {self.method}")
             self._state.chosen()
             self._rebuild(self.heads, rank, f"session.set_rank({rank!r})")
 
@@ -196,9 +196,9 @@ class RestoreSession:
         """
         with self._alone():
             if not uses_components(self.method):
-                raise RequestError(f"wanted a method of constants to scale, got {self.method}")
+                raise RequestError(f"expected a method of constants to scale, got {self.method}")
             if not abs(scale) < float("inf"):
-                raise RequestError(f"wanted a finite number to scale by, got {scale}")
+                raise RequestError(f"expected a finite number to scale by, got {scale}")
             self._timeline.note(replace(self._state, scale=float(scale)), f"session.set_scale({float(scale)!r})")
 
     def train(
@@ -227,10 +227,10 @@ class RestoreSession:
             self._stop.clear()
             injection = copy.deepcopy(self._state.chosen())
             if not injection.n_trained:
-                raise RequestError(f"wanted a method that trains, got {self.method}, which is closed form")
+                raise RequestError(f"expected a method that trains, got {self.method}, which is closed form")
             limit = n_steps if stop_after is None else min(n_steps, stop_after)
             if limit < 1:
-                raise RequestError(f"wanted at least 1 step, got {limit}")
+                raise RequestError(f"expected at least 1 step, got {limit}")
 
             def is_over(step: Step) -> bool:
                 if on_step is not None:
@@ -325,7 +325,7 @@ class RestoreSession:
     def _alone(self) -> Iterator[None]:
         """Refuse a call while another one runs: both would use the same models."""
         if not self._lock.acquire(blocking=False):
-            raise RequestError("wanted a session at rest, got one at work; wait until it is done, or stop it")
+            raise RequestError("expected a session at rest, got one at work; wait until it is done, or stop it")
         try:
             yield
         finally:

@@ -58,7 +58,7 @@ def next_tokens(
     import pandas as pd
 
     if k < 1:
-        raise RequestError(f"wanted at least 1 token, got k = {k}")
+        raise RequestError(f"expected at least 1 token, got k = {k}")
     tokens = _tokens(pair, prompt)
     found = on_each(pair, injection, lambda model: _next_probabilities(model, tokens), bare)
     k = min(k, len(found["dense"]))
@@ -82,7 +82,7 @@ def generate(
         RequestError: an empty prompt, or fewer than one token asked for.
     """
     if max_new_tokens < 1:
-        raise RequestError(f"wanted at least 1 new token, got {max_new_tokens}")
+        raise RequestError(f"expected at least 1 new token, got {max_new_tokens}")
     tokens = _tokens(pair, prompt)
 
     def go_on(model: HookedModel) -> str:
@@ -106,5 +106,5 @@ def _next_probabilities(model: HookedModel, tokens: Int[Tensor, "1 pos"]) -> Flo
 def _tokens(pair: Pair, prompt: str) -> Int[Tensor, "1 pos"]:
     ids = pair.tokenizer(prompt)["input_ids"]
     if not ids:
-        raise RequestError("wanted a prompt with at least one token, got none; write some text")
+        raise RequestError("expected a prompt with at least one token, got none; write some text")
     return torch.tensor([ids])

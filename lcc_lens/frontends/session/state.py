@@ -39,7 +39,7 @@ class SessionState:
             RequestError: no heads are chosen yet.
         """
         if self.injection is None:
-            raise RequestError("wanted heads to restore, got none; choose some first")
+            raise RequestError("expected heads to restore, got none; choose some first")
         return self.injection
 
     def scaled(self) -> Injection | None:
@@ -103,7 +103,7 @@ class Timeline(Generic[State]):
             RequestError: there is none.
         """
         if not self._done:
-            raise RequestError("wanted an action to undo, got none; this is where the session began")
+            raise RequestError("expected an action to undo, got none; this is where the session began")
         before, action = self._done.pop()
         self._undone.append((self.state, action))
         self.state = before
@@ -115,7 +115,7 @@ class Timeline(Generic[State]):
             RequestError: nothing was undone, or something else was done since.
         """
         if not self._undone:
-            raise RequestError("wanted an undone action to redo, got none; nothing was undone since the last action")
+            raise RequestError("expected an undone action to redo, got none; nothing was undone since the last action")
         after, action = self._undone.pop()
         self._done.append((self.state, action))
         self.state = after

@@ -44,9 +44,9 @@ def open_workbench(
     if scan is not None:
         check_scan(scan, pair)
     elif uses_heads(method):
-        raise RequestError(f"wanted a scan of this pair for {method}, got none; scan it first")
+        raise RequestError(f"expected a scan of this pair for {method}, got none; scan it first")
     if pair.one_at_a_time:
-        raise RequestError("wanted both models in memory, got a pair with one at a time; load it without")
+        raise RequestError("expected both models in memory, got a pair with one at a time; load it without")
     if exportable:
         require_slots(pair, method)
     sequences, held_out = training_sequences(pair, scan, data, validation, max_length, None, None)

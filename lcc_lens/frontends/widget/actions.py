@@ -28,7 +28,7 @@ def share_of(session: RestoreSession, selector: Any, n: int) -> float:
         RequestError: no scan to choose by.
     """
     if session.scan is None:
-        raise RequestError("wanted a scan to choose heads by, got none; name the heads")
+        raise RequestError("expected a scan to choose heads by, got none; name the heads")
     n_all = len(session.scan.ranking(selector, seed=session.seed))
     return math.floor(n / n_all * 10_000) / 10_000
 

@@ -14,4 +14,4 @@ class RestoreWidget:
     """
 
     def __init__(self, session: RestoreSession, *, prompt: str = "", reads_at_once: bool = True) -> None:
-        raise RequestError("wanted anywidget for the widget, got none; run pip install 'lcc-lens[notebook]'")
+        raise RequestError("expected anywidget for the widget, got none; run pip install 'lcc-lens[notebook]'")

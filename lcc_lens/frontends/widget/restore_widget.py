@@ -116,7 +116,7 @@ class RestoreWidget(anywidget.AnyWidget):
         elif action in jobs:
             jobs[action](message)
         else:
-            raise RequestError(f"wanted an action of the widget, got {action!r}")
+            raise RequestError(f"expected an action of the widget, got {action!r}")
 
     def _train(self, message: Message) -> None:
         n_steps, lr = int(message["steps"]), None if message.get("lr") is None else float(message["lr"])
@@ -142,7 +142,7 @@ class RestoreWidget(anywidget.AnyWidget):
     def _export(self, message: Message) -> None:
         out, overwrite = str(message["out"]), bool(message.get("overwrite", False))
         if not out.strip():
-            raise RequestError("wanted a folder to export to, got no name; write one")
+            raise RequestError("expected a folder to export to, got no name; write one")
 
         def export() -> None:
             report = self.session.export(out, overwrite=overwrite)

@@ -33,7 +33,7 @@ class Worker:
         """
         with self._turn:
             if self.is_at_work:
-                raise RequestError("wanted a widget at rest, got one at work; wait until it is done, or stop it")
+                raise RequestError("expected a widget at rest, got one at work; wait until it is done, or stop it")
             self.is_at_work = True
             self._tell(jobs[0][0])
             self._thread = threading.Thread(target=self._run, args=(jobs,), name="lcc_lens widget", daemon=True)

@@ -101,7 +101,7 @@ def _attention(by_path: Mapping[str, Matrix], layer: nn.Module, config: Any) -> 
     n_groups = int(getattr(config, "num_key_value_heads", None) or n_heads)
     if n_heads % n_groups or output.d_in % n_heads:
         raise RequestError(
-            f"wanted heads that fall into equal key-value groups, got {n_heads} heads in {n_groups} groups over "
+            f"expected heads that fall into equal key-value groups, got {n_heads} heads in {n_groups} groups over "
             f"{output.d_in} inputs of {output.name}; use wanda or sparsegpt"
         )
     share, d_head = n_heads // n_groups, output.d_in // n_heads
@@ -128,7 +128,7 @@ def _projections(
     if matrix is not None and n_queries == n_keys:  # head by head: query, key and value of each
         return ((matrix, torch.arange(3 * n_queries).reshape(len(queries), 3 * d_head)),)
     raise RequestError(
-        f"wanted query, key and value projections in {where}, got {', '.join(sorted(by_path))}; use wanda or sparsegpt"
+        f"expected query, key and value projections in {where}, got {', '.join(sorted(by_path))}; use wanda or sparsegpt"
     )
 
 
@@ -143,7 +143,7 @@ def _mlp(by_path: Mapping[str, Matrix], layer: nn.Module) -> Block:
         inputs.append((matrix, torch.cat([neurons, neurons + output.d_in], dim=1) if is_fused else neurons))
     if not inputs:
         raise RequestError(
-            f"wanted the matrices before {output.name}, got {', '.join(sorted(by_path))}; use wanda or sparsegpt"
+            f"expected the matrices before {output.name}, got {', '.join(sorted(by_path))}; use wanda or sparsegpt"
         )
     _require_rows(layer, inputs)
     return Block(output, neurons, tuple(inputs))
@@ -162,7 +162,7 @@ def _one_of(by_path: Mapping[str, Matrix], names: Sequence[str], kind: str) -> M
         if name in by_path:
             return by_path[name]
     raise RequestError(
-        f"wanted the {kind} matrix under one of the names {', '.join(names)}, got {', '.join(sorted(by_path))}; "
+        f"expected the {kind} matrix under one of the names {', '.join(names)}, got {', '.join(sorted(by_path))}; "
         "use wanda or sparsegpt"
     )
 
@@ -172,7 +172,7 @@ def _require_rows(layer: nn.Module, found: Sequence[tuple[Matrix, Tensor]]) -> N
     for matrix, rows in found:
         if (got := _n_rows(layer, matrix)) != rows.numel():
             raise RequestError(
-                f"wanted {rows.numel()} rows in {matrix.name}, as its heads or neurons make up, got {got}; "
+                f"expected {rows.numel()} rows in {matrix.name}, as its heads or neurons make up, got {got}; "
                 "use wanda or sparsegpt"
             )
 
@@ -191,6 +191,6 @@ def _refuse_joint_norms(layer: nn.Module) -> None:
         projection = layer.get_submodule(".".join([*name.split(".")[:-2], f"{module[0]}_proj"]))
         if parameter.numel() == projection.get_parameter("weight").shape[0]:
             raise RequestError(
-                f"wanted heads that can go one by one, got {name}, a norm over all heads together; "
+                f"expected heads that can go one by one, got {name}, a norm over all heads together; "
                 "use wanda or sparsegpt"
             )

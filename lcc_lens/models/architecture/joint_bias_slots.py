@@ -68,7 +68,7 @@ def find_joint_slots(
         if joint.retyped_as not in (None, slots.retyped_as) and not is_stored:
             ways = " and ".join(slots.way for slots in found.values())
             raise RequestError(
-                f"wanted one configuration that holds the constants of {' and '.join(found)}, got {ways}; restore one "
+                f"expected one configuration that holds the constants of {' and '.join(found)}, got {ways}; restore one "
                 "of them, or for hooks alone (exportable=False, --hooks-only) and serve it by lcc_lens.load_restored"
             )
     return joint

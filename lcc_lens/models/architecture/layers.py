@@ -21,7 +21,7 @@ def read_config(model_dir: Path) -> Any:
     from transformers import AutoConfig
 
     if not (model_dir / "config.json").is_file():
-        raise RequestError(f"wanted a Hugging Face model in {model_dir}, got no config.json there; check the path")
+        raise RequestError(f"expected a Hugging Face model in {model_dir}, got no config.json there; check the path")
     try:
         return AutoConfig.from_pretrained(model_dir, trust_remote_code=False)
     except (OSError, ValueError, KeyError, StrictDataclassError) as error:
@@ -59,7 +59,7 @@ def decoder_layers(model: nn.Module, config: Any) -> tuple[str, nn.ModuleList]:
     outermost = [name for name in lists if not any(name.startswith(f"{other}.") for other in lists)]
     if len(outermost) != 1:
         raise RequestError(
-            f"wanted one list of {n_layers} decoder layers, got {len(outermost)} in {type(model).__name__}; "
+            f"expected one list of {n_layers} decoder layers, got {len(outermost)} in {type(model).__name__}; "
             "use a decoder-only language model"
         )
     return outermost[0], lists[outermost[0]]
@@ -80,4 +80,4 @@ def is_transposed(module: nn.Module) -> bool:
 def _unknown_model(model_dir: Path, error: Exception) -> RequestError:
     """What to say when transformers gives up; its own messages run over many lines."""
     reason = str(error).strip().partition("\n")[0]
-    return RequestError(f"wanted a causal language model in {model_dir}, got {reason!r}; name another model")
+    return RequestError(f"expected a causal language model in {model_dir}, got {reason!r}; name another model")

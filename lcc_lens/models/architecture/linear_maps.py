@@ -65,7 +65,7 @@ class StoredWeights(Mapping[str, Tensor]):
         with safe_open(matrix.file, framework="pt") as handle:
             weight = matrix.rows(handle.get_tensor(name).to(device=self._device, dtype=torch.float32))
         if not bool(torch.isfinite(weight).all()):
-            raise LensError(f"wanted finite weights, got NaN or infinity in {name}; fetch the checkpoint again")
+            raise LensError(f"expected finite weights, got NaN or infinity in {name}; fetch the checkpoint again")
         return weight
 
     def __iter__(self) -> Iterator[str]:
@@ -92,7 +92,7 @@ def find_matrices(model_dir: Path) -> list[list[Matrix]]:
         _require_plain_matrices(layer, place)
         linears = {path: module for path, module in layer.named_modules() if is_linear(module)}
         if not linears:
-            raise RequestError(f"wanted linear layers in {place}, got none; the architecture is not supported")
+            raise RequestError(f"expected linear layers in {place}, got none; the architecture is not supported")
         found.append([_locate(files, f"{place}.{path}.weight", base, path, module) for path, module in linears.items()])
     return found
 
@@ -102,7 +102,7 @@ def _require_plain_matrices(layer: nn.Module, place: str) -> None:
     for path, parameter in layer.named_parameters():
         if parameter.ndim > 2:
             raise RequestError(
-                f"wanted decoder layers of plain matrices, got {place}.{path} of shape {tuple(parameter.shape)}; "
+                f"expected decoder layers of plain matrices, got {place}.{path} of shape {tuple(parameter.shape)}; "
                 "use a model without fused experts or convolutions"
             )
 
@@ -114,14 +114,14 @@ def _locate(files: Mapping[str, Path], full_name: str, base: str, path: str, mod
     # Saved from the base model, as the original GPT-2 is, a checkpoint's names lack the base model's prefix.
     name = next((name for name in (full_name, full_name.removeprefix(base)) if name in files), None)
     if name is None:
-        raise RequestError(f"wanted the tensor {full_name} in the checkpoint, got none; the layout is not supported")
+        raise RequestError(f"expected the tensor {full_name} in the checkpoint, got none; the layout is not supported")
     with safe_open(files[name], framework="pt") as handle:
         stored = handle.get_slice(name)
         shape, dtype = tuple(stored.get_shape()), stored.get_dtype()
     expected = tuple(module.get_parameter("weight").shape)
     if dtype not in _STORED_DTYPES or shape != expected:
         raise RequestError(
-            f"wanted {name} of shape {expected} as {', '.join(_STORED_DTYPES)}, got {shape} as {dtype}; "
+            f"expected {name} of shape {expected} as {', '.join(_STORED_DTYPES)}, got {shape} as {dtype}; "
             "use a checkpoint that is not quantised"
         )
     transposed = is_transposed(module)

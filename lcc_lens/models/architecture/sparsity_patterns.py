@@ -51,7 +51,7 @@ class Unstructured:
 
     def __post_init__(self) -> None:
         if not 0 <= self.sparsity < 1:
-            raise RequestError(f"wanted a sparsity from 0 to below 1, got {self.sparsity}; write 0.5 for one half")
+            raise RequestError(f"expected a sparsity from 0 to below 1, got {self.sparsity}; write 0.5 for one half")
 
     def __str__(self) -> str:
         return "unstructured"
@@ -74,7 +74,7 @@ class NofM:
 
     def __post_init__(self) -> None:
         if not 0 < self.n < self.m:
-            raise RequestError(f"wanted N:M with 0 < N < M, got {self}; write 2:4 to keep two weights of every four")
+            raise RequestError(f"expected N:M with 0 < N < M, got {self}; write 2:4 to keep two weights of every four")
 
     def __str__(self) -> str:
         return f"{self.n}:{self.m}"
@@ -100,7 +100,7 @@ def parse_pattern(text: str) -> NofM:
     """
     match = re.fullmatch(r"(\d+):(\d+)", text.strip())
     if match is None:
-        raise RequestError(f"wanted a pattern N:M, got {text!r}; write 2:4 to keep two weights of every four")
+        raise RequestError(f"expected a pattern N:M, got {text!r}; write 2:4 to keep two weights of every four")
     return NofM(int(match[1]), int(match[2]))
 
 
@@ -117,7 +117,7 @@ def require_fit(pattern: Pattern, width: int, name: str) -> None:
     """
     if isinstance(pattern, NofM) and width % pattern.m:
         raise RequestError(
-            f"wanted an input width that {pattern.m} divides for pattern {pattern}, got {width} in {name}; "
+            f"expected an input width that {pattern.m} divides for pattern {pattern}, got {width} in {name}; "
             "choose another pattern or an unstructured sparsity"
         )
 

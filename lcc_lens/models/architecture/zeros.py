@@ -168,7 +168,7 @@ def compare_zeros(first: Path, second: Path) -> ZeroComparison:
     alone = sorted(ours.keys() ^ theirs.keys())
     if alone:
         raise RequestError(
-            f"wanted matrices of the same names in {first} and {second}, got {alone[0]} in one only; "
+            f"expected matrices of the same names in {first} and {second}, got {alone[0]} in one only; "
             "compare two versions of the same model"
         )
     return ZeroComparison(tuple(_compare(ours[name], theirs[name]) for name in ours))
@@ -189,7 +189,7 @@ def _compare(first: Matrix, second: Matrix) -> MatrixComparison:
     ours, theirs = read_rows(first) == 0, read_rows(second) == 0
     if ours.shape != theirs.shape:
         raise RequestError(
-            f"wanted {first.name} of the same shape twice, got {tuple(ours.shape)} and {tuple(theirs.shape)}; "
+            f"expected {first.name} of the same shape twice, got {tuple(ours.shape)} and {tuple(theirs.shape)}; "
             "compare models of one shape (a sliced model's matrices are smaller)"
         )
     counts = (int(where.sum()) for where in (ours & theirs, ours & ~theirs, theirs & ~ours))

@@ -141,7 +141,7 @@ def refuse_non_finite(activation: Tensor, site: Site, layer: int) -> None:
     bad = (~torch.isfinite(activation)).any(-1).any(0).nonzero()
     if len(bad):
         where = f"head L{layer}H{int(bad[0])}" if site == "z" else f"{_WORDS[site]} {layer}"
-        raise LensError(f"wanted finite activations, got NaN or infinity in {where}; check the weights")
+        raise LensError(f"expected finite activations, got NaN or infinity in {where}; check the weights")
 
 
 def check_sites(sites: Iterable[str]) -> None:
@@ -152,4 +152,4 @@ def check_sites(sites: Iterable[str]) -> None:
     """
     for site in sites:
         if site not in SITES:
-            raise RequestError(f"wanted some of the sites {', '.join(SITES)}, got {site!r}")
+            raise RequestError(f"expected some of the sites {', '.join(SITES)}, got {site!r}")

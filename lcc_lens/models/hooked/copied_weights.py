@@ -77,7 +77,7 @@ def remember_copied_maps(model: Any, plain: Any) -> None:
             found[site] = tuple(f"{where}.{index}.{name}" for index, name in enumerate(own))
     if "z" not in found:
         raise RequestError(
-            f"wanted an output projection in every layer, got none that is known in {plain.config.model_type}; use "
+            f"expected an output projection in every layer, got none that is known in {plain.config.model_type}; use "
             "LCC_LENS_HOOKS=bridge"
         )
     _COPIED[model] = found
@@ -91,7 +91,7 @@ def copied_maps(model: Any, site: _Site) -> tuple[str, ...]:
     """
     if model not in _COPIED:
         raise RequestError(
-            "wanted a HookedTransformer from load_pair or load_hooked, got one that was not checked against its "
+            "expected a HookedTransformer from load_pair or load_hooked, got one that was not checked against its "
             "checkpoint; hand it to load_hooked first"
         )
     return _COPIED[model].get(site, ())

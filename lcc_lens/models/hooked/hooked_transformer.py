@@ -56,9 +56,11 @@ def checkpoint_of(model: Any) -> str:
     """
     norm, name = model.cfg.normalization_type, model.cfg.tokenizer_name
     if norm not in ("LN", "RMS"):
-        raise RequestError(f"wanted a HookedTransformer as its checkpoint is, got folded norms ({norm}); {_HOW}")
+        raise RequestError(f"expected a HookedTransformer as its checkpoint is, got folded norms ({norm}); {_HOW}")
     if not name:
-        raise RequestError("wanted a HookedTransformer of a checkpoint, got one that names none; hand over a directory")
+        raise RequestError(
+            "expected a HookedTransformer of a checkpoint, got one that names none; hand over a directory"
+        )
     owner = _OWNERS.get(str(name).partition("-")[0])
     return str(name) if owner is None or Path(name).exists() else f"{owner}/{name}"
 
@@ -81,7 +83,7 @@ def make_hooked_transformer(plain: PreTrainedModel, tokenizer: PreTrainedTokeniz
         from transformer_lens.loading_from_pretrained import fill_missing_keys
     except ImportError as error:
         raise RequestError(
-            "wanted TransformerLens 3 for HookedTransformer, got a version without it; pip install "
+            "expected TransformerLens 3 for HookedTransformer, got a version without it; pip install "
             "'transformer-lens>=3.9,<4', or use its successor (LCC_LENS_HOOKS=bridge)"
         ) from error
     try:
@@ -95,7 +97,7 @@ def make_hooked_transformer(plain: PreTrainedModel, tokenizer: PreTrainedTokeniz
                 parameter.copy_(weights[name].reshape(parameter.shape))
     except _NOT_BUILT as error:
         raise RequestError(
-            f"wanted an architecture that HookedTransformer takes, got {plain.config.model_type} "
+            f"expected an architecture that HookedTransformer takes, got {plain.config.model_type} "
             f"({first_line(error)}); use LCC_LENS_HOOKS=bridge"
         ) from error
     model.tokenizer, model.cfg.tokenizer_name = tokenizer, str(path)
@@ -119,17 +121,19 @@ def check_weights(model: Any, plain: PreTrainedModel, path: Path) -> Any:
     try:
         wanted = _converted(plain, model.cfg)
     except _NOT_BUILT as error:
-        raise RequestError(f"wanted a HookedTransformer of {path}, got another model ({first_line(error)})") from error
+        raise RequestError(
+            f"expected a HookedTransformer of {path}, got another model ({first_line(error)})"
+        ) from error
     for name, parameter in model.named_parameters():
         weight = wanted.get(name)
         if weight is None or torch.equal(parameter, weight.to(parameter).reshape(parameter.shape)):
             continue
         if ".b_" in name and not bool(parameter.any()):
             raise RequestError(
-                f"wanted {name} of {path}, got zeros: TransformerLens drops it on loading; hand over the directory "
+                f"expected {name} of {path}, got zeros: TransformerLens drops it on loading; hand over the directory "
                 "instead (LCC_LENS_HOOKS=hooked-transformer keeps it)"
             )
-        raise RequestError(f"wanted the weights of {path}, got others in {name}; {_HOW}")
+        raise RequestError(f"expected the weights of {path}, got others in {name}; {_HOW}")
     return model.eval().requires_grad_(False)
 
 

@@ -111,7 +111,7 @@ def before_unembed(model: HookedModel) -> str:
     name = next((name for name in _BEFORE_UNEMBED if name in model.hook_dict), None)
     if name is None:
         raise RequestError(
-            f"wanted a hook point before the unembedding ({' or '.join(_BEFORE_UNEMBED)}), got a model without"
+            f"expected a hook point before the unembedding ({' or '.join(_BEFORE_UNEMBED)}), got a model without"
         )
     return name
 

@@ -89,7 +89,7 @@ def require_in_memory(model: nn.Module, purpose: str) -> None:
     """
     if any(parameter.is_meta for parameter in model.parameters()):
         raise RequestError(
-            f"wanted all weights in memory for {purpose}, got layers on disk; load the model without a device map"
+            f"expected all weights in memory for {purpose}, got layers on disk; load the model without a device map"
         )
 
 
@@ -127,7 +127,9 @@ def shard_layers(model: HookedModel) -> None:
     from torch.distributed.fsdp import fully_shard
 
     if n_processes() == 1:
-        raise RequestError("wanted several processes to divide a model among, got one; start them by accelerate launch")
+        raise RequestError(
+            "expected several processes to divide a model among, got one; start them by accelerate launch"
+        )
     bridge = cast("Any", model)
     require_in_memory(bridge.original_model, "dividing a model among processes")
     device = process_device()

@@ -37,13 +37,13 @@ def reading_maps(model: HookedModel, site: ConstantSite) -> tuple[str, ...]:
     if is_hooked_transformer(model):
         copied = copied_maps(model, site)
         if not copied:
-            raise RequestError(f"wanted {_WORDS[site]} in every layer, got none that is known; leave it out")
+            raise RequestError(f"expected {_WORDS[site]} in every layer, got none that is known; leave it out")
         return copied
     names = {id(module): name for name, module in plain_modules(model).items()}
     found = [names.get(id(_map_of(block, site))) for block in cast("Any", model).blocks]
     missing = [layer for layer, name in enumerate(found) if name is None]
     if missing:
-        raise RequestError(f"wanted {_WORDS[site]} in every layer, got none in layer {missing[0]}; leave it out")
+        raise RequestError(f"expected {_WORDS[site]} in every layer, got none in layer {missing[0]}; leave it out")
     return tuple(name for name in found if name is not None)
 
 

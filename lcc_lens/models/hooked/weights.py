@@ -44,11 +44,11 @@ def plain_modules(model: HookedModel) -> dict[str, nn.Module]:
     """
     if is_hooked_transformer(model):
         raise RequestError(
-            "wanted a hooked model that computes with the checkpoint's own modules, got a HookedTransformer, whose "
+            "expected a hooked model that computes with the checkpoint's own modules, got a HookedTransformer, whose "
             "weights are copies; use constants and gains (lcc, offset, mean-shift, gain), or LCC_LENS_HOOKS=bridge"
         )
     if model not in _PATHS:
-        raise RequestError("wanted a model from load_pair or load_hooked, got one that was hooked elsewhere")
+        raise RequestError("expected a model from load_pair or load_hooked, got one that was hooked elsewhere")
     original = cast("Any", model).original_model
     return {name: original.get_submodule(path) for name, path in _PATHS[model].items()}
 
@@ -61,7 +61,7 @@ def plain_carrier(model: HookedModel) -> Any:
     """
     if is_hooked_transformer(model):
         raise RequestError(
-            "wanted a hooked model that transformers can generate and score tasks with, got a HookedTransformer; use "
+            "expected a hooked model that transformers can generate and score tasks with, got a HookedTransformer; use "
             "LCC_LENS_HOOKS=bridge, or export the restoration and evaluate that"
         )
     return cast("Any", model).original_model
@@ -115,7 +115,7 @@ def changed_weights(model: HookedModel, changes: Mapping[str, Callable[[Tensor],
     weights = held_weights(model)
     missing = [name for name in changes if name not in weights]
     if missing:
-        raise RequestError(f"wanted a model with the module {missing[0]}, got one without; wrong model")
+        raise RequestError(f"expected a model with the module {missing[0]}, got one without; wrong model")
     if changes and not is_hooked_transformer(model):
         require_in_memory(cast("Any", model).original_model, "changes of weights")
     held = {name: (weights[name], weights[name].weight) for name in changes}

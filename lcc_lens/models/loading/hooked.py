@@ -76,10 +76,10 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, TypeError, ImportError) as error:  # a file that is not there may be None to a class
-        raise RequestError(f"wanted a tokenizer in {path}, got none that loads ({first_line(error)})") from error
+        raise RequestError(f"expected a tokenizer in {path}, got none that loads ({first_line(error)})") from error
     if not _has_words(tokenizer):
         raise RequestError(
-            f"wanted a tokenizer in {path}, got none; copy tokenizer.json or its like from the model it belongs to"
+            f"expected a tokenizer in {path}, got none; copy tokenizer.json or its like from the model it belongs to"
         )
     return cast("PreTrainedTokenizerBase", tokenizer)
 
@@ -192,7 +192,7 @@ def _bridge(plain: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: Pa
     except (ValueError, KeyError, AttributeError, NotImplementedError) as error:
         kind = plain.config.model_type
         raise RequestError(
-            f"wanted an architecture that TransformerLens takes, got {kind} ({first_line(error)})"
+            f"expected an architecture that TransformerLens takes, got {kind} ({first_line(error)})"
         ) from error
 
 
@@ -215,17 +215,17 @@ def _check_hooked(model: Any, tokens: Tensor, expected: Tensor, reference: str) 
     wanted = (*tokens.shape, cfg.n_heads, cfg.d_head)
     if shapes != [wanted]:
         raise LensError(
-            f"wanted hook_z of shape {wanted} in {reference}, got {shapes}; this architecture is not supported"
+            f"expected hook_z of shape {wanted} in {reference}, got {shapes}; this architecture is not supported"
         )
     tolerance = _LOGIT_TOLERANCE.get(model.cfg.dtype, _COARSE_TOLERANCE) * float(expected.abs().max().clamp_min(1))
     distance = float((got - expected).abs().max())
     if not distance <= tolerance:
         raise LensError(
-            f"wanted hooked logits of {reference} equal to plain transformers', got a difference of {distance:.2g}; "
+            f"expected hooked logits of {reference} equal to plain transformers', got a difference of {distance:.2g}; "
             "this architecture is not supported"
         )
     if not bool((moved != got).any()):
-        raise LensError(f"wanted a change at hook_z of {reference} to change the logits, got none; not supported")
+        raise LensError(f"expected a change at hook_z of {reference} to change the logits, got none; not supported")
 
 
 def _removed_heads(output: torch.nn.Module, n_heads: int) -> tuple[int, ...]:
@@ -245,12 +245,12 @@ def _refuse_map(device: torch.device, device_map: DeviceMap | None, *, is_bridge
     """TransformerLens takes models with layers on disk on the CPU alone, and HookedTransformer copies all weights."""
     if device_map is not None and not is_bridge:
         raise RequestError(
-            f"wanted TransformerBridge for the device map {device_map}, got HookedTransformer; set "
+            f"expected TransformerBridge for the device map {device_map}, got HookedTransformer; set "
             "LCC_LENS_HOOKS=bridge"
         )
     if device_map == "disk" and device.type != "cpu":
         raise RequestError(
-            f"wanted the CPU for a model with its layers on disk, got {device}; set LCC_LENS_DEVICE=cpu, or spread the "
+            f"expected the CPU for a model with its layers on disk, got {device}; set LCC_LENS_DEVICE=cpu, or spread the "
             "model over GPUs by the device map auto"
         )
 
@@ -260,7 +260,7 @@ def _refuse_quantised(path: Path) -> None:
     if found:
         kind = found.get("quant_method", "unnamed")
         raise RequestError(
-            f"wanted weights in float32, bfloat16 or float16, got {kind} quantisation in {path}; name the original, or "
+            f"expected weights in float32, bfloat16 or float16, got {kind} quantisation in {path}; name the original, or "
             "save a dequantised copy (model.dequantize(), save_pretrained)"
         )
 
@@ -270,6 +270,6 @@ def _refuse_other_words(tokenizer: PreTrainedTokenizerBase, n_embeddings: int, p
     words = [number for word, number in tokenizer.get_vocab().items() if word not in added]
     if max(words) >= n_embeddings:
         raise RequestError(
-            f"wanted a tokenizer whose tokens the model in {path} knows, got token {max(words)} for {n_embeddings} "
+            f"expected a tokenizer whose tokens the model in {path} knows, got token {max(words)} for {n_embeddings} "
             "embeddings; copy the tokenizer that belongs to it"
         )

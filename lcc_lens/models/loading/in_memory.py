@@ -39,15 +39,15 @@ def stored_model(model: nn.Module, tokenizer: PreTrainedTokenizerBase | None) ->
 
     if not isinstance(model, PreTrainedModel):
         raise RequestError(
-            f"wanted a model of transformers, got {type(model).__name__}; unwrap it (of PEFT: merge_and_unload)"
+            f"expected a model of transformers, got {type(model).__name__}; unwrap it (of PEFT: merge_and_unload)"
         )
     adapters = [name for name, _ in model.named_parameters() if ".lora_" in name or ".base_layer." in name]
     if adapters:
-        raise RequestError(f"wanted merged weights, got the adapter {adapters[0]}; merge it first (merge_and_unload)")
+        raise RequestError(f"expected merged weights, got the adapter {adapters[0]}; merge it first (merge_and_unload)")
     if getattr(model, "is_quantized", False):
-        raise RequestError("wanted plain weights, got a quantised model; call its dequantize() first")
+        raise RequestError("expected plain weights, got a quantised model; call its dequantize() first")
     if tokenizer is None:
-        raise RequestError("wanted the tokenizer of a model in memory, got none; pass tokenizer=")
+        raise RequestError("expected the tokenizer of a model in memory, got none; pass tokenizer=")
     folder = cache_dir() / "models"
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)

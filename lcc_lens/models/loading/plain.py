@@ -60,7 +60,7 @@ def load_plain(
             )  # fmt: skip
     except (OSError, ValueError, KeyError, SafetensorError, RuntimeError, ImportError, StrictDataclassError) as error:
         raise RequestError(
-            f"wanted a causal language model in {path}, got none that loads ({first_line(error)})"
+            f"expected a causal language model in {path}, got none that loads ({first_line(error)})"
         ) from error
     _refuse_other_shapes(path, report)
     if strict:
@@ -74,7 +74,7 @@ def _refuse_other_shapes(path: Path, report: Mapping[str, Any]) -> None:
     """Refuse tensors of other shapes than the configuration says; transformers filled them with random numbers."""
     for name, stored, wanted in sorted(report["mismatched_keys"], key=lambda entry: str(entry[0])):
         raise RequestError(
-            f"wanted {name} of shape {tuple(wanted)}, as {path / 'config.json'} says, got {tuple(stored)}; name the "
+            f"expected {name} of shape {tuple(wanted)}, as {path / 'config.json'} says, got {tuple(stored)}; name the "
             "directory with the right config.json"
         )
 
@@ -84,7 +84,7 @@ def _refuse_other_tensors(path: Path, report: Mapping[str, Any]) -> None:
     missing = sorted(report["missing_keys"])
     if missing:
         raise RequestError(
-            f"wanted all weights of the model that {path / 'config.json'} describes, got none named {missing[0]} "
+            f"expected all weights of the model that {path / 'config.json'} describes, got none named {missing[0]} "
             f"({len(missing)} are missing); fetch the checkpoint again"
         )
     unread = {name for name in report["unexpected_keys"] if _IN_LAYER.search(name)}
@@ -92,7 +92,7 @@ def _refuse_other_tensors(path: Path, report: Mapping[str, Any]) -> None:
     unread = {n for n in unread if n.endswith(".weight") or f"{n.removesuffix('.bias')}.weight" in stored}
     if unread:
         raise RequestError(
-            f"wanted weights that the model in {path} reads, got {min(unread)}, which it passes over ({len(unread)} in "
+            f"expected weights that the model in {path} reads, got {min(unread)}, which it passes over ({len(unread)} in "
             "all); name the directory with the right config.json"
         )
 
@@ -101,5 +101,5 @@ def _refuse_non_finite(model: torch.nn.Module, path: Path) -> None:
     for name, parameter in each_parameter(model):
         if not bool(torch.isfinite(parameter.sum(dtype=torch.float32))) and not bool(torch.isfinite(parameter).all()):
             raise LensError(
-                f"wanted finite weights in {path}, got NaN or infinity in {name}; prune or fetch the model again"
+                f"expected finite weights in {path}, got NaN or infinity in {name}; prune or fetch the model again"
             )

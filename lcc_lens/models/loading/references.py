@@ -40,10 +40,10 @@ def resolve(reference: str | Path) -> Path:
         return path
     if path.exists():
         hint = f"; {_CONVERT}" if path.suffix in _PICKLES else ""
-        raise RequestError(f"wanted a model directory or a .gguf file, got the file {path}{hint}")
+        raise RequestError(f"expected a model directory or a .gguf file, got the file {path}{hint}")
     if not _HUB_ID.match(name) or name.startswith((".", "/")) or (name.count("/") == 0 and path.suffix == ""):
         raise RequestError(
-            f"wanted a model ({EMBEDDED_NAME}, a directory, a .gguf file or a hub id owner/name), got {name!r}, "
+            f"expected a model ({EMBEDDED_NAME}, a directory, a .gguf file or a hub id owner/name), got {name!r}, "
             "which is not there; check the path"
         )
     return _from_hub(name)
@@ -62,7 +62,7 @@ def _from_hub(name: str) -> Path:
         )
     except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
         raise RequestError(
-            f"wanted the model {name}, got no such directory here and nothing from the hub ({first_line(error)}); "
+            f"expected the model {name}, got no such directory here and nothing from the hub ({first_line(error)}); "
             "check the name or download it first"
         ) from error
     try:
@@ -80,10 +80,10 @@ def _require_model(path: Path) -> None:
     """
     if (path / "adapter_config.json").exists() and not list(path.glob("model*.safetensors")):
         raise RequestError(
-            f"wanted a whole model in {path}, got a PEFT adapter; merge it into its base (merge_and_unload), save that"
+            f"expected a whole model in {path}, got a PEFT adapter; merge it into its base (merge_and_unload), save that"
         )
     if not (path / "config.json").exists():
-        raise RequestError(f"wanted a Hugging Face directory in {path}, got one without config.json")
+        raise RequestError(f"expected a Hugging Face directory in {path}, got one without config.json")
     try:
         weight_files(path)
     except RequestError as error:

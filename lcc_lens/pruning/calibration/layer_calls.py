@@ -82,7 +82,7 @@ def record_calls(
         for handle in handles:
             handle.remove()
     raise RequestError(
-        f"wanted {type(model).__name__} to run all its decoder layers, got {len(calls)}; it is not supported"
+        f"expected {type(model).__name__} to run all its decoder layers, got {len(calls)}; it is not supported"
     )
 
 

@@ -64,7 +64,7 @@ class LayerStream:
             entering, calls = record_calls(model, layers, batch, n_calls=n_calls)
             if not calls[0].has_tensors_of(self._calls.setdefault(len(batch), calls)[0]):
                 raise RequestError(
-                    "wanted layers that see the tokens through hidden states alone, "
+                    "expected layers that see the tokens through hidden states alone, "
                     f"got other inputs in {type(model).__name__}; the architecture is not supported"
                 )
             if start == 0:
@@ -178,7 +178,7 @@ class LayerStream:
                 output = self._output(start) if outputs is None else outputs[place]
                 if not bool(torch.isfinite(output).all()):
                     raise LensError(
-                        f"wanted finite activations, got NaN or infinity from layer {self._index}; "
+                        f"expected finite activations, got NaN or infinity from layer {self._index}; "
                         "check the checkpoint or compute in float32"
                     )
                 self._hidden[start : start + len(output)] = output
@@ -222,7 +222,7 @@ class LayerStream:
         for path, parameter in layer.named_parameters():
             if not bool(torch.isfinite(parameter).all()):
                 raise LensError(
-                    f"wanted finite weights, got NaN or infinity in {path} of layer {self._index}; "
+                    f"expected finite weights, got NaN or infinity in {path} of layer {self._index}; "
                     "check the checkpoint or compute in float32"
                 )
         return layer

@@ -42,11 +42,11 @@ class InputMoments:
             LensError: no input was seen, or one was not finite.
         """
         if name not in self._leader:
-            raise LensError(f"wanted calibration inputs of {name}, got none; the architecture is not supported")
+            raise LensError(f"expected calibration inputs of {name}, got none; the architecture is not supported")
         self._last = None
         lower = self._sums[self._leader[name]].tril()
         if not bool(torch.isfinite(lower).all()):
-            raise LensError(f"wanted finite inputs of {name}, got NaN or infinity; compute in float32")
+            raise LensError(f"expected finite inputs of {name}, got NaN or infinity; compute in float32")
         return lower + lower.tril(-1).T
 
     def same_input(self, name: str) -> str:

@@ -49,7 +49,7 @@ def damped(second_moment: Float[Tensor, "in in"], damping: float = DAMPING) -> D
     """
     precise = second_moment.to(torch.float32 if second_moment.device.type == "mps" else torch.float64)
     if not bool(torch.isfinite(precise).all()):
-        raise LensError("wanted a finite second moment of the inputs, got NaN or infinity; compute in float32")
+        raise LensError("expected a finite second moment of the inputs, got NaN or infinity; compute in float32")
     diagonal = precise.diagonal()
     dead = diagonal == 0
     mean = float(diagonal.mean()) or 1.0  # where every input is zero, any positive diagonal serves
@@ -59,7 +59,7 @@ def damped(second_moment: Float[Tensor, "in in"], damping: float = DAMPING) -> D
         if not bool(failed):
             return Damped(moment, factor, damping, dead)
         damping *= 10
-    raise LensError("wanted a positive second moment of the inputs, got one that no damping mends; check the data")
+    raise LensError("expected a positive second moment of the inputs, got one that no damping mends; check the data")
 
 
 def output_error(change: Float[Tensor, "out in"], second_moment: Float[Tensor, "in in"]) -> float:

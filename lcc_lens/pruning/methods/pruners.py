@@ -159,10 +159,10 @@ class WandaPruner(MaskPruner):
             LensError: no input of the matrix was seen, or one was not finite.
         """
         if name not in self._sum_of_squares:
-            raise LensError(f"wanted calibration inputs of {name}, got none; the architecture is not supported")
+            raise LensError(f"expected calibration inputs of {name}, got none; the architecture is not supported")
         norm = self._sum_of_squares[name].sqrt()
         if not bool(torch.isfinite(norm).all()):
-            raise LensError(f"wanted finite inputs of {name}, got NaN or infinity; compute in float32")
+            raise LensError(f"expected finite inputs of {name}, got NaN or infinity; compute in float32")
         return wanda_score(weight, norm)
 
 

@@ -70,30 +70,30 @@ class PruneConfig:
         _one_of("choice", self.choice, get_args(Choice))
         _one_of("split", self.chosen_split, get_args(Split))
         if self.scope == "matrix" and self.method != "magnitude":
-            raise RequestError(f"wanted the scope row for {self.method}, got matrix; leave it out")
+            raise RequestError(f"expected the scope row for {self.method}, got matrix; leave it out")
         if self.batch_size < 1:
-            raise RequestError(f"wanted a batch size of at least 1, got {self.batch_size}; raise it")
+            raise RequestError(f"expected a batch size of at least 1, got {self.batch_size}; raise it")
         self._check_structure()
 
     def _check_structure(self) -> None:
         if not self.is_structured:
             if self.sliced or self.schedule or self.split or self.choice != "error":
                 raise RequestError(
-                    f"wanted slimgpt for sliced, schedule, split and choice, got {self.method}; it removes single "
+                    f"expected slimgpt for sliced, schedule, split and choice, got {self.method}; it removes single "
                     "weights, equally many in every layer"
                 )
             return
         if isinstance(self.pattern, NofM):
-            raise RequestError(f"wanted a share for slimgpt, got the pattern {self.pattern}; name a sparsity")
+            raise RequestError(f"expected a share for slimgpt, got the pattern {self.pattern}; name a sparsity")
         if self.sliced and self.chosen_schedule != "uniform":
             raise RequestError(
-                f"wanted the schedule uniform for a sliced model, got {self.schedule}; "
+                f"expected the schedule uniform for a sliced model, got {self.schedule}; "
                 "a standard configuration has one size for all layers"
             )
 
         if self.chosen_split == "error" and (self.sliced or self.choice != "error"):
             raise RequestError(
-                "wanted the split spared or proportional where all layers lose equally many heads or nothing is "
+                "expected the split spared or proportional where all layers lose equally many heads or nothing is "
                 "fitted, got error; leave it out"
             )
 
@@ -154,4 +154,4 @@ class PruneConfig:
 
 def _one_of(what: str, word: str, words: tuple[str, ...]) -> None:
     if word not in words:
-        raise RequestError(f"wanted the {what} {', '.join(words[:-1])} or {words[-1]}, got {word!r}; choose one")
+        raise RequestError(f"expected the {what} {', '.join(words[:-1])} or {words[-1]}, got {word!r}; choose one")

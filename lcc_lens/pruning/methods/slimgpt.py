@@ -54,7 +54,7 @@ def possible_quotas(
             quotas.append(Quota(n_groups, n_neurons))
     if not quotas:
         raise RequestError(
-            f"wanted to remove {ratio:.0%} of a layer in whole heads and neurons, got only "
+            f"expected to remove {ratio:.0%} of a layer in whole heads and neurons, got only "
             f"{anatomy.attention.n_groups} key-value groups and {anatomy.mlp.n_groups} neurons, of which one each "
             "has to stay; lower the sparsity or use wanda or sparsegpt"
         )
@@ -88,7 +88,7 @@ class SlimGPTPruner:
 
     def __init__(self, task: LayerTask) -> None:
         if task.anatomy is None:
-            raise RequestError("wanted a layer with known heads for slimgpt, got none; use wanda or sparsegpt")
+            raise RequestError("expected a layer with known heads for slimgpt, got none; use wanda or sparsegpt")
         self._anatomy = task.anatomy
         self._task = task
         self._quotas = possible_quotas(task.anatomy, task.pattern.sparsity, task.multiple, task.allowed_groups)

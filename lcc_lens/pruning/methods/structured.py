@@ -49,9 +49,9 @@ def layer_ratios(schedule: Schedule, ratio: float, n_layers: int, spread: float 
         Ling et al. 2024, "SlimGPT: Layer-wise Structured Pruning for Large Language Models", section 3.4.
     """
     if schedule not in SCHEDULES:
-        raise RequestError(f"wanted a schedule out of {', '.join(SCHEDULES)}, got {schedule!r}; choose one of these")
+        raise RequestError(f"expected a schedule out of {', '.join(SCHEDULES)}, got {schedule!r}; choose one of these")
     if ratio > _MOST_PER_LAYER:
-        raise RequestError(f"wanted a sparsity of at most {_MOST_PER_LAYER} for whole heads, got {ratio}; lower it")
+        raise RequestError(f"expected a sparsity of at most {_MOST_PER_LAYER} for whole heads, got {ratio}; lower it")
     if schedule == "uniform" or n_layers == 1:
         return [ratio] * n_layers
     if schedule == "linear":

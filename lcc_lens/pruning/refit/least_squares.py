@@ -52,7 +52,7 @@ class NormalEquations:
         """
         moments = [second_moment, *(moment for moment in (cross_moment, product) if moment is not None)]
         if not all(bool(torch.isfinite(moment).all()) for moment in moments):
-            raise LensError("wanted finite moments of the inputs, got NaN or infinity; compute in float32")
+            raise LensError("expected finite moments of the inputs, got NaN or infinity; compute in float32")
         mean = float(second_moment.diagonal().mean()) or 1.0  # where every input is zero, any positive diagonal serves
         pull = ridge * mean
         A = second_moment.clone()

@@ -62,12 +62,12 @@ class RefitConfig:
 
     def __post_init__(self) -> None:
         if not 0 < self.ridge < float("inf"):
-            raise RequestError(f"wanted a ridge above 0, got {self.ridge}")
+            raise RequestError(f"expected a ridge above 0, got {self.ridge}")
         for name, share in (("follow", self.follow), ("mend", self.mend)):
             if not 0 <= share <= 1:
-                raise RequestError(f"wanted a share to {name} between 0 and 1, got {share}")
+                raise RequestError(f"expected a share to {name} between 0 and 1, got {share}")
         if self.batch_size < 1:
-            raise RequestError(f"wanted a batch size of at least 1, got {self.batch_size}")
+            raise RequestError(f"expected a batch size of at least 1, got {self.batch_size}")
 
 
 def refit(
@@ -134,7 +134,7 @@ def refit(
     with atomic_directory(out, overwrite=overwrite) as part:
         copy_checkpoint(pruned, part, replaced=finished)
         if not compare_zeros(pruned, part).is_equal:
-            raise LensError("wanted the zeros of the pruned model in the refitted one, got others; nothing was kept")
+            raise LensError("expected the zeros of the pruned model in the refitted one, got others; nothing was kept")
         write_json(part / REFIT_RECORD, report)
     finished.discard()
     return report
@@ -144,7 +144,7 @@ def _check_shapes(dense: Sequence[Sequence[Matrix]], pruned: Sequence[Sequence[M
     found = [[(one.name, one.d_in, one.d_out) for layer in plan for one in layer] for plan in (dense, pruned)]
     if found[0] != found[1]:
         raise RequestError(
-            "wanted a dense model and the same model with zeros, got matrices of other names or sizes; a sliced model "
+            "expected a dense model and the same model with zeros, got matrices of other names or sizes; a sliced model "
             "cannot be refitted"
         )
 

@@ -155,7 +155,7 @@ class LccInjection(ConstantInjection):
         rank = n_held if rank is None else rank
         if not 0 <= rank <= n_held:
             most = f"d_head = {d_head}" if site == "z" else f"the {n_held} directions that the scan holds of the MLP"
-            raise RequestError(f"wanted a rank between 0 (offset alone) and {most}, got {rank}")
+            raise RequestError(f"expected a rank between 0 (offset alone) and {most}, got {rank}")
         chosen = head_indices(self.heads)
         tiny = torch.finfo(torch.float32).tiny  # a head that lost nothing keeps its output
         self.register_buffer("directions", components.directions[chosen][:, :rank].float().clone())

@@ -45,7 +45,7 @@ class Ingredients:
             RequestError: there is no scan.
         """
         if self.components is None:
-            raise RequestError("wanted a scan of the pair for a method of constants, got none; scan it first")
+            raise RequestError("expected a scan of the pair for a method of constants, got none; scan it first")
         return self.components
 
     def lost_mlp(self, *, directions: bool) -> LostComponents:
@@ -59,13 +59,13 @@ class Ingredients:
         """
         if self.mlp is None:
             raise RequestError(
-                "wanted a scan with the MLP's post-activation (sites z mlp), got one without; scan again, or leave the "
+                "expected a scan with the MLP's post-activation (sites z mlp), got one without; scan again, or leave the "
                 "MLP out where the two models' MLPs differ in width"
             )
         found = self.mlp.components()
         if directions and not found.n_held:
             raise RequestError(
-                "wanted the MLP's lost directions, got a scan without them; scan again with its spectrum (--spectra z "
+                "expected the MLP's lost directions, got a scan without them; scan again with its spectrum (--spectra z "
                 "mlp), or restore by mlp-offset"
             )
         return found
@@ -81,5 +81,7 @@ class Ingredients:
             RequestError: none was given.
         """
         if self.pair is None:
-            raise RequestError("wanted a pair of models to measure a sequential mean shift in, got none; hand it over")
+            raise RequestError(
+                "expected a pair of models to measure a sequential mean shift in, got none; hand it over"
+            )
         return self.pair

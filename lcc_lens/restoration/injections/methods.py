@@ -45,7 +45,7 @@ class Method:
 
 def _offset(given: Ingredients) -> Injection:
     if given.rank:
-        raise RequestError(f"wanted no rank with the offset alone, got {given.rank}; leave it out or restore by lcc")
+        raise RequestError(f"expected no rank with the offset alone, got {given.rank}; leave it out or restore by lcc")
     return OffsetInjection(given.lost(), given.heads, start=given.start)
 
 
@@ -131,11 +131,11 @@ def parse_method(method: str) -> tuple[str, ...]:
     names = tuple(name.strip() for name in method.split("+"))
     unknown = [name for name in names if name not in METHODS]
     if unknown:
-        raise RequestError(f"wanted a method ({', '.join(METHODS)}, joined by +), got {unknown[0]!r}")
+        raise RequestError(f"expected a method ({', '.join(METHODS)}, joined by +), got {unknown[0]!r}")
     sites = [site for name in names for site in METHODS[name].biases]
     if len(set(names)) < len(names) or len(set(sites)) < len(sites):
         raise RequestError(
-            f"wanted every part once and one constant per head and per MLP, got {method!r}; leave one out"
+            f"expected every part once and one constant per head and per MLP, got {method!r}; leave one out"
         )
     return names
 

@@ -54,11 +54,11 @@ def sequential_means(
         LensError: an activation is not finite.
     """
     if pair.one_at_a_time:
-        raise RequestError("wanted both models in memory for a sequential mean shift, got one at a time; load both")
+        raise RequestError("expected both models in memory for a sequential mean shift, got one at a time; load both")
     if mlp and "mlp" not in pair.sites:
-        raise RequestError("wanted MLPs of the same width in both models, got others; mend the heads alone")
+        raise RequestError("expected MLPs of the same width in both models, got others; mend the heads alone")
     if not sequences:
-        raise RequestError("wanted sequences to measure a mean shift on, got none; add data")
+        raise RequestError("expected sequences to measure a mean shift on, got none; add data")
     model = pair.pruned if model is None else model
     heads = check_heads(heads, pair.n_layers, pair.n_heads) if heads or not mlp else []
     padded = batches(sequences, max_tokens=max_tokens)
@@ -117,7 +117,7 @@ class _Measured:
         for site, total in sums.items():
             if not bool(torch.isfinite(total).all()):
                 raise LensError(
-                    f"wanted finite activations, got NaN or infinity at {site} of layer {layer}; check the weights"
+                    f"expected finite activations, got NaN or infinity at {site} of layer {layer}; check the weights"
                 )
         n = sum(int(mask.sum()) for mask in self.valid)
         return {site: total / n for site, total in sums.items()}

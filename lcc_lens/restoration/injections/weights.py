@@ -57,7 +57,7 @@ def masked_low_rank(model: HookedModel, *, rank: int = 8, seed: int = 0) -> Weig
         RequestError: a rank below 1.
     """
     if rank < 1:
-        raise RequestError(f"wanted a rank of at least 1 for a masked low rank, got {rank}")
+        raise RequestError(f"expected a rank of at least 1 for a masked low rank, got {rank}")
     generator = torch.Generator().manual_seed(seed)
     changes = {name: LowRank.random(weight_shape(m), rank, generator) for name, m in layer_maps(model).items()}
     return WeightInjection(changes, default_lr=3e-3)
@@ -81,7 +81,7 @@ def norm_gains(model: HookedModel) -> WeightInjection:
         if isinstance(getattr(module, "weight", None), nn.Parameter) and module.get_parameter("weight").ndim == 1
     }
     if not changes:
-        raise RequestError("wanted norms with weights to train, got none in this architecture; leave norms out")
+        raise RequestError("expected norms with weights to train, got none in this architecture; leave norms out")
     return WeightInjection(changes, default_lr=1e-3)
 
 
@@ -155,7 +155,7 @@ def check_reached(model: HookedModel, injection: Injection) -> None:
     for name, own in numbers.items():
         if not any(is_reached[id(number)] for number in own):
             raise RequestError(
-                f"wanted a model whose hooked forward pass reads {name}, got one that computes with a copy of it; "
+                f"expected a model whose hooked forward pass reads {name}, got one that computes with a copy of it; "
                 "train it by a method of constants (lcc, offset)"
             )
 

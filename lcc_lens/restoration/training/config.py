@@ -43,11 +43,11 @@ class TrainConfig:
         for name in ("epochs", "batch_size", "micro_tokens", "validate_every", "checkpoint_every"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise RequestError(f"wanted {name} of at least 1, got {value}")
+                raise RequestError(f"expected {name} of at least 1, got {value}")
         if self.lr is not None and not (self.lr > 0 and math.isfinite(self.lr)):
-            raise RequestError(f"wanted a learning rate above 0, got {self.lr}")
+            raise RequestError(f"expected a learning rate above 0, got {self.lr}")
         if self.patience is not None and self.patience < 1:
-            raise RequestError(f"wanted a patience of at least 1 validation, got {self.patience}")
+            raise RequestError(f"expected a patience of at least 1 validation, got {self.patience}")
 
 
 @dataclass(frozen=True)

@@ -88,9 +88,9 @@ class Objective:
     def __post_init__(self) -> None:
         weights = tuple(self.weights.values())
         if not (all(weight >= 0 and math.isfinite(weight) for weight in weights) and sum(weights) > 0):
-            raise RequestError(f"wanted weights of the objective of at least 0, one above, got {weights}")
+            raise RequestError(f"expected weights of the objective of at least 0, one above, got {weights}")
         if not (self.temperature > 0 and math.isfinite(self.temperature)):
-            raise RequestError(f"wanted a temperature above 0, got {self.temperature}")
+            raise RequestError(f"expected a temperature above 0, got {self.temperature}")
 
     @classmethod
     def parse(cls, text: str, *, temperature: float = 1.0) -> Objective:
@@ -111,7 +111,7 @@ class Objective:
                 known = False
             if not known or not 0 < weights[name] < math.inf:
                 names = ", ".join(_NAMES)
-                raise RequestError(f"wanted an objective ({names}, joined by +, as in 3*heads), got {text!r}")
+                raise RequestError(f"expected an objective ({names}, joined by +, as in 3*heads), got {text!r}")
         shares = {name: weights.get(name, 0.0) / sum(weights.values()) for name in _NAMES}
         return cls(shares["response"], shares["distillation"], temperature, shares["heads"], text=shares["text"])
 
@@ -158,7 +158,7 @@ class Objective:
             RequestError: no dense model to follow, or one whose heads are others.
         """
         if self.needs_teacher and teacher is None:
-            raise RequestError("wanted the dense model for distillation, got none")
+            raise RequestError("expected the dense model for distillation, got none")
         reads = {"with_logits": bool(self.response or self.distillation or self.text), "with_z": self.heads > 0}
         follows_prompts = self.needs_teacher and self.prompts
         mask = batch.is_followed() if follows_prompts or self.text else batch.is_target()
@@ -223,7 +223,7 @@ def run_model(
 def _relative_distance(wanted: dict[int, Tensor], got: dict[int, Tensor]) -> Float[Tensor, " token"]:
     """The mean over layers of the squared distance relative to the squared size, in float32."""
     if {layer: z.shape for layer, z in wanted.items()} != {layer: z.shape for layer, z in got.items()}:
-        raise RequestError("wanted a model with the dense model's heads to match, got a sliced one; leave heads out")
+        raise RequestError("expected a model with the dense model's heads to match, got a sliced one; leave heads out")
     ratios = []
     for layer, z in wanted.items():
         z = z.to(got[layer].device).float()

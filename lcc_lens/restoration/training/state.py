@@ -84,14 +84,14 @@ class TrainingState:
     def load(self, run: Path | None) -> None:
         """Continue from the checkpoint."""
         if run is None or not (run / CHECKPOINT).exists():
-            raise RequestError(f"wanted a checkpoint to resume in {run}, got none; start without --resume")
+            raise RequestError(f"expected a checkpoint to resume in {run}, got none; start without --resume")
         if is_first_process():
             for unfinished in run.glob(f".{CHECKPOINT}.*"):  # of a process that was killed while it wrote
                 unfinished.unlink()
         tensors, record = read_tensors(run / CHECKPOINT)
         if record.get("identity") != self.identity:
             raise RequestError(
-                f"wanted a checkpoint of the same models, data, heads and settings in {run}, got another run's; "
+                f"expected a checkpoint of the same models, data, heads and settings in {run}, got another run's; "
                 "repeat its settings or start without --resume"
             )
         self.step, self.best_loss = int(record["step"]), float(record["best_loss"])

@@ -1,0 +1,218 @@
+"""The widget in a real JupyterLab: choose heads, train, export. Pictures go to build/screenshots."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from support.chromium import chromium
+from support.jupyter import jupyter_lab, run_first_cell, write_notebook
+from support.places import PICTURES
+from support.tiny import N_HEADS, N_LAYERS
+
+from lcc_lens.analysis.scan.scan import Scan
+from lcc_lens.models.loading.plain import load_plain
+
+pytestmark = pytest.mark.browser
+
+OPEN = """
+import lcc_lens as lcc
+pair = lcc.load_pair({dense!r}, {pruned!r})
+scan = lcc.Scan.load({run!r})
+session = lcc.RestoreSession(pair, scan, lcc.load_data({questions!r}), batch_size=4)
+widget = lcc.RestoreWidget(session, prompt="is 3 plus 2 more than")
+widget
+"""
+PATIENCE = 90_000
+THEME = "(theme) => window.jupyterapp.commands.execute('apputils:change-theme', { theme })"
+DRAWN = "(node) => [getComputedStyle(node).color, getComputedStyle(node).backgroundColor]"
+
+
+@pytest.fixture(scope="module")
+def folder_of_lab(found: Scan, dense_dir, pruned_dir, question_file, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("lab")
+    found.save(folder / "run")
+    opening = OPEN.format(
+        dense=str(dense_dir), pruned=str(pruned_dir), run=str(folder / "run"), questions=str(question_file)
+    )
+    write_notebook(folder / "restore.ipynb", [opening.strip()])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def lab(folder_of_lab: Path) -> Iterator[str]:
+    with jupyter_lab(folder_of_lab) as address:
+        yield address
+
+
+@pytest.fixture
+def notebook(lab: str) -> Iterator:
+    """The notebook's page with its cell run; nothing but the server may be asked, and nothing complained about."""
+    with chromium() as browser:
+        page = browser.new_page(viewport={"width": 1500, "height": 1250})
+        page.set_default_timeout(PATIENCE)
+        complaints: list[str] = []
+        page.on("pageerror", lambda error: complaints.append(str(error)))
+        page.on("request", lambda request: away(request.url) and complaints.append(request.url))
+        run_first_cell(page, lab.format("restore.ipynb"))
+        page.locator(".lcc-restore .cell").first.wait_for()
+        yield page
+        assert complaints == []
+
+
+def away(url: str) -> bool:
+    return not re.match(r"(http|ws)://127\.0\.0\.1[:/]|data:|blob:", url)
+
+
+def cell(page, name: str):
+    return page.locator(f'.lcc-restore .cell[aria-label^="{name},"]')
+
+
+def chosen(page) -> list[str]:
+    marked = page.locator('.lcc-restore .cell[aria-selected="true"]')
+    return [label.split(",")[0] for label in marked.evaluate_all("all => all.map(one => one.ariaLabel)")]
+
+
+def at_rest(page) -> None:
+    page.locator('.lcc-restore[aria-busy="false"]').wait_for()
+
+
+def lines(page) -> list[str]:
+    return page.locator(".lcc-restore .history").inner_text().splitlines()
+
+
+def line_appears(page, text: str) -> None:
+    page.locator(".lcc-restore .history", has_text=text).wait_for()
+    at_rest(page)
+
+
+def drawn(place) -> list[str]:
+    """The colours of an element and of its background."""
+    return place.evaluate(DRAWN)
+
+
+def parts(page) -> dict:
+    """What can be pressed or filled, by name."""
+    names = ("train", "stop", "undo", "redo", "steps", "lr", "out", "export", "count", "selector", "threshold")
+    return {name: page.locator(f".lcc-restore :is(button, input, select).{name}") for name in names}
+
+
+def picture(page, name: str) -> None:
+    PICTURES.mkdir(parents=True, exist_ok=True)
+    page.locator(".lcc-restore").screenshot(path=PICTURES / f"{name}.png")
+
+
+def test_select_train_and_export_in_jupyterlab(notebook, folder_of_lab: Path, pruned_dir: Path) -> None:
+    page, place = notebook, parts(notebook)
+    assert page.locator(".lcc-restore .cell").count() == N_LAYERS * N_HEADS
+    picture(page, "widget-start")
+    assert place["train"].is_disabled()
+
+    cell(page, "L0H4").click()
+    assert chosen(page) == ["L0H4"]  # at once, whatever the kernel does
+    line_appears(page, "session.choose([lcc.Head(0, 4)])")
+    cell(page, "L1H0").drag_to(cell(page, "L2H2"))
+    box = [f"L{layer}H{head}" for layer in (1, 2) for head in (0, 1, 2)]
+    assert chosen(page) == box
+    line_appears(page, "lcc.Head(2, 2)")
+    cell(page, "L2H2").click()
+    assert chosen(page) == box[:-1]
+    line_appears(page, "lcc.Head(2, 1)])")
+    assert page.locator(".lcc-restore .note").inner_text() == "Held-out loss in nats per token."
+
+    place["selector"].select_option("mse")
+    place["count"].fill("15")
+    assert len(chosen(page)) == N_LAYERS * N_HEADS
+    line_appears(page, "session.choose('mse', share=1.0)")
+
+    place["steps"].fill("12")
+    place["lr"].fill("0.05")
+    place["train"].click()
+    line_appears(page, "session.train(12, lr=0.05)")
+    assert page.locator(".lcc-restore .curve").get_attribute("data-steps") == "12"
+    assert page.locator(".lcc-restore .curve circle.held").count() == 3
+    pruned, restored = (
+        float(page.locator(f".lcc-restore .loss-{name}").inner_text()) for name in ("pruned", "restored")
+    )
+    assert restored < pruned - 0.1
+    assert page.locator(".lcc-restore .texts figure").count() == 3
+
+    place["out"].fill("restored")
+    place["export"].click()
+    page.locator(".lcc-restore .exported", has_text="loaded again").wait_for()
+    assert lines(page)[-1] == "session.export('restored')"
+    assert page.locator(".lcc-restore .failure").inner_text() == ""
+    tokens = torch.arange(1, 25)[None]
+    exported, before = (load_plain(path, dtype=torch.float32) for path in (folder_of_lab / "restored", pruned_dir))
+    with torch.no_grad():
+        assert float((exported(tokens).logits - before(tokens).logits).abs().max()) > 1e-2
+    page.set_viewport_size({"width": 1500, "height": 1700})
+    picture(page, "widget-light")
+    light = drawn(place["train"])
+    page.evaluate(THEME, "JupyterLab Dark")
+    page.locator('.lcc-restore[data-theme="dark"]').wait_for()
+    picture(page, "widget-dark")
+    assert drawn(place["train"]) != light
+    for colours in (light, drawn(place["train"])):
+        assert colours[0] != colours[1]
+
+
+def test_stop_undo_keys_and_errors_in_jupyterlab(notebook, folder_of_lab: Path) -> None:
+    page, place = notebook, parts(notebook)
+    page.locator(".lcc-restore .at-once").uncheck()
+    cell(page, "L1H1").focus()
+    for key in ("ArrowRight", "Space", "b", "ArrowDown", "Space"):  # b would insert a cell, were it JupyterLab's
+        page.keyboard.press(key)
+    assert chosen(page) == ["L1H2", "L2H2"]
+    line_appears(page, "session.choose([lcc.Head(1, 2), lcc.Head(2, 2)])")
+    assert len(lines(page)) == 2
+    assert page.locator(".jp-Cell").count() == 1
+    assert "appear here" in page.locator(".lcc-restore .note").inner_text()  # nothing was read
+
+    place["steps"].fill("1000")
+    place["train"].click()
+    page.locator(".lcc-restore .curve").wait_for()
+    assert place["undo"].is_disabled()
+    picture(page, "widget-training")
+    cell(page, "L0H0").click()  # shown at once, told when the training is over
+    assert chosen(page) == ["L0H0", "L1H2", "L2H2"]
+    place["stop"].click()
+    line_appears(page, "lcc.Head(0, 0)")
+    assert re.fullmatch(r"session\.train\(1000, stop_after=\d+\)", lines(page)[2])
+    assert len(lines(page)) == 4
+
+    place["undo"].click()
+    page.locator('.lcc-restore .cell[aria-label^="L0H0,"][aria-selected="false"]').wait_for()
+    assert len(lines(page)) == 3
+    place["redo"].click()
+    page.locator('.lcc-restore .cell[aria-label^="L0H0,"][aria-selected="true"]').wait_for()
+
+    (folder_of_lab / "taken").mkdir()
+    (folder_of_lab / "taken" / "mine.txt").write_text("mine")
+    place["out"].fill("taken")
+    place["export"].click()
+    page.locator(".lcc-restore .failure", has_text="taken exists already; name another folder").wait_for()
+    at_rest(page)
+    picture(page, "widget-refused")
+    place["threshold"].fill("0")
+    assert len(chosen(page)) == N_LAYERS * N_HEADS
+    line_appears(page, "lcc.Head(2, 4)])")
+    assert page.locator(".lcc-restore .failure").inner_text() == ""
+
+
+def test_two_views_of_a_widget_show_the_same(notebook) -> None:
+    page = notebook
+    page.evaluate("window.jupyterapp.commands.execute('notebook:insert-cell-below')")
+    page.locator(".jp-Cell .cm-content").last.click()
+    page.keyboard.type("widget")
+    page.keyboard.press("Control+Enter")
+    views = page.locator(".lcc-restore")
+    views.nth(1).wait_for()
+    for name, clicked in (("L0H0", 1), ("L0H1", 1), ("L0H2", 0), ("L0H3", 1)):
+        views.nth(clicked).locator(f'.cell[aria-label^="{name},"]').click()
+        for place in (0, 1):
+            views.nth(place).locator(f'.cell[aria-label^="{name},"][aria-selected="true"]').wait_for()
+            assert views.nth(place).locator('.cell[aria-selected="true"]').count() == int(name[-1]) + 1

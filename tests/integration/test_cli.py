@@ -1,0 +1,286 @@
+"""The command line: files written, exit codes, one-line errors, and nothing left behind by a refusal."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from support.commands import call, refused
+from support.restorations import restoration_of
+from support.tiny import build_model, save_model
+from transformers import AutoModelForCausalLM
+
+from lcc_lens.core.files import sha256_file
+from lcc_lens.core.heads import Head
+from lcc_lens.frontends.cli.main import run
+
+
+def test_whole_method_from_the_command_line(
+    dense_dir: Path, text_file: Path, question_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pruned, work, out = tmp_path / "pruned", tmp_path / "run", tmp_path / "out"
+    assert call("prune", dense_dir, pruned, "--calibration", text_file, "--n-samples", 4, "--seq-len", 40) == 0
+    assert call("scan", dense_dir, pruned, work, "--data", question_file, "--examples", 8) == 0
+    settings = ("--data", question_file, "--heads", 0.5, "--selector", "mse", "--lr", 0.1, "--checkpoint-every", 1)
+    assert call("restore", dense_dir, pruned, work, *settings) == 0
+    assert call("export", work, out) == 0
+    assert call("explore", work) == 0
+    assert "<script" in (work / "explorer.html").read_text()
+    assert call("figures", work, tmp_path / "figures", "--formats", "html") == 0
+    assert {path.suffix for path in (tmp_path / "figures").iterdir()} == {".html", ".js"}
+    tasks = ("--tasks", text_file, question_file, "--length", 50, "--limit", 4)
+    assert call("eval", dense_dir, pruned, out, *tasks, "--out", tmp_path / "results.json") == 0
+
+    sha = {name: sha256_file(d / "model.safetensors") for name, d in (("dense", dense_dir), ("pruned", pruned))}
+    for name in ("config.json", "scan.json", "metrics.json"):
+        record = json.loads((work / name).read_text())
+        assert (record["dense_sha256"], record["pruned_sha256"]) == (sha["dense"], sha["pruned"])
+        assert record["version"]
+        assert record["seed"] == 0
+    assert len(json.loads((work / "config.json").read_text())["restore"]["heads"]) == 8
+    assert (work / "log.jsonl").read_text().count("\n") >= 2
+    assert (work / "loss_map.html").stat().st_size > 1_000_000
+    assert json.loads((pruned / "pruning.json").read_text())["sparsity"] == pytest.approx(0.5, abs=0.01)
+    results = json.loads((tmp_path / "results.json").read_text())["models"]
+    assert list(results) == ["dense", "pruned", "out"]
+    assert results["out"]["path"] == str(out)
+    assert results["out"]["tasks"][str(text_file)]["perplexity"] > 1
+    assert results["out"]["tasks"][str(text_file)]["tokens"] == 4 * 49
+    assert AutoModelForCausalLM.from_pretrained(out).config.attention_bias is True
+    assert "share recovered" in capsys.readouterr().out
+
+
+def test_magnitude_and_pattern(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = save_model(build_model(head_dim=8), tmp_path / "dense")
+    assert call("prune", model, tmp_path / "out", "--method", "magnitude", "--pattern", "2:4", "--quiet") == 0
+    weight = load_file(tmp_path / "out" / "model.safetensors")["model.layers.0.mlp.up_proj.weight"]
+    assert ((weight.reshape(-1, 4) != 0).sum(1) == 2).all()
+    assert capsys.readouterr().err == ""
+    message = "expected a sparsity or a pattern, got both"
+    refused(capsys, 2, message, "prune", model, tmp_path / "x", "--pattern", "2:4", "--sparsity", 0.3)
+
+
+def test_interrupted_restore_goes_on(
+    dense_dir: Path, pruned_dir: Path, question_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    from lcc_lens.restoration import restore as recipe
+
+    class Stopping(recipe.RunFolder):
+        def add(self, step) -> None:
+            super().add(step)
+            if step.step == 2:
+                os.kill(os.getpid(), signal.SIGINT)
+
+    data = ("--data", question_file, "--scan-data", question_file, "--heads", 1, "--selector", "mse", "--batch-size", 4)
+    for name in ("whole", "broken"):
+        with monkeypatch.context() as patch:
+            if name == "broken":
+                patch.setattr(recipe, "RunFolder", Stopping)
+            code = call("restore", dense_dir, pruned_dir, tmp_path / name, *data, "--quiet")
+        assert code == (0 if name == "whole" else 130)
+    assert "stopped after step 2" in capsys.readouterr().err
+    assert call("restore", dense_dir, pruned_dir, tmp_path / "broken", *data, "--resume", "--quiet") == 0
+    whole, resumed = (load_file(tmp_path / n / "restoration.safetensors") for n in ("whole", "broken"))
+    assert all((whole[key] == resumed[key]).all() for key in whole)
+    capsys.readouterr()
+    message = "holds a restoration already"
+    refused(capsys, 2, message, "restore", dense_dir, pruned_dir, tmp_path / "whole", *data)
+
+
+def test_missing_paths(dense_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    nowhere, out = tmp_path / "nowhere", tmp_path / "out"
+    refused(capsys, 2, "which is not there", "prune", nowhere, out, "--method", "magnitude")
+    refused(capsys, 2, "which is not there", "scan", dense_dir, nowhere, out)
+    refused(capsys, 2, "expected the file", "export", nowhere, out)
+    refused(capsys, 2, "which is not there", "eval", nowhere, "--tasks", "boolq")
+    refused(capsys, 2, "got nothing there", "prune", dense_dir, out, "--calibration", tmp_path / "gone.txt")
+    assert [path.name for path in tmp_path.iterdir() if path.name != "cache"] == []
+
+
+def test_unknown_task_is_refused_before_any_model_is_loaded(
+    dense_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Index:
+        all_tasks = ("boolq", "lambada")
+
+    monkeypatch.setattr("lm_eval.tasks.TaskManager", Index)
+    refused(capsys, 2, "expected a task, got 'frobnicate'", "eval", tmp_path / "nowhere", "--tasks", "frobnicate")
+    refused(capsys, 2, "expected the data file", "eval", dense_dir, "--tasks", tmp_path / "gone.jsonl")
+
+
+def test_existing_scan_is_kept(
+    dense_dir: Path, pruned_dir: Path, question_file: Path, found, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found.save(tmp_path)
+    before = (tmp_path / "scan.json").read_text()
+    refused(capsys, 2, "holds a scan already", "scan", dense_dir, pruned_dir, tmp_path, "--data", question_file)
+    assert (tmp_path / "scan.json").read_text() == before
+
+
+def test_mismatched_pair_writes_nothing(
+    dense_dir: Path, question_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = save_model(build_model(num_hidden_layers=2), tmp_path / "other")
+    message = "expected two models of the same shape"
+    refused(capsys, 2, message, "scan", dense_dir, other, tmp_path / "run", "--data", question_file)
+    assert not (tmp_path / "run").exists()
+
+
+def test_too_little_calibration_text(
+    dense_dir: Path, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    message = "got text for"
+    refused(capsys, 2, message, "prune", dense_dir, tmp_path / "o", "--calibration", text_file, "--n-samples", 9999)
+    assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.parametrize("arguments", [[], ["frob"], ["prune"], ["prune", "a", "b", "--method", "frob"]])
+def test_wrong_usage_ends_with_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(arguments) == 2
+
+
+@pytest.mark.parametrize(
+    "command", ["prune", "refit", "scan", "restore", "compare", "recipe", "export", "eval", "report", "doctor", "demo"]
+)
+def test_help_explains_every_option(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run([command, "--help"]) == 0
+    text = capsys.readouterr().out
+    assert "--quiet" in text
+    assert "usage: lcc-lens" in text
+
+
+def test_unexpected_failure_is_one_line(
+    dense_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lcc_lens.pruning import jobs as pruning_jobs
+
+    def broken(*args: object, **kwargs: object) -> None:
+        raise ZeroDivisionError("first line\nsecond line")
+
+    monkeypatch.setattr(pruning_jobs, "prune_checkpoint", broken)
+    message = "ZeroDivisionError: first line"
+    refused(capsys, 1, message, "prune", dense_dir, tmp_path / "out", "--method", "magnitude")
+
+    def stopped(*args: object, **kwargs: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pruning_jobs, "prune_checkpoint", stopped)
+    refused(capsys, 130, "interrupted", "prune", dense_dir, tmp_path / "out", "--method", "magnitude")
+
+
+def test_text_is_scanned_and_trained_in_as_many_blocks_as_asked(
+    dense_dir: Path, pruned_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = tmp_path / "long.txt"
+    text.write_text("\n\n".join(f"Paragraph {i}: {i} and {i + 1} make {2 * i + 1}, as all agree." for i in range(300)))
+    settings = ("--data", text, "--scan-data", text, "--scan-examples", 3, "--examples", 10, "--max-length", 32)
+    assert call("restore", dense_dir, pruned_dir, tmp_path / "run", *settings, "--selector", "mse", "--quiet") == 0
+    assert json.loads((tmp_path / "run" / "scan.json").read_text())["n_examples"] == 3
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["validation"]["sequences"] == 8
+    assert (tmp_path / "run" / "log.jsonl").read_text().count("\n") == 2
+
+
+@pytest.mark.parametrize("method", ["offset", "mean-shift", "random-basis"])
+def test_controls_of_the_method_export_like_it(
+    method: str, dense_dir: Path, pruned_dir: Path, question_file: Path, tmp_path: Path
+) -> None:
+    work, out = tmp_path / "run", tmp_path / "out"
+    settings = ("--data", question_file, "--scan-data", question_file, "--selector", "mse", "--quiet")
+    assert call("restore", dense_dir, pruned_dir, work, "--method", method, *settings) == 0
+    assert call("export", work, out, "--quiet") == 0
+    card = (out / "README.md").read_text()
+    trained = {"offset": 4 * 6, "mean-shift": 0, "random-basis": 4 * 12}[method]
+    assert f"| method | {method} |" in card
+    assert f"| numbers trained | {trained} |" in card
+
+
+def test_refit_by_command(
+    dense_dir: Path, pruned_dir: Path, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    few = ("--calibration", text_file, text_file, "--n-samples", 3, "--seq-len", 16, "--quiet")
+    assert call("refit", dense_dir, pruned_dir, tmp_path / "out", *few) == 0
+    assert "matrices refitted, zeros kept" in capsys.readouterr().out
+    old, new = (load_file(path / "model.safetensors") for path in (pruned_dir, tmp_path / "out"))
+    assert all(((old[name] == 0) == (new[name] == 0)).all() for name in old if old[name].ndim > 1)
+    assert any((old[name] != new[name]).any() for name in old)
+    record = json.loads((tmp_path / "out" / "refit.json").read_text())
+    assert record["calibration"]["sequences"] == 3
+    assert record["calibration"]["groups"]
+    refused(capsys, 2, "expected at least one calibration sequence of each data set, got 1 for 2", "refit", dense_dir,
+            pruned_dir, tmp_path / "other", *few[:4], 1)  # fmt: skip
+    refused(capsys, 2, "exists already", "refit", dense_dir, pruned_dir, tmp_path / "out", *few)
+    assert not (tmp_path / "other").exists()
+
+
+def test_refit_of_other_models_is_refused_by_command(
+    dense_dir: Path, pruned_dir: Path, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    few = ("--calibration", text_file, "--n-samples", 4, "--seq-len", 48, "--quiet")
+    out, gone = tmp_path / "out", tmp_path / "gone"
+    other_heads = save_model(build_model(num_key_value_heads=5), tmp_path / "heads")
+    sliced = ("--method", "slimgpt", "--sparsity", 0.3, "--sliced")
+    assert call("prune", dense_dir, tmp_path / "sliced", *sliced, *few) == 0
+    capsys.readouterr()
+    refused(capsys, 2, f"got '{gone}', which is not there", "refit", gone, pruned_dir, out, *few)
+    refused(capsys, 2, f"got '{gone}', which is not there", "refit", dense_dir, gone, out, *few)
+    mismatch = "expected a dense model and the same model with zeros"
+    refused(capsys, 2, mismatch, "refit", dense_dir, tmp_path / "sliced", out, *few)
+    refused(capsys, 2, mismatch, "refit", other_heads, pruned_dir, out, *few)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["heads", "sliced"]
+
+
+def test_explore_takes_one_run_or_two(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    refused(capsys, 2, "expected one run, or two to compare, got 3", "explore", *(tmp_path / name for name in "abc"))
+    refused(capsys, 2, "wanted", "explore", tmp_path / "missing")
+    assert not list(tmp_path.iterdir())
+
+
+def test_doctor_by_command(dense_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call("doctor", dense_dir) == 0
+    text = capsys.readouterr().out
+    assert all(name in text for name in (" loads under hooks", "constants in an export", "number format"))
+    broken = save_model(build_model(vocab_size=200), tmp_path / "broken")
+    refused(
+        capsys, 1, f"expected a model that loads and passes its checks, got {broken}; see ✗ above", "doctor", broken
+    )
+    assert call("doctor", tmp_path / "nowhere", "--quiet") == 1
+    found = capsys.readouterr()
+    assert "✗ files" in found.out
+    assert "number format" in found.out
+    assert len(found.err.strip().splitlines()) == 1
+
+
+def test_export_in_another_format_and_other_files_is_sent(
+    pruned_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lcc_lens.exporters import hub
+
+    sent: list[tuple[Path, str]] = []
+
+    def send(directory: Path, repository: str) -> str:
+        assert (directory / "config.json").exists()  # verified, under its name
+        sent.append((directory, repository))
+        return "https://hub/commit"
+
+    monkeypatch.setattr(hub, "push_to_hub", send)
+    work, out = tmp_path / "run", tmp_path / "out"
+    restoration_of(pruned_dir, heads=[Head(1, 2)]).save(work)
+    refused(capsys, 2, "expected a repository owner/name", "export", work, out, "--push-to-hub", "restored")
+    refused(capsys, 2, "expected a size such as 5GB", "export", work, out, "--max-shard-size", "large")
+    assert call("export", work, out, "--dtype", "int8") == 2
+    assert not out.exists()
+    capsys.readouterr()
+    settings = ("--dtype", "bfloat16", "--max-shard-size", "20KB", "--push-to-hub", "me/restored")
+    assert call("export", work, out, *settings, "--quiet") == 0
+    assert "https://hub/commit" in capsys.readouterr().out
+    assert sent == [(out, "me/restored")]
+    shards = sorted(out.glob("model-*.safetensors"))
+    assert len(shards) > 1
+    assert {tensor.dtype for shard in shards for tensor in load_file(shard).values()} == {torch.bfloat16}
+    assert AutoModelForCausalLM.from_pretrained(out).config.attention_bias is True

@@ -1,0 +1,60 @@
+"""The site says what there is: its names exist, its example runs, and its equations can be drawn without a script."""
+
+from __future__ import annotations
+
+import importlib
+import re
+
+import pytest
+import torch
+from support.places import ROOT
+
+import lcc_lens
+from lcc_lens.analysis.statistics import DifferenceStatistics
+
+PAGES = {path.name: path.read_text() for path in sorted((ROOT / "docs").glob("*.md"))}
+
+
+def named(dotted: str) -> object:
+    module, _, name = dotted.rpartition(".")
+    return getattr(importlib.import_module(module), name)
+
+
+def test_every_public_name_is_documented_or_part_of_a_result() -> None:
+    documented = set(re.findall(r"^::: [\w.]+\.(\w+)$", PAGES["api.md"], flags=re.MULTILINE))
+    rest = set(lcc_lens.__all__) - documented
+    assert rest == {
+        "Composite", "DifferenceStatistics", "Head", "HeadScores", "Injection", "LccInjection", "LensError",
+        "MeanShift", "OffsetInjection", "Pair", "RequestError", "Step", "TokenLoss", "WeightInjection", "shown",
+        "train",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_names_of_a_page_exist(page: str) -> None:
+    for dotted in re.findall(r"^::: ([\w.]+)$", PAGES[page], flags=re.MULTILINE):
+        assert dotted == "lcc_lens.core.errors" or named(dotted) is not None
+    for dotted in re.findall(r"`(lcc_lens\.[\w.]+)`", PAGES[page]):
+        try:
+            importlib.import_module(dotted)
+        except ModuleNotFoundError:
+            assert named(dotted) is not None
+    assert set(re.findall(r"\blcc\.(\w+)\(", PAGES[page])) <= set(lcc_lens.__all__)
+    pictures = re.findall(r"\]\((figures/[^)]+)\)", PAGES[page])
+    assert [picture for picture in pictures if not (ROOT / picture).exists()] == []
+
+
+def test_the_selector_of_the_page_scores_heads() -> None:
+    blocks = re.findall(r"```python\n(.*?)```", PAGES["extending.md"], re.DOTALL)
+    code = next(block for block in blocks if "def " in block)
+    space: dict[str, object] = {}
+    exec(code, space)
+    ones = torch.ones(2, 3)
+    statistics = DifferenceStatistics(4, torch.ones(2, 3, 5), ones, ones, 20 * ones, ones, ones)
+    scores = space["score_constant"](statistics, 4)
+    assert torch.allclose(scores.value, ones)  # all samples differ alike: a constant mends everything
+
+
+def test_equations_carry_the_papers_numbers() -> None:
+    assert re.findall(r"\\tag\{(\d)\}", PAGES["method.md"]) == list("12345678")
+    assert PAGES["method.md"].count("$$") % 2 == 0

@@ -1,0 +1,141 @@
+"""All selectors behind one interface: asked for by name, scored from one scan, kept with it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.tiny import D_HEAD, N_HEADS, N_LAYERS
+
+from lcc_lens.analysis.head_scores import HeadScores
+from lcc_lens.analysis.scan.scan import Scan, scan
+from lcc_lens.analysis.selectors.attribution_patching import score_attribution_patching
+from lcc_lens.analysis.selectors.backward import response_gradients
+from lcc_lens.analysis.selectors.names import SELECTORS
+from lcc_lens.analysis.selectors.registry import (
+    CHEAP,
+    NEED_MODELS,
+    NEED_PAIRS,
+    REGISTRY,
+    Evidence,
+    ScoreSettings,
+    check_selectors,
+    score,
+)
+from lcc_lens.core.errors import RequestError
+from lcc_lens.data.datasets import Data, encode, load_data
+
+NOT_KEPT = {"mse", "random"}  # a scan gives them without being asked
+
+
+@pytest.fixture(scope="module")
+def data(question_file: Path) -> Data:
+    return load_data(str(question_file), n=12)
+
+
+@pytest.fixture(scope="module")
+def scored(pair, data: Data) -> Scan:
+    return scan(pair, data, selectors=SELECTORS, selector_examples=5)
+
+
+@pytest.mark.parametrize("name", SELECTORS)
+def test_every_selector_scores_every_head(scored: Scan, name: Any) -> None:
+    scores = scored.scores(name)
+    assert scores.selector == name
+    assert scores.value.shape == scores.stderr.shape == (N_LAYERS, N_HEADS)
+    assert bool(scores.value.isfinite().all())
+    assert bool(scores.stderr.isfinite().all())
+    assert float(scores.stderr.min()) >= 0
+    assert len(scores.value.unique()) > 1  # it tells heads apart
+    assert (scores.n_examples > 0) == (name != "random")
+    chosen = scored.select(name, share=0.4)
+    assert len(chosen) == 6
+    assert chosen == sorted(set(chosen))
+
+
+def test_scores_survive_save_and_load(scored: Scan, tmp_path: Path) -> None:
+    scored.save(tmp_path)
+    again = Scan.load(tmp_path)
+    assert set(again.selected_by) == set(SELECTORS) - NOT_KEPT
+    for name in SELECTORS:
+        before, after = scored.scores(name), again.scores(name)
+        assert torch.equal(after.value, before.value), name
+        assert torch.equal(after.stderr, before.stderr), name
+        assert (after.selector, after.n_examples, after.settings) == (name, before.n_examples, before.settings)
+        assert again.select(name, share=0.3) == scored.select(name, share=0.3)
+    columns = again.table().columns
+    assert {*again.selected_by, "mse"} <= set(columns)
+    assert {f"{name}_stderr" for name in [*again.selected_by, "mse"]} <= set(columns)
+
+
+def test_scores_say_how_many_examples_they_saw(scored: Scan) -> None:
+    seen = {name: scored.scores(name).n_examples for name in SELECTORS}
+    assert seen["mse"] == seen["interaction"] == 12
+    assert seen["kl"] == seen["attribution"] == seen["gradient"] == seen["patching"] == 5
+    assert seen["probe"] == 4  # held-out pairs: 0.3 x 12 rounded up
+
+
+def test_scan_and_selector_by_hand_agree(pair, data: Data, scored: Scan) -> None:
+    sequences = encode(data, pair.tokenizer)[:5]
+    by_hand = score_attribution_patching(response_gradients(pair, sequences))
+    assert torch.allclose(scored.scores("attribution").value, by_hand.value, atol=1e-6)
+
+
+def test_one_backward_pass_serves_both_gradient_selectors(
+    pair, data: Data, scored: Scan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[int] = []
+
+    def counting(pair_: Any, sequences: Any, **options: Any) -> Any:
+        calls.append(len(sequences))
+        return response_gradients(pair_, sequences, **options)
+
+    monkeypatch.setattr("lcc_lens.analysis.selectors.registry.response_gradients", counting)
+    sequences = encode(data, pair.tokenizer)
+    evidence = Evidence(pair, sequences, scored.heads, scored.components, settings=ScoreSettings(examples=3))
+    found = score(("attribution", "gradient", "mse"), evidence)
+    assert list(found) == ["attribution", "gradient", "mse"]
+    assert calls == [3]
+    with pytest.raises(RequestError, match="expected questions with right and wrong answers, got data without"):
+        score(("probe",), evidence)
+
+
+def test_default_selectors_are_the_cheap_ones(pair, data: Data) -> None:
+    assert tuple(scan(pair, data).selected_by) == CHEAP
+    assert not scan(pair, data, selectors=()).selected_by
+    assert not scan(pair, data, selectors=("mse", "random")).selected_by
+
+
+def test_scores_of_another_selector_can_be_added(scored: Scan, tmp_path: Path) -> None:
+    value = torch.arange(N_LAYERS * N_HEADS).reshape(N_LAYERS, N_HEADS).float()
+    more = scored.with_scores([HeadScores("patching", value, torch.ones_like(value), 3, {"by": "hand"})])
+    assert torch.equal(more.scores("patching").value, value)
+    assert [h.layer for h in more.select("patching", share=1 / 3)] == [2] * N_HEADS
+    assert set(more.selected_by) == set(scored.selected_by)
+    assert not torch.equal(scored.scores("patching").value, value)  # the scan itself is frozen
+    more.save(tmp_path)
+    assert Scan.load(tmp_path).scores("patching").settings == {"by": "hand"}
+
+
+def test_probe_settings_reach_the_probe(pair, data: Data, scored: Scan) -> None:
+    found = scan(pair, data, probe_folds=4, probe_rank=3, probe_solver="published", seed=2, selectors=("probe",))
+    settings = found.scores("probe").settings
+    assert (settings["folds"], settings["rank"], settings["solver"], settings["seed"]) == (4, 3, "published", 2)
+    assert found.scores("probe").n_examples == 12  # every pair is held out once
+    assert scan(pair, data, probe_rank=99, selectors=("probe",)).scores("probe").settings["rank"] == D_HEAD
+    assert scored.scores("random", seed=1).rank_correlation(scored.scores("random", seed=2)) < 0.99
+
+
+@pytest.mark.parametrize("names", [("guess",), ("probe", "Probe"), ("",)])
+def test_unknown_selector_is_refused(names: tuple[str, ...]) -> None:
+    with pytest.raises(RequestError, match=f"expected some of the selectors probe, .*, got '{names[-1]}'"):
+        check_selectors(names)
+
+
+def test_names_count_once_and_in_order() -> None:
+    assert check_selectors(["mse", "probe", "mse"]) == ("mse", "probe")
+    assert tuple(REGISTRY) == SELECTORS
+    assert not NEED_MODELS & NEED_PAIRS
+    assert set(CHEAP) <= NEED_PAIRS

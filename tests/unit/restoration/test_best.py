@@ -1,0 +1,75 @@
+"""The best combination: a refit in the run directory, a low rank upon it, one export."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from lcc_lens.core.errors import RequestError
+from lcc_lens.core.files import read_json
+from lcc_lens.data.datasets import encode, load_data
+from lcc_lens.exporters.huggingface import export
+from lcc_lens.frontends.cli.main import run as main
+from lcc_lens.models.architecture.zeros import compare_zeros
+from lcc_lens.models.hooked.losses import sequence_loss
+from lcc_lens.models.loading.hooked import load_tokenizer
+from lcc_lens.models.loading.plain import load_plain
+from lcc_lens.restoration import best
+
+
+@pytest.fixture
+def files(text_file: Path, tmp_path: Path) -> dict[str, Path]:
+    lines = [
+        json.dumps({"prompt": f"Say number {i} twice:", "response": f" number {i}, number {i}"}) for i in range(64)
+    ]
+    (tmp_path / "train.jsonl").write_text("\n".join(lines[:48]))
+    (tmp_path / "held_out.jsonl").write_text("\n".join(lines[48:]))
+    return {"train": tmp_path / "train.jsonl", "held_out": tmp_path / "held_out.jsonl", "text": text_file}
+
+
+def test_the_result_is_one_plain_checkpoint(
+    dense_dir: Path, pruned_dir: Path, files: dict[str, Path], tmp_path: Path
+) -> None:
+    data, validation = load_data(str(files["train"])), load_data(str(files["held_out"]))
+    settings = {"validation": validation, "calibration": [str(files["text"])], "n_samples": 4, "seq_len": 16}
+    run = tmp_path / "run"
+    restoration = best.restore_best(dense_dir, pruned_dir, run, data, low_rank=4, **settings)
+    losses = restoration.record.losses
+    assert losses["refitted"] != losses["pruned"]
+    assert losses["restored"] < losses["refitted"]
+    held_out = encode(validation, load_tokenizer(dense_dir))
+    assert losses["pruned"] == pytest.approx(sequence_loss(load_plain(pruned_dir), held_out)["loss"], rel=1e-4)
+    export(restoration, run / "refit", tmp_path / "out")
+    assert compare_zeros(pruned_dir, tmp_path / "out").is_equal
+    exported = load_plain(tmp_path / "out", dtype=torch.float32)
+    assert sequence_loss(exported, held_out)["loss"] == pytest.approx(losses["restored"], rel=1e-4)
+    written = (run / "refit" / "model.safetensors").stat().st_mtime_ns
+    best.restore_best(dense_dir, pruned_dir, run, data, low_rank=2, **settings)
+    assert (run / "refit" / "model.safetensors").stat().st_mtime_ns == written  # used again
+    with pytest.raises(RequestError, match=r"expected a refit of this pair in .*refit, got another's"):
+        best.restore_best(dense_dir, dense_dir, run, data, **settings)
+
+
+def test_by_one_command(
+    dense_dir: Path, pruned_dir: Path, files: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = best.refit
+
+    def on_own_text(*args, calibration, n_samples, seq_len):
+        assert (calibration, n_samples, seq_len) == (("alpaca", "c4", "wikitext"), 9, 512)
+        return real(*args, calibration=[str(files["text"])], n_samples=4, seq_len=16)
+
+    monkeypatch.setattr(best, "refit", on_own_text)
+    command = ["restore", str(dense_dir), str(pruned_dir), str(tmp_path / "run"), "--data", str(files["train"])]
+    assert main([*command, "--method", "best", "--refit-samples", "9", "--quiet"]) == 0
+    asked = read_json(tmp_path / "run" / "config.json")["restore"]
+    assert (asked["method"], asked["low_rank"]) == ("low-rank", 16)
+    assert asked["lr"] == best.BEST_LR
+    assert (asked["objective"]["text"], asked["objective"]["distillation"]) == (0.5, 0.5)
+    losses = read_json(tmp_path / "run" / "metrics.json")["validation"]["losses"]
+    assert list(losses) == ["dense", "pruned", "refitted", "restored"]
+    assert main(["export", str(tmp_path / "run"), str(tmp_path / "out"), "--quiet"]) == 0
+    assert compare_zeros(pruned_dir, tmp_path / "out").is_equal

@@ -1,0 +1,83 @@
+"""What a restoration refuses: other weights, heads and directions that are not there, before anything is written."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from support.tiny import D_HEAD, build_model, save_model
+
+from lcc_lens.analysis.scan.scan import Scan
+from lcc_lens.core.errors import RequestError
+from lcc_lens.core.heads import Head
+from lcc_lens.data.datasets import encode, load_data
+from lcc_lens.models.loading.hooked import identity_of, load_hooked
+from lcc_lens.restoration.injections.methods import parse_method, uses_heads
+from lcc_lens.restoration.restore import restore
+from lcc_lens.restoration.result import Restoration
+
+TOKENS = torch.arange(12)[None]
+ON_HEADS = ("lcc", "offset", "mean-shift", "random-basis", "gain", "mean-shift-sequential")
+
+
+@pytest.fixture(scope="module")
+def shifted(pair, found: Scan, question_file: Path) -> Restoration:
+    return restore(pair, found, found.select("mse", share=0.5), load_data(str(question_file)), method="mean-shift")
+
+
+def test_other_weights_are_refused_by_their_hash(pair, shifted: Restoration, pruned_dir: Path, tmp_path: Path) -> None:
+    """The same shapes are not enough: a restoration belongs to the weights it was found on."""
+    assert identity_of(pair.pruned) == pair.pruned_id
+    other = load_hooked(save_model(build_model(seed=1), tmp_path / "other")).model
+    for model in (other, pair.dense):
+        message = r"expected the pruned model with SHA-256 .*any_weights=True"
+        with pytest.raises(RequestError, match=message), shifted.applied_to(model):
+            pass
+    before = pair.dense(TOKENS)
+    with shifted.applied_to(pair.dense, any_weights=True) as model:
+        assert float((model(TOKENS) - before).abs().max()) > 1e-3
+    assert torch.equal(pair.dense(TOKENS), before)
+    shutil.copytree(pruned_dir, tmp_path / "copy")
+    copy = load_hooked(tmp_path / "copy").model  # the same weights elsewhere are the same model
+    with shifted.applied_to(copy) as model, shifted.applied_to(pair.pruned) as expected:
+        assert torch.equal(model(TOKENS), expected(TOKENS))
+
+
+@pytest.mark.parametrize("method", ON_HEADS)
+@pytest.mark.parametrize("head", [Head(3, 0), Head(0, 5)])
+def test_heads_outside_the_model_are_refused(
+    pair, found: Scan, question_file: Path, tmp_path: Path, method: str, head: Head
+) -> None:
+    assert uses_heads(method)
+    assert parse_method(method) == (method,)
+    data = load_data(str(question_file))
+    with pytest.raises(RequestError, match=f"expected heads within 3 layers x 5 heads, got {head}"):
+        restore(pair, found, [Head(0, 0), head], data, method=method, run=tmp_path / "run")
+    with pytest.raises(RequestError, match="expected every head once, got one twice"):
+        restore(pair, found, [Head(0, 0), Head(0, 0)], data, method=method, run=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("method", ["lcc", "mean-shift", "random-basis", "lcc+low-rank"])
+def test_more_directions_than_a_head_has_are_refused(
+    pair, found: Scan, question_file: Path, tmp_path: Path, method: str
+) -> None:
+    data = load_data(str(question_file))
+    with pytest.raises(RequestError, match=rf"expected a rank between 0 \(offset alone\) and d_head = {D_HEAD}, got 7"):
+        restore(pair, found, [Head(0, 0)], data, method=method, rank=D_HEAD + 1, run=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_responses_that_the_length_limit_cuts_off(pair, found: Scan, tmp_path: Path, caplog) -> None:
+    """How many, where some are left; refused, where none is."""
+    lines = [{"prompt": "x" * (5 + 3 * i), "response": " yes"} for i in range(12)]
+    (tmp_path / "long.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    data = load_data(str(tmp_path / "long.jsonl"))
+    assert len(encode(data, pair.tokenizer, max_length=20)) == 5
+    assert "7 examples left out: no response within 20 tokens" in caplog.text
+    with pytest.raises(RequestError, match=r"expected responses that begin within 4 tokens .*: all \d+ are cut off"):
+        restore(pair, found, [Head(0, 0)], data, max_length=4, run=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
