@@ -5,7 +5,8 @@
     python benchmarks/restorations.py --zero-shot      # then, of what was trained, the accuracies on five tasks
     python benchmarks/restorations.py --latency        # and how long each way of being served takes
 
-For each pruned model this is ``lcc-lens compare`` (see ``lcc_lens/evaluation/comparison/compare.py`` for what a cell is). Cells are kept in
+For each pruned model this is ``lcc-lens compare`` (see ``lcc_lens/evaluation/comparison/compare.py`` for what a cell
+is). Cells are kept in
 ``benchmarks/restorations_*.json`` as they come, what they trained in ``--folder``; the study can be stopped at any
 time. Delete a file to begin anew.
 """

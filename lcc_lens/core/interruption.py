@@ -16,8 +16,8 @@ from lcc_lens.core.processes import n_processes, summed
 class Interruption:
     """Whether the user asked to stop (Ctrl-C); a second Ctrl-C stops at once.
 
-    Of several processes (see :mod:`lcc_lens.core.processes`) each may get the signal more than once, from the terminal and
-    from the launcher, and at another step; so there only the first counts, and they agree on the step.
+    Of several processes (see :mod:`lcc_lens.core.processes`) each may get the signal more than once, from the
+    terminal and from the launcher, and at another step; so there only the first counts, and they agree on the step.
     """
 
     def __init__(self) -> None:

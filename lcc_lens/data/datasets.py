@@ -230,7 +230,8 @@ def encode(
         n_cut = min(len(data.examples), limit or len(data.examples)) - len(sequences)
         if n_cut and not sequences:
             raise RequestError(
-                f"expected responses that begin within {max_length} tokens from {data.source}, got none: all {n_cut} are "
+                f"expected responses that begin within {max_length} tokens from {data.source}, got none: all "
+                f"{n_cut} are "
                 "cut off; raise the length limit"
             )
         if n_cut:

@@ -31,7 +31,8 @@ def require_same_weights(restoration: Restoration, identity: ModelIdentity) -> N
     wanted, got = restoration.record.pruned_sha256, identity.sha256
     if wanted != got:
         raise RequestError(
-            f"expected the pruned model with SHA-256 {wanted[:12]}…, got {got[:12]}… in {identity.path}; name the model "
+            f"expected the pruned model with SHA-256 {wanted[:12]}…, got {got[:12]}… in {identity.path}; name "
+            f"the model "
             "that was restored"
         )
 
@@ -82,7 +83,8 @@ def fold_values(
     for layer, groups in grouped.items():
         if not torch.equal(groups, groups[:, :1].expand_as(groups)):
             raise RequestError(
-                f"expected the same constant in all heads that share a value head, got others in layer {layer}; serve it "
+                f"expected the same constant in all heads that share a value head, got others in layer {layer}; "
+                f"serve it "
                 "by lcc_lens.load_restored"
             )
     return {layer: groups[:, 0].flatten() for layer, groups in grouped.items()}

@@ -83,7 +83,8 @@ def require_converter(llama_cpp: str | Path | None) -> Path:
     advice = "git clone https://github.com/ggml-org/llama.cpp (nothing to build)"
     if not named:
         raise RequestError(
-            f"expected a clone of llama.cpp for its converter, got none; {advice} and name the folder by --llama-cpp or "
+            f"expected a clone of llama.cpp for its converter, got none; {advice} and name the folder by "
+            f"--llama-cpp or "
             f"{FOLDER_VARIABLE}"
         )
     converter = Path(named).expanduser() / CONVERTER
@@ -128,7 +129,8 @@ def _convert(converter: Path, directory: Path, file: Path, number_format: str) -
     if done.returncode != 0:
         said = [line.strip() for line in done.stderr.splitlines() if line.strip()] or ["nothing said"]
         raise LensError(
-            f"expected {directory} converted by {converter}, got exit code {done.returncode} ({said[-1][:300]}); no GGUF "
+            f"expected {directory} converted by {converter}, got exit code {done.returncode} "
+            f"({said[-1][:300]}); no GGUF "
             "was kept"
         )
 
@@ -265,7 +267,8 @@ def _refuse_biases(names: Mapping[str, str], architecture: str) -> None:
     unread = [name for name in names if name.endswith(("attn_output.bias", "ffn_down.bias"))]
     if unread:
         raise LensError(
-            f"expected an architecture whose output biases llama.cpp reads, got {architecture}, which has none there: it "
+            f"expected an architecture whose output biases llama.cpp reads, got {architecture}, which has none "
+            f"there: it "
             f"would refuse {unread[0]}; serve the exported directory by transformers"
         )
 

@@ -47,7 +47,8 @@ def push_to_hub(directory: str | Path, repository: str, *, private: bool = True)
         raise RequestError(f"expected a repository owner/name, got {repository!r} ({first_line(error)})") from error
     except (HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled, OSError) as error:
         raise LensError(
-            f"expected to send {path} to {repository}, got a refusal ({first_line(error)}); log in by hf auth login and "
+            f"expected to send {path} to {repository}, got a refusal ({first_line(error)}); log in by hf auth "
+            f"login and "
             "see that the hub can be reached (HF_HUB_OFFLINE)"
         ) from error
     return str(commit.commit_url)

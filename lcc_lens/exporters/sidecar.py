@@ -117,6 +117,7 @@ def _weight(module: nn.Module) -> Float[Tensor, "d_model width"]:
 
 def _refuse_saving(*_: Any, **__: Any) -> NoReturn:
     raise RequestError(
-        "expected a model whose files hold everything, got one with constants beside its weights; keep the pruned model "
+        "expected a model whose files hold everything, got one with constants beside its weights; keep the "
+        "pruned model "
         "and the restoration, or export"
     )

@@ -203,12 +203,14 @@ def check_pair(dense: _Description, pruned: _Description) -> None:
         wanted, got = dense.shapes[name], pruned.shapes[name]
         if wanted != got:
             raise RequestError(
-                f"expected two models of the same shape, got {name} {wanted} in {dense.identity.reference} and {got} in "
+                f"expected two models of the same shape, got {name} {wanted} in {dense.identity.reference} and "
+                f"{got} in "
                 f"{pruned.identity.reference}; name the model that this one was pruned from"
             )
     if dense.vocabulary != pruned.vocabulary:
         raise RequestError(
-            f"expected two models with the same tokenizer, got different vocabularies in {dense.identity.reference} and "
+            f"expected two models with the same tokenizer, got different vocabularies in "
+            f"{dense.identity.reference} and "
             f"{pruned.identity.reference}; name the model that this one was pruned from"
         )
 

@@ -60,8 +60,8 @@ def restore(
         heads: which heads to restore; none for methods that act on no heads.
         data: training examples (role ``train``); mean-shift learns from none, and uses their held-out part alone; a
             sequential one is measured on them.
-        method: ``lcc``, a control, or another part of :data:`~lcc_lens.restoration.injections.METHODS`; parts joined by ``+`` train
-            together (``lcc+low-rank``).
+        method: ``lcc``, a control, or another part of :data:`~lcc_lens.restoration.injections.METHODS`; parts joined
+            by ``+`` train together (``lcc+low-rank``).
         config: training settings.
         validation: held-out examples of the same kind; a tenth of the training examples' groups if not given.
         rank: directions per head; all if not given.
@@ -71,8 +71,8 @@ def restore(
         max_length: tokens per example at most.
         limit: training sequences at most (text is cut into many), and a tenth of it for validation.
         shuffle_responses: a control: train on every prompt with another one's response; validation stays as it is.
-        tune_lr: choose the learning rate by a short range test first (see :mod:`lcc_lens.restoration.training.lr_range`); its losses are
-            noted in the settings.
+        tune_lr: choose the learning rate by a short range test first (see
+            :mod:`lcc_lens.restoration.training.lr_range`); its losses are noted in the settings.
         exportable: refuse, before anything is trained, a model whose checkpoint cannot hold the result. Without it the
             restoration serves under hooks alone.
         run: a run directory for ``config.json``, ``restoration.safetensors``, ``metrics.json``, ``log.jsonl``,

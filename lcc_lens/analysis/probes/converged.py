@@ -98,7 +98,8 @@ def _fit_chunk(pairs: PairActivations, ridge: float, tol: float, max_steps: int)
         return probe
     if pairs.question.dtype == torch.float64:
         raise LensError(
-            f"expected probes that converge within {max_steps} steps, got {int((~converged).sum())} of {len(converged)} "
+            f"expected probes that converge within {max_steps} steps, got {int((~converged).sum())} of "
+            f"{len(converged)} "
             "heads that do not; raise the ridge or check the activations"
         )
     # On the processor: not every device has float64

@@ -35,7 +35,8 @@ SCAN_RECORD = "scan.json"
 class ScanRecord:
     """Where a scan comes from: weights, data, settings.
 
-    ``negatives`` says how wrong answers were chosen (see :class:`~lcc_lens.data.datasets.Data`). ``pattern`` and ``sparsity``
+    ``negatives`` says how wrong answers were chosen (see :class:`~lcc_lens.data.datasets.Data`). ``pattern`` and
+    ``sparsity``
     describe the pruned model's zeros. ``dense_heads`` and ``removed_heads`` are the pair's head map where whole heads
     were removed; empty where every head is where it was.
     """

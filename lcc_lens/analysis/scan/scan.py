@@ -231,7 +231,8 @@ def _warn(n_samples: int, d_head: int, silent: Iterable[Sequence[int]]) -> None:
     """Say what the data leave open."""
     if n_samples < d_head:
         logger.warning(
-            "expected at least %d samples to determine every direction, got %d: the last %d directions of each head are "
+            "expected at least %d samples to determine every direction, got %d: the last %d directions of each "
+            "head are "
             "arbitrary; all other statistics hold", d_head, n_samples, d_head - n_samples,
         )  # fmt: skip
     heads = [str(Head(layer, head)) for layer, head in silent]

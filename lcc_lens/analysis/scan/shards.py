@@ -275,7 +275,8 @@ class ScanState:
         if record.get("identity") != self._identity:
             if joined:
                 raise RequestError(
-                    f"expected the scan that the first process began in {self.folder}, got none of it; put the run on a "
+                    f"expected the scan that the first process began in {self.folder}, got none of it; put the "
+                    f"run on a "
                     "disk that all machines share"
                 )
             shutil.rmtree(self.folder, ignore_errors=True)

@@ -61,8 +61,8 @@ def score_activation_patching(
     """Score heads by what the dense model's output of that one head brings the pruned model.
 
     The gold standard for other selectors: no linearisation, no probe. It costs a forward pass from the head's layer up
-    for every head and example; :func:`~lcc_lens.analysis.selectors.attribution_patching.score_attribution_patching` estimates
-    the same from one backward pass.
+    for every head and example; :func:`~lcc_lens.analysis.selectors.attribution_patching.score_attribution_patching`
+    estimates the same from one backward pass.
 
     Args:
         pair: the hooked models.

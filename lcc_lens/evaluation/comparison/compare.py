@@ -44,7 +44,8 @@ def compare(
     What was trained is kept in ``run/trained``, so that more tasks can be asked later: cells that are there are
     measured on what they lack.
 
-    A cell holds what :class:`~lcc_lens.evaluation.comparison.measures.Measures` measures, the numbers trained, the numbers that the
+    A cell holds what :class:`~lcc_lens.evaluation.comparison.measures.Measures` measures, the numbers trained, the
+    numbers that the
     checkpoint of the result gains, the share of the pruned weights' zeros that are left once it is merged, and the
     training's seconds and memory; for a mean shift also the share of the squared difference that is
     constant at all (``mendable_share``). The seed draws the examples, their order and initial values.
@@ -140,8 +141,10 @@ def summary(found: dict[str, Any]) -> list[dict[str, Any]]:
     ``recovered_interval`` is a 95 % interval from drawing the first text's blocks anew, those of all models alike, with
     the losses' mean over seeds; ``tasks`` has by name the accuracy's mean and spread over seeds, the standard error of
     one seed's, and ``gain_interval`` of the difference from the pruned model on the same items; where there are tasks,
-    :func:`~lcc_lens.evaluation.comparison.accuracies.mean_rows` adds their mean and the share of its loss recovered. ``inference`` is what
-    the result's way of being served takes (see :func:`~lcc_lens.evaluation.comparison.costs.inference_costs`). Entries trained on
+    :func:`~lcc_lens.evaluation.comparison.accuracies.mean_rows` adds their mean and the share of its loss recovered.
+    ``inference`` is what
+    the result's way of being served takes (see :func:`~lcc_lens.evaluation.comparison.costs.inference_costs`).
+    Entries trained on
     the dense model have no share. The deviation of a single seed is None. ``errors`` are those of failed cells.
     """
     rows: list[dict[str, Any]] = []

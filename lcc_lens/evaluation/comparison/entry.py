@@ -32,11 +32,13 @@ REFIT = "refit"
 class Entry:
     """A line of a comparison: ``[refit+]method[@control][:objective][=learning rate | =tuned]``.
 
-    ``refit`` starts from the refitted model. ``method`` are parts of :data:`~lcc_lens.restoration.injections.METHODS` joined by
+    ``refit`` starts from the refitted model. ``method`` are parts of :data:`~lcc_lens.restoration.injections.METHODS`
+    joined by
     ``+``, or a baseline: ``lora`` or ``dora`` (on q, k, v, o; with ``-vo`` on v, o), ``lofit``, ``eora``, ``flap``,
     ``perp`` or ``perp-lora`` (see :data:`PERP`). ``@dense`` trains the same on the dense model: what that lowers is not
     restoration; ``@shuffled`` trains on other prompts' responses; ``@random-heads`` chooses heads at random. The
-    objective is read by :meth:`~lcc_lens.restoration.training.objectives.Objective.parse`. Without a learning rate each part takes its own;
+    objective is read by :meth:`~lcc_lens.restoration.training.objectives.Objective.parse`. Without a learning rate
+    each part takes its own;
     ``=tuned`` chooses one for every seed by :func:`~lcc_lens.restoration.training.lr_range.range_test`.
 
     Example:
@@ -54,7 +56,8 @@ class Entry:
 
     @property
     def parts(self) -> str | None:
-        """The method in parts of :data:`~lcc_lens.restoration.injections.METHODS`; None for baselines of another kind."""
+        """The method in parts of :data:`~lcc_lens.restoration.injections.METHODS`; None for baselines of another
+        kind."""
         if self.method == "lofit":
             return "offset"  # at the heads that its first stage chose
         return PERP.get(self.method or "", None if self.method in BASELINES else self.method)

@@ -42,8 +42,8 @@ def report(
     Returns:
         ``models`` by name; ``ratios`` of each model's times to the first model's, formed within each round;
         ``zero_patterns``, every model with zeros against the first of them; ``settings``, ``machine``, ``version``.
-        Times are in milliseconds, medians with intervals as :func:`lcc_lens.evaluation.efficiency.timing.median_interval` gives them, sizes
-        in bytes.
+        Times are in milliseconds, medians with intervals as
+        :func:`lcc_lens.evaluation.efficiency.timing.median_interval` gives them, sizes in bytes.
 
     Raises:
         RequestError: no model or one that cannot be read, a number below one, or more tokens than a model takes.

@@ -26,7 +26,8 @@ _T = TypeVar("_T")
 class PaperRow:
     """A row of the paper's table: its name there, the entry that makes it here, and the paper's figures.
 
-    ``entry`` is ``dense``, ``pruned`` or a line of a comparison (see :class:`~lcc_lens.evaluation.comparison.entry.Entry`); None where the
+    ``entry`` is ``dense``, ``pruned`` or a line of a comparison (see
+    :class:`~lcc_lens.evaluation.comparison.entry.Entry`); None where the
     recipe does not make the row. ``accuracy`` is the mean over tasks in per cent; both are None where the paper has no
     such row.
     """

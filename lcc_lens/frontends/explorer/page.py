@@ -73,7 +73,8 @@ def explore(
     size = len(text.encode())
     if size > MOST_BYTES:
         raise RequestError(
-            f"expected a page of up to {MOST_BYTES / 1e6:.0f} MB, got {size / 1e6:.0f} MB; explore one run at a time, or "
+            f"expected a page of up to {MOST_BYTES / 1e6:.0f} MB, got {size / 1e6:.0f} MB; explore one run at a "
+            f"time, or "
             "scan again with fewer examples"
         )
     write_text(out, text)

@@ -46,7 +46,8 @@ class RunContents:
         has_scan, has_restoration = (path / SCAN_RECORD).exists(), (path / RESTORATION_TENSORS).exists()
         if not (has_scan or has_restoration):
             raise RequestError(
-                f"expected a run with a scan or a restoration in {path}, got neither; run lcc-lens scan or restore first"
+                f"expected a run with a scan or a restoration in {path}, got neither; run lcc-lens scan or "
+                f"restore first"
             )
         scan = Scan.load(path) if has_scan else None
         restoration = Restoration.load(path) if has_restoration else None

@@ -98,8 +98,8 @@ def recovery_points(comparisons: Sequence[Mapping[str, Any]], along: Along) -> l
     """Points of comparisons: every line with the settings or the learning rate that it was trained with.
 
     Args:
-        comparisons: what :func:`lcc_lens.evaluation.comparison.compare.compare` returns; of one pruned model, or recovery means different
-            things.
+        comparisons: what :func:`lcc_lens.evaluation.comparison.compare.compare` returns; of one pruned model, or
+            recovery means different things.
         along: ``heads`` and ``examples`` are a comparison's settings; learning rates are told apart within each.
     """
     points = []

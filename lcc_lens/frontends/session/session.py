@@ -45,8 +45,8 @@ class RestoreSession:
 
     Models run in :meth:`train`, :meth:`loss`, :meth:`next_tokens`, :meth:`generate`, :meth:`export` and :meth:`save`
     alone, and are as they were between all calls. What no step changes is computed once per example for the whole
-    session (see :mod:`lcc_lens.restoration.training.reuse`). Properties and :meth:`stop` may be used from any thread at any time; everything
-    else is refused while another call is at work.
+    session (see :mod:`lcc_lens.restoration.training.reuse`). Properties and :meth:`stop` may be used from any thread
+    at any time; everything else is refused while another call is at work.
 
     Args:
         pair: the hooked models.

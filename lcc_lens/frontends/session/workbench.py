@@ -35,7 +35,8 @@ def open_workbench(
     low_rank: int,
     exportable: bool,
 ) -> Workbench:
-    """Check what a session is asked for and encode its data; see :class:`~lcc_lens.frontends.session.session.RestoreSession`.
+    """Check what a session is asked for and encode its data; see
+    :class:`~lcc_lens.frontends.session.session.RestoreSession`.
 
     Raises:
         RequestError: see there.

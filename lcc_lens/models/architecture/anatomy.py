@@ -128,7 +128,8 @@ def _projections(
     if matrix is not None and n_queries == n_keys:  # head by head: query, key and value of each
         return ((matrix, torch.arange(3 * n_queries).reshape(len(queries), 3 * d_head)),)
     raise RequestError(
-        f"expected query, key and value projections in {where}, got {', '.join(sorted(by_path))}; use wanda or sparsegpt"
+        f"expected query, key and value projections in {where}, got {', '.join(sorted(by_path))}; use wanda or "
+        f"sparsegpt"
     )
 
 

@@ -114,7 +114,8 @@ def find_slots(
             if slots.heads_per_bias == 1 or shared_values:
                 return slots
     raise RequestError(
-        f"expected an architecture that can hold a constant per {_PARTS[site]} in a bias, got {config.model_type}, which "
+        f"expected an architecture that can hold a constant per {_PARTS[site]} in a bias, got "
+        f"{config.model_type}, which "
         "has none that is exact; restore it for hooks alone (exportable=False, --hooks-only) and serve it by "
         "lcc_lens.load_restored"
     )

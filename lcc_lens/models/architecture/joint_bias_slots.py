@@ -51,7 +51,8 @@ class JointSlots:
 def find_joint_slots(
     path: Path, maps: Mapping[ConstantSite, tuple[str, ...]], *, shared_values: bool = False
 ) -> JointSlots:
-    """Find biases that hold the constants of every named site at once; see :func:`~lcc_lens.models.architecture.bias_slots.find_slots`.
+    """Find biases that hold the constants of every named site at once; see
+    :func:`~lcc_lens.models.architecture.bias_slots.find_slots`.
 
     Args:
         path: the checkpoint.
@@ -68,7 +69,8 @@ def find_joint_slots(
         if joint.retyped_as not in (None, slots.retyped_as) and not is_stored:
             ways = " and ".join(slots.way for slots in found.values())
             raise RequestError(
-                f"expected one configuration that holds the constants of {' and '.join(found)}, got {ways}; restore one "
+                f"expected one configuration that holds the constants of {' and '.join(found)}, got {ways}; "
+                f"restore one "
                 "of them, or for hooks alone (exportable=False, --hooks-only) and serve it by lcc_lens.load_restored"
             )
     return joint

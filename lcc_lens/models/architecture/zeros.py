@@ -29,7 +29,8 @@ class MatrixZeros:
     zeros: int
     """Weights that are exactly zero."""
     pattern: str
-    """``2:4``, ``4:8``, ``unstructured`` or ``dense``; see :func:`lcc_lens.models.architecture.sparsity_patterns.detect_pattern`."""
+    """``2:4``, ``4:8``, ``unstructured`` or ``dense``; see
+    :func:`lcc_lens.models.architecture.sparsity_patterns.detect_pattern`."""
     zero_rows: int
     """Outputs that no input reaches: rows of zeros only."""
     zero_columns: int

@@ -112,7 +112,8 @@ def shard_layers(model: HookedModel) -> None:
     """Divide the weights of every decoder layer among the processes that were launched together (FSDP2).
 
     A layer's weights are whole in every process while it computes, and a share of them otherwise. So all processes must
-    run the same passes: call :func:`lcc_lens.analysis.scan.scan.scan` without a run directory in each of them, and save what one got.
+    run the same passes: call :func:`lcc_lens.analysis.scan.scan.scan` without a run directory in each of them, and
+    save what one got.
 
     Args:
         model: a hooked model, loaded on the CPU; it ends up on the device of this process.

@@ -96,7 +96,8 @@ def load_hooked(
     """Load a model under TransformerLens' hooks and check that it is what it claims to be.
 
     A model of transformers that is in memory is stored in the cache first (see
-    :func:`lcc_lens.models.loading.in_memory.stored_model`): artefacts name weights on disk, and hooks would rename its keys. A
+    :func:`lcc_lens.models.loading.in_memory.stored_model`): artefacts name weights on disk, and hooks would rename
+    its keys. A
     HookedTransformer (TransformerLens 3) that is in memory is taken as it is, if it has its checkpoint's weights
     unprocessed (see :mod:`lcc_lens.models.hooked.hooked_transformer`).
 
@@ -250,7 +251,8 @@ def _refuse_map(device: torch.device, device_map: DeviceMap | None, *, is_bridge
         )
     if device_map == "disk" and device.type != "cpu":
         raise RequestError(
-            f"expected the CPU for a model with its layers on disk, got {device}; set LCC_LENS_DEVICE=cpu, or spread the "
+            f"expected the CPU for a model with its layers on disk, got {device}; set LCC_LENS_DEVICE=cpu, or "
+            f"spread the "
             "model over GPUs by the device map auto"
         )
 
@@ -260,7 +262,8 @@ def _refuse_quantised(path: Path) -> None:
     if found:
         kind = found.get("quant_method", "unnamed")
         raise RequestError(
-            f"expected weights in float32, bfloat16 or float16, got {kind} quantisation in {path}; name the original, or "
+            f"expected weights in float32, bfloat16 or float16, got {kind} quantisation in {path}; name the "
+            f"original, or "
             "save a dequantised copy (model.dequantize(), save_pretrained)"
         )
 

@@ -39,7 +39,8 @@ def load_plain(
         attention: transformers' attention implementation; its own choice for the architecture if not given.
         strict: refuse files that are not all of this architecture; transformers itself fills what is missing with
             random numbers and passes over what it does not know.
-        device_map: see :func:`lcc_lens.models.hooked.offloading.placement`; :func:`lcc_lens.core.config.default_device_map` if not given.
+        device_map: see :func:`lcc_lens.models.hooked.offloading.placement`;
+            :func:`lcc_lens.core.config.default_device_map` if not given.
 
     Raises:
         RequestError: the files are damaged, of another model than ``config.json`` says, or no causal language model.
@@ -92,7 +93,8 @@ def _refuse_other_tensors(path: Path, report: Mapping[str, Any]) -> None:
     unread = {n for n in unread if n.endswith(".weight") or f"{n.removesuffix('.bias')}.weight" in stored}
     if unread:
         raise RequestError(
-            f"expected weights that the model in {path} reads, got {min(unread)}, which it passes over ({len(unread)} in "
+            f"expected weights that the model in {path} reads, got {min(unread)}, which it passes over "
+            f"({len(unread)} in "
             "all); name the directory with the right config.json"
         )
 

@@ -80,7 +80,8 @@ def _require_model(path: Path) -> None:
     """
     if (path / "adapter_config.json").exists() and not list(path.glob("model*.safetensors")):
         raise RequestError(
-            f"expected a whole model in {path}, got a PEFT adapter; merge it into its base (merge_and_unload), save that"
+            f"expected a whole model in {path}, got a PEFT adapter; merge it into its base (merge_and_unload), "
+            f"save that"
         )
     if not (path / "config.json").exists():
         raise RequestError(f"expected a Hugging Face directory in {path}, got one without config.json")

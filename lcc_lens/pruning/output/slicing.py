@@ -155,7 +155,8 @@ def _changed(model_dir: Path, changes: Mapping[str, Any]) -> tuple[Any, str]:
 
 def _not_sliceable(model_type: str, reason: str) -> RequestError:
     return RequestError(
-        f"expected an architecture whose configuration holds fewer heads of the same size, got {model_type} ({reason}); "
+        f"expected an architecture whose configuration holds fewer heads of the same size, got {model_type} "
+        f"({reason}); "
         "leave out --sliced"
     )
 

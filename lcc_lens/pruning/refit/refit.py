@@ -50,7 +50,8 @@ class RefitConfig:
             maps also make up for earlier ones' errors.
         ridge: pull towards the dense weights, as a share of the inputs' mean square.
         mend: the share of what the residual stream lacks already that the maps which write to it make up for, upon
-            giving the dense maps' own outputs (:class:`~lcc_lens.pruning.refit.residual_correction.Shortfall`); 0 leaves it. Only where
+            giving the dense maps' own outputs (:class:`~lcc_lens.pruning.refit.residual_correction.Shortfall`); 0
+            leaves it. Only where
             layers add to the stream what their output maps give; elsewhere all maps follow as ``follow`` says.
         batch_size: sequences per forward pass.
     """
@@ -144,7 +145,8 @@ def _check_shapes(dense: Sequence[Sequence[Matrix]], pruned: Sequence[Sequence[M
     found = [[(one.name, one.d_in, one.d_out) for layer in plan for one in layer] for plan in (dense, pruned)]
     if found[0] != found[1]:
         raise RequestError(
-            "expected a dense model and the same model with zeros, got matrices of other names or sizes; a sliced model "
+            "expected a dense model and the same model with zeros, got matrices of other names or sizes; a "
+            "sliced model "
             "cannot be refitted"
         )
 

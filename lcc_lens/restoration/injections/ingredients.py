@@ -59,13 +59,15 @@ class Ingredients:
         """
         if self.mlp is None:
             raise RequestError(
-                "expected a scan with the MLP's post-activation (sites z mlp), got one without; scan again, or leave the "
+                "expected a scan with the MLP's post-activation (sites z mlp), got one without; scan again, or "
+                "leave the "
                 "MLP out where the two models' MLPs differ in width"
             )
         found = self.mlp.components()
         if directions and not found.n_held:
             raise RequestError(
-                "expected the MLP's lost directions, got a scan without them; scan again with its spectrum (--spectra z "
+                "expected the MLP's lost directions, got a scan without them; scan again with its spectrum "
+                "(--spectra z "
                 "mlp), or restore by mlp-offset"
             )
         return found

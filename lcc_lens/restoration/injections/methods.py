@@ -178,8 +178,8 @@ def build_injection(method: str, given: Ingredients) -> Injection:
 
     Raises:
         RequestError: an unknown name, ingredients that do not fit it, or a model whose hooked forward pass would not
-            read the changed weights (see :func:`~lcc_lens.restoration.injections.weights.check_reached`) or has no map that reads
-            a constant.
+            read the changed weights (see :func:`~lcc_lens.restoration.injections.weights.check_reached`) or has no
+            map that reads a constant.
     """
     names = parse_method(method)
     if "mlp" in bias_sites(method):

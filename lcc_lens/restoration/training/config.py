@@ -15,15 +15,16 @@ class TrainConfig:
 
     ``lr`` is each injection's own if not given; given, it is that of the first injection, and the others keep their
     ratio to it. A constant's is in units of each head's root mean square difference (see
-    :class:`~lcc_lens.restoration.injections.LccInjection`), so that one rate fits all heads and models; the paper's 1e-3 to 1e-5
+    :class:`~lcc_lens.restoration.injections.LccInjection`), so that one rate fits all heads and models; the paper's
+    1e-3 to 1e-5
     are in units of activations. ``patience`` ends the run after so many validations in a row without a new best.
     ``micro_tokens`` bounds the padded tokens of one backward pass (1024 on a CPU and 4096 on a GPU if not given):
     gradient accumulation, in which a batch is split and the gradients of its parts are summed with the whole batch's
     token counts, so that the step is that of the unsplit batch. ``gradient_checkpointing`` keeps only what enters each
     layer and computes the rest again when gradients are taken: the same gradients from less memory, in a third more
     time. Both decide memory, not the outcome. ``reuse`` computes once per sequence what no step changes (see
-    :mod:`lcc_lens.restoration.training.reuse`): faster over several epochs, in return for memory and disk and for equality within rounding
-    only.
+    :mod:`lcc_lens.restoration.training.reuse`): faster over several epochs, in return for memory and disk and for
+    equality within rounding only.
     """
 
     epochs: int = 1

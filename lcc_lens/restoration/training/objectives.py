@@ -31,7 +31,8 @@ class Outputs:
 
 
 class Source(ABC):
-    """What gives a model's outputs another way than by a whole forward pass (see :mod:`lcc_lens.restoration.training.reuse`)."""
+    """What gives a model's outputs another way than by a whole forward pass (see
+    :mod:`lcc_lens.restoration.training.reuse`)."""
 
     model: HookedModel
 
