@@ -1,0 +1,50 @@
+"""One fingerprint for every "is this the same request?": a hash of all that decides a result."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import asdict, is_dataclass
+from pathlib import Path
+from typing import Any
+
+
+def fingerprint(*parts: Any) -> str:
+    """Hash what decides a result, so that work is only continued or reused for the same request.
+
+    Args:
+        *parts: values of JSON, dataclasses, paths, sets, mappings, tensors; anything else counts by its text.
+
+    Returns:
+        The SHA-256 of the parts as canonical JSON, in hexadecimal.
+
+    Example:
+        >>> fingerprint({"seed": 0, "rank": 8}) == fingerprint({"rank": 8, "seed": 0})
+        True
+    """
+    return hashlib.sha256(json.dumps(_plain(parts), sort_keys=True).encode()).hexdigest()
+
+
+def _plain(value: Any) -> Any:
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if is_dataclass(value) and not isinstance(value, type):
+        return _plain(asdict(value))
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, Set):
+        return sorted(str(item) for item in value)
+    if isinstance(value, Sequence):
+        return [_plain(item) for item in value]
+    if hasattr(value, "detach"):  # a tensor: its type, shape and bytes
+        array = value.detach().cpu().contiguous()
+        flat = array.reshape(-1).view(dtype=_bytes())
+        return [str(array.dtype), list(array.shape), hashlib.sha256(flat.numpy().tobytes()).hexdigest()]
+    return value.as_posix() if isinstance(value, Path) else str(value)
+
+
+def _bytes() -> Any:
+    import torch
+
+    return torch.uint8

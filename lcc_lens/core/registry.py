@@ -1,0 +1,85 @@
+"""Registries of selectors, pruners, methods and data sets, which users extend at run time or by entry points."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from difflib import get_close_matches
+from importlib.metadata import EntryPoint, entry_points
+from typing import Generic, TypeVar, cast
+
+from lcc_lens.core.errors import RequestError
+
+T = TypeVar("T")
+_NAME = re.compile(r"[a-z][a-z0-9_-]*")
+
+
+class Registry(Mapping[str, T], Generic[T]):
+    """Named entries of one kind: those of the package, those of installed plug-ins, and those registered at run time.
+
+    An installed package adds an entry by an entry point of the group ``lcc_lens.<kind>s``; it is imported when the
+    entry is first used.
+
+    Args:
+        kind: what an entry is, in messages: ``selector``.
+        builtin: the package's own entries, in the order in which they are listed.
+
+    Example:
+        >>> colours = Registry("colour", {"red": 0xFF0000})
+        >>> colours.register("green", 0x00FF00)
+        >>> sorted(colours)
+        ['green', 'red']
+    """
+
+    def __init__(self, kind: str, builtin: Mapping[str, T]) -> None:
+        self.kind = kind
+        self._entries: dict[str, T] = dict(builtin)
+        self._plugins: dict[str, EntryPoint] | None = None
+
+    def register(self, name: str, entry: T, *, replace: bool = False) -> None:
+        """Add an entry.
+
+        Args:
+            name: lower-case letters, digits, ``-`` and ``_``.
+            entry: what the name stands for.
+            replace: allow a name that is taken.
+
+        Raises:
+            RequestError: the name has another form, or is taken.
+        """
+        if not _NAME.fullmatch(name):
+            raise RequestError(
+                f"expected a {self.kind} name of lower-case letters, digits, - and _, got {name!r}; rename it"
+            )
+        if name in self and not replace:
+            raise RequestError(f"expected a new {self.kind} name, got {name!r}, which is taken; pass replace=True")
+        self._entries[name] = entry
+
+    def __getitem__(self, name: str) -> T:
+        """The entry of a name.
+
+        Raises:
+            RequestError: there is none; names the nearest and all others.
+        """
+        if name not in self._entries and name in self._found():
+            self._entries[name] = cast("T", self._found()[name].load())
+        if name not in self._entries:
+            near = get_close_matches(name, self, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else "choose one of these"
+            raise RequestError(f"expected a {self.kind} ({', '.join(self)}), got {name!r}; {hint}")
+        return self._entries[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._entries or name in self._found()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(dict.fromkeys([*self._entries, *self._found()]))
+
+    def __len__(self) -> int:
+        return len(list(iter(self)))
+
+    def _found(self) -> dict[str, EntryPoint]:
+        """Entry points of installed packages, looked up once."""
+        if self._plugins is None:
+            self._plugins = {point.name: point for point in entry_points(group=f"lcc_lens.{self.kind}s")}
+        return self._plugins
