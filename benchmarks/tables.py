@@ -1,7 +1,7 @@
-"""The README's tables, drawn from the committed results.
+"""The tables of the README and of docs/results, drawn from the committed results.
 
 python benchmarks/tables.py            # print them
-python benchmarks/tables.py --write    # put the marked ones in their place in the README
+python benchmarks/tables.py --write    # put the marked ones in their places
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ from statistics import fmean
 from typing import Any
 
 HERE = Path(__file__).parent
-README = HERE.parent / "README.md"
+ROOT = HERE.parent
+#: The pages with marked tables.
+PAGES = (ROOT / "README.md", *sorted((ROOT / "docs" / "results").glob("*.md")))
 
 
 def quality_table(study: dict[str, Any]) -> str:
@@ -242,6 +244,10 @@ RESTORED = {
 }
 
 
+#: The line of a comparison that is `best` as it is now.
+BEST = "refit+low-rank:text+distillation=0.005"
+
+
 def restoration_table(study: dict[str, Any]) -> str:
     """Mean over seeds, with the standard deviation where there are several, of every entry of a comparison."""
     from lcc_lens.evaluation.comparison.compare import summary
@@ -268,6 +274,39 @@ def restoration_table(study: dict[str, Any]) -> str:
                 cell(row, "kl", 3), cell(row, "response_loss", 3), f"{row['n_trained'] or 0:,}", str(row["seeds"]),
             ]  # fmt: skip
             lines.append(f"| {label} | " + " | ".join(values) + " |")
+    return "\n".join(lines)
+
+
+def overview_table(studies: dict[str, dict[str, Any]]) -> str:
+    """The README's table: the paper's method, LoRA and `best`, by pruned model.
+
+    Args:
+        studies: comparisons by the name of the pruned model.
+    """
+    from lcc_lens.evaluation.comparison.compare import summary
+
+    labels = {"lcc": "`lcc`, the paper's", "lora": "LoRA (peft; q, k, v, o)", BEST: "`best`"}
+    header = [
+        f"{name}: {what}" for name in studies for what in ("WikiText recovered, %", "C4 perplexity", "KL to dense")
+    ]
+    lines = [f"| | {' | '.join(header)} |", f"|---|{'---:|' * len(header)}"]
+    lines += [
+        f"| {name} | "
+        + " | ".join(
+            f"| {m['texts']['c4']['perplexity']:.1f} | {m['kl']:.3f}"
+            for m in (s["bare"][name] for s in studies.values())
+        )
+        + " |"
+        for name in ("dense", "pruned")
+    ]
+    rows = {name: {row["entry"]: row for row in summary(study)} for name, study in studies.items()}
+    for entry, label in labels.items():
+        cells = [
+            f"{scale * rows[name][entry][key]:.{digits}f} ± {scale * rows[name][entry][f'{key}_sd']:.{digits}f}"
+            for name in studies
+            for key, digits, scale in (("recovered", 1, 100), ("perplexity_c4", 1, 1), ("kl", 3, 1))
+        ]
+        lines.append(f"| {label} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -393,7 +432,7 @@ def ratio_table(bench: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-#: What stands between ``<!-- name -->`` and ``<!-- /name -->`` in the README: a file and how it is drawn.
+#: What stands between ``<!-- name -->`` and ``<!-- /name -->`` in a page: a file and how it is drawn.
 MARKED: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "restorations": ("restorations_wanda50.json", restoration_table),
     "restorations 2:4": ("restorations_wanda24.json", restoration_table),
@@ -410,6 +449,19 @@ MARKED: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
 MARKED_TASKS = {"tasks": "wanda60", "tasks, structured": "structured40"}
 
 
+#: The README's table: the comparisons by the name of the pruned model.
+OVERVIEW = {"Wanda 50 %": "restorations_wanda50.json", "Wanda 2:4": "restorations_wanda24.json"}
+
+
+def marked_tables() -> dict[str, str]:
+    """Every marked table by its mark, drawn anew."""
+    return {
+        "overview": overview_table({name: read(file) for name, file in OVERVIEW.items()}),
+        **{name: draw(read(file)) for name, (file, draw) in MARKED.items()},
+        **{name: one_task_table(read_tasks(model)) for name, model in MARKED_TASKS.items()},
+    }
+
+
 def between(text: str, begin: str, end: str, new: str) -> str:
     """A text with something new between two marks."""
     before, found, rest = text.partition(begin)
@@ -420,13 +472,13 @@ def between(text: str, begin: str, end: str, new: str) -> str:
 
 
 def write_marked() -> None:
-    """Draw every marked table of the README again."""
-    text = README.read_text(encoding="utf-8")
-    for name, (file, draw) in MARKED.items():
-        text = between(text, f"<!-- {name} -->\n", f"\n<!-- /{name} -->", draw(read(file)))
-    for name, model in MARKED_TASKS.items():
-        text = between(text, f"<!-- {name} -->\n", f"\n<!-- /{name} -->", one_task_table(read_tasks(model)))
-    README.write_text(text, encoding="utf-8")
+    """Draw every marked table again, in the page that has its mark."""
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        for name, table in marked_tables().items():
+            if f"<!-- {name} -->" in text:
+                text = between(text, f"<!-- {name} -->\n", f"\n<!-- /{name} -->", table)
+        page.write_text(text, encoding="utf-8")
 
 
 def print_tables() -> None:
@@ -441,13 +493,12 @@ def print_tables() -> None:
         task_table(read("selector_study.json")),
         cost_table(read("scan_cost.json"), read("probes.json")),
         published_table(read("published.json")),
-        *(draw(read(file)) for file, draw in MARKED.values()),
-        *(one_task_table(read_tasks(model)) for model in MARKED_TASKS.values()),
+        *marked_tables().values(),
     ):
         print(table, end="\n\n")
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", action="store_true", help="the marked ones, into the README")
+    parser.add_argument("--write", action="store_true", help="the marked ones, into their pages")
     write_marked() if parser.parse_args().write else print_tables()

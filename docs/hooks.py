@@ -20,6 +20,8 @@ PAGES = {
     "index.md": "README.md", "ARCHITECTURE.md": "ARCHITECTURE.md", "CONTRIBUTING.md": "CONTRIBUTING.md",
     "CHANGELOG.md": "CHANGELOG.md",
 }  # fmt: skip
+#: The way out of ``docs/`` to a page or picture that lies in the site's root.
+_OUTSIDE = re.compile(r"\]\((?:\.\./)+(?=figures/|ARCHITECTURE|CONTRIBUTING|CHANGELOG)")
 _MATH = re.compile(r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>', re.DOTALL)
 _TAG = re.compile(r"\\tag\{(\d+)\}")
 _ROLE = re.compile(r":(?:class|func|meth|data|mod|attr):<code>~?([^<]*)</code>")
@@ -35,10 +37,11 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Any, **context: Any) -> str:
-    """Lead the README's links into this folder to where it lies on the site."""
-    if page.file.src_uri != "index.md":
-        return markdown
-    return markdown.replace("](docs/", "](").replace('src="docs/', 'src="')
+    """Lead links of the repository to where they lie on the site, whose root is ``docs/``."""
+    if page.file.src_uri == "index.md":
+        return markdown.replace("](docs/", "](").replace('src="docs/', 'src="')
+    depth = page.file.src_uri.count("/")
+    return _OUTSIDE.sub("](" + "../" * depth, markdown)
 
 
 def on_page_content(content: str, **context: Any) -> str:

@@ -12,7 +12,8 @@ from support.places import ROOT
 import lcc_lens
 from lcc_lens.analysis.statistics import DifferenceStatistics
 
-PAGES = {path.name: path.read_text() for path in sorted((ROOT / "docs").glob("*.md"))}
+DOCS = ROOT / "docs"
+PAGES = {path.relative_to(DOCS).as_posix(): path.read_text() for path in sorted(DOCS.rglob("*.md"))}
 
 
 def named(dotted: str) -> object:
@@ -40,8 +41,8 @@ def test_names_of_a_page_exist(page: str) -> None:
         except ModuleNotFoundError:
             assert named(dotted) is not None
     assert set(re.findall(r"\blcc\.(\w+)\(", PAGES[page])) <= set(lcc_lens.__all__)
-    pictures = re.findall(r"\]\((figures/[^)]+)\)", PAGES[page])
-    assert [picture for picture in pictures if not (ROOT / picture).exists()] == []
+    links = re.findall(r"\]\((?!http)([^)#]+)", PAGES[page])
+    assert [link for link in links if not ((DOCS / page).parent / link).exists()] == []
 
 
 def test_the_selector_of_the_page_scores_heads() -> None:

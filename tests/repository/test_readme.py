@@ -1,19 +1,22 @@
-"""The README says what was measured and what the program does."""
+"""README and docs say what was measured and what the program does; the README fits on a screen or two."""
 
 from __future__ import annotations
 
 import importlib.util
 import json
 import re
+from typing import get_args
 
 import pytest
 from support.places import ROOT
 
 import lcc_lens
 from lcc_lens.data.prompts import SOURCES
-from lcc_lens.frontends.cli.main import run
+from lcc_lens.frontends.cli.main import Command, run
 
 README = (ROOT / "README.md").read_text()
+RESULTS = {path.stem: path.read_text() for path in (ROOT / "docs" / "results").glob("*.md")}
+COMMANDS = (ROOT / "docs" / "cli.md").read_text()
 
 
 def benchmark(name: str):
@@ -27,9 +30,11 @@ def test_tables_are_drawn_from_the_committed_results() -> None:
     module = benchmark("collect_demo")
     demo = json.loads((ROOT / "benchmarks" / "demo.json").read_text())
     assert len(demo["runs"]) >= 3
-    assert module.table(demo) in README
-    assert demo["command"] in README
-    assert module.bench_table(json.loads((ROOT / "benchmarks" / "results.json").read_text())) in README
+    assert module.table(demo) in RESULTS["training_cost"]
+    assert demo["command"] in RESULTS["training_cost"]
+    assert (
+        module.bench_table(json.loads((ROOT / "benchmarks" / "results.json").read_text())) in RESULTS["training_cost"]
+    )
 
 
 def test_pruning_tables_are_drawn_from_the_committed_results() -> None:
@@ -41,56 +46,56 @@ def test_pruning_tables_are_drawn_from_the_committed_results() -> None:
         tables.peer_table(bench),
         tables.report_table(report),
     ):
-        assert table in README
+        assert table in RESULTS["pruning"]
     for file in (study, bench):
-        assert file["command"] in README
+        assert file["command"] in RESULTS["pruning"]
     assert all(len({cell["seed"] for cell in found["cells"]}) == found["n"] for found in study["methods"].values())
 
 
 def test_selector_tables_are_drawn_from_the_committed_study() -> None:
     tables = benchmark("tables")
     study = tables.read("selector_study.json")
-    assert tables.correlation_table(study) in README
-    assert tables.recovery_table(study, "recovered") in README
-    assert tables.recovery_table(study, "kl_removed") in README
-    assert tables.task_table(study) in README
-    assert study["command"] in README
+    assert tables.correlation_table(study) in RESULTS["selectors"]
+    assert tables.recovery_table(study, "recovered") in RESULTS["selectors"]
+    assert tables.recovery_table(study, "kl_removed") in RESULTS["selectors"]
+    assert tables.task_table(study) in RESULTS["selectors"]
+    assert study["command"] in RESULTS["selectors"]
     assert {cell["seed"] for cell in study["cells"]} == {0, 1, 2}
 
 
 def test_costs_are_drawn_from_the_committed_benchmarks() -> None:
     tables = benchmark("tables")
     cost, probes, published = (tables.read(f"{name}.json") for name in ("scan_cost", "probes", "published"))
-    assert tables.cost_table(cost, probes) in README
-    assert tables.published_table(published) in README
-    assert all(file["command"] in README for file in (cost, probes, published))
+    assert tables.cost_table(cost, probes) in RESULTS["scan_cost"]
+    assert tables.published_table(published) in RESULTS["scan_cost"]
+    assert all(file["command"] in RESULTS["scan_cost"] for file in (cost, probes, published))
 
 
-@pytest.mark.parametrize(
-    "mark",
-    [
-        "restorations", "restorations 2:4", "accuracies", "accuracies 2:4", "restorations 2:4, two cores",
-        "a quarter of the heads", "differences 2:4",
-    ],
-)  # fmt: skip
-def test_marked_table_is_drawn_from_the_committed_comparison(mark: str) -> None:
+def test_marked_tables_are_drawn_from_the_committed_comparisons() -> None:
     tables = benchmark("tables")
-    file, draw = tables.MARKED[mark]
-    study = tables.read(file)
-    assert f"<!-- {mark} -->\n{draw(study)}\n<!-- /{mark} -->" in README
-    assert study["command"] in README
-    assert study["identity"].keys() == {"dense_sha256", "pruned_sha256"}
+    pages = {"README": README, **RESULTS}
+    marked = tables.marked_tables()
+    for mark, table in marked.items():
+        assert [name for name, text in pages.items() if f"<!-- {mark} -->\n{table}\n<!-- /{mark} -->" in text], mark
+    marks = [mark for text in pages.values() for mark in re.findall(r"<!-- ([^/].*?) -->", text)]
+    assert sorted(marks) == sorted(marked)
 
 
-@pytest.mark.parametrize("mark", ["tasks", "tasks, structured"])
-def test_single_tasks_are_drawn_from_the_committed_comparisons(mark: str) -> None:
+def test_the_commands_of_the_marked_tables_stand_beside_them() -> None:
     tables = benchmark("tables")
-    studies = tables.read_tasks(tables.MARKED_TASKS[mark])
-    assert "arc_easy" in studies
-    assert f"<!-- {mark} -->\n{tables.one_task_table(studies)}\n<!-- /{mark} -->" in README
-    assert all(
-        study["settings"]["examples"] == 200 and study["settings"]["tasks"] == [task] for task, study in studies.items()
-    )
+    text = "\n".join([README, *RESULTS.values()])
+    for file, _ in tables.MARKED.values():
+        assert tables.read(file).get("command", "make bench") in text
+    for model in tables.MARKED_TASKS.values():
+        studies = tables.read_tasks(model)
+        assert "arc_easy" in studies
+        for task, study in studies.items():
+            assert (study["settings"]["examples"], study["settings"]["tasks"]) == (200, [task])
+
+
+def test_the_readme_is_short() -> None:
+    assert len(README.splitlines()) <= 150
+    assert len(README.encode()) <= 8192
 
 
 def test_pictures_and_pages_that_the_readme_names_exist() -> None:
@@ -109,12 +114,18 @@ def test_python_example_uses_public_names() -> None:
     assert used <= set(lcc_lens.__all__)
 
 
-def test_commands_and_data_sets_of_the_readme_exist(capsys) -> None:
-    commands = set(re.findall(r"^lcc-lens (\w+)", README, flags=re.MULTILINE))
+@pytest.mark.parametrize("page", [README, COMMANDS])
+def test_commands_of_a_page_exist(page: str, capsys: pytest.CaptureFixture[str]) -> None:
+    commands = set(re.findall(r"^lcc-lens ([a-z]+)", page, flags=re.MULTILINE))
     assert commands >= {"prune", "scan", "restore", "export", "eval"}
     for command in commands:
         assert run([command, "--help"]) == 0
         options = capsys.readouterr().out
-        for line in re.findall(rf"^lcc-lens {command} .*", README, flags=re.MULTILINE):
+        for line in re.findall(rf"^lcc-lens {command} .*", page, flags=re.MULTILINE):
             assert all(option in options for option in re.findall(r"--[a-z-]+", line.split("#")[0]))
-    assert all(name in README for name in SOURCES)
+
+
+def test_every_command_and_data_set_is_listed() -> None:
+    names = {command.__metadata__[0].name for command in get_args(Command)}
+    assert names == set(re.findall(r"^lcc-lens ([a-z]+)", COMMANDS, flags=re.MULTILINE))
+    assert all(name in README and name in COMMANDS for name in SOURCES)
