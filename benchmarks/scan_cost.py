@@ -40,7 +40,7 @@ from lcc_lens.core.config import bound_kernel_cache
 from lcc_lens.core.files import write_json
 from lcc_lens.data.datasets import Data, TokenSequence, batches, load_data
 from lcc_lens.models.hooked.activations import SITES
-from lcc_lens.models.hooked.kv_cache import chosen_rows
+from lcc_lens.models.hooked.kv_cache import cache_rows
 from lcc_lens.models.loading.plain import load_plain
 from lcc_lens.models.pair import Pair, load_pair
 from lcc_lens.pruning.jobs import prune
@@ -82,7 +82,7 @@ def _go_on(model: Any, cache: Any, right: list[TokenSequence], wrong: list[Token
         past = torch.arange(int(shared.max()))[None] < shared[:, None]
         mask = torch.cat([past, batch.is_valid()], dim=1).long()
         positions = shared[:, None] + torch.arange(batch.tokens.shape[1])
-        rows = chosen_rows(cache, batch.index, int(shared.max()))
+        rows = cache_rows(cache, batch.index, int(shared.max()))
         model(batch.tokens, past_key_values=rows, use_cache=True, attention_mask=mask, position_ids=positions)
 
 

@@ -19,10 +19,10 @@ from lcc_lens.core.memory import release_memory
 from lcc_lens.models.architecture.anatomy import LayerAnatomy, find_anatomies
 from lcc_lens.models.architecture.bias_slots import find_slots
 from lcc_lens.models.architecture.linear_maps import find_matrices
-from lcc_lens.models.hooked.direct_path import HeadWriter, Readout
+from lcc_lens.models.hooked.direct_path import OutputProjections, Unembedding
 from lcc_lens.models.hooked.forward import fused_attention
 from lcc_lens.models.hooked.hooks import HookedModel
-from lcc_lens.models.hooked.sites import reading_maps
+from lcc_lens.models.hooked.sites import projection_names
 from lcc_lens.models.loading.hooked import LoadedModel, load_hooked
 from lcc_lens.models.loading.references import resolve
 from lcc_lens.pruning.methods.slimgpt import Quota
@@ -114,14 +114,16 @@ def _hook_findings(loaded: LoadedModel, path: Path) -> Iterator[Finding]:
         kernels = "the model's own kernels" if is_fused else "step by step: slower, and the same"
     yield Finding("attention under hooks", "yes" if is_fused else "no", kernels)
     yield _tried("constants in an export", lambda: find_slots(path, loaded.output_projections).way)
-    yield _tried("MLP constants in an export", lambda: find_slots(path, reading_maps(loaded.model, "mlp"), "mlp").way)
+    yield _tried(
+        "MLP constants in an export", lambda: find_slots(path, projection_names(loaded.model, "mlp"), "mlp").way
+    )
 
     def checked(way: Callable[[HookedModel], object], name: str) -> str:
         way(loaded.model)
         return f"{name}, checked"
 
-    yield _tried("logit lens", lambda: checked(Readout.of, "final norm and unembedding"))
-    yield _tried("head by head", lambda: checked(HeadWriter.of, "the way into the residual stream"))
+    yield _tried("logit lens", lambda: checked(Unembedding.of, "final norm and unembedding"))
+    yield _tried("head by head", lambda: checked(OutputProjections.of, "the way into the residual stream"))
 
 
 def _pruning_findings(path: Path) -> Iterator[Finding]:

@@ -17,7 +17,7 @@ from lcc_lens.evaluation.lm_eval_tasks import evaluate_task
 from lcc_lens.models.hooked.forward import fused_attention
 from lcc_lens.models.hooked.hooks import HookedModel
 from lcc_lens.models.hooked.losses import sequence_loss
-from lcc_lens.models.hooked.weights import plain_carrier
+from lcc_lens.models.hooked.weights import plain_model
 from lcc_lens.models.loading.hooked import load_tokenizer
 from lcc_lens.models.loading.plain import load_plain
 from lcc_lens.models.loading.references import resolve
@@ -124,7 +124,7 @@ class TaskMeasures:
         self, model: HookedModel, pair: Pair, records: Sequence[Record], blocks: Sequence[TokenSequence]
     ) -> dict[str, Any]:
         with fused_attention(model):
-            plain = plain_carrier(model)
+            plain = plain_model(model)
             return self._scores(plain, pair.tokenizer, records, blocks)
 
     def _scores(

@@ -15,7 +15,7 @@ from lcc_lens.core.errors import LensError, RequestError
 from lcc_lens.core.files import read_tensor, stored_name, tensor_names
 from lcc_lens.models.architecture.bias_slots import BiasSlots
 from lcc_lens.models.architecture.joint_bias_slots import JointSlots
-from lcc_lens.models.hooked.sites import reading_maps
+from lcc_lens.models.hooked.sites import projection_names
 from lcc_lens.models.loading.hooked import LoadedModel, ModelIdentity
 from lcc_lens.restoration.injections.changes import merged
 from lcc_lens.restoration.injections.constants import SiteConstants
@@ -135,7 +135,7 @@ def _folded(
     """What each layer's bias gains from a site's constants."""
     if slots.place == "value":
         return fold_values(found.values, found.parts, int(loaded.model.cfg.n_heads), slots.heads_per_bias)
-    maps = reading_maps(loaded.model, found.site)
+    maps = projection_names(loaded.model, found.site)
     weights = {  # constants pass through the changed maps
         layer: _linear_weight(stored, maps[layer], loaded.is_transposed, changed)
         for layer in sorted({part.layer for part in found.parts})

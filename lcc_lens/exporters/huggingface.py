@@ -31,7 +31,7 @@ from lcc_lens.models.architecture.bias_slots import BiasSlots, find_slots
 from lcc_lens.models.architecture.joint_bias_slots import JointSlots, find_joint_slots
 from lcc_lens.models.hooked.hooks import HookedModel
 from lcc_lens.models.hooked.offloading import device_of, each_parameter, entry_device
-from lcc_lens.models.hooked.sites import reading_maps
+from lcc_lens.models.hooked.sites import projection_names
 from lcc_lens.models.loading.hooked import LoadedModel, ModelIdentity, identify, load_hooked, load_tokenizer
 from lcc_lens.models.loading.plain import load_plain
 from lcc_lens.models.loading.references import resolve
@@ -135,7 +135,7 @@ def _slots(restoration: Restoration, loaded: LoadedModel, path: Path) -> JointSl
     cfg = loaded.model.cfg
     share = int(cfg.n_heads) // int(getattr(cfg, "n_key_value_heads", None) or cfg.n_heads)
     shared = share > 1 and shares_values(restoration, int(cfg.n_heads), share)
-    maps = {site: reading_maps(loaded.model, site) for site in restoration.footprint.biases}
+    maps = {site: projection_names(loaded.model, site) for site in restoration.footprint.biases}
     return find_joint_slots(path, maps, shared_values=shared)
 
 

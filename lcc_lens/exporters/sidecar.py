@@ -15,7 +15,7 @@ from lcc_lens.core.errors import RequestError
 from lcc_lens.exporters.folding import fold, require_same_weights
 from lcc_lens.models.architecture.anatomy import ATTENTION_OUTPUTS, MLP_OUTPUTS
 from lcc_lens.models.architecture.layers import decoder_layers, is_transposed
-from lcc_lens.models.hooked.sites import ConstantSite, reading_maps
+from lcc_lens.models.hooked.sites import ConstantSite, projection_names
 from lcc_lens.models.loading.hooked import identify, load_hooked
 from lcc_lens.models.loading.plain import load_plain
 from lcc_lens.models.loading.references import resolve
@@ -69,7 +69,7 @@ def load_restored(
     model = load_plain(path, device=device, dtype=dtype, attention=attention)
     _change_weights(model, restoration)
     for found in restoration.constant_sites:  # after the changes, through which constants pass
-        names = _usual_readers(model, found.site) or reading_maps(load_hooked(pruned).model, found.site)
+        names = _usual_readers(model, found.site) or projection_names(load_hooked(pruned).model, found.site)
         _add_constants(model, found, names)
     if restoration.constant_sites:
         cast("Any", model).save_pretrained = _refuse_saving

@@ -8,7 +8,7 @@ from lcc_lens.analysis.scan.scan import Scan
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.heads import Head
 from lcc_lens.models.architecture.joint_bias_slots import find_joint_slots
-from lcc_lens.models.hooked.sites import reading_maps
+from lcc_lens.models.hooked.sites import projection_names
 from lcc_lens.models.pair import Pair
 from lcc_lens.restoration.injections.methods import (
     bias_sites,
@@ -73,7 +73,7 @@ def require_slots(pair: Pair, method: str) -> None:
     Raises:
         RequestError: says which, and what serves instead.
     """
-    maps = {site: reading_maps(pair.pruned, site) for site in bias_sites(method)}
+    maps = {site: projection_names(pair.pruned, site) for site in bias_sites(method)}
     find_joint_slots(pair.pruned_id.path, maps)
 
 

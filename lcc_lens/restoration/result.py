@@ -21,7 +21,7 @@ from lcc_lens.core.heads import Head, check_heads, head_indices
 from lcc_lens.models.hooked.activations import parts_of
 from lcc_lens.models.hooked.hooks import HookedModel, kept_hooks
 from lcc_lens.models.hooked.sites import ConstantSite
-from lcc_lens.models.hooked.weights import changed_weights, held_weights
+from lcc_lens.models.hooked.weights import changeable_weights, changed_weights
 from lcc_lens.models.loading.hooked import identity_of
 from lcc_lens.restoration.injections.base import Injection
 from lcc_lens.restoration.injections.changes import Change, merged, read_change
@@ -147,7 +147,7 @@ class Restoration:
 
     def _check_weights(self, model: HookedModel) -> None:
         """Refuse a model whose weights the changes do not fit."""
-        weights = held_weights(model) if self.changes else {}
+        weights = changeable_weights(model) if self.changes else {}
         for name, change in self.changes:
             shape = weights[name].shape if name in weights else None
             if shape is None or not change.fits(shape):

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from lcc_lens.core.errors import LensError, RequestError
 from lcc_lens.data.datasets import Data, TokenSequence, batches, encode_pair
-from lcc_lens.models.hooked.activations import Places
-from lcc_lens.models.hooked.direct_path import HeadWriter
+from lcc_lens.models.hooked.activations import TokenPositions
+from lcc_lens.models.hooked.direct_path import OutputProjections
 from lcc_lens.models.hooked.forward import run_without_logits
 from lcc_lens.models.hooked.hooks import HookedModel, NamedHook, resid_name
 from lcc_lens.models.hooked.offloading import device_of
@@ -41,7 +41,7 @@ def answer_streams(pair: Pair, data: Data, *, max_length: int = 512, batch_token
         RequestError: the data have no usable contrast.
     """
     contexts, _ = contrasts(pair, data, max_length)
-    return streams_at(pair.pruned, HeadWriter.of(pair.pruned), contexts, batch_tokens)
+    return streams_at(pair.pruned, OutputProjections.of(pair.pruned), contexts, batch_tokens)
 
 
 def contrasts(pair: Pair, data: Data, max_length: int) -> tuple[list[TokenSequence], Int[Tensor, "example choice"]]:
@@ -83,9 +83,9 @@ def at_last(
     rows: dict[str, list[Tensor]] = {name: [torch.empty(0)] * len(sequences) for name in names}
     device = device_of(model)
     for batch in batches(sequences, max_tokens=batch_tokens):
-        ends = Places.ends(batch).to(device)
+        ends = TokenPositions.ends(batch).to(device)
 
-        def reader(name: str, index: tuple[int, ...] = batch.index, ends: Places = ends) -> NamedHook:
+        def reader(name: str, index: tuple[int, ...] = batch.index, ends: TokenPositions = ends) -> NamedHook:
             def read(value: Tensor, hook: Any) -> None:
                 for row, found in zip(index, value[ends.sequence, ends.position].float(), strict=True):
                     rows[name][row] = found
@@ -101,7 +101,9 @@ def at_last(
     return stacked
 
 
-def streams_at(model: HookedModel, writer: HeadWriter, contexts: list[TokenSequence], batch_tokens: int) -> Streams:
+def streams_at(
+    model: HookedModel, writer: OutputProjections, contexts: list[TokenSequence], batch_tokens: int
+) -> Streams:
     """The last residual stream at every context's end, and the scales of the attention outputs there."""
     n_layers = int(model.cfg.n_layers)
     last, outputs = resid_name(n_layers - 1), [writer.hook_name(layer) for layer in range(n_layers)]

@@ -14,7 +14,7 @@ from lcc_lens.analysis.lens.answers import contrasts, difference, stderr, stream
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.heads import Head, check_heads
 from lcc_lens.data.datasets import Data
-from lcc_lens.models.hooked.direct_path import HeadWriter, Readout
+from lcc_lens.models.hooked.direct_path import OutputProjections, Unembedding
 from lcc_lens.models.pair import Pair
 
 if TYPE_CHECKING:
@@ -98,7 +98,7 @@ def direct_effect(
         wanted = (len(chosen), pair.d_head)
         raise RequestError(f"expected constants of shape {wanted}, one for each head, got {tuple(constants.shape)}")
     contexts, answers = contrasts(pair, data, max_length)
-    readout, writer = Readout.of(pair.pruned), HeadWriter.of(pair.pruned)
+    readout, writer = Unembedding.of(pair.pruned), OutputProjections.of(pair.pruned)
     streams = streams_at(pair.pruned, writer, contexts, batch_tokens)
     written = torch.stack([writer.output(head, constant) for head, constant in zip(chosen, constants, strict=True)])
     answers = answers.to(streams.resid.device)

@@ -13,7 +13,7 @@ from lcc_lens.analysis.lens.checks import checked_vector
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.heads import Head, check_heads
 from lcc_lens.data.datasets import Data, TokenSequence, batches, encode, encode_pair
-from lcc_lens.models.hooked.activations import Places, Site, visit_sites
+from lcc_lens.models.hooked.activations import Site, TokenPositions, visit_sites
 from lcc_lens.models.pair import Pair
 
 if TYPE_CHECKING:
@@ -144,4 +144,4 @@ def _add_projections(
                 scores[row] += values
 
     for batch in batches(sequences, max_tokens=batch_tokens):
-        visit_sites(model, batch.tokens, {"z": Places.all_tokens(batch)}, visit)
+        visit_sites(model, batch.tokens, {"z": TokenPositions.all_tokens(batch)}, visit)

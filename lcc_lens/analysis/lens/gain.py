@@ -14,7 +14,7 @@ from lcc_lens.analysis.lens.answers import at_last, contrasts, difference, stder
 from lcc_lens.analysis.lens.checks import check_components
 from lcc_lens.core.heads import Head, check_heads
 from lcc_lens.data.datasets import Data
-from lcc_lens.models.hooked.direct_path import HeadWriter, Readout
+from lcc_lens.models.hooked.direct_path import OutputProjections, Unembedding
 from lcc_lens.models.hooked.hooks import z_name
 from lcc_lens.models.pair import Pair
 
@@ -83,7 +83,7 @@ def logit_gain(
     (head,) = check_heads([head], pair.n_layers, pair.n_heads)
     check_components(pair.pruned, components)
     contexts, answers = contrasts(pair, data, max_length)
-    readout, writer = Readout.of(pair.pruned), HeadWriter.of(pair.pruned)
+    readout, writer = Unembedding.of(pair.pruned), OutputProjections.of(pair.pruned)
     z = at_last(pair.pruned, contexts, [z_name(head.layer)], batch_tokens)[z_name(head.layer)][:, head.head]
     edits = components.coefficients[head][:, None] * components.directions[head]
     edits = edits.cumsum(0) if cumulative else edits

@@ -13,7 +13,7 @@ from torch import Tensor
 from lcc_lens.analysis.lens.checks import checked_vector
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.heads import Head, check_heads
-from lcc_lens.models.hooked.direct_path import HeadWriter
+from lcc_lens.models.hooked.direct_path import OutputProjections
 from lcc_lens.models.hooked.hooks import HookedModel
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ def relation_to_W_O(
         raise RequestError(f"expected one vector per head, got {len(vectors)} for {len(chosen)} heads")
     v = torch.stack([checked_vector(model, vector).double().cpu() for vector in vectors])
     v = v / v.norm(dim=-1, keepdim=True)
-    writer = HeadWriter.of(model)
+    writer = OutputProjections.of(model)
     W_O = torch.stack([writer.W_O(head).double().cpu() for head in chosen])
     rows, sigma, _ = torch.linalg.svd(W_O, full_matrices=W_O.shape[1] > W_O.shape[2])
     sigma = torch.nn.functional.pad(sigma, (0, rows.shape[-1] - sigma.shape[-1]))

@@ -13,7 +13,7 @@ from torch import Tensor
 from lcc_lens.analysis.components import LostComponents
 from lcc_lens.analysis.lens.checks import check_components
 from lcc_lens.core.heads import Head, all_heads
-from lcc_lens.models.hooked.direct_path import HeadWriter
+from lcc_lens.models.hooked.direct_path import OutputProjections
 from lcc_lens.models.hooked.hooks import HookedModel
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ def component_similarity(model: HookedModel, components: LostComponents, *, rank
         RequestError: the components are another model's, or the rank is out of range.
     """
     check_components(model, components)
-    writer, constants = HeadWriter.of(model), components.component(rank)
+    writer, constants = OutputProjections.of(model), components.component(rank)
     n_layers, n_heads, d_head = constants.shape
     heads = all_heads(n_layers, n_heads)
     written = torch.stack([writer.output(head, constants[head]).cpu() for head in heads])

@@ -12,7 +12,7 @@ from lcc_lens.analysis.lens.answers import Streams
 from lcc_lens.analysis.lens.checks import checked_vector
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.heads import Head
-from lcc_lens.models.hooked.direct_path import HeadWriter, Readout
+from lcc_lens.models.hooked.direct_path import OutputProjections, Unembedding
 from lcc_lens.models.hooked.hooks import HookedModel
 
 if TYPE_CHECKING:
@@ -51,8 +51,8 @@ class PromotedTokens:
 class TokenReader:
     """Reads vectors in head outputs as logits; made once, with its checks, for any number of vectors."""
 
-    writer: HeadWriter
-    readout: Readout
+    writer: OutputProjections
+    readout: Unembedding
 
     @classmethod
     def of(cls, model: HookedModel) -> TokenReader:
@@ -61,7 +61,7 @@ class TokenReader:
         Raises:
             LensError: the architecture's way to the logits is not known.
         """
-        return cls(HeadWriter.of(model), Readout.of(model))
+        return cls(OutputProjections.of(model), Unembedding.of(model))
 
     def logits(self, written: Float[Tensor, "*vector d_model"]) -> Float[Tensor, "*vector d_vocab"]:
         """What vectors in the residual stream say of every token alone (see :func:`promoted_tokens`); zeros nothing."""

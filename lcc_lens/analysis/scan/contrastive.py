@@ -10,9 +10,15 @@ from jaxtyping import Int
 from torch import Tensor
 
 from lcc_lens.data.datasets import Batch, TokenSequence, batches
-from lcc_lens.models.hooked.activations import Places, Site, SiteVisitor, visit_sites
+from lcc_lens.models.hooked.activations import Site, SiteVisitor, TokenPositions, visit_sites
 from lcc_lens.models.hooked.hooks import HookedModel
-from lcc_lens.models.hooked.kv_cache import Prefix, chosen_rows, go_on, reach, reuses_cache
+from lcc_lens.models.hooked.kv_cache import (
+    PrefixCache,
+    attention_reach,
+    cache_rows,
+    can_reuse_cache,
+    continue_from_cache,
+)
 
 
 def shared_length(right: TokenSequence, wrong: TokenSequence) -> int:
@@ -23,11 +29,11 @@ def shared_length(right: TokenSequence, wrong: TokenSequence) -> int:
 
 
 def visit_pairs(
-    prefix: Prefix,
+    prefix: PrefixCache,
     batch: Batch,
     right: Sequence[TokenSequence],
     wrong: Sequence[TokenSequence],
-    places: Mapping[Site, Places],
+    places: Mapping[Site, TokenPositions],
     visit: SiteVisitor,
     visit_wrong: SiteVisitor,
 ) -> None:
@@ -46,7 +52,7 @@ def visit_pairs(
     shared = torch.tensor([shared_length(r, w) for r, w in zip(right, wrong, strict=True)])
     rest = [TokenSequence(w.tokens[int(n) :], 1) for w, n in zip(wrong, shared, strict=True)]
     span = int(shared.max()) + max(map(len, rest))  # a row that parts early has a gap, and the gap counts as distance
-    can_go_on = span <= reach(model) and reuses_cache(model)
+    can_go_on = span <= attention_reach(model) and can_reuse_cache(model)
     cache = prefix.visit(batch.tokens, places, visit, keep=can_go_on)
     if cache is None:
         _visit_ends(model, wrong, visit_wrong)
@@ -65,7 +71,9 @@ def _visit_rest(
     ends = _InOrder(visit)
     for batch in batches(rest):
         index = list(batch.index)
-        go_on(model, chosen_rows(cache, index, int(shared[index].max())), shared[index], batch, ends.take(index))
+        continue_from_cache(
+            model, cache_rows(cache, index, int(shared[index].max())), shared[index], batch, ends.take(index)
+        )
     ends.hand_on()
 
 
@@ -73,7 +81,7 @@ def _visit_ends(model: HookedModel, sequences: Sequence[TokenSequence], visit: S
     """Whole forwards, for models that cannot go on from a cache."""
     ends = _InOrder(visit)
     for batch in batches(sequences):
-        visit_sites(model, batch.tokens, {"z": Places.ends(batch)}, ends.take(batch.index))
+        visit_sites(model, batch.tokens, {"z": TokenPositions.ends(batch)}, ends.take(batch.index))
     ends.hand_on()
 
 

@@ -13,9 +13,9 @@ from torch import Tensor
 from lcc_lens.analysis.scan.contrastive import visit_pairs
 from lcc_lens.analysis.statistics import RunningDifferences
 from lcc_lens.data.datasets import Batch, TokenSequence, batches
-from lcc_lens.models.hooked.activations import Places, Positions, Site, parts_of, sampled_positions
+from lcc_lens.models.hooked.activations import Positions, Site, TokenPositions, parts_of, sampled_positions
 from lcc_lens.models.hooked.hooks import HookedModel
-from lcc_lens.models.hooked.kv_cache import Prefix
+from lcc_lens.models.hooked.kv_cache import PrefixCache
 from lcc_lens.models.hooked.offloading import device_of
 from lcc_lens.models.pair import Pair
 
@@ -160,7 +160,7 @@ def dense_pass(pair: Pair, plan: ScanPlan, shard: Sequence[int]) -> Generator[No
     counts = [len(plan.sampled(i)) for i in shard]
     rows = {site: Rows(counts) for site in plan.sites}
     ends = {name: Rows([1] * len(shard)) for name in (ENDS if plan.wrong is not None else ())}
-    prefixes = [Prefix(pair.dense, tokens) for tokens in plan.prefixes]
+    prefixes = [PrefixCache(pair.dense, tokens) for tokens in plan.prefixes]
     for number, batch in plan.dense_batches(shard):
         members = [shard[i] for i in batch.index]
         where = _sampled_places(plan, members)
@@ -197,14 +197,14 @@ def pruned_pass(
         values = rows[site].layers.pop(layer).to(device)
         sums[site].update(layer, dense[site][layer].to(device), values, example.to(device))
 
-    prefixes = [Prefix(pair.pruned, tokens) for tokens in plan.prefixes]
+    prefixes = [PrefixCache(pair.pruned, tokens) for tokens in plan.prefixes]
     for number, batch in plan.pruned_batches(shard):
         within = [shard[i] for i in batch.index]
         where = _sampled_places(plan, within)
         places = dict.fromkeys(plan.sites, where)
         if plan.wrong is not None:
             ends = _question_ends(plan, within)
-            places["z"] = Places(
+            places["z"] = TokenPositions(
                 torch.cat([where.sequence, torch.arange(len(ends))]), torch.cat([where.position, ends])
             )
         reader = _PrunedReader(rows, question, batch.index, compare)
@@ -265,12 +265,12 @@ class _PrunedReader:
             self.compare(site, layer)
 
 
-def _sampled_places(plan: ScanPlan, examples: Sequence[int]) -> Places:
+def _sampled_places(plan: ScanPlan, examples: Sequence[int]) -> TokenPositions:
     """Where the examples of one batch are sampled, example by example, counted from the prefix's end."""
     positions = [[p - plan.n_prefix(i) for p in plan.sampled(i)] for i in examples]
     sequence = torch.repeat_interleave(torch.tensor([len(p) for p in positions]))
     position = torch.tensor([p for example in positions for p in example], dtype=torch.long)
-    return Places(sequence, position)
+    return TokenPositions(sequence, position)
 
 
 def _question_ends(plan: ScanPlan, examples: Sequence[int]) -> Int[Tensor, " example"]:
@@ -278,7 +278,9 @@ def _question_ends(plan: ScanPlan, examples: Sequence[int]) -> Int[Tensor, " exa
     return torch.tensor([plan.question_end(i) - plan.n_prefix(i) for i in examples])
 
 
-def _joined(where: Places, question: Int[Tensor, " sequence"], batch: Batch) -> Places:
+def _joined(where: TokenPositions, question: Int[Tensor, " sequence"], batch: Batch) -> TokenPositions:
     """The sampled places, then the questions' ends, then the sequences' ends."""
     every = torch.arange(len(question))
-    return Places(torch.cat([where.sequence, every, every]), torch.cat([where.position, question, batch.lengths - 1]))
+    return TokenPositions(
+        torch.cat([where.sequence, every, every]), torch.cat([where.position, question, batch.lengths - 1])
+    )

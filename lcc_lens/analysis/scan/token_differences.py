@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lcc_lens.data.datasets import TokenSequence, batches
-from lcc_lens.models.hooked.activations import Places, Site, SiteVisitor, visit_sites
+from lcc_lens.models.hooked.activations import Site, SiteVisitor, TokenPositions, visit_sites
 from lcc_lens.models.pair import Pair
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def token_losses(pair: Pair, sequences: Sequence[TokenSequence], n: int) -> tupl
     if not chosen:  # where one model is in memory at a time, asking for it loads it
         return ()
     parts = batches(chosen)
-    places: list[dict[Site, Places]] = [{"z": Places.all_tokens(batch)} for batch in parts]
+    places: list[dict[Site, TokenPositions]] = [{"z": TokenPositions.all_tokens(batch)} for batch in parts]
     dense: list[list[Tensor]] = [[] for _ in parts]
     found: dict[int, Tensor] = {}
     for batch, where, z_dense in zip(parts, places, dense, strict=True):

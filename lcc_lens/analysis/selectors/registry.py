@@ -25,7 +25,7 @@ from lcc_lens.analysis.statistics import DifferenceStatistics
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.heads import Head
 from lcc_lens.data.datasets import TokenSequence
-from lcc_lens.models.hooked.direct_path import HeadWriter, Readout
+from lcc_lens.models.hooked.direct_path import OutputProjections, Unembedding
 from lcc_lens.models.pair import Pair
 
 #: Selectors that read the answers of contrastive pairs, and those that run both models again.
@@ -129,7 +129,7 @@ def _mse(evidence: Evidence) -> HeadScores:
 
 def _kl(evidence: Evidence) -> HeadScores:
     pruned = evidence.pair.pruned
-    readout, writer = Readout.of(pruned), HeadWriter.of(pruned)
+    readout, writer = Unembedding.of(pruned), OutputProjections.of(pruned)
 
     def logits(layer: int, z: Tensor) -> Tensor:
         by_head = [writer.output(Head(layer, head), z[:, head]) for head in range(z.shape[1])]

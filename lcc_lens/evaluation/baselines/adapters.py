@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lcc_lens.core.errors import RequestError
 from lcc_lens.models.architecture.layers import is_transposed
 from lcc_lens.models.hooked.hooks import HookedModel
-from lcc_lens.models.hooked.weights import plain_carrier
+from lcc_lens.models.hooked.weights import plain_model
 from lcc_lens.restoration.injections.base import Injection
 from lcc_lens.restoration.injections.footprint import Footprint
 from lcc_lens.restoration.injections.weights import layer_maps
@@ -53,7 +53,7 @@ class AdapterInjection(Injection):
     @contextmanager
     def attached(self, model: HookedModel) -> Iterator[HookedModel]:
         """Put the adapters in their places inside the block."""
-        original = plain_carrier(model)
+        original = plain_model(model)
         plain = {path: original.get_submodule(path) for path in self._paths}
         try:
             for path, layer in zip(self._paths, self.members, strict=True):
@@ -91,7 +91,7 @@ def adapters(
     Raises:
         RequestError: no map of such a name, rows of zeros for DoRA, or peft is not installed.
     """
-    original = plain_carrier(model)
+    original = plain_model(model)
     chosen = {id(m): name for name, m in layer_maps(model).items() if name.rsplit(".", 1)[-1] in targets}
     names = {path: chosen[id(module)] for path, module in original.named_modules() if id(module) in chosen}
     paths = list(names)

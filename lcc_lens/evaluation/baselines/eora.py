@@ -17,7 +17,7 @@ from lcc_lens.models.architecture.layers import is_transposed
 from lcc_lens.models.hooked.forward import run_without_logits
 from lcc_lens.models.hooked.hooks import HookedModel
 from lcc_lens.models.hooked.offloading import device_of
-from lcc_lens.models.hooked.weights import plain_carrier, weight_shape
+from lcc_lens.models.hooked.weights import plain_model, weight_shape
 from lcc_lens.pruning.methods.moments import InputMoments
 from lcc_lens.restoration.injections.weights import layer_maps
 
@@ -166,5 +166,5 @@ def _rows(module: nn.Module) -> Tensor:
 
 
 def _original(model: Any) -> nn.Module:
-    original: nn.Module = plain_carrier(model)
+    original: nn.Module = plain_model(model)
     return original

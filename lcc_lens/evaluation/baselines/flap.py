@@ -10,11 +10,11 @@ from torch import Tensor
 
 from lcc_lens.core.errors import RequestError
 from lcc_lens.data.datasets import TokenSequence, batches
-from lcc_lens.models.hooked.activations import Places, Site, parts_of, visit_sites
+from lcc_lens.models.hooked.activations import Site, TokenPositions, parts_of, visit_sites
 from lcc_lens.models.hooked.hooks import HookedModel, NamedHook, adders
 from lcc_lens.models.hooked.offloading import device_of
-from lcc_lens.models.hooked.sites import CONSTANT_SITES, ConstantSite, map_output_name, reading_maps
-from lcc_lens.models.hooked.weights import map_weight, plain_modules
+from lcc_lens.models.hooked.sites import CONSTANT_SITES, ConstantSite, projection_names, projection_output_name
+from lcc_lens.models.hooked.weights import linear_weight, plain_modules
 from lcc_lens.models.pair import Pair
 from lcc_lens.restoration.injections.base import Injection
 from lcc_lens.restoration.injections.footprint import Footprint
@@ -45,7 +45,9 @@ class BiasInjection(Injection):
     def hooks(self) -> list[NamedHook]:
         """Hooks that add the biases."""
         return [
-            hook for site in self._sites for hook in adders(map_output_name(site), dict(enumerate(self.biases(site))))
+            hook
+            for site in self._sites
+            for hook in adders(projection_output_name(site), dict(enumerate(self.biases(site))))
         ]
 
 
@@ -74,13 +76,13 @@ def flap(
     """
     dense, mended = pair.dense, pair.pruned if model is None else model
     plain_modules(mended)  # its maps have hook points of their own, which a HookedTransformer's have not
-    maps = {site: (reading_maps(dense, site), reading_maps(mended, site)) for site in CONSTANT_SITES}
+    maps = {site: (projection_names(dense, site), projection_names(mended, site)) for site in CONSTANT_SITES}
     means = mean_inputs(dense, sequences, max_tokens)
     biases: dict[ConstantSite, Tensor] = {}
     for site, by_layer in maps.items():
         rows = []
         for layer, (original, name) in enumerate(zip(*by_layer, strict=True)):
-            weights = map_weight(dense, original), map_weight(mended, name)
+            weights = linear_weight(dense, original), linear_weight(mended, name)
             if weights[0].shape != weights[1].shape:
                 raise RequestError("expected models whose maps have the same shapes, got a sliced one; leave flap out")
             lost = weights[0].double().cpu() - weights[1].double().cpu()
@@ -110,5 +112,5 @@ def mean_inputs(
             sums[site][layer] += activation.float().sum(0).cpu().double()
 
     for batch in batches(sequences, max_tokens=max_tokens):
-        visit_sites(model, batch.tokens, dict.fromkeys(CONSTANT_SITES, Places.all_tokens(batch)), add)
+        visit_sites(model, batch.tokens, dict.fromkeys(CONSTANT_SITES, TokenPositions.all_tokens(batch)), add)
     return {site: total.flatten(1) / n for site, total in sums.items()}

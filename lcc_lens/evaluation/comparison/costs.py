@@ -27,7 +27,7 @@ from lcc_lens.evaluation.efficiency.timing import (
 from lcc_lens.models.architecture.joint_bias_slots import find_joint_slots
 from lcc_lens.models.architecture.layers import is_linear, is_transposed
 from lcc_lens.models.hooked.hooks import HookedModel
-from lcc_lens.models.hooked.sites import ConstantSite, reading_maps
+from lcc_lens.models.hooked.sites import ConstantSite, projection_names
 from lcc_lens.models.loading.plain import load_plain
 from lcc_lens.models.pair import Pair
 from lcc_lens.restoration.injections.base import Injection
@@ -139,7 +139,7 @@ def _bias_numbers(pair: Pair, sites: Sequence[ConstantSite]) -> int | None:
     """What biases for constants at some sites add to the checkpoint, with those that come along as zeros."""
     path = pair.pruned_id.path
     try:
-        slots = find_joint_slots(path, {site: reading_maps(pair.pruned, site) for site in sites})
+        slots = find_joint_slots(path, {site: projection_names(pair.pruned, site) for site in sites})
     except RequestError:
         return None
     return sum(math.prod(shape) for shape in slots.new_biases(tensor_names(path)).values())

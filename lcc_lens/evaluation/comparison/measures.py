@@ -10,7 +10,7 @@ from typing import Any
 from lcc_lens.data.datasets import TokenSequence
 from lcc_lens.models.hooked.forward import fused_attention
 from lcc_lens.models.hooked.hooks import HookedModel
-from lcc_lens.models.hooked.weights import plain_carrier
+from lcc_lens.models.hooked.weights import plain_model
 from lcc_lens.models.pair import Pair
 from lcc_lens.restoration.injections.base import Injection
 from lcc_lens.restoration.training.loop import validation_loss, validation_terms
@@ -76,7 +76,7 @@ class Measures:
 
         found: dict[str, dict[str, Any]] = {}
         with (injection or Injection()).applied_to(model), fused_attention(model):
-            plain = plain_carrier(model)
+            plain = plain_model(model)
             for task in tasks:
                 found[task] = evaluate_task(plain, pair.tokenizer, task, limit=self.limit, with_items=True)
         return found

@@ -27,7 +27,7 @@ from lcc_lens.evaluation.comparison.trained_weights import ChosenHeads, TrainedN
 from lcc_lens.evaluation.efficiency.timing import SpeedConfig
 from lcc_lens.models.hooked.hooks import HookedModel
 from lcc_lens.models.hooked.offloading import device_of
-from lcc_lens.models.hooked.sites import CONSTANT_SITES, reading_maps
+from lcc_lens.models.hooked.sites import CONSTANT_SITES, projection_names
 from lcc_lens.models.loading.hooked import identify, load_hooked
 from lcc_lens.models.loading.references import resolve
 from lcc_lens.models.pair import Pair, load_pair
@@ -208,7 +208,7 @@ class Bench:
         path, maps = pair.pruned_id.path, {}
         for site in CONSTANT_SITES:
             with suppress(RequestError):  # what an architecture has no maps for is not timed
-                maps[site] = reading_maps(pair.pruned, site)
+                maps[site] = projection_names(pair.pruned, site)
         del pair
         self._held = self._teacher = self._apart = None
         release_memory()

@@ -13,7 +13,7 @@ from lcc_lens.core.errors import RequestError
 from lcc_lens.models.hooked.forward import forward, fused_attention
 from lcc_lens.models.hooked.hooks import HookedModel
 from lcc_lens.models.hooked.offloading import device_of
-from lcc_lens.models.hooked.weights import plain_carrier
+from lcc_lens.models.hooked.weights import plain_model
 from lcc_lens.models.pair import Pair
 from lcc_lens.restoration.injections.base import Injection
 
@@ -86,7 +86,7 @@ def generate(
     tokens = _tokens(pair, prompt)
 
     def go_on(model: HookedModel) -> str:
-        plain, ids = plain_carrier(model), tokens.to(device_of(model))
+        plain, ids = plain_model(model), tokens.to(device_of(model))
         with fused_attention(model), torch.inference_mode():
             whole = plain.generate(
                 ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens, do_sample=False,

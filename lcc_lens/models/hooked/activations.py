@@ -42,7 +42,7 @@ def parts_of(model: HookedModel, site: Site) -> tuple[int, int]:
 
 
 @dataclass(frozen=True)
-class Places:
+class TokenPositions:
     """Chosen (sequence, position) pairs of a padded batch."""
 
     sequence: Int[Tensor, " sample"]
@@ -52,19 +52,19 @@ class Places:
         return len(self.sequence)
 
     @classmethod
-    def ends(cls, batch: Batch) -> Places:
+    def ends(cls, batch: Batch) -> TokenPositions:
         """The last token of every sequence."""
         return cls(torch.arange(len(batch.lengths)), batch.lengths - 1)
 
     @classmethod
-    def all_tokens(cls, batch: Batch) -> Places:
+    def all_tokens(cls, batch: Batch) -> TokenPositions:
         """Every position that is not padding, sequence by sequence."""
         sequence, position = batch.is_valid().nonzero().unbind(1)
         return cls(sequence, position)
 
-    def to(self, device: torch.device) -> Places:
+    def to(self, device: torch.device) -> TokenPositions:
         """The same places on another device."""
-        return Places(self.sequence.to(device), self.position.to(device))
+        return TokenPositions(self.sequence.to(device), self.position.to(device))
 
 
 def sampled_positions(sequence: TokenSequence, positions: Positions) -> list[int]:
@@ -94,7 +94,7 @@ SiteVisitor = Callable[[Site, int, Tensor], None]
 def visit_sites(
     model: HookedModel,
     tokens: Int[Tensor, "batch pos"],
-    places: Mapping[Site, Places],
+    places: Mapping[Site, TokenPositions],
     visit: SiteVisitor,
     **options: Any,
 ) -> None:
@@ -119,7 +119,7 @@ def visit_sites(
     for site, where in places.items():
         here = where.to(device)
 
-        def read(layer: int, activation: Tensor, site: Site = site, here: Places = here) -> None:
+        def read(layer: int, activation: Tensor, site: Site = site, here: TokenPositions = here) -> None:
             at = here.to(activation.device)  # a model may be spread over several
             chosen = activation[at.sequence, at.position]
             chosen = chosen if site == "z" else chosen[:, None]

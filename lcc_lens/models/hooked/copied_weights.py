@@ -26,7 +26,7 @@ _READERS: Mapping[_Site, tuple[tuple[str, ...], str, str]] = {
 
 
 @dataclass(frozen=True)
-class HeldWeight:
+class WeightLocation:
     """A weight where a hooked forward pass reads it: an attribute of a module, in that module's layout."""
 
     owner: nn.Module
@@ -59,7 +59,7 @@ class HeldWeight:
         return tuple(self.matrix(self.weight.detach()).shape)
 
 
-def remember_copied_maps(model: Any, plain: Any) -> None:
+def remember_copied_projections(model: Any, plain: Any) -> None:
     """Note which modules of the plain model HookedTransformer's output and down projections are copies of.
 
     Args:
@@ -83,7 +83,7 @@ def remember_copied_maps(model: Any, plain: Any) -> None:
     _COPIED[model] = found
 
 
-def copied_maps(model: Any, site: _Site) -> tuple[str, ...]:
+def copied_projection_names(model: Any, site: _Site) -> tuple[str, ...]:
     """The plain names of the maps that read a site of a HookedTransformer, by layer; none where a layer has none.
 
     Raises:
@@ -97,7 +97,7 @@ def copied_maps(model: Any, site: _Site) -> tuple[str, ...]:
     return _COPIED[model].get(site, ())
 
 
-def copied_weights(model: Any) -> dict[str, HeldWeight]:
+def copied_weights(model: Any) -> dict[str, WeightLocation]:
     """Where the forward pass of a HookedTransformer reads those maps' weights, by plain name.
 
     Raises:
@@ -106,17 +106,17 @@ def copied_weights(model: Any) -> dict[str, HeldWeight]:
     return {
         name: _copied_weight(model, site, layer)
         for site in _READERS
-        for layer, name in enumerate(copied_maps(model, site))
+        for layer, name in enumerate(copied_projection_names(model, site))
     }
 
 
-def _copied_weight(model: Any, site: _Site, layer: int) -> HeldWeight:
+def _copied_weight(model: Any, site: _Site, layer: int) -> WeightLocation:
     _, part, attribute = _READERS[site]
     owner: nn.Module = model.blocks[layer].get_submodule(part)
-    return HeldWeight(owner, attribute, is_turned=True)
+    return WeightLocation(owner, attribute, is_turned=True)
 
 
-def _copy_of(held: HeldWeight, layer: nn.Module, names: tuple[str, ...]) -> str | None:
+def _copy_of(held: WeightLocation, layer: nn.Module, names: tuple[str, ...]) -> str | None:
     """The name in a layer of the map that a weight is a copy of."""
     modules = dict(layer.named_modules())
     if held.owner._parameters.get(held.attribute) is None:  # experts have weights of their own

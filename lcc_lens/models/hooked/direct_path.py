@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from lcc_lens.core.heads import Head, check_heads
 from lcc_lens.models.architecture.layers import is_transposed
-from lcc_lens.models.hooked.copied_weights import HeldWeight, copied_maps, copied_weights
+from lcc_lens.models.hooked.copied_weights import WeightLocation, copied_projection_names, copied_weights
 from lcc_lens.models.hooked.hooked_transformer import is_hooked_transformer, logit_transform, plain_norm
 from lcc_lens.models.hooked.hooks import HookedModel, resid_name, z_adders, z_name
 from lcc_lens.models.hooked.offloading import device_of, require_in_memory
-from lcc_lens.models.hooked.self_checks import is_close, probe_tokens, run_keeping, unknown_way
+from lcc_lens.models.hooked.self_checks import check_tokens, is_close, run_with_activations, unsupported
 
 #: Rows of the vocabulary that are multiplied at once: a large one in float32 need not fit beside the model.
 _VOCABULARY_BLOCK = 16_384
@@ -25,14 +25,14 @@ _Transform = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
-class Readout:
+class Unembedding:
     r"""A model's own way from a residual vector to logits: $f(a \cdot (W_U\,\mathrm{norm}(x) + b_U))$.
 
     $a$ is the architecture's logit multiplier and $f$ its soft cap, if any; TransformerLens' adapter has both as one
     function of the logits (``transform``), whose slope at zero is $a$ (``multiplier``). All in float32.
 
     Example:
-        >>> readout = Readout.of(pair.pruned)  # doctest: +SKIP
+        >>> readout = Unembedding.of(pair.pruned)  # doctest: +SKIP
         >>> readout.logits(resid).argmax(-1)  # doctest: +SKIP
     """
 
@@ -43,7 +43,7 @@ class Readout:
     multiplier: float
 
     @classmethod
-    def of(cls, model: HookedModel) -> Readout:
+    def of(cls, model: HookedModel) -> Unembedding:
         """Take the final norm, the unembedding and what follows it from a hooked model, and check them.
 
         Raises:
@@ -58,15 +58,15 @@ class Readout:
             norm, unembed = bridge.ln_final.original_component, bridge.unembed.original_component
             transform = bridge.adapter.apply_output_logits_transform
             if tuple(unembed.weight.shape[1:]) != (d_model,):
-                raise unknown_way("to the logits", f"an unembedding of shape {tuple(unembed.weight.shape)}")
+                raise unsupported("to the logits", f"an unembedding of shape {tuple(unembed.weight.shape)}")
         except AttributeError as error:
-            raise unknown_way("to the logits", str(error)) from error
+            raise unsupported("to the logits", str(error)) from error
         return cls._checked(model, norm, unembed.weight.detach(), getattr(unembed, "bias", None), transform)
 
     @classmethod
     def _checked(
         cls, model: HookedModel, norm: nn.Module, weight: Tensor, bias: Tensor | None, transform: _Transform
-    ) -> Readout:
+    ) -> Unembedding:
         bias = weight.new_zeros(len(weight)) if bias is None else bias.detach()
         small = torch.tensor(1e-4, dtype=torch.float64)  # a soft cap is a straight line there
         norm_parts = Norm.of(norm, int(model.cfg.d_model), device_of(model))
@@ -114,19 +114,19 @@ class Readout:
         )
 
     def _check(self, model: HookedModel) -> None:
-        tokens, last = probe_tokens(model), resid_name(int(model.cfg.n_layers) - 1)
-        run, seen = run_keeping(model, tokens, [last])
+        tokens, last = check_tokens(model), resid_name(int(model.cfg.n_layers) - 1)
+        run, seen = run_with_activations(model, tokens, [last])
         resid, expected = seen[last].float(), run.float()
         got = self.logits(resid)
         if got.shape != expected.shape or not is_close(got, expected, model):
-            raise unknown_way("to the logits", "other logits than the model's own")
+            raise unsupported("to the logits", "other logits than the model's own")
         frozen = self.norm.linear(resid) / self.norm.scale(resid) + self.norm.shift
         if not is_close(frozen, self.norm(resid), model):
-            raise unknown_way("to the logits", f"a final norm ({type(self.norm.module).__name__}) of another kind")
+            raise unsupported("to the logits", f"a final norm ({type(self.norm.module).__name__}) of another kind")
 
 
 @dataclass(frozen=True)
-class HeadWriter:
+class OutputProjections:
     r"""How a model's heads write into its residual stream: $z \mapsto m\,g \odot C(z W_O[h]) / s$.
 
     In most architectures this is $z W_O[h]$. Granite multiplies by a constant $m$; Gemma 2 and OLMo 2 normalise the
@@ -134,14 +134,14 @@ class HeadWriter:
     it at one (the final norm takes out most of it anyway) and :meth:`scale` reads it off.
     """
 
-    projections: tuple[HeldWeight, ...]
+    projections: tuple[WeightLocation, ...]
     norms: tuple[Norm, ...] | None
     multiplier: float
     n_heads: int
     output_point: str = "attn.o.hook_out"
 
     @classmethod
-    def of(cls, model: HookedModel) -> HeadWriter:
+    def of(cls, model: HookedModel) -> OutputProjections:
         """Take the output projections and what follows them from a hooked model, and check them.
 
         Raises:
@@ -150,17 +150,17 @@ class HeadWriter:
         bridge, d_model, device = cast("Any", model), int(model.cfg.d_model), device_of(model)
         if is_hooked_transformer(model):
             held = copied_weights(model)
-            copies = tuple(held[name] for name in copied_maps(model, "z"))
+            copies = tuple(held[name] for name in copied_projection_names(model, "z"))
             copied = cls(copies, None, 1.0, int(model.cfg.n_heads), "hook_attn_out")
             copied._check(model)
             return copied
         try:
             modules = tuple(block.attn.o.original_component for block in bridge.blocks)
-            projections = tuple(HeldWeight(module, "weight", is_transposed(module)) for module in modules)
+            projections = tuple(WeightLocation(module, "weight", is_transposed(module)) for module in modules)
             # getattr() of a bridge falls through to transformers' module, which may call another norm by this name
             posts = [block._modules.get("ln1_post") for block in bridge.blocks]
         except AttributeError as error:
-            raise unknown_way("into the residual stream", str(error)) from error
+            raise unsupported("into the residual stream", str(error)) from error
         if any(posts):
             require_in_memory(bridge.original_model, "norms after attention")
         norms = tuple(Norm.of(post.original_component, d_model, device) for post in posts if post is not None)
@@ -200,33 +200,33 @@ class HeadWriter:
         # Where attention and feed-forward network read the same stream, there is no stream between them
         mid, post = f"blocks.{layer}.hook_resid_mid", resid_name(layer)
         stream = mid if mid in model.hook_dict else post
-        tokens, names = probe_tokens(model), [z_name(layer), self.hook_name(layer), stream]
-        _, before = run_keeping(model, tokens, names)
+        tokens, names = check_tokens(model), [z_name(layer), self.hook_name(layer), stream]
+        _, before = run_with_activations(model, tokens, names)
         size = float(before[z_name(layer)].abs().max().clamp_min(1e-3))
         shape = (self.n_heads, before[z_name(layer)].shape[-1])
         step = 4 * size * torch.linspace(-1, 1, shape[0] * shape[1], device=tokens.device).reshape(shape)
-        _, after = run_keeping(model, tokens, names, z_adders({layer: step}))
+        _, after = run_with_activations(model, tokens, names, z_adders({layer: step}))
         out_before, out_after = (seen[self.hook_name(layer)].float() for seen in (before, after))
         rows = torch.stack([step[head] @ self.W_O(Head(layer, head)).float() for head in range(self.n_heads)])
         if not is_close(out_after - out_before, rows.sum(0).expand_as(out_after), model):
-            raise unknown_way("into the residual stream", f"another change than z W_O after layer {layer}'s heads")
+            raise unsupported("into the residual stream", f"another change than z W_O after layer {layer}'s heads")
         if self.norms is not None:
             out_before, out_after = self.norms[layer](out_before), self.norms[layer](out_after)
         moved = (after[stream] - before[stream]).float()
         if not is_close(moved, self.multiplier * (out_after - out_before), model):
-            raise unknown_way(
+            raise unsupported(
                 "into the residual stream", f"another change than the attention output's in layer {layer}"
             )
 
 
 def head_output(model: HookedModel, head: Head, z: Float[Tensor, "*sample d_head"]) -> Float[Tensor, "*sample d_model"]:
-    r"""What a head's outputs write into the residual stream, $z W_O[h]$ (see :class:`HeadWriter`), in float32.
+    r"""What a head's outputs write into the residual stream, $z W_O[h]$ (see :class:`OutputProjections`), in float32.
 
     Raises:
         RequestError: the head is not in the model.
         LensError: the architecture is not known.
     """
-    return HeadWriter.of(model).output(head, z)
+    return OutputProjections.of(model).output(head, z)
 
 
 @dataclass(frozen=True)

@@ -58,7 +58,7 @@ def forward(
     tokens: Int[Tensor, "batch pos"],
     hooks: list[NamedHook],
     *,
-    recompute: bool = False,
+    checkpoint_layers: bool = False,
     **options: Any,
 ) -> Any:
     """Run forward under hooks outside attention (``hook_z`` included); gives what ``run_with_hooks`` gives.
@@ -67,14 +67,16 @@ def forward(
         model: a hooked model.
         tokens: its input.
         hooks: temporary ones.
-        recompute: keep for a backward pass only what enters each layer, and compute the rest again there (gradient
-            checkpointing, arXiv 1604.06174): the same gradients for less memory and a third more time.
+        checkpoint_layers: gradient checkpointing (arXiv 1604.06174): keep only each layer's input for the backward pass
+            and compute the rest again there; the same gradients for less memory and a third more time.
         **options: go to the model (a mask, positions, a cache).
     """
-    recompute = recompute and torch.is_grad_enabled()
-    again = recomputed_layers(model, hooks, fused_attention) if recompute else nullcontext()
+    checkpoint_layers = checkpoint_layers and torch.is_grad_enabled()
+    again = checkpointed_layers(model, hooks, fused_attention) if checkpoint_layers else nullcontext()
     with fused_attention(model) as is_fused, again:
-        if (is_fused or recompute) and not is_hooked_transformer(model):  # which keeps no cache unless it is given one
+        if (is_fused or checkpoint_layers) and not is_hooked_transformer(
+            model
+        ):  # which keeps no cache unless it is given one
             options.setdefault("use_cache", "past_key_values" in options)
         return model.run_with_hooks(tokens, fwd_hooks=hooks, **options)
 
@@ -234,7 +236,7 @@ def _attention(layer: int) -> str:
 
 
 @contextmanager
-def recomputed_layers(
+def checkpointed_layers(
     model: HookedModel,
     hooks: Sequence[NamedHook],
     surroundings: Callable[[HookedModel], AbstractContextManager[Any]],

@@ -11,7 +11,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from lcc_lens.data.batches import Batch, TokenSequence, pad
-from lcc_lens.models.hooked.activations import Places, Site, SiteVisitor, visit_sites
+from lcc_lens.models.hooked.activations import Site, SiteVisitor, TokenPositions, visit_sites
 from lcc_lens.models.hooked.hooks import HookedModel
 from lcc_lens.models.hooked.offloading import device_of
 
@@ -23,7 +23,7 @@ _WINDOWS = ("sliding_window", "attention_chunk_size", "window_size")
 _REUSES: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()
 
 
-class Prefix:
+class PrefixCache:
     """The first tokens that many sequences share: a model reads them once, and every batch goes on from there.
 
     Args:
@@ -41,7 +41,7 @@ class Prefix:
     def visit(
         self,
         tokens: Int[Tensor, "batch pos"],
-        places: Mapping[Site, Places],
+        places: Mapping[Site, TokenPositions],
         visit: SiteVisitor,
         *,
         keep: bool = False,
@@ -58,10 +58,10 @@ class Prefix:
             The cache; None if it was not wanted or the model cannot go on from one.
         """
         n_prefix = len(self.tokens)
-        fits = n_prefix + tokens.shape[1] <= reach(self.model)
-        if not ((keep or n_prefix) and fits and reuses_cache(self.model)):
+        fits = n_prefix + tokens.shape[1] <= attention_reach(self.model)
+        if not ((keep or n_prefix) and fits and can_reuse_cache(self.model)):
             whole = torch.cat([self.tokens.expand(len(tokens), -1), tokens], dim=1)
-            moved = {site: Places(p.sequence, p.position + n_prefix) for site, p in places.items()}
+            moved = {site: TokenPositions(p.sequence, p.position + n_prefix) for site, p in places.items()}
             visit_sites(self.model, whole, moved, visit)
             return None
         cache = self._start(len(tokens))
@@ -83,7 +83,7 @@ class Prefix:
         return started
 
 
-def chosen_rows(cache: Any, rows: Sequence[int], length: int) -> Any:
+def cache_rows(cache: Any, rows: Sequence[int], length: int) -> Any:
     """A new cache of some rows of another one, as far as a length."""
     from transformers import DynamicCache
 
@@ -93,7 +93,9 @@ def chosen_rows(cache: Any, rows: Sequence[int], length: int) -> Any:
     return chosen
 
 
-def go_on(model: HookedModel, cache: Any, shared: Int[Tensor, " row"], rest: Batch, visit: SiteVisitor) -> None:
+def continue_from_cache(
+    model: HookedModel, cache: Any, shared: Int[Tensor, " row"], rest: Batch, visit: SiteVisitor
+) -> None:
     """Go on from the first ``shared`` positions of each row of a cache as long as the longest of them.
 
     What lies between a row's end and its rest is masked. ``visit`` takes the head outputs at the last token of every
@@ -106,12 +108,12 @@ def go_on(model: HookedModel, cache: Any, shared: Int[Tensor, " row"], rest: Bat
     positions = shared[:, None] + torch.arange(batch.tokens.shape[1])
     device = device_of(model)
     visit_sites(
-        model, batch.tokens, {"z": Places.ends(batch)}, visit, past_key_values=cache, attention_mask=mask.to(device),
-        position_ids=positions.to(device),
+        model, batch.tokens, {"z": TokenPositions.ends(batch)}, visit, past_key_values=cache,
+        attention_mask=mask.to(device), position_ids=positions.to(device),
     )  # fmt: skip
 
 
-def reuses_cache(model: HookedModel) -> bool:
+def can_reuse_cache(model: HookedModel) -> bool:
     """Whether the model gives the same head outputs from another sequence's key-value cache; tried once."""
     known: Any = model
     if known not in _REUSES:
@@ -122,7 +124,7 @@ def reuses_cache(model: HookedModel) -> bool:
     return _REUSES[known]
 
 
-def reach(model: HookedModel) -> float:
+def attention_reach(model: HookedModel) -> float:
     """The tokens that every layer attends to at least, in sliding windows or chunks."""
     config: Any = getattr(getattr(model, "original_model", None), "config", None)
     found = [getattr(getattr(config, "text_config", config), name, None) for name in _WINDOWS]
@@ -141,13 +143,13 @@ def _is_exact(model: HookedModel) -> bool:
     visit_sites(model, batch.tokens, {}, _ignore, past_key_values=cache)
     reused: dict[int, Tensor] = {}
     rest = pad([TokenSequence(tokens[int(n) :], 1) for tokens, n in zip(whole, shared, strict=True)], (0, 1))
-    go_on(
-        model, chosen_rows(cache, (0, 1), 6), shared, rest,
+    continue_from_cache(
+        model, cache_rows(cache, (0, 1), 6), shared, rest,
         lambda site, layer, z: reused.__setitem__(layer, z.float()),
     )  # fmt: skip
     expected: dict[int, list[Tensor]] = {}
     for tokens in whole:
-        end = Places(torch.tensor([0]), torch.tensor([len(tokens) - 1]))
+        end = TokenPositions(torch.tensor([0]), torch.tensor([len(tokens) - 1]))
         visit_sites(
             model, tokens[None], {"z": end}, lambda site, layer, z: expected.setdefault(layer, []).append(z.float())
         )

@@ -14,7 +14,7 @@ from torch import Tensor
 from lcc_lens.models.hooked.forward import can_fuse, forward
 from lcc_lens.models.hooked.hooks import HookedModel, NamedHook, logits_at
 from lcc_lens.models.hooked.offloading import device_of
-from lcc_lens.models.hooked.self_checks import probe_tokens
+from lcc_lens.models.hooked.self_checks import check_tokens
 
 #: How far hidden states may lie from a whole pass's, relative to the largest.
 _TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
@@ -39,7 +39,7 @@ class LayerWalk:
         self.model, self.layer = model, 0
         self._batches = [tokens.to(device_of(model)) for tokens in batches]
         can_fuse(model)  # tried on whole passes once, before any layer runs alone
-        self._is_alone = can_walk(model) if alone is None else alone
+        self._is_alone = can_run_layers_alone(model) if alone is None else alone
         self._entering: list[Tensor | None] = [None] * len(self._batches)
         self._finished: list[NamedHook] = []
 
@@ -72,7 +72,7 @@ class LayerWalk:
         self.layer += 1
 
 
-def can_walk(model: HookedModel) -> bool:
+def can_run_layers_alone(model: HookedModel) -> bool:
     """Whether layers computed alone give what a whole pass gives; tried once per model, at every layer."""
     key: Any = model
     if key not in _TRIED:
@@ -86,7 +86,7 @@ def can_walk(model: HookedModel) -> bool:
 @torch.no_grad()
 def _walks(model: HookedModel) -> bool:
     can_fuse(model)
-    tokens = probe_tokens(model)
+    tokens = check_tokens(model)
     entering: Tensor | None = None
     for layer in range(int(model.cfg.n_layers)):
         whole = _layer_of_whole(model, layer, tokens, [])

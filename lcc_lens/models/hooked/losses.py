@@ -27,7 +27,7 @@ def token_nll(logits: Float[Tensor, "token vocab"], targets: Int[Tensor, " token
     return cast("Tensor", cast("Any", _NegativeLogLikelihood).apply(logits, targets))
 
 
-def token_divergence(
+def token_kl_divergence(
     wanted: Float[Tensor, "token vocab"], got: Float[Tensor, "token vocab"], temperature: float = 1.0
 ) -> Float[Tensor, " token"]:
     r"""$T^2\, KL(p_T \Vert q_T)$ of each token in nats, in float32 at least; gradients flow into ``got`` alone.

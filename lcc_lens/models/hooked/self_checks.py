@@ -17,7 +17,7 @@ _TOLERANCE, _COARSE_TOLERANCE = 1e-4, 5e-2
 _N_PROBED = 9
 
 
-def run_keeping(
+def run_with_activations(
     model: HookedModel, tokens: Tensor, names: list[str], hooks: list[NamedHook] | None = None
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Run a model, with hooks if given, and keep its logits and the activations at named hook points.
@@ -27,7 +27,7 @@ def run_keeping(
     """
     missing = [name for name in names if name not in model.hook_dict]
     if missing:
-        raise unknown_way("of a head's output", f"no hook point {missing[0]}")
+        raise unsupported("of a head's output", f"no hook point {missing[0]}")
     seen: dict[str, Tensor] = {}
 
     def keeper(name: str) -> NamedHook:
@@ -41,7 +41,7 @@ def run_keeping(
     return logits, seen
 
 
-def probe_tokens(model: HookedModel) -> Int[Tensor, "batch pos"]:
+def check_tokens(model: HookedModel) -> Int[Tensor, "batch pos"]:
     """A fixed short sequence spread over the vocabulary."""
     spread = torch.linspace(1, int(model.cfg.d_vocab) - 1, _N_PROBED).long()
     return spread[None].to(device_of(model))
@@ -54,6 +54,6 @@ def is_close(got: Tensor, wanted: Tensor, model: HookedModel) -> bool:
     return bool((got - wanted).abs().max() <= tolerance)
 
 
-def unknown_way(where: str, got: str) -> LensError:
+def unsupported(where: str, got: str) -> LensError:
     """The refusal of an architecture whose way somewhere is another than the one computed here."""
     return LensError(f"this architecture's way {where} is not known: got {got}; use another model")

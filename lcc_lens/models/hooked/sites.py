@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lcc_lens.core.errors import RequestError
-from lcc_lens.models.hooked.copied_weights import copied_maps
+from lcc_lens.models.hooked.copied_weights import copied_projection_names
 from lcc_lens.models.hooked.hooked_transformer import is_hooked_transformer
 from lcc_lens.models.hooked.hooks import HookedModel, NamedHook, adders, mlp_name, readers, z_name
 from lcc_lens.models.hooked.weights import plain_modules, weight_shape
@@ -28,14 +28,14 @@ _WORDS: Mapping[ConstantSite, str] = {
 }
 
 
-def reading_maps(model: HookedModel, site: ConstantSite) -> tuple[str, ...]:
+def projection_names(model: HookedModel, site: ConstantSite) -> tuple[str, ...]:
     """The plain names of the maps that read a site, by layer, such as ``model.layers.0.mlp.down_proj``.
 
     Raises:
         RequestError: a layer has none (mixtures of experts), or the model was not loaded here.
     """
     if is_hooked_transformer(model):
-        copied = copied_maps(model, site)
+        copied = copied_projection_names(model, site)
         if not copied:
             raise RequestError(f"expected {_WORDS[site]} in every layer, got none that is known; leave it out")
         return copied
@@ -65,7 +65,7 @@ def site_readers(site: ConstantSite, layers: Iterable[int], visit: Callable[[int
     return readers(_NAMES[site], layers, visit)
 
 
-def map_output_name(site: ConstantSite) -> Callable[[int], str]:
+def projection_output_name(site: ConstantSite) -> Callable[[int], str]:
     """Gives, by layer, the hook point of what a site's map puts out, ``[batch, pos, d_model]``."""
     inner, outer = _MAPS[site]
     return lambda layer: f"blocks.{layer}.{inner}.{outer}.hook_out"

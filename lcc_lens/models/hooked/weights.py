@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lcc_lens.core.errors import RequestError
 from lcc_lens.models.architecture.layers import is_transposed
-from lcc_lens.models.hooked.copied_weights import HeldWeight, copied_weights
+from lcc_lens.models.hooked.copied_weights import WeightLocation, copied_weights
 from lcc_lens.models.hooked.hooked_transformer import is_hooked_transformer
 from lcc_lens.models.hooked.hooks import HookedModel
 from lcc_lens.models.hooked.offloading import require_in_memory
@@ -53,7 +53,7 @@ def plain_modules(model: HookedModel) -> dict[str, nn.Module]:
     return {name: original.get_submodule(path) for name, path in _PATHS[model].items()}
 
 
-def plain_carrier(model: HookedModel) -> Any:
+def plain_model(model: HookedModel) -> Any:
     """The model of transformers whose modules carry the hooks: what it generates or scores is the hooked model's.
 
     Raises:
@@ -67,7 +67,7 @@ def plain_carrier(model: HookedModel) -> Any:
     return cast("Any", model).original_model
 
 
-def held_weights(model: HookedModel) -> dict[str, HeldWeight]:
+def changeable_weights(model: HookedModel) -> dict[str, WeightLocation]:
     """Where a hooked model's forward pass reads the weights that may be changed, by the checkpoint's module names.
 
     All modules with a weight of a TransformerBridge; of a HookedTransformer output and down projections alone.
@@ -78,16 +78,16 @@ def held_weights(model: HookedModel) -> dict[str, HeldWeight]:
     if is_hooked_transformer(model):
         return copied_weights(model)
     modules = plain_modules(model).items()
-    return {n: HeldWeight(m, "weight", is_transposed(m)) for n, m in modules if _has_weight(m)}
+    return {n: WeightLocation(m, "weight", is_transposed(m)) for n, m in modules if _has_weight(m)}
 
 
 def _has_weight(module: nn.Module) -> bool:
     return isinstance(module._parameters.get("weight"), nn.Parameter)
 
 
-def map_weight(model: HookedModel, name: str) -> Float[Tensor, "out in"]:
+def linear_weight(model: HookedModel, name: str) -> Float[Tensor, "out in"]:
     """The weight of a linear map by its plain name."""
-    held = held_weights(model)[name]
+    held = changeable_weights(model)[name]
     return held.matrix(held.value.detach())
 
 
@@ -112,7 +112,7 @@ def changed_weights(model: HookedModel, changes: Mapping[str, Callable[[Tensor],
     Raises:
         RequestError: no module of such a name, or none whose weight can be changed.
     """
-    weights = held_weights(model)
+    weights = changeable_weights(model)
     missing = [name for name in changes if name not in weights]
     if missing:
         raise RequestError(f"expected a model with the module {missing[0]}, got one without; wrong model")

@@ -15,7 +15,7 @@ from lcc_lens.core.config import DeviceMap, HookKind, default_device, default_de
 from lcc_lens.core.errors import LensError, RequestError, first_line
 from lcc_lens.core.files import read_json, weight_files, weights_sha256
 from lcc_lens.models.architecture.layers import is_transposed
-from lcc_lens.models.hooked.copied_weights import copied_maps, remember_copied_maps
+from lcc_lens.models.hooked.copied_weights import copied_projection_names, remember_copied_projections
 from lcc_lens.models.hooked.hooked_transformer import (
     check_weights,
     checkpoint_of,
@@ -137,7 +137,7 @@ def load_hooked(
     else:
         is_given = given is not None
         model = check_weights(given, plain, path) if is_given else make_hooked_transformer(plain, tokenizer, path)
-        remember_copied_maps(model, plain)
+        remember_copied_projections(model, plain)
     _check_hooked(model, tokens, expected, str(reference))
     modules = _output_projections(model, plain)
     identity = _IDENTITIES[model] = identify(reference, path)
@@ -200,7 +200,7 @@ def _bridge(plain: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: Pa
 def _output_projections(model: Any, plain: PreTrainedModel) -> list[torch.nn.Module]:
     """The plain model's output projections by layer."""
     if is_hooked_transformer(model):
-        return [plain.get_submodule(name) for name in copied_maps(model, "z")]
+        return [plain.get_submodule(name) for name in copied_projection_names(model, "z")]
     return [block.attn.o.original_component for block in model.blocks]
 
 

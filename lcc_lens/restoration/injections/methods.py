@@ -9,7 +9,7 @@ from typing import Literal
 from lcc_lens.core.errors import RequestError
 from lcc_lens.models.hooked.activations import Site
 from lcc_lens.models.hooked.offloading import device_of
-from lcc_lens.models.hooked.sites import CONSTANT_SITES, ConstantSite, reading_maps
+from lcc_lens.models.hooked.sites import CONSTANT_SITES, ConstantSite, projection_names
 from lcc_lens.restoration.injections.base import Composite, Injection
 from lcc_lens.restoration.injections.constants import FixedConstants, LccInjection, MeanShift, OffsetInjection
 from lcc_lens.restoration.injections.ingredients import Ingredients
@@ -183,7 +183,7 @@ def build_injection(method: str, given: Ingredients) -> Injection:
     """
     names = parse_method(method)
     if "mlp" in bias_sites(method):
-        reading_maps(given.model, "mlp")  # a hook point of this name that no single map reads would not fold
+        projection_names(given.model, "mlp")  # a hook point of this name that no single map reads would not fold
     parts = [METHODS[name].build(given) for name in names]
     injection = (parts[0] if len(parts) == 1 else Composite(parts)).to(device_of(given.model))
     check_reached(given.model, injection)

@@ -15,8 +15,8 @@ from lcc_lens.models.architecture.layers import is_linear
 from lcc_lens.models.hooked.forward import forward
 from lcc_lens.models.hooked.hooks import HookedModel, NamedHook
 from lcc_lens.models.hooked.offloading import require_in_memory
-from lcc_lens.models.hooked.self_checks import probe_tokens
-from lcc_lens.models.hooked.sites import mlp_width, reading_maps
+from lcc_lens.models.hooked.self_checks import check_tokens
+from lcc_lens.models.hooked.sites import mlp_width, projection_names
 from lcc_lens.models.hooked.weights import plain_modules, weight_shape
 from lcc_lens.restoration.injections.base import Injection
 from lcc_lens.restoration.injections.changes import Change, Gain, LowRank, Shift
@@ -116,7 +116,7 @@ def mlp_gains(model: HookedModel) -> WeightInjection:
         RequestError: no down projections.
     """
     neurons = torch.arange(mlp_width(model))
-    changes = {name: Gain(torch.zeros(len(neurons)), neurons.clone()) for name in reading_maps(model, "mlp")}
+    changes = {name: Gain(torch.zeros(len(neurons)), neurons.clone()) for name in projection_names(model, "mlp")}
     return WeightInjection(changes, default_lr=1e-2)
 
 
@@ -148,7 +148,7 @@ def check_reached(model: HookedModel, injection: Injection) -> None:
     is_reached = dict.fromkeys(map(id, flat), True)
     for run in (forward, _stepwise):
         with torch.enable_grad(), injection.attached(model):
-            logits = run(model, probe_tokens(model), injection.hooks())
+            logits = run(model, check_tokens(model), injection.hooks())
             grads = torch.autograd.grad(logits.float().square().mean(), flat, allow_unused=True)
         for number, grad in zip(flat, grads, strict=True):
             is_reached[id(number)] &= grad is not None

@@ -17,7 +17,7 @@ from lcc_lens.models.hooked.hooks import HookedModel
 from lcc_lens.models.hooked.offloading import device_of
 from lcc_lens.restoration.injections.base import Injection
 from lcc_lens.restoration.training.config import Step, TrainConfig
-from lcc_lens.restoration.training.objectives import Recomputed, Source
+from lcc_lens.restoration.training.objectives import Checkpointed, Source
 from lcc_lens.restoration.training.reuse import CachedTeacher, reused
 from lcc_lens.restoration.training.state import CHECKPOINT, TrainingState, epoch_batches, learning_rates
 from lcc_lens.restoration.training.validation import hooked_of, response_nll, validation_loss, validation_terms
@@ -130,8 +130,8 @@ def train(
 
 def _source(model: HookedModel, injection: Injection, config: TrainConfig) -> HookedModel | Source:
     """What gives the model's outputs under the settings."""
-    found = reused(model, injection, recompute=config.gradient_checkpointing) if config.reuse else model
-    return found if isinstance(found, Source) or not config.gradient_checkpointing else Recomputed(found)
+    found = reused(model, injection, checkpoint_layers=config.gradient_checkpointing) if config.reuse else model
+    return found if isinstance(found, Source) or not config.gradient_checkpointing else Checkpointed(found)
 
 
 def _warn_of_divergence(step: int, n_steps: int, got: str, lr: float) -> None:

@@ -16,7 +16,7 @@ from lcc_lens.core.errors import RequestError
 from lcc_lens.data.datasets import Batch, TokenSequence
 from lcc_lens.models.hooked.forward import forward
 from lcc_lens.models.hooked.hooks import HookedModel, logits_at, z_readers
-from lcc_lens.models.hooked.losses import token_divergence, token_nll
+from lcc_lens.models.hooked.losses import token_kl_divergence, token_nll
 from lcc_lens.models.hooked.offloading import device_of
 
 _NAMES = ("response", "distillation", "heads", "text")
@@ -43,7 +43,7 @@ class Source(ABC):
         """What :func:`run_model` gives."""
 
 
-class Recomputed(Source):
+class Checkpointed(Source):
     """A model whose backward passes compute every layer's activations again instead of keeping them.
 
     Args:
@@ -57,7 +57,7 @@ class Recomputed(Source):
         self, batch: Batch, mask: Bool[Tensor, "batch pos"], hooks: Sequence[Any], *, with_logits: bool, with_z: bool
     ) -> Outputs:
         """See :class:`Source`."""
-        return run_model(self.model, batch, mask, hooks, with_logits=with_logits, with_z=with_z, recompute=True)
+        return run_model(self.model, batch, mask, hooks, with_logits=with_logits, with_z=with_z, checkpoint_layers=True)
 
 
 @dataclass(frozen=True)
@@ -176,7 +176,7 @@ class Objective:
             counted = slice(None) if self.prompts else in_response
             if self.distillation:
                 logits = wanted.logits.to(got.logits.device)
-                terms["distillation"] = token_divergence(logits, got.logits, self.temperature)[counted].sum()
+                terms["distillation"] = token_kl_divergence(logits, got.logits, self.temperature)[counted].sum()
             if self.heads:
                 terms["heads"] = _relative_distance(wanted.z, got.z)[counted].sum()
         return terms
@@ -196,7 +196,7 @@ def run_model(
     *,
     with_logits: bool,
     with_z: bool,
-    recompute: bool = False,
+    checkpoint_layers: bool = False,
 ) -> Outputs:
     """Run a model over a batch.
 
@@ -207,7 +207,7 @@ def run_model(
         hooks: of an injection.
         with_logits: whether to compute logits, at the counted positions only.
         with_z: whether to keep head outputs there.
-        recompute: see :func:`~lcc_lens.models.hooked.forward.forward`.
+        checkpoint_layers: see :func:`~lcc_lens.models.hooked.forward.forward`.
     """
     device = device_of(model)
     mask, z = mask.to(device), {}
@@ -218,7 +218,7 @@ def run_model(
     readers = z_readers(range(int(model.cfg.n_layers)), keep) if with_z else []
     narrowed = logits_at(model, mask if with_logits else None)
     every = [*hooks, *readers, *narrowed]
-    return Outputs(forward(model, batch.tokens.to(device), every, recompute=recompute)[0], z)
+    return Outputs(forward(model, batch.tokens.to(device), every, checkpoint_layers=checkpoint_layers)[0], z)
 
 
 def _relative_distance(wanted: dict[int, Tensor], got: dict[int, Tensor]) -> Float[Tensor, " token"]:

@@ -20,7 +20,7 @@ from lcc_lens.data.datasets import Batch
 from lcc_lens.models.hooked.forward import forward
 from lcc_lens.models.hooked.hooks import HookedModel, before_unembed, logits_at
 from lcc_lens.models.hooked.offloading import device_of
-from lcc_lens.models.hooked.self_checks import probe_tokens
+from lcc_lens.models.hooked.self_checks import check_tokens
 from lcc_lens.restoration.injections.base import Injection
 from lcc_lens.restoration.training.objectives import Outputs, Source, run_model
 
@@ -63,20 +63,20 @@ class StartedLater(Source):
         model: the hooked model; what is injected must leave the layers below ``layer`` alone.
         layer: where to start.
         kept: where residual streams are kept.
-        recompute: see :func:`~lcc_lens.models.hooked.forward.forward`.
+        checkpoint_layers: see :func:`~lcc_lens.models.hooked.forward.forward`.
     """
 
     def __init__(
-        self, model: HookedModel, layer: int, kept: KeptStates | None = None, *, recompute: bool = False
+        self, model: HookedModel, layer: int, kept: KeptStates | None = None, *, checkpoint_layers: bool = False
     ) -> None:
-        self.model, self.layer, self.recompute = model, layer, recompute
+        self.model, self.layer, self.checkpoint_layers = model, layer, checkpoint_layers
         self._kept = kept or KeptStates()
 
     def outputs(
         self, batch: Batch, mask: Bool[Tensor, "batch pos"], hooks: Sequence[Any], *, with_logits: bool, with_z: bool
     ) -> Outputs:
         """See :class:`~lcc_lens.restoration.training.objectives.Source`."""
-        reads = {"with_logits": with_logits, "with_z": with_z, "recompute": self.recompute}
+        reads = {"with_logits": with_logits, "with_z": with_z, "checkpoint_layers": self.checkpoint_layers}
         if with_z or not can_start_later(self.model):
             return run_model(self.model, batch, mask, hooks, **reads)
         stream = self._kept.of(batch, device_of(self.model), lambda tokens: _stream(self.model, self.layer, tokens))
@@ -93,7 +93,7 @@ def first_layer(injection: Injection) -> int:
 
 
 def reused(
-    model: HookedModel, injection: Injection, kept: StartedLater | None = None, *, recompute: bool = False
+    model: HookedModel, injection: Injection, kept: StartedLater | None = None, *, checkpoint_layers: bool = False
 ) -> HookedModel | StartedLater:
     """The model; started at the first layer that the injection acts on where that leaves something out.
 
@@ -101,12 +101,16 @@ def reused(
         model: the hooked model.
         injection: what will act on it.
         kept: what an earlier call gave for this model, which is used again where it starts at the same layer.
-        recompute: see :func:`~lcc_lens.models.hooked.forward.forward`.
+        checkpoint_layers: see :func:`~lcc_lens.models.hooked.forward.forward`.
     """
     layer = first_layer(injection)
-    if kept is not None and (kept.layer, kept.recompute) == (layer, recompute):
+    if kept is not None and (kept.layer, kept.checkpoint_layers) == (layer, checkpoint_layers):
         return kept
-    return StartedLater(model, layer, recompute=recompute) if layer > 0 and can_start_later(model) else model
+    return (
+        StartedLater(model, layer, checkpoint_layers=checkpoint_layers)
+        if layer > 0 and can_start_later(model)
+        else model
+    )
 
 
 _STARTS: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()
@@ -138,7 +142,7 @@ def _tried(same: Callable[[HookedModel], bool], model: HookedModel) -> bool:
 
 
 def _starts_later(model: HookedModel) -> bool:
-    tokens, n_layers = probe_tokens(model), int(model.cfg.n_layers)
+    tokens, n_layers = check_tokens(model), int(model.cfg.n_layers)
     if n_layers < 2:
         return False
     whole = forward(model, tokens, [])
@@ -150,7 +154,7 @@ def _starts_later(model: HookedModel) -> bool:
 
 
 def _unembeds(model: HookedModel) -> bool:
-    tokens = probe_tokens(model)
+    tokens = check_tokens(model)
     return _is_near(_unembed(model, _hidden(model, tokens)), forward(model, tokens, []))
 
 

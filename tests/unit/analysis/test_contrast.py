@@ -23,8 +23,8 @@ from lcc_lens.data.batches import encode_pair
 from lcc_lens.data.datasets import Data, TokenSequence, pad
 from lcc_lens.data.prompts import Example
 from lcc_lens.models.hooked import kv_cache as prefix
-from lcc_lens.models.hooked.activations import Places, sampled_positions, visit_sites
-from lcc_lens.models.hooked.kv_cache import Prefix, reuses_cache
+from lcc_lens.models.hooked.activations import TokenPositions, sampled_positions, visit_sites
+from lcc_lens.models.hooked.kv_cache import PrefixCache, can_reuse_cache
 from lcc_lens.models.pair import load_pair
 
 EXAMPLES = tuple(
@@ -60,17 +60,17 @@ def alone(model: Any, sequences: list[TokenSequence]) -> list[Tensor]:
     """Every layer's head outputs at the end of each sequence, run by itself."""
     layers: list[list[Tensor]] = [[] for _ in range(model.cfg.n_layers)]
     for sequence in sequences:
-        end = Places(torch.tensor([0]), torch.tensor([len(sequence) - 1]))
+        end = TokenPositions(torch.tensor([0]), torch.tensor([len(sequence) - 1]))
         visit_sites(model, sequence.tokens[None], {"z": end}, lambda site, layer, z: layers[layer].append(z.clone()))
     return [torch.cat(layer) for layer in layers]
 
 
 def paired(model: Any, right: list[TokenSequence], wrong: list[TokenSequence]) -> tuple[list[Tensor], list[Tensor]]:
     batch = pad(right, range(len(right)))
-    ends = Places(torch.arange(len(right)), batch.lengths - 1)
+    ends = TokenPositions(torch.arange(len(right)), batch.lengths - 1)
     found: tuple[dict[int, Tensor], dict[int, Tensor]] = ({}, {})
     readers = [lambda site, layer, z, into=into: into.__setitem__(layer, z.clone()) for into in found]
-    visit_pairs(Prefix(model), batch, right, wrong, {"z": ends}, *readers)
+    visit_pairs(PrefixCache(model), batch, right, wrong, {"z": ends}, *readers)
     return tuple([layers[i] for i in range(model.cfg.n_layers)] for layers in found)
 
 
@@ -101,7 +101,7 @@ def n_read(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], list[int]]:
 def test_both_answers_equal_whole_forwards(name: str, tmp_path: Path, tokenizer: Any) -> None:
     model = family(name, tmp_path)
     right, wrong = encoded(tokenizer)
-    assert reuses_cache(model) == (name not in TOO_SHORT_A_WINDOW)
+    assert can_reuse_cache(model) == (name not in TOO_SHORT_A_WINDOW)
     for found, sequences in zip(paired(model, right, wrong), (right, wrong), strict=True):
         for layer, expected in zip(found, alone(model, sequences), strict=True):
             assert torch.allclose(layer, expected, rtol=1e-4, atol=1e-5)
@@ -111,7 +111,7 @@ def test_both_answers_equal_whole_forwards(name: str, tmp_path: Path, tokenizer:
 def test_wrong_answers_are_read_from_where_they_part(tmp_path: Path, tokenizer: Any, n_read: Any) -> None:
     model = family("llama", tmp_path)
     right, wrong = encoded(tokenizer)
-    assert reuses_cache(model)
+    assert can_reuse_cache(model)
     read = n_read(model)
     paired(model, right, wrong)
     longest_rest = max(len(w) - shared_length(r, w) for r, w in zip(right, wrong, strict=True))
@@ -126,7 +126,7 @@ def test_gaps_in_the_cache_count_as_distance_in_a_window(tmp_path: Path, n_read:
     right = [TokenSequence(ids[:20], 18), TokenSequence(ids[20:28], 6)]
     near = [TokenSequence(torch.cat([ids[:18], ids[60:62]]), 18), TokenSequence(torch.cat([ids[20:27], ids[62:64]]), 6)]
     far = [near[0], TokenSequence(torch.cat([ids[20:26], ids[60:76]]), 6)]
-    assert reuses_cache(model)
+    assert can_reuse_cache(model)
     read = n_read(model)
     for wrong, reused in ((near, True), (far, False)):
         read.clear()
@@ -151,7 +151,7 @@ def test_model_that_cannot_go_on_from_a_cache_reads_whole_answers(
 
     monkeypatch.setattr(model, "run_with_hooks", faulty, raising=False)
     right, wrong = encoded(tokenizer)
-    assert not reuses_cache(model)
+    assert not can_reuse_cache(model)
     for layer, expected in zip(paired(model, right, wrong)[1], alone(model, wrong), strict=True):
         assert torch.allclose(layer, expected, rtol=1e-4, atol=1e-5)
 
@@ -244,4 +244,4 @@ def test_scan_of_a_model_without_reuse_equals_plain_models(tmp_path: Path, pream
     )  # fmt: skip
     assert torch.allclose(found.mean_difference, (dense - pruned).mean(0), atol=1e-5)
     assert found.selected_by.keys() == {"probe", "interaction"}
-    assert not prefix.reuses_cache(windowed.dense)
+    assert not prefix.can_reuse_cache(windowed.dense)

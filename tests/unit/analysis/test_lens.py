@@ -23,7 +23,7 @@ from lcc_lens.core.errors import LensError, RequestError
 from lcc_lens.core.heads import Head, HeadMap, all_heads, head_indices
 from lcc_lens.data.datasets import Data, load_data
 from lcc_lens.data.prompts import Example
-from lcc_lens.models.hooked.direct_path import HeadWriter, Readout
+from lcc_lens.models.hooked.direct_path import OutputProjections, Unembedding
 from lcc_lens.models.loading.hooked import load_hooked
 
 HEADS = [Head(2, 4), Head(0, 1), Head(1, 3)]
@@ -107,7 +107,7 @@ def test_direct_effect_agrees_with_transformer_lens_attribution(pruned_dir: Path
         _, cache = ours.run_with_cache(tokens)
     theirs.enable_compatibility_mode(disable_warnings=True)
     wanted = direct_logit_attribution(theirs, tokens, 40, 77, unit="head")
-    readout, writer = Readout.of(ours), HeadWriter.of(ours)
+    readout, writer = Unembedding.of(ours), OutputProjections.of(ours)
     for head in all_heads(N_LAYERS, N_HEADS):
         z = cache[f"blocks.{head.layer}.attn.hook_z"][0, -1, head.head]
         logits = readout.direct(writer.output(head, z)[None], cache["blocks.2.hook_resid_post"][0, -1:], answers)
@@ -153,7 +153,7 @@ def test_promoted_tokens_at_a_stream_are_its_mean_direct_effect(pair, found, dat
     head, vector = Head(1, 3), found.components.directions[1, 3, 0]
     streams = answer_streams(pair, data)
     said = promoted_tokens(pair.pruned, pair.tokenizer, head, vector, k=257, at=streams)
-    readout, written = Readout.of(pair.pruned), HeadWriter.of(pair.pruned).output(head, vector)
+    readout, written = Unembedding.of(pair.pruned), OutputProjections.of(pair.pruned).output(head, vector)
     ids = torch.tensor([[token.token for token in said.tokens[:257]]]).expand(len(streams.resid), -1)
     expected = readout.direct(written[None], streams.resid, ids).mean((0, 1))
     assert torch.allclose(torch.tensor([token.logit for token in said.tokens[:257]]), expected, atol=1e-4)
@@ -166,7 +166,7 @@ def test_the_unembeddings_bias_promotes_nothing(pair, found, pruned_dir: Path) -
     model, vector = load_hooked(pruned_dir).model, found.components.directions[1, 3, 0]
     before = promoted_tokens(model, pair.tokenizer, Head(1, 3), vector)
     model.unembed.original_component.bias[9] = 1000.0
-    assert Readout.of(model).logits(torch.randn(40)).argmax() == 9
+    assert Unembedding.of(model).logits(torch.randn(40)).argmax() == 9
     assert promoted_tokens(model, pair.tokenizer, Head(1, 3), vector) == before
 
 

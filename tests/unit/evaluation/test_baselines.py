@@ -17,7 +17,7 @@ from lcc_lens.evaluation.baselines.flap import flap
 from lcc_lens.evaluation.baselines.lofit import lofit_heads
 from lcc_lens.evaluation.comparison.costs import merging_costs
 from lcc_lens.models.hooked.forward import fused_attention
-from lcc_lens.models.hooked.sites import reading_maps
+from lcc_lens.models.hooked.sites import projection_names
 from lcc_lens.models.hooked.weights import plain_modules
 from lcc_lens.models.pair import load_pair
 from lcc_lens.pruning.jobs import prune
@@ -190,7 +190,7 @@ def test_flap_gives_back_the_mean_of_what_was_removed(pair, question_file: Path)
             assert float(bias.abs().max()) > 0.01
     biases = {
         name: injection.biases(site)[layer]
-        for site in ("z", "mlp") for layer, name in enumerate(reading_maps(pair.pruned, site))
+        for site in ("z", "mlp") for layer, name in enumerate(projection_names(pair.pruned, site))
     }  # fmt: skip
     handles = [
         pruned[name].register_forward_hook(lambda module, args, output, bias=bias: output + bias)

@@ -14,7 +14,7 @@ from support.tiny import D_MODEL, build_model, save_model
 import lcc_lens as lcc
 from lcc_lens.core.errors import RequestError
 from lcc_lens.exporters.sidecar import BUFFER
-from lcc_lens.models.hooked.sites import reading_maps
+from lcc_lens.models.hooked.sites import projection_names
 from lcc_lens.models.pair import load_pair
 from lcc_lens.restoration.injections.changes import Shift
 
@@ -49,7 +49,7 @@ def test_changed_weights_and_constants_act_together(family: str, tmp_path: Path)
 def test_constants_at_the_mlp_pass_through_its_changed_weight(family: str, tmp_path: Path) -> None:
     pruned = save_family(family, tmp_path / "pruned")
     pair = load_pair(pruned, pruned)
-    name = reading_maps(pair.pruned, "mlp")[2]
+    name = projection_names(pair.pruned, "mlp")[2]
     both = with_mlp(restoration_of(pruned), pruned)
     width = both.mlp.values.shape[1]
     shift = Shift(0.1 * torch.randn(pair.pruned.cfg.d_model, width, generator=torch.Generator().manual_seed(3)))

@@ -22,7 +22,7 @@ from lcc_lens.evaluation.baselines.eora import eora
 from lcc_lens.evaluation.baselines.flap import flap
 from lcc_lens.exporters.huggingface import export
 from lcc_lens.frontends.session.side_by_side import generate
-from lcc_lens.models.hooked.direct_path import HeadWriter, Readout
+from lcc_lens.models.hooked.direct_path import OutputProjections, Unembedding
 from lcc_lens.models.hooked.forward import can_fuse
 from lcc_lens.models.hooked.hooked_transformer import checkpoint_of, is_hooked_transformer, make_hooked_transformer
 from lcc_lens.models.loading.hooked import load_hooked, load_tokenizer
@@ -129,8 +129,8 @@ def test_logits_and_head_outputs_are_the_plain_models(name: str, tmp_path: Path)
         assert torch.allclose(cache[point].flatten(2), z, rtol=1e-4, atol=1e-5)
     assert not can_fuse(loaded.model)
     assert cfg.n_ctx == 512
-    HeadWriter.of(loaded.model)
-    Readout.of(loaded.model)
+    OutputProjections.of(loaded.model)
+    Unembedding.of(loaded.model)
 
 
 @needs_it
@@ -306,8 +306,8 @@ def test_what_it_does_not_compute_is_refused(kind: str, settings: Any, message: 
 
 @needs_it
 def test_one_that_was_not_loaded_here_is_refused(dense_dir: Path) -> None:
-    from lcc_lens.models.hooked.sites import reading_maps
+    from lcc_lens.models.hooked.sites import projection_names
 
     path = save("gpt_neox", FAMILIES["gpt_neox"][1], dense_dir.parent / "own")
     with pytest.raises(RequestError, match="got one that was not checked against its checkpoint"):
-        reading_maps(made_elsewhere(path), "z")
+        projection_names(made_elsewhere(path), "z")

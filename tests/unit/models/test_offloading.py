@@ -20,7 +20,7 @@ from lcc_lens.core.heads import Head
 from lcc_lens.data.datasets import Data, load_data
 from lcc_lens.exporters.huggingface import export
 from lcc_lens.frontends.cli.main import run as run_command
-from lcc_lens.models.hooked.direct_path import HeadWriter
+from lcc_lens.models.hooked.direct_path import OutputProjections
 from lcc_lens.models.hooked.offloading import (
     device_of,
     each_parameter,
@@ -29,7 +29,7 @@ from lcc_lens.models.hooked.offloading import (
     require_in_memory,
     weight_in_memory,
 )
-from lcc_lens.models.hooked.weights import map_weight
+from lcc_lens.models.hooked.weights import linear_weight
 from lcc_lens.models.loading.hooked import load_hooked
 from lcc_lens.models.loading.plain import load_plain
 from lcc_lens.models.pair import Pair, load_pair
@@ -68,9 +68,9 @@ def test_layers_stay_on_disk_and_logits_are_the_same(dense_dir: Path) -> None:
     assert device_of(kept.model) == torch.device("cpu")
     assert kept.removed_heads == whole.removed_heads
     for name in whole.output_projections:
-        assert torch.equal(map_weight(kept.model, name), map_weight(whole.model, name))
+        assert torch.equal(linear_weight(kept.model, name), linear_weight(whole.model, name))
     head = Head(2, 4)
-    assert torch.equal(HeadWriter.of(kept.model).W_O(head), HeadWriter.of(whole.model).W_O(head))
+    assert torch.equal(OutputProjections.of(kept.model).W_O(head), OutputProjections.of(whole.model).W_O(head))
 
 
 def test_every_parameter_is_read_once(dense_dir: Path) -> None:
@@ -143,12 +143,12 @@ def test_scan_from_disk_gives_the_same_bits(pair: Pair, data: Data, streamed: Sc
     assert float(streamed.relative_loss.max()) > 0.1
 
 
-@pytest.mark.parametrize(("method", "recompute"), [("mean-shift", False), ("lcc", False), ("lcc", True)])
+@pytest.mark.parametrize(("method", "checkpoint_layers"), [("mean-shift", False), ("lcc", False), ("lcc", True)])
 def test_restoration_one_model_at_a_time_is_the_same(
-    pair: Pair, on_disk: Pair, data: Data, streamed: Scan, tmp_path: Path, method: str, recompute: bool
+    pair: Pair, on_disk: Pair, data: Data, streamed: Scan, tmp_path: Path, method: str, checkpoint_layers: bool
 ) -> None:
     heads = streamed.select("mse", share=0.5)
-    config = TrainConfig(lr=0.1, batch_size=5, gradient_checkpointing=recompute)
+    config = TrainConfig(lr=0.1, batch_size=5, gradient_checkpointing=checkpoint_layers)
     expected = restore(pair, streamed, heads, data, method=method, config=config)
     found = restore(on_disk, streamed, heads, data, method=method, config=config, run=tmp_path)
     assert torch.equal(found.constants, expected.constants)

@@ -20,7 +20,7 @@ from lcc_lens.models.architecture.bias_slots import BiasSlots, find_slots
 from lcc_lens.models.architecture.joint_bias_slots import JointSlots, find_joint_slots
 from lcc_lens.models.architecture.retyping import retyped_configs
 from lcc_lens.models.architecture.tiny_models import build_twin, shrink, twin_logits
-from lcc_lens.models.hooked.sites import ConstantSite, reading_maps
+from lcc_lens.models.hooked.sites import ConstantSite, projection_names
 from lcc_lens.models.loading.hooked import load_hooked
 from lcc_lens.models.pair import load_pair
 from lcc_lens.restoration.injections.changes import Shift
@@ -205,7 +205,7 @@ MLP_WAYS = {
 @pytest.mark.parametrize("family", MLP_WAYS)
 def test_constants_at_the_mlp_are_stored_alone_and_beside_those_of_heads(family: str, tmp_path: Path) -> None:
     pruned = save_family(family, tmp_path / "pruned")
-    maps = reading_maps(load_hooked(pruned).model, "mlp")
+    maps = projection_names(load_hooked(pruned).model, "mlp")
     both = with_mlp(restoration_of(pruned, heads=[Head(0, 1), Head(2, 3)]), pruned)
     way = MLP_WAYS[family]
     if way is None:
@@ -239,7 +239,7 @@ def test_joint_configuration_switches_both_sites_on(tmp_path: Path) -> None:
     pruned = save_family("qwen2", tmp_path / "pruned")
     model = load_hooked(pruned).model
     sites: tuple[ConstantSite, ...] = ("z", "mlp")
-    slots = find_joint_slots(pruned, {site: reading_maps(model, site) for site in sites})
+    slots = find_joint_slots(pruned, {site: projection_names(model, site) for site in sites})
     assert slots.by_site["z"].config["mlp_bias"] is False
     assert (slots.retyped_as, slots.config["attention_bias"], slots.config["mlp_bias"]) == ("llama", True, True)
     added = {name.split(".", 3)[3] for name in slots.new_biases(load_file(pruned / "model.safetensors").keys())}

@@ -8,7 +8,7 @@ from torch.autograd import gradcheck
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
 from lcc_lens.models.hooked import losses as token_losses
-from lcc_lens.models.hooked.losses import token_divergence, token_nll
+from lcc_lens.models.hooked.losses import token_kl_divergence, token_nll
 
 
 @pytest.fixture(params=[2, 64])
@@ -24,7 +24,7 @@ def logits(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> t
 def test_gradients_are_exact(logits, temperature: float) -> None:
     got, wanted, targets = logits
     assert gradcheck(lambda x: token_nll(x, targets), got)
-    assert gradcheck(lambda x: token_divergence(wanted, x, temperature), got)
+    assert gradcheck(lambda x: token_kl_divergence(wanted, x, temperature), got)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
@@ -32,7 +32,7 @@ def test_losses_and_gradients_are_pytorch_s_own(logits, dtype: torch.dtype, tole
     got, wanted, targets = logits
     got, wanted = got.detach().to(dtype).requires_grad_(), wanted.to(dtype)
     weights = torch.linspace(0.1, 1, 5)
-    ours = token_nll(got, targets), token_divergence(wanted, got, 2.0)
+    ours = token_nll(got, targets), token_kl_divergence(wanted, got, 2.0)
     q, p = (log_softmax(x.float() / 2, dim=-1) for x in (got, wanted))
     theirs = (
         cross_entropy(got.float(), targets, reduction="none"),
@@ -49,9 +49,11 @@ def test_losses_and_gradients_are_pytorch_s_own(logits, dtype: torch.dtype, tole
 def test_no_tokens_and_no_gradient() -> None:
     nothing = torch.zeros(0, 7)
     assert (
-        token_nll(nothing, torch.zeros(0, dtype=torch.long)).shape == token_divergence(nothing, nothing).shape == (0,)
+        token_nll(nothing, torch.zeros(0, dtype=torch.long)).shape
+        == token_kl_divergence(nothing, nothing).shape
+        == (0,)
     )
     with torch.inference_mode():
-        loss = token_divergence(torch.ones(2, 7), torch.eye(2, 7))
+        loss = token_kl_divergence(torch.ones(2, 7), torch.eye(2, 7))
     assert not loss.requires_grad
     assert bool((loss > 0).all())

@@ -18,7 +18,7 @@ from lcc_lens.core.heads import Head
 from lcc_lens.data.datasets import encode, load_data
 from lcc_lens.exporters.huggingface import export
 from lcc_lens.models.hooked.hooks import z_name
-from lcc_lens.models.hooked.losses import token_divergence
+from lcc_lens.models.hooked.losses import token_kl_divergence
 from lcc_lens.models.hooked.weights import changed_weights, plain_modules
 from lcc_lens.models.loading.hooked import load_hooked
 from lcc_lens.models.loading.plain import load_plain
@@ -182,12 +182,12 @@ def test_every_weight_is_reached(pair, found: Scan) -> None:
 
 def test_distillation_objective(pair, found: Scan, question_file: Path) -> None:
     logits = torch.randn(5, 11)
-    assert torch.allclose(token_divergence(logits, logits + 3.0), torch.zeros(5), atol=1e-6)
+    assert torch.allclose(token_kl_divergence(logits, logits + 3.0), torch.zeros(5), atol=1e-6)
     other = torch.randn(5, 11)
     for T in (1.0, 2.0):
         p, q = (torch.softmax(x.double() / T, -1) for x in (logits, other))
         expected = T**2 * (p * (p.log() - q.log())).sum(-1)
-        assert torch.allclose(token_divergence(logits, other, T).double(), expected, atol=1e-5)
+        assert torch.allclose(token_kl_divergence(logits, other, T).double(), expected, atol=1e-5)
     data = load_data(str(question_file))
     config = TrainConfig(batch_size=4, validate_every=2, objective=Objective.parse("distillation"))
     restoration = restore(pair, None, (), data, method="masked", config=config)

@@ -21,7 +21,7 @@ from lcc_lens.evaluation.comparison.costs import merging_costs
 from lcc_lens.exporters.huggingface import export
 from lcc_lens.models.architecture.bias_slots import find_slots
 from lcc_lens.models.hooked.hooks import NamedHook, mlp_name, readers
-from lcc_lens.models.hooked.sites import mlp_width, reading_maps
+from lcc_lens.models.hooked.sites import mlp_width, projection_names
 from lcc_lens.models.loading.hooked import load_hooked
 from lcc_lens.models.loading.plain import load_plain
 from lcc_lens.models.pair import load_pair
@@ -213,7 +213,9 @@ def test_families_fold_or_refuse_before_training(family: str, question_file: Pat
         report = export(restoration, tmp_path / "pruned", tmp_path / method)
         assert report.logit_effect > 1e-3
         assert report.logit_difference < 1e-4
-        names = {f"{name}.{'weight' if method == 'mlp-gain' else 'bias'}" for name in reading_maps(pair.pruned, "mlp")}
+        names = {
+            f"{name}.{'weight' if method == 'mlp-gain' else 'bias'}" for name in projection_names(pair.pruned, "mlp")
+        }
         assert names <= set(report.changed) | set(report.added)
 
 
@@ -282,7 +284,7 @@ def test_another_width_is_refused(pair, wide: Scan, tmp_path: Path) -> None:
 
 
 def test_slots_of_the_down_projection(pruned_dir: Path, pair) -> None:
-    slots = find_slots(pruned_dir, reading_maps(pair.pruned, "mlp"), "mlp")
+    slots = find_slots(pruned_dir, projection_names(pair.pruned, "mlp"), "mlp")
     assert slots.config == {"mlp_bias": True}
     assert slots.biases == tuple(f"model.layers.{i}.mlp.down_proj.bias" for i in range(N_LAYERS))
     assert {name.split(".")[-2]: shape for name, shape in slots.zero_biases.items()} == {

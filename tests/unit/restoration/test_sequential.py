@@ -17,7 +17,7 @@ from lcc_lens.data.datasets import encode, load_data
 from lcc_lens.exporters.huggingface import export
 from lcc_lens.models.hooked import layer_walk as layerwise
 from lcc_lens.models.hooked.hooks import mlp_name, z_name
-from lcc_lens.models.hooked.layer_walk import LayerWalk, can_walk
+from lcc_lens.models.hooked.layer_walk import LayerWalk, can_run_layers_alone
 from lcc_lens.models.pair import load_pair
 from lcc_lens.pruning.jobs import prune
 from lcc_lens.restoration.injections.ingredients import Ingredients
@@ -77,8 +77,8 @@ def plain(pair, sequences, heads: list[Head], *, mlp: bool) -> dict[str, torch.T
 def test_one_walk_equals_the_whole_model_run_anew(
     pair, sequences, mlp: bool, alone: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert can_walk(pair.pruned)
-    monkeypatch.setattr(layerwise, "can_walk", lambda model: alone)
+    assert can_run_layers_alone(pair.pruned)
+    monkeypatch.setattr(layerwise, "can_run_layers_alone", lambda model: alone)
     found = sequential_means(pair, sequences, HEADS, mlp=mlp, max_tokens=90)
     expected = plain(pair, sequences, HEADS, mlp=mlp)
     assert found.keys() == ({"z", "mlp"} if mlp else {"z"})
@@ -122,7 +122,7 @@ def test_families_walk(family: str, tmp_path: Path) -> None:
     dense = save_model(FAMILIES[family](), tmp_path / "dense")
     prune(dense, tmp_path / "pruned", method="magnitude")
     pair = load_pair(dense, tmp_path / "pruned", dtype=torch.float32)
-    assert can_walk(pair.dense)
+    assert can_run_layers_alone(pair.dense)
     tokens = [torch.arange(1, 61).reshape(2, 30), torch.arange(5, 45)[None]]
     walks = [LayerWalk(pair.dense, tokens, alone=alone) for alone in (True, False)]
     for _ in range(N_LAYERS):

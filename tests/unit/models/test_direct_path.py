@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from lcc_lens.core.errors import LensError, RequestError
 from lcc_lens.core.heads import Head
-from lcc_lens.models.hooked.direct_path import HeadWriter, Norm, Readout, head_output
+from lcc_lens.models.hooked.direct_path import Norm, OutputProjections, Unembedding, head_output
 from lcc_lens.models.hooked.hooks import z_name
 from lcc_lens.models.loading.hooked import load_hooked
 
@@ -74,7 +74,7 @@ def activations(model, *names: str) -> list[torch.Tensor]:
 
 def test_the_readout_gives_the_plain_models_logits(family) -> None:
     _, model, plain = family
-    readout = Readout.of(model)
+    readout = Unembedding.of(model)
     (resid,) = activations(model, "blocks.2.hook_resid_post")
     with torch.no_grad():
         expected = plain(TOKENS).logits[0]
@@ -85,7 +85,7 @@ def test_the_readout_gives_the_plain_models_logits(family) -> None:
 
 def test_the_frozen_norm_is_the_textbooks(family) -> None:
     name, model, plain = family
-    readout = Readout.of(model)
+    readout = Unembedding.of(model)
     (at,) = activations(model, "blocks.2.hook_resid_post")
     component = torch.randn(40, generator=torch.Generator().manual_seed(1))
     norm = model.ln_final.original_component
@@ -105,7 +105,7 @@ def test_the_frozen_norm_is_the_textbooks(family) -> None:
 
 def test_direct_effects_of_all_parts_add_up_to_the_logits(family) -> None:
     _, model, _ = family
-    readout = Readout.of(model)
+    readout = Unembedding.of(model)
     (resid,) = activations(model, "blocks.2.hook_resid_post")
     row, tokens = resid[4], torch.tensor([[7, 91]])
     parts = torch.randn(6, 40, generator=torch.Generator().manual_seed(2))
@@ -119,7 +119,7 @@ def test_direct_effects_of_all_parts_add_up_to_the_logits(family) -> None:
 
 def test_heads_write_what_the_residual_stream_gains(family) -> None:
     name, model, plain = family
-    writer = HeadWriter.of(model)
+    writer = OutputProjections.of(model)
     before, after = "blocks.1.hook_resid_pre", "blocks.1.hook_resid_mid"
     # Where attention and feed-forward network run side by side, only the projection's own output is at hand
     stream = ["blocks.1.attn.o.hook_out"] if name in PARALLEL else [before, after]
@@ -155,15 +155,15 @@ def test_a_model_with_another_way_to_its_logits_is_refused(dense_dir: Path, monk
     with monkeypatch.context() as patch:
         patch.setattr(model.adapter, "apply_output_logits_transform", lambda logits: 2 * logits)
         with pytest.raises(LensError, match="way to the logits is not known: got other logits"):
-            Readout.of(model)
+            Unembedding.of(model)
     with monkeypatch.context() as patch:
         patch.setattr(model.original_model.config, "residual_multiplier", 2.0, raising=False)
         with pytest.raises(LensError, match="way into the residual stream is not known"):
-            HeadWriter.of(model)
-    assert Readout.of(model).multiplier == HeadWriter.of(model).multiplier == 1.0
+            OutputProjections.of(model)
+    assert Unembedding.of(model).multiplier == OutputProjections.of(model).multiplier == 1.0
     model.unembed.original_component.weight = torch.nn.Parameter(torch.zeros(257, 12))
     with pytest.raises(LensError, match="an unembedding of shape"):
-        Readout.of(model)
+        Unembedding.of(model)
 
 
 def test_a_head_outside_the_model_is_refused(dense_dir: Path) -> None:
@@ -174,9 +174,9 @@ def test_a_head_outside_the_model_is_refused(dense_dir: Path) -> None:
 def test_bfloat16_models_are_read_in_float32(dense_dir: Path) -> None:
     model, exact = load_hooked(dense_dir, dtype=torch.bfloat16).model, load_hooked(dense_dir).model
     resid = torch.randn(4, 40, generator=torch.Generator().manual_seed(0))
-    readout = Readout.of(model)
+    readout = Unembedding.of(model)
     assert readout.logits(resid).dtype == torch.float32
     W_U = exact.unembed.original_component.weight.bfloat16().float()
     normed = resid / (resid.square().mean(-1, keepdim=True) + 1e-6).sqrt()
     assert torch.allclose(readout.logits(resid), normed @ W_U.T, atol=1e-4)
-    assert HeadWriter.of(model).output(Head(1, 2), torch.randn(6)).dtype == torch.float32
+    assert OutputProjections.of(model).output(Head(1, 2), torch.randn(6)).dtype == torch.float32

@@ -21,7 +21,7 @@ from lcc_lens.restoration.injections.constants import LccInjection
 from lcc_lens.restoration.injections.ingredients import Ingredients
 from lcc_lens.restoration.injections.methods import build_injection
 from lcc_lens.restoration.training.loop import TrainConfig, train
-from lcc_lens.restoration.training.objectives import Objective, Recomputed
+from lcc_lens.restoration.training.objectives import Checkpointed, Objective
 from lcc_lens.restoration.training.reuse import StartedLater, first_layer
 
 EVERYTHING = Objective(1.0, 1.0, heads=1.0, text=1.0)
@@ -56,7 +56,7 @@ def test_gradients_are_the_same_bits(pair, found, question_file: Path, monkeypat
     gradients(pair.pruned, pair.pruned, *arguments)
     assert len(seen) == N_LAYERS
     seen.clear()
-    got = gradients(Recomputed(pair.pruned), pair.pruned, *arguments)
+    got = gradients(Checkpointed(pair.pruned), pair.pruned, *arguments)
     assert len(seen) == 2 * N_LAYERS - first_layer(injection)  # below it there is nothing to derive
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
     assert all("forward" not in block.__dict__ for block in pair.pruned.blocks)
@@ -72,7 +72,7 @@ def test_hooks_of_a_kept_read_and_stepwise_attention_are_recomputed(pair, found,
     seen: list[int] = []
     with kept_hooks(pair.pruned, [("blocks.1.attn.hook_pattern", lambda pattern, hook: seen.append(1))]):
         expected = gradients(pair.pruned, *arguments)
-        got = gradients(Recomputed(pair.pruned), *arguments)
+        got = gradients(Checkpointed(pair.pruned), *arguments)
     assert len(seen) == 3
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
@@ -82,7 +82,7 @@ def test_layers_left_out_stay_out(pair, found, question_file: Path, monkeypatch:
     batch, counts = pad(sequences, range(5)), Objective().counts(sequences)
     injection = disturbed(LccInjection(found.components, [Head(1, 1), Head(2, 3)]))
     arguments = pair.pruned, injection, batch, counts, Objective(), None
-    plain, again = StartedLater(pair.pruned, 1), StartedLater(pair.pruned, 1, recompute=True)
+    plain, again = StartedLater(pair.pruned, 1), StartedLater(pair.pruned, 1, checkpoint_layers=True)
     expected = gradients(plain, *arguments)
     gradients(again, *arguments)
     seen = passes(pair.pruned, monkeypatch)
@@ -100,7 +100,7 @@ def test_every_family_gives_the_same_gradients(family: str, tmp_path: Path) -> N
     injection = disturbed(build_injection("norms", Ingredients(model, None, (), ())))
     arguments = model, injection, batch, counts, Objective(), None
     expected = gradients(model, *arguments)
-    got = gradients(Recomputed(model), *arguments)
+    got = gradients(Checkpointed(model), *arguments)
     assert any(float(gradient.abs().max()) > 0 for gradient in expected)
     size = max(float(gradient.abs().max()) for gradient in expected)
     for a, b in zip(got, expected, strict=True):  # some processors sum a repeated product in another order
