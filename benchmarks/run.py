@@ -29,7 +29,8 @@ from lcc_lens.analysis.scan.scan import Scan, scan
 from lcc_lens.core.config import compute_dtype, default_device, package_version
 from lcc_lens.core.files import write_json
 from lcc_lens.core.memory import peak_memory, release_memory
-from lcc_lens.data.datasets import Batch, batches, encode, load_data
+from lcc_lens.data.batches import Batch, batches
+from lcc_lens.data.datasets import encode, load_data
 from lcc_lens.evaluation.baselines.adapters import adapters
 from lcc_lens.evaluation.efficiency.timing import interleaved
 from lcc_lens.exporters.huggingface import export

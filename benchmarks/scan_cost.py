@@ -38,7 +38,8 @@ from lcc_lens.analysis.scan.request import pair_sequences
 from lcc_lens.analysis.scan.scan import Scan, scan
 from lcc_lens.core.config import bound_kernel_cache
 from lcc_lens.core.files import write_json
-from lcc_lens.data.datasets import Data, TokenSequence, batches, load_data
+from lcc_lens.data.batches import TokenSequence, batches
+from lcc_lens.data.datasets import Data, load_data
 from lcc_lens.models.hooked.activations import SITES
 from lcc_lens.models.hooked.kv_cache import cache_rows
 from lcc_lens.models.loading.plain import load_plain

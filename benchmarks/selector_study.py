@@ -35,7 +35,8 @@ from lcc_lens.analysis.scan.scan import Scan, scan
 from lcc_lens.analysis.selectors.names import SELECTORS
 from lcc_lens.core.files import read_json, write_json
 from lcc_lens.core.metrics import share_recovered
-from lcc_lens.data.datasets import Batch, Data, TokenSequence, batches, encode, load_data
+from lcc_lens.data.batches import Batch, TokenSequence, batches
+from lcc_lens.data.datasets import Data, encode, load_data
 from lcc_lens.models.hooked.forward import forward
 from lcc_lens.models.hooked.hooks import HookedModel, NamedHook, logits_at
 from lcc_lens.models.hooked.losses import measure

@@ -11,44 +11,14 @@ from typing import TYPE_CHECKING
 import torch
 
 from lcc_lens.core.errors import RequestError
-from lcc_lens.data.batches import Batch, TokenSequence, batches, encode_pair, pad, special_prefix, text_blocks
+from lcc_lens.data.batches import TokenSequence, encode_pair, text_blocks
 from lcc_lens.data.negatives import contrast, distinct_wrongs, with_other_answers
 from lcc_lens.data.prompts import SOURCES, Example, Item, Kind, Record
-from lcc_lens.data.sources import (
-    EMBEDDED_WHEEL,
-    Role,
-    available_splits,
-    choose_split,
-    read_named,
-    read_records,
-)
+from lcc_lens.data.sources import Role, available_splits, choose_split, read_named
 from lcc_lens.data.user_files import read_file
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-__all__ = [
-    "EMBEDDED_WHEEL",
-    "ONE_CLASS",
-    "Batch",
-    "Data",
-    "Role",
-    "TokenSequence",
-    "assert_disjoint",
-    "available_splits",
-    "batches",
-    "check_disjoint",
-    "choose_split",
-    "encode",
-    "encode_pair",
-    "load_data",
-    "load_records",
-    "one_class",
-    "pad",
-    "read_records",
-    "special_prefix",
-    "text_blocks",
-]
 
 logger = logging.getLogger(__name__)
 

@@ -10,8 +10,9 @@ import torch
 
 from lcc_lens.core.config import package_version
 from lcc_lens.core.errors import RequestError
-from lcc_lens.data.datasets import Data, available_splits, encode, load_data
+from lcc_lens.data.datasets import Data, encode, load_data
 from lcc_lens.data.prompts import SOURCES
+from lcc_lens.data.sources import available_splits
 from lcc_lens.evaluation.lm_eval_tasks import HARNESS_FOLDERS, evaluate_task
 from lcc_lens.models.hooked.losses import sequence_loss
 from lcc_lens.models.loading.hooked import load_tokenizer

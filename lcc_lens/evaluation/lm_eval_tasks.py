@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 from lcc_lens.core.config import tokens_per_pass
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.progress import track
-from lcc_lens.data.datasets import available_splits, read_records
 from lcc_lens.data.prompts import Record
+from lcc_lens.data.sources import available_splits, read_records
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

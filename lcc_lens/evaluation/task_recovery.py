@@ -10,7 +10,8 @@ from typing import Any, get_args
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.files import read_json, write_json
 from lcc_lens.core.metrics import bootstrap_interval, share_recovered, stratified_interval
-from lcc_lens.data.datasets import Data, TokenSequence, encode, load_data, load_records, split_examples
+from lcc_lens.data.batches import TokenSequence
+from lcc_lens.data.datasets import Data, encode, load_data, load_records, split_examples
 from lcc_lens.data.prompts import SOURCES, Record, RecoveryTask
 from lcc_lens.evaluation.evaluate import check_tasks
 from lcc_lens.evaluation.lm_eval_tasks import evaluate_task

@@ -14,8 +14,9 @@ from lcc_lens.analysis.scan.scan import scan
 from lcc_lens.core.config import package_version
 from lcc_lens.core.files import write_json, write_text
 from lcc_lens.core.metrics import share_recovered
-from lcc_lens.data.datasets import Data, Role, assert_disjoint, encode, load_data, load_records, split_examples
+from lcc_lens.data.datasets import Data, assert_disjoint, encode, load_data, load_records, split_examples
 from lcc_lens.data.prompts import Example
+from lcc_lens.data.sources import Role
 from lcc_lens.evaluation.evaluate import format_scores
 from lcc_lens.evaluation.lm_eval_tasks import evaluate_task
 from lcc_lens.exporters.huggingface import export, model_card

@@ -11,7 +11,8 @@ import torch
 from lcc_lens.core.config import compute_dtype, default_device
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.files import read_json
-from lcc_lens.data.datasets import Data, load_data, text_blocks
+from lcc_lens.data.batches import text_blocks
+from lcc_lens.data.datasets import Data, load_data
 from lcc_lens.models.architecture.sparsity_patterns import Pattern, Unstructured, parse_pattern
 from lcc_lens.models.loading.hooked import load_tokenizer
 from lcc_lens.models.loading.references import resolve

@@ -13,7 +13,8 @@ from lcc_lens.core.errors import RequestError
 from lcc_lens.core.heads import Head
 from lcc_lens.core.processes import wait_for_all
 from lcc_lens.core.progress import track
-from lcc_lens.data.datasets import Data, TokenSequence
+from lcc_lens.data.batches import TokenSequence
+from lcc_lens.data.datasets import Data
 from lcc_lens.models.hooked.losses import sequence_loss
 from lcc_lens.models.loading.plain import load_plain
 from lcc_lens.models.loading.references import resolve

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from lcc_lens.analysis.scan.scan import Scan
 from lcc_lens.core.errors import RequestError
-from lcc_lens.data.datasets import Data, TokenSequence, check_disjoint, encode
+from lcc_lens.data.batches import TokenSequence
+from lcc_lens.data.datasets import Data, check_disjoint, encode
 from lcc_lens.models.pair import Pair
 from lcc_lens.pruning.jobs import recorded_groups
 from lcc_lens.pruning.refit.refit import REFIT_RECORD

@@ -6,7 +6,7 @@ import pytest
 import torch
 from support.tiny import QUESTIONS, build_model, save_model
 
-from lcc_lens.data.datasets import TokenSequence, encode_pair
+from lcc_lens.data.batches import TokenSequence, encode_pair
 from lcc_lens.models.pair import Pair, load_pair
 
 FAMILIES = ["llama", "gpt2", "gemma2", "qwen2"]

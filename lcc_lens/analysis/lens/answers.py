@@ -12,7 +12,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from lcc_lens.core.errors import LensError, RequestError
-from lcc_lens.data.datasets import Data, TokenSequence, batches, encode_pair
+from lcc_lens.data.batches import TokenSequence, batches, encode_pair
+from lcc_lens.data.datasets import Data
 from lcc_lens.models.hooked.activations import TokenPositions
 from lcc_lens.models.hooked.direct_path import OutputProjections
 from lcc_lens.models.hooked.forward import run_without_logits

@@ -12,7 +12,8 @@ from torch import Tensor
 from lcc_lens.analysis.lens.checks import checked_vector
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.heads import Head, check_heads
-from lcc_lens.data.datasets import Data, TokenSequence, batches, encode, encode_pair
+from lcc_lens.data.batches import TokenSequence, batches, encode_pair
+from lcc_lens.data.datasets import Data, encode
 from lcc_lens.models.hooked.activations import Site, TokenPositions, visit_sites
 from lcc_lens.models.pair import Pair
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lcc_lens.analysis.scan.contrastive import visit_pairs
 from lcc_lens.analysis.statistics import RunningDifferences
-from lcc_lens.data.datasets import Batch, TokenSequence, batches
+from lcc_lens.data.batches import Batch, TokenSequence, batches
 from lcc_lens.models.hooked.activations import Positions, Site, TokenPositions, parts_of, sampled_positions
 from lcc_lens.models.hooked.hooks import HookedModel
 from lcc_lens.models.hooked.kv_cache import PrefixCache

@@ -11,7 +11,8 @@ from lcc_lens.analysis.selectors.linear_probe import MIN_PAIRS
 from lcc_lens.analysis.selectors.names import SelectorName
 from lcc_lens.analysis.selectors.registry import CHEAP, NEED_MODELS, NEED_PAIRS
 from lcc_lens.core.errors import RequestError
-from lcc_lens.data.datasets import ONE_CLASS, Data, TokenSequence, encode, encode_pair, one_class
+from lcc_lens.data.batches import TokenSequence, encode_pair
+from lcc_lens.data.datasets import ONE_CLASS, Data, encode, one_class
 from lcc_lens.models.pair import Pair
 
 logger = logging.getLogger(__name__)

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lcc_lens.data.datasets import TokenSequence, batches
+from lcc_lens.data.batches import TokenSequence, batches
 from lcc_lens.models.hooked.activations import Site, SiteVisitor, TokenPositions, visit_sites
 from lcc_lens.models.pair import Pair
 

@@ -16,7 +16,7 @@ from lcc_lens.analysis.selectors.patched_run import PatchedPositions, PatchedRun
 from lcc_lens.core.errors import LensError, RequestError
 from lcc_lens.core.heads import Head, all_heads, check_heads
 from lcc_lens.core.progress import track
-from lcc_lens.data.datasets import Batch, TokenSequence, batches
+from lcc_lens.data.batches import Batch, TokenSequence, batches
 from lcc_lens.models.pair import Pair
 
 OutcomeName = Literal["response", "kl"]

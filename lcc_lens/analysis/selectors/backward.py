@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lcc_lens.core.errors import LensError, RequestError
 from lcc_lens.core.progress import track
-from lcc_lens.data.datasets import Batch, TokenSequence, batches
+from lcc_lens.data.batches import Batch, TokenSequence, batches
 from lcc_lens.models.hooked.forward import forward
 from lcc_lens.models.hooked.hooks import HookFunction, NamedHook, logits_at, z_name, z_readers
 from lcc_lens.models.hooked.losses import response_log_likelihood

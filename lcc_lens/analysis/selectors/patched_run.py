@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from lcc_lens.analysis.selectors.backward import dense_run
-from lcc_lens.data.datasets import Batch
+from lcc_lens.data.batches import Batch
 from lcc_lens.models.hooked.forward import forward
 from lcc_lens.models.hooked.hooks import (
     HookedModel,

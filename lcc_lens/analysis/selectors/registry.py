@@ -24,7 +24,7 @@ from lcc_lens.analysis.selectors.random import score_random
 from lcc_lens.analysis.statistics import DifferenceStatistics
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.heads import Head
-from lcc_lens.data.datasets import TokenSequence
+from lcc_lens.data.batches import TokenSequence
 from lcc_lens.models.hooked.direct_path import OutputProjections, Unembedding
 from lcc_lens.models.pair import Pair
 

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lcc_lens.core.errors import LensError, RequestError
-from lcc_lens.data.datasets import TokenSequence, batches
+from lcc_lens.data.batches import TokenSequence, batches
 from lcc_lens.evaluation.baselines.adapters import AdapterInjection
 from lcc_lens.models.architecture.layers import is_transposed
 from lcc_lens.models.hooked.forward import run_without_logits

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lcc_lens.core.errors import RequestError
-from lcc_lens.data.datasets import TokenSequence, batches
+from lcc_lens.data.batches import TokenSequence, batches
 from lcc_lens.models.hooked.activations import Site, TokenPositions, parts_of, visit_sites
 from lcc_lens.models.hooked.hooks import HookedModel, NamedHook, adders
 from lcc_lens.models.hooked.offloading import device_of

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.heads import Head
-from lcc_lens.data.datasets import TokenSequence
+from lcc_lens.data.batches import TokenSequence
 from lcc_lens.models.hooked.hooks import HookedModel
 from lcc_lens.restoration.injections.changes import Change, Gain
 from lcc_lens.restoration.injections.weights import WeightInjection, output_gains

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from lcc_lens.data.datasets import Data, TokenSequence, check_disjoint, encode, load_data
+from lcc_lens.data.batches import TokenSequence
+from lcc_lens.data.datasets import Data, check_disjoint, encode, load_data
 from lcc_lens.evaluation.comparison.config import CompareConfig
 from lcc_lens.evaluation.comparison.entry import Entry
 from lcc_lens.evaluation.comparison.measures import Measures

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lcc_lens.data.datasets import TokenSequence
+from lcc_lens.data.batches import TokenSequence
 from lcc_lens.models.hooked.forward import fused_attention
 from lcc_lens.models.hooked.hooks import HookedModel
 from lcc_lens.models.hooked.weights import plain_model

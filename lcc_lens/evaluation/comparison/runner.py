@@ -14,7 +14,8 @@ from lcc_lens.core.errors import RequestError
 from lcc_lens.core.files import locked, read_json
 from lcc_lens.core.heads import Head
 from lcc_lens.core.memory import peak_memory, release_memory
-from lcc_lens.data.datasets import TokenSequence, load_data
+from lcc_lens.data.batches import TokenSequence
+from lcc_lens.data.datasets import load_data
 from lcc_lens.evaluation.baselines.adapters import adapters
 from lcc_lens.evaluation.baselines.eora import eora
 from lcc_lens.evaluation.baselines.flap import flap

@@ -8,7 +8,8 @@ from dataclasses import asdict, dataclass, replace
 from lcc_lens.analysis.scan.scan import Scan
 from lcc_lens.core.errors import InterruptedRun, RequestError
 from lcc_lens.core.heads import Head
-from lcc_lens.data.datasets import Data, TokenSequence
+from lcc_lens.data.batches import TokenSequence
+from lcc_lens.data.datasets import Data
 from lcc_lens.frontends.session.state import SessionState
 from lcc_lens.models.hooked.hooks import HookedModel
 from lcc_lens.models.pair import Pair

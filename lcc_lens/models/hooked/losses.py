@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 from lcc_lens.core.config import tokens_per_pass
 from lcc_lens.core.metrics import perplexity
 from lcc_lens.core.progress import track
-from lcc_lens.data.datasets import Batch, TokenSequence, batches
+from lcc_lens.data.batches import Batch, TokenSequence, batches
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -9,7 +9,7 @@ from lcc_lens.analysis.components import LostComponents
 from lcc_lens.analysis.statistics import DifferenceStatistics
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.heads import Head
-from lcc_lens.data.datasets import TokenSequence
+from lcc_lens.data.batches import TokenSequence
 from lcc_lens.models.hooked.hooks import HookedModel
 from lcc_lens.models.pair import Pair
 from lcc_lens.restoration.injections.constants import Start

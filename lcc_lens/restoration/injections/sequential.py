@@ -12,7 +12,7 @@ from torch import Tensor
 from lcc_lens.core.errors import LensError, RequestError
 from lcc_lens.core.heads import Head, check_heads
 from lcc_lens.core.progress import track
-from lcc_lens.data.datasets import TokenSequence, batches
+from lcc_lens.data.batches import TokenSequence, batches
 from lcc_lens.models.hooked.activations import parts_of
 from lcc_lens.models.hooked.hooks import HookedModel, NamedHook
 from lcc_lens.models.hooked.layer_walk import LayerWalk

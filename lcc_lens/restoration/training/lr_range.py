@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from lcc_lens.core.progress import track
-from lcc_lens.data.datasets import TokenSequence
+from lcc_lens.data.batches import TokenSequence
 from lcc_lens.models.hooked.hooks import HookedModel
 from lcc_lens.restoration.injections.base import Injection
 from lcc_lens.restoration.training.loop import TrainConfig, train, validation_loss

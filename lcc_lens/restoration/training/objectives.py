@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from lcc_lens.core.errors import RequestError
-from lcc_lens.data.datasets import Batch, TokenSequence
+from lcc_lens.data.batches import Batch, TokenSequence
 from lcc_lens.models.hooked.forward import forward
 from lcc_lens.models.hooked.hooks import HookedModel, logits_at, z_readers
 from lcc_lens.models.hooked.losses import token_kl_divergence, token_nll

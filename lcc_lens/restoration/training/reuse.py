@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from lcc_lens.data.datasets import Batch
+from lcc_lens.data.batches import Batch
 from lcc_lens.models.hooked.forward import forward
 from lcc_lens.models.hooked.hooks import HookedModel, before_unembed, logits_at
 from lcc_lens.models.hooked.offloading import device_of

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lcc_lens.core.config import tokens_per_pass
 from lcc_lens.core.processes import own_part, summed
-from lcc_lens.data.datasets import Batch, TokenSequence, batches
+from lcc_lens.data.batches import Batch, TokenSequence, batches
 from lcc_lens.models.hooked.hooks import HookedModel
 from lcc_lens.models.hooked.offloading import device_of
 from lcc_lens.restoration.injections.base import Injection

@@ -19,8 +19,8 @@ from torch import Tensor
 from lcc_lens.analysis.scan import passes
 from lcc_lens.analysis.scan.contrastive import shared_length, visit_pairs
 from lcc_lens.analysis.scan.scan import scan
-from lcc_lens.data.batches import encode_pair
-from lcc_lens.data.datasets import Data, TokenSequence, pad
+from lcc_lens.data.batches import TokenSequence, encode_pair, pad
+from lcc_lens.data.datasets import Data
 from lcc_lens.data.prompts import Example
 from lcc_lens.models.hooked import kv_cache as prefix
 from lcc_lens.models.hooked.activations import TokenPositions, sampled_positions, visit_sites

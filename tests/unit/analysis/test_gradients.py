@@ -19,7 +19,7 @@ from lcc_lens.analysis.selectors.gradient import score_gradient
 from lcc_lens.analysis.selectors.patched_run import PatchedRuns
 from lcc_lens.core.errors import LensError, RequestError
 from lcc_lens.core.heads import HeadMap
-from lcc_lens.data.datasets import pad
+from lcc_lens.data.batches import pad
 from lcc_lens.models.hooked.hooks import logits_at, z_adders, z_name
 from lcc_lens.models.hooked.losses import response_log_likelihood
 from lcc_lens.models.pair import Pair

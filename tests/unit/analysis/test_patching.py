@@ -17,7 +17,7 @@ from lcc_lens.analysis.selectors.activation_patching import patching_effects, sc
 from lcc_lens.analysis.selectors.patched_run import PatchedRuns, starts_in_the_middle
 from lcc_lens.core.errors import LensError, RequestError
 from lcc_lens.core.heads import HeadMap
-from lcc_lens.data.datasets import TokenSequence, batches, pad
+from lcc_lens.data.batches import TokenSequence, batches, pad
 from lcc_lens.models.hooked.hooks import logits_at, z_name
 from lcc_lens.models.hooked.losses import measure, response_log_likelihood
 from lcc_lens.models.pair import Pair, load_pair

@@ -17,7 +17,8 @@ from lcc_lens.analysis.scan.scan import Scan, scan
 from lcc_lens.analysis.selectors.linear_probe import ProbeFeatures, score_linear_probe
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.heads import Head
-from lcc_lens.data.datasets import TokenSequence, encode, load_data
+from lcc_lens.data.batches import TokenSequence
+from lcc_lens.data.datasets import encode, load_data
 
 CHOSEN = (3, -2, 29, -30, 400)  # questions have 29 or 30 tokens; nothing counts twice
 

@@ -12,19 +12,8 @@ import torch
 from support.tiny import tiny_tokenizer
 
 from lcc_lens.core.errors import RequestError
-from lcc_lens.data.batches import TokenSequence
-from lcc_lens.data.datasets import (
-    ONE_CLASS,
-    Data,
-    assert_disjoint,
-    batches,
-    encode,
-    encode_pair,
-    load_data,
-    load_records,
-    one_class,
-    text_blocks,
-)
+from lcc_lens.data.batches import TokenSequence, batches, encode_pair, text_blocks
+from lcc_lens.data.datasets import ONE_CLASS, Data, assert_disjoint, encode, load_data, load_records, one_class
 from lcc_lens.data.prompts import SOURCES, Example
 
 CHOICES = {"text": ["iron and steel", "iron and zinc", "a cat"], "label": ["A", "B", "C"]}

@@ -12,8 +12,8 @@ from support.passes import passes
 from support.tiny import N_LAYERS, save_model
 
 from lcc_lens.core.heads import Head
-from lcc_lens.data.batches import TokenSequence
-from lcc_lens.data.datasets import encode, load_data, pad
+from lcc_lens.data.batches import TokenSequence, pad
+from lcc_lens.data.datasets import encode, load_data
 from lcc_lens.evaluation.baselines.adapters import adapters
 from lcc_lens.models.hooked.hooks import kept_hooks
 from lcc_lens.models.loading.hooked import load_hooked

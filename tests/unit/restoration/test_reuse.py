@@ -13,8 +13,8 @@ from support.passes import passes
 from support.tiny import save_model
 
 from lcc_lens.core.heads import Head
-from lcc_lens.data.batches import TokenSequence
-from lcc_lens.data.datasets import batches, encode, load_data
+from lcc_lens.data.batches import TokenSequence, batches
+from lcc_lens.data.datasets import encode, load_data
 from lcc_lens.models.loading.hooked import load_hooked
 from lcc_lens.restoration.injections.constants import LccInjection
 from lcc_lens.restoration.injections.ingredients import Ingredients

@@ -17,7 +17,8 @@ from support.tiny import D_HEAD, N_HEADS, N_LAYERS, build_model, save_model
 from lcc_lens.analysis.scan.scan import Scan, scan
 from lcc_lens.core.errors import InterruptedRun, RequestError
 from lcc_lens.core.heads import Head, head_indices
-from lcc_lens.data.datasets import Data, batches, encode, load_data, pad
+from lcc_lens.data.batches import batches, pad
+from lcc_lens.data.datasets import Data, encode, load_data
 from lcc_lens.models.hooked.hooks import z_readers
 from lcc_lens.models.loading.hooked import load_hooked
 from lcc_lens.models.pair import load_pair
