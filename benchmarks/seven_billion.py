@@ -32,7 +32,9 @@ from run import describe
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lcc_lens.core.files import atomic_directory, read_json, tensor_bytes, weight_files, write_json
+from lcc_lens.core.checkpoint import Checkpoint
+from lcc_lens.core.files import atomic_directory, read_json, write_json
+from lcc_lens.core.rewriting import tensor_bytes
 
 SEED = 0
 DENSE, PRUNED, RUN, RESTORED = "dense", "pruned", "run", "restored"
@@ -181,7 +183,7 @@ def _anonymous_kib(pid: int) -> int:
 def found(folder: Path) -> dict[str, Any]:
     """What the steps made."""
     pruning, scanned = read_json(folder / PRUNED / "pruning.json"), read_json(folder / RUN / "scan.json")
-    size = sum(tensor_bytes(file) for file in weight_files(folder / DENSE))
+    size = sum(map(tensor_bytes, Checkpoint(folder / DENSE).weight_files))
     return {
         "parameters": size // 2,
         "dense_gb": round(size / 1e9, 2),

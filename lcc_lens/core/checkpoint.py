@@ -1,131 +1,157 @@
-"""A checkpoint's weight files written anew: fused maps split, another format, other shards."""
+"""One reader of a model on disk: its configuration, tensors, shapes and hash."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Mapping, Sequence
+import functools
+import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from lcc_lens.core.errors import LensError, RequestError
-from lcc_lens.core.files import WEIGHTS_INDEX, tensor_bytes, tensor_names, weight_files, write_json
+from lcc_lens.core.errors import RequestError
+from lcc_lens.core.files import read_json, sha256_file
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
-#: Rows of a stored tensor under new names, by the stored name: the new name and how many rows, in order.
-Splits = Mapping[str, Sequence[tuple[str, int]]]
-_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+WEIGHTS_INDEX = "model.safetensors.index.json"
+#: Notes about a checkpoint that would be untrue of a copy with other weights.
+_NOTES = ("README.md", "pruning.json", "converted.json")
+_SIDE_FILES = (".json", ".jinja", ".txt", ".model")
+
+
+class StoredTensor(NamedTuple):
+    """Where a tensor lies, and what the header of its file says of it."""
+
+    file: Path
+    shape: tuple[int, ...]
+    dtype: str
+    """The format in safetensors' words, such as ``BF16``."""
 
 
 @dataclass(frozen=True)
-class _Piece:
-    """A tensor to write: a stored one, or some of its rows."""
+class Checkpoint:
+    """A model in a Hugging Face directory with safetensors.
 
-    name: str
-    source: str
-    file: Path
-    rows: tuple[int, int] | None
+    Every property is read from disk when it is first used, and kept: make a new object once the files have changed.
 
-
-def parse_size(size: int | str) -> int:
-    """Bytes from a number or a text such as ``5GB``.
-
-    Raises:
-        RequestError: it is neither, or nothing fits into it.
+    Example:
+        >>> Checkpoint(Path("out/wanda50")).tensors["model.norm.weight"].shape  # doctest: +SKIP
+        (576,)
     """
-    match = re.fullmatch(r"(\d+)\s*(|KB|MB|GB)", str(size).strip(), flags=re.IGNORECASE)
-    if match is None or int(match[1]) == 0:
-        raise RequestError(f"expected a size such as 5GB or a number of bytes, got {size!r}")
-    return int(match[1]) * _UNITS[match[2].upper()]
 
+    path: Path
 
-def rewrite_weights(
-    directory: Path,
-    *,
-    splits: Splits | None = None,
-    dtype: torch.dtype | None = None,
-    max_shard_size: int | str | None = None,
-) -> None:
-    """Write the weights of a folder that nobody reads yet anew, one file in memory at a time.
+    @cached_property
+    def config(self) -> Mapping[str, Any]:
+        """The entries of ``config.json``.
 
-    Args:
-        directory: a Hugging Face directory.
-        splits: tensors to split into rows under other names; every bit of them stays.
-        dtype: the format of floating-point tensors; as they are if not given.
-        max_shard_size: bytes per file at most (one tensor may be larger); the files that there are if not given.
+        Raises:
+            RequestError: the file is missing or is not JSON.
+        """
+        config: Mapping[str, Any] = read_json(self.path / "config.json")
+        return config
 
-    Raises:
-        LensError: a number does not fit the format.
-    """
-    from safetensors.torch import save_file
+    @cached_property
+    def weight_files(self) -> tuple[Path, ...]:
+        """The safetensors files that hold the weights, in name order.
 
-    files = weight_files(directory)
-    pieces = list(_pieces(directory, splits or {}))
-    if max_shard_size is None:
-        groups = {file.name: [piece for piece in pieces if piece.file == file] for file in files}
-    else:
-        groups = _packed(pieces, parse_size(max_shard_size), dtype)
-    for name, group in groups.items():
-        tensors = {piece.name: _cast(piece.name, _read(piece), dtype) for piece in group}
-        save_file(tensors, directory / f"{name}.new", metadata={"format": "pt"})
-    for file in files:
-        file.unlink()
-    for name in groups:
-        (directory / f"{name}.new").rename(directory / name)
-        (directory / name).chmod(0o644)
-    _write_index(directory, groups)
+        Raises:
+            RequestError: there are none, or an index names a shard that is missing.
+        """
+        index = self.path / WEIGHTS_INDEX
+        if index.exists():
+            files = [self.path / name for name in sorted(set(read_json(index)["weight_map"].values()))]
+        else:
+            files = sorted(self.path.glob("model*.safetensors"))
+        missing = [file.name for file in files if not file.exists()]
+        if missing:
+            raise RequestError(
+                f"expected every shard of {self.path}, got none named {missing[0]}; fetch the checkpoint again"
+            )
+        if not files:
+            pickles = sorted(file.name for file in self.path.glob("*.bin"))
+            hint = f"got the pickle {pickles[0]}; convert it to safetensors first" if pickles else "got none"
+            raise RequestError(f"expected model.safetensors in {self.path}, {hint}")
+        return tuple(files)
 
+    @property
+    def side_files(self) -> tuple[Path, ...]:
+        """Tokenizer, templates and configuration: what belongs to a copy, without weights, code and our own notes."""
+        files = (file for file in sorted(self.path.iterdir()) if file.suffix in _SIDE_FILES and file.is_file())
+        return tuple(file for file in files if file.name not in _NOTES)
 
-def _pieces(directory: Path, splits: Splits) -> Iterator[_Piece]:
-    for source, file in tensor_names(directory).items():
-        start = 0
-        for name, n_rows in splits.get(source, ()):
-            yield _Piece(name, source, file, (start, start + n_rows))
-            start += n_rows
-        if source not in splits:
-            yield _Piece(source, source, file, None)
+    @cached_property
+    def tensors(self) -> Mapping[str, StoredTensor]:
+        """Every stored tensor by name, from the headers of the weight files alone.
 
+        Raises:
+            RequestError: a weight file is damaged.
+        """
+        from safetensors import SafetensorError, safe_open
 
-def _packed(pieces: Sequence[_Piece], limit: int, dtype: torch.dtype | None) -> dict[str, list[_Piece]]:
-    """Pieces by file name, in order, so many to a file as fit."""
-    shards: list[list[_Piece]] = [[]]
-    size = 0
-    for piece in pieces:
-        tensor = _cast(piece.name, _read(piece), dtype)
-        if shards[-1] and size + tensor.nbytes > limit:
-            shards.append([])
-            size = 0
-        shards[-1].append(piece)
-        size += tensor.nbytes
-    if len(shards) == 1:
-        return {"model.safetensors": shards[0]}
-    return {f"model-{i:05d}-of-{len(shards):05d}.safetensors": shard for i, shard in enumerate(shards, 1)}
+        tensors: dict[str, StoredTensor] = {}
+        for file in self.weight_files:
+            try:
+                with safe_open(file, framework="pt") as handle:
+                    for name in handle.keys():
+                        header = handle.get_slice(name)
+                        tensors[name] = StoredTensor(file, tuple(header.get_shape()), header.get_dtype())
+            except SafetensorError as error:
+                raise RequestError(
+                    f"expected a safetensors file in {file}, got a damaged one ({error}); fetch it again"
+                ) from error
+        return tensors
 
+    @property
+    def sha256(self) -> str:
+        """The SHA-256 that identifies the weights, computed once per process and state of the files.
 
-def _read(piece: _Piece) -> Tensor:
-    from safetensors import safe_open
+        For a single ``model.safetensors`` it is that file's own hash; for shards, the hash of their hashes in name
+        order.
+        """
+        stats = [(file, file.stat()) for file in self.weight_files]
+        return _sha256_of_state(tuple((file, stat.st_mtime_ns, stat.st_size) for file, stat in stats))
 
-    with safe_open(piece.file, framework="pt") as handle:
-        tensor: Tensor = handle.get_tensor(piece.source)
-    return tensor if piece.rows is None else tensor[piece.rows[0] : piece.rows[1]].clone()
+    @property
+    def n_bytes(self) -> int:
+        """The size of the weight files on disk."""
+        return sum(file.stat().st_size for file in self.weight_files)
 
+    def require_whole(self) -> None:
+        """Refuse a directory without a configuration or with a weight file missing.
 
-def _cast(name: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-    if dtype is None or not tensor.is_floating_point():
+        Raises:
+            RequestError: says what is missing.
+        """
+        _ = self.config, self.weight_files
+
+    def stored_name(self, name: str) -> str:
+        """A tensor's name in the files: as the model has it, or without the base model's prefix (original GPT-2)."""
+        short = name.partition(".")[2]
+        return short if name not in self.tensors and short in self.tensors else name
+
+    def read(self, name: str) -> Tensor:
+        """Read one tensor, in its stored layout and format.
+
+        Raises:
+            RequestError: there is no such tensor.
+        """
+        from safetensors import safe_open
+
+        if name not in self.tensors:
+            raise RequestError(
+                f"expected the tensor {name} in {self.path}, got none of that name; the layout is not supported"
+            )
+        with safe_open(self.tensors[name].file, framework="pt") as handle:
+            tensor: Tensor = handle.get_tensor(name)
         return tensor
-    new = tensor.to(dtype)
-    if not bool(new.isfinite().all()):
-        raise LensError(f"expected numbers that {dtype} holds, got larger ones in {name}; choose bfloat16 or float32")
-    return new
 
 
-def _write_index(directory: Path, groups: Mapping[str, Sequence[_Piece]]) -> None:
-    (directory / WEIGHTS_INDEX).unlink(missing_ok=True)
-    if len(groups) == 1:
-        return
-    where = {piece.name: name for name, group in groups.items() for piece in group}
-    total = sum(tensor_bytes(directory / name) for name in groups)
-    write_json(directory / WEIGHTS_INDEX, {"metadata": {"total_size": total}, "weight_map": where})
+@functools.cache
+def _sha256_of_state(state: tuple[tuple[Path, int, int], ...]) -> str:
+    """The hash of weight files, by path, time of change and size."""
+    digests = [sha256_file(file) for file, _, _ in state]
+    return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()

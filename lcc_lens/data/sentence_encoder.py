@@ -12,9 +12,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from lcc_lens.core.checkpoint import Checkpoint
 from lcc_lens.core.config import compute_dtype, default_device
 from lcc_lens.core.errors import LensError, RequestError
-from lcc_lens.core.files import read_json, weights_sha256
+from lcc_lens.core.files import read_json
 from lcc_lens.core.progress import loading_models, track
 from lcc_lens.data.batches import Batch, TokenSequence, batches
 
@@ -67,7 +68,7 @@ def load_embedder(path: Path) -> Embedder:
     if not any((path / name).is_file() for name in ("tokenizer.json", "vocab.txt", "vocab.json", *_PIECES)):
         # transformers would build a tokenizer without words, to which all texts are equal
         raise RequestError(f"{wanted}, got no tokenizer beside it; fetch the whole model")
-    pooling, sha256, device = _pooling(path), weights_sha256(path), default_device()
+    pooling, sha256, device = _pooling(path), Checkpoint(path).sha256, default_device()
     offline = {"local_files_only": True, "trust_remote_code": False}
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(path), **offline)

@@ -12,9 +12,9 @@ from typing import Literal
 
 import torch
 
+from lcc_lens.core.checkpoint import Checkpoint
 from lcc_lens.core.config import compute_dtype, default_device, package_version
 from lcc_lens.core.errors import LensError
-from lcc_lens.core.files import weight_files
 from lcc_lens.core.memory import release_memory
 from lcc_lens.models.architecture.anatomy import LayerAnatomy, find_anatomies
 from lcc_lens.models.architecture.bias_slots import find_slots
@@ -84,13 +84,13 @@ def examine(reference: str | Path) -> Examination:
 
 def _model_findings(reference: str | Path) -> Iterator[Finding]:
     try:
-        path = resolve(reference)
-        size = sum(file.stat().st_size for file in weight_files(path))
+        checkpoint = Checkpoint(resolve(reference))
+        n_files, size = len(checkpoint.weight_files), checkpoint.n_bytes
     except LensError as error:
         yield _refusal("files", error, "failed")
         return
-    yield Finding("files", "yes", f"{path}, {len(weight_files(path))} of weights, {size / 1e6:,.0f} MB")
-    yield from _pruning_findings(path)
+    yield Finding("files", "yes", f"{checkpoint.path}, {n_files} of weights, {size / 1e6:,.0f} MB")
+    yield from _pruning_findings(checkpoint)
     try:
         loaded = load_hooked(reference)
     except LensError as error:
@@ -100,12 +100,12 @@ def _model_findings(reference: str | Path) -> Iterator[Finding]:
     groups = getattr(cfg, "n_key_value_heads", None) or cfg.n_heads
     heads = f"{cfg.n_layers} layers of {cfg.n_heads} heads of {cfg.d_head}, {groups} key-value heads"
     yield Finding("loads under hooks", "yes", f"logits equal transformers', hook_z acts: {heads}")
-    yield from _hook_findings(loaded, path)
+    yield from _hook_findings(loaded, checkpoint)
     del loaded
     release_memory()
 
 
-def _hook_findings(loaded: LoadedModel, path: Path) -> Iterator[Finding]:
+def _hook_findings(loaded: LoadedModel, checkpoint: Checkpoint) -> Iterator[Finding]:
     """What works for a model under hooks."""
     removed = sum(map(len, loaded.removed_heads))
     if removed:
@@ -113,9 +113,9 @@ def _hook_findings(loaded: LoadedModel, path: Path) -> Iterator[Finding]:
     with fused_attention(loaded.model) as is_fused:
         kernels = "the model's own kernels" if is_fused else "step by step: slower, and the same"
     yield Finding("attention under hooks", "yes" if is_fused else "no", kernels)
-    yield _tried("constants in an export", lambda: find_slots(path, loaded.output_projections).way)
+    yield _tried("constants in an export", lambda: find_slots(checkpoint, loaded.output_projections).way)
     yield _tried(
-        "MLP constants in an export", lambda: find_slots(path, projection_names(loaded.model, "mlp"), "mlp").way
+        "MLP constants in an export", lambda: find_slots(checkpoint, projection_names(loaded.model, "mlp"), "mlp").way
     )
 
     def checked(way: Callable[[HookedModel], object], name: str) -> str:
@@ -126,18 +126,18 @@ def _hook_findings(loaded: LoadedModel, path: Path) -> Iterator[Finding]:
     yield _tried("head by head", lambda: checked(OutputProjections.of, "the way into the residual stream"))
 
 
-def _pruning_findings(path: Path) -> Iterator[Finding]:
+def _pruning_findings(checkpoint: Checkpoint) -> Iterator[Finding]:
     """Which pruners take the checkpoint, from names and shapes alone."""
     plan = []
 
     def matrices() -> str:
-        plan.extend(find_matrices(path))
+        plan.extend(find_matrices(checkpoint))
         return f"{sum(map(len, plan))} matrices in {len(plan)} layers"
 
     anatomies: list[LayerAnatomy] = []
 
     def structure() -> str:
-        anatomies.extend(find_anatomies(path, plan))
+        anatomies.extend(find_anatomies(checkpoint.path, plan))
         first = anatomies[0]
         return f"{first.attention.n_groups} groups of {first.heads_per_group} heads, {first.mlp.n_groups} neurons"
 
@@ -145,7 +145,7 @@ def _pruning_findings(path: Path) -> Iterator[Finding]:
     if plan:
         yield _tried("slimgpt (heads, neurons)", structure)
     if anatomies:
-        yield _tried("slimgpt --sliced", lambda: _slicing(path, anatomies))
+        yield _tried("slimgpt --sliced", lambda: _slicing(checkpoint.path, anatomies))
 
 
 def _slicing(path: Path, anatomies: Sequence[LayerAnatomy]) -> str:

@@ -1,39 +1,37 @@
-"""Folding: a restoration as new values of a checkpoint's tensors."""
+"""Fold a restoration into a checkpoint: constants become biases, and weight changes become new weights."""
 
 from __future__ import annotations
 
 from collections import ChainMap
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any, cast
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from lcc_lens.core.checkpoint import Checkpoint
 from lcc_lens.core.errors import LensError, RequestError
-from lcc_lens.core.files import read_tensor, stored_name, tensor_names
 from lcc_lens.models.architecture.bias_slots import BiasSlots
 from lcc_lens.models.architecture.joint_bias_slots import JointSlots
 from lcc_lens.models.hooked.sites import projection_names
-from lcc_lens.models.loading.hooked import LoadedModel, ModelIdentity
+from lcc_lens.models.loading.hooked import LoadedModel
 from lcc_lens.restoration.injections.changes import merged
 from lcc_lens.restoration.injections.constants import SiteConstants
 from lcc_lens.restoration.result import Restoration
 
 
-def require_same_weights(restoration: Restoration, identity: ModelIdentity) -> None:
-    """Refuse a model other than the one that a restoration was found for.
+def require_same_weights(restoration: Restoration, pruned: Checkpoint) -> None:
+    """Refuse a model other than the one that was restored.
 
     Raises:
         RequestError: the hashes differ.
     """
-    wanted, got = restoration.record.pruned_sha256, identity.sha256
-    if wanted != got:
+    expected = restoration.record.pruned_sha256
+    if expected != pruned.sha256:
         raise RequestError(
-            f"expected the pruned model with SHA-256 {wanted[:12]}…, got {got[:12]}… in {identity.path}; name "
-            f"the model "
-            "that was restored"
+            f"expected the pruned model with SHA-256 {expected[:12]}…, got {pruned.sha256[:12]}… in {pruned.path}; "
+            "name the model that was restored"
         )
 
 
@@ -47,7 +45,7 @@ def fold(
     Constants at an MLP, as head 0 of its layer, become the down projection's bias the same way.
 
     Args:
-        constants: the learned components.
+        constants: the learned constants.
         heads: their heads.
         weights: by layer the output projection as ``nn.Linear`` stores it; head h owns columns h*d_head on.
     """
@@ -67,7 +65,7 @@ def fold_values(
     A query's attention weights sum to one, so $\sum_j a_j (v_j + b) = z + b$: the bias is the constant itself.
 
     Args:
-        constants: the learned components.
+        constants: the learned constants.
         heads: their heads.
         n_heads: query heads per layer.
         heads_per_bias: query heads that share a value head.
@@ -76,16 +74,15 @@ def fold_values(
         RequestError: heads that share a value head have different constants.
     """
     d_head = constants.shape[-1]
-    spread = {layer: torch.zeros(n_heads, d_head, dtype=torch.float64) for layer, _ in heads}
+    by_head = {layer: torch.zeros(n_heads, d_head, dtype=torch.float64) for layer, _ in heads}
     for (layer, head), constant in zip(heads, constants.double(), strict=True):
-        spread[layer][head] = constant
-    grouped = {layer: own.unflatten(0, (-1, heads_per_bias)) for layer, own in spread.items()}
+        by_head[layer][head] = constant
+    grouped = {layer: values.unflatten(0, (-1, heads_per_bias)) for layer, values in by_head.items()}
     for layer, groups in grouped.items():
         if not torch.equal(groups, groups[:, :1].expand_as(groups)):
             raise RequestError(
                 f"expected the same constant in all heads that share a value head, got others in layer {layer}; "
-                f"serve it "
-                "by lcc_lens.load_restored"
+                "serve it by lcc_lens.load_restored"
             )
     return {layer: groups[:, 0].flatten() for layer, groups in grouped.items()}
 
@@ -100,66 +97,56 @@ def shares_values(restoration: Restoration, n_heads: int, heads_per_bias: int) -
 
 
 def edited_tensors(
-    restoration: Restoration, path: Path, slots: JointSlots, loaded: LoadedModel
+    restoration: Restoration, checkpoint: Checkpoint, slots: JointSlots, loaded: LoadedModel
 ) -> tuple[Mapping[str, Tensor], dict[str, Tensor]]:
-    """The tensors to replace (weights, biases that are there) and to add (biases that the configuration brings).
+    """The tensors to replace (changed weights, existing biases) and to add (biases that the new settings bring).
 
     Raises:
         RequestError: heads that share a value bias have different constants.
     """
-    stored = tensor_names(path)
-    changed = _ChangedWeights(restoration, stored, is_transposed=loaded.is_transposed)
+    weights = _Weights(restoration, checkpoint, is_transposed=loaded.is_transposed)
     gains: dict[str, Tensor] = {}
-    for found in restoration.constant_sites:
-        own = slots.by_site[found.site]
-        for layer, gain in _folded(found, own, loaded, stored, changed).items():
-            bias = own.biases[layer]  # both sites' where the blocks of a layer are parallel
+    for site in restoration.constant_sites:
+        site_slots = slots.by_site[site.site]
+        for layer, gain in _folded(site, site_slots, loaded, weights).items():
+            bias = site_slots.biases[layer]  # both sites' where the blocks of a layer are parallel
             gains[bias] = gains[bias] + gain if bias in gains else gain
     replaced: dict[str, Tensor] = {}
-    for bias in gains.keys() & stored.keys():
-        old = read_tensor(stored, bias)
+    for bias in gains.keys() & checkpoint.tensors.keys():
+        old = checkpoint.read(bias)
         replaced[bias] = (old.double() + gains[bias]).to(old.dtype)
-    new = slots.new_biases(stored)
-    dtype = read_tensor(stored, stored_name(stored, f"{loaded.output_projections[0]}.weight")).dtype
-    added = {name: gains.get(name, torch.zeros(shape)).to(dtype) for name, shape in new.items()}
-    return ChainMap(replaced, cast("dict[str, Tensor]", changed)), added
+    dtype = checkpoint.read(checkpoint.stored_name(f"{loaded.output_projections[0]}.weight")).dtype
+    new_biases = slots.new_biases(checkpoint.tensors)
+    added = {name: gains.get(name, torch.zeros(shape)).to(dtype) for name, shape in new_biases.items()}
+    return ChainMap(replaced, cast("dict[str, Tensor]", weights)), added
 
 
-def _folded(
-    found: SiteConstants,
-    slots: BiasSlots,
-    loaded: LoadedModel,
-    stored: Mapping[str, Path],
-    changed: Mapping[str, Tensor],
-) -> dict[int, Tensor]:
-    """What each layer's bias gains from a site's constants."""
+def _folded(site: SiteConstants, slots: BiasSlots, loaded: LoadedModel, weights: _Weights) -> dict[int, Tensor]:
+    """What a site's constants add to the bias of each layer."""
     if slots.place == "value":
-        return fold_values(found.values, found.parts, int(loaded.model.cfg.n_heads), slots.heads_per_bias)
-    maps = projection_names(loaded.model, found.site)
-    weights = {  # constants pass through the changed maps
-        layer: _linear_weight(stored, maps[layer], loaded.is_transposed, changed)
-        for layer in sorted({part.layer for part in found.parts})
-    }
-    return fold(found.values, found.parts, weights)
+        return fold_values(site.values, site.parts, int(loaded.model.cfg.n_heads), slots.heads_per_bias)
+    projections = projection_names(loaded.model, site.site)
+    layers = sorted({part.layer for part in site.parts})
+    return fold(site.values, site.parts, {layer: weights.of_module(projections[layer]) for layer in layers})
 
 
-class _ChangedWeights(Mapping[str, Tensor]):
-    """The changed weights in the checkpoint's layout and format, each computed when asked for: one at a time in memory.
+class _Weights(Mapping[str, Tensor]):
+    """The changed weights by stored name, in the stored layout and format; one at a time is in memory.
 
-    Raises, when asked:
+    Raises, when a weight is looked up:
         LensError: a zero of a matrix was lost, or a weight is not finite.
     """
 
-    def __init__(self, restoration: Restoration, stored: Mapping[str, Path], *, is_transposed: bool) -> None:
-        changes = merged({name: one} for name, one in restoration.changes)
-        self._changes = {stored_name(stored, f"{module}.weight"): change for module, change in changes.items()}
-        self._stored, self._is_transposed = stored, is_transposed
+    def __init__(self, restoration: Restoration, checkpoint: Checkpoint, *, is_transposed: bool) -> None:
+        changes = merged({name: change} for name, change in restoration.changes)
+        self._changes = {checkpoint.stored_name(f"{module}.weight"): change for module, change in changes.items()}
+        self._checkpoint, self._is_transposed = checkpoint, is_transposed
 
     def __getitem__(self, name: str) -> Tensor:
-        change, old = self._changes[name], read_tensor(self._stored, name)
-        is_turned = self._is_transposed and old.ndim > 1
+        change, old = self._changes[name], self._checkpoint.read(name)
+        is_transposed = self._is_transposed and old.ndim > 1
         with torch.no_grad():
-            new = change(old.float().T).T if is_turned else change(old.float())
+            new = change(old.float().T).T if is_transposed else change(old.float())
         new = new.to(old.dtype).contiguous()
         if not bool(torch.isfinite(new).all()):
             raise LensError(f"expected finite weights, got NaN or infinity in {name}; lower the learning rate")
@@ -175,11 +162,8 @@ class _ChangedWeights(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self._changes)
 
-
-def _linear_weight(
-    stored: Mapping[str, Path], reader: str, is_transposed: bool, changed: Mapping[str, Tensor]
-) -> Tensor:
-    """The weight of a map that reads a site as ``[d_model, width]``."""
-    name = stored_name(stored, f"{reader}.weight")
-    weight = changed[name] if name in changed else read_tensor(stored, name)
-    return weight.T if is_transposed else weight
+    def of_module(self, module: str) -> Float[Tensor, "d_model width"]:
+        """An output or down projection, changed where the restoration changes it: constants pass through it."""
+        name = self._checkpoint.stored_name(f"{module}.weight")
+        weight = self[name] if name in self._changes else self._checkpoint.read(name)
+        return weight.T if self._is_transposed else weight

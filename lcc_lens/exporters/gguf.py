@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lcc_lens.core.checkpoint import Checkpoint
 from lcc_lens.core.errors import LensError, RequestError
-from lcc_lens.core.files import atomic_path, read_json, read_tensor, require_space, tensor_names, weight_files
+from lcc_lens.core.files import atomic_path, require_space
 
 if TYPE_CHECKING:
     import numpy as np
@@ -58,16 +59,16 @@ def export_gguf(
     Example:
         >>> export_gguf("out/restored", "out/restored.gguf", llama_cpp="llama.cpp")  # doctest: +SKIP
     """
-    path, target = Path(directory), Path(file)
+    checkpoint, target = Checkpoint(Path(directory)), Path(file)
     converter = require_converter(llama_cpp)
     require_new_file(target, overwrite=overwrite)
-    read_json(path / "config.json")
-    number_format = _number_format(path)
-    require_space(target, 2 * sum(weights.stat().st_size for weights in weight_files(path)))
+    checkpoint.require_whole()
+    number_format = _number_format(checkpoint)
+    require_space(target, 2 * checkpoint.n_bytes)
     with atomic_path(target) as part:
-        _convert(converter, path, part, number_format)
+        _convert(converter, checkpoint.path, part, number_format)
         try:
-            architecture, n_tensors = compare_gguf(part, path)
+            architecture, n_tensors = compare_gguf(part, checkpoint)
         except LensError as error:
             raise LensError(f"{error}; no GGUF was kept") from error
     return GgufReport(target, architecture, number_format, n_tensors)
@@ -105,15 +106,9 @@ def require_new_file(file: Path, *, overwrite: bool) -> None:
         raise RequestError(f"{file} exists already; name another file or pass --overwrite")
 
 
-def _number_format(directory: Path) -> str:
-    from safetensors import safe_open
-
-    found: set[str] = set()
-    for file in weight_files(directory):
-        with safe_open(file, framework="pt") as handle:
-            stored = [handle.get_slice(name) for name in handle.keys()]
-            found |= {tensor.get_dtype() for tensor in stored if len(tensor.get_shape()) > 1}
-    return _FORMATS.get(frozenset(found), "f32")
+def _number_format(checkpoint: Checkpoint) -> str:
+    formats = frozenset(stored.dtype for stored in checkpoint.tensors.values() if len(stored.shape) > 1)
+    return _FORMATS.get(formats, "f32")
 
 
 def _convert(converter: Path, directory: Path, file: Path, number_format: str) -> None:
@@ -176,12 +171,12 @@ _ARCHITECTURES: dict[str, tuple[Callable[[str, Array, int, int], Array], bool]] 
 }  # fmt: skip
 
 
-def compare_gguf(file: Path, directory: Path) -> tuple[str, int]:
+def compare_gguf(file: Path, checkpoint: Checkpoint) -> tuple[str, int]:
     """Hold every tensor of a GGUF file against an exported directory's, in the layout that llama.cpp wants.
 
     Args:
         file: the GGUF file.
-        directory: the Hugging Face directory that it was made from.
+        checkpoint: the exported directory that it was made from.
 
     Returns:
         llama.cpp's name of the architecture, and how many tensors are equal.
@@ -197,19 +192,18 @@ def compare_gguf(file: Path, directory: Path) -> tuple[str, int]:
         known = ", ".join(_ARCHITECTURES)
         raise LensError(f"expected a GGUF whose layout can be compared ({known}), got {architecture}")
     layout, reads_biases = _ARCHITECTURES[architecture]
-    stored = tensor_names(directory)
-    names = _names(architecture, _field(reader, f"{architecture}.block_count"), stored)
+    names = _names(architecture, _field(reader, f"{architecture}.block_count"), checkpoint.tensors)
     written: dict[str, Any] = {tensor.name: tensor for tensor in reader.tensors}
     _require_same_names(names, written)
     if not reads_biases:
         _refuse_biases(names, architecture)
-    heads = _heads(read_json(directory / "config.json"))
+    heads = _heads(checkpoint.config)
     _require_sizes(reader, architecture, heads[0], int(written["blk.0.ffn_up.weight"].shape[1]))
     for name, source in names.items():
         found = dequantize(written[name].data, written[name].tensor_type)
-        wanted = layout(name, read_tensor(stored, source).float().numpy(), *heads)
+        wanted = layout(name, checkpoint.read(source).float().numpy(), *heads)
         if found.shape != wanted.shape or not (found == wanted).all():
-            raise LensError(f"expected {name} in the GGUF equal to {source} of {directory}, got other numbers")
+            raise LensError(f"expected {name} in the GGUF equal to {source} of {checkpoint.path}, got other numbers")
     return architecture, len(names)
 
 
@@ -229,7 +223,7 @@ def _field(reader: GGUFReader, key: str) -> Any:
     return field.contents()
 
 
-def _names(architecture: str, n_layers: int, stored: Mapping[str, Path]) -> dict[str, str]:
+def _names(architecture: str, n_layers: int, stored: Iterable[str]) -> dict[str, str]:
     """Hugging Face's names by llama.cpp's.
 
     Raises:

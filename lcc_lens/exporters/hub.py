@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from lcc_lens.core.checkpoint import Checkpoint
 from lcc_lens.core.errors import LensError, RequestError, first_line
-from lcc_lens.core.files import read_json, weight_files
 
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -36,8 +36,7 @@ def push_to_hub(directory: str | Path, repository: str, *, private: bool = True)
 
     path = Path(directory)
     require_repository(repository)
-    read_json(path / "config.json")
-    weight_files(path)
+    Checkpoint(path).require_whole()
     try:
         huggingface_hub.create_repo(repository, private=private, exist_ok=True)
         commit = huggingface_hub.upload_folder(

@@ -1,44 +1,30 @@
-"""Exports: a restoration folded into the tensors of a plain Hugging Face directory, verified."""
+"""Export a restored model as a plain Hugging Face directory, and verify it against the hooked model."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from lcc_lens.core.checkpoint import Splits, parse_size, rewrite_weights
+from lcc_lens.core.checkpoint import Checkpoint
 from lcc_lens.core.errors import LensError
-from lcc_lens.core.files import (
-    atomic_directory,
-    copy_checkpoint,
-    read_json,
-    read_tensor,
-    require_space,
-    stored_name,
-    tensor_names,
-    weight_files,
-    write_json,
-    write_text,
-)
+from lcc_lens.core.files import atomic_directory, read_json, require_space, write_json, write_text
 from lcc_lens.core.memory import release_memory
+from lcc_lens.core.rewriting import Splits, copy_checkpoint, parse_size, rewrite_weights
 from lcc_lens.exporters.folding import edited_tensors, fold, require_same_weights, shares_values
 from lcc_lens.exporters.model_card import model_card
 from lcc_lens.models.architecture.bias_slots import BiasSlots, find_slots
 from lcc_lens.models.architecture.joint_bias_slots import JointSlots, find_joint_slots
-from lcc_lens.models.hooked.hooks import HookedModel
 from lcc_lens.models.hooked.offloading import device_of, each_parameter, entry_device
 from lcc_lens.models.hooked.sites import projection_names
-from lcc_lens.models.loading.hooked import LoadedModel, ModelIdentity, identify, load_hooked, load_tokenizer
+from lcc_lens.models.loading.hooked import LoadedModel, load_hooked, load_tokenizer
 from lcc_lens.models.loading.plain import load_plain
 from lcc_lens.models.loading.references import resolve
 from lcc_lens.restoration.result import Restoration
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 __all__ = ["BiasSlots", "ExportReport", "export", "find_slots", "fold", "model_card"]
 
@@ -97,60 +83,50 @@ def export(
     Example:
         >>> export(restoration, "out/wanda50", "out/restored")  # doctest: +SKIP
     """
-    path, out = resolve(pruned), Path(out)
+    checkpoint, out = Checkpoint(resolve(pruned)), Path(out)
     if max_shard_size is not None:
         parse_size(max_shard_size)
-    identity = identify(pruned, path)
-    require_same_weights(restoration, identity)
+    require_same_weights(restoration, checkpoint)
     loaded = load_hooked(pruned, dtype=torch.float32)
-    slots = _slots(restoration, loaded, path)
-    require_space(out, 2 * sum(file.stat().st_size for file in weight_files(path)))
+    slots = _joint_slots(restoration, loaded, checkpoint)
+    require_space(out, 2 * checkpoint.n_bytes)
     with atomic_directory(out, overwrite=overwrite) as part:
-        replaced, added = edited_tensors(restoration, path, slots, loaded)
-        copy_checkpoint(path, part, replaced=replaced, added=added, config=slots.config)
+        replaced, added = edited_tensors(restoration, checkpoint, slots, loaded)
+        copy_checkpoint(checkpoint, part, replaced=replaced, added=added, config=slots.config)
         if slots.retyped_as:
-            _retype(part, slots, loaded)
-        hooked = _HookedLogits.of(restoration, loaded.model)
-        source = _Source(loaded.identity, loaded.tokenizer, loaded.output_projections[0])
+            _retype(part, slots, tokenizer_class=type(loaded.tokenizer).__name__)
+        expected = _Expected.of(restoration, loaded, checkpoint)
         del loaded
-        release_memory()  # before the copy is loaded: a large model may be there once only
-        difference, zeros = _reload(hooked, source, part)
+        release_memory()  # before the copy is loaded: memory may not hold a large model twice
+        difference, zeros = _reload(expected, part)
         if dtype is not None or max_shard_size is not None:
             _rewrite(part, dtype, max_shard_size)
-        identical = _count_identical(path, part, set(replaced), slots.splits, dtype)
+        identical = _count_identical(checkpoint, Checkpoint(part), set(replaced), slots.splits, dtype)
         write_text(part / "README.md", model_card(restoration, metrics or {}, difference))
-    return ExportReport(out, tuple(sorted(added)), tuple(sorted(replaced)), identical, zeros, difference, hooked.effect)
+    edited = tuple(sorted(added)), tuple(sorted(replaced))
+    return ExportReport(out, *edited, identical, zeros, difference, expected.effect)
 
 
-@dataclass(frozen=True)
-class _Source:
-    """What of the pruned model is asked for once it is no longer in memory."""
-
-    identity: ModelIdentity
-    tokenizer: PreTrainedTokenizerBase
-    projection: str
-
-
-def _slots(restoration: Restoration, loaded: LoadedModel, path: Path) -> JointSlots:
-    cfg = loaded.model.cfg
-    share = int(cfg.n_heads) // int(getattr(cfg, "n_key_value_heads", None) or cfg.n_heads)
-    shared = share > 1 and shares_values(restoration, int(cfg.n_heads), share)
-    maps = {site: projection_names(loaded.model, site) for site in restoration.footprint.biases}
-    return find_joint_slots(path, maps, shared_values=shared)
+def _joint_slots(restoration: Restoration, loaded: LoadedModel, checkpoint: Checkpoint) -> JointSlots:
+    n_heads = int(loaded.model.cfg.n_heads)
+    heads_per_group = n_heads // int(getattr(loaded.model.cfg, "n_key_value_heads", None) or n_heads)
+    shared = heads_per_group > 1 and shares_values(restoration, n_heads, heads_per_group)
+    projections = {site: projection_names(loaded.model, site) for site in restoration.footprint.biases}
+    return find_joint_slots(checkpoint, projections, shared_values=shared)
 
 
-def _retype(part: Path, slots: JointSlots, loaded: LoadedModel) -> None:
-    """Write the other architecture's configuration, and name the tokenizer's class, which may follow from it."""
+def _retype(part: Path, slots: JointSlots, *, tokenizer_class: str) -> None:
+    """Write the other architecture's configuration; name the tokenizer's class, which may follow from the old one."""
     write_json(part / "config.json", slots.config)
     if slots.splits:
         rewrite_weights(part, splits=slots.splits)
     settings = part / "tokenizer_config.json"
-    kept = read_json(settings) if settings.exists() else {}
-    write_json(settings, {"tokenizer_class": type(loaded.tokenizer).__name__, **kept})
+    entries = read_json(settings) if settings.exists() else {}
+    write_json(settings, {"tokenizer_class": tokenizer_class, **entries})
 
 
 def _rewrite(part: Path, dtype: torch.dtype | None, max_shard_size: int | str | None) -> None:
-    """Write a verified export in another format or other files, and see that it loads."""
+    """Write a verified export in another format or other shards, and check that it loads."""
     rewrite_weights(part, dtype=dtype, max_shard_size=max_shard_size)
     if dtype is not None:
         config = read_json(part / "config.json")
@@ -160,75 +136,77 @@ def _rewrite(part: Path, dtype: torch.dtype | None, max_shard_size: int | str | 
 
 
 def _count_identical(
-    source: Path, target: Path, edited: set[str], splits: Splits, dtype: torch.dtype | None = None
+    source: Checkpoint, target: Checkpoint, edited: set[str], splits: Splits, dtype: torch.dtype | None
 ) -> int:
-    """Compare every untouched tensor bit for bit (which includes the zero pattern), rounded if a format was asked for.
+    """Compare every untouched tensor bit for bit, zeros included; with another ``dtype``, after rounding.
 
     Raises:
-        LensError: one differs.
+        LensError: a tensor differs.
     """
-    before, after = tensor_names(source), tensor_names(target)
-    untouched = [name for name in before if name not in edited]
+    untouched = [name for name in source.tensors if name not in edited]
     for name in untouched:
-        first = read_tensor(before, name)
-        first = first.to(dtype) if dtype is not None and first.is_floating_point() else first
-        parts = [read_tensor(after, part) for part, _ in splits.get(name, ((name, 0),))]
-        second = torch.cat(parts) if len(parts) > 1 else parts[0]  # a number by itself cannot be joined
-        if first.dtype != second.dtype or not torch.equal(_bits(first), _bits(second)):
+        before = source.read(name)
+        before = before.to(dtype) if dtype is not None and before.is_floating_point() else before
+        parts = [target.read(part) for part, _ in splits.get(name, ((name, 0),))]
+        after = torch.cat(parts) if len(parts) > 1 else parts[0]  # a scalar cannot be concatenated
+        if before.dtype != after.dtype or not torch.equal(_bits(before), _bits(after)):
             raise LensError(f"expected {name} bit-identical after export, got a change; nothing was kept")
     return len(untouched)
 
 
 @dataclass(frozen=True)
-class _HookedLogits:
-    """What the hooked model computes on a few tokens, bare and restored, in float32."""
+class _Expected:
+    """What the export must compute: the restored hooked model's logits of a few tokens, in float32."""
 
+    reference: str
     tokens: Tensor
-    bare: Tensor
+    unrestored: Tensor
     restored: Tensor
+    text_ids: list[int]
+    """How the tokenizer reads the probe text."""
+    tolerance: float
+    """Relative to the largest logit; the stored format's rounding is all that may differ."""
 
     @classmethod
-    def of(cls, restoration: Restoration, model: HookedModel) -> _HookedLogits:
+    def of(cls, restoration: Restoration, loaded: LoadedModel, checkpoint: Checkpoint) -> _Expected:
+        model: Any = loaded.model
         generator = torch.Generator().manual_seed(0)
         tokens = torch.randint(int(model.cfg.d_vocab), (2, 32), generator=generator).to(device_of(model))
         with torch.inference_mode():
-            bare = cast("Any", model)(tokens)
-            with restoration.applied_to(model) as restored:
-                return cls(tokens, bare, cast("Any", restored)(tokens))
+            unrestored = model(tokens)
+            with restoration.applied_to(model) as restored_model:
+                restored = cast("Any", restored_model)(tokens)
+        projection = checkpoint.stored_name(f"{loaded.output_projections[0]}.weight")
+        tolerance = 1e-5 if checkpoint.tensors[projection].dtype in ("F32", "F64") else 2e-2
+        text_ids = cast("list[int]", loaded.tokenizer(_PROBE_TEXT)["input_ids"])
+        return cls(loaded.identity.reference, tokens, unrestored, restored, text_ids, tolerance)
 
     @property
     def effect(self) -> float:
-        """The largest change that the restoration makes."""
-        return float((self.restored - self.bare).abs().max())
+        """The largest change of a logit that the restoration makes."""
+        return float((self.restored - self.unrestored).abs().max())
 
 
-def _reload(hooked: _HookedLogits, before: _Source, exported: Path) -> tuple[float, int]:
-    """Reload with plain transformers; gives the largest difference to the hooked model, and the zeros.
+def _reload(expected: _Expected, exported: Path) -> tuple[float, int]:
+    """Load the export with plain transformers; gives its largest difference to the hooked model, and its zeros.
 
     Raises:
         LensError: the reloaded model does not compute what the hooked one does.
     """
     plain = load_plain(exported, dtype=torch.float32, attention="eager")
-    if load_tokenizer(exported)(_PROBE_TEXT)["input_ids"] != before.tokenizer(_PROBE_TEXT)["input_ids"]:
-        raise LensError(f"expected the tokenizer of {before.identity.reference} kept, got another; nothing was kept")
+    if load_tokenizer(exported)(_PROBE_TEXT)["input_ids"] != expected.text_ids:
+        raise LensError(f"expected the tokenizer of {expected.reference} kept, got another; nothing was kept")
     with torch.inference_mode():
-        reloaded = plain(hooked.tokens.to(entry_device(plain))).logits
-    difference = float((reloaded - hooked.restored.to(reloaded)).abs().max())
-    tolerance = _tolerance(exported, before.projection) * max(1.0, float(hooked.restored.abs().max()))
+        reloaded = plain(expected.tokens.to(entry_device(plain))).logits
+    difference = float((reloaded - expected.restored.to(reloaded)).abs().max())
+    tolerance = expected.tolerance * max(1.0, float(expected.restored.abs().max()))
     if not difference <= tolerance:
         raise LensError(
-            f"expected the reloaded export of {before.identity.reference} within {tolerance:.2g} of the hooked model's "
+            f"expected the reloaded export of {expected.reference} within {tolerance:.2g} of the hooked model's "
             f"logits, got {difference:.2g}; nothing was kept"
         )
     zeros = sum(int((parameter == 0).sum()) for _, parameter in each_parameter(plain) if parameter.ndim > 1)
     return difference, zeros
-
-
-def _tolerance(path: Path, projection: str) -> float:
-    """Relative tolerance of the logits: rounding of what is stored is all that may differ."""
-    stored = tensor_names(path)
-    dtype = read_tensor(stored, stored_name(stored, f"{projection}.weight")).dtype
-    return 1e-5 if dtype in (torch.float32, torch.float64) else 2e-2
 
 
 def _bits(tensor: Tensor) -> Tensor:

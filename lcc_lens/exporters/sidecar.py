@@ -11,12 +11,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from lcc_lens.core.checkpoint import Checkpoint
 from lcc_lens.core.errors import RequestError
 from lcc_lens.exporters.folding import fold, require_same_weights
 from lcc_lens.models.architecture.anatomy import ATTENTION_OUTPUTS, MLP_OUTPUTS
 from lcc_lens.models.architecture.layers import decoder_layers, is_transposed
 from lcc_lens.models.hooked.sites import ConstantSite, projection_names
-from lcc_lens.models.loading.hooked import identify, load_hooked
+from lcc_lens.models.loading.hooked import load_hooked
 from lcc_lens.models.loading.plain import load_plain
 from lcc_lens.models.loading.references import resolve
 from lcc_lens.restoration.injections.changes import merged
@@ -61,12 +62,11 @@ def load_restored(
         >>> model = load_restored("out/wanda50", "runs/restored")  # doctest: +SKIP
         >>> model.generate(**tokenizer("Hello", return_tensors="pt"))  # doctest: +SKIP
     """
-    path = resolve(pruned)
+    checkpoint = Checkpoint(resolve(pruned))
     if not isinstance(restoration, Restoration):
         restoration = Restoration.load(restoration)
-    identity = identify(pruned, path)
-    require_same_weights(restoration, identity)
-    model = load_plain(path, device=device, dtype=dtype, attention=attention)
+    require_same_weights(restoration, checkpoint)
+    model = load_plain(checkpoint.path, device=device, dtype=dtype, attention=attention)
     _change_weights(model, restoration)
     for found in restoration.constant_sites:  # after the changes, through which constants pass
         names = _usual_readers(model, found.site) or projection_names(load_hooked(pruned).model, found.site)

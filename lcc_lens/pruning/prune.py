@@ -13,9 +13,10 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from lcc_lens.core.checkpoint import Checkpoint
 from lcc_lens.core.config import package_version
 from lcc_lens.core.errors import DiskFullError, LensError, RequestError
-from lcc_lens.core.files import require_free, require_space, weight_files, weights_sha256
+from lcc_lens.core.files import require_free, require_space
 from lcc_lens.core.progress import track
 from lcc_lens.models.architecture.anatomy import LayerAnatomy, find_anatomies
 from lcc_lens.models.architecture.layers import read_config
@@ -104,21 +105,22 @@ def prune(
     config = PruneConfig(method, pattern, scope, seed, batch_size, sliced, schedule, choice, split)
     if model_dir.resolve().is_relative_to(out.resolve()):
         raise RequestError(f"expected an output folder that does not hold the model, got {out}; name another folder")
-    plan = find_matrices(model_dir)
+    checkpoint = Checkpoint(model_dir)
+    plan = find_matrices(checkpoint)
     for matrix in (matrix for layer in plan for matrix in layer):
         require_fit(pattern, matrix.d_in, matrix.name)
     tasks, anatomies = _tasks(model_dir, plan, config)
     tokens = _checked(calibration, model_dir, plan, config) if config.uses_inputs else None
     require_free(out, overwrite=overwrite)
     # Twice: the finished layers lie beside the output until it is whole.
-    require_space(out, 2 * sum(file.stat().st_size for file in weight_files(model_dir)) + _SIDE_FILES_BYTES)
+    require_space(out, 2 * checkpoint.n_bytes + _SIDE_FILES_BYTES)
 
-    digest = weights_sha256(model_dir)
+    digest = checkpoint.sha256
     finished = FinishedLayers(out, _identity(config, tokens, digest, dtype))
     try:
         _walk(model_dir, plan, config, tasks, tokens, device, dtype, finished)
         report = write_pruned(
-            model_dir, out, config, plan, anatomies, finished, tokens=tokens, provenance=provenance,
+            checkpoint, out, config, plan, anatomies, finished, tokens=tokens, provenance=provenance,
             dense_sha256=digest, overwrite=overwrite,
         )  # fmt: skip
     except LensError as error:

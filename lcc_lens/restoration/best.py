@@ -6,11 +6,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from lcc_lens.core.checkpoint import Checkpoint
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.files import read_json
 from lcc_lens.core.processes import first_process_first
 from lcc_lens.data.datasets import Data
-from lcc_lens.models.loading.hooked import identify
 from lcc_lens.models.loading.references import resolve
 from lcc_lens.models.pair import load_pair
 from lcc_lens.pruning.jobs import REFIT_DATA, REFIT_SAMPLES, refit
@@ -91,5 +91,5 @@ def _check_refit(folder: Path, dense: str | Path, pruned: str | Path) -> None:
         return
     record = read_json(folder / REFIT_RECORD)
     for name, model in (("dense", dense), ("pruned", pruned)):
-        if record.get(f"{name}_sha256") != identify(model, resolve(model)).sha256:
+        if record.get(f"{name}_sha256") != Checkpoint(resolve(model)).sha256:
             raise RequestError(f"expected a refit of this pair in {folder}, got another's; name another run")

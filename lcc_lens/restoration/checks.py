@@ -74,7 +74,7 @@ def require_slots(pair: Pair, method: str) -> None:
         RequestError: says which, and what serves instead.
     """
     maps = {site: projection_names(pair.pruned, site) for site in bias_sites(method)}
-    find_joint_slots(pair.pruned_id.path, maps)
+    find_joint_slots(pair.pruned_id.checkpoint, maps)
 
 
 def refuse_removed(heads: Sequence[Head], pair: Pair) -> None:

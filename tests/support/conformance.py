@@ -22,8 +22,9 @@ from support.tiny import PARAGRAPHS, QUESTIONS, save_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lcc_lens.analysis.scan.scan import scan
+from lcc_lens.core.checkpoint import Checkpoint
 from lcc_lens.core.errors import LensError
-from lcc_lens.core.files import tensor_names, write_json, write_text
+from lcc_lens.core.files import write_json, write_text
 from lcc_lens.core.heads import Head
 from lcc_lens.data.datasets import load_data
 from lcc_lens.exporters.huggingface import export
@@ -112,7 +113,7 @@ def conform(family: str, folder: Path) -> Conformance:
     text.write_text("\n\n".join(PARAGRAPHS))
     questions.write_text("".join(json.dumps(question) + "\n" for question in QUESTIONS[:8]))
     pruning = prune_family(family, dense, pruned, text)
-    slicing = outcome(lambda: find_anatomies(pruned, find_matrices(pruned)))
+    slicing = outcome(lambda: find_anatomies(pruned, find_matrices(Checkpoint(pruned))))
     try:
         pair = load_pair(dense, pruned)
     except LensError as error:
@@ -121,15 +122,15 @@ def conform(family: str, folder: Path) -> Conformance:
         pass
     data = load_data(str(questions))
     found = scan(pair, data, selectors=(), sites=("z",))
-    way, refused = None, outcome(lambda: find_slots(pruned, pair.output_projections))
+    way, refused = None, outcome(lambda: find_slots(Checkpoint(pruned), pair.output_projections))
     restoration = restore(pair, found, HEADS, data, method="mean-shift", exportable=refused == "yes")
     expected = logits_of(pair, restoration)
     assert_equal(load_restored(pruned, restoration), expected)
     if refused == "yes":
-        way = find_slots(pruned, pair.output_projections).way
+        way = find_slots(Checkpoint(pruned), pair.output_projections).way
         report = export(restoration, pruned, folder / "out")
         assert_equal(AutoModelForCausalLM.from_pretrained(folder / "out", attn_implementation="eager").eval(), expected)
-        assert report.identical_tensors + len(report.changed) == len(tensor_names(pruned))
+        assert report.identical_tensors + len(report.changed) == len(Checkpoint(pruned).tensors)
     else:
         with pytest.raises(LensError, match="load_restored"):
             export(restoration, pruned, folder / "out")

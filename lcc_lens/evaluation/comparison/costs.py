@@ -11,8 +11,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from lcc_lens.core.checkpoint import Checkpoint
 from lcc_lens.core.errors import RequestError
-from lcc_lens.core.files import tensor_names
 from lcc_lens.evaluation.baselines.adapters import adapted
 from lcc_lens.evaluation.comparison.entry import ADAPTERS, Entry
 from lcc_lens.evaluation.efficiency.timing import (
@@ -99,10 +99,11 @@ def _served(path: Path, maps: Mapping[ConstantSite, tuple[str, ...]], kind: str,
     sites = next((sites for sites, name in BIASES.items() if name == kind), ())
     if not set(sites) <= maps.keys():
         raise RequestError(f"expected maps that read {' and '.join(sites)}, got none; leave {kind} out")
-    slots = find_joint_slots(path, {site: maps[site] for site in sites})
+    checkpoint = Checkpoint(path)
+    slots = find_joint_slots(checkpoint, {site: maps[site] for site in sites})
     model = load_plain(path)
     modules = dict(model.named_modules())
-    for name, shape in slots.new_biases(tensor_names(path)).items():
+    for name, shape in slots.new_biases(checkpoint.tensors).items():
         module: Any = modules.get(name.removesuffix(".bias"))  # none where the export would split a fused map
         if module is not None:
             module.bias = nn.Parameter(torch.zeros(shape).to(module.weight), requires_grad=False)
@@ -137,12 +138,12 @@ def merging_costs(injection: Injection, pair: Pair, model: HookedModel) -> dict[
 
 def _bias_numbers(pair: Pair, sites: Sequence[ConstantSite]) -> int | None:
     """What biases for constants at some sites add to the checkpoint, with those that come along as zeros."""
-    path = pair.pruned_id.path
+    checkpoint = pair.pruned_id.checkpoint
     try:
-        slots = find_joint_slots(path, {site: projection_names(pair.pruned, site) for site in sites})
+        slots = find_joint_slots(checkpoint, {site: projection_names(pair.pruned, site) for site in sites})
     except RequestError:
         return None
-    return sum(math.prod(shape) for shape in slots.new_biases(tensor_names(path)).values())
+    return sum(math.prod(shape) for shape in slots.new_biases(checkpoint.tensors).values())
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lcc_lens.analysis.scan.scan import Scan, scan
+from lcc_lens.core.checkpoint import Checkpoint
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.files import locked, read_json
 from lcc_lens.core.heads import Head
@@ -29,7 +30,7 @@ from lcc_lens.evaluation.efficiency.timing import SpeedConfig
 from lcc_lens.models.hooked.hooks import HookedModel
 from lcc_lens.models.hooked.offloading import device_of
 from lcc_lens.models.hooked.sites import CONSTANT_SITES, projection_names
-from lcc_lens.models.loading.hooked import identify, load_hooked
+from lcc_lens.models.loading.hooked import load_hooked
 from lcc_lens.models.loading.references import resolve
 from lcc_lens.models.pair import Pair, load_pair
 from lcc_lens.pruning.jobs import refit
@@ -66,7 +67,7 @@ class Bench:
     def __init__(self, dense: str | Path, pruned: str | Path, run: Path, config: CompareConfig) -> None:
         self.dense, self.pruned, self.run, self.config = dense, pruned, run, config
         self.identity = {
-            f"{name}_sha256": identify(model, resolve(model)).sha256
+            f"{name}_sha256": Checkpoint(resolve(model)).sha256
             for name, model in (("dense", dense), ("pruned", pruned))
         }
         self._held: tuple[bool, Pair] | None = None

@@ -8,10 +8,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lcc_lens.core.files import CHUNK, weight_files
+from lcc_lens.core.checkpoint import Checkpoint
+from lcc_lens.core.files import CHUNK
 from lcc_lens.core.progress import track
 from lcc_lens.models.architecture.linear_maps import find_matrices
-from lcc_lens.models.architecture.zeros import read_rows
 
 #: Zstandard's own default: higher levels take many times longer and gain a few per cent on weights.
 LEVEL = 3
@@ -33,7 +33,7 @@ def compressed_size(path: Path) -> int:
     Raises:
         RequestError: there are no weight files.
     """
-    files = weight_files(path)
+    files = Checkpoint(path).weight_files
     return sum(zstd_bytes(_file_chunks(file)) for file in track(files, len(files), "compression"))
 
 
@@ -43,10 +43,10 @@ def matrix_sizes(path: Path) -> dict[str, tuple[int, int]]:
     Raises:
         RequestError: as :func:`lcc_lens.models.architecture.linear_maps.find_matrices`.
     """
-    found = [matrix for layer in find_matrices(path) for matrix in layer]
+    found = [matrix for layer in find_matrices(Checkpoint(path)) for matrix in layer]
     sizes: dict[str, tuple[int, int]] = {}
     for matrix in track(found, len(found), "compression of matrices"):
-        stored = matrix.rows(read_rows(matrix))  # seen as rows twice: back in the layout of the file
+        stored = matrix.rows(matrix.read())  # seen as rows twice: back in the layout of the file
         sizes[matrix.name] = (stored.nbytes, zstd_bytes(tensor_chunks(stored)))
     return sizes
 

@@ -13,9 +13,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lcc_lens.core.checkpoint import Splits
+from lcc_lens.core.checkpoint import Checkpoint
 from lcc_lens.core.errors import RequestError
-from lcc_lens.core.files import stored_name, tensor_names
+from lcc_lens.core.rewriting import Splits
 from lcc_lens.models.architecture.anatomy import ATTENTION_OUTPUTS, MLP_OUTPUTS
 from lcc_lens.models.architecture.layers import is_transposed, read_config, skeleton
 from lcc_lens.models.architecture.retyping import config_entries, retyped_configs, split_names
@@ -84,7 +84,7 @@ class _Candidate:
 
 
 def find_slots(
-    path: Path, maps: tuple[str, ...], site: ConstantSite = "z", *, shared_values: bool = False
+    checkpoint: Checkpoint, maps: tuple[str, ...], site: ConstantSite = "z", *, shared_values: bool = False
 ) -> BiasSlots:
     """Find biases that hold a site's constants exactly, in a checkpoint or by a setting of its architecture.
 
@@ -95,7 +95,7 @@ def find_slots(
     out of date.
 
     Args:
-        path: the checkpoint.
+        checkpoint: the model on disk.
         maps: what reads the site, by layer, as the checkpoint names it: output projections, or down projections.
         site: where the constants are.
         shared_values: whether the heads that share a value head have the same constant.
@@ -103,14 +103,13 @@ def find_slots(
     Raises:
         RequestError: there is no exact way.
     """
-    stored = tensor_names(path)
-    biases = tuple(stored_name(stored, f"{name}.bias") for name in maps)
-    if all(bias in stored for bias in biases):
+    biases = tuple(checkpoint.stored_name(f"{name}.bias") for name in maps)
+    if all(bias in checkpoint.tensors for bias in biases):
         return BiasSlots(biases, {}, {}, site=site)
-    config = read_config(path)
+    config = read_config(checkpoint.path)
     for candidate in _candidates(config, site):
-        if _serves(path, config, candidate, maps):
-            slots = _slots(path, stored, candidate, maps)
+        if _serves(checkpoint.path, config, candidate, maps):
+            slots = _slots(checkpoint, candidate, maps)
             if slots.heads_per_bias == 1 or shared_values:
                 return slots
     raise RequestError(
@@ -204,9 +203,10 @@ def _bias_name(model: nn.Module, reader: str, candidate: _Candidate) -> str | No
     return next((f"{match[0]}{name}.bias" for name in others), None)
 
 
-def _slots(path: Path, stored: Mapping[str, Path], candidate: _Candidate, maps: tuple[str, ...]) -> BiasSlots:
+def _slots(checkpoint: Checkpoint, candidate: _Candidate, maps: tuple[str, ...]) -> BiasSlots:
     """The slots of the whole model for a candidate that was found exact in small."""
-    model = skeleton(path, candidate.config)
+    stored = checkpoint.tensors
+    model = skeleton(checkpoint.path, candidate.config)
     biases = _bias_names(model, maps, candidate)
     assert biases is not None
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from lcc_lens.core.checkpoint import Splits
+from lcc_lens.core.checkpoint import Checkpoint
 from lcc_lens.core.errors import RequestError
+from lcc_lens.core.rewriting import Splits
 from lcc_lens.models.architecture.bias_slots import BiasSlots, find_slots
 from lcc_lens.models.hooked.sites import ConstantSite
 
@@ -49,20 +49,20 @@ class JointSlots:
 
 
 def find_joint_slots(
-    path: Path, maps: Mapping[ConstantSite, tuple[str, ...]], *, shared_values: bool = False
+    checkpoint: Checkpoint, maps: Mapping[ConstantSite, tuple[str, ...]], *, shared_values: bool = False
 ) -> JointSlots:
     """Find biases that hold the constants of every named site at once; see
     :func:`~lcc_lens.models.architecture.bias_slots.find_slots`.
 
     Args:
-        path: the checkpoint.
+        checkpoint: the model on disk.
         maps: what reads each site, by layer.
         shared_values: whether the heads that share a value head have the same constant.
 
     Raises:
         RequestError: a site has no exact way, or the sites' ways exclude each other.
     """
-    found = {site: find_slots(path, names, site, shared_values=shared_values) for site, names in maps.items()}
+    found = {site: find_slots(checkpoint, names, site, shared_values=shared_values) for site, names in maps.items()}
     joint = JointSlots(found)
     for slots in found.values():
         is_stored = not slots.config and not joint.splits

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from lcc_lens.core.checkpoint import Checkpoint
 from lcc_lens.core.errors import LensError, RequestError
-from lcc_lens.core.files import tensor_names
 from lcc_lens.models.architecture.layers import decoder_layers, is_linear, is_transposed, read_config, skeleton
 
 # Formats that float32 holds exactly, so that a surviving weight returns to disk bit for bit.
@@ -32,10 +31,14 @@ class Matrix:
     """How many it gives."""
     is_transposed: bool
     """Whether model and checkpoint hold ``[in, out]``."""
-    file: Path
-    """The file that holds the tensor."""
+    checkpoint: Checkpoint
+    """The model on disk that stores the tensor."""
     dtype: torch.dtype
     """The stored format."""
+
+    def read(self) -> Float[Tensor, "out in"]:
+        """Read the weight from disk in its stored format, one row per output."""
+        return self.rows(self.checkpoint.read(self.name))
 
     def rows(self, stored: Tensor) -> Float[Tensor, "out in"]:
         """See a tensor in the checkpoint's layout as one row per output."""
@@ -59,11 +62,7 @@ class StoredWeights(Mapping[str, Tensor]):
         self._device = device
 
     def __getitem__(self, name: str) -> Tensor:
-        from safetensors import safe_open
-
-        matrix = self._matrices[name]
-        with safe_open(matrix.file, framework="pt") as handle:
-            weight = matrix.rows(handle.get_tensor(name).to(device=self._device, dtype=torch.float32))
+        weight = self._matrices[name].read().to(device=self._device, dtype=torch.float32)
         if not bool(torch.isfinite(weight).all()):
             raise LensError(f"expected finite weights, got NaN or infinity in {name}; fetch the checkpoint again")
         return weight
@@ -75,17 +74,14 @@ class StoredWeights(Mapping[str, Tensor]):
         return len(self._matrices)
 
 
-def find_matrices(model_dir: Path) -> list[list[Matrix]]:
+def find_matrices(checkpoint: Checkpoint) -> list[list[Matrix]]:
     """List the matrices of every decoder layer, from names and shapes alone: no weight is read.
 
     Raises:
         RequestError: the checkpoint is unreadable, its architecture is not supported, or it is quantised.
     """
-    config = read_config(model_dir)
-    model = skeleton(model_dir, config)
-    prefix, layers = decoder_layers(model, config)
-    files = tensor_names(model_dir)
-    base = f"{getattr(model, 'base_model_prefix', '')}."
+    config = read_config(checkpoint.path)
+    prefix, layers = decoder_layers(skeleton(checkpoint.path, config), config)
     found: list[list[Matrix]] = []
     for index, layer in enumerate(layers):
         place = f"{prefix}.{index}"
@@ -93,7 +89,7 @@ def find_matrices(model_dir: Path) -> list[list[Matrix]]:
         linears = {path: module for path, module in layer.named_modules() if is_linear(module)}
         if not linears:
             raise RequestError(f"expected linear layers in {place}, got none; the architecture is not supported")
-        found.append([_locate(files, f"{place}.{path}.weight", base, path, module) for path, module in linears.items()])
+        found.append([_locate(checkpoint, f"{place}.{path}.weight", path, module) for path, module in linears.items()])
     return found
 
 
@@ -107,17 +103,12 @@ def _require_plain_matrices(layer: nn.Module, place: str) -> None:
             )
 
 
-def _locate(files: Mapping[str, Path], full_name: str, base: str, path: str, module: nn.Module) -> Matrix:
+def _locate(checkpoint: Checkpoint, full_name: str, path: str, module: nn.Module) -> Matrix:
     """Find a module's weight in the checkpoint."""
-    from safetensors import safe_open
-
-    # Saved from the base model, as the original GPT-2 is, a checkpoint's names lack the base model's prefix.
-    name = next((name for name in (full_name, full_name.removeprefix(base)) if name in files), None)
-    if name is None:
+    name = checkpoint.stored_name(full_name)
+    if name not in checkpoint.tensors:
         raise RequestError(f"expected the tensor {full_name} in the checkpoint, got none; the layout is not supported")
-    with safe_open(files[name], framework="pt") as handle:
-        stored = handle.get_slice(name)
-        shape, dtype = tuple(stored.get_shape()), stored.get_dtype()
+    _, shape, dtype = checkpoint.tensors[name]
     expected = tuple(module.get_parameter("weight").shape)
     if dtype not in _STORED_DTYPES or shape != expected:
         raise RequestError(
@@ -126,4 +117,4 @@ def _locate(files: Mapping[str, Path], full_name: str, base: str, path: str, mod
         )
     transposed = is_transposed(module)
     d_in, d_out = shape if transposed else shape[::-1]
-    return Matrix(name, path, d_in, d_out, transposed, files[name], _STORED_DTYPES[dtype])
+    return Matrix(name, path, d_in, d_out, transposed, checkpoint, _STORED_DTYPES[dtype])

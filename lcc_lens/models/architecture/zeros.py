@@ -10,8 +10,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from lcc_lens.core.checkpoint import Checkpoint
 from lcc_lens.core.errors import RequestError
-from lcc_lens.core.files import tensor_names, weight_files
 from lcc_lens.core.progress import track
 from lcc_lens.models.architecture.layers import read_config, skeleton
 from lcc_lens.models.architecture.linear_maps import Matrix, find_matrices
@@ -116,11 +116,11 @@ def share_of_zeros(matrices: Sequence[MatrixZeros]) -> float:
 
 def matrix_zeros(path: Path) -> tuple[MatrixZeros, ...]:
     """Count the zeros of the linear maps inside a checkpoint's decoder layers (see :func:`zero_pattern`)."""
-    return _counted([matrix for layer in find_matrices(path) for matrix in layer])
+    return _counted([matrix for layer in find_matrices(Checkpoint(path)) for matrix in layer])
 
 
 def _counted(found: Sequence[Matrix]) -> tuple[MatrixZeros, ...]:
-    return tuple(_matrix_zeros(matrix.name, read_rows(matrix)) for matrix in track(found, len(found), "zeros"))
+    return tuple(_matrix_zeros(matrix.name, matrix.read()) for matrix in track(found, len(found), "zeros"))
 
 
 def zero_pattern(path: Path) -> ZeroPattern:
@@ -138,10 +138,11 @@ def zero_pattern(path: Path) -> ZeroPattern:
         >>> zero_pattern(Path("out/wanda50")).sparsity  # doctest: +SKIP
         0.5
     """
-    found = [matrix for layer in find_matrices(path) for matrix in layer]
+    checkpoint = Checkpoint(path)
+    found = [matrix for layer in find_matrices(checkpoint) for matrix in layer]
     matrices = _counted(found)
-    stored, missing = _stored_parameters(path)
-    others = [_numel_and_zeros(stored[name], name) for name in stored.keys() - {matrix.name for matrix in matrices}]
+    stored, missing = _stored_parameters(checkpoint)
+    others = [_numel_and_zeros(checkpoint.read(name)) for name in stored - {matrix.name for matrix in matrices}]
     parameters = sum(matrix.parameters for matrix in matrices) + sum(numel for numel, _ in others)
     zeros = sum(matrix.zeros for matrix in matrices) + sum(zeros for _, zeros in others)
     return ZeroPattern(
@@ -149,7 +150,7 @@ def zero_pattern(path: Path) -> ZeroPattern:
         matrices=matrices,
         parameters=parameters,
         nonzero_parameters=parameters - zeros,
-        bytes=sum(file.stat().st_size for file in weight_files(path)),
+        bytes=checkpoint.n_bytes,
         dtype=", ".join(sorted({str(matrix.dtype).removeprefix("torch.") for matrix in found})),
         missing=missing,
     )
@@ -165,7 +166,7 @@ def compare_zeros(first: Path, second: Path) -> ZeroComparison:
     Raises:
         RequestError: a checkpoint is unreadable, or their matrices differ in name or shape, as a sliced model's do.
     """
-    ours, theirs = ({m.name: m for layer in find_matrices(path) for m in layer} for path in (first, second))
+    ours, theirs = ({m.name: m for layer in find_matrices(Checkpoint(path)) for m in layer} for path in (first, second))
     alone = sorted(ours.keys() ^ theirs.keys())
     if alone:
         raise RequestError(
@@ -175,11 +176,6 @@ def compare_zeros(first: Path, second: Path) -> ZeroComparison:
     return ZeroComparison(tuple(_compare(ours[name], theirs[name]) for name in ours))
 
 
-def read_rows(matrix: Matrix) -> Float[Tensor, "out in"]:
-    """Read one matrix from disk in its stored format, one row per output."""
-    return matrix.rows(_read(matrix.file, matrix.name))
-
-
 def _matrix_zeros(name: str, rows: Float[Tensor, "out in"]) -> MatrixZeros:
     zeros = rows == 0
     n_rows, n_columns = int(zeros.all(dim=1).sum()), int(zeros.all(dim=0).sum())
@@ -187,7 +183,7 @@ def _matrix_zeros(name: str, rows: Float[Tensor, "out in"]) -> MatrixZeros:
 
 
 def _compare(first: Matrix, second: Matrix) -> MatrixComparison:
-    ours, theirs = read_rows(first) == 0, read_rows(second) == 0
+    ours, theirs = first.read() == 0, second.read() == 0
     if ours.shape != theirs.shape:
         raise RequestError(
             f"expected {first.name} of the same shape twice, got {tuple(ours.shape)} and {tuple(theirs.shape)}; "
@@ -197,32 +193,23 @@ def _compare(first: Matrix, second: Matrix) -> MatrixComparison:
     return MatrixComparison(first.name, *counts)
 
 
-def _stored_parameters(path: Path) -> tuple[dict[str, Path], tuple[str, ...]]:
+def _stored_parameters(checkpoint: Checkpoint) -> tuple[set[str], tuple[str, ...]]:
     """The tensors that hold the model's parameters, each parameter once, and the parameters that none holds.
 
     Some checkpoints store tied embeddings twice, or buffers such as GPT-2's causal mask: neither adds parameters.
     """
-    model = skeleton(path, read_config(path))
+    model = skeleton(checkpoint.path, read_config(checkpoint.path))
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
     known = dict(model.named_parameters(remove_duplicate=False))
-    stored: dict[int, tuple[str, Path]] = {}
-    for name, file in tensor_names(path).items():
+    stored: dict[int, str] = {}
+    for name in checkpoint.tensors:
         # Saved from the base model, as the original GPT-2 is, a checkpoint's names lack the base model's prefix.
         parameter = known.get(name, known.get(prefix + name))
         if parameter is not None:
-            stored.setdefault(id(parameter), (name, file))
+            stored.setdefault(id(parameter), name)
     missing = tuple(name for name, parameter in model.named_parameters() if id(parameter) not in stored)
-    return dict(stored.values()), missing
+    return set(stored.values()), missing
 
 
-def _numel_and_zeros(file: Path, name: str) -> tuple[int, int]:
-    tensor = _read(file, name)
+def _numel_and_zeros(tensor: Tensor) -> tuple[int, int]:
     return tensor.numel(), tensor.numel() - int(torch.count_nonzero(tensor))
-
-
-def _read(file: Path, name: str) -> Tensor:
-    from safetensors import safe_open
-
-    with safe_open(file, framework="pt") as handle:
-        tensor: Tensor = handle.get_tensor(name)
-    return tensor

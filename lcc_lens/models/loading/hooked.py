@@ -11,9 +11,9 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
+from lcc_lens.core.checkpoint import Checkpoint
 from lcc_lens.core.config import DeviceMap, HookKind, default_device, default_device_map, hook_kind
 from lcc_lens.core.errors import LensError, RequestError, first_line
-from lcc_lens.core.files import read_json, weight_files, weights_sha256
 from lcc_lens.models.architecture.layers import is_transposed
 from lcc_lens.models.hooked.copied_weights import copied_projection_names, remember_copied_projections
 from lcc_lens.models.hooked.hooked_transformer import (
@@ -46,6 +46,11 @@ class ModelIdentity:
     reference: str
     path: Path
     sha256: str
+
+    @functools.cached_property
+    def checkpoint(self) -> Checkpoint:
+        """The model on disk."""
+        return Checkpoint(self.path)
 
 
 @dataclass(frozen=True)
@@ -140,7 +145,7 @@ def load_hooked(
         remember_copied_projections(model, plain)
     _check_hooked(model, tokens, expected, str(reference))
     modules = _output_projections(model, plain)
-    identity = _IDENTITIES[model] = identify(reference, path)
+    identity = _IDENTITIES[model] = ModelIdentity(str(reference), path, Checkpoint(path).sha256)
     return LoadedModel(
         cast("HookedModel", model),
         tokenizer,
@@ -160,21 +165,9 @@ def as_reference(
     return stored_model(reference, tokenizer)
 
 
-def identify(reference: str | Path, path: Path) -> ModelIdentity:
-    """The identity of a local model directory."""
-    state = tuple((file.name, file.stat().st_mtime_ns, file.stat().st_size) for file in weight_files(path))
-    return ModelIdentity(str(reference), path, _sha256_of_state(path, state))
-
-
 def identity_of(model: HookedModel) -> ModelIdentity | None:
     """Which weights a hooked model was loaded with; None if not by :func:`load_hooked`."""
     return _IDENTITIES.get(model)
-
-
-@functools.cache
-def _sha256_of_state(path: Path, state: tuple[Any, ...]) -> str:
-    """A checkpoint's hash, computed once per process and state of its files."""
-    return weights_sha256(path)
 
 
 def _has_words(tokenizer: Any) -> bool:
@@ -258,7 +251,7 @@ def _refuse_map(device: torch.device, device_map: DeviceMap | None, *, is_bridge
 
 
 def _refuse_quantised(path: Path) -> None:
-    found = read_json(path / "config.json").get("quantization_config")
+    found = Checkpoint(path).config.get("quantization_config")
     if found:
         kind = found.get("quant_method", "unnamed")
         raise RequestError(

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
+from lcc_lens.core.checkpoint import Checkpoint
 from lcc_lens.core.config import DeviceMap, compute_dtype, default_device, default_device_map
 from lcc_lens.core.errors import LensError, RequestError, first_line
-from lcc_lens.core.files import tensor_names
 from lcc_lens.core.progress import loading_models
 from lcc_lens.models.hooked.offloading import each_parameter, placement
 
@@ -89,7 +89,7 @@ def _refuse_other_tensors(path: Path, report: Mapping[str, Any]) -> None:
             f"({len(missing)} are missing); fetch the checkpoint again"
         )
     unread = {name for name in report["unexpected_keys"] if _IN_LAYER.search(name)}
-    stored = tensor_names(path)  # masks that old checkpoints keep as "bias" have no weight beside them
+    stored = Checkpoint(path).tensors  # masks that old checkpoints keep as "bias" have no weight beside them
     unread = {n for n in unread if n.endswith(".weight") or f"{n.removesuffix('.bias')}.weight" in stored}
     if unread:
         raise RequestError(

@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from lcc_lens.core.checkpoint import Checkpoint
 from lcc_lens.core.errors import RequestError, first_line
-from lcc_lens.core.files import weight_files
 from lcc_lens.models.loading.gguf import EMBEDDED_NAME, embedded_model, gguf_model
 
 _HUB_ID = re.compile(r"^[\w.-]+(/[\w.-]+)?(@[\w./-]+)?$")
@@ -86,6 +86,6 @@ def _require_model(path: Path) -> None:
     if not (path / "config.json").exists():
         raise RequestError(f"expected a Hugging Face directory in {path}, got one without config.json")
     try:
-        weight_files(path)
+        Checkpoint(path).require_whole()
     except RequestError as error:
         raise RequestError(f"{error}; {_CONVERT}" if "pickle" in str(error) else str(error)) from error

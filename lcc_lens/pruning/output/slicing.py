@@ -11,8 +11,8 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from lcc_lens.core.checkpoint import Checkpoint
 from lcc_lens.core.errors import RequestError
-from lcc_lens.core.files import read_tensor
 from lcc_lens.models.architecture.anatomy import Block, LayerAnatomy
 from lcc_lens.models.architecture.layers import read_config, skeleton
 from lcc_lens.models.architecture.linear_maps import Matrix
@@ -96,19 +96,19 @@ class SlicedTensors(Mapping[str, Tensor]):
     Args:
         cuts: what every matrix loses.
         weights: zeroed weights by name, in the checkpoint's layout.
-        stored: the file of every tensor of the dense checkpoint.
+        dense: the dense checkpoint.
     """
 
-    def __init__(self, cuts: Sequence[Cut], weights: Mapping[str, Tensor], stored: Mapping[str, Path]) -> None:
-        self._weights, self._stored = weights, stored
+    def __init__(self, cuts: Sequence[Cut], weights: Mapping[str, Tensor], dense: Checkpoint) -> None:
+        self._weights, self._dense = weights, dense
         self._cuts = {cut.matrix.name: cut for cut in cuts}
         biases = {f"{name.removesuffix('.weight')}.bias": cut for name, cut in self._cuts.items() if len(cut.rows)}
-        self._bias_cuts = {name: cut for name, cut in biases.items() if name in stored}
+        self._bias_cuts = {name: cut for name, cut in biases.items() if name in dense.tensors}
 
     def __getitem__(self, name: str) -> Tensor:
         if name in self._cuts:
             return self._cuts[name].apply(self._weights[name])
-        return self._bias_cuts[name].apply_to_bias(read_tensor(self._stored, name))
+        return self._bias_cuts[name].apply_to_bias(self._dense.read(name))
 
     def __iter__(self) -> Iterator[str]:
         yield from self._cuts

@@ -9,8 +9,10 @@ from typing import Any
 from jaxtyping import Int
 from torch import Tensor
 
-from lcc_lens.core.files import atomic_directory, copy_checkpoint, tensor_names, write_json
+from lcc_lens.core.checkpoint import Checkpoint
+from lcc_lens.core.files import atomic_directory, write_json
 from lcc_lens.core.heads import HEAD_MAP, HeadMap
+from lcc_lens.core.rewriting import copy_checkpoint
 from lcc_lens.models.architecture.anatomy import LayerAnatomy
 from lcc_lens.models.architecture.linear_maps import Matrix
 from lcc_lens.pruning.calibration.finished_layers import FinishedLayers
@@ -21,7 +23,7 @@ from lcc_lens.pruning.output.slicing import SlicedTensors, layer_cuts, sliced_co
 
 
 def write_pruned(
-    model_dir: Path,
+    checkpoint: Checkpoint,
     out: Path,
     config: PruneConfig,
     plan: Sequence[Sequence[Matrix]],
@@ -35,9 +37,9 @@ def write_pruned(
 ) -> dict[str, Any]:
     """Write a plain Hugging Face directory, whole or not at all; gives the report that lies beside the weights."""
     report = pruning_report(config, plan, finished, tokens=tokens, provenance=provenance, dense_sha256=dense_sha256)
-    replaced, changes = _tensors_and_config(model_dir, config, anatomies, finished)
+    replaced, changes = _tensors_and_config(checkpoint, config, anatomies, finished)
     with atomic_directory(out, overwrite=overwrite) as part:
-        copy_checkpoint(model_dir, part, replaced=replaced, config=changes, resize=config.sliced)
+        copy_checkpoint(checkpoint, part, replaced=replaced, config=changes, resize=config.sliced)
         if anatomies is not None:
             head_map = _head_map(anatomies, finished, sliced=config.sliced)
             write_json(part / HEAD_MAP, head_map.to_json())
@@ -47,14 +49,14 @@ def write_pruned(
 
 
 def _tensors_and_config(
-    model_dir: Path, config: PruneConfig, anatomies: Sequence[LayerAnatomy] | None, finished: FinishedLayers
+    checkpoint: Checkpoint, config: PruneConfig, anatomies: Sequence[LayerAnatomy] | None, finished: FinishedLayers
 ) -> tuple[Mapping[str, Tensor], dict[str, Any]]:
     if anatomies is None or not config.sliced:
         return finished, {}
     gone = [finished.removed(layer) for layer in range(len(anatomies))]
     cuts = [cut for anatomy, removed in zip(anatomies, gone, strict=True) for cut in layer_cuts(anatomy, removed)]
     quota = Quota(len(gone[0].groups), len(gone[0].neurons))
-    return SlicedTensors(cuts, finished, tensor_names(model_dir)), sliced_config(model_dir, anatomies[0], quota)
+    return SlicedTensors(cuts, finished, checkpoint), sliced_config(checkpoint.path, anatomies[0], quota)
 
 
 def _head_map(anatomies: Sequence[LayerAnatomy], finished: FinishedLayers, *, sliced: bool) -> HeadMap:

@@ -11,19 +11,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from lcc_lens.core.checkpoint import Checkpoint
 from lcc_lens.core.config import package_version
 from lcc_lens.core.errors import LensError, RequestError
-from lcc_lens.core.files import (
-    atomic_directory,
-    copy_checkpoint,
-    read_json,
-    require_free,
-    require_space,
-    weight_files,
-    weights_sha256,
-    write_json,
-)
+from lcc_lens.core.files import atomic_directory, read_json, require_free, require_space, write_json
 from lcc_lens.core.progress import track
+from lcc_lens.core.rewriting import copy_checkpoint
 from lcc_lens.models.architecture.linear_maps import Matrix, StoredWeights, find_matrices
 from lcc_lens.models.architecture.zeros import compare_zeros
 from lcc_lens.pruning.calibration.finished_layers import FinishedLayers
@@ -116,11 +109,12 @@ def refit(
         as in arXiv 2510.14444.
     """
     config = config or RefitConfig()
-    plans = find_matrices(dense), find_matrices(pruned)
+    checkpoints = Checkpoint(dense), Checkpoint(pruned)
+    plans = find_matrices(checkpoints[0]), find_matrices(checkpoints[1])
     _check_shapes(*plans)
     require_free(out, overwrite=overwrite)
-    require_space(out, 2 * sum(file.stat().st_size for file in weight_files(pruned)))
-    digests = {"dense_sha256": weights_sha256(dense), "pruned_sha256": weights_sha256(pruned)}
+    require_space(out, 2 * checkpoints[1].n_bytes)
+    digests = {"dense_sha256": checkpoints[0].sha256, "pruned_sha256": checkpoints[1].sha256}
     identity = {
         "config": [config.follow, config.ridge, config.mend, config.batch_size], **digests, "dtype": str(dtype),
         "tokens": tokens.tolist(), "version": package_version(),
@@ -133,7 +127,7 @@ def refit(
         "calibration": {**provenance, "sequences": len(tokens), "length": tokens.shape[1]}, "error_left": errors,
     }  # fmt: skip
     with atomic_directory(out, overwrite=overwrite) as part:
-        copy_checkpoint(pruned, part, replaced=finished)
+        copy_checkpoint(checkpoints[1], part, replaced=finished)
         if not compare_zeros(pruned, part).is_equal:
             raise LensError("expected the zeros of the pruned model in the refitted one, got others; nothing was kept")
         write_json(part / REFIT_RECORD, report)

@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.tiny import tiny_tokenizer
 
+from lcc_lens.core.checkpoint import Checkpoint
 from lcc_lens.core.errors import LensError, RequestError
-from lcc_lens.core.files import weights_sha256
 from lcc_lens.data import negatives
 from lcc_lens.data.datasets import load_data
 from lcc_lens.data.negatives import contrast, normalised, with_other_answers
@@ -101,7 +101,7 @@ def test_choices_are_ranked_by_cosine_and_the_encoder_is_recorded(encoder: Path,
     ]
     (tmp_path / "own.jsonl").write_text("\n".join(map(json.dumps, records)))
     data = load_data(str(tmp_path / "own.jsonl"))
-    assert data.negatives == f"most similar by embeddings of tiny-bert (sha256 {weights_sha256(encoder)[:12]})"
+    assert data.negatives == f"most similar by embeddings of tiny-bert (sha256 {Checkpoint(encoder).sha256[:12]})"
     for example, record in zip(data.examples, records, strict=True):
         right = plain_embedding(encoder, record["right"])
         cosines = [float(right @ plain_embedding(encoder, wrong)) for wrong in record["wrong"]]

@@ -9,6 +9,7 @@ import pytest
 from support.conformance import save_family
 from support.tiny import build_model, save_model
 
+from lcc_lens.core.checkpoint import Checkpoint
 from lcc_lens.evaluation import doctor
 from lcc_lens.evaluation.doctor import Examination, Machine, examine
 from lcc_lens.models.architecture.bias_slots import find_slots
@@ -80,4 +81,4 @@ def test_machine_is_told_what_would_be_faster(dense_dir: Path, monkeypatch: pyte
 def test_doctor_asks_what_the_export_asks(tmp_path: Path) -> None:
     directory = save_family("gptj", tmp_path / "gptj")
     projections = tuple(f"transformer.h.{layer}.attn.out_proj" for layer in range(3))
-    assert said(examine(directory))["constants in an export"][1] == find_slots(directory, projections).way
+    assert said(examine(directory))["constants in an export"][1] == find_slots(Checkpoint(directory), projections).way

@@ -20,6 +20,7 @@ from support.places import TESTS
 from support.restorations import restoration_of
 from support.tiny import build_model, save_model
 
+from lcc_lens.core.checkpoint import Checkpoint
 from lcc_lens.core.errors import LensError, RequestError
 from lcc_lens.exporters import gguf as gguf_export
 from lcc_lens.exporters.gguf import FOLDER_VARIABLE, _grouped, _transposed, compare_gguf, export_gguf
@@ -144,7 +145,7 @@ def test_a_file_that_lost_something_is_not_kept(
         export_gguf(exported, tmp_path / "files" / "x.gguf", llama_cpp=clone)
     assert list((tmp_path / "files").iterdir()) == []
     write_gguf(exported, tmp_path / "good.gguf")
-    assert compare_gguf(tmp_path / "good.gguf", exported) == ("llama", 3 * 13 + 3)
+    assert compare_gguf(tmp_path / "good.gguf", Checkpoint(exported)) == ("llama", 3 * 13 + 3)
 
 
 def test_a_damaged_file_is_refused(exported: Path, tmp_path: Path) -> None:
@@ -153,27 +154,27 @@ def test_a_damaged_file_is_refused(exported: Path, tmp_path: Path) -> None:
     for part in (b"", b"no GGUF at all", whole[:4000], whole[:-4000]):
         (tmp_path / "x.gguf").write_bytes(part)
         with pytest.raises(LensError, match="expected a whole GGUF file, got a damaged one"):
-            compare_gguf(tmp_path / "x.gguf", exported)
+            compare_gguf(tmp_path / "x.gguf", Checkpoint(exported))
 
 
 def test_tied_embeddings_may_be_stored_twice_on_either_side(tmp_path: Path) -> None:
     tied = save_model(build_model(tie_word_embeddings=True), tmp_path / "tied")
     write_gguf(tied, tmp_path / "x.gguf", edit=lambda t: t.update({"output.weight": t["token_embd.weight"].clone()}))
-    assert compare_gguf(tmp_path / "x.gguf", tied) == ("llama", 3 * 9 + 3)
+    assert compare_gguf(tmp_path / "x.gguf", Checkpoint(tied)) == ("llama", 3 * 9 + 3)
     twice = load_file(tied / "model.safetensors")
     twice["lm_head.weight"] = twice["model.embed_tokens.weight"].clone()
     save_file(twice, tied / "model.safetensors", metadata={"format": "pt"})
     write_gguf(tied, tmp_path / "x.gguf", edit=lambda t: t.pop("output.weight"))
-    assert compare_gguf(tmp_path / "x.gguf", tied) == ("llama", 3 * 9 + 3)
+    assert compare_gguf(tmp_path / "x.gguf", Checkpoint(tied)) == ("llama", 3 * 9 + 3)
     twice["lm_head.weight"] += 1
     save_file(twice, tied / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(LensError, match=r"expected output\.weight in the GGUF equal to lm_head\.weight"):
-        compare_gguf(tmp_path / "x.gguf", tied)
+        compare_gguf(tmp_path / "x.gguf", Checkpoint(tied))
 
 
 def test_without_output_biases_more_architectures_go(dense_dir: Path, tmp_path: Path) -> None:
     write_gguf(dense_dir, tmp_path / "x.gguf", architecture="smollm3")
-    assert compare_gguf(tmp_path / "x.gguf", dense_dir) == ("smollm3", 3 * 9 + 3)
+    assert compare_gguf(tmp_path / "x.gguf", Checkpoint(dense_dir)) == ("smollm3", 3 * 9 + 3)
 
 
 def test_tables_that_every_reader_computes_are_not_asked_for(dense_dir: Path, tmp_path: Path) -> None:
@@ -182,13 +183,13 @@ def test_tables_that_every_reader_computes_are_not_asked_for(dense_dir: Path, tm
     tensors = load_file(old / "model.safetensors")
     tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(3)
     save_file(tensors, old / "model.safetensors", metadata={"format": "pt"})
-    assert compare_gguf(tmp_path / "x.gguf", old) == ("llama", 3 * 9 + 3)
+    assert compare_gguf(tmp_path / "x.gguf", Checkpoint(old)) == ("llama", 3 * 9 + 3)
     tensors["model.layers.0.self_attn.o_proj.scale"] = torch.ones(3)
     save_file(tensors, old / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(
         LensError, match=r"expected a name of its own for .*o_proj\.scale in the GGUF of llama, got None"
     ):
-        compare_gguf(tmp_path / "x.gguf", old)
+        compare_gguf(tmp_path / "x.gguf", Checkpoint(old))
 
 
 def test_other_layouts_keep_every_number() -> None:
@@ -244,5 +245,5 @@ def test_export_writes_both(pruned: Path, clone: Path, tmp_path: Path, capsys: p
     shown = capsys.readouterr().out
     assert "llama" in shown
     assert "f16" in shown
-    assert compare_gguf(file, out) == ("llama", 42)
+    assert compare_gguf(file, Checkpoint(out)) == ("llama", 42)
     refused(capsys, 2, "exists already", "export", work, tmp_path / "2", "--gguf", file, "--llama-cpp", clone)

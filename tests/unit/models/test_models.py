@@ -17,8 +17,9 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
+from lcc_lens.core.checkpoint import Checkpoint
 from lcc_lens.core.errors import LensError, RequestError
-from lcc_lens.core.files import sha256_file, weights_sha256
+from lcc_lens.core.files import sha256_file
 from lcc_lens.models.hooked.hooks import logits_at
 from lcc_lens.models.loading import hooked as models
 from lcc_lens.models.loading.gguf import converted
@@ -37,7 +38,7 @@ def test_hooked_model_equals_plain_transformers(dense_dir: Path) -> None:
     cfg = loaded.model.cfg
     assert (cfg.n_layers, cfg.n_heads, cfg.d_head) == (N_LAYERS, N_HEADS, D_HEAD)
     assert loaded.output_projections == tuple(f"model.layers.{i}.self_attn.o_proj" for i in range(3))
-    assert loaded.identity.sha256 == sha256_file(dense_dir / "model.safetensors") == weights_sha256(dense_dir)
+    assert loaded.identity.sha256 == sha256_file(dense_dir / "model.safetensors") == Checkpoint(dense_dir).sha256
 
 
 def test_models_loaded_in_several_threads_leave_transformers_as_it_was(

@@ -12,6 +12,7 @@ from support.restorations import TOKENS, mlp_alone, restoration_of, with_mlp
 from support.tiny import build_model, save_model, tiny_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, GemmaConfig, Qwen2Config
 
+from lcc_lens.core.checkpoint import Checkpoint
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.files import read_json
 from lcc_lens.core.heads import Head
@@ -165,7 +166,7 @@ def test_slots_of_a_stored_bias_are_found_without_a_twin(tmp_path: Path, monkeyp
 
     monkeypatch.delattr(lcc_lens.models.architecture.bias_slots, "build_twin")
     pruned = save_model(build_model(attention_bias=True), tmp_path / "pruned")
-    slots = find_slots(pruned, load_hooked(pruned).output_projections)
+    slots = find_slots(Checkpoint(pruned), load_hooked(pruned).output_projections)
     assert (slots.way, slots.config, slots.zero_biases) == ("output bias", {}, {})
 
 
@@ -179,9 +180,9 @@ def test_architecture_that_cannot_be_built_in_small_keeps_its_own_switch(
 
     monkeypatch.setattr(lcc_lens.models.architecture.bias_slots, "shrink", refuse)
     llama, gptj = save_model(build_model(), tmp_path / "llama"), save_family("gptj", tmp_path / "gptj")
-    assert find_slots(llama, load_hooked(llama).output_projections).way == "output bias, by attention_bias"
+    assert find_slots(Checkpoint(llama), load_hooked(llama).output_projections).way == "output bias, by attention_bias"
     with pytest.raises(RequestError, match="got gptj, which has none that is exact"):
-        find_slots(gptj, load_hooked(gptj).output_projections)
+        find_slots(Checkpoint(gptj), load_hooked(gptj).output_projections)
 
 
 #: By family, how constants at the MLP are stored; None where they cannot be.
@@ -213,7 +214,7 @@ def test_constants_at_the_mlp_are_stored_alone_and_beside_those_of_heads(family:
             export(mlp_alone(both), pruned, tmp_path / "out")
         assert list(tmp_path.iterdir()) == [pruned]
         return
-    assert find_slots(pruned, maps, "mlp").way == way
+    assert find_slots(Checkpoint(pruned), maps, "mlp").way == way
     check_export(pruned, mlp_alone(both), tmp_path / "mlp")
     check_export(pruned, both, tmp_path / "both")
 
@@ -239,7 +240,7 @@ def test_joint_configuration_switches_both_sites_on(tmp_path: Path) -> None:
     pruned = save_family("qwen2", tmp_path / "pruned")
     model = load_hooked(pruned).model
     sites: tuple[ConstantSite, ...] = ("z", "mlp")
-    slots = find_joint_slots(pruned, {site: projection_names(model, site) for site in sites})
+    slots = find_joint_slots(Checkpoint(pruned), {site: projection_names(model, site) for site in sites})
     assert slots.by_site["z"].config["mlp_bias"] is False
     assert (slots.retyped_as, slots.config["attention_bias"], slots.config["mlp_bias"]) == ("llama", True, True)
     added = {name.split(".", 3)[3] for name in slots.new_biases(load_file(pruned / "model.safetensors").keys())}
@@ -254,10 +255,10 @@ def test_ways_that_exclude_each_other_are_refused(monkeypatch: pytest.MonkeyPatc
         "mlp": BiasSlots(("b.bias",), {"mlp_bias": True}, {}, retyped_as="llama", switches=("mlp_bias",), site="mlp"),
     }
     monkeypatch.setattr(
-        lcc_lens.models.architecture.joint_bias_slots, "find_slots", lambda path, maps, site, **_: ways[site]
+        lcc_lens.models.architecture.joint_bias_slots, "find_slots", lambda checkpoint, maps, site, **_: ways[site]
     )
     message = "holds the constants of z and mlp, got output bias, by attention_bias and output bias, re-typed as llama"
     with pytest.raises(RequestError, match=message):
-        find_joint_slots(Path(), {"z": ("a",), "mlp": ("b",)})
+        find_joint_slots(Checkpoint(Path()), {"z": ("a",), "mlp": ("b",)})
     ways["z"] = BiasSlots(("a.bias",), {}, {})  # a stored bias is under either name
-    assert isinstance(find_joint_slots(Path(), {"z": ("a",), "mlp": ("b",)}), JointSlots)
+    assert isinstance(find_joint_slots(Checkpoint(Path()), {"z": ("a",), "mlp": ("b",)}), JointSlots)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from lcc_lens.core.checkpoint import Checkpoint
 from lcc_lens.models.architecture.linear_maps import find_matrices
 from lcc_lens.pruning.calibration.stream import LayerStream
 from lcc_lens.pruning.refit import dense_stream as module
@@ -30,7 +31,7 @@ def shown(guide: Guide, matrices: list[Any]) -> list[tuple[str, Tensor]]:
 def test_answers_do_not_depend_on_what_is_kept(
     max_bytes: int, passes: int, dense_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plan = find_matrices(dense_dir)
+    plan = find_matrices(Checkpoint(dense_dir))
     streams = [LayerStream.of(dense_dir, TOKENS, 8, CPU, torch.float32) for _ in range(2)]
     guide, plain = Guide(streams[0], max_bytes=max_bytes), streams[1]
     runs, output = [0], LayerStream._output

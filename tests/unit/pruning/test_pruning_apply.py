@@ -22,6 +22,7 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
+from lcc_lens.core.checkpoint import Checkpoint
 from lcc_lens.core.errors import LensError, RequestError
 from lcc_lens.core.files import sha256_file
 from lcc_lens.core.progress import tracked_by
@@ -133,7 +134,7 @@ def test_later_layers_see_the_pruned_ones(family: str, dense: Callable[[str], Pa
     run(dense(family), tmp_path / "out")
     pruned = tensors(tmp_path / "out")
     from_dense_inputs = oracle(dense(family), lambda width: width // 2, sequential=False)
-    matrices = [[matrix.name for matrix in layer] for layer in find_matrices(dense(family))]
+    matrices = [[matrix.name for matrix in layer] for layer in find_matrices(Checkpoint(dense(family)))]
     assert all(torch.equal(pruned[name], from_dense_inputs[name]) for name in matrices[0])
     assert not any(torch.equal(pruned[name], from_dense_inputs[name]) for name in matrices[2])
 

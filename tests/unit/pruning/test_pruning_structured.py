@@ -25,6 +25,7 @@ from transformers import (
 )
 
 from lcc_lens.analysis.scan.scan import Scan, scan
+from lcc_lens.core.checkpoint import Checkpoint
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.heads import HEAD_MAP, Head, HeadMap, read_head_map
 from lcc_lens.data.datasets import load_data
@@ -137,7 +138,7 @@ def test_zeroed_heads_and_neurons_are_gone_and_the_rest_is_refitted(
     family: str, dense: Callable[[str], Path], tmp_path: Path
 ) -> None:
     report = run(dense(family), tmp_path / "out", split="proportional")
-    anatomies = find_anatomies(dense(family), find_matrices(dense(family)))
+    anatomies = find_anatomies(dense(family), find_matrices(Checkpoint(dense(family))))
     before, after = (load_file(path / "model.safetensors") for path in (dense(family), tmp_path / "out"))
     changed = 0
     for layer, anatomy in enumerate(anatomies):
@@ -190,7 +191,7 @@ def test_rising_schedules_take_more_from_later_layers(dense: Callable[[str], Pat
 
 
 def test_neurons_make_up_for_what_whole_groups_cannot_give(dense: Callable[[str], Path]) -> None:
-    anatomy = find_anatomies(dense("llama"), find_matrices(dense("llama")))[0]
+    anatomy = find_anatomies(dense("llama"), find_matrices(Checkpoint(dense("llama"))))[0]
     group, neuron, total = 6 * 24 * 6, 3 * 24, 4 * 6 * 24 * 6 + 44 * 72
     assert (anatomy.attention.group_size(24), anatomy.mlp.group_size(24)) == (group, neuron)
     assert anatomy.n_weights == total

@@ -14,6 +14,7 @@ from support.tiny import D_MODEL, N_LAYERS, build_model, save_model
 
 from lcc_lens.analysis import statistics
 from lcc_lens.analysis.scan.scan import Scan, scan
+from lcc_lens.core.checkpoint import Checkpoint
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.heads import Head
 from lcc_lens.data.datasets import encode, load_data
@@ -284,7 +285,7 @@ def test_another_width_is_refused(pair, wide: Scan, tmp_path: Path) -> None:
 
 
 def test_slots_of_the_down_projection(pruned_dir: Path, pair) -> None:
-    slots = find_slots(pruned_dir, projection_names(pair.pruned, "mlp"), "mlp")
+    slots = find_slots(Checkpoint(pruned_dir), projection_names(pair.pruned, "mlp"), "mlp")
     assert slots.config == {"mlp_bias": True}
     assert slots.biases == tuple(f"model.layers.{i}.mlp.down_proj.bias" for i in range(N_LAYERS))
     assert {name.split(".")[-2]: shape for name, shape in slots.zero_biases.items()} == {
