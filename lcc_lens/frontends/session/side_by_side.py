@@ -1,4 +1,4 @@
-"""What the dense, the pruned and the restored model make of the same prompt."""
+"""Next-token probabilities and generations of the dense, pruned and restored model, side by side."""
 
 from __future__ import annotations
 
@@ -23,48 +23,29 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-def on_each(
-    pair: Pair, injection: Injection | None, read: Callable[[HookedModel], T], bare: dict[str, T] | None = None
-) -> dict[str, T]:
-    """What a function of a hooked model gives for ``dense``, ``pruned`` and ``restored``; all models stay as they are.
-
-    Args:
-        pair: the hooked models.
-        injection: what restores; without one the restored model is the pruned one.
-        read: the function.
-        bare: where to keep what ``dense`` and ``pruned`` gave; what is there already is not read again.
-    """
-    found = {} if bare is None else bare
-    for name, model in (("dense", pair.dense), ("pruned", pair.pruned)):
-        if name not in found:
-            found[name] = read(model)
-    if injection is None:
-        return {**found, "restored": found["pruned"]}
-    with injection.applied_to(pair.pruned) as restored:
-        return {**found, "restored": read(restored)}
-
-
 def next_tokens(
-    pair: Pair, injection: Injection | None, prompt: str, k: int = 10, *, bare: dict[str, Tensor] | None = None
+    pair: Pair, injection: Injection | None, prompt: str, k: int = 10, *, cache: dict[str, Tensor] | None = None
 ) -> pd.DataFrame:
-    """The probabilities of the next token: the ``k`` most likely of each model, those most likely restored first.
+    """Next-token probabilities of the ``k`` likeliest tokens of each model, sorted by the restored model.
+
+    ``cache`` holds the outputs of the dense and the pruned model: missing ones are computed and stored there.
 
     Returns:
         One row per token, with the columns ``token``, ``dense``, ``pruned`` and ``restored``.
 
     Raises:
-        RequestError: an empty prompt, or fewer than one token asked for.
+        RequestError: an empty prompt, or fewer than one token requested.
     """
     import pandas as pd
 
     if k < 1:
         raise RequestError(f"expected at least 1 token, got k = {k}")
     tokens = _tokens(pair, prompt)
-    found = on_each(pair, injection, lambda model: _next_probabilities(model, tokens), bare)
-    k = min(k, len(found["dense"]))
-    likely = {int(token) for probabilities in found.values() for token in probabilities.topk(k).indices}
-    order = sorted(likely, key=lambda token: (-float(found["restored"][token]), token))
-    columns = {name: [float(probabilities[token]) for token in order] for name, probabilities in found.items()}
+    outputs = _on_each(pair, injection, lambda model: _next_probabilities(model, tokens), cache)
+    k = min(k, len(outputs["dense"]))
+    likely = {int(token) for probabilities in outputs.values() for token in probabilities.topk(k).indices}
+    order = sorted(likely, key=lambda token: (-float(outputs["restored"][token]), token))
+    columns = {name: [float(probabilities[token]) for token in order] for name, probabilities in outputs.items()}
     return pd.DataFrame({"token": [pair.tokenizer.decode([token]) for token in order], **columns})
 
 
@@ -74,18 +55,18 @@ def generate(
     prompt: str,
     max_new_tokens: int = 40,
     *,
-    bare: dict[str, str] | None = None,
+    cache: dict[str, str] | None = None,
 ) -> dict[str, str]:
-    """What ``dense``, ``pruned`` and ``restored`` go on with, greedily.
+    """Greedy continuations of ``dense``, ``pruned`` and ``restored``; ``cache`` as in :func:`next_tokens`.
 
     Raises:
-        RequestError: an empty prompt, or fewer than one token asked for.
+        RequestError: an empty prompt, or fewer than one token requested.
     """
     if max_new_tokens < 1:
         raise RequestError(f"expected at least 1 new token, got {max_new_tokens}")
     tokens = _tokens(pair, prompt)
 
-    def go_on(model: HookedModel) -> str:
+    def continuation(model: HookedModel) -> str:
         plain, ids = plain_model(model), tokens.to(device_of(model))
         with fused_attention(model), torch.inference_mode():
             whole = plain.generate(
@@ -94,7 +75,21 @@ def generate(
             )  # fmt: skip
         return str(pair.tokenizer.decode(whole[0, ids.shape[1] :], skip_special_tokens=True))
 
-    return on_each(pair, injection, go_on, bare)
+    return _on_each(pair, injection, continuation, cache)
+
+
+def _on_each(
+    pair: Pair, injection: Injection | None, run: Callable[[HookedModel], T], cache: dict[str, T] | None
+) -> dict[str, T]:
+    """Results of a function for ``dense``, ``pruned`` and ``restored``; without an injection restored is pruned."""
+    results = {} if cache is None else cache
+    for name, model in (("dense", pair.dense), ("pruned", pair.pruned)):
+        if name not in results:
+            results[name] = run(model)
+    if injection is None:
+        return {**results, "restored": results["pruned"]}
+    with injection.applied_to(pair.pruned) as restored:
+        return {**results, "restored": run(restored)}
 
 
 def _next_probabilities(model: HookedModel, tokens: Int[Tensor, "1 pos"]) -> Float[Tensor, " d_vocab"]:

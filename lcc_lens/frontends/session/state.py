@@ -1,10 +1,10 @@
-"""What a session has at one moment: the heads, the numbers, and the steps that led there."""
+"""State of a session, and its undo and redo history."""
 
 from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import TypeVar
 
 import torch
 from jaxtyping import Float
@@ -19,10 +19,10 @@ from lcc_lens.restoration.training.config import Step
 
 @dataclass(frozen=True)
 class SessionState:
-    """All that undoing brings back.
+    """Everything that undo restores.
 
-    ``injection`` (None before heads are chosen) is never changed; ``scale`` multiplies its constants in all read-outs;
-    ``held_out`` is its objective on the held-out data where that is known.
+    ``injection`` (None before heads are chosen) is never changed in place. ``scale`` multiplies its constants wherever
+    they are read or exported. ``held_out`` is the objective on the held-out data, None where it was not measured.
     """
 
     heads: tuple[Head, ...] = ()
@@ -32,8 +32,8 @@ class SessionState:
     steps: tuple[Step, ...] = ()
     held_out: float | None = None
 
-    def chosen(self) -> Injection:
-        """The injection as it was trained.
+    def trained(self) -> Injection:
+        """The injection as it was trained, without the scale.
 
         Raises:
             RequestError: no heads are chosen yet.
@@ -46,112 +46,110 @@ class SessionState:
         """The injection with its constants scaled; None before heads are chosen."""
         if self.injection is None or self.scale == 1.0:
             return self.injection
-        return with_scaled_constants(self.injection, self.scale)
+        return _with_scaled_constants(self.injection, self.scale)
 
     def magnitudes(self) -> Float[Tensor, "chosen component"]:
         """Scaled magnitudes of the chosen heads' directions, in units of activations; empty without constants."""
-        constant = self._constant()
-        return torch.zeros(0, 0) if constant is None else (constant.unit * constant.magnitudes).detach().cpu()
+        lcc = self._scaled_lcc()
+        return torch.zeros(0, 0) if lcc is None else (lcc.unit * lcc.magnitudes).detach().cpu()
 
     def constants(self) -> Float[Tensor, "chosen d_head"]:
-        """What is added to the chosen heads' outputs; empty without constants."""
-        constant = self._constant()
-        return torch.zeros(0, 0) if constant is None else constant.constants().detach().cpu()
+        """Scaled constants added to the chosen heads' outputs; empty without constants."""
+        lcc = self._scaled_lcc()
+        return torch.zeros(0, 0) if lcc is None else lcc.constants().detach().cpu()
 
-    def _constant(self) -> LccInjection | None:
-        """The scaled constants alone; other parts may be large."""
+    def _scaled_lcc(self) -> LccInjection | None:
+        """The scaled constants only: other parts of the injection may be large, so they are not copied."""
         parts = () if self.injection is None else self.injection.parts
-        constant = next((part for part in parts if isinstance(part, LccInjection)), None)
-        return None if constant is None else with_scaled_constants(constant, self.scale)
+        lcc = next((part for part in parts if isinstance(part, LccInjection)), None)
+        return None if lcc is None else _with_scaled_constants(lcc, self.scale)
 
 
-State = TypeVar("State")
-
-
-class Timeline(Generic[State]):
-    """A present state, those before it, and those that were undone. States must never be changed in place.
+class Timeline:
+    """Undo and redo history of a session: the current state, the states before it, and the undone ones.
 
     Args:
-        state: the first one.
+        state: the first state.
     """
 
-    def __init__(self, state: State) -> None:
+    def __init__(self, state: SessionState) -> None:
         self.state = state
-        self._done: list[tuple[State, str]] = []
-        self._undone: list[tuple[State, str]] = []
+        self._done: list[tuple[SessionState, str]] = []
+        self._undone: list[tuple[SessionState, str]] = []
 
     @property
     def actions(self) -> tuple[str, ...]:
-        """The actions that led from the first state to the present one."""
+        """The actions that led from the first state to the current one."""
         return tuple(action for _, action in self._done)
 
     @property
     def undone(self) -> tuple[str, ...]:
-        """The actions that were undone, in the order in which redoing does them again."""
+        """The undone actions, in the order in which :meth:`redo` repeats them."""
         return tuple(action for _, action in reversed(self._undone))
 
-    def note(self, state: State, action: str) -> None:
-        """Go on to a new state; what was undone is forgotten."""
+    def record(self, state: SessionState, action: str) -> None:
+        """Make a state the current one; undone actions are forgotten."""
         self._done.append((self.state, action))
         self._undone.clear()
         self.state = state
 
     def undo(self) -> None:
-        """Go back to before the last action.
+        """Return to the state before the last action.
 
         Raises:
-            RequestError: there is none.
+            RequestError: there is no action.
         """
         if not self._done:
             raise RequestError("expected an action to undo, got none; this is where the session began")
-        before, action = self._done.pop()
-        self._undone.append((self.state, action))
-        self.state = before
+        self._move(self._done, self._undone)
 
     def redo(self) -> None:
-        """Go forward again by one undone action.
+        """Repeat the last undone action.
 
         Raises:
-            RequestError: nothing was undone, or something else was done since.
+            RequestError: no action was undone since the last new one.
         """
         if not self._undone:
             raise RequestError("expected an undone action to redo, got none; nothing was undone since the last action")
-        after, action = self._undone.pop()
-        self._done.append((self.state, action))
-        self.state = after
+        self._move(self._undone, self._done)
 
-
-AnyInjection = TypeVar("AnyInjection", bound=Injection)
+    def _move(self, source: list[tuple[SessionState, str]], target: list[tuple[SessionState, str]]) -> None:
+        state, action = source.pop()
+        target.append((self.state, action))
+        self.state = state
 
 
 @torch.no_grad()
-def keep_learned(before: Injection, after: Injection) -> None:
-    """Copy what an injection has learned into one of the same method with other heads or another rank, in place.
+def copy_parameters(source: Injection, target: Injection) -> None:
+    """Copy trained parameters into an injection of the same method with other heads or another rank, in place.
 
-    A head that stays keeps its offset, and its magnitudes as far as both have the direction; parts that do not depend
-    on heads keep everything.
+    A head that both have keeps its offset and the magnitudes of the directions that both have. Parts whose shapes do
+    not depend on the heads keep everything.
     """
-    for old, new in zip(before.parts, after.parts, strict=True):
+    for old, new in zip(source.parts, target.parts, strict=True):
         if isinstance(old, LccInjection) and isinstance(new, LccInjection):
-            _keep_constants(old, new)
+            _copy_constants(old, new)
             continue
         kept = old.state_dict()
         if {name: value.shape for name, value in kept.items()} == {n: v.shape for n, v in new.state_dict().items()}:
             new.load_state_dict(kept)
 
 
-def _keep_constants(old: LccInjection, new: LccInjection) -> None:
-    rows = {head: row for row, head in enumerate(old.heads)}
-    n_kept = min(old.magnitudes.shape[1], new.magnitudes.shape[1])
-    for row, head in enumerate(new.heads):
+def _copy_constants(source: LccInjection, target: LccInjection) -> None:
+    rows = {head: row for row, head in enumerate(source.heads)}
+    rank = min(source.magnitudes.shape[1], target.magnitudes.shape[1])
+    for row, head in enumerate(target.heads):
         if head in rows:
-            new.magnitudes[row, :n_kept] = old.magnitudes[rows[head], :n_kept]
-            new.offset[row] = old.offset[rows[head]]
+            target.magnitudes[row, :rank] = source.magnitudes[rows[head], :rank]
+            target.offset[row] = source.offset[rows[head]]
+
+
+AnyInjection = TypeVar("AnyInjection", bound=Injection)
 
 
 @torch.no_grad()
-def with_scaled_constants(injection: AnyInjection, factor: float) -> AnyInjection:
-    """A copy whose constants are multiplied by a number; other parts are as they were."""
+def _with_scaled_constants(injection: AnyInjection, factor: float) -> AnyInjection:
+    """A copy with its constants multiplied by a factor; other parts are unchanged."""
     scaled = copy.deepcopy(injection)
     for part in scaled.parts:
         if isinstance(part, LccInjection):

@@ -1,9 +1,10 @@
-"""What a session computes: injections, training steps and held-out losses; what no call changes is computed once."""
+"""Computations of a session: build, train and measure injections on fixed data, with caches between calls."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import asdict, dataclass, replace
+from contextlib import closing
+from dataclasses import asdict, dataclass, field, replace
 
 from lcc_lens.analysis.scan.scan import Scan
 from lcc_lens.core.errors import InterruptedRun, RequestError
@@ -24,85 +25,70 @@ from lcc_lens.restoration.training.reuse import CachedTeacher, StartedLater, reu
 from lcc_lens.restoration.training_data import training_sequences
 
 
-def open_workbench(
-    pair: Pair,
-    scan: Scan | None,
-    data: Data,
-    validation: Data | None,
-    *,
-    method: str,
-    config: TrainConfig,
-    max_length: int,
-    low_rank: int,
-    exportable: bool,
-) -> Workbench:
-    """Check what a session is asked for and encode its data; see
-    :class:`~lcc_lens.frontends.session.session.RestoreSession`.
-
-    Raises:
-        RequestError: see there.
-    """
-    parse_method(method)
-    if scan is not None:
-        check_scan(scan, pair)
-    elif uses_heads(method):
-        raise RequestError(f"expected a scan of this pair for {method}, got none; scan it first")
-    if pair.one_at_a_time:
-        raise RequestError("expected both models in memory, got a pair with one at a time; load it without")
-    if exportable:
-        require_slots(pair, method)
-    sequences, held_out = training_sequences(pair, scan, data, validation, max_length, None, None)
-    return Workbench(pair, scan, method, data.name, sequences, held_out, config, low_rank)
-
-
 @dataclass(frozen=True)
 class Trained:
-    """What a call of training came to: its steps, the best objective, and whether it was stopped before its end."""
+    """Result of one call of training: its steps, the best held-out objective, and whether it was stopped early."""
 
     steps: tuple[Step, ...]
     held_out: float
     is_cut: bool
 
 
+@dataclass
 class Workbench:
     """Builds, trains and measures the injections of one method on the same data.
 
-    Args:
-        pair: the hooked models.
-        scan: their scan, if the method needs one.
-        method: see :class:`~lcc_lens.frontends.session.session.RestoreSession`.
-        data: the training data's name.
-        sequences: training data.
-        held_out: what the best numbers are chosen by.
-        config: settings of every training.
-        low_rank: the rank of a masked low rank.
+    ``data`` is the training data's name, ``held_out`` the sequences that choose the best parameters, and ``config``
+    the settings of every training. See :class:`~lcc_lens.frontends.session.session.RestoreSession` for the rest.
     """
 
-    def __init__(
-        self,
-        pair: Pair,
-        scan: Scan | None,
-        method: str,
-        data: str,
-        sequences: Sequence[TokenSequence],
-        held_out: Sequence[TokenSequence],
-        config: TrainConfig,
-        low_rank: int,
-    ) -> None:
-        self.pair, self.scan, self.method, self.data, self.low_rank = pair, scan, method, data, low_rank
-        self.sequences, self.held_out, self.config = sequences, held_out, config
-        self._teacher = CachedTeacher(pair.dense) if config.objective.needs_teacher else None
-        self._started: StartedLater | None = None
-        self._bare: dict[str, float] = {}
+    pair: Pair
+    scan: Scan | None
+    method: str
+    data: str
+    sequences: Sequence[TokenSequence]
+    held_out: Sequence[TokenSequence]
+    config: TrainConfig
+    low_rank: int
+    _teacher: CachedTeacher | None = field(init=False)
+    _started: StartedLater | None = field(default=None, init=False)
+    _baseline: dict[str, float] = field(default_factory=dict, init=False)
+
+    def __post_init__(self) -> None:
+        self._teacher = CachedTeacher(self.pair.dense) if self.config.objective.needs_teacher else None
+
+    @classmethod
+    def open(
+        cls, pair: Pair, scan: Scan | None, data: Data, validation: Data | None, *, method: str, config: TrainConfig,
+        max_length: int, low_rank: int, exportable: bool,
+    ) -> Workbench:  # fmt: skip
+        """Check a session's request and encode its data.
+
+        Raises:
+            RequestError: see :class:`~lcc_lens.frontends.session.session.RestoreSession`.
+        """
+        parse_method(method)
+        if scan is not None:
+            check_scan(scan, pair)
+        elif uses_heads(method):
+            raise RequestError(f"expected a scan of this pair for {method}, got none; scan it first")
+        if pair.one_at_a_time:
+            raise RequestError(
+                "expected both models in memory, got a pair that loads one at a time; load it without one_at_a_time"
+            )
+        if exportable:
+            require_slots(pair, method)
+        sequences, held_out = training_sequences(pair, scan, data, validation, max_length, None, None)
+        return cls(pair, scan, method, data.name, sequences, held_out, config, low_rank)
 
     def build(self, heads: tuple[Head, ...], rank: int | None) -> Injection:
         """The method's injection before any training."""
         components = None if self.scan is None else self.scan.components
-        given = Ingredients(
+        ingredients = Ingredients(
             self.pair.pruned, components, heads, self.pair.output_projections, rank=rank, low_rank=self.low_rank,
             seed=self.config.seed,
         )  # fmt: skip
-        return build_injection(self.method, given)
+        return build_injection(self.method, ingredients)
 
     def train(
         self,
@@ -112,42 +98,42 @@ class Workbench:
         lr: float | None,
         is_over: Callable[[Step], bool],
     ) -> Trained:
-        """Train on from a state, on the examples that follow those of its steps; the injection ends with the best.
+        """Continue training from a state on the examples after those it has seen; keeps the best parameters.
 
         Args:
-            injection: a copy of the state's, trained in place.
+            injection: a copy of the state's injection, trained in place.
             state: where to start.
-            n_steps: how many.
+            n_steps: how many steps to plan.
             lr: see :class:`~lcc_lens.restoration.training.loop.TrainConfig`.
             is_over: called after every step; whether to stop there.
         """
         first_loss = self._objective(injection) if state.held_out is None else state.held_out
-        running, steps, is_cut = self._steps(injection, n_steps, lr, len(state.steps), first_loss), list[Step](), False
-        try:
-            for step in running:
-                steps.append(step)
-                is_cut = is_over(step) and step.step < n_steps
-                if is_cut:
-                    break
-        except InterruptedRun:
-            is_cut = True
-        finally:
-            running.close()  # puts the best numbers into the injection
+        steps, is_cut = list[Step](), False
+        # closing the iteration puts the best parameters into the injection
+        with closing(self._steps(injection, n_steps, lr, len(state.steps), first_loss)) as training:
+            try:
+                for step in training:
+                    steps.append(step)
+                    is_cut = is_over(step) and step.step < n_steps
+                    if is_cut:
+                        break
+            except InterruptedRun:
+                is_cut = True
         measured = (step.validation_loss for step in steps if step.validation_loss is not None)
         return Trained(tuple(steps), min([first_loss, *measured]), is_cut)
 
     def losses(self, injection: Injection | None) -> dict[str, float]:
-        """The held-out responses' loss in nats per token; without an injection the restored model is the pruned one."""
-        if not self._bare:
-            both = {"dense": self.pair.dense, "pruned": self.pair.pruned}
-            self._bare = {name: validation_loss(model, None, self.held_out) for name, model in both.items()}
+        """Held-out loss in nats per response token; without an injection the restored model is the pruned one."""
+        if not self._baseline:
+            models = {"dense": self.pair.dense, "pruned": self.pair.pruned}
+            self._baseline = {name: validation_loss(model, None, self.held_out) for name, model in models.items()}
         if injection is None:
-            return {**self._bare, "restored": self._bare["pruned"]}
-        return {**self._bare, "restored": validation_loss(self._source(injection), injection, self.held_out)}
+            return {**self._baseline, "restored": self._baseline["pruned"]}
+        return {**self._baseline, "restored": validation_loss(self._model_for(injection), injection, self.held_out)}
 
     def record(self, state: SessionState, history: Sequence[str]) -> RestorationRecord:
-        """Where a state comes from, with its losses."""
-        config, n_steps, injection = self.config, len(state.steps), state.chosen()
+        """Provenance and losses of a state."""
+        config, n_steps, injection = self.config, len(state.steps), state.trained()
         data, n_examples = self.data, min(len(self.sequences), n_steps * config.batch_size)
         if self.scan is not None and not injection.n_trained:
             data, n_examples = self.scan.record.data, self.scan.record.n_examples
@@ -168,17 +154,18 @@ class Workbench:
     ) -> Generator[Step, None, None]:
         config = replace(self.config, lr=lr, seed=self.config.seed + n_before)
         first, n = n_before * config.batch_size, len(self.sequences)
-        coming = [self.sequences[index % n] for index in range(first, first + n_steps * config.batch_size)]
+        upcoming = [self.sequences[index % n] for index in range(first, first + n_steps * config.batch_size)]
         yield from train(
-            self._source(injection), injection, coming, self.held_out, config, teacher=self._teacher,
+            self._model_for(injection), injection, upcoming, self.held_out, config, teacher=self._teacher,
             first_loss=first_loss,
         )  # fmt: skip
 
     def _objective(self, injection: Injection) -> float:
         settings = self.config.micro_tokens, self.config.objective, self._teacher
-        return validation_loss(self._source(injection), injection, self.held_out, *settings)
+        return validation_loss(self._model_for(injection), injection, self.held_out, *settings)
 
-    def _source(self, injection: Injection) -> HookedModel | Source:
-        found = reused(self.pair.pruned, injection, self._started)
-        self._started = found if isinstance(found, StartedLater) else None
-        return found
+    def _model_for(self, injection: Injection) -> HookedModel | Source:
+        """The pruned model, started at the injection's lowest layer where the layers below can be cached."""
+        model = reused(self.pair.pruned, injection, self._started)
+        self._started = model if isinstance(model, StartedLater) else None
+        return model

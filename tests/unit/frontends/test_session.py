@@ -274,7 +274,7 @@ def test_the_dense_and_the_pruned_model_are_asked_once(session: RestoreSession, 
     assert len(dense_passes) > 0
     for n in range(20):
         session.next_tokens("a" * (n + 1))
-    assert len(session._answers) == 8
+    assert session._cache_of.cache_info().currsize == 8
     hook.remove()
 
 
@@ -307,9 +307,9 @@ def test_weights_need_neither_scan_nor_heads(pair, data) -> None:
     assert session.loss()["restored"] < before["restored"]
     assert session.magnitudes.numel() == 0
     for call, message in (
-        (lambda: session.choose([Head(0, 0)]), "expected a method of heads to choose them for, got norms"),
-        (lambda: session.set_rank(2), "expected a method with directions to set a rank for, got norms"),
-        (lambda: session.set_scale(2.0), "expected a method of constants to scale, got norms"),
+        (lambda: session.choose([Head(0, 0)]), "expected a method that restores heads, got norms"),
+        (lambda: session.set_rank(2), "expected a method with directions, which a rank limits, got norms"),
+        (lambda: session.set_scale(2.0), "expected a method with constants to scale, got norms"),
     ):
         with pytest.raises(RequestError, match=message):
             call()
@@ -331,7 +331,7 @@ def test_later_training_runs_the_lower_layers_no_more(session: RestoreSession, p
     (lambda s: s.train(3), "expected heads to restore, got none; choose some first"),
     (lambda s: s.set_rank(3), "expected heads to restore, got none"),
     (lambda s: s.restoration(), "expected heads to restore, got none"),
-    (lambda s: s.choose([]), "expected heads to restore, got none; name some or a selector"),
+    (lambda s: s.choose([]), "expected heads to restore, got none; name heads or a selector"),
     (lambda s: s.choose([Head(N_LAYERS, 0)]), "expected heads within 3 layers x 5 heads"),
     (lambda s: s.choose([Head(0, N_HEADS)]), "expected heads within 3 layers x 5 heads"),
     (lambda s: s.choose("mse", share=0.0), "expected a share of heads above 0"),
@@ -339,7 +339,7 @@ def test_later_training_runs_the_lower_layers_no_more(session: RestoreSession, p
     (lambda s: (s.choose([Head(0, 0)]), s.train(0)), "expected at least 1 step, got 0"),
     (lambda s: (s.choose([Head(0, 0)]), s.train(5, stop_after=0)), "expected at least 1 step, got 0"),
     (lambda s: (s.choose([Head(0, 0)]), s.train(5, lr=-1.0)), "expected a learning rate above 0, got -1.0"),
-    (lambda s: s.set_scale(math.nan), "expected a finite number to scale by, got nan"),
+    (lambda s: s.set_scale(math.nan), "expected a finite scale, got nan"),
     (lambda s: s.next_tokens(""), "expected a prompt with at least one token"),
     (lambda s: s.next_tokens("a", k=0), "expected at least 1 token, got k = 0"),
     (lambda s: s.generate("a", 0), "expected at least 1 new token, got 0"),
@@ -383,7 +383,7 @@ def test_a_session_at_work_is_read_and_stopped_but_not_asked(session: RestoreSes
         assert session.steps == ()
         assert session.magnitudes.shape == (1, D_HEAD)
         for ask in (session.loss, session.undo, lambda: session.choose([Head(0, 0)]), lambda: session.generate("a")):
-            with pytest.raises(RequestError, match="expected a session at rest, got one at work"):
+            with pytest.raises(RequestError, match="expected an idle session, got one that is running a call"):
                 ask()
             heard.append("refused")
 

@@ -185,7 +185,7 @@ def test_work_in_progress_refuses_the_rest_and_stays_alive(widget: RestoreWidget
     widget.observe(disturb, "live")
     say(widget, do="train", steps=4)
     assert len(errors) == 3
-    assert all("at work; wait until it is done, or stop it" in error for error in errors)
+    assert all("running a call; wait until it ends, or stop it" in error for error in errors)
     assert session.history == ("session.choose([lcc.Head(1, 2)])", "session.train(4)")
     assert widget.busy == ""
 
@@ -261,7 +261,7 @@ def test_export_is_verified_and_loads(widget: RestoreWidget, session: RestoreSes
 
 @pytest.mark.parametrize(("message", "line"), [
     ({"do": "train", "steps": 3}, "expected heads to restore, got none; choose some first"),
-    ({"do": "choose", "heads": []}, "expected heads to restore, got none; name some or a selector"),
+    ({"do": "choose", "heads": []}, "expected heads to restore, got none; name heads or a selector"),
     ({"do": "choose", "heads": ["<b>"]}, "expected a head such as L12H3, got '<b>'"),
     ({"do": "choose", "selector": "patching", "n": 3}, "patching"),
     ({"do": "train", "steps": "many"}, "ValueError: invalid literal"),
