@@ -93,7 +93,9 @@ def overflow(page) -> int:
 
 def test_the_page_says_what_happened(visit, file: Path) -> None:
     page = visit(file)
-    assert page.locator("h1").inner_text() == "More than half came back"
+    assert (
+        page.locator("h1").inner_text() == "Mostly restored: 60\N{NO-BREAK SPACE}% of the lost log-likelihood recovered"
+    )
     assert page.locator("#figures li").count() == 4
     assert page.locator(".cell").count() == N_LAYERS * N_HEADS
     assert page.locator(".cell.restored").count() == 2
@@ -211,7 +213,7 @@ def test_heads_are_found_by_token(visit, file: Path) -> None:
     opens(page, "L1H3")
     page.keyboard.press("/")
     page.keyboard.type("nowhere")
-    assert "No head says this" in page.locator("#results").inner_text()
+    assert "No head promotes or suppresses this" in page.locator("#results").inner_text()
     picture(page, "search")
     page.keyboard.press("Escape")
     assert page.locator(".searching").count() == 0
@@ -366,8 +368,10 @@ def test_a_run_without_a_scan_still_opens(visit, found: Scan, tmp_path: Path) ->
     run = write_run(found, tmp_path / "run")
     (run / "scan.json").unlink()
     page = visit(explore(run))
-    assert page.locator("h1").inner_text() == "More than half came back"
+    assert (
+        page.locator("h1").inner_text() == "Mostly restored: 60\N{NO-BREAK SPACE}% of the lost log-likelihood recovered"
+    )
     assert not page.locator("#explorer").is_visible()
     for key in ("ArrowDown", "v", "t", "]", "Enter"):
         page.keyboard.press(key)
-    assert "How it came back" in page.locator("#more").inner_text()
+    assert "Training" in page.locator("#more").inner_text()

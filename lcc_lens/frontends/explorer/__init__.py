@@ -1,5 +1,5 @@
-"""Explorer: one self-contained page of a run, which opens with no network.
+"""Explorer: one self-contained HTML page of a run, which opens without a network.
 
-``run_contents`` reads a run, ``token_tables`` what its components say, ``views`` and ``verdict`` turn that into numbers
-and words, ``page_data`` gathers them, and ``page`` writes the HTML around them.
+``run_contents`` reads a run, ``token_tables`` the tokens that its components promote, ``views`` the numbers of every
+head and ``verdict`` the summary; ``page_data`` collects them as JSON and ``page`` writes the HTML.
 """

@@ -1,4 +1,4 @@
-"""Tensors as JSON can carry them: little-endian bytes in base64, read back by the page as typed arrays."""
+"""Tensors as JSON: little-endian bytes in base64, which the page reads as typed arrays."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Everything that the page shows of a run, as JSON: numbers, words and texts, none of it markup."""
+"""The page's content as JSON: numbers, sentences and texts, none of it markup."""
 
 from __future__ import annotations
 
@@ -15,44 +15,44 @@ from lcc_lens.frontends.explorer.arrays import packed
 from lcc_lens.frontends.explorer.run_contents import RunContents
 from lcc_lens.frontends.explorer.token_tables import TokenTables
 from lcc_lens.frontends.explorer.verdict import verdict
-from lcc_lens.frontends.explorer.views import views
+from lcc_lens.frontends.explorer.views import View, removed_heads, views
 
-#: Bytes of token losses that a page holds; examples beyond are left out. Base64 takes a third more.
+#: Bytes of token losses on a page; further examples are left out. Base64 adds a third.
 EXAMPLE_BYTES = 3_000_000
-#: Components whose spectrum a page draws per head.
+#: Components in the spectrum of a head.
 SPECTRUM_COMPONENTS = 24
 #: Points of a training curve.
 _CURVE_POINTS = 800
+_SITES = {"z": "attention heads", "mlp": "MLP", "resid": "residual stream"}
 
 
 def page_data(
     run: RunContents, tokens: TokenTables | None, missing: str | None, *, example_bytes: int = EXAMPLE_BYTES
 ) -> dict[str, Any]:
-    """What the page shows of one run.
+    """Everything the page shows of one run.
 
     Args:
         run: the run.
-        tokens: the tokens of its components.
+        tokens: the tokens that its components promote.
         missing: why there are none.
-        example_bytes: what the losses at the tokens of examples may take.
+        example_bytes: most bytes for the losses at the tokens of examples.
     """
-    examples = [] if run.scan is None else _examples(run.scan, example_bytes)
+    scan = run.scan
+    examples = [] if scan is None else _examples(scan, example_bytes)
     notes = [missing] if missing else []
-    if run.scan is None:
-        notes.append("This run holds no scan, so there is no map of heads: lcc-lens scan DENSE PRUNED RUN.")
-    elif not run.scan.tokens:
-        notes.append("The scan kept no examples token by token.")
-    elif len(examples) < len(run.scan.tokens):
-        notes.append(
-            f"{len(examples)} of {len(run.scan.tokens)} examples are shown; all would make the page too large."
-        )
+    if scan is None:
+        notes.append("This run holds no scan, so there is no head map; run lcc-lens scan DENSE PRUNED RUN.")
+    elif not scan.tokens:
+        notes.append("The scan recorded no token-by-token examples.")
+    elif len(examples) < len(scan.tokens):
+        notes.append(f"{len(examples)} of {len(scan.tokens)} examples are shown, to limit the size of the page.")
     return {
         "name": run.path.resolve().name,
         "verdict": asdict(verdict(run)),
         "notes": notes,
-        "views": [view.to_json() for view in views(run)],
-        "heads": None if run.scan is None else _heads(run.scan),
-        "layers": None if run.scan is None else _layers(run.scan),
+        "views": [_view(view) for view in views(run)],
+        "heads": None if scan is None else _heads(scan),
+        "layers": None if scan is None else _layers(scan),
         "examples": [_example(example) for example in examples],
         "tokens": None if tokens is None else _tokens(tokens),
         "restored": _restored(run),
@@ -61,44 +61,44 @@ def page_data(
     }
 
 
+def _view(view: View) -> dict[str, Any]:
+    return {
+        "key": view.key, "title": view.title, "unit": view.unit, "meaning": view.meaning, "value": packed(view.value),
+        "stderr": None if view.stderr is None else packed(view.stderr), "examples": view.n_examples,
+    }  # fmt: skip
+
+
 def _heads(scan: Scan) -> dict[str, Any]:
     """Shapes, spectra and the head map."""
     n_layers, n_heads = scan.relative_loss.shape
-    components = scan.components
+    components, dense_heads = scan.components, scan.head_map.dense_heads
     n = min(SPECTRUM_COMPONENTS, components.n_determined)
     energy = components.singular_values.square()
     share = energy / energy.sum(-1, keepdim=True).clamp_min(torch.finfo(energy.dtype).tiny)
-    mapping = scan.head_map
-    moved = {
-        str(head): f"L{head.layer}H{mapping.dense_heads[head.layer][head.head]}"
-        for head in all_heads(n_layers, n_heads)
-        if mapping.dense_heads[head.layer][head.head] != head.head
-    }
+    before = {head: dense_heads[head.layer][head.head] for head in all_heads(n_layers, n_heads)}
     return {
         "layers": n_layers,
         "heads": n_heads,
         "width": components.d_head,
         "share": packed(share[..., :n]),
         "coefficient": packed(components.coefficients[..., :n]),
-        "removed": [f"L{layer}H{head}" for layer, heads in enumerate(mapping.removed) for head in heads],
-        "moved": moved,
+        "removed": removed_heads(scan),
+        "moved": {str(head): f"L{head.layer}H{old}" for head, old in before.items() if old != head.head},
     }
 
 
 def _layers(scan: Scan) -> list[dict[str, Any]]:
-    """The change of every site, layer by layer, in percent."""
-    titles = {"z": "attention heads", "mlp": "MLP", "resid": "residual stream"}
-    pooled = {"z": scan.heads, **scan.others}
+    """Relative change of every site by layer, in percent."""
     sites = []
-    for site, found in pooled.items():
-        energy, dense = found.squared_difference.double().sum(1), found.squared_dense.double().sum(1)
-        value = 100 * (energy / dense.clamp_min(torch.finfo(torch.float64).tiny)).sqrt()
-        sites.append({"title": titles[site], "value": packed(value.float())})
+    for site, statistics in {"z": scan.heads, **scan.others}.items():
+        difference, dense = (x.double().sum(1) for x in (statistics.squared_difference, statistics.squared_dense))
+        value = 100 * (difference / dense.clamp_min(torch.finfo(torch.float64).tiny)).sqrt()
+        sites.append({"title": _SITES[site], "value": packed(value.float())})
     return sites
 
 
 def _examples(scan: Scan, most_bytes: int) -> list[TokenLoss]:
-    """The examples that fit, at least one."""
+    """The first examples that fit into so many bytes, at least one."""
     kept: list[TokenLoss] = []
     size = 0
     for example in scan.tokens:
@@ -110,13 +110,13 @@ def _examples(scan: Scan, most_bytes: int) -> list[TokenLoss]:
 
 
 def _example(example: TokenLoss) -> dict[str, Any]:
-    """Pieces of text and, in whole percent up to 255, how much every head's output changed at each of them."""
+    """Pieces of text, and every head's relative change at each of them in whole percent, at most 255."""
     percent = (100 * example.loss).nan_to_num(posinf=255.0).clamp(0, 255).round()
     return {"pieces": list(example.pieces), "response": example.loss_from, "loss": packed(percent, "uint8")}
 
 
 def _tokens(tables: TokenTables) -> dict[str, Any]:
-    """Token tables with places in a list of texts for tokens, which many heads share."""
+    """Token tables as indices into a list of texts, which many heads share."""
     ids = sorted(tables.texts)
     place = torch.full((max(ids, default=0) + 2,), -1, dtype=torch.int32)  # the last entry stands for no token
     place[ids] = torch.arange(len(ids), dtype=torch.int32)
@@ -129,60 +129,57 @@ def _tokens(tables: TokenTables) -> dict[str, Any]:
 
 
 def _restored(run: RunContents) -> dict[str, Any] | None:
-    """The heads that were restored, with what training made of their magnitudes."""
-    found = run.restoration
-    if found is None:
+    """The restored heads with their trained magnitudes."""
+    restoration = run.restoration
+    if restoration is None:
         return None
-    norms = found.constants.norm(dim=-1) if found.heads else torch.zeros(0)
+    means, heads = [], restoration.heads
+    if run.scan is not None:
+        means = [run.scan.mean_difference[head].norm() for head in heads]
     return {
-        "method": found.record.method,
-        "heads": [str(head) for head in found.heads],
-        "magnitudes": packed(found.magnitudes[:, :SPECTRUM_COMPONENTS]),
-        "offset": packed(found.offset.norm(dim=-1) if found.heads else torch.zeros(0)),
-        "norm": packed(norms),
-        "mean": packed(_mean_norms(run)),
-        "changes": len(found.changes),
+        "method": restoration.record.method,
+        "heads": [str(head) for head in heads],
+        "magnitudes": packed(restoration.magnitudes[:, :SPECTRUM_COMPONENTS]),
+        "offset": packed(restoration.offset.norm(dim=-1) if heads else torch.zeros(0)),
+        "norm": packed(restoration.constants.norm(dim=-1) if heads else torch.zeros(0)),
+        "mean": packed(torch.stack(means) if means else torch.zeros(0)),
+        "changes": len(restoration.changes),
         "losses": dict(run.losses),
     }
 
 
-def _mean_norms(run: RunContents) -> torch.Tensor:
-    """The length of every restored head's mean difference."""
-    if run.scan is None or run.restoration is None or not run.restoration.heads:
-        return torch.zeros(0)
-    return torch.stack([run.scan.mean_difference[head].norm() for head in run.restoration.heads])
-
-
 def _training(run: RunContents) -> dict[str, Any] | None:
-    """The training curve, thinned to what a screen can show; validations are all kept."""
+    """The training curve, thinned to what a screen can show; every validation is kept."""
     if not run.steps:
         return None
     stride = -(-len(run.steps) // _CURVE_POINTS)
     kept = [step for i, step in enumerate(run.steps) if i % stride == 0 or step["validation_loss"] is not None]
-    return {
-        "step": [step["step"] for step in kept],
-        "loss": [step["loss"] for step in kept],
-        "validation": [step["validation_loss"] for step in kept],
-    }
+    fields = {"step": "step", "loss": "loss", "validation": "validation_loss"}
+    return {name: [step[field] for step in kept] for name, field in fields.items()}
 
 
 def _source(run: RunContents) -> dict[str, Any]:
-    """Where the numbers come from: a name and a text each."""
+    """Provenance of the numbers: rows of a name and a text."""
     rows: dict[str, str] = {}
-    record = run.scan.record if run.scan else None
-    of = record or (run.restoration.record if run.restoration else None)
-    assert of is not None
-    rows |= {"dense": of.dense, "pruned": of.pruned}
-    if record is not None:
-        if record.sparsity is not None:
-            rows["zeros"] = f"{100 * record.sparsity:.1f} %, {record.pattern or 'no pattern'}"
-        positions = record.positions if isinstance(record.positions, str) else ", ".join(map(str, record.positions))
+    scanned = run.scan.record if run.scan else None
+    restored = run.restoration.record if run.restoration else None
+    record = scanned or restored
+    assert record is not None
+    rows |= {"dense": record.dense, "pruned": record.pruned}
+    if scanned is not None:
+        if scanned.sparsity is not None:
+            rows["zeros"] = f"{100 * scanned.sparsity:.1f} %, {scanned.pattern or 'no pattern'}"
+        positions = scanned.positions if isinstance(scanned.positions, str) else ", ".join(map(str, scanned.positions))
         rows["scan"] = (
-            f"{Path(record.data).name}: {record.n_examples} sequences, {record.n_samples:,} positions ({positions}), "
-            f"seed {record.seed}"
+            f"{Path(scanned.data).name}: {scanned.n_examples} sequences, {scanned.n_samples:,} positions "
+            f"({positions}), seed {scanned.seed}"
         )
-    if run.restoration is not None:
-        made = run.restoration.record
-        rows["training"] = f"{Path(made.data).name}: {made.n_examples} examples, seed {made.seed}, {made.method}"
-    rows |= {"dense weights": of.dense_sha256[:16], "pruned weights": of.pruned_sha256[:16], "lcc_lens": of.version}
-    return {"rows": rows, "dense_name": Path(of.dense).name, "pruned_name": Path(of.pruned).name}
+    if restored is not None:
+        rows["training"] = (
+            f"{Path(restored.data).name}: {restored.n_examples} examples, seed {restored.seed}, {restored.method}"
+        )
+    rows |= {
+        "dense weights": record.dense_sha256[:16], "pruned weights": record.pruned_sha256[:16],
+        "lcc_lens": record.version,
+    }  # fmt: skip
+    return {"rows": rows, "dense_name": Path(record.dense).name, "pruned_name": Path(record.pruned).name}

@@ -1,4 +1,4 @@
-"""What models scored, as a table for the page."""
+"""The table of an evaluation for the page."""
 
 from __future__ import annotations
 
@@ -11,18 +11,16 @@ from lcc_lens.evaluation.evaluate import format_scores
 
 
 def results_table(path: Path) -> dict[str, Any]:
-    """Columns and rows of a ``results.json``, and the shares recovered where it has some.
+    """Columns and rows of a ``results.json``, and the recovered shares if it has any.
 
     Raises:
-        RequestError: the file is missing or of another layout.
+        RequestError: the file is missing or has another layout.
     """
-    found = read_json(path)
+    content = read_json(path)
     try:
-        rows = {str(name): format_scores(entry["tasks"]) for name, entry in found["models"].items()}
-        shares = found.get("share_recovered") or {}
-        recovered = [
-            f"{100 * share:.0f} % of what was lost on {name}" for name, share in shares.items() if share is not None
-        ]
+        rows = {str(name): format_scores(entry["tasks"]) for name, entry in content["models"].items()}
+        shares = content.get("share_recovered") or {}
+        recovered = [f"{100 * share:.0f} % on {name}" for name, share in shares.items() if share is not None]
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise RequestError(
             f"expected results as lcc-lens eval writes them in {path}, got another layout ({error!r}); evaluate again"

@@ -1,4 +1,4 @@
-"""A run directory as it lies on disk: scan, restoration, metrics and log, checked against each other."""
+"""Reads a run folder: scan, restoration, metrics and log, checked against each other."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from lcc_lens.core.metrics import share_recovered
 from lcc_lens.restoration.result import RESTORATION_TENSORS, Restoration
 from lcc_lens.restoration.run_folder import RUN_LOG, RUN_METRICS
 
-#: The names of a step's numbers that the page draws.
+#: Fields of a logged step that the page draws.
 _STEP_FIELDS = ("step", "loss", "validation_loss")
 
 
 @dataclass(frozen=True)
 class RunContents:
-    """What a run holds; whatever was not made yet is None or empty.
+    """Contents of a run; what does not exist yet is None or empty.
 
-    ``losses`` are those of dense, pruned and restored in nats per response token, ``sequences`` how many they come from
-    (None where the run does not say), ``steps`` the optimiser steps as the log has them.
+    ``losses`` are those of dense, pruned and restored in nats per response token, ``sequences`` the number of sequences
+    they are measured on (None if the run does not record it), ``steps`` the logged optimiser steps.
     """
 
     path: Path
@@ -36,18 +36,18 @@ class RunContents:
 
     @classmethod
     def read(cls, path: str | Path) -> RunContents:
-        """Read a run directory.
+        """Read a run folder.
 
         Raises:
-            RequestError: neither a scan nor a restoration is there, a file is damaged, or the files belong to different
-                weights.
+            RequestError: there is neither a scan nor a restoration, a file is damaged, or the files belong to
+                different weights.
         """
         path = Path(path)
         has_scan, has_restoration = (path / SCAN_RECORD).exists(), (path / RESTORATION_TENSORS).exists()
         if not (has_scan or has_restoration):
             raise RequestError(
                 f"expected a run with a scan or a restoration in {path}, got neither; run lcc-lens scan or "
-                f"restore first"
+                "restore first"
             )
         scan = Scan.load(path) if has_scan else None
         restoration = Restoration.load(path) if has_restoration else None
@@ -65,7 +65,7 @@ class RunContents:
 
     @property
     def share_recovered(self) -> float | None:
-        """The share of the lost log-likelihood that came back; None without a restoration or where nothing was lost."""
+        """Recovered share of the lost log-likelihood; None without a restoration or if nothing was lost."""
         if not {"dense", "pruned", "restored"} <= set(self.losses):
             return None
         return share_recovered(*(self.losses[name] for name in ("dense", "pruned", "restored")))
@@ -75,15 +75,15 @@ def _check_weights(
     path: Path, scan: Scan | None, restoration: Restoration | None, metrics: Mapping[str, Any] | None
 ) -> None:
     """Refuse a scan, a restoration and metrics of different models."""
-    found = {
+    hashes_of = {
         "scan": scan and (scan.record.dense_sha256, scan.record.pruned_sha256),
         "restoration": restoration and (restoration.record.dense_sha256, restoration.record.pruned_sha256),
         "metrics": metrics and (metrics.get("dense_sha256"), metrics.get("pruned_sha256")),
     }
-    present = {name: hashes for name, hashes in found.items() if hashes is not None}
-    first = next(iter(present))
-    for name, hashes in present.items():
-        if hashes != present[first]:
+    present = {name: hashes for name, hashes in hashes_of.items() if hashes is not None}
+    (first, expected), *others = present.items()
+    for name, hashes in others:
+        if hashes != expected:
             raise RequestError(
                 f"expected one pair of models in {path}, got a {first} and a {name} of different weights; "
                 "scan or restore again"
@@ -91,7 +91,7 @@ def _check_weights(
 
 
 def _steps(log: Path) -> tuple[Mapping[str, Any], ...]:
-    """The steps of a run's log; none where nothing was trained."""
+    """The steps of a run's log; empty if nothing was trained."""
     if not log.exists():
         return ()
     steps = []

@@ -1,4 +1,4 @@
-"""Where a page's token tables come from: the run, else the pruned model it names, else nowhere, with the reason."""
+"""Loads a run's token tables, or computes them with the pruned model; otherwise says why there are none."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ logger = logging.getLogger(__name__)
 def find_tokens(run: RunContents, *, read_model: bool) -> tuple[TokenTables | None, str | None]:
     """The token tables of a run, or a sentence that says why there are none.
 
-    Tables that are not in the run yet are read with the pruned model and kept there.
+    Tables that the run does not hold yet are computed with the pruned model and saved there.
 
     Args:
         run: the run.
@@ -27,25 +27,25 @@ def find_tokens(run: RunContents, *, read_model: bool) -> tuple[TokenTables | No
     if tables is not None:
         return tables, None
     if not read_model:
-        return None, "The tokens that components promote were not read; explore once without --no-tokens."
+        return None, "The tokens that components promote were not computed; explore once without --no-tokens."
     try:
-        tables = _read(run)
+        tables = _computed(run)
     except LensError as error:
         logger.warning("the page shows no tokens: %s", error)
-        return None, f"The tokens that components promote could not be read: {error}."
+        return None, f"The tokens that components promote could not be computed: {error}."
     tables.save(run.path)
     return tables, None
 
 
-def _read(run: RunContents) -> TokenTables:
-    """Read the tables with the pruned model that the scan names.
+def _computed(run: RunContents) -> TokenTables:
+    """Compute the tables with the pruned model that the scan names.
 
     Raises:
-        LensError: the model is not there, has other weights now, or an architecture that cannot be read.
+        LensError: the model is missing, its weights have changed, or its architecture is not supported.
     """
     assert run.scan is not None
     record = run.scan.record
     loaded = load_hooked(record.pruned)
     if loaded.identity.sha256 != record.pruned_sha256:
-        raise LensError(f"expected the weights that were scanned in {record.pruned}, got others; scan again")
+        raise LensError(f"expected the scanned weights in {record.pruned}, got different ones; scan again")
     return read_tokens(loaded.model, loaded.tokenizer, run.scan, run.restoration)

@@ -1,8 +1,7 @@
-"""The tokens that every head's components promote and suppress: read once with the model, kept beside the scan."""
+"""Tokens that every head's components promote and suppress, computed once and stored beside the scan."""
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,23 +23,22 @@ from lcc_lens.restoration.result import RESTORATION_TENSORS, Restoration
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-logger = logging.getLogger(__name__)
 TABLES_TENSORS = "explorer.safetensors"
 TABLES_RECORD = "explorer.json"
-#: How many single components are read, and how many tokens on either side.
+#: Number of single components per head, and of promoted and of suppressed tokens per component.
 N_COMPONENTS, N_TOKENS = 4, 8
-#: Logits of so many vectors are held at once, each as long as the vocabulary.
+#: Vectors whose logits are in memory at once, each as long as the vocabulary.
 _VECTORS_AT_ONCE = 64
-#: After the single components: the mean difference, and what training found.
+#: Vectors after the single components: the mean difference and the trained constant.
 MEAN, LEARNED = "mean", "learned"
 
 
 @dataclass(frozen=True)
 class TokenTables:
-    """Tokens of every head's vectors, strongest first: those promoted, then those suppressed.
+    """Tokens of every head's vectors, strongest first: side 0 promoted, side 1 suppressed.
 
-    ``vectors`` names the vectors (``1``, ``2``, ... for single components, ``mean``, ``learned``); ``tokens`` is -1
-    where a head has no such vector or its output projection takes it to zero. ``texts`` gives each token's text.
+    ``vectors`` names the vectors (``1``, ``2``, ... for single components, ``mean``, ``learned``). ``tokens`` is -1
+    where a head has no such vector or its output projection maps it to zero. ``texts`` maps tokens to their texts.
     """
 
     vectors: tuple[str, ...]
@@ -49,9 +47,9 @@ class TokenTables:
     texts: Mapping[int, str]
 
     def save(self, run: Path) -> None:
-        """Write ``explorer.safetensors`` and ``explorer.json`` into a run, with the hashes of what they were read from.
+        """Write ``explorer.safetensors`` and ``explorer.json`` into a run, with the hashes of their sources.
 
-        The record comes last: tables without it do not count.
+        The record is written last: tables without it are ignored.
         """
         write_tensors(run / TABLES_TENSORS, {"tokens": self.tokens.int(), "logits": self.logits})
         record = {
@@ -64,12 +62,12 @@ class TokenTables:
 
     @classmethod
     def load(cls, run: Path) -> TokenTables | None:
-        """The tables of a run; None where they are missing, damaged, or of another scan or restoration."""
+        """The tables of a run; None if they are missing, damaged, or belong to another scan or restoration."""
         try:
             record = read_json(run / TABLES_RECORD)
             tensors, _ = read_tensors(run / TABLES_TENSORS)
-            wanted = {**_sources(run), "tables_sha256": sha256_file(run / TABLES_TENSORS)}
-            if any(record.get(name) != value for name, value in wanted.items()):
+            expected = {**_sources(run), "tables_sha256": sha256_file(run / TABLES_TENSORS)}
+            if any(record.get(name) != value for name, value in expected.items()):
                 return None
             texts = {int(token): str(text) for token, text in record["texts"].items()}
             return cls(tuple(record["vectors"]), tensors["tokens"], tensors["logits"], texts)
@@ -80,18 +78,18 @@ class TokenTables:
 def read_tokens(
     model: HookedModel, tokenizer: PreTrainedTokenizerBase, scan: Scan, restoration: Restoration | None
 ) -> TokenTables:
-    r"""The tokens that every head's components promote and suppress, each component read alone (Eq. 6).
+    r"""Compute the tokens that every head's components promote and suppress, each component read alone (Eq. 6).
 
-    Read are the first components $\alpha_i v_i$, the mean difference, and the constant that training found.
+    The vectors are the first components $\alpha_i v_i$, the mean difference, and the trained constant.
 
     Args:
-        model: the pruned model, hooked; the injections act there.
+        model: the hooked pruned model, on which the injections act.
         tokenizer: its tokenizer.
         scan: the scan of the pair.
-        restoration: what training found, if anything.
+        restoration: the trained constants, if any.
 
     Raises:
-        LensError: the architecture's way to the logits is not known.
+        LensError: the path from heads to logits is unknown for this architecture.
     """
     reader = TokenReader.of(model)
     vectors, names = _vectors(scan, restoration)
@@ -100,24 +98,24 @@ def read_tokens(
     tokens = torch.full((n_layers, n_heads, len(names), 2, k), -1, dtype=torch.int32)
     logits = torch.zeros(tokens.shape)
     for layer in track(range(n_layers), n_layers, "read components"):
-        written = [reader.writer.output(Head(layer, head), vectors[layer, head]) for head in range(n_heads)]
-        tokens[layer], logits[layer] = _strongest(reader, torch.stack(written), k)
+        outputs = [reader.writer.output(Head(layer, head), vectors[layer, head]) for head in range(n_heads)]
+        tokens[layer], logits[layer] = _strongest(reader, torch.stack(outputs), k)
     ids = sorted(set(tokens.flatten().tolist()) - {-1})
     return TokenTables(names, tokens, logits, {i: str(tokenizer.decode([i])) for i in ids})
 
 
 def _strongest(
-    reader: TokenReader, written: Float[Tensor, "head vector d_model"], k: int
+    reader: TokenReader, outputs: Float[Tensor, "head vector d_model"], k: int
 ) -> tuple[Int[Tensor, "head vector side rank"], Float[Tensor, "head vector side rank"]]:
-    """The k tokens that every vector promotes and suppresses most, and their logits; -1 where a vector is zero."""
+    """The k most promoted and suppressed tokens of every vector, and their logits; -1 where a vector is zero."""
     tokens, logits = [], []
-    for part in written.flatten(0, 1).split(_VECTORS_AT_ONCE):
-        said = reader.logits(part)
-        sides = [said.topk(k, largest=largest) for largest in (True, False)]
-        found = torch.stack([side.indices for side in sides], dim=1)
-        tokens.append(found.masked_fill(~part.any(-1)[:, None, None], -1).int().cpu())
+    for part in outputs.flatten(0, 1).split(_VECTORS_AT_ONCE):
+        part_logits = reader.logits(part)
+        sides = [part_logits.topk(k, largest=largest) for largest in (True, False)]
+        indices = torch.stack([side.indices for side in sides], dim=1)
+        tokens.append(indices.masked_fill(~part.any(-1)[:, None, None], -1).int().cpu())
         logits.append(torch.stack([side.values for side in sides], dim=1).cpu())
-    shape = (*written.shape[:2], 2, k)
+    shape = (*outputs.shape[:2], 2, k)
     return torch.cat(tokens).reshape(shape), torch.cat(logits).reshape(shape)
 
 
@@ -138,7 +136,7 @@ def _vectors(
 
 
 def _sources(run: Path) -> dict[str, Any]:
-    """The hashes of the files that the tables are read from."""
+    """Hashes of the files that the tables are computed from."""
     restoration = run / RESTORATION_TENSORS
     return {
         "scan_sha256": sha256_file(run / SCAN_TENSORS),

@@ -1,37 +1,34 @@
-"""What the head map can show: one number per head each, with its unit and what it means."""
+"""Quantities that the head map can show: one number per head, with its unit and meaning."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lcc_lens.analysis.head_scores import HeadScores
 from lcc_lens.analysis.scan.scan import Scan
-from lcc_lens.frontends.explorer.arrays import packed
+from lcc_lens.core.heads import all_heads
 from lcc_lens.frontends.explorer.run_contents import RunContents
 from lcc_lens.restoration.result import Restoration
 
 #: Title, unit, factor from the score to that unit, and meaning of every selector's score.
 _SELECTORS: dict[str, tuple[str, str, float, str]] = {
     "probe": ("Linear probe", "%", 100.0, "Accuracy of a linear probe that tells right answers from wrong ones."),
-    "interaction": (
-        "Interaction probe",
-        "",
-        1.0,
-        "Squared error that a probe of the right answer saves with the restored head.",
-    ),
-    "attribution": ("Attribution patching", "nats", 1.0, "The gradient's estimate of what the dense head would bring."),
-    "patching": ("Activation patching", "nats", 1.0, "What the pruned model gains when it is given this dense head."),
-    "gradient": ("Gradient", "nats", 1.0, "What a training step of length one on the head's constant gains."),
-    "kl": ("KL of votes", "nats", 1.0, "How differently the dense and the pruned head vote through the logit lens."),
-    "mse": ("Squared difference", "", 1.0, "The mean squared difference per coordinate of the head's output."),
-}
+    "interaction": ("Interaction probe", "", 1.0,
+                    "Decrease of the squared error of a probe for the right answer when the head is restored."),
+    "attribution": ("Attribution patching", "nats", 1.0,
+                    "Gradient estimate of the gain from patching in the dense head's output."),
+    "patching": ("Activation patching", "nats", 1.0,
+                 "Gain of the pruned model when the dense head's output is patched in."),
+    "gradient": ("Gradient", "nats", 1.0, "Gain from one training step of length one on the head's constant."),
+    "kl": ("KL of votes", "nats", 1.0,
+           "KL divergence between the dense and the pruned head's votes, read through the logit lens."),
+    "mse": ("Squared difference", "", 1.0, "Mean squared difference per coordinate of the head's output."),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -46,74 +43,65 @@ class View:
     stderr: Float[Tensor, "layer head"] | None = None
     n_examples: int | None = None
 
-    def to_json(self) -> dict[str, Any]:
-        """As the page reads it."""
-        return {
-            "key": self.key,
-            "title": self.title,
-            "unit": self.unit,
-            "meaning": self.meaning,
-            "value": packed(self.value),
-            "stderr": None if self.stderr is None else packed(self.stderr),
-            "examples": self.n_examples,
-        }
-
 
 def views(run: RunContents) -> list[View]:
-    """Everything that the head map of a run can show, the change itself first."""
+    """All views of a run, the change itself first."""
     if run.scan is None:
         return []
-    found = views_of_scan(run.scan)
+    shown = views_of_scan(run.scan)
     if run.restoration is not None and run.restoration.heads:
         learned = _learned(run.scan, run.restoration)
-        found.append(replace(learned, value=present(run.scan, learned.value)))
-    return found
+        shown.append(replace(learned, value=present(run.scan, learned.value)))
+    return shown
 
 
 def views_of_scan(scan: Scan) -> list[View]:
-    """What a scan alone has to show: the change of every head, then the selectors' scores."""
+    """The views of a scan alone: the change of every head, then the selectors' scores."""
     return [replace(view, value=present(scan, view.value)) for view in (*_changes(scan), *_scores(scan))]
 
 
 def _changes(scan: Scan) -> Iterator[View]:
-    """The statistics of the difference."""
+    """Statistics of the difference."""
     first = scan.components.explained_share()[..., 0]
-    yield View("changed", "Changed", "%", "How much of the head's output pruning changed: the root of the squared "
-               "difference over the squared output of the dense head.", 100 * scan.relative_loss)  # fmt: skip
-    yield View("constant", "Constant share", "%", "The share of the squared difference that is the same for every "
-               "input: all that a constant can mend.", 100 * scan.constant_share)  # fmt: skip
-    yield View("first", "First direction", "%", "The share of the squared difference along its first direction: "
-               "high where the loss is simple.", 100 * first)  # fmt: skip
-    yield View("rank", "Effective rank", "directions", "How many directions the difference really takes.",
+    yield View("changed", "Changed", "%", "Relative change of the head's output: the root of the squared difference "
+               "over the squared output of the dense head.", 100 * scan.relative_loss)  # fmt: skip
+    yield View("constant", "Constant share", "%", "Share of the squared difference that is the same for every input: "
+               "the most that a constant can correct.", 100 * scan.constant_share)  # fmt: skip
+    yield View("first", "First direction", "%", "Share of the squared difference along its first direction: high "
+               "where the difference is simple.", 100 * first)  # fmt: skip
+    yield View("rank", "Effective rank", "directions", "Effective number of directions of the difference.",
                scan.components.effective_rank)  # fmt: skip
-    yield View("turned", "Cosine distance", "", "How far the head's output points elsewhere: one minus the cosine "
-               "between both models' outputs.", 1 - scan.cosine)  # fmt: skip
+    yield View("turned", "Cosine distance", "", "Change in the direction of the head's output: one minus the cosine "
+               "between the dense and the pruned output.", 1 - scan.cosine)  # fmt: skip
 
 
 def _scores(scan: Scan) -> Iterator[View]:
-    """What the selectors say."""
+    """Scores of the selectors."""
     for name, scores in {**scan.selected_by, "mse": scan.scores("mse")}.items():
-        title, unit, factor, meaning = _SELECTORS.get(name, (name, "", 1.0, "A selector's score."))
-        yield _score(f"selector-{name}", title, unit, factor, meaning, scores)
-
-
-def _score(key: str, title: str, unit: str, factor: float, meaning: str, scores: HeadScores) -> View:
-    return View(key, title, unit, meaning, factor * scores.value, factor * scores.stderr, scores.n_examples)
+        title, unit, factor, meaning = _SELECTORS.get(name, (name, "", 1.0, "Score of a selector."))
+        value, stderr = factor * scores.value, factor * scores.stderr
+        yield View(f"selector-{name}", title, unit, meaning, value, stderr, scores.n_examples)
 
 
 def _learned(scan: Scan, restoration: Restoration) -> View:
-    """The size of the learned constant beside that of the mean difference."""
+    """Size of the trained constant relative to the mean difference."""
     value = torch.full_like(scan.relative_loss, math.nan)
     for head, constant in zip(restoration.heads, restoration.constants, strict=True):
         size = float(scan.mean_difference[head].norm())
         value[head] = 100 * float(constant.norm()) / size if size > 0 else math.nan
-    return View("learned", "Learned constant", "%", "The length of the constant that training found, in percent of the "
-                "mean difference's; heads without one are blank.", value)  # fmt: skip
+    return View("learned", "Learned constant", "%", "Length of the trained constant, in percent of the length of the "
+                "mean difference; heads without a constant are blank.", value)  # fmt: skip
 
 
 def present(scan: Scan, value: Float[Tensor, "layer head"]) -> Float[Tensor, "layer head"]:
-    """The values with NaN for heads that pruning removed whole, and for what is not finite."""
+    """The values with NaN for removed heads and for values that are not finite."""
     blank = ~value.isfinite()
     for layer, removed in enumerate(scan.head_map.removed):
         blank[layer, list(removed)] = True
     return value.float().masked_fill(blank, math.nan)
+
+
+def removed_heads(scan: Scan) -> list[str]:
+    """Names of the heads that pruning removed."""
+    heads = all_heads(*scan.relative_loss.shape)
+    return [str(head) for head in heads if head.head in scan.head_map.removed[head.layer]]

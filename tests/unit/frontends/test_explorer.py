@@ -75,30 +75,30 @@ def test_the_page_holds_what_training_found(run: Path) -> None:
 
 def test_the_verdict_in_words_and_numbers(run: Path, found: Scan) -> None:
     said = verdict(RunContents.read(run))
-    assert said.headline == "More than half came back"
+    assert said.headline == "Mostly restored: 60\N{NO-BREAK SPACE}% of the lost log-likelihood recovered"
     figures = {figure["name"]: figure["value"] for figure in said.figures}
-    assert figures["came back"] == "60 %"
+    assert figures["recovered"] == "60 %"
     worst = Head(*divmod(int(found.relative_loss.argmax()), N_HEADS))
     assert str(worst) in said.sentences[0]
     constant = found.heads.n_samples * found.mean_difference.square().sum() / found.heads.squared_difference.sum()
-    assert figures["a constant can mend"] == f"{100 * float(constant):.0f} %"
+    assert figures["a constant can correct"] == f"{100 * float(constant):.0f} %"
     assert all(f"{value:.3f}" in said.sentences[1] for value in LOSSES.values())
 
 
 @pytest.mark.parametrize(
     ("restored", "words"),
     [
-        (1.5, "beats the dense one on held-out loss"),
-        (2.05, "Nearly everything"),
-        (2.8, "A part"),
-        (2.95, "Little"),
-        (3.5, "did harm"),
+        (1.5, "Better than the dense model: 150"),
+        (2.05, "Almost fully restored: 95"),
+        (2.8, "Partly restored: 20"),
+        (2.95, "Barely restored: 5"),
+        (3.5, "made it worse"),
     ],
 )
 def test_the_headline_follows_the_share(run: Path, restored: float, words: str) -> None:
     contents = dataclasses.replace(RunContents.read(run), losses={**LOSSES, "restored": restored})
     assert words in verdict(contents).headline
-    assert ("more than restoring" in verdict(contents).sentences[1]) == (restored < LOSSES["dense"])
+    assert ("which is not restoring" in verdict(contents).sentences[1]) == (restored < LOSSES["dense"])
 
 
 def test_removed_heads_are_blank_and_do_not_count(found: Scan, tmp_path: Path) -> None:
@@ -132,7 +132,7 @@ def test_examples_beyond_the_budget_are_left_out(found: Scan, run: Path) -> None
 
 def test_too_large_a_page_is_refused(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lcc_lens.frontends.explorer.page.MOST_BYTES", 10_000)
-    with pytest.raises(RequestError, match="expected a page of up to 0 MB, got"):
+    with pytest.raises(RequestError, match="expected a page of at most 0 MB, got"):
         explore(run)
     assert not (run / "explorer.html").exists()
 
@@ -227,7 +227,7 @@ def test_without_the_model_the_page_says_so(found: Scan, tmp_path: Path, caplog:
     with caplog.at_level(logging.WARNING):
         (shown,) = data_of(explore(run))["runs"]
     assert shown["tokens"] is None
-    assert "could not be read" in shown["notes"][0]
+    assert "could not be computed" in shown["notes"][0]
     assert "the page shows no tokens" in caplog.text
     assert not (run / TABLES_RECORD).exists()
 
@@ -239,13 +239,13 @@ def test_changed_weights_are_not_read(found: Scan, tmp_path: Path) -> None:
     )
     (run / TABLES_RECORD).unlink()
     (shown,) = data_of(explore(run))["runs"]
-    assert "expected the weights that were scanned" in shown["notes"][0]
+    assert "expected the scanned weights" in shown["notes"][0]
 
 
 def test_the_model_is_not_loaded_unasked(run: Path) -> None:
     (run / TABLES_RECORD).unlink()
     (shown,) = data_of(explore(run, read_model=False))["runs"]
-    assert "were not read" in shown["notes"][0]
+    assert "were not computed" in shown["notes"][0]
 
 
 def test_a_run_without_a_scan_or_a_restoration_shows_the_rest(run: Path, found: Scan, tmp_path: Path) -> None:
@@ -256,7 +256,7 @@ def test_a_run_without_a_scan_or_a_restoration_shows_the_rest(run: Path, found: 
     (shown,) = data_of(explore(run))["runs"]
     assert shown["heads"] is None
     assert "holds no scan" in shown["notes"][0]
-    assert shown["verdict"]["headline"] == "More than half came back"
+    assert shown["verdict"]["headline"] == "Mostly restored: 60\N{NO-BREAK SPACE}% of the lost log-likelihood recovered"
 
 
 def test_two_runs_on_one_page(run: Path, found: Scan, tmp_path: Path) -> None:
@@ -274,7 +274,7 @@ def test_results_become_a_table(run: Path, tmp_path: Path) -> None:
     shown = data_of(page)["results"]
     assert shown["columns"] == ["wikitext: perplexity", "boolq: accuracy (n = 90)"]
     assert [row["cells"] for row in shown["rows"]] == [["12.50", "50.0 ± 5.0 %"], ["19.00", ""]]
-    assert shown["recovered"] == ["40 % of what was lost on wikitext"]
+    assert shown["recovered"] == ["40 % on wikitext"]
     (tmp_path / "results.json").write_text("[1]")
     with pytest.raises(RequestError, match="expected results as lcc-lens eval writes them"):
         results_table(tmp_path / "results.json")
@@ -306,7 +306,9 @@ def test_a_damaged_log_is_refused(run: Path) -> None:
 
 
 def test_a_folder_is_no_page(run: Path, tmp_path: Path) -> None:
-    with pytest.raises(RequestError, match=r"got the folder .*; name an \.html file"):
+    with pytest.raises(
+        RequestError, match=r"expected an \.html file for the page, got the folder .*; name a file in it"
+    ):
         explore(run, tmp_path)
 
 
@@ -314,7 +316,7 @@ def test_a_folder_is_no_page(run: Path, tmp_path: Path) -> None:
     ("changes", "message"),
     [
         ({"dense_sha256": "0" * 64}, "expected two runs of one dense model"),
-        ({"dense_heads": ((1, 0, 2, 3, 4),) * N_LAYERS, "removed_heads": ((),) * N_LAYERS}, "got other heads"),
+        ({"dense_heads": ((1, 0, 2, 3, 4),) * N_LAYERS, "removed_heads": ((),) * N_LAYERS}, "got different heads"),
     ],
 )
 def test_runs_that_do_not_belong_together_are_refused(

@@ -1,5 +1,4 @@
-// Runs before anything is drawn, so that the page never flashes in the other theme, and that what the script fills
-// appears whole instead of growing.
+// Runs before the first paint: the page never flashes in the wrong theme, and content appears at once.
 (() => {
   let stored = null;
   try {

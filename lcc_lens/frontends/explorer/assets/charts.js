@@ -1,7 +1,7 @@
 // Small charts in SVG. Colours come from classes, so that they follow the theme.
 
 const isNarrow = matchMedia("(max-width: 860px)");
-/** As wide as a card is drawn on most screens, so that text keeps its size. */
+/** Width of a card on most screens, so that text keeps its size. */
 const CARD_WIDTH = 350;
 
 /** Round steps for an axis that begins at or below `low` and ends at or above `high`. */
@@ -10,12 +10,12 @@ function ticks(low, high, n = 4) {
   const raw = span / n,
     power = 10 ** Math.floor(Math.log10(raw));
   const step = [1, 2, 2.5, 5, 10].map((m) => m * power).find((s) => s >= raw);
-  const found = [];
-  for (let t = Math.ceil(low / step) * step; t <= high + 1e-9 * span; t += step) found.push(Number(t.toPrecision(6)));
-  return found;
+  const values = [];
+  for (let t = Math.ceil(low / step) * step; t <= high + 1e-9 * span; t += step) values.push(Number(t.toPrecision(6)));
+  return values;
 }
 
-/** A frame with axes; returns the drawing, its root, and the ways from values to places. */
+/** A frame with axes; returns its root, its sizes, and the functions from values to pixels. */
 function frame({
   width = isNarrow.matches ? CARD_WIDTH : 580,
   height = 170,
@@ -129,7 +129,7 @@ function curves({ width, series, levels = [], label, unit = "", xTitle, height =
   return chart.root;
 }
 
-/** Names of colours beside a chart. */
+/** The legend of a chart. */
 const keyOf = (entries) =>
   el(
     "ul",

@@ -1,6 +1,5 @@
-// What stands above the map: what to show, which run, map or table.
+// Controls above the map: the view, the run, map or table.
 
-/** The choices above the map: what to show, which run, map or table. */
 function buildControls(box) {
   const select = el("select", {
     id: "view",

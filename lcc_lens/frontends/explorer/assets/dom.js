@@ -1,4 +1,4 @@
-// Elements and numbers as text. Text always enters the page as text nodes, never as markup.
+// Elements and formatted numbers. Text enters the page as text nodes only, never as markup.
 
 const SVG = "http://www.w3.org/2000/svg";
 
@@ -17,7 +17,7 @@ const el = (tag, attributes = {}, ...children) => build(document.createElement(t
 const svg = (tag, attributes = {}, ...children) => build(document.createElementNS(SVG, tag), attributes, children);
 const byId = (id) => document.getElementById(id);
 
-/** A number as people read it: few digits, a true minus sign, no line break before the unit. */
+/** A number for display: few digits, a true minus sign, no line break before the unit. */
 function number(value, unit = "", signed = false) {
   if (!Number.isFinite(value)) return "–";
   const size = Math.abs(value);
@@ -37,7 +37,7 @@ function measured(value, error) {
   return `${value.toFixed(digits).replace("-", "−")} ± ${error.toFixed(digits)}`;
 }
 
-/** The text of a token with its spaces and line ends made visible. */
+/** The text of a token with visible spaces and line ends. */
 function visible(text) {
   if (text === "") return "∅";
   return text

@@ -1,6 +1,6 @@
-// Examples with the loss of one head at every token as the colour behind the text.
+// Examples, coloured by one head's relative change at every token.
 
-/** The loss of a head at every token of an example, in percent. */
+/** Relative change of a head at every token of an example, in percent. */
 function lossesOf(example, { layer, head }) {
   const {
       shape: [n, , heads],
@@ -10,7 +10,7 @@ function lossesOf(example, { layer, head }) {
   return Array.from({ length: n }, (_, token) => values[(token * layers + layer) * heads + head]);
 }
 
-/** A loss as text; the page holds none above 255 %. */
+/** A change as text; the page stores at most 255 %. */
 const percent = (value) => (value >= 255 ? "≥ " : "") + number(value, "%");
 
 function exampleSection(run, head, redraw) {
@@ -71,7 +71,7 @@ function exampleSection(run, head, redraw) {
     el(
       "div",
       { class: "bar-row" },
-      el("h3", {}, "Where in the text"),
+      el("h3", {}, "Change by token"),
       el(
         "div",
         { class: "stepper" },
@@ -94,7 +94,7 @@ function exampleSection(run, head, redraw) {
   );
 }
 
-/** The tokens at which the head changed most, in words. */
+/** The tokens at which the head changed most. */
 function worstTokens(example, loss) {
   const order = loss
     .map((value, i) => i)
@@ -103,7 +103,7 @@ function worstTokens(example, loss) {
   return el(
     "span",
     { class: "quiet" },
-    "Most at ",
+    "Largest at ",
     order.map((i, n) => [n ? ", " : "", el("b", {}, visible(example.pieces[i])), ` ${percent(loss[i])}`]).flat(),
   );
 }

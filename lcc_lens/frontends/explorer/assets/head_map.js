@@ -1,8 +1,8 @@
-// The layer x head map: a grid of cells whose colour is a custom property, so that the theme needs no redrawing.
+// The layer x head map. Cell colours are custom properties, so a change of theme needs no redrawing.
 
 const headMap = { cells: [], root: null };
 
-/** Build the map once; `paintMap` fills in what it shows. */
+/** Build the map once; `paintMap` colours it. */
 function buildMap(onOpen, onPoint) {
   const corner = el("div", { role: "columnheader", class: "axis corner" }, "layer");
   const top = el(
@@ -61,7 +61,7 @@ function buildMap(onOpen, onPoint) {
   return headMap.root;
 }
 
-/** Every number on a short axis, every second or fifth on a long one. */
+/** Axis labels: every number on a short axis, every second or fifth on a long one. */
 function axisLabel(i, n, most = 20) {
   const step = n <= most ? 1 : n <= 2 * most ? 2 : 5;
   return i % step === 0 ? String(i) : "";
@@ -88,7 +88,7 @@ function paintMap(view) {
     cell.classList.toggle("found", state.found?.has(name) ?? false);
     cell.setAttribute(
       "aria-label",
-      `${name}, ${view.title} ${told(view, value)}` +
+      `${name}, ${view.title} ${formatted(view, value)}` +
         (removed.has(name) ? ", removed by pruning" : "") +
         (restored.has(name) ? ", restored" : ""),
     );
@@ -96,7 +96,7 @@ function paintMap(view) {
   markMap();
 }
 
-/** Mark the head under the keys and the open one. */
+/** Mark the active head and the open one. */
 function markMap() {
   for (const cell of headMap.root.querySelectorAll('[tabindex="0"], [aria-selected="true"]')) {
     cell.tabIndex = -1;

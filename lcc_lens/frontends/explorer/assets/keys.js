@@ -1,4 +1,4 @@
-// What the keys do, and the help that says so.
+// Keyboard shortcuts and the help dialog.
 
 const KEYS = [
   ["← ↑ → ↓", "move over the map"],
@@ -6,7 +6,7 @@ const KEYS = [
   ["Esc", "close it"],
   ["/", "search"],
   ["[ ]", "previous and next head"],
-  ["v", "next thing to show"],
+  ["v", "next view"],
   ["t", "map or table"],
   ["d", "dark or light"],
   ["?", "this help"],
@@ -76,7 +76,7 @@ function buildHelp() {
     el(
       "p",
       { class: "quiet" },
-      "A head has its own address: add #L3H1 to this page's. Everything on this page is inside this file; it fetches nothing.",
+      "Every head has a link: add #L3H1 to the address of this page. The page is one file and fetches nothing.",
     ),
     el("button", { type: "button", class: "primary", on: { click: () => dialog.close() } }, "Close"),
   );

@@ -1,4 +1,4 @@
-// What the map's colours mean: a scale with its ends, the unit, and one line about the head that is pointed at.
+// Legend of the map: the colour scale, the unit, and one line about the head under the pointer.
 
 const legend = {};
 
@@ -22,25 +22,25 @@ function paintLegend(view) {
   const { low, high } = scaleOf(view);
   legend.bar.classList.toggle("diverging", view.isDiverging);
   [low, (low + high) / 2, high].forEach((value, i) => {
-    legend.ends[i].textContent = told(view, value);
+    legend.ends[i].textContent = formatted(view, value);
   });
   legend.meaning.replaceChildren(
     el("b", {}, `${view.title}${view.unit ? ` (${view.unit})` : ""}: `),
     view.meaning,
     view.examples ? ` From ${view.examples} examples.` : "",
-    shownRun().restored?.heads.length ? " Restored heads carry a dot." : "",
+    shownRun().restored?.heads.length ? " A dot marks restored heads." : "",
   );
   paintReadout(view, null);
 }
 
-/** The line about one head: the one under the pointer, else the one under the keys. */
+/** The line about one head: the one under the pointer, else the open or active one. */
 function paintReadout(view, head) {
   const shown = head ?? state.open ?? state.active,
     value = view.values[shown.layer * shape.heads + shown.head];
   const moved = shownRun().heads.moved[nameOf(shown)];
   legend.readout.replaceChildren(
     el("b", {}, nameOf(shown)),
-    ` ${view.title.toLowerCase()} ${told(view, value)}`,
+    ` ${view.title.toLowerCase()} ${formatted(view, value)}`,
     moved ? ` · ${moved} in the dense model` : "",
   );
 }

@@ -52,7 +52,7 @@ function hideHead() {
   state.open = null;
   document.body.classList.remove("has-head");
   shieldRest();
-  document.title = `${runs[0].source.pruned_name}: what pruning took`;
+  document.title = `${runs[0].source.pruned_name}: effect of pruning`;
   draw();
 }
 

@@ -1,4 +1,4 @@
-// What is said of the whole run: figures, the heads to look at first, training, layers, where the numbers come from.
+// The whole run: key figures, top heads, training, layers, evaluation, provenance.
 
 const MOST_RANKED = 18;
 
@@ -23,7 +23,7 @@ function buildFigures() {
   byId("models").textContent = `${source.dense_name} → ${runs.map((run) => run.source.pruned_name).join(" | ")}`;
 }
 
-/** The panel while no head is open: the heads that stand out in the view. */
+/** The panel while no head is open: the top heads of the view. */
 function drawRanking(view) {
   const heads = ranking(view).slice(0, MOST_RANKED),
     most = Math.max(...heads.map(({ value }) => Math.abs(value)), 1e-12);
@@ -53,7 +53,7 @@ function drawRanking(view) {
               class: `length ${head.value < 0 ? "less" : ""}`,
               vars: { "--v": (Math.abs(head.value) / most).toFixed(3) },
             }),
-            el("span", { class: "value" }, told(view, head.value)),
+            el("span", { class: "value" }, formatted(view, head.value)),
             el("span", { class: "hint" }, hintOf(head)),
           ),
         ),
@@ -91,13 +91,13 @@ function trainingCard(run) {
   return el(
     "section",
     { class: "card" },
-    el("h2", {}, "How it came back"),
+    el("h2", {}, "Training"),
     curves({ width: CARD_WIDTH, series: drawn, levels, label: "Loss by optimiser step", xTitle: "optimiser step" }),
     keyOf([
       ["quiet-line", "training batches"],
       ["restored", "held-out"],
     ]),
-    el("p", { class: "quiet" }, "Nats per counted token."),
+    el("p", { class: "quiet" }, "Nats per response token."),
   );
 }
 
@@ -129,7 +129,7 @@ const sourceCard = (run) =>
   el(
     "section",
     { class: "card" },
-    el("h2", {}, "Where the numbers come from"),
+    el("h2", {}, "Provenance"),
     el(
       "dl",
       { class: "source" },
@@ -137,13 +137,13 @@ const sourceCard = (run) =>
     ),
   );
 
-/** What an evaluation measured, model by model. */
+/** Results of an evaluation, one row per model. */
 function resultsCard() {
   if (!results) return null;
   return el(
     "section",
     { class: "card wide" },
-    el("h2", {}, "On held-out data"),
+    el("h2", {}, "Evaluation"),
     el(
       "table",
       { class: "plain" },
@@ -171,7 +171,7 @@ function resultsCard() {
       ),
     ),
     results.recovered.length
-      ? el("p", { class: "quiet" }, `Came back: ${results.recovered.join(", ")}, in log-likelihood.`)
+      ? el("p", { class: "quiet" }, `Recovered log-likelihood: ${results.recovered.join(", ")}.`)
       : null,
   );
 }

@@ -1,4 +1,4 @@
-// Everything about one head.
+// The panel of one head.
 
 /** The numbers at the top of the panel. */
 function headNumbers(run, head) {
@@ -30,7 +30,7 @@ function spectrumSection(run, head) {
   return el(
     "section",
     {},
-    el("h3", {}, "How simple the loss is"),
+    el("h3", {}, "Spectrum of the difference"),
     bars({
       series: [{ values: share, kind: "pruned", name: "component" }],
       line: running,
@@ -40,7 +40,7 @@ function spectrumSection(run, head) {
     }),
     keyOf([
       ["pruned", "share of the squared difference"],
-      ["sum", "first components together"],
+      ["sum", "cumulative share"],
     ]),
   );
 }
@@ -65,11 +65,11 @@ function trainingSection(run, head) {
     el(
       "p",
       {},
-      "The constant is ",
+      "The constant has length ",
       el("b", {}, length(run.restored.norm)),
-      " long, the mean difference ",
+      ", the mean difference ",
       el("b", {}, length(run.restored.mean)),
-      "; the free offset makes ",
+      ", the free offset ",
       el("b", {}, length(run.restored.offset)),
       ".",
     ),
@@ -86,14 +86,14 @@ function trainingSection(run, head) {
       : null,
     n > 0
       ? keyOf([
-          ["pruned", "lost on average (α)"],
+          ["pruned", "mean lost magnitude (α)"],
           ["restored", "trained magnitude (β)"],
         ])
       : null,
   );
 }
 
-/** Fill the panel with a head. */
+/** Show a head in the panel. */
 function drawHead(head, { onClose, onStep }) {
   const run = shownRun(),
     view = viewOf(run, "changed"),

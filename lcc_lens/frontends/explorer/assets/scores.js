@@ -1,4 +1,4 @@
-// What the selectors say of a head: its score with its interval, among the scores of all heads.
+// Selector scores of a head: its score with its interval, among the scores of all heads.
 
 function scoreSection(run, head) {
   const views = run.views.filter((view) => view.stderr !== null);
@@ -6,13 +6,13 @@ function scoreSection(run, head) {
   return el(
     "section",
     {},
-    el("h3", {}, "What the selectors say"),
+    el("h3", {}, "Selector scores"),
     el(
       "ul",
       { class: "scores" },
       views.map((view) => scoreRow(view, head)),
     ),
-    el("p", { class: "quiet" }, "A tick is a head; the bar spans ± 1.96 standard errors. Higher means restore first."),
+    el("p", { class: "quiet" }, "Each tick is a head; the bar spans ± 1.96 standard errors. Higher scores are restored first."),
   );
 }
 

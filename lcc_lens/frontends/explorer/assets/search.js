@@ -1,19 +1,19 @@
-// Heads by token: the components that promote or suppress a token, strongest first; or a head by its name.
+// Search: heads whose components promote or suppress a token, strongest first; or a head by its name.
 
 const MOST_RESULTS = 40;
 const search = { results: [], at: -1, index: new Map() };
 
-/** Where every text of a run stands: text in lower case -> places in its list of texts. */
+/** The token texts of a run in lower case. */
 function textsOf(run) {
   if (!search.index.has(run))
     search.index.set(run, run.tokens ? run.tokens.texts.map((text) => text.trim().toLowerCase()) : []);
   return search.index.get(run);
 }
 
-/** How well a text fits: 3 the same, 2 begins with it, 1 holds it, 0 not. */
+/** Match of a text: 3 equal, 2 prefix, 1 substring, 0 none. */
 const fit = (text, wanted) => (text === wanted ? 3 : text.startsWith(wanted) ? 2 : text.includes(wanted) ? 1 : 0);
 
-/** Heads whose components say the token that fits best, each once with its best place. */
+/** Heads whose components promote or suppress the best-matching token, each once with its best place. */
 function findHeads(wanted) {
   const run = shownRun(),
     named = headOf(wanted);
@@ -77,8 +77,8 @@ function setUpSearch({ onFound, onOpen }) {
       found = findHeads(wanted);
     search.results = found.slice(0, MOST_RESULTS);
     const empty = shownRun().tokens
-      ? "No head says this among its first tokens."
-      : "No tokens were read for this run; a name such as L3H1 works.";
+      ? "No head promotes or suppresses this among its top tokens."
+      : "This run has no token tables; search by name, such as L3H1.";
     list.replaceChildren(
       ...(found.length
         ? search.results.map(({ head, text, note }, i) =>

@@ -1,4 +1,4 @@
-// The data of the page, unpacked when first used, and what the reader has chosen.
+// The page's data, unpacked on first use, and the reader's choices.
 
 const { runs, results } = JSON.parse(byId("data").textContent);
 const KINDS = { float32: Float32Array, uint8: Uint8Array, int32: Int32Array };
@@ -26,12 +26,12 @@ function rowOf(packed, { layer, head }) {
 const shape = runs[0].heads;
 const hasMap = shape !== null;
 
-/** What is shown: which run (0, 1, or "difference"), which view, the head under the keys, the open one, the found. */
+/** Current choices: run (0, 1, or "difference"), view, active head, open head, heads found by the search. */
 const state = { run: 0, view: "changed", active: { layer: 0, head: 0 }, open: null, found: null, example: 0 };
 
 const nameOf = ({ layer, head }) => `L${layer}H${head}`;
 
-/** A head by its name, null where this model has none of that name. */
+/** A head by its name; null if the model has none of that name. */
 function headOf(name) {
   const match = /^L(\d{1,4})H(\d{1,4})$/i.exec(name.trim());
   if (!match || !hasMap) return null;
@@ -44,13 +44,13 @@ const isDifference = () => state.run === "difference";
 const shownRun = () => runs[isDifference() ? 1 : state.run];
 const viewOf = (run, key) => run.views.find((view) => view.key === key);
 
-/** The views that can be shown now: those of the run, or of both runs. */
+/** The views of the run, or those that both runs have. */
 function offeredViews() {
   const own = shownRun().views;
   return isDifference() ? own.filter((view) => viewOf(runs[0], view.key)) : own;
 }
 
-/** The view that is shown: title, unit, meaning, and one value per head in the order of the heads. */
+/** The current view: title, unit, meaning, and one value per head in model order. */
 function shownView() {
   const views = offeredViews();
   const view = views.find(({ key }) => key === state.view) ?? views[0];
@@ -77,7 +77,7 @@ function scaleOf(view) {
 }
 
 /** A value of a view as text, with its unit. */
-const told = (view, value) =>
+const formatted = (view, value) =>
   view.unit === "points"
     ? `${number(value, "%", true).replace("\u00a0%", "")} points`
     : number(value, view.unit, view.isDiverging) +
@@ -94,5 +94,5 @@ function ranking(view) {
   return heads.filter(({ value }) => Number.isFinite(value)).sort((a, b) => size(b) - size(a));
 }
 
-/** The place of a head among those restored in the shown run; -1 if it was not. */
+/** The index of a head among the restored heads; -1 if it was not restored. */
 const restoredPlace = (run, head) => (run.restored ? run.restored.heads.indexOf(nameOf(head)) : -1);

@@ -1,4 +1,4 @@
-// The map as a table: every head with every number, sorted by the column that is asked for.
+// The map as a table: every head with every view, sorted by one column.
 
 const headTable = { sort: null, descending: true };
 

@@ -1,6 +1,6 @@
-// The components of a head and the tokens that they promote and suppress.
+// Tokens that a head's components promote and suppress.
 
-/** One vector's tokens: { promoted, suppressed }, each a list of { text, logit }; null where there is nothing to read. */
+/** One vector's tokens: { promoted, suppressed }, each a list of { text, logit }; null for a zero vector. */
 function tokensOf(run, head, vector) {
   const [, , vectors, sides, k] = run.tokens.index.shape;
   const index = rowOf(run.tokens.index, head),
@@ -13,10 +13,10 @@ function tokensOf(run, head, vector) {
   return vector < vectors && index[vector * sides * k] >= 0 ? { promoted: side(0), suppressed: side(1) } : null;
 }
 
-/** What a vector is called. */
+/** The title of a vector. */
 function vectorTitle(name) {
-  if (name === "mean") return "All together";
-  return name === "learned" ? "What training added" : `Component ${name}`;
+  if (name === "mean") return "Mean difference";
+  return name === "learned" ? "Learned constant" : `Component ${name}`;
 }
 
 const chip = ({ text, logit }, kind, most) =>
@@ -37,7 +37,7 @@ const chip = ({ text, logit }, kind, most) =>
 function tokenSection(run, head) {
   const title = el("h3", {}, "Tokens that its components promote");
   if (!run.tokens)
-    return el("section", {}, title, el("p", { class: "quiet" }, "The tokens of this run were not read."));
+    return el("section", {}, title, el("p", { class: "quiet" }, "This run has no token tables."));
   const share = rowOf(run.heads.share, head);
   const rows = run.tokens.vectors
     .map((name, vector) => {
@@ -47,8 +47,8 @@ function tokenSection(run, head) {
       const note = /^\d+$/.test(name)
         ? `${number(100 * share[Number(name) - 1], "%")} of the difference`
         : name === "mean"
-          ? "the mean difference"
-          : "the learned constant";
+          ? "all components together"
+          : "added by training";
       return el(
         "li",
         { class: `component ${name === "learned" ? "is-learned" : ""}` },
@@ -73,13 +73,13 @@ function tokenSection(run, head) {
     el(
       "p",
       { class: "quiet" },
-      "Each vector read alone through output projection, final norm and unembedding; ",
+      "Each vector is read alone through the output projection, final norm and unembedding: ",
       el("span", { class: "swatch up" }, "promoted"),
       " ",
       el("span", { class: "swatch down" }, "suppressed"),
     ),
     rows.length
       ? el("ul", { class: "components" }, rows)
-      : el("p", { class: "quiet" }, "The output projection takes them to zero."),
+      : el("p", { class: "quiet" }, "The output projection maps all of them to zero."),
   );
 }

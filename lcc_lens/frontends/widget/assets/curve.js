@@ -15,17 +15,17 @@ function lossCurve(points) {
   const line = (among, index) =>
     among.map((point, i) => `${i ? "L" : "M"}${px(point[0]).toFixed(1)} ${py(point[index]).toFixed(1)}`).join("");
   const root = svg("svg", { viewBox: `0 0 ${width} ${height}`, class: "curve", role: "img", "data-steps": last,
-    "aria-label": `Loss over ${last} steps, held out last ${told(held.at(-1)?.[2] ?? null)}` });
+    "aria-label": `Loss over ${last} steps, held out last ${formatted(held.at(-1)?.[2] ?? null)}` });
   for (const value of [low, (low + high) / 2, high])
     root.append(
       svg("line", { class: "rule", x1: left, x2: width - right, y1: py(value), y2: py(value) }),
-      svg("text", { class: "tick", x: left - 6, y: py(value) + 4, "text-anchor": "end" }, told(value)),
+      svg("text", { class: "tick", x: left - 6, y: py(value) + 4, "text-anchor": "end" }, formatted(value)),
     );
   root.append(
     svg("path", { class: "loss", d: line(points, 1) }),
     svg("path", { class: "held", d: line(held, 2) }),
     ...held.map(([n, , value]) => {
-      const title = svg("title", {}, `step ${n}: ${told(value, "nats")}`);
+      const title = svg("title", {}, `step ${n}: ${formatted(value, "nats")}`);
       return svg("circle", { class: "held", cx: px(n), cy: py(value), r: 3 }, title);
     }),
     svg("text", { class: "tick", x: left, y: height - 8 }, `step ${first}`),

@@ -20,7 +20,7 @@ function filled(node, given, children) {
 }
 
 /** A number with three digits, and its unit. */
-function told(value, unit = "") {
+function formatted(value, unit = "") {
   if (value === null || !Number.isFinite(value)) return "–";
   const size = Math.abs(value);
   const digits = size >= 100 ? 0 : size >= 10 ? 1 : size >= 1 ? 2 : 3;

@@ -23,8 +23,8 @@ function exporting(ask) {
   const draw = ({ path, difference, effect }) => {
     if (!path) return;
     result.textContent =
-      `Written to ${path} and loaded again: its logits are within ${told(difference)} of the restored model's, ` +
-      `which the restoration moves by up to ${told(effect)}.`;
+      `Written to ${path} and loaded again: its logits are within ${formatted(difference)} of the restored model's, ` +
+      `which the restoration moves by up to ${formatted(effect)}.`;
   };
   return { root, draw, follow: ({ isBusy, hasHeads }) => (go.disabled = isBusy || !hasHeads) };
 }

@@ -101,7 +101,7 @@ function headMap(fixed, onChoose) {
   function point(place) {
     const label = labelOf(place, heads);
     readout.textContent =
-      `${label}: ${told(view().values[place], view().unit)}` + (removed.has(label) ? ", removed by pruning" : "");
+      `${label}: ${formatted(view().values[place], view().unit)}` + (removed.has(label) ? ", removed by pruning" : "");
   }
   function paint(next = chosen) {
     chosen = next;
@@ -115,9 +115,9 @@ function headMap(fixed, onChoose) {
       cell.style.setProperty("--v", value === null ? 0 : ((value - low) / (high - low || 1)).toFixed(3));
       cell.classList.toggle("blank", value === null);
       cell.setAttribute("aria-selected", String(chosen.has(label)));
-      cell.setAttribute("aria-label", `${label}, ${title} ${told(value, unit)}`);
+      cell.setAttribute("aria-label", `${label}, ${title} ${formatted(value, unit)}`);
     });
-    const [least, most] = [low, high].map((value) => el("span", {}, told(value, unit)));
+    const [least, most] = [low, high].map((value) => el("span", {}, formatted(value, unit)));
     ends.replaceChildren(least, el("span", { class: "scale" }), most);
     meaning.textContent = view().meaning;
   }

@@ -22,7 +22,7 @@ function picking(fixed, map, { onShow, onChoose, onSelect }) {
   };
   const first = () => new Set(fixed.rankings[selector.value].slice(0, Number(count.value)));
   const say = () => {
-    least.textContent = ` \u2265 ${told(limit(), map.view().unit)}`;
+    least.textContent = ` \u2265 ${formatted(limit(), map.view().unit)}`;
     counted.textContent = ` ${count.value} of ${n}`;
   };
   const showing = (read) => () => (say(), onShow(read()));
