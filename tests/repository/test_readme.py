@@ -11,7 +11,7 @@ import pytest
 from support.places import ROOT
 
 import lcc_lens
-from lcc_lens.data.prompts import SOURCES
+from lcc_lens.data.registry import DATASETS
 from lcc_lens.frontends.cli.main import Command, run
 
 README = (ROOT / "README.md").read_text()
@@ -128,4 +128,4 @@ def test_commands_of_a_page_exist(page: str, capsys: pytest.CaptureFixture[str])
 def test_every_command_and_data_set_is_listed() -> None:
     names = {command.__metadata__[0].name for command in get_args(Command)}
     assert names == set(re.findall(r"^lcc-lens ([a-z]+)", COMMANDS, flags=re.MULTILINE))
-    assert all(name in README and name in COMMANDS for name in SOURCES)
+    assert all(name in README and name in COMMANDS for name in DATASETS)

@@ -1,4 +1,4 @@
-"""What all cells of a comparison share."""
+"""Settings that all runs of a comparison share."""
 
 from __future__ import annotations
 
@@ -6,21 +6,32 @@ from dataclasses import dataclass
 
 from lcc_lens.analysis.selectors.names import SelectorName
 from lcc_lens.core.errors import RequestError
+from lcc_lens.data.registry import require_dataset
 from lcc_lens.pruning.jobs import REFIT_DATA, REFIT_SAMPLES
 
-#: Settings that only say what is measured: cells that differ in them alone were trained alike.
+#: Settings that only say what is measured; two runs that differ in nothing else share their training.
 MEASURING = ("texts", "blocks", "block_length", "tasks", "limit", "speed_rounds")
 
 
 @dataclass(frozen=True)
 class CompareConfig:
-    """What every cell shares.
+    """Settings that all runs of a comparison share.
 
-    ``examples`` train; ``validation`` held-out responses choose the best numbers (calibration ones, where ``data`` is
-    one of the ``tasks``, whose held-out items are measured), ``responses`` others are measured;
-    ``texts`` are of another kind than the training data, in ``blocks`` of ``block_length`` tokens each, the first being
-    the main figure; ``tasks`` are measured zero-shot on their first ``limit`` items. ``refit_data`` calibrates refits.
-    Inference is timed at the end in ``speed_rounds`` rounds (not at all if 0).
+    Args:
+        data: what is trained on, in ``examples`` examples of at most ``max_length`` tokens.
+        validation: held-out responses that choose the best parameters. If ``data`` is also one of the ``tasks``, whose
+            held-out items are measured, calibration responses choose instead.
+        responses: other held-out responses, which are measured.
+        texts: measured in ``blocks`` blocks of ``block_length`` tokens each; the first gives the main perplexity.
+        tasks: measured zero-shot on their first ``limit`` items.
+        scan_examples: examples of the scan that chooses ``heads``, a fraction, by ``selector``.
+        low_rank: rank of the method ``low-rank``; ``lora_rank`` that of the adapters.
+        lofit_share: fraction of the heads that LoFiT chooses.
+        refit_data: calibration data of refits, in ``refit_samples`` sequences.
+        speed_rounds: timed rounds of inference at the end; 0 for none.
+
+    Raises:
+        RequestError: no text, or an unknown data set.
     """
 
     data: str = "alpaca"
@@ -48,3 +59,5 @@ class CompareConfig:
     def __post_init__(self) -> None:
         if not self.texts:
             raise RequestError("expected at least one text to measure perplexity on, got none; name one")
+        for name in (self.data, *self.texts):
+            require_dataset(name)

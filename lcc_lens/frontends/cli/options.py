@@ -30,7 +30,7 @@ class Placed(Common):
 def load_role(name: str, n: int, role: Any, seed: int) -> Any:
     """Examples of a role; all documents of a corpus, since they are cut into n blocks later."""
     from lcc_lens.data.datasets import load_data
-    from lcc_lens.data.prompts import SOURCES
+    from lcc_lens.data.registry import named_kind
 
-    is_corpus = Path(name).suffix == ".txt" or (name in SOURCES and SOURCES[name].kind == "text")
+    is_corpus = Path(name).suffix == ".txt" or named_kind(name) == "text"
     return load_data(name, None if is_corpus else n, role=role, seed=seed)

@@ -14,7 +14,8 @@ from support.tiny import tiny_tokenizer
 from lcc_lens.core.errors import RequestError
 from lcc_lens.data.batches import TokenSequence, batches, encode_pair, text_blocks
 from lcc_lens.data.datasets import ONE_CLASS, Data, assert_disjoint, encode, load_data, load_records, one_class
-from lcc_lens.data.prompts import SOURCES, Example
+from lcc_lens.data.prompts import Example
+from lcc_lens.data.registry import DATASETS
 
 CHOICES = {"text": ["iron and steel", "iron and zinc", "a cat"], "label": ["A", "B", "C"]}
 RECORDS = {
@@ -60,7 +61,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("name", SOURCES)
+@pytest.mark.parametrize("name", DATASETS)
 def test_roles_share_nothing_whatever_the_seed(folder: Path, name: str) -> None:
     roles = ("calibration", "probe", "train", "held-out")
     parts = [load_data(name, role=role, seed=seed) for seed, role in enumerate(roles)]
@@ -135,9 +136,9 @@ def test_pairs_are_the_requests_that_lm_eval_scores(name: str, tmp_path: Path) -
 TWO_CHOICES = ("boolq", "rte", "winogrande", "piqa")
 
 
-@pytest.mark.parametrize("name", SOURCES)
+@pytest.mark.parametrize("name", DATASETS)
 def test_how_the_wrong_answers_were_chosen_is_recorded(folder: Path, name: str) -> None:
-    is_text = SOURCES[name].kind == "text"
+    is_text = DATASETS[name].kind == "text"
     expected = None if is_text else "flipped label" if name in TWO_CHOICES else "most similar by tf-idf"
     data = load_data(name, n=8)
     assert data.negatives == expected
@@ -153,7 +154,7 @@ def test_a_question_without_a_different_answer_is_left_out(folder: Path, caplog:
     (folder / "arc_easy" / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
     data = load_data("arc_easy")
     assert [example.wrong for example in data.examples] == [" a cat"] * 3
-    assert "6 of 9 questions left out: every wrong answer equals the right one" in caplog.text
+    assert "skipped 6 of 9 questions whose wrong answers equal the right one" in caplog.text
     assert len(load_records("arc_easy", n=9)) == len(load_data("arc_easy", n=9)) == 3
     (folder / "arc_easy" / "train.jsonl").write_text(json.dumps(rows[1]))
     with pytest.raises(RequestError, match="expected wrong answers that differ from the right ones"):
@@ -301,15 +302,18 @@ def test_other_bytes_are_refused(tmp_path: Path) -> None:
 
 
 def test_unknown_name_and_empty_draw_are_refused() -> None:
-    with pytest.raises(RequestError, match=r"expected a data set \(wikitext, c4"):
-        load_data("imagenet")
+    with pytest.raises(
+        RequestError,
+        match=r"expected a dataset \(wikitext.*did you mean 'boolq'\?, or name a .jsonl or .txt file",
+    ):
+        load_data("boolk")
     with pytest.raises(RequestError, match="got n = 0"):
         load_data("boolq", n=0)
 
 
 def test_record_with_other_fields_is_refused(folder: Path) -> None:
     (folder / "arc_easy" / "train.jsonl").write_text('{"question": "?"}\n')
-    with pytest.raises(RequestError, match="expected arc_easy records with the hub's fields, got record 1"):
+    with pytest.raises(RequestError, match=r"expected arc_easy records with .* got record 1 without"):
         load_data("arc_easy")
 
 

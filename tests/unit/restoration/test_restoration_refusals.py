@@ -77,7 +77,7 @@ def test_responses_that_the_length_limit_cuts_off(pair, found: Scan, tmp_path: P
     (tmp_path / "long.jsonl").write_text("\n".join(map(json.dumps, lines)))
     data = load_data(str(tmp_path / "long.jsonl"))
     assert len(encode(data, pair.tokenizer, max_length=20)) == 5
-    assert "7 examples left out: no response within 20 tokens" in caplog.text
+    assert "skipped 7 examples without a response within 20 tokens" in caplog.text
     with pytest.raises(RequestError, match=r"expected responses that begin within 4 tokens .*: all \d+ are cut off"):
         restore(pair, found, [Head(0, 0)], data, max_length=4, run=tmp_path / "run")
     assert not (tmp_path / "run").exists()

