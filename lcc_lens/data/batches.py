@@ -1,4 +1,4 @@
-"""Token sequences with a counted part, and their right-padded batches."""
+"""Tokenise prompts and texts into sequences, and group sequences of similar length into right-padded batches."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-#: What a forward pass costs beside its tokens, in tokens: padding up to that many is cheaper than another batch.
+#: Fixed cost of a forward pass, in tokens: padding fewer tokens than this is cheaper than another batch.
 _COST_OF_A_BATCH = 64
 
 
@@ -30,7 +30,7 @@ class TokenSequence:
 
 @dataclass(frozen=True)
 class Batch:
-    """Right-padded sequences of similar length; causal attention makes a mask unnecessary at valid positions."""
+    """Right-padded sequences of similar length. Causal attention never looks at padding, so no mask is needed."""
 
     tokens: Int[Tensor, "batch pos"]
     lengths: Int[Tensor, " batch"]
@@ -38,16 +38,16 @@ class Batch:
     index: tuple[int, ...]
 
     def is_target(self) -> Tensor:
-        """Boolean ``[batch, pos]``: the positions whose logits predict a counted token (one before it)."""
+        """Boolean ``[batch, pos]``: positions whose logits predict a token that the loss counts."""
         position = torch.arange(self.tokens.shape[1])
         return (position >= self.loss_from[:, None] - 1) & (position < self.lengths[:, None] - 1)
 
     def is_followed(self) -> Tensor:
-        """Boolean ``[batch, pos]``: the positions whose logits predict a token of the sequence, its prompt included."""
+        """Boolean ``[batch, pos]``: positions whose logits predict any token of the sequence, prompt included."""
         return torch.arange(self.tokens.shape[1]) < self.lengths[:, None] - 1
 
     def is_valid(self) -> Tensor:
-        """Boolean ``[batch, pos]``: the positions that are not padding."""
+        """Boolean ``[batch, pos]``: positions that are not padding."""
         return torch.arange(self.tokens.shape[1]) < self.lengths[:, None]
 
     def targets(self) -> Int[Tensor, " target"]:
@@ -58,7 +58,7 @@ class Batch:
 def text_blocks(
     text: str, tokenizer: PreTrainedTokenizerBase, length: int, limit: int | None = None
 ) -> list[TokenSequence]:
-    """Cut a text into blocks of exactly ``length`` tokens, each led by the special prefix if the model has one."""
+    """Cut a text into blocks of exactly ``length`` tokens, each starting with the tokenizer's special tokens."""
     lead = special_prefix(tokenizer)
     step = length - len(lead)
     if limit is not None:  # a token is rarely longer than 20 characters; tokenising a whole corpus takes long
@@ -73,33 +73,33 @@ def text_blocks(
 def encode_pair(
     tokenizer: PreTrainedTokenizerBase, prompt: str, response: str, max_length: int
 ) -> TokenSequence | None:
-    """Tokens of prompt + response as one text; None where the cut leaves no response.
+    """Tokens of prompt + response as one text; None if no response is left before the cut at ``max_length``.
 
-    As in lm-eval, trailing blanks of the prompt belong to the response and the prompt's own token count marks the
-    border.
+    As in lm-eval, trailing blanks of the prompt count to the response, which starts after as many tokens as the prompt
+    alone has.
     """
     stripped = prompt.rstrip(" ")
     lead = special_prefix(tokenizer)
     whole = lead + tokenizer(prompt + response, add_special_tokens=False, verbose=False)["input_ids"]
-    border = len(lead) + len(tokenizer(stripped, add_special_tokens=False, verbose=False)["input_ids"])
-    loss_from = max(border, 1)
+    n_prompt = len(lead) + len(tokenizer(stripped, add_special_tokens=False, verbose=False)["input_ids"])
+    loss_from = max(n_prompt, 1)
     tokens = whole[:max_length]
     return TokenSequence(torch.tensor(tokens), loss_from) if loss_from < len(tokens) else None
 
 
 def special_prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The special tokens that the tokenizer puts before a text (none, or beginning-of-text)."""
+    """The special tokens that the tokenizer puts before a text: none, or beginning-of-text."""
     plain = tokenizer("a", add_special_tokens=False)["input_ids"]
     full = list(tokenizer("a")["input_ids"])
     return full[: full.index(plain[0])] if plain and plain[0] in full else []
 
 
 def batches(sequences: Sequence[TokenSequence], *, max_tokens: int = 1024, max_batch: int = 32) -> list[Batch]:
-    """Group sequences of similar length, longest first, so that little is padding and memory is known at once.
+    """Group sequences of similar length, longest first, so that padding is small and memory peaks in the first batch.
 
     Args:
-        sequences: any order; ``Batch.index`` says where each came from.
-        max_tokens: padded tokens per batch at most (a longer sequence stands alone).
+        sequences: in any order; ``Batch.index`` has their positions in this list.
+        max_tokens: padded tokens per batch at most (a longer sequence is a batch of its own).
         max_batch: sequences per batch at most.
     """
     order = sorted(range(len(sequences)), key=lambda i: -len(sequences[i]))  # sorted() keeps ties in order
@@ -108,7 +108,7 @@ def batches(sequences: Sequence[TokenSequence], *, max_tokens: int = 1024, max_b
 
 
 def _cheapest_ends(lengths: Sequence[int], max_tokens: int, max_batch: int) -> list[int]:
-    """Where batches of descending lengths end, so that padded tokens and the number of batches cost least."""
+    """Ends of batches of descending lengths that minimise padded tokens plus the fixed cost per batch."""
     cost, start_of = [0] + [0] * len(lengths), [0] * (len(lengths) + 1)
     for end in range(1, len(lengths) + 1):
         starts = range(end - 1, max(end - 1 - max_batch, -1), -1)
@@ -121,7 +121,7 @@ def _cheapest_ends(lengths: Sequence[int], max_tokens: int, max_batch: int) -> l
 
 
 def pad(sequences: Sequence[TokenSequence], index: Sequence[int]) -> Batch:
-    """Right-pad the chosen sequences into one batch (the padding token does not matter: nothing attends to it)."""
+    """Right-pad the chosen sequences with token 0, which no valid position attends to, into one batch."""
     chosen = [sequences[i] for i in index]
     lengths = torch.tensor([len(s) for s in chosen])
     tokens = torch.zeros(len(chosen), int(lengths.max()), dtype=torch.long)

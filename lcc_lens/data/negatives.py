@@ -1,4 +1,4 @@
-"""Hard wrong answers: the most similar ones, by sentence embeddings where an encoder is at hand, else by TF-IDF."""
+"""Choose the wrong answers most similar to the right ones, by sentence embeddings or else TF-IDF."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from lcc_lens.data.prompts import Example, Item
 from lcc_lens.data.sentence_encoder import embed_texts, local_embedder
 
 TFIDF = "most similar by tf-idf"
-#: Similarities held at once, 20 MB: all of 52,000 answers against each other would take 20 GB.
+#: Similarities in memory at once (20 MB); all pairs of 52,000 answers would take 20 GB.
 _CHUNK = 1_000_000
 
 
 def contrast(items: Sequence[Item], *, single: str = "flipped label") -> tuple[list[Example], str]:
     """Choose for every item the wrong answer that is most similar to the right one.
 
-    Wrong answers equal to the right one (see :func:`normalised`) are passed over. TF-IDF weighs words over the answers
-    of all the items given, so a choice between several may depend on which items were drawn.
+    Wrong answers equal to the right one (see :func:`normalised`) are skipped. TF-IDF weighs words over the answers of
+    all items, so a choice between several may depend on which items were drawn.
 
     Args:
         items: questions with at least one wrong answer that differs from the right one.
-        single: what to call the choice where no item offers more than one wrong answer.
+        single: what to call the choice if no item has more than one wrong answer.
 
     Returns:
         The pairs, and how their wrong answers were chosen.
@@ -46,10 +46,13 @@ def contrast(items: Sequence[Item], *, single: str = "flipped label") -> tuple[l
 
 
 def with_other_answers(examples: Sequence[Example]) -> tuple[list[Example], str | None]:
-    """Give instructions a wrong response each: the most similar response to another of these instructions.
+    """Give each instruction a wrong response: the most similar response to another of the instructions.
 
-    Equal responses (see :func:`normalised`) and empty ones are never chosen. Without two different responses there
-    is nothing to choose: the examples stay as they are, and None is returned beside them.
+    Equal responses (see :func:`normalised`) and empty ones are never chosen.
+
+    Returns:
+        The examples, and how their wrong responses were chosen. With fewer than two different responses there is
+        nothing to choose from: the examples as they are, and None.
     """
     keys = [normalised(example.response) for example in examples]
     first: dict[str, int] = {}
@@ -61,7 +64,7 @@ def with_other_answers(examples: Sequence[Example]) -> tuple[list[Example], str 
     answers = [examples[first[text]].response for text in texts]
     vectors, how = _vectors(answers)
     other = dict(zip(texts, (answers[index] for index in _nearest_others(vectors)), strict=True))
-    # An empty response resembles none: the first will do
+    # an empty response is similar to none: take the first
     return [replace(e, wrong=other.get(key, answers[0])) for e, key in zip(examples, keys, strict=True)], how
 
 
@@ -71,12 +74,12 @@ def distinct_wrongs(item: Item) -> list[str]:
 
 
 def normalised(text: str) -> str:
-    """A text in lower case with single blanks: what two answers are compared by."""
+    """A text in lower case with single blanks, for comparing two answers."""
     return " ".join(text.lower().split())
 
 
 def _vectors(texts: Sequence[str]) -> tuple[Any, str]:
-    """Unit rows, sparse (words) or dense (embeddings), and what to call the similarity they give."""
+    """Unit vectors as rows, sparse (TF-IDF) or dense (embeddings), and the name of the similarity."""
     embedder = local_embedder()
     if embedder is not None:
         how = f"most similar by embeddings of {embedder.name} (sha256 {embedder.sha256[:12]})"
@@ -84,12 +87,12 @@ def _vectors(texts: Sequence[str]) -> tuple[Any, str]:
     from sklearn.feature_extraction.text import TfidfVectorizer
 
     vectorizer = TfidfVectorizer(token_pattern=r"(?u)\b\w+\b")
-    vectorizer.fit([*texts, "empty"])  # one word at least: answers may be all digits and signs
+    vectorizer.fit([*texts, "empty"])  # needs at least one word, and answers may have none
     return vectorizer.transform(texts), TFIDF
 
 
 def _row_products(vectors: Any, left: Sequence[int], right: Sequence[int]) -> np.ndarray:
-    """The products of chosen pairs of rows, some at a time."""
+    """The dot product of each pair of rows, a chunk of pairs at a time."""
     step = max(1, _CHUNK // 512)
     parts = []
     for start in range(0, len(left), step):
@@ -100,7 +103,7 @@ def _row_products(vectors: Any, left: Sequence[int], right: Sequence[int]) -> np
 
 
 def _nearest_others(vectors: Any) -> list[int]:
-    """For every row the index of the other row with the largest product (the first of equals), some rows at a time."""
+    """For each row the index of the most similar other row (the first of equals), a chunk of rows at a time."""
     n_rows = int(vectors.shape[0])
     step = max(1, _CHUNK // n_rows)
     transposed = vectors.T.tocsr() if hasattr(vectors, "tocsr") else vectors.T
@@ -108,7 +111,7 @@ def _nearest_others(vectors: Any) -> list[int]:
     for start in track(range(0, n_rows, step), -(-n_rows // step), "compare answers"):
         products = vectors[start : start + step] @ transposed
         similarity = products.toarray() if hasattr(products, "toarray") else products
-        own = np.arange(len(similarity))
-        similarity[own, start + own] = -np.inf
+        rows = np.arange(len(similarity))
+        similarity[rows, start + rows] = -np.inf
         chosen += similarity.argmax(axis=1).tolist()
     return chosen

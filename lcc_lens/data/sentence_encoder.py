@@ -1,9 +1,9 @@
-"""Sentence embeddings from an encoder in a local directory."""
+"""Sentence embeddings from an encoder in a local directory, to find the most similar wrong answers."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lcc_lens.core.checkpoint import Checkpoint
 from lcc_lens.core.config import compute_dtype, default_device
-from lcc_lens.core.errors import LensError, RequestError
+from lcc_lens.core.errors import LensError, RequestError, first_line
 from lcc_lens.core.files import read_json
 from lcc_lens.core.progress import loading_models, track
 from lcc_lens.data.batches import Batch, TokenSequence, batches
@@ -23,9 +23,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 EMBEDDER_VARIABLE = "LCC_LENS_EMBEDDER"
-#: Names of SentencePiece vocabularies, of XLM-RoBERTa and of others.
-_PIECES = ("sentencepiece.bpe.model", "spiece.model", "spm.model", "tokenizer.model")
-_POOLINGS: dict[str, Literal["mean", "cls"]] = {"mean_tokens": "mean", "mean": "mean", "cls_token": "cls", "cls": "cls"}
+Pooling = Literal["mean", "cls"]
+_POOLINGS: dict[str, Pooling] = {"mean_tokens": "mean", "mean": "mean", "cls_token": "cls", "cls": "cls"}
 
 
 @dataclass(frozen=True)
@@ -36,25 +35,25 @@ class Embedder:
     sha256: str
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
-    pooling: Literal["mean", "cls"]
+    pooling: Pooling
     max_length: int
 
 
 def local_embedder() -> Embedder | None:
-    """The encoder in the directory that ``LCC_LENS_EMBEDDER`` names; None where it is not set.
+    """The encoder in the directory that ``LCC_LENS_EMBEDDER`` names; None if the variable is not set.
 
     Raises:
-        RequestError: the variable is set but leads to no encoder that loads.
+        RequestError: the directory holds no encoder that loads.
     """
-    named = os.environ.get(EMBEDDER_VARIABLE)
-    return load_embedder(Path(named).expanduser()) if named else None
+    path = os.environ.get(EMBEDDER_VARIABLE)
+    return load_embedder(Path(path).expanduser()) if path else None
 
 
 def load_embedder(path: Path) -> Embedder:
     """Load a local Hugging Face directory of an encoder (BERT, MPNet, XLM-RoBERTa, ...).
 
-    A directory saved by sentence-transformers may ask for mean or CLS pooling; without such a file the mean is taken.
-    Its other stages must be none or a normalisation, which :func:`embed_texts` always does.
+    The files of sentence-transformers choose mean or CLS pooling; without them it is the mean. Normalisation, which
+    :func:`embed_texts` always does, is the only other stage that they may name.
 
     Raises:
         RequestError: no safetensors, no tokenizer, no encoder, weights that do not fit, or another pooling.
@@ -62,12 +61,9 @@ def load_embedder(path: Path) -> Embedder:
     from safetensors import SafetensorError
     from transformers import AutoModel, AutoTokenizer
 
-    wanted = f"expected a sentence encoder in {path} ({EMBEDDER_VARIABLE})"
+    expected = f"expected a sentence encoder in {path} ({EMBEDDER_VARIABLE})"
     if not (path / "config.json").is_file():
-        raise RequestError(f"{wanted}, got no Hugging Face directory there; check the path")
-    if not any((path / name).is_file() for name in ("tokenizer.json", "vocab.txt", "vocab.json", *_PIECES)):
-        # transformers would build a tokenizer without words, to which all texts are equal
-        raise RequestError(f"{wanted}, got no tokenizer beside it; fetch the whole model")
+        raise RequestError(f"{expected}, got no Hugging Face directory there; check the path")
     pooling, sha256, device = _pooling(path), Checkpoint(path).sha256, default_device()
     offline = {"local_files_only": True, "trust_remote_code": False}
     try:
@@ -77,10 +73,10 @@ def load_embedder(path: Path) -> Embedder:
                 str(path), dtype=compute_dtype(device), use_safetensors=True, output_loading_info=True, **offline
             )
     except (OSError, ValueError, KeyError, SafetensorError, RuntimeError) as error:
-        raise RequestError(f"{wanted}, got none that loads ({str(error).strip().splitlines()[0][:200]})") from error
-    misfit = _misfit(model, len(tokenizer), report["missing_keys"])
-    if misfit:
-        raise RequestError(f"{wanted}, got {misfit}")
+        raise RequestError(f"{expected}, got none that loads ({first_line(error)})") from error
+    problem = _problem(model, tokenizer, report["missing_keys"])
+    if problem:
+        raise RequestError(f"{expected}, got {problem}")
     model = model.to(device).eval().requires_grad_(False)
     return Embedder(path.name, sha256, model, tokenizer, pooling, _max_length(path, model, tokenizer))
 
@@ -88,12 +84,12 @@ def load_embedder(path: Path) -> Embedder:
 def embed_texts(texts: Sequence[str], embedder: Embedder | None = None) -> Float[Tensor, "text d_embed"]:
     r"""Embed texts as unit vectors, whose products are cosines.
 
-    With token states $h_t$ of the last layer, mean pooling gives $e = \sum_t h_t / T$ over the $T$ tokens that are no
+    With token states $h_t$ of the last layer, mean pooling gives $e = \sum_t h_t / T$ over the $T$ tokens that are not
     padding, CLS pooling $e = h_1$; the result is $e / \lVert e \rVert$, in float32 on the CPU. A text without a token
     becomes zero.
 
     Args:
-        texts: any order; they run in batches of similar length and are cut at the encoder's longest input.
+        texts: in any order; each is cut at the encoder's longest input.
         embedder: the encoder; the one that ``LCC_LENS_EMBEDDER`` names if not given.
 
     Raises:
@@ -121,35 +117,35 @@ def _embed(embedder: Embedder, batch: Batch) -> Float[Tensor, "text d_embed"]:
     mask = batch.is_valid().to(device)
     with torch.inference_mode():
         states = embedder.model(input_ids=batch.tokens.to(device), attention_mask=mask.long()).last_hidden_state.float()
-        # The mask before the sum: a padding token's state is no one's business, even if it is not finite
+        # masked before the sum: a padding token's state may be NaN. The norm makes division by the count unnecessary
         pooled = states[:, 0] if embedder.pooling == "cls" else states.masked_fill(~mask[..., None], 0).sum(1)
-        # A unit vector does not care whether a sum was divided by its count
         return torch.nn.functional.normalize(pooled, dim=1).cpu()
 
 
-def _pooling(path: Path) -> Literal["mean", "cls"]:
-    """The pooling that sentence-transformers' files ask for; refuses what would change the embeddings unnoticed."""
-    stages = read_json(path / "modules.json") if (path / "modules.json").exists() else []
-    kinds = [str(stage["type"]).rpartition(".")[2] for stage in stages]
-    extra = [kind for kind in kinds if kind not in ("Transformer", "Pooling", "Normalize")]
-    file = path / "1_Pooling" / "config.json"
+def _pooling(path: Path) -> Pooling:
+    """The pooling that sentence-transformers' files ask for; any other stage would change the embeddings."""
+    file, modules = path / "1_Pooling" / "config.json", path / "modules.json"
     settings = read_json(file) if file.exists() else {"pooling_mode": "mean"}
-    named = settings.get("pooling_mode")  # newer versions name it, older ones hold a switch for each
-    flags = [key.removeprefix("pooling_mode_") for key, on in settings.items() if on is True and "pooling_mode_" in key]
-    modes = [named] if isinstance(named, str) else flags
-    if extra or len(modes) != 1 or modes[0] not in _POOLINGS:
+    stages = [stage["type"].rpartition(".")[2] for stage in (read_json(modules) if modules.exists() else [])]
+    modes = [settings.get("pooling_mode")]  # newer versions name it, older ones have a switch for each
+    if not isinstance(modes[0], str):
+        modes = [key.removeprefix("pooling_mode_") for key, on in settings.items() if on is True and "_mode_" in key]
+    others = [stage for stage in stages if stage not in ("Transformer", "Pooling", "Normalize")]
+    if others or len(modes) != 1 or modes[0] not in _POOLINGS:
         raise RequestError(
             f"expected mean or CLS pooling alone in {path} ({EMBEDDER_VARIABLE}), "
-            f"got {', '.join([*modes, *extra]) or 'none'}; name another encoder"
+            f"got {', '.join([*modes, *others]) or 'none'}; name another encoder"
         )
     return _POOLINGS[modes[0]]
 
 
-def _misfit(model: PreTrainedModel, n_tokens: int, missing_keys: Iterable[str]) -> str | None:
-    """What keeps a loaded model from embedding sentences, if anything does."""
-    config = model.config
+def _problem(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, missing_keys: Collection[str]) -> str | None:
+    """What keeps a loaded model from embedding sentences; None if nothing does."""
+    config, n_tokens = model.config, len(tokenizer)
     if config.is_encoder_decoder or any("CausalLM" in str(name) for name in config.architectures or ()):
         return f"a {config.model_type} that writes text; name an encoder such as BERT"
+    if not tokenizer.get_vocab().keys() - set(tokenizer.all_special_tokens):  # transformers' answer to absent files
+        return "no tokenizer beside it; fetch the whole model"
     missing = sorted(name for name in missing_keys if not name.startswith("pooler."))  # the pooler is not used
     if missing:
         return f"no weights for {missing[0]}; fetch the model again"
@@ -159,8 +155,8 @@ def _misfit(model: PreTrainedModel, n_tokens: int, missing_keys: Iterable[str]) 
 
 
 def _max_length(path: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
-    """The longest input in tokens; RoBERTa's positions begin at 2, so two less than there are is always safe."""
+    """The longest input in tokens; two less than the position table, since RoBERTa's positions begin at 2."""
     settings = path / "sentence_bert_config.json"
-    named = read_json(settings).get("max_seq_length") if settings.exists() else None
+    limit = read_json(settings).get("max_seq_length") if settings.exists() else None
     n_positions = int(getattr(model.config, "max_position_embeddings", 514))
-    return min(int(tokenizer.model_max_length), max(n_positions - 2, 1), int(named or n_positions))
+    return min(int(tokenizer.model_max_length), max(n_positions - 2, 1), int(limit or n_positions))

@@ -1,4 +1,4 @@
-"""A user's own ``.jsonl`` and ``.txt`` files: records told apart by their fields, refusals that name the line."""
+"""Read users' ``.jsonl`` and ``.txt`` files; the fields of the records decide how they read."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def is_data_file(name: str) -> bool:
 
 
 def read_file(path: Path) -> tuple[Kind, list[tuple[Record, Item | Example]], str]:
-    """A user's ``.jsonl`` or ``.txt`` file: its kind, its records with what they say, and its name.
+    """Read a ``.jsonl`` or ``.txt`` file: its kind, its records with their examples, and its name.
 
     Raises:
         RequestError: no such file, or a line that cannot be used; names the line.
@@ -38,7 +38,9 @@ def read_file(path: Path) -> tuple[Kind, list[tuple[Record, Item | Example]], st
         where = f"line {number} of {path}"
         missing = next((field for field in fields if field not in record), None)
         if missing:
-            raise RequestError(f"expected the same fields in every line of {path}, got {where} without {missing!r}")
+            raise RequestError(
+                f"expected the same fields in every line of {path}, got {where} without {missing!r}; add it"
+            )
         for field in ({*fields} | record.keys() & {"group"}) - {"wrong"}:
             if not isinstance(record[field], str):
                 raise RequestError(f"expected text in {field!r} on {where}, got {record[field]!r}; put it in quotes")
@@ -47,7 +49,7 @@ def read_file(path: Path) -> tuple[Kind, list[tuple[Record, Item | Example]], st
 
 
 def read_lines(path: Path) -> list[tuple[int, Record]]:
-    """The records of a JSONL file with their line numbers; blank lines are passed over.
+    """The records of a JSONL file with their line numbers; blank lines are skipped.
 
     Raises:
         RequestError: a line that is no JSON object; names the line.
@@ -59,9 +61,13 @@ def read_lines(path: Path) -> list[tuple[int, Record]]:
         try:
             record = json.loads(line)
         except json.JSONDecodeError as error:
-            raise RequestError(f"expected JSON on line {number} of {path}, got {line[:40]!r}; mend the line") from error
+            raise RequestError(
+                f"expected JSON on line {number} of {path}, got {line[:40]!r}; correct the line"
+            ) from error
         if not isinstance(record, dict):
-            raise RequestError(f"expected an object with fields on line {number} of {path}, got {line[:40]!r}; mend it")
+            raise RequestError(
+                f"expected an object with fields on line {number} of {path}, got {line[:40]!r}; correct it"
+            )
         records.append((number, record))
     return records
 
@@ -81,35 +87,37 @@ def read_text(path: Path) -> str:
 
 
 def _file_layout(record: Record, path: Path) -> tuple[tuple[str, ...], Kind, _Reader]:
-    """Tell a user's JSONL apart by the fields of its first record."""
+    """The layout of a JSONL file, from the fields of its first record."""
     for layout in _LAYOUTS:
         if {*layout[0]} <= record.keys():
             return layout
     raise RequestError(
         f"expected text, prompt + response, instruction + output, or question + right + wrong in {path}, "
-        f"got {', '.join(sorted(record)) or 'an empty record'}"
+        f"got {', '.join(sorted(record)) or 'an empty record'}; rename the fields"
     )
 
 
-def _own_text(record: Record, where: str) -> Example:
+def _text(record: Record, where: str) -> Example:
     return Example("", record["text"], str(record.get("group", record["text"])))
 
 
-def _own_response(record: Record, where: str) -> Example:
+def _response(record: Record, where: str) -> Example:
     return Example(record["prompt"], record["response"], str(record.get("group", record["prompt"])))
 
 
-def _own_instruction(record: Record, where: str) -> Item | Example:
+def _instruction(record: Record, where: str) -> Item | Example:
     if not isinstance(record.get("input") or "", str):
         raise RequestError(f"expected text in 'input' on {where}, got {record['input']!r}; put it in quotes")
     return read_alpaca(record)
 
 
-def _own_question(record: Record, where: str) -> Item:
-    """A question with its right answer and one wrong answer or a list of them."""
+def _question(record: Record, where: str) -> Item:
+    """A question with its right answer and one wrong answer or several."""
     wrongs = [record["wrong"]] if isinstance(record["wrong"], str) else record["wrong"]
     if not isinstance(wrongs, list) or not wrongs or not all(isinstance(wrong, str) for wrong in wrongs):
-        raise RequestError(f"expected an answer or a list of answers in 'wrong' on {where}, got {record['wrong']!r}")
+        raise RequestError(
+            f"expected an answer or a list of answers in 'wrong' on {where}, got {record['wrong']!r}; add one"
+        )
     for field, text in [("question", record["question"]), ("right", record["right"]), *(("wrong", w) for w in wrongs)]:
         if not text.strip():
             raise RequestError(f"expected some text in {field!r} on {where}, got {text!r}; fill it in or drop the line")
@@ -117,14 +125,14 @@ def _own_question(record: Record, where: str) -> Item:
     if len(distinct_wrongs(item)) < len(wrongs):
         raise RequestError(
             f"expected wrong answers that differ from the right one on {where}, got {item.right!r} for both; "
-            "mend or drop the line"
+            "correct or drop the line"
         )
     return item
 
 
 _LAYOUTS: tuple[tuple[tuple[str, ...], Kind, _Reader], ...] = (
-    (("question", "right", "wrong"), "contrastive", _own_question),
-    (("prompt", "response"), "instruction", _own_response),
-    (("instruction", "output"), "instruction", _own_instruction),
-    (("text",), "text", _own_text),
+    (("question", "right", "wrong"), "contrastive", _question),
+    (("prompt", "response"), "instruction", _response),
+    (("instruction", "output"), "instruction", _instruction),
+    (("text",), "text", _text),
 )
