@@ -127,8 +127,9 @@ def _pooling(path: Path) -> Pooling:
     file, modules = path / "1_Pooling" / "config.json", path / "modules.json"
     settings = read_json(file) if file.exists() else {"pooling_mode": "mean"}
     stages = [stage["type"].rpartition(".")[2] for stage in (read_json(modules) if modules.exists() else [])]
-    modes = [settings.get("pooling_mode")]  # newer versions name it, older ones have a switch for each
-    if not isinstance(modes[0], str):
+    mode = settings.get("pooling_mode")  # newer versions name it, older ones have a switch for each
+    modes = [mode] if isinstance(mode, str) else []
+    if not modes:
         modes = [key.removeprefix("pooling_mode_") for key, on in settings.items() if on is True and "_mode_" in key]
     others = [stage for stage in stages if stage not in ("Transformer", "Pooling", "Normalize")]
     if others or len(modes) != 1 or modes[0] not in _POOLINGS:
