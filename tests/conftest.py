@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import os
-import time
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -16,12 +16,18 @@ os.environ["LCC_LENS_DTYPE"] = "float32"  # laws are stated in float32 whatever 
 import pytest
 from support.tiny import PARAGRAPHS, QUESTIONS, build_model, save_model
 
+#: The test module that ran last.
+MODULE = pytest.StashKey[str]()
 
+
+@pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Begin no slow test after the moment that ``LCC_LENS_SLOW_UNTIL`` names, in seconds of the clock."""
-    until = os.environ.get("LCC_LENS_SLOW_UNTIL")
-    if until and item.get_closest_marker("slow") and time.time() > float(until):
-        pytest.skip("the time for slow tests is up")
+    """Leave what is imported by now out of later garbage collections, which would go through a million objects."""
+    name = item.nodeid.partition("::")[0]
+    if item.session.stash.get(MODULE, None) != name:
+        item.session.stash[MODULE] = name
+        gc.collect()
+        gc.freeze()
 
 
 @pytest.fixture(scope="session")

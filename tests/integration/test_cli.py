@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 from support.commands import call, refused
 from support.restorations import restoration_of
+from support.tiers import mostly_slow
 from support.tiny import build_model, save_model
 from transformers import AutoModelForCausalLM
 
@@ -65,6 +66,7 @@ def test_magnitude_and_pattern(tmp_path: Path, capsys: pytest.CaptureFixture[str
     refused(capsys, 2, message, "prune", model, tmp_path / "x", "--pattern", "2:4", "--sparsity", 0.3)
 
 
+@pytest.mark.slow
 def test_interrupted_restore_goes_on(
     dense_dir: Path, pruned_dir: Path, question_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -186,7 +188,7 @@ def test_text_is_scanned_and_trained_in_as_many_blocks_as_asked(
     assert (tmp_path / "run" / "log.jsonl").read_text().count("\n") == 2
 
 
-@pytest.mark.parametrize("method", ["offset", "mean-shift", "random-basis"])
+@pytest.mark.parametrize("method", mostly_slow(["offset", "mean-shift", "random-basis"], "mean-shift"))
 def test_controls_of_the_method_export_like_it(
     method: str, dense_dir: Path, pruned_dir: Path, question_file: Path, tmp_path: Path
 ) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.tiers import mostly_slow
 
 from lcc_lens.analysis.scan import passes
 from lcc_lens.analysis.scan import shards as scan_work
@@ -87,7 +88,9 @@ def files(run: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in sorted(run.iterdir())}
 
 
-@pytest.mark.parametrize(("settings", "chosen"), [(LAST, (0, 1)), (ALL, (0, 1, 2)), (LAST, (3, 4))])
+@pytest.mark.parametrize(
+    ("settings", "chosen"), mostly_slow([(LAST, (0, 1)), (ALL, (0, 1, 2)), (LAST, (3, 4))], (LAST, (0, 1)))
+)
 def test_processes_give_the_bits_of_one(
     pairs: list[Pair], data: Data, together: Together, tmp_path: Path, settings: dict[str, Any], chosen: tuple[int, ...]
 ) -> None:
@@ -115,7 +118,7 @@ def test_wide_spectra_agree_within_rounding(
     assert float(expected.max()) > 0.1
 
 
-@pytest.mark.parametrize("next_time", [1, 2, 3])
+@pytest.mark.parametrize("next_time", mostly_slow([1, 2, 3], 1))
 def test_ended_process_ends_all_and_finished_shards_stay(
     pairs: list[Pair], data: Data, together: Together, tmp_path: Path, next_time: int
 ) -> None:

@@ -60,6 +60,7 @@ def same_bits(first: Restoration, second: Restoration) -> bool:
     return tensors.keys() == others.keys() and all(torch.equal(tensors[name], others[name]) for name in tensors)
 
 
+@pytest.mark.slow
 def test_killed_process_loses_little_and_never_the_best(work: Path, unbroken: Restoration) -> None:
     with started("support.launched", str(work), "killed", "0", "ask") as process:
         assert process.stdin is not None

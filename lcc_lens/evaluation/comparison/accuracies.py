@@ -7,6 +7,8 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from lcc_lens.core.metrics import bootstrap_interval, share_recovered, stratified_interval
 
 Tasks = Mapping[str, Mapping[str, Any]]
@@ -120,4 +122,6 @@ def _gained(before: Sequence[Tasks], after: Sequence[Tasks], tasks: Sequence[str
 
 def _right(scores: Sequence[Mapping[str, Any]]) -> list[float]:
     """How often each item was right, over seeds."""
-    return [statistics.fmean(map(float, item)) for item in zip(*(score["items"] for score in scores), strict=True)]
+    items = np.array([np.frombuffer(score["items"].encode("ascii"), dtype=np.uint8) for score in scores])
+    right: list[float] = (items == ord("1")).mean(axis=0).tolist()
+    return right

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.tiers import mostly_slow
 
 from lcc_lens.analysis.scan import passes
 from lcc_lens.analysis.scan import shards as scan_work
@@ -99,7 +100,12 @@ def files(run: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in sorted(run.iterdir()) if file.is_file()}
 
 
-@pytest.mark.parametrize(("changes", "finished"), [({}, 1), ({}, 2), ({"positions": "all", "sites": SITES}, 3)])
+@pytest.mark.parametrize(
+    ("changes", "finished"),
+    mostly_slow(
+        [({}, 1), ({}, 2), ({"positions": "all", "sites": SITES}, 3)], ({"positions": "all", "sites": SITES}, 3)
+    ),
+)
 def test_interrupted_scan_goes_on_to_the_same_bits(
     pair: Pair, data: Data, done: Passes, tmp_path: Path, changes: dict[str, Any], finished: int
 ) -> None:
@@ -120,6 +126,7 @@ def test_interrupted_scan_goes_on_to_the_same_bits(
     assert again.record.n_examples == 14
 
 
+@pytest.mark.slow
 def test_scan_may_stop_many_times(pair: Pair, data: Data, whole: Path, done: Passes, tmp_path: Path) -> None:
     with pytest.raises(InterruptedRun):  # before anything is finished
         interrupted(1, lambda: scan(pair, data, **SETTINGS, run=tmp_path / "run"))
@@ -203,6 +210,7 @@ def test_without_a_run_no_temporary_folder_stays(
     assert not list(tmp_path.glob("lcc_lens_scan_*"))
 
 
+@pytest.mark.slow
 def test_one_model_at_a_time_gives_the_same_scan(pair: Pair, data: Data, one_model: Any, tmp_path: Path) -> None:
     single, loads = one_model
     wanted = {**SETTINGS, "sites": SITES, "display": 1, "selectors": ("probe", "interaction", "kl")}
@@ -214,7 +222,9 @@ def test_one_model_at_a_time_gives_the_same_scan(pair: Pair, data: Data, one_mod
     assert loads == ["dense", "pruned"] * 3  # checked against each other, scanned, shown token by token
 
 
-@pytest.mark.parametrize(("n_batches", "n_dense", "loaded"), [(6, 2, ["pruned"]), (12, 4, [])])
+@pytest.mark.parametrize(
+    ("n_batches", "n_dense", "loaded"), mostly_slow([(6, 2, ["pruned"]), (12, 4, [])], (6, 2, ["pruned"]))
+)
 def test_one_model_at_a_time_goes_on_in_either_phase(
     whole: Path, data: Data, done: Passes, one_model: Any, tmp_path: Path,
     n_batches: int, n_dense: int, loaded: list[str],

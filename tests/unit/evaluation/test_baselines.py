@@ -117,6 +117,7 @@ def test_what_acts_under_the_zero_pattern_costs_biases_at_most(pair, found) -> N
     assert both == {"n_added": pair.n_layers * (d_model + width + 2 * d_kv), "zeros_kept": 1.0}
 
 
+@pytest.mark.slow
 def test_lofit_finds_the_head_that_was_weakened(question_file: Path, tmp_path: Path) -> None:
     dense_dir, weak_dir = save_model(build_model(), tmp_path / "dense"), tmp_path / "weak"
     weak = build_model()

@@ -145,6 +145,7 @@ def test_tasks_are_scored_under_the_injection(
     assert found["cells"]["lofit | 0"]["n_trained"] == 3 * 6  # a fifth of the 15 heads, an offset of d_head each
 
 
+@pytest.mark.slow
 def test_lofit_chooses_its_heads_once(
     dense_dir: Path, pruned_dir: Path, config: CompareConfig, scored: CompareConfig, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -166,6 +167,7 @@ def test_lofit_chooses_its_heads_once(
         assert json.loads((tmp_path / "trained" / "lofit_0.json").read_text())["heads"] == heads["heads"]
 
 
+@pytest.mark.slow
 def test_tasks_asked_later_are_measured_of_what_was_trained(
     dense_dir: Path, pruned_dir: Path, config: CompareConfig, scored: CompareConfig, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -189,6 +191,7 @@ def test_tasks_asked_later_are_measured_of_what_was_trained(
         compare(dense_dir, pruned_dir, tmp_path / "run", entries, config=other)
 
 
+@pytest.mark.slow
 def test_tasks_asked_of_new_lines_are_measured_of_the_bare_models_too(
     dense_dir: Path, pruned_dir: Path, config: CompareConfig, scored: CompareConfig, tmp_path: Path
 ) -> None:
@@ -199,6 +202,7 @@ def test_tasks_asked_of_new_lines_are_measured_of_the_bare_models_too(
     assert new["tasks"]["arc_easy"]["n"] == len(found["bare"]["dense"]["tasks"]["arc_easy"]["items"]) == 5
 
 
+@pytest.mark.slow
 def test_a_lost_training_is_measured_whole_again(
     dense_dir: Path, pruned_dir: Path, config: CompareConfig, scored: CompareConfig, tmp_path: Path
 ) -> None:
@@ -223,6 +227,7 @@ def test_a_task_that_is_trained_on_cannot_be_added(
         compare(dense_dir, pruned_dir, tmp_path, ["norms"], seeds=1, config=trained_on)
 
 
+@pytest.mark.slow
 def test_numbers_of_another_training_are_not_taken(
     dense_dir: Path, pruned_dir: Path, config: CompareConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -242,6 +247,7 @@ def test_numbers_of_another_training_are_not_taken(
         compare(dense_dir, pruned_dir, tmp_path, ["norms"], seeds=1, config=longer, out=tmp_path / "last.json")
 
 
+@pytest.mark.slow
 def test_a_tuned_rate_is_the_range_test_s_best_and_kept(
     dense_dir: Path, pruned_dir: Path, config: CompareConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -258,6 +264,7 @@ def test_a_tuned_rate_is_the_range_test_s_best_and_kept(
     assert again["cells"]["norms=tuned | 0"] == found
 
 
+@pytest.mark.slow
 def test_closed_forms_and_cheap_baselines(
     dense_dir: Path, pruned_dir: Path, config: CompareConfig, tmp_path: Path
 ) -> None:
@@ -288,6 +295,7 @@ def test_closed_forms_and_cheap_baselines(
     assert set(found["inference"]) == {"pruned", "biases", "mlp biases", "all biases", "eora"}
 
 
+@pytest.mark.slow
 def test_refit_and_what_is_trained_upon_it(
     dense_dir: Path, pruned_dir: Path, config: CompareConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -330,6 +338,7 @@ def test_an_interruption_ends_the_comparison_and_keeps_cells(
     assert [(row["entry"], row["seeds"]) for row in kept["summary"]] == [("low-rank", 1)]
 
 
+@pytest.mark.slow
 def test_a_folder_of_another_pair_is_refused(
     dense_dir: Path, pruned_dir: Path, config: CompareConfig, tmp_path: Path
 ) -> None:
@@ -355,6 +364,7 @@ def test_measures_agree_with_the_losses_one_by_one(pair, question_file: Path) ->
     assert weighted == pytest.approx(0.25 * both["response"] + 0.5 * kl)
 
 
+@pytest.mark.slow
 def test_dense_control_of_a_sliced_model_is_reported(text_file: Path, config: CompareConfig, tmp_path: Path) -> None:
     dense_dir = save_model(build_model(num_key_value_heads=5), tmp_path / "dense")
     prune(dense_dir, tmp_path / "sliced", method="slimgpt", sparsity=0.5, sliced=True, calibration=str(text_file),
@@ -363,6 +373,7 @@ def test_dense_control_of_a_sliced_model_is_reported(text_file: Path, config: Co
     assert "expected models with the same heads for lcc@dense" in found["cells"]["lcc@dense | 0"]["error"]
 
 
+@pytest.mark.slow
 def test_random_heads_are_others_and_want_a_choice(
     dense_dir: Path, pruned_dir: Path, config: CompareConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -383,6 +394,7 @@ def test_random_heads_are_others_and_want_a_choice(
     assert first not in (random_0, random_1)
 
 
+@pytest.mark.slow
 def test_processes_share_a_comparison(
     dense_dir: Path, pruned_dir: Path, config: CompareConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -448,6 +460,7 @@ def test_parts_that_are_not_there_are_refused(dense_dir: Path, pruned_dir: Path,
         compare(dense_dir, pruned_dir, tmp_path, ["lcc"], part=part)
 
 
+@pytest.mark.slow
 def test_a_control_on_the_dense_model_is_held_to_the_dense_model_as_it_was(
     dense_dir: Path, pruned_dir: Path, config: CompareConfig, tmp_path: Path
 ) -> None:

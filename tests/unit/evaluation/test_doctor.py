@@ -59,6 +59,7 @@ def test_model_that_cannot_be_used_is_a_finding(tmp_path: Path) -> None:
     assert "check the path" in absent.model[0].advice
 
 
+@pytest.mark.slow
 def test_removed_heads_are_counted(tmp_path: Path) -> None:
     model = build_model()
     model.model.layers[1].self_attn.o_proj.weight.data[:, 6:12] = 0
@@ -78,6 +79,7 @@ def test_machine_is_told_what_would_be_faster(dense_dir: Path, monkeypatch: pyte
     assert found["LoRA and DoRA"].advice == "pip install 'lcc-lens[baselines]'"
 
 
+@pytest.mark.slow
 def test_doctor_asks_what_the_export_asks(tmp_path: Path) -> None:
     directory = save_family("gptj", tmp_path / "gptj")
     projections = tuple(f"transformer.h.{layer}.attn.out_proj" for layer in range(3))

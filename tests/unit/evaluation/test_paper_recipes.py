@@ -103,6 +103,7 @@ def test_every_recipe_runs_on_a_tiny_model(
     assert table.splitlines()[0] in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_and_belongs_to_its_recipe(
     tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

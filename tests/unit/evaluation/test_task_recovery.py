@@ -97,6 +97,7 @@ def test_requests_that_contradict_a_task_are_refused(
     refused(capsys, 2, "expected a scan of rte in", "restore", *pair, *rte)
 
 
+@pytest.mark.slow
 def test_the_best_method_recovers_a_task_too(
     sets: Path, text_file: Path, dense_dir: Path, pruned_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

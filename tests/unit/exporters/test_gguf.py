@@ -18,6 +18,7 @@ from support.conformance import HEADS
 from support.gguf_writing import Tensors, write_gguf
 from support.places import TESTS
 from support.restorations import restoration_of
+from support.tiers import mostly_slow
 from support.tiny import build_model, save_model
 
 from lcc_lens.core.checkpoint import Checkpoint
@@ -62,7 +63,10 @@ def clone(tmp_path: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(("dtype", "number_format"), [(None, "f32"), (torch.bfloat16, "bf16"), (torch.float16, "f16")])
+@pytest.mark.parametrize(
+    ("dtype", "number_format"),
+    mostly_slow([(None, "f32"), (torch.bfloat16, "bf16"), (torch.float16, "f16")], (torch.bfloat16, "bf16")),
+)
 def test_a_file_holds_every_number(
     pruned: Path, clone: Path, tmp_path: Path, dtype: torch.dtype | None, number_format: str
 ) -> None:
@@ -235,6 +239,7 @@ def test_refusals_come_before_anything_is_written(
     assert export_gguf(exported, file, overwrite=True).n_tensors == 42
 
 
+@pytest.mark.slow
 def test_export_writes_both(pruned: Path, clone: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     work, out, file = tmp_path / "run", tmp_path / "out", tmp_path / "restored.gguf"
     restoration_of(pruned, HEADS).save(work)

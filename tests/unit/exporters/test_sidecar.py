@@ -9,6 +9,7 @@ import pytest
 import torch
 from support.conformance import assert_equal, logits_of, save_family
 from support.restorations import TOKENS, mlp_alone, restoration_of, with_mlp
+from support.tiers import mostly_slow
 from support.tiny import D_MODEL, build_model, save_model
 
 import lcc_lens as lcc
@@ -45,7 +46,7 @@ def test_changed_weights_and_constants_act_together(family: str, tmp_path: Path)
     assert_equal(lcc.load_restored(pruned, restoration), logits_of(pair, restoration))
 
 
-@pytest.mark.parametrize("family", ["mpt", "gpt2", "phi3", "gemma2"])
+@pytest.mark.parametrize("family", mostly_slow(["mpt", "gpt2", "phi3", "gemma2"], "gpt2", "gemma2"))
 def test_constants_at_the_mlp_pass_through_its_changed_weight(family: str, tmp_path: Path) -> None:
     pruned = save_family(family, tmp_path / "pruned")
     pair = load_pair(pruned, pruned)

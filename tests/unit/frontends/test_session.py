@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.tiers import mostly_slow
 from support.tiny import D_HEAD, N_HEADS, N_LAYERS
 
 import lcc_lens as lcc
@@ -174,7 +175,9 @@ def test_undo_and_redo_bring_back_every_bit(session: RestoreSession) -> None:
         session.redo()
 
 
-@pytest.mark.parametrize("method", ["lcc", "lcc+low-rank", "offset+gain", "norms", "mean-shift"])
+@pytest.mark.parametrize(
+    "method", mostly_slow(["lcc", "lcc+low-rank", "offset+gain", "norms", "mean-shift"], "lcc+low-rank")
+)
 def test_history_is_code_that_repeats_the_session(pair, found: Scan, data, method: str) -> None:
     settings = {"method": method, "batch_size": 4, "objective": Objective(1.0, 1.0), "low_rank": 2}
     session = RestoreSession(pair, found, data, **settings)
@@ -278,7 +281,7 @@ def test_the_dense_and_the_pruned_model_are_asked_once(session: RestoreSession, 
     hook.remove()
 
 
-@pytest.mark.parametrize("method", ["lcc", "lcc+low-rank"])
+@pytest.mark.parametrize("method", mostly_slow(["lcc", "lcc+low-rank"], "lcc+low-rank"))
 def test_export_and_save_are_what_the_session_computes(pair, found: Scan, data, tmp_path: Path, method: str) -> None:
     session = RestoreSession(pair, found, data, batch_size=4, method=method)
     session.choose("mse", share=0.5)

@@ -358,6 +358,7 @@ def test_the_browser_side_fetches_nothing_and_stays_in_its_place() -> None:
     assert "@import" not in style()
 
 
+@pytest.mark.slow
 def test_without_anywidget_the_widget_is_refused_in_one_line() -> None:
     code = (
         "import sys; sys.modules['anywidget'] = None\n"

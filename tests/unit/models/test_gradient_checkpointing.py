@@ -9,6 +9,7 @@ import pytest
 import torch
 from support.families import FAMILIES
 from support.passes import passes
+from support.tiers import mostly_slow
 from support.tiny import N_LAYERS, save_model
 
 from lcc_lens.core.heads import Head
@@ -91,7 +92,7 @@ def test_layers_left_out_stay_out(pair, found, question_file: Path, monkeypatch:
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
 
-@pytest.mark.parametrize("family", sorted(FAMILIES))
+@pytest.mark.parametrize("family", mostly_slow(sorted(FAMILIES), "llama", "gpt2", "gemma2"))
 def test_every_family_gives_the_same_gradients(family: str, tmp_path: Path) -> None:
     """Some have dropout in training mode, which must stay off."""
     model = load_hooked(save_model(FAMILIES[family](), tmp_path / family), dtype=torch.float32).model
@@ -107,7 +108,7 @@ def test_every_family_gives_the_same_gradients(family: str, tmp_path: Path) -> N
         assert torch.allclose(a, b, rtol=1e-5, atol=1e-6 * size)
 
 
-@pytest.mark.parametrize("reuse", [False, True])
+@pytest.mark.parametrize("reuse", mostly_slow([False, True], True))
 def test_training_is_the_same_bits(pair, found, question_file: Path, monkeypatch, reuse: bool) -> None:
     sequences = encode(load_data(str(question_file)), pair.tokenizer)
     config = TrainConfig(batch_size=4, validate_every=3, objective=Objective(1.0, 1.0), reuse=reuse)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from support.conformance import save_family
 from support.restorations import restoration_of
+from support.tiers import mostly_slow
 from torch import nn
 
 from lcc_lens.analysis.scan.scan import Scan, scan
@@ -143,7 +144,10 @@ def test_scan_from_disk_gives_the_same_bits(pair: Pair, data: Data, streamed: Sc
     assert float(streamed.relative_loss.max()) > 0.1
 
 
-@pytest.mark.parametrize(("method", "checkpoint_layers"), [("mean-shift", False), ("lcc", False), ("lcc", True)])
+@pytest.mark.parametrize(
+    ("method", "checkpoint_layers"),
+    mostly_slow([("mean-shift", False), ("lcc", False), ("lcc", True)], ("mean-shift", False)),
+)
 def test_restoration_one_model_at_a_time_is_the_same(
     pair: Pair, on_disk: Pair, data: Data, streamed: Scan, tmp_path: Path, method: str, checkpoint_layers: bool
 ) -> None:
@@ -181,6 +185,7 @@ def test_export_from_disk_holds_one_model(pruned_dir: Path, tmp_path: Path, monk
     assert whole.read_bytes() == streamed.read_bytes()
 
 
+@pytest.mark.slow
 def test_whole_method_from_the_command_line(
     dense_dir: Path, text_file: Path, question_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

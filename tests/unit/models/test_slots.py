@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 from support.conformance import assert_equal, logits_of, save_family
 from support.restorations import TOKENS, mlp_alone, restoration_of, with_mlp
+from support.tiers import mostly_slow
 from support.tiny import build_model, save_model, tiny_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, GemmaConfig, Qwen2Config
 
@@ -75,7 +76,7 @@ ROPES = {
 }
 
 
-@pytest.mark.parametrize("rope", ROPES)
+@pytest.mark.parametrize("rope", mostly_slow(ROPES, "yarn"))
 def test_retyped_model_keeps_rope_norm_and_tied_embeddings(rope: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     config = Qwen2Config(
@@ -109,6 +110,7 @@ def test_local_attention_acts_after_retyping(tmp_path: Path) -> None:
         assert float((everywhere(TOKENS).logits - reloaded(tmp_path / "out")(TOKENS).logits).abs().max()) > 0.1
 
 
+@pytest.mark.slow
 def test_fused_maps_are_split_and_may_be_changed(tmp_path: Path) -> None:
     pruned = save_family("phi3", tmp_path / "pruned")
     name = "model.layers.1.self_attn.o_proj"
@@ -203,7 +205,7 @@ MLP_WAYS = {
 }
 
 
-@pytest.mark.parametrize("family", MLP_WAYS)
+@pytest.mark.parametrize("family", mostly_slow(MLP_WAYS, "llama", "cohere", "qwen2", "gemma2"))
 def test_constants_at_the_mlp_are_stored_alone_and_beside_those_of_heads(family: str, tmp_path: Path) -> None:
     pruned = save_family(family, tmp_path / "pruned")
     maps = projection_names(load_hooked(pruned).model, "mlp")
@@ -219,6 +221,7 @@ def test_constants_at_the_mlp_are_stored_alone_and_beside_those_of_heads(family:
     check_export(pruned, both, tmp_path / "both")
 
 
+@pytest.mark.slow
 def test_both_sites_share_a_bias_where_blocks_are_parallel(tmp_path: Path) -> None:
     pruned = save_family("gptj", tmp_path / "pruned")
     constants = restoration_of(pruned, heads=[Head(2, 3)])

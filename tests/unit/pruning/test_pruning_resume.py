@@ -153,6 +153,7 @@ t.run(Path({dense!r}), Path({out!r}), "sparsegpt")
 """
 
 
+@pytest.mark.slow
 def test_a_killed_process_loses_one_layer_at_most(dense: Path, tmp_path: Path) -> None:
     run(dense, tmp_path / "whole", "sparsegpt")
     code = KILLED.format(paths=[str(Path(__file__).parent), str(TESTS)], dense=str(dense), out=str(tmp_path / "out"))

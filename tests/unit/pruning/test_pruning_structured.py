@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from support.tiers import mostly_slow
 from support.tiny import build_model, save_model
 from torch import Tensor
 from transformers import (
@@ -245,7 +246,7 @@ def structured(grouped_dense: Path, tmp_path_factory: pytest.TempPathFactory) ->
     return folder
 
 
-@pytest.mark.parametrize("kind", ["zeroed", "sliced"])
+@pytest.mark.parametrize("kind", mostly_slow(["zeroed", "sliced"], "sliced"))
 def test_scan_restore_and_export_follow_the_head_map(
     kind: str, grouped_dense: Path, structured: Callable[[str], Path], question_file: Path, tmp_path: Path
 ) -> None:
@@ -277,6 +278,7 @@ def test_scan_restore_and_export_follow_the_head_map(
     assert again.record.dense_heads == found.record.dense_heads
 
 
+@pytest.mark.slow
 def test_a_sliced_head_is_compared_with_its_own_dense_head(
     grouped_dense: Path, structured: Callable[[str], Path], question_file: Path
 ) -> None:
@@ -301,6 +303,7 @@ def test_a_removed_head_cannot_be_chosen(
         restore(pair, found, [gone], load_data(str(question_file)))
 
 
+@pytest.mark.slow
 def test_a_sliced_model_without_its_head_map(
     grouped_dense: Path, structured: Callable[[str], Path], tmp_path: Path
 ) -> None:

@@ -48,6 +48,7 @@ def test_rates_share_one_validation_of_their_start(pair, question_file: Path, mo
     assert len(set(found.losses)) == 3
 
 
+@pytest.mark.slow
 def test_resumed_run_takes_its_beginning_from_the_folder(
     pair, question_file: Path, tmp_path: Path, monkeypatch
 ) -> None:

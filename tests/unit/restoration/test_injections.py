@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support.families import FAMILIES
+from support.tiers import mostly_slow
 from support.tiny import build_model, save_model
 
 from lcc_lens.analysis.scan.scan import Scan
@@ -125,7 +126,9 @@ def test_parts_act_together(pair, found: Scan) -> None:
     assert all(float((results[0] - other).abs().max()) > 1e-4 for other in results[1:])
 
 
-@pytest.mark.parametrize("method", [*WEIGHT_METHODS, "lcc+low-rank", "offset+gain"])
+@pytest.mark.parametrize(
+    "method", mostly_slow([*WEIGHT_METHODS, "lcc+low-rank", "offset+gain"], "norms", "lcc+low-rank")
+)
 def test_restore_save_export(pair, found: Scan, question_file: Path, pruned_dir: Path, tmp_path: Path, method) -> None:
     data, heads = load_data(str(question_file)), found.select("mse", share=0.5)
     config = TrainConfig(batch_size=4, validate_every=2)
@@ -266,6 +269,7 @@ def test_patience_ends_a_run_without_progress(pair, question_file: Path) -> None
     assert steps[-1].n_steps > 2
 
 
+@pytest.mark.slow
 def test_learning_rate_by_range_test(pair, question_file: Path, tmp_path: Path) -> None:
     data = load_data(str(question_file))
     config = TrainConfig(batch_size=2, epochs=2, validate_every=1)
@@ -294,7 +298,9 @@ def test_range_test_leaves_the_injection_and_counts_divergence(pair, question_fi
 
 
 @pytest.mark.parametrize("method", ["low-rank", "norms"])
-@pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "gemma2", "mistral", "phi", "opt"])
+@pytest.mark.parametrize(
+    "family", mostly_slow(["gpt2", "gpt_neox", "gemma2", "mistral", "phi", "opt"], "gpt2", "gemma2")
+)
 def test_families_fold_or_refuse(family: str, method: str, tmp_path: Path) -> None:
     """An export compares itself with the hooked model; what hooks compute from copies is refused before."""
     path = save_model(FAMILIES[family](), tmp_path / "model")

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support.families import FAMILIES
+from support.tiers import mostly_slow
 from support.tiny import D_MODEL, N_LAYERS, build_model, save_model
 
 from lcc_lens.analysis import statistics
@@ -154,7 +155,10 @@ def test_gain_scales_the_activation(pair) -> None:
         assert not torch.allclose(pair.pruned(TOKENS), pair.dense(TOKENS), atol=1e-2)
 
 
-@pytest.mark.parametrize("method", [*TRAINED, "mlp-mean-shift", "lcc+mlp-lcc", "mlp-offset+mlp-gain+low-rank"])
+@pytest.mark.parametrize(
+    "method",
+    mostly_slow([*TRAINED, "mlp-mean-shift", "lcc+mlp-lcc", "mlp-offset+mlp-gain+low-rank"], "mlp-gain", "lcc+mlp-lcc"),
+)
 def test_restore_save_export(
     pair, wide: Scan, question_file: Path, pruned_dir: Path, tmp_path: Path, method: str
 ) -> None:
@@ -189,7 +193,7 @@ def test_restore_save_export(
     )
 
 
-@pytest.mark.parametrize("family", CARRY)
+@pytest.mark.parametrize("family", mostly_slow(CARRY, "gpt2", "gemma2"))
 def test_families_fold_or_refuse_before_training(family: str, question_file: Path, text_file: Path, tmp_path) -> None:
     dense = save_model(FAMILIES[family](), tmp_path / "dense")
     prune(dense, tmp_path / "pruned", method="magnitude")

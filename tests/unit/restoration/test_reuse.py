@@ -10,6 +10,7 @@ import pytest
 import torch
 from support.families import FAMILIES
 from support.passes import passes
+from support.tiers import mostly_slow
 from support.tiny import save_model
 
 from lcc_lens.core.heads import Head
@@ -33,7 +34,7 @@ from lcc_lens.restoration.training.reuse import (
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("family", sorted(FAMILIES))
+@pytest.mark.parametrize("family", mostly_slow(sorted(FAMILIES), "llama", "gpt2", "gemma3", "phi"))
 def test_every_family_starts_later_or_runs_as_a_whole(family: str, tmp_path: Path) -> None:
     model = load_hooked(save_model(FAMILIES[family](), tmp_path / family), dtype=torch.float32).model
     tokens = torch.arange(1, 25).reshape(2, 12)
@@ -148,6 +149,7 @@ def test_full_disk_is_no_failure(monkeypatch: pytest.MonkeyPatch, caplog) -> Non
     assert caplog.text.count("nothing more is kept on disk (No space left on device)") == 1
 
 
+@pytest.mark.slow
 def test_resumed_training_with_reuse_gives_the_same_bits(pair, found, question_file: Path, tmp_path: Path) -> None:
     sequences = encode(load_data(str(question_file)), pair.tokenizer)
     config = TrainConfig(batch_size=4, epochs=2, validate_every=3, checkpoint_every=1, reuse=True)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from support.families import FAMILIES
+from support.tiers import mostly_slow
 from support.tiny import D_HEAD, N_HEADS, N_LAYERS, save_model
 
 from lcc_lens.analysis.scan.scan import Scan, scan
@@ -116,7 +117,7 @@ def test_afterwards_every_mended_mean_is_the_dense_one(pair, sequences) -> None:
     assert float(untouched.abs().max()) > 0.05
 
 
-@pytest.mark.parametrize("family", ["gpt2", "gemma2", "opt", "mistral", "gpt_neox"])
+@pytest.mark.parametrize("family", mostly_slow(["gpt2", "gemma2", "opt", "mistral", "gpt_neox"], "gpt2", "gemma2"))
 def test_families_walk(family: str, tmp_path: Path) -> None:
     """Layers alone give what a whole pass gives, also where layers have masks of different kinds."""
     dense = save_model(FAMILIES[family](), tmp_path / "dense")
@@ -146,7 +147,9 @@ def test_a_model_that_cannot_walk_runs_whole(pair, monkeypatch: pytest.MonkeyPat
     assert not layerwise._walks(pair.pruned)
 
 
-@pytest.mark.parametrize("method", ["mean-shift-sequential", "mean-shift-sequential-mlp"])
+@pytest.mark.parametrize(
+    "method", mostly_slow(["mean-shift-sequential", "mean-shift-sequential-mlp"], "mean-shift-sequential-mlp")
+)
 def test_restore_and_export(
     pair, found: Scan, question_file: Path, pruned_dir: Path, tmp_path: Path, method: str
 ) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from support.tiers import mostly_slow
 from support.tiny import D_HEAD, N_HEADS, N_LAYERS, build_model, save_model
 
 from lcc_lens.analysis.scan.scan import Scan, scan
@@ -316,7 +317,7 @@ def test_rank_outside_the_head_is_refused(found: Scan, rank: int) -> None:
         LccInjection(found.components, [Head(0, 0)], rank=rank)
 
 
-@pytest.mark.parametrize("method", ["offset", "random-basis"])
+@pytest.mark.parametrize("method", mostly_slow(["offset", "random-basis"], "random-basis"))
 def test_controls_are_trained_and_resumed_like_the_method(
     pair, found: Scan, question_file: Path, tmp_path: Path, method: str
 ) -> None:

@@ -1,0 +1,18 @@
+"""Cases that run every time, and those that repeat them in another way and run with the slow tests."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import pytest
+
+
+def mostly_slow(cases: Iterable[Any], *fast: Any) -> list[Any]:
+    """Cases of a parametrised test, all but the ``fast`` ones marked slow; a tuple is a case of several arguments."""
+    cases = list(cases)
+    assert all(case in cases for case in fast), fast
+    return [
+        case if case in fast else pytest.param(*(case if isinstance(case, tuple) else (case,)), marks=pytest.mark.slow)
+        for case in cases
+    ]
