@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import ast
+import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
-import nbformat
 import pytest
-from nbclient import NotebookClient
 from support.places import ROOT
 
 import lcc_lens
@@ -42,7 +43,7 @@ DRAWN = {
 }
 
 
-def code_of(notebook: nbformat.NotebookNode) -> str:
+def code_of(notebook: Any) -> str:
     return "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "code")
 
 
@@ -52,7 +53,9 @@ def test_there_are_notebooks() -> None:
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_notebook_asks_answers_and_uses_public_names_only(path: Path) -> None:
-    notebook = nbformat.read(path, as_version=4)
+    notebook = json.loads(path.read_text(), object_hook=lambda values: SimpleNamespace(**values))
+    for cell in notebook.cells:
+        cell.source = "".join(cell.source)
     first = notebook.cells[0].source
     assert first.startswith("# ")
     assert first.splitlines()[0].endswith("?")
@@ -72,18 +75,14 @@ def test_notebook_asks_answers_and_uses_public_names_only(path: Path) -> None:
     assert all(cell.outputs or cell.execution_count for cell in executed), "outputs are kept for readers"
 
 
-#: Two run with the quick tests, the longer ones with the slow tier.
-LONG = ("02_inside_a_lost_component", "03_restore_and_export", "04_does_it_really_restore")
-
-
-@pytest.mark.parametrize(
-    "path",
-    [pytest.param(path, marks=pytest.mark.slow if path.stem in LONG else ()) for path in NOTEBOOKS],
-    ids=lambda path: path.stem,
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_notebook_runs_on_the_tiny_model(
     path: Path, tmp_path: Path, dense_dir: Path, question_file: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    import nbformat  # takes seconds to import
+    from nbclient import NotebookClient
+
     notebook = nbformat.read(path, as_version=4)
     replacements = {
         'MODEL = "smollm2"': f'MODEL = "{dense_dir}"',

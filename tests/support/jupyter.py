@@ -14,7 +14,6 @@ from pathlib import Path
 from queue import Queue
 from typing import Any
 
-import nbformat
 import pytest
 from support.places import ROOT
 
@@ -24,6 +23,8 @@ _PATIENCE = 90
 
 def write_notebook(path: Path, cells: Sequence[str]) -> None:
     """A notebook of code cells for this Python."""
+    import nbformat  # takes seconds to import
+
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
     notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
     nbformat.write(notebook, path)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from support.pairs import FAMILIES, encoded
+from support.tiers import mostly_slow
 from support.tiny import N_HEADS, N_LAYERS
 from torch import Tensor
 
@@ -57,7 +58,7 @@ def plain_effect(pair: Pair, sequence: TokenSequence, layer: int, head: int, pos
 
 
 @pytest.mark.parametrize("positions", ["all", "response"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", mostly_slow(FAMILIES, "gpt2", "gemma2"))
 def test_patching_is_one_plain_run_per_head_and_example(families, family: str, positions: str) -> None:
     pair = families(family)
     sequences = encoded(pair, 3)

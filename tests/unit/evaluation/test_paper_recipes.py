@@ -59,12 +59,12 @@ def test_recipe_states_the_papers_job(path: Path) -> None:
     assert {entry for entry in figures if entry and entry.startswith("refit")} <= {BEST_ENTRY}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("path", "n_data"),
     [
-        # one runs with the quick tests; the others take as long again, each
-        *(pytest.param(p, 1, marks=() if "60" in p.stem else pytest.mark.slow) for p in RECIPES if "tasks" in p.stem),
-        *(pytest.param(p, None, marks=pytest.mark.slow) for p in RECIPES),
+        *((path, 1) for path in RECIPES if "tasks" in path.stem),
+        *((path, None) for path in RECIPES),
     ],
     ids=lambda value: value.stem if isinstance(value, Path) else f"first {value}" if value else "all",
 )
