@@ -10,7 +10,8 @@ from typing import ParamSpec, TypeVar
 
 import torch
 
-_P, _R = ParamSpec("_P"), TypeVar("_R")
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 
 
 def perplexity(nll: float, n_tokens: int) -> float:
