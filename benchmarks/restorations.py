@@ -35,12 +35,14 @@ from lcc_lens.core.files import locked, read_json, write_json
 from lcc_lens.evaluation.comparison.compare import MEASURES, compare, read_part
 from lcc_lens.evaluation.comparison.config import CompareConfig
 from lcc_lens.evaluation.comparison.entry import Entry
-from lcc_lens.evaluation.comparison.runner import Bench
+from lcc_lens.evaluation.comparison.runner import Runner
 from lcc_lens.evaluation.task_recovery import RECOVERY_TASKS, TASK_EPOCHS, TASK_EXAMPLES
 from lcc_lens.pruning.jobs import prune, refit
-from lcc_lens.restoration.best import BEST_ENTRY, BEST_METHOD, BEST_OBJECTIVE, REFITTED
+from lcc_lens.restoration.best import BEST_ENTRY
+from lcc_lens.restoration.refitted import REFITTED
 
 HERE, DENSE = Path(__file__).parent, "smollm2"
+BEST_METHOD, BEST_OBJECTIVE = "low-rank", "text+distillation"
 MODELS: dict[str, dict[str, Any]] = {
     "wanda50": {"sparsity": 0.5},
     "wanda24": {"pattern": "2:4"},
@@ -191,9 +193,9 @@ def time_best(folder: Path, name: str, n_steps: int = 12) -> None:
     """Seconds of the refit and of training steps of LoRA and of ``best``, with nothing else at work."""
     with locked(folder, f"{name} alone"):
         pruned, refitting = prepared(folder, name, needs_refit=True)
-        bench = Bench(DENSE, pruned, folder / name, CompareConfig(speed_rounds=0))
+        runner = Runner(DENSE, pruned, folder / name, CompareConfig(speed_rounds=0))
         steps = {
-            entry: [step.seconds for step in itertools.islice(bench.steps(Entry.parse(entry), seed=0), n_steps)]
+            entry: [step.seconds for step in itertools.islice(runner.steps(Entry.parse(entry), seed=0), n_steps)]
             for entry in ("lora", BEST_ENTRY)
         }
         found = {

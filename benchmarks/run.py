@@ -44,7 +44,7 @@ from lcc_lens.pruning.jobs import prune
 from lcc_lens.restoration.injections.base import Injection
 from lcc_lens.restoration.injections.constants import LccInjection
 from lcc_lens.restoration.injections.ingredients import Ingredients
-from lcc_lens.restoration.injections.methods import build_injection
+from lcc_lens.restoration.injections.spec import MethodSpec
 from lcc_lens.restoration.result import Restoration, RestorationRecord
 from lcc_lens.restoration.training.loop import TrainConfig, TrainingState, optimise
 
@@ -95,7 +95,7 @@ def training_steps(pair: Pair, found: Scan) -> dict[str, Callable[[], object]]:
         state = TrainingState(injection, config, n_sequences=len(sequences), identity="")
         return lambda: optimise(pair.pruned, injection, state, sequences, None)
 
-    own = {method: step(build_injection(method, given)) for method in STEPS}
+    own = {method: step(MethodSpec.parse(method).build(given)) for method in STEPS}
     return {"bare": bare, "lora": step(adapters(pair.pruned)), **own}
 
 

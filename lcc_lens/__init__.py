@@ -95,7 +95,11 @@ if TYPE_CHECKING:
     from lcc_lens.restoration.injections.constants import LccInjection as LccInjection
     from lcc_lens.restoration.injections.constants import MeanShift as MeanShift
     from lcc_lens.restoration.injections.constants import OffsetInjection as OffsetInjection
+    from lcc_lens.restoration.injections.methods import Method as Method
+    from lcc_lens.restoration.injections.methods import Preset as Preset
+    from lcc_lens.restoration.injections.methods import register_method as register_method
     from lcc_lens.restoration.injections.weights import WeightInjection as WeightInjection
+    from lcc_lens.restoration.jobs import restore_models as restore_models
     from lcc_lens.restoration.restore import restore as restore
     from lcc_lens.restoration.result import Restoration as Restoration
     from lcc_lens.restoration.training.loop import Step as Step

@@ -23,6 +23,8 @@ class Registry(Mapping[str, T], Generic[T]):
     Args:
         kind: what an entry is, in messages: ``selector``.
         builtin: the package's own entries, in the order in which they are listed.
+        lazy: further entries of the package as ``module:attribute``, imported when they are first used; for entries
+            that are defined in a later folder than the registry.
 
     Example:
         >>> colours = Registry("colour", {"red": 0xFF0000})
@@ -31,9 +33,10 @@ class Registry(Mapping[str, T], Generic[T]):
         ['green', 'red']
     """
 
-    def __init__(self, kind: str, builtin: Mapping[str, T]) -> None:
+    def __init__(self, kind: str, builtin: Mapping[str, T], lazy: Mapping[str, str] | None = None) -> None:
         self.kind = kind
         self._entries: dict[str, T] = dict(builtin)
+        self._lazy = {name: EntryPoint(name, value, kind) for name, value in (lazy or {}).items()}
         self._plugins: dict[str, EntryPoint] | None = None
 
     def register(self, name: str, entry: T, *, replace: bool = False) -> None:
@@ -62,7 +65,7 @@ class Registry(Mapping[str, T], Generic[T]):
             RequestError: there is none; names the nearest and all others.
         """
         if name not in self._entries and name in self._found():
-            self._entries[name] = cast("T", self._found()[name].load())
+            return cast("T", self._found()[name].load())
         if name not in self._entries:
             near = get_close_matches(name, self, n=1)
             hint = f"did you mean {near[0]!r}?" if near else "choose one of these"
@@ -79,7 +82,8 @@ class Registry(Mapping[str, T], Generic[T]):
         return len(list(iter(self)))
 
     def _found(self) -> dict[str, EntryPoint]:
-        """Entry points of installed packages, looked up once."""
+        """What is imported when it is used: lazy entries, and entry points of installed packages, looked up once."""
         if self._plugins is None:
-            self._plugins = {point.name: point for point in entry_points(group=f"lcc_lens.{self.kind}s")}
+            installed = {point.name: point for point in entry_points(group=f"lcc_lens.{self.kind}s")}
+            self._plugins = {**self._lazy, **{name: p for name, p in installed.items() if name not in self._lazy}}
         return self._plugins

@@ -1,4 +1,4 @@
-"""What a restoration is refused for before anything is trained."""
+"""Checks of a restoration's request, before anything is trained."""
 
 from __future__ import annotations
 
@@ -10,70 +10,62 @@ from lcc_lens.core.heads import Head
 from lcc_lens.models.architecture.joint_bias_slots import find_joint_slots
 from lcc_lens.models.hooked.sites import projection_names
 from lcc_lens.models.pair import Pair
-from lcc_lens.restoration.injections.methods import (
-    bias_sites,
-    parse_method,
-    uses_components,
-    uses_heads,
-    uses_sequences,
-)
+from lcc_lens.restoration.injections.spec import MethodSpec
+from lcc_lens.restoration.scans import check_scan
+from lcc_lens.restoration.settings import RestoreSettings
 from lcc_lens.restoration.training.config import TrainConfig
 
 
-def check_request(pair: Pair, scan: Scan | None, heads: Sequence[Head], method: str) -> None:
-    """Refuse a method that lacks what it acts on, and a scan or heads that do not fit.
+def check_request(
+    pair: Pair,
+    scan: Scan | None,
+    heads: Sequence[Head],
+    spec: MethodSpec,
+    config: TrainConfig,
+    settings: RestoreSettings,
+) -> None:
+    """Refuse a method that lacks what it acts on, and models, a scan or heads that do not fit it.
 
     Raises:
         RequestError: says what is missing, or which of them is another model's.
     """
-    parse_method(method)
+    check_restores(spec)
     if scan is not None:
         check_scan(scan, pair)
-    elif uses_components(method):
-        raise RequestError(f"expected a scan of this pair for {method}, got none; scan it first")
-    if uses_heads(method) and not heads:
-        raise RequestError(f"expected heads to restore by {method}, got none; choose some by scan.select")
+    elif spec.needs_components:
+        raise RequestError(f"expected a scan of this pair for {spec.name}, got none; scan it first")
+    if spec.on_heads and not heads:
+        raise RequestError(f"expected heads to restore by {spec.name}, got none; choose some by scan.select")
     refuse_removed(heads, pair)
-
-
-def refuse_both_models(method: str, config: TrainConfig) -> None:
-    """Refuse what runs both models side by side where a pair holds one at a time.
-
-    Raises:
-        RequestError: names the method or the objective.
-    """
-    if uses_sequences(method) or config.objective.needs_teacher:
-        what = method if uses_sequences(method) else "an objective that follows the dense model"
+    if pair.one_at_a_time and (spec.needs_sequences or config.objective.needs_teacher):
+        what = spec.name if spec.needs_sequences else "an objective that follows the dense model"
         raise RequestError(
             f"expected both models in memory for {what}, got one at a time; load both, or choose mean-shift or the "
             "response's loss"
         )
+    if settings.exportable:
+        require_slots(pair, spec)
+    if settings.shuffle_responses and spec.n_trained is None:
+        raise RequestError(f"expected a method that trains to shuffle responses for, got {spec.name}; leave one out")
 
 
-def check_scan(scan: Scan, pair: Pair) -> None:
-    """Refuse a scan of other weights.
+def check_restores(spec: MethodSpec) -> None:
+    """Refuse a baseline whose result cannot be kept as a restoration.
 
     Raises:
-        RequestError: names the model whose hash differs.
+        RequestError: says where it runs.
     """
-    for name, recorded, identity in (
-        ("dense", scan.record.dense_sha256, pair.dense_id),
-        ("pruned", scan.record.pruned_sha256, pair.pruned_id),
-    ):
-        if recorded != identity.sha256:
-            raise RequestError(
-                f"expected the {name} model of the scan (SHA-256 {recorded[:12]}…), got {identity.reference} "
-                f"({identity.sha256[:12]}…); scan this pair first"
-            )
+    if spec.compare_only:
+        raise RequestError(f"expected a method that restores, got {spec.name}, a baseline; run it by lcc-lens compare")
 
 
-def require_slots(pair: Pair, method: str) -> None:
+def require_slots(pair: Pair, spec: MethodSpec) -> None:
     """Refuse a method whose constants the pruned model's checkpoint cannot hold.
 
     Raises:
         RequestError: says which, and what serves instead.
     """
-    maps = {site: projection_names(pair.pruned, site) for site in bias_sites(method)}
+    maps = {site: projection_names(pair.pruned, site) for site in spec.bias_sites}
     find_joint_slots(pair.pruned_id.checkpoint, maps)
 
 

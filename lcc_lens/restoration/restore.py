@@ -1,30 +1,32 @@
-"""The whole method on one screen: what was scanned and chosen is trained, measured and frozen for export."""
+"""Restoration of one pair: check, encode, build the injection, choose a learning rate, train, measure, freeze."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 from lcc_lens.analysis.scan.scan import Scan
 from lcc_lens.core.errors import RequestError
+from lcc_lens.core.fingerprint import fingerprint
 from lcc_lens.core.heads import Head
 from lcc_lens.core.processes import wait_for_all
 from lcc_lens.core.progress import track
-from lcc_lens.data.batches import TokenSequence
 from lcc_lens.data.datasets import Data
+from lcc_lens.models.hooked.hooks import HookedModel
 from lcc_lens.models.hooked.losses import sequence_loss
 from lcc_lens.models.loading.plain import load_plain
 from lcc_lens.models.loading.references import resolve
 from lcc_lens.models.pair import Pair
-from lcc_lens.restoration.checks import check_request, refuse_both_models, require_slots
+from lcc_lens.restoration.checks import check_request
+from lcc_lens.restoration.injections.base import Injection
 from lcc_lens.restoration.injections.constants import Start
 from lcc_lens.restoration.injections.ingredients import Ingredients
-from lcc_lens.restoration.injections.methods import build_injection, trains_numbers, uses_sequences
+from lcc_lens.restoration.injections.methods import HeadSearch
+from lcc_lens.restoration.injections.spec import MethodSpec
 from lcc_lens.restoration.result import Restoration, RestorationRecord
-from lcc_lens.restoration.run_folder import Beginning, RunFolder
+from lcc_lens.restoration.run_folder import RunFolder
+from lcc_lens.restoration.settings import LOW_RANK, RestoreSettings, with_preset
 from lcc_lens.restoration.training.loop import Step, TrainConfig, learning_rates, train, validation_loss
 from lcc_lens.restoration.training.lr_range import range_test
 from lcc_lens.restoration.training_data import training_sequences
@@ -36,12 +38,12 @@ def restore(
     heads: Sequence[Head],
     data: Data,
     *,
-    method: str = "lcc",
+    method: str | MethodSpec = "lcc",
     config: TrainConfig | None = None,
     validation: Data | None = None,
     rank: int | None = None,
     mlp_rank: int | None = None,
-    low_rank: int = 8,
+    low_rank: int | None = None,
     start: Start = "zero",
     max_length: int = 512,
     limit: int | None = None,
@@ -53,133 +55,164 @@ def restore(
     on_step: Callable[[Step], None] | None = None,
     before_refit: str | Path | None = None,
 ) -> Restoration:
-    """Train a constant per chosen head and freeze the best (Eq. 8), or restore by another method or a control.
+    """Train a constant per chosen head and keep the best (Eq. 8), or restore by another method or a control.
+
+    ``rank`` to ``exportable`` are documented at :class:`~lcc_lens.restoration.settings.RestoreSettings`.
 
     Args:
-        pair: the hooked models.
-        scan: the scan of this pair, for directions; None for methods that need none.
-        heads: which heads to restore; none for methods that act on no heads.
-        data: training examples (role ``train``); mean-shift learns from none, and uses their held-out part alone; a
-            sequential one is measured on them.
-        method: ``lcc``, a control, or another part of :data:`~lcc_lens.restoration.injections.METHODS`; parts joined
-            by ``+`` train together (``lcc+low-rank``).
-        config: training settings.
-        validation: held-out examples of the same kind; a tenth of the training examples' groups if not given.
-        rank: directions per head; all if not given.
-        mlp_rank: directions per MLP; those that the scan holds if not given.
-        low_rank: the rank of a masked low rank.
-        start: see :class:`~lcc_lens.restoration.injections.LccInjection`.
-        max_length: tokens per example at most.
-        limit: training sequences at most (text is cut into many), and a tenth of it for validation.
-        shuffle_responses: a control: train on every prompt with another one's response; validation stays as it is.
-        tune_lr: choose the learning rate by a short range test first (see
-            :mod:`lcc_lens.restoration.training.lr_range`); its losses are noted in the settings.
-        exportable: refuse, before anything is trained, a model whose checkpoint cannot hold the result. Without it the
-            restoration serves under hooks alone.
-        run: a run directory for ``config.json``, ``restoration.safetensors``, ``metrics.json``, ``log.jsonl``,
-            checkpoints and what was measured before the first step; nothing is written if not given.
-        resume: go on from the run directory's checkpoint.
+        pair: the hooked models; ``scan``: their scan, for methods that need one; ``heads``: the heads to act on.
+        data: training examples (role ``train``); ``validation``: held-out ones of the same kind, by default a tenth of
+            the training groups. ``mean-shift`` uses only the latter.
+        method: one of :data:`~lcc_lens.restoration.injections.methods.METHODS`, or several joined by ``+``, which train
+            together (``lcc+low-rank``).
+        config: training settings; the method's own objective and learning rate where none are given.
+        run: the run directory, where everything is written; ``resume``: go on from its checkpoint.
         on_step: called after every optimiser step.
         before_refit: the pruned model that the pair's was refitted from: recovery is counted from its loss.
 
     Raises:
-        RequestError: a scan of other weights, a model that the export cannot serve, data that overlap, or nothing to
-            resume.
+        RequestError: an unknown method, a scan of other weights, a model whose checkpoint cannot hold the result, data
+            that overlap, or nothing to resume.
         InterruptedRun: Ctrl-C, after the state was saved.
 
     Example:
         >>> restore(pair, scan, scan.select("mse", share=0.25), load_data("alpaca", n=480))  # doctest: +SKIP
     """
-    config = config or TrainConfig()
-    check_request(pair, scan, heads, method)
-    if pair.one_at_a_time:
-        refuse_both_models(method, config)
-    if exportable:
-        require_slots(pair, method)
-    if shuffle_responses and not trains_numbers(method):
-        raise RequestError(f"expected a method that trains to shuffle responses for, got {method}; leave one out")
-    run = Path(run) if run is not None else None
-    training, held_out = training_sequences(
-        pair, scan, data, validation, max_length, limit, config.seed if shuffle_responses else None
-    )
-    asked = {
-        "method": method, "rank": rank, "mlp_rank": mlp_rank, "low_rank": low_rank, "start": start,
-        "max_length": max_length, "limit": limit, "shuffle_responses": shuffle_responses,
-        "heads": [str(h) for h in heads],
-    }  # fmt: skip
-    wanted = {**asdict(config), **asked, "tune_lr": tune_lr, "before_refit": str(before_refit)}
-    request = _identity(pair, scan, data, wanted, held_out)
-    beginning = Beginning.read(run, request) if resume and run is not None else None
-    # one model at a time: the dense one's turn is over before anything holds the pruned one
-    dense = None
-    if pair.one_at_a_time and beginning is None:
-        dense = validation_loss(pair.dense, None, held_out, config.micro_tokens)
-    given = Ingredients(
-        pair.pruned, None if scan is None else scan.components, heads, pair.output_projections, rank, start, low_rank,
-        config.seed, None if scan is None else scan.others.get("mlp"), mlp_rank, pair, training,
+    spec = MethodSpec.parse(method)
+    settings = RestoreSettings(
+        rank, mlp_rank, low_rank, start, max_length, limit, shuffle_responses, tune_lr, exportable
     )  # fmt: skip
-    injection = build_injection(method, given)
-    teacher = pair.dense if config.objective.needs_teacher else None
-    if beginning is None:
-        tested = None
-        if tune_lr and injection.n_trained:
-            tested = range_test(pair.pruned, injection, training, held_out, config, teacher=teacher)
-        beginning = Beginning(request, _bare_losses(pair, held_out, config, before_refit, dense), tested)
-    tested, losses = beginning.lr_range, dict(beginning.losses)
-    if tested is not None:
-        config = replace(config, lr=tested.best)
-    settings = {
-        **asdict(config), **asked, "learning_rates": learning_rates(injection, config.lr),
-        "lr_range": None if tested is None else tested.by_rate,
-    }  # fmt: skip
-    folder = RunFolder(run, pair, settings, data.source, beginning, config.seed, resume=resume)
-    if injection.n_trained:
-        steps = train(
-            pair.pruned, injection, training, held_out, config, teacher=teacher, run=run, resume=resume,
-            identity=_identity(pair, scan, data, settings, held_out),
-            first_loss=None if tested is None else tested.start_loss,
+    steps = _Steps(pair, scan, heads, spec, with_preset(config, spec), settings.completed(spec), before_refit)
+    steps.check()
+    steps.encode(data, validation)
+    steps.open_folder(run, resume=resume)
+    steps.build_injection()
+    steps.choose_learning_rate()
+    steps.train(on_step)
+    return steps.freeze()
+
+
+class _Steps:
+    """One restoration under way: the steps of :func:`restore`, in their order."""
+
+    def __init__(
+        self,
+        pair: Pair,
+        scan: Scan | None,
+        heads: Sequence[Head],
+        spec: MethodSpec,
+        config: TrainConfig,
+        settings: RestoreSettings,
+        before_refit: str | Path | None,
+    ) -> None:
+        self.pair, self.scan, self.heads = pair, scan, heads
+        self.spec, self.config, self.settings, self.before_refit = spec, config, settings, before_refit
+
+    def check(self) -> None:
+        """Refuse what cannot be served, before any work."""
+        check_request(self.pair, self.scan, self.heads, self.spec, self.config, self.settings)
+        if self.spec.preset.on_refit and self.before_refit is None:
+            raise RequestError(
+                f"expected a model that was refitted for {self.spec.name}; call lcc.restore_models, which refits first"
+            )
+
+    def encode(self, data: Data, validation: Data | None) -> None:
+        """Tokenise training and held-out data; a preset that chooses its heads trains for that here."""
+        shuffle = self.config.seed if self.settings.shuffle_responses else None
+        self.data = data
+        self.training, self.held_out = training_sequences(
+            self.pair, self.scan, data, validation, self.settings.max_length, self.settings.limit, shuffle
+        )
+        self.teacher = self.pair.dense if self.config.objective.needs_teacher else None
+        if self.spec.preset.choose_heads is not None:
+            search = HeadSearch(
+                self.pair.pruned, self.pair.output_projections, self.heads, self.training, self.held_out,
+                replace(self.config, lr=None), self.teacher,
+            )  # fmt: skip
+            self.heads = self.spec.preset.choose_heads(search)
+
+    def open_folder(self, run: str | Path | None, *, resume: bool) -> None:
+        """Open the run directory; a resumed run finds there what it measured before its first step."""
+        scanned = None if self.scan is None else self.scan.record
+        lengths = [len(sequence) for sequence in self.held_out]
+        self.inputs = [self.pair.pruned_id.sha256, scanned, self.data.source, self.data.groups, lengths]
+        self.kept = {
+            "method": self.spec.text, **asdict(self.settings), "heads": [str(head) for head in self.heads]
+        }  # fmt: skip
+        tune_lr = self.kept.pop("tune_lr")
+        self.kept.pop("exportable")
+        request = fingerprint(self.inputs, self.config, self.kept, tune_lr, self.before_refit)
+        self.folder = RunFolder(run, self.pair, self.data.source, self.config.seed, resume=resume)
+        self.beginning = self.folder.beginning(request)
+
+    def build_injection(self) -> None:
+        """Build what is trained. One model at a time: the dense one's loss is measured before the pruned one loads."""
+        self.losses = dict(self.beginning.losses)
+        if self.pair.one_at_a_time and not self.losses:
+            self.losses["dense"] = self._loss(self.pair.dense)
+        rank, mlp_rank, low_rank = self.settings.rank, self.settings.mlp_rank, self.settings.low_rank or LOW_RANK
+        inputs = Ingredients.of(
+            self.pair, self.scan, self.heads, sequences=self.training, rank=rank, mlp_rank=mlp_rank,
+            low_rank=low_rank, start=self.settings.start, seed=self.config.seed,
         )  # fmt: skip
-        for step in track(steps, config.epochs * -(-len(training) // config.batch_size), "restore"):
-            folder.add(step)
-            if on_step is not None:
-                on_step(step)
-    losses["restored"] = validation_loss(pair.pruned, injection, held_out, config.micro_tokens)
-    # what was trained learned from the data; what was not, from the scan
-    name, n_examples = data.name, len(training)
-    if scan is not None and not injection.n_trained and not uses_sequences(method):
-        name, n_examples = scan.record.data, scan.record.n_examples
-    record = RestorationRecord(
-        dense=pair.dense_id.reference, pruned=pair.pruned_id.reference, dense_sha256=pair.dense_id.sha256,
-        pruned_sha256=pair.pruned_id.sha256, method=method, data=name, n_examples=n_examples, seed=config.seed,
-        settings=settings, losses=losses, n_trained=injection.n_trained,
-    )  # fmt: skip
-    restoration = Restoration.of(injection, record)
-    folder.finish(restoration, len(held_out))
-    wait_for_all()
-    return restoration
+        self.injection = self.spec.build(inputs)
 
+    def choose_learning_rate(self) -> None:
+        """Try learning rates if asked, and measure both models before the first step, unless a resumed run did."""
+        if not self.beginning.losses:
+            tested = None
+            if self.settings.tune_lr and self.injection.n_trained:
+                tested = range_test(
+                    self.pair.pruned, self.injection, self.training, self.held_out, self.config, teacher=self.teacher
+                )
+            self.beginning = replace(self.beginning, losses=self._unrestored_losses(), lr_range=tested)
+        self.losses, tested = dict(self.beginning.losses), self.beginning.lr_range
+        if tested is not None:
+            self.config = replace(self.config, lr=tested.best)
+        self.kept = {
+            **asdict(self.config), **self.kept, "learning_rates": learning_rates(self.injection, self.config.lr),
+            "lr_range": None if tested is None else tested.by_rate,
+        }  # fmt: skip
+        self.folder.begin(self.kept, self.beginning)
 
-def _bare_losses(
-    pair: Pair,
-    held_out: Sequence[TokenSequence],
-    config: TrainConfig,
-    before_refit: str | Path | None,
-    dense: float | None,
-) -> dict[str, float]:
-    """The losses that a restoration starts from; the dense model's may be known."""
-    if dense is None:
-        dense = validation_loss(pair.dense, None, held_out, config.micro_tokens)
-    losses = {"dense": dense, "pruned": validation_loss(pair.pruned, None, held_out, config.micro_tokens)}
-    if before_refit is not None:
-        pruned = sequence_loss(load_plain(resolve(before_refit)), held_out)["loss"]
-        losses |= {"pruned": pruned, "refitted": losses["pruned"]}
-    return losses
+    def train(self, on_step: Callable[[Step], None] | None) -> None:
+        """Train the injection, every step logged; it ends with the parameters of the lowest held-out loss."""
+        if self.injection.n_trained:
+            tested, n_epoch = self.beginning.lr_range, -(-len(self.training) // self.config.batch_size)
+            steps = train(
+                self.pair.pruned, self.injection, self.training, self.held_out, self.config, teacher=self.teacher,
+                run=self.folder.root, resume=self.folder.resumes, identity=fingerprint(self.inputs, self.kept),
+                first_loss=None if tested is None else tested.start_loss,
+            )  # fmt: skip
+            for step in track(steps, self.config.epochs * n_epoch, "restore"):
+                self.folder.add(step)
+                if on_step is not None:
+                    on_step(step)
+        self.losses["restored"] = self._loss(self.pair.pruned, self.injection)
 
+    def freeze(self) -> Restoration:
+        """Freeze the injection with its record, and write it."""
+        data, n_examples, n_trained = self.data.name, len(self.training), self.injection.n_trained
+        if self.scan is not None and not n_trained and not self.spec.needs_sequences:  # it was taken from the scan
+            data, n_examples = self.scan.record.data, self.scan.record.n_examples
+        dense, pruned = self.pair.dense_id, self.pair.pruned_id
+        record = RestorationRecord(
+            dense.reference, pruned.reference, dense.sha256, pruned.sha256, self.spec.text, data, n_examples,
+            self.config.seed, self.kept, self.losses, n_trained=n_trained,
+        )  # fmt: skip
+        restoration = Restoration.of(self.injection, record)
+        self.folder.finish(restoration, len(self.held_out))
+        wait_for_all()
+        return restoration
 
-def _identity(
-    pair: Pair, scan: Scan | None, data: Data, settings: dict[str, Any], held_out: Sequence[TokenSequence]
-) -> str:
-    """What a checkpoint must share to be resumed."""
-    scanned = None if scan is None else asdict(scan.record)
-    described = [pair.pruned_id.sha256, scanned, data.source, sorted(data.groups), settings]
-    return json.dumps([*described, [len(s) for s in held_out]], sort_keys=True)
+    def _loss(self, model: HookedModel, injection: Injection | None = None) -> float:
+        return validation_loss(model, injection, self.held_out, self.config.micro_tokens)
+
+    def _unrestored_losses(self) -> dict[str, float]:
+        """The losses that a restoration starts from, in nats per response token."""
+        dense = self.losses["dense"] if self.losses else self._loss(self.pair.dense)
+        losses = {"dense": dense, "pruned": self._loss(self.pair.pruned)}
+        if self.before_refit is not None:
+            pruned = sequence_loss(load_plain(resolve(self.before_refit)), self.held_out)["loss"]
+            losses |= {"pruned": pruned, "refitted": losses["pruned"]}
+        return losses

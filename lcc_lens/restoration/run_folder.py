@@ -1,13 +1,12 @@
-"""The files of a restoration's run: what was asked, every step, what came of it."""
+"""The files of a restoration's run: its settings, every training step, its result."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,20 +29,23 @@ RUN_LOG = "log.jsonl"
 class Beginning:
     """What a run measured before its first step; a resumed one takes it from the folder.
 
-    ``losses`` are those of the bare models, ``request`` a text that decides all of it.
+    Args:
+        request: the fingerprint of all that decides it.
+        losses: of the unrestored models; empty if nothing was measured yet.
+        lr_range: losses by learning rate, if one was chosen.
     """
 
     request: str
-    losses: dict[str, float]
+    losses: dict[str, float] = field(default_factory=dict)
     lr_range: RangeTest | None = None
 
     @classmethod
-    def read(cls, run: Path, request: str) -> Beginning | None:
-        """What an earlier run of the same request measured; None if there is none."""
+    def read(cls, run: Path, request: str) -> Beginning:
+        """What an earlier run of the same request measured; nothing if there is none."""
         file = run / RUN_BEGINNING
         record = read_json(file) if file.exists() else {}
-        if record.get("request_sha256") != _sha256(request):
-            return None
+        if record.get("request_sha256") != request:
+            return cls(request)
         tested = record["lr_range"]
         if tested is not None:
             losses = tuple(math.inf if loss is None else loss for loss in tested["losses"])
@@ -55,42 +57,27 @@ class Beginning:
         tested = None if self.lr_range is None else asdict(self.lr_range)
         if self.lr_range is not None and tested is not None:
             tested["losses"] = list(self.lr_range.by_rate.values())
-        return {"request_sha256": _sha256(self.request), "losses": self.losses, "lr_range": tested}
-
-
-def _sha256(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
+        return {"request_sha256": self.request, "losses": self.losses, "lr_range": tested}
 
 
 class RunFolder:
     """Writes ``config.json``, one line per optimiser step in ``log.jsonl``, the restoration and ``metrics.json``.
 
-    Nothing is written before the first step or the end: what cannot be resumed must not touch an earlier run. A resumed
-    run drops the lines of steps that it repeats. Only the first of several processes writes.
+    Nothing is written before the first step or the end: a request that is refused must not touch an earlier run. A
+    resumed run drops the lines of steps that it repeats. Only the first of several processes writes.
 
     Args:
         path: the folder; without one nothing is written.
         pair: the models, which every file names.
-        settings: what was asked.
         data: where the training data come from.
-        beginning: what was measured before the first step.
-        resume: whether the log goes on.
+        seed: of the run.
+        resume: whether the run goes on from its checkpoint.
     """
 
-    def __init__(
-        self,
-        path: Path | None,
-        pair: Pair,
-        settings: dict[str, Any],
-        data: str,
-        beginning: Beginning,
-        seed: int,
-        *,
-        resume: bool,
-    ) -> None:
-        self.path = path if is_first_process() else None
-        self._beginning = beginning
-        self._config = {"restore": settings, "data": data}
+    def __init__(self, path: str | Path | None, pair: Pair, data: str, seed: int, *, resume: bool) -> None:
+        self.root, self.resumes = None if path is None else Path(path), resume
+        self._path = self.root if is_first_process() else None
+        self._data, self._is_open = data, False
         self._identity = {
             "dense": pair.dense_id.reference,
             "pruned": pair.pruned_id.reference,
@@ -99,28 +86,34 @@ class RunFolder:
             "seed": seed,
             "version": package_version(),
         }
-        self._resume = resume
-        self._is_open = False
+
+    def beginning(self, request: str) -> Beginning:
+        """What the run that is resumed measured before its first step; nothing if this one starts."""
+        return Beginning.read(self.root, request) if self.resumes and self.root is not None else Beginning(request)
+
+    def begin(self, settings: dict[str, Any], beginning: Beginning) -> None:
+        """Note the settings and what was measured, for the first write."""
+        self._config, self._beginning = {"restore": settings, "data": self._data}, beginning
 
     def add(self, step: Step) -> None:
         """Append a step to the log."""
-        if self.path is None:
+        if self._path is None:
             return
-        self._open(self.path, before=step.step)
-        log = self.path / RUN_LOG
+        self._open(self._path, before=step.step)
+        log = self._path / RUN_LOG
         with disk_errors(log), log.open("a", encoding="utf-8") as file:
             file.write(json.dumps(asdict(step)) + "\n")
 
     def finish(self, restoration: Restoration, n_sequences: int) -> None:
-        """Write the restoration and its numbers on the held-out sequences."""
-        if self.path is None:
+        """Write the restoration, and its losses on the held-out sequences."""
+        if self._path is None:
             return
-        self._open(self.path, before=sys.maxsize)
-        restoration.save(self.path)
+        self._open(self._path, before=sys.maxsize)
+        restoration.save(self._path)
         losses = restoration.record.losses
         recovered = share_recovered(losses["dense"], losses["pruned"], losses["restored"])
         validation = {"losses": losses, "share_recovered": recovered, "sequences": n_sequences}
-        self._write(self.path / RUN_METRICS, {"validation": validation, "heads": len(restoration.heads)})
+        self._write(self._path / RUN_METRICS, {"validation": validation, "heads": len(restoration.heads)})
 
     def _open(self, path: Path, before: int) -> None:
         """Write the configuration, and the log up to this step if the run goes on from there; once."""
@@ -132,7 +125,7 @@ class RunFolder:
         self._is_open = True
 
     def _kept_lines(self, log: Path, before: int) -> list[str]:
-        if not (self._resume and log.exists()):
+        if not (self.resumes and log.exists()):
             return []
         lines = log.read_text(encoding="utf-8").splitlines()
         return [line for line in lines if line.endswith("}") and json.loads(line)["step"] < before]  # one may be torn

@@ -1,4 +1,4 @@
-"""The data of whole jobs: calibration blocks, and training and validation that share nothing with other uses."""
+"""Training and validation data that share nothing with each other or with earlier uses."""
 
 from __future__ import annotations
 
@@ -7,10 +7,18 @@ from pathlib import Path
 from lcc_lens.analysis.scan.scan import Scan
 from lcc_lens.core.errors import RequestError
 from lcc_lens.data.batches import TokenSequence
-from lcc_lens.data.datasets import Data, check_disjoint, encode
+from lcc_lens.data.datasets import Data, check_disjoint, encode, load_data
+from lcc_lens.data.registry import named_kind
+from lcc_lens.data.sources import Role
 from lcc_lens.models.pair import Pair
 from lcc_lens.pruning.jobs import recorded_groups
 from lcc_lens.pruning.refit.refit import REFIT_RECORD
+
+
+def load_role(name: str, n: int, role: Role, seed: int) -> Data:
+    """Load examples of a role; all documents of a corpus, since they are cut into ``n`` blocks later."""
+    is_corpus = Path(name).suffix == ".txt" or named_kind(name) == "text"
+    return load_data(name, None if is_corpus else n, role=role, seed=seed)
 
 
 def training_sequences(
@@ -30,7 +38,7 @@ def training_sequences(
         data = data.with_shuffled_responses(shuffle)
     calibration = _calibration_groups(pair.pruned_id.path)
     for part, name in ((data, "training data"), (validation, "validation data")):
-        if part.role is not None:  # data loaded without a role are the caller's own affair
+        if part.role is not None:  # data without a role are the caller's responsibility
             if scan is not None:
                 check_disjoint(part.groups, frozenset(scan.record.groups), name, "the scan's data")
             check_disjoint(part.groups, calibration, name, "the pruning's calibration data")
@@ -56,5 +64,5 @@ def _split_off(data: Data) -> tuple[Data, Data]:
 
 
 def _calibration_groups(pruned: Path) -> frozenset[str]:
-    """What the calibration of pruning and refit used, where the checkpoint says so."""
+    """The groups that calibrated pruning and refit, as the checkpoint records them."""
     return recorded_groups(pruned / "pruning.json") | recorded_groups(pruned / REFIT_RECORD)

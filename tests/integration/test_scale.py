@@ -19,7 +19,7 @@ from lcc_lens.models.loading.hooked import load_hooked
 from lcc_lens.models.loading.plain import load_plain
 from lcc_lens.models.pair import Pair
 from lcc_lens.restoration.injections.ingredients import Ingredients
-from lcc_lens.restoration.injections.methods import build_injection
+from lcc_lens.restoration.injections.spec import MethodSpec
 
 
 def benchmark(name: str) -> ModuleType:
@@ -86,7 +86,7 @@ def test_trained_numbers_are_those_of_the_methods(
     cfg = pair.pruned.cfg
     heads = found.select("mse", share=0.25)
     given = Ingredients(pair.pruned, found.components, heads, pair.output_projections, low_rank=table.LOW_RANK)
-    n_trained = build_injection(method, given).n_trained
+    n_trained = MethodSpec.parse(method).build(given).n_trained
     if method == "lcc":
         shape = table.Shape(cfg.n_layers, cfg.n_heads * cfg.d_head, 44, cfg.n_heads, 1, cfg.d_vocab)
         assert n_trained == table.trained_by_lcc(shape) == len(heads) * 2 * cfg.d_head

@@ -18,7 +18,7 @@ from lcc_lens.evaluation.comparison.config import CompareConfig
 from lcc_lens.evaluation.comparison.costs import served_as
 from lcc_lens.evaluation.comparison.entry import Entry
 from lcc_lens.evaluation.comparison.results_file import ComparisonFile
-from lcc_lens.evaluation.comparison.runner import Bench
+from lcc_lens.evaluation.comparison.runner import Runner
 
 logger = logging.getLogger(__name__)
 COMPARISON = "comparison.json"
@@ -72,10 +72,12 @@ def compare(
         raise RequestError("expected a share of heads below 1 for random heads, got all of them; lower it")
     if not 0 <= part[0] < part[1]:
         raise RequestError(f"expected one of the parts 0 to n - 1 of n, got {part[0]} of {part[1]}")
-    bench = Bench(dense, pruned, run, config)
+    runner = Runner(dense, pruned, run, config)
     asked = {f"{entry.text} | {seed}": (entry, seed) for seed in range(seeds) for entry in parsed}
-    kept = ComparisonFile(Path(out) if out is not None else run / COMPARISON, run, bench.identity, config, [*asked])
-    bench.check_refit()
+    kept = ComparisonFile(
+        Path(out) if out is not None else run / COMPARISON, run, runner.models.hashes, config, [*asked]
+    )
+    runner.models.check_refit()
     for name in [*asked][part[0] :: part[1]]:
         before = kept.found["cells"].get(name, {})
         if "perplexity" in before and all(task in before["tasks"] for task in config.tasks):
@@ -83,7 +85,7 @@ def compare(
         if time.monotonic() > deadline:
             return _summarised(kept)
         try:
-            kept.found["cells"][name] = _cell(bench, *asked[name], kept, before)
+            kept.found["cells"][name] = _cell(runner, *asked[name], kept, before)
         except InterruptedRun as error:
             raise InterruptedRun(
                 f"stopped in {name}; finished cells are in {kept.path}: the same call goes on"
@@ -94,7 +96,7 @@ def compare(
     kept.refresh()
     is_last = all(name in kept.found["cells"] for name in asked)  # nobody else is at work, which times would show
     if config.speed_rounds and is_last and time.monotonic() <= deadline:
-        bench.time(parsed, kept.found)
+        runner.time(parsed, kept.found)
         kept.keep(own=["inference"])
     return _summarised(kept)
 
@@ -111,16 +113,16 @@ def read_part(text: str) -> tuple[int, int]:
     return int(i) - 1, int(n)
 
 
-def _cell(bench: Bench, entry: Entry, seed: int, kept: ComparisonFile, before: Mapping[str, Any]) -> dict[str, Any]:
+def _cell(runner: Runner, entry: Entry, seed: int, kept: ComparisonFile, before: Mapping[str, Any]) -> dict[str, Any]:
     """A cell with all that is asked; where that fails, what there was before and the reason."""
     done = {key: value for key, value in before.items() if key != "error"}
     try:
-        if bench.lacks_bare(kept.found):
-            with locked(bench.run, "bare"):
+        if runner.lacks_baselines(kept.found):
+            with locked(runner.folder, "bare"):
                 kept.refresh()
-                bench.measure_bare(kept.found)
+                runner.measure_baselines(kept.found)
                 kept.keep(own=["bare"])
-        return _finite(bench.cell(entry, seed, kept.found, done if "perplexity" in done else None))
+        return _finite(runner.run(entry, seed, kept.found, done if "perplexity" in done else None))
     except InterruptedRun:
         raise
     except (LensError, ArithmeticError, RuntimeError, MemoryError) as error:

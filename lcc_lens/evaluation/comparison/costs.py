@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from lcc_lens.core.checkpoint import Checkpoint
 from lcc_lens.core.errors import RequestError
-from lcc_lens.evaluation.baselines.adapters import adapted
-from lcc_lens.evaluation.comparison.entry import ADAPTERS, Entry
+from lcc_lens.evaluation.baselines.adapters import ADAPTERS, adapted
+from lcc_lens.evaluation.comparison.entry import Entry
 from lcc_lens.evaluation.efficiency.timing import (
     DECODE_PROMPT,
     SpeedConfig,

@@ -15,6 +15,7 @@ import torch
 from lcc_lens.core.config import package_version
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.files import read_json, read_tensors, write_json, write_tensors
+from lcc_lens.core.fingerprint import fingerprint
 from lcc_lens.core.heads import Head
 from lcc_lens.restoration.injections.base import Injection
 
@@ -28,7 +29,7 @@ class ChosenHeads(NamedTuple):
     seconds: float
 
 
-class TrainedNumbers:
+class TrainedWeights:
     """A folder with a safetensors file per cell: the trained numbers, and what training them took.
 
     Where a first stage chooses heads by training, a JSON file holds its choice.
@@ -104,7 +105,7 @@ class TrainedNumbers:
         return self._folder / f"{re.sub(r'[^a-z0-9.=@+-]+', '_', entry.lower())}_{seed}.safetensors"
 
     def _asked(self, request: Sequence[Any]) -> str:
-        return json.dumps([*request, self._settings], sort_keys=True)
+        return fingerprint(request, self._settings)
 
 
 def _trained(injection: Injection) -> dict[str, torch.Tensor]:

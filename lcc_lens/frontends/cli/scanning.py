@@ -8,7 +8,7 @@ from typing import Literal
 from lcc_lens.analysis.selectors.names import SelectorName
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.processes import is_first_process
-from lcc_lens.frontends.cli.options import DenseModel, Placed, PrunedModel, RunPath, load_role
+from lcc_lens.frontends.cli.options import DenseModel, Placed, PrunedModel, RunPath
 from lcc_lens.frontends.cli.show import show_scan
 
 
@@ -56,15 +56,16 @@ class ScanPair(Placed):
     def execute(self) -> None:
         from lcc_lens.analysis.scan.scan import SCAN_RECORD, scan
         from lcc_lens.models.pair import load_pair
+        from lcc_lens.restoration.training_data import load_role
 
         if (self.run / SCAN_RECORD).exists() and not self.overwrite:
             raise RequestError(f"{self.run} holds a scan already; name another run or pass --overwrite")
         data = load_role(self.data, self.examples, "probe", self.seed)
-        found = scan(
+        result = scan(
             load_pair(self.dense, self.pruned, one_at_a_time=self.one_at_a_time), data, positions=self.positions,
             sites=self.sites, spectra=self.spectra, selectors=self.selectors, max_length=self.max_length,
             limit=self.examples, probe_rank=self.probe_rank, probe_solver=self.probe_solver,
             probe_folds=self.probe_folds, selector_examples=self.selector_examples, seed=self.seed, run=self.run,
         )  # fmt: skip
         if is_first_process():
-            show_scan(found, self.run)
+            show_scan(result, self.run)

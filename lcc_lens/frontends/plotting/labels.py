@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Literal
 
-from lcc_lens.evaluation.comparison.entry import ADAPTERS, BASELINES, TUNED, Entry
+from lcc_lens.evaluation.baselines.methods import BASELINES
+from lcc_lens.evaluation.comparison.entry import TUNED, Entry
 from lcc_lens.restoration.best import BEST_ENTRY
 
 SELECTOR_LABELS = {
@@ -73,12 +74,12 @@ def entry_label(text: str) -> str:
     entry = Entry.parse(text)
     if entry.method is None:
         return "refit, untrained"
-    if text == BEST_ENTRY:
+    if text in ("best", BEST_ENTRY):
         return "best (refit, masked low rank)"
     whole, _, rate = text.partition("=")
     objective = whole.partition(":")[2]
-    parts = [entry.method] if entry.method in ADAPTERS else entry.method.split("+")
-    label = ("refit, " if entry.on_refit else "") + " + ".join(_PARTS.get(part, part) for part in parts)
+    label = "refit, " if entry.on_refit else ""
+    label += " + ".join(_PARTS.get(part, part) for part in entry.method.split("+"))
     if entry.control is not None:
         label += f", {_WHERE[entry.control]}"
     label += f"; {objective}" if objective else ""

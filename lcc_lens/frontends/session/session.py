@@ -25,7 +25,6 @@ from lcc_lens.models.hooked.hooks import HookedModel
 from lcc_lens.models.pair import Pair
 from lcc_lens.restoration.checks import refuse_removed
 from lcc_lens.restoration.injections.base import Injection
-from lcc_lens.restoration.injections.methods import uses_components, uses_heads
 from lcc_lens.restoration.result import Restoration
 from lcc_lens.restoration.training.loop import Step, TrainConfig
 from lcc_lens.restoration.training.objectives import Objective
@@ -95,7 +94,7 @@ class RestoreSession(SessionView):
             pair, scan, data, validation, method=method, config=config, max_length=max_length, low_rank=low_rank,
             exportable=exportable,
         )  # fmt: skip
-        injection = None if uses_heads(method) else self._bench.build((), None)
+        injection = None if self._bench.spec.on_heads else self._bench.build((), None)
         super().__init__(Timeline(SessionState(injection=injection)))
         self._stop = threading.Event()
         self._cache_of = lru_cache(_CACHED_PROMPTS)(_empty_cache)
@@ -112,7 +111,7 @@ class RestoreSession(SessionView):
                 that the scan has no scores for.
         """
         with self._alone():
-            if self.scan is None or not uses_heads(self.method):
+            if self.scan is None or not self._bench.spec.on_heads:
                 raise RequestError(f"expected a method that restores heads, got {self.method}")
             if isinstance(heads, str):
                 line = f"session.choose({heads!r}, share={float(share)!r})"
@@ -134,7 +133,7 @@ class RestoreSession(SessionView):
             RequestError: a method without directions, no heads chosen yet, or a rank out of range.
         """
         with self._alone():
-            if not uses_components(self.method):
+            if not self._bench.spec.needs_components:
                 raise RequestError(f"expected a method with directions, which a rank limits, got {self.method}")
             self._state.trained()  # refuses a session without heads
             self._rebuild(self.heads, rank, f"session.set_rank({rank!r})")
@@ -146,7 +145,7 @@ class RestoreSession(SessionView):
             RequestError: a method without constants, or a factor that is not finite.
         """
         with self._alone():
-            if not uses_components(self.method):
+            if not self._bench.spec.needs_components:
                 raise RequestError(f"expected a method with constants to scale, got {self.method}")
             if not abs(scale) < float("inf"):
                 raise RequestError(f"expected a finite scale, got {scale}")

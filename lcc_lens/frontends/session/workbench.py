@@ -14,11 +14,12 @@ from lcc_lens.data.datasets import Data
 from lcc_lens.frontends.session.state import SessionState
 from lcc_lens.models.hooked.hooks import HookedModel
 from lcc_lens.models.pair import Pair
-from lcc_lens.restoration.checks import check_scan, require_slots
+from lcc_lens.restoration.checks import require_slots
 from lcc_lens.restoration.injections.base import Injection
 from lcc_lens.restoration.injections.ingredients import Ingredients
-from lcc_lens.restoration.injections.methods import build_injection, parse_method, uses_heads
+from lcc_lens.restoration.injections.spec import MethodSpec
 from lcc_lens.restoration.result import RestorationRecord
+from lcc_lens.restoration.scans import check_scan
 from lcc_lens.restoration.training.loop import Step, TrainConfig, train, validation_loss
 from lcc_lens.restoration.training.objectives import Source
 from lcc_lens.restoration.training.reuse import CachedTeacher, StartedLater, reused
@@ -44,7 +45,7 @@ class Workbench:
 
     pair: Pair
     scan: Scan | None
-    method: str
+    spec: MethodSpec
     data: str
     sequences: Sequence[TokenSequence]
     held_out: Sequence[TokenSequence]
@@ -67,28 +68,29 @@ class Workbench:
         Raises:
             RequestError: see :class:`~lcc_lens.frontends.session.session.RestoreSession`.
         """
-        parse_method(method)
+        spec = MethodSpec.parse(method)
+        if spec.compare_only or spec.preset.on_refit or spec.preset.choose_heads:
+            raise RequestError(f"expected a method for a session, got {method}; run it by compare or restore")
         if scan is not None:
             check_scan(scan, pair)
-        elif uses_heads(method):
+        elif spec.on_heads:
             raise RequestError(f"expected a scan of this pair for {method}, got none; scan it first")
         if pair.one_at_a_time:
             raise RequestError(
                 "expected both models in memory, got a pair that loads one at a time; load it without one_at_a_time"
             )
         if exportable:
-            require_slots(pair, method)
+            require_slots(pair, spec)
         sequences, held_out = training_sequences(pair, scan, data, validation, max_length, None, None)
-        return cls(pair, scan, method, data.name, sequences, held_out, config, low_rank)
+        return cls(pair, scan, spec, data.name, sequences, held_out, config, low_rank)
 
     def build(self, heads: tuple[Head, ...], rank: int | None) -> Injection:
         """The method's injection before any training."""
-        components = None if self.scan is None else self.scan.components
-        ingredients = Ingredients(
-            self.pair.pruned, components, heads, self.pair.output_projections, rank=rank, low_rank=self.low_rank,
+        ingredients = Ingredients.of(
+            self.pair, self.scan, heads, rank=rank, low_rank=self.low_rank, sequences=self.sequences,
             seed=self.config.seed,
         )  # fmt: skip
-        return build_injection(self.method, ingredients)
+        return self.spec.build(ingredients)
 
     def train(
         self,
@@ -144,7 +146,7 @@ class Workbench:
         }  # fmt: skip
         return RestorationRecord(
             dense=self.pair.dense_id.reference, pruned=self.pair.pruned_id.reference,
-            dense_sha256=self.pair.dense_id.sha256, pruned_sha256=self.pair.pruned_id.sha256, method=self.method,
+            dense_sha256=self.pair.dense_id.sha256, pruned_sha256=self.pair.pruned_id.sha256, method=self.spec.text,
             data=data, n_examples=n_examples, seed=config.seed, settings=settings, losses=self.losses(state.scaled()),
             n_trained=injection.n_trained,
         )  # fmt: skip

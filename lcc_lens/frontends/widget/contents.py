@@ -13,7 +13,7 @@ from lcc_lens.analysis.selectors.names import SELECTORS, SelectorName
 from lcc_lens.core.heads import all_heads
 from lcc_lens.frontends.explorer.views import View, views_of_scan
 from lcc_lens.frontends.session.session import RestoreSession
-from lcc_lens.restoration.injections.methods import uses_components, uses_heads
+from lcc_lens.restoration.injections.spec import MethodSpec
 from lcc_lens.restoration.training.loop import Step
 
 #: Number of the step, training loss, held-out loss or None.
@@ -47,9 +47,10 @@ def style() -> str:
 
 def fixed_contents(session: RestoreSession) -> dict[str, Any]:
     """What no action changes: the grid of heads, what it can show, the selectors' orders, what the method offers."""
-    cfg, scan = session.pair.pruned.cfg, session.scan if uses_heads(session.method) else None
+    spec = MethodSpec.parse(session.method)
+    cfg, scan = session.pair.pruned.cfg, session.scan if spec.on_heads else None
     n_layers, n_heads = (0, 0) if scan is None else (int(cfg.n_layers), int(cfg.n_heads))
-    has_constants = uses_components(session.method)
+    has_constants = spec.needs_components
     return {
         "method": session.method, "dense": session.pair.dense_id.reference, "pruned": session.pair.pruned_id.reference,
         "layers": n_layers, "heads": n_heads, "most_rank": int(cfg.d_head) if has_constants else 0,

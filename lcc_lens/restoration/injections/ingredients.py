@@ -1,4 +1,4 @@
-"""What injections are made of."""
+"""The inputs that injections are built from."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lcc_lens.analysis.components import LostComponents
+from lcc_lens.analysis.scan.scan import Scan
 from lcc_lens.analysis.statistics import DifferenceStatistics
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.heads import Head
@@ -17,26 +18,67 @@ from lcc_lens.restoration.injections.constants import Start
 
 @dataclass(frozen=True)
 class Ingredients:
-    """What injections are made of.
-
-    ``components`` are the pair's lost components (None where no scan is needed), ``projections`` the output
-    projections' plain names by layer, ``rank`` the directions per head (K; all if None), ``low_rank`` the rank of a
-    masked low rank. ``mlp`` are a scan's statistics of the MLP's post-activation, ``mlp_rank`` the directions per MLP
-    (all that the scan holds if None). ``pair`` and ``sequences`` are for what is measured in both models.
-    """
+    """The inputs that injections are built from; see :meth:`of`."""
 
     model: HookedModel
     components: LostComponents | None
+    """The heads' lost components; None without a scan."""
     heads: Sequence[Head]
     projections: Sequence[str]
+    """The output projections' plain names, by layer."""
     rank: int | None = None
+    """Directions per head (K); all if None."""
     start: Start = "zero"
     low_rank: int = 8
+    """Rank of low-rank changes of weights."""
     seed: int = 0
     mlp: DifferenceStatistics | None = None
+    """A scan's statistics of the MLP's post-activation."""
     mlp_rank: int | None = None
+    """Directions per MLP; those that the scan holds if None."""
     pair: Pair | None = None
+    """Both models, for what is measured in both."""
     sequences: Sequence[TokenSequence] = ()
+    """Training data, for what is measured on them."""
+    adapter_rank: int = 8
+    """Rank of the baselines' adapters."""
+
+    @classmethod
+    def of(
+        cls,
+        pair: Pair,
+        scan: Scan | None,
+        heads: Sequence[Head],
+        *,
+        model: HookedModel | None = None,
+        sequences: Sequence[TokenSequence] = (),
+        rank: int | None = None,
+        mlp_rank: int | None = None,
+        low_rank: int = 8,
+        adapter_rank: int = 8,
+        start: Start = "zero",
+        seed: int = 0,
+    ) -> Ingredients:
+        """Collect the inputs from a pair and its scan.
+
+        Args:
+            pair: the hooked models.
+            scan: their scan, where the method needs one.
+            heads: the heads to act on.
+            model: the model to act on; the pair's pruned one if not given.
+            sequences: training data.
+            rank: directions per head; all if not given.
+            mlp_rank: directions per MLP; those that the scan holds if not given.
+            low_rank: rank of low-rank changes of weights.
+            adapter_rank: rank of the baselines' adapters.
+            start: see :class:`~lcc_lens.restoration.injections.constants.LccInjection`.
+            seed: of initial values.
+        """
+        return cls(
+            pair.pruned if model is None else model, None if scan is None else scan.components, heads,
+            pair.output_projections, rank, start, low_rank, seed, None if scan is None else scan.others.get("mlp"),
+            mlp_rank, pair, sequences, adapter_rank,
+        )  # fmt: skip
 
     def lost(self) -> LostComponents:
         """The lost components of the heads.
@@ -59,18 +101,16 @@ class Ingredients:
         """
         if self.mlp is None:
             raise RequestError(
-                "expected a scan with the MLP's post-activation (sites z mlp), got one without; scan again, or "
-                "leave the "
-                "MLP out where the two models' MLPs differ in width"
+                "expected a scan with the MLP's post-activation (sites z mlp), got one without; scan again, or leave "
+                "the MLP out where the two models' MLPs differ in width"
             )
-        found = self.mlp.components()
-        if directions and not found.n_held:
+        lost = self.mlp.components()
+        if directions and not lost.n_held:
             raise RequestError(
                 "expected the MLP's lost directions, got a scan without them; scan again with its spectrum "
-                "(--spectra z "
-                "mlp), or restore by mlp-offset"
+                "(--spectra z mlp), or restore by mlp-offset"
             )
-        return found
+        return lost
 
     def mlps(self) -> list[Head]:
         """The MLP of every layer as a part: head 0."""
@@ -84,6 +124,6 @@ class Ingredients:
         """
         if self.pair is None:
             raise RequestError(
-                "expected a pair of models to measure a sequential mean shift in, got none; hand it over"
+                "expected both models to measure in, got the pruned one; build from Ingredients.of(pair, ...)"
             )
         return self.pair

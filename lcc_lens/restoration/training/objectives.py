@@ -1,4 +1,4 @@
-"""What training minimises: the response's loss, the distance to the dense model, or a weighted sum."""
+"""Training objectives: the response's loss, the language-model loss, the distance to the dense model, or a sum."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ from lcc_lens.models.hooked.hooks import HookedModel, logits_at, z_readers
 from lcc_lens.models.hooked.losses import token_kl_divergence, token_nll
 from lcc_lens.models.hooked.offloading import device_of
 
-_NAMES = ("response", "distillation", "heads", "text")
+#: Names of the losses, and the fields that hold their weights.
+_FIELDS = {"response": "response", "distillation": "distillation", "heads": "heads", "lm": "text"}
+#: Older names that are still read.
+_ALIASES = {"text": "lm"}
 
 
 @dataclass(frozen=True)
@@ -76,7 +79,7 @@ class Objective:
             size, $\lVert \tilde z_l - z_l \rVert^2 / \lVert z_l \rVert^2$ over all heads of a layer at a token, as a
             mean over layers: layer by layer, each behind the ones below.
         prompts: whether distillation and head outputs count the prompts' tokens.
-        text: weight of the cross-entropy in nats of all tokens, the prompts' included.
+        text: weight of the language-model loss (``lm``), the cross-entropy in nats of all tokens, prompts included.
     """
 
     response: float = 1.0
@@ -95,9 +98,9 @@ class Objective:
 
     @classmethod
     def parse(cls, text: str, *, temperature: float = 1.0) -> Objective:
-        """Read ``response``, ``distillation``, ``heads`` or several joined by ``+``, with weights as in ``3*heads``.
+        """Read ``response``, ``lm``, ``distillation``, ``heads``, or several joined by ``+``, weighted (``3*heads``).
 
-        The weights' sum is made 1.
+        The weights are scaled to a sum of 1. ``text`` is an older name of ``lm``.
 
         Raises:
             RequestError: another name, a name twice, or a weight that is no number.
@@ -105,21 +108,22 @@ class Objective:
         weights: dict[str, float] = {}
         for part in text.split("+"):
             weight, _, name = part.strip().rpartition("*")
+            name = _ALIASES.get(name, name)
             try:
-                known = name in _NAMES and name not in weights
+                known = name in _FIELDS and name not in weights
                 weights[name] = float(weight) if weight else 1.0
             except ValueError:
                 known = False
             if not known or not 0 < weights[name] < math.inf:
-                names = ", ".join(_NAMES)
+                names = ", ".join(_FIELDS)
                 raise RequestError(f"expected an objective ({names}, joined by +, as in 3*heads), got {text!r}")
-        shares = {name: weights.get(name, 0.0) / sum(weights.values()) for name in _NAMES}
-        return cls(shares["response"], shares["distillation"], temperature, shares["heads"], text=shares["text"])
+        shares = {name: weights.get(name, 0.0) / sum(weights.values()) for name in _FIELDS}
+        return cls(shares["response"], shares["distillation"], temperature, shares["heads"], text=shares["lm"])
 
     @property
     def weights(self) -> dict[str, float]:
         """The weight of every loss by its name."""
-        return {name: getattr(self, name) for name in _NAMES}
+        return {name: getattr(self, field) for name, field in _FIELDS.items()}
 
     @property
     def needs_teacher(self) -> bool:
@@ -131,7 +135,7 @@ class Objective:
         response = sum(len(one) - one.loss_from for one in sequences)
         whole = sum(len(one) - 1 for one in sequences)
         followed = whole if self.prompts else response
-        counts = {"response": response, "distillation": followed, "heads": followed, "text": whole}
+        counts = {"response": response, "distillation": followed, "heads": followed, "lm": whole}
         return {name: counts[name] for name, weight in self.weights.items() if weight}
 
     def loss(
@@ -169,7 +173,7 @@ class Objective:
         if self.response or self.text:
             nll = token_nll(got.logits, batch.tokens[:, 1:][mask[:, :-1]].to(got.logits.device))
             terms = {"response": nll[in_response].sum()} if self.response else {}
-            terms |= {"text": nll.sum()} if self.text else {}
+            terms |= {"lm": nll.sum()} if self.text else {}
         if teacher is not None and self.needs_teacher:
             with torch.no_grad():
                 wanted = _outputs(teacher, batch, mask, (), **{**reads, "with_logits": self.distillation > 0})

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -13,6 +11,7 @@ from torch import Tensor, nn
 
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.files import read_tensors, write_tensors
+from lcc_lens.core.fingerprint import fingerprint
 from lcc_lens.core.processes import is_first_process
 from lcc_lens.data.batches import TokenSequence
 from lcc_lens.restoration.injections.base import Injection
@@ -28,7 +27,7 @@ class TrainingState:
     def __init__(self, injection: Injection, config: TrainConfig, *, n_sequences: int, identity: str) -> None:
         self.injection, self.config = injection, config
         self.n_sequences = n_sequences
-        self.identity = json.dumps({**asdict(config), "n": n_sequences, "identity": identity}, sort_keys=True)
+        self.identity = fingerprint(config, n_sequences, identity)
         self.rates = learning_rates(injection, config.lr)
         groups = [
             {"params": [n for n in part.parameters() if n.requires_grad], "lr": rate}

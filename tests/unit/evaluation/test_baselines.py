@@ -23,7 +23,7 @@ from lcc_lens.models.pair import load_pair
 from lcc_lens.pruning.jobs import prune
 from lcc_lens.restoration.injections.base import Composite
 from lcc_lens.restoration.injections.ingredients import Ingredients
-from lcc_lens.restoration.injections.methods import build_injection
+from lcc_lens.restoration.injections.spec import MethodSpec
 from lcc_lens.restoration.result import Restoration, RestorationRecord
 from lcc_lens.restoration.training.loop import TrainConfig, train, validation_loss
 from lcc_lens.restoration.training.objectives import Objective
@@ -106,14 +106,14 @@ def test_merged_adapters_fill_the_zeros(pair, kind: str) -> None:
 
 def test_what_acts_under_the_zero_pattern_costs_biases_at_most(pair, found) -> None:
     given = Ingredients(pair.pruned, found.components, [Head(0, 1)], pair.output_projections, low_rank=2)
-    low_rank = build_injection("low-rank", given)
+    low_rank = MethodSpec.parse("low-rank").build(given)
     with torch.no_grad():
         for number in low_rank.parameters():
             number.normal_()
     assert merging_costs(low_rank, pair, pair.pruned) == {"n_added": 0, "zeros_kept": 1.0}
     # the switch that adds an output bias to a llama layer brings those of q, k and v along
     d_model, width, d_kv = int(pair.pruned.cfg.d_model), pair.n_heads * pair.d_head, pair.d_head
-    both = merging_costs(Composite([low_rank, build_injection("lcc", given)]), pair, pair.pruned)
+    both = merging_costs(Composite([low_rank, MethodSpec.parse("lcc").build(given)]), pair, pair.pruned)
     assert both == {"n_added": pair.n_layers * (d_model + width + 2 * d_kv), "zeros_kept": 1.0}
 
 

@@ -14,6 +14,7 @@ from lcc_lens.analysis.scan.scan import Scan
 from lcc_lens.core.errors import InterruptedRun, LensError, RequestError
 from lcc_lens.core.files import read_json
 from lcc_lens.data.datasets import encode, load_data
+from lcc_lens.evaluation.baselines import methods as baselines
 from lcc_lens.evaluation.comparison import runner as module
 from lcc_lens.evaluation.comparison.compare import compare, read_part, summary
 from lcc_lens.evaluation.comparison.config import CompareConfig
@@ -22,6 +23,8 @@ from lcc_lens.evaluation.lm_eval_tasks import evaluate_task
 from lcc_lens.models.loading.hooked import load_tokenizer
 from lcc_lens.models.loading.plain import load_plain
 from lcc_lens.pruning.jobs import prune
+from lcc_lens.restoration import refitted as refitted_module
+from lcc_lens.restoration.injections.spec import MethodSpec
 from lcc_lens.restoration.training.loop import validation_loss, validation_terms
 from lcc_lens.restoration.training.objectives import Objective
 
@@ -76,7 +79,7 @@ def test_cells_are_kept_and_failures_reported(
         raise LensError("no adapters today")
 
     with monkeypatch.context() as patch:
-        patch.setattr(module, "adapters", broken)
+        patch.setattr(baselines, "adapters", broken)
         found = compare(
             dense_dir, pruned_dir, tmp_path, entries, seeds=2, config=config, on_cell=lambda *cell: new.append(cell[0])
         )
@@ -153,7 +156,7 @@ def test_lofit_chooses_its_heads_once(
     """Its first stage is shared by all rates of the second, and nothing of either is trained again."""
     first = compare(dense_dir, pruned_dir, tmp_path, ["lofit"], seeds=1, config=config)
     with monkeypatch.context() as patch:
-        patch.setattr(module, "lofit_heads", None)
+        patch.setattr(baselines, "lofit_heads", None)
         compare(dense_dir, pruned_dir, tmp_path, ["lofit=1e-1"], seeds=1, config=config)
         patch.setattr(module, "train", None)
         grown = compare(dense_dir, pruned_dir, tmp_path, ["lofit"], seeds=1, config=scored)
@@ -300,12 +303,12 @@ def test_refit_and_what_is_trained_upon_it(
     dense_dir: Path, pruned_dir: Path, config: CompareConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = dataclasses.replace(config, refit_data=config.texts)
-    real = module.refit
+    real = refitted_module.refit
 
     def with_short_sequences(*args, **kwargs):
-        return real(*args, **kwargs, seq_len=16)
+        return real(*args, **{**kwargs, "seq_len": 16})
 
-    monkeypatch.setattr(module, "refit", with_short_sequences)
+    monkeypatch.setattr(refitted_module, "refit", with_short_sequences)
     found = compare(
         dense_dir, pruned_dir, tmp_path, ["refit", "refit+low-rank:distillation"], seeds=1, config=config
     )  # fmt: skip
@@ -379,13 +382,13 @@ def test_random_heads_are_others_and_want_a_choice(
 ) -> None:
     with pytest.raises(RequestError, match="expected a share of heads below 1 for random heads, got all"):
         compare(dense_dir, pruned_dir, tmp_path, ["lcc@random-heads"], config=config)
-    chosen, real = [], module.build_injection
+    chosen, real = [], MethodSpec.build
 
-    def noting(method, given):
-        chosen.append(given.heads)
-        return real(method, given)
+    def noting(spec, inputs):
+        chosen.append(inputs.heads)
+        return real(spec, inputs)
 
-    monkeypatch.setattr(module, "build_injection", noting)
+    monkeypatch.setattr(MethodSpec, "build", noting)
     few = dataclasses.replace(config, heads=0.2)
     compare(dense_dir, pruned_dir, tmp_path, ["lcc", "lcc@random-heads"], seeds=2, config=few)
     first, random_0, again, random_1 = chosen
@@ -400,7 +403,7 @@ def test_processes_share_a_comparison(
 ) -> None:
     entries, done = ["norms", "refit"], []
     config = dataclasses.replace(config, refit_data=config.texts, examples=8, speed_rounds=1)
-    measure, refit = module.Bench.measure_bare, module.refit
+    measure, refit = module.Runner.measure_baselines, refitted_module.refit
 
     def noted(*args):
         done.append("bare")
@@ -408,14 +411,14 @@ def test_processes_share_a_comparison(
 
     def short(*args, **kwargs):
         done.append("refit")
-        return refit(*args, **kwargs, seq_len=16)
+        return refit(*args, **{**kwargs, "seq_len": 16})
 
     def timed(self, entries, found):
         done.append(f"timed behind {len(found['cells'])}")
 
-    monkeypatch.setattr(module.Bench, "measure_bare", noted)
-    monkeypatch.setattr(module.Bench, "time", timed)
-    monkeypatch.setattr(module, "refit", short)
+    monkeypatch.setattr(module.Runner, "measure_baselines", noted)
+    monkeypatch.setattr(module.Runner, "time", timed)
+    monkeypatch.setattr(refitted_module, "refit", short)
     settings = {"seeds": 2, "config": config}
     whole = compare(dense_dir, pruned_dir, tmp_path / "whole", entries, **settings)
     names: dict[int, list[str]] = {0: [], 1: []}

@@ -20,7 +20,7 @@ from lcc_lens.models.hooked.hooks import kept_hooks
 from lcc_lens.models.loading.hooked import load_hooked
 from lcc_lens.restoration.injections.constants import LccInjection
 from lcc_lens.restoration.injections.ingredients import Ingredients
-from lcc_lens.restoration.injections.methods import build_injection
+from lcc_lens.restoration.injections.spec import MethodSpec
 from lcc_lens.restoration.training.loop import TrainConfig, train
 from lcc_lens.restoration.training.objectives import Checkpointed, Objective
 from lcc_lens.restoration.training.reuse import StartedLater, first_layer
@@ -49,7 +49,7 @@ def test_gradients_are_the_same_bits(pair, found, question_file: Path, monkeypat
     sequences = encode(load_data(str(question_file)), pair.tokenizer)[:5]
     batch, counts = pad(sequences, range(5)), objective.counts(sequences)
     given = Ingredients(pair.pruned, found.components, found.select("mse", share=0.5), pair.output_projections)
-    injection = disturbed(adapters(pair.pruned) if method == "lora" else build_injection(method, given))
+    injection = disturbed(adapters(pair.pruned) if method == "lora" else MethodSpec.parse(method).build(given))
     arguments = injection, batch, counts, objective, pair.dense
     expected = gradients(pair.pruned, pair.pruned, *arguments)
     assert all(float(gradient.abs().max()) > 0 for gradient in expected)
@@ -98,7 +98,7 @@ def test_every_family_gives_the_same_gradients(family: str, tmp_path: Path) -> N
     model = load_hooked(save_model(FAMILIES[family](), tmp_path / family), dtype=torch.float32).model
     sequences = [TokenSequence(row, 3) for row in torch.arange(1, 25).reshape(2, 12)]
     batch, counts = pad(sequences, range(2)), Objective().counts(sequences)
-    injection = disturbed(build_injection("norms", Ingredients(model, None, (), ())))
+    injection = disturbed(MethodSpec.parse("norms").build(Ingredients(model, None, (), ())))
     arguments = model, injection, batch, counts, Objective(), None
     expected = gradients(model, *arguments)
     got = gradients(Checkpointed(model), *arguments)

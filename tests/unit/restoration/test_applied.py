@@ -10,14 +10,15 @@ import torch
 
 from lcc_lens.analysis.scan.scan import scan
 from lcc_lens.data.datasets import encode, load_data
-from lcc_lens.evaluation.baselines.adapters import adapters
 from lcc_lens.evaluation.baselines.lofit import SparseGains
 from lcc_lens.restoration.injections.ingredients import Ingredients
-from lcc_lens.restoration.injections.methods import METHODS, build_injection
+from lcc_lens.restoration.injections.methods import METHODS
+from lcc_lens.restoration.injections.spec import MethodSpec
 from lcc_lens.restoration.result import Restoration, RestorationRecord
 
 TOKENS = torch.arange(1, 25)[None]
-BASELINES = ("lora", "dora", "lofit")
+GAINS = "sparse gains"
+ALL = [*METHODS, "lcc+gain+low-rank+norms"]
 
 
 @pytest.fixture(scope="module")
@@ -33,12 +34,10 @@ def given(pair, question_file: Path) -> Ingredients:
 
 
 def build(pair, given: Ingredients, kind: str):
-    if kind in ("lora", "dora"):
-        injection = adapters(pair.pruned, kind=kind)
-    elif kind == "lofit":
-        injection = SparseGains(build_injection("gain", given).changes(), l1=1e-3)
+    if kind == GAINS:
+        injection = SparseGains(MethodSpec.parse("gain").build(given).changes(), l1=1e-3)
     else:
-        injection = build_injection(kind, given)
+        injection = MethodSpec.parse(kind).build(given)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for number in injection.parameters():
@@ -67,7 +66,7 @@ def logits_of(model: Any) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("fails", [False, True])
-@pytest.mark.parametrize("kind", [*METHODS, "lcc+gain+low-rank+norms", *BASELINES])
+@pytest.mark.parametrize("kind", [*ALL, GAINS])
 def test_injections_leave_the_model_as_it_was(pair, given, kind: str, fails: bool) -> None:
     injection, before, state = build(pair, given, kind), logits_of(pair.pruned), state_of(pair.pruned)
     try:
@@ -82,7 +81,7 @@ def test_injections_leave_the_model_as_it_was(pair, given, kind: str, fails: boo
     assert state_of(pair.pruned) == state
 
 
-@pytest.mark.parametrize("kind", [*METHODS, "lcc+gain+low-rank+norms"])
+@pytest.mark.parametrize("kind", [kind for kind in ALL if not MethodSpec.parse(kind).compare_only])
 def test_restorations_leave_the_model_as_it_was(pair, given, kind: str) -> None:
     injection, before, state = build(pair, given, kind), logits_of(pair.pruned), state_of(pair.pruned)
     restoration = Restoration.of(injection, RestorationRecord("d", "p", "", "", kind, "none", 0, 0))

@@ -12,7 +12,7 @@ from lcc_lens.data.datasets import encode, load_data
 from lcc_lens.evaluation.baselines.lofit import SparseGains
 from lcc_lens.restoration import restore as recipe
 from lcc_lens.restoration.injections.ingredients import Ingredients
-from lcc_lens.restoration.injections.methods import build_injection
+from lcc_lens.restoration.injections.spec import MethodSpec
 from lcc_lens.restoration.restore import restore
 from lcc_lens.restoration.run_folder import RUN_BEGINNING, Beginning
 from lcc_lens.restoration.training import loop as training
@@ -36,7 +36,7 @@ def counted(monkeypatch: pytest.MonkeyPatch, module, name: str) -> list[int]:
 
 def test_rates_share_one_validation_of_their_start(pair, question_file: Path, monkeypatch) -> None:
     sequences = encode(load_data(str(question_file)), pair.tokenizer)
-    injection = build_injection("norms", Ingredients(pair.pruned, None, (), pair.output_projections))
+    injection = MethodSpec.parse("norms").build(Ingredients(pair.pruned, None, (), pair.output_projections))
     config = TrainConfig(batch_size=2, objective=Objective(0.0, 1.0))
     expected = training.validation_loss(pair.pruned, injection, sequences, 1024, config.objective, pair.dense)
     starts, ends = counted(monkeypatch, lr_range, "validation_loss"), counted(monkeypatch, training, "validation_loss")
@@ -74,8 +74,8 @@ def test_diverged_rates_are_kept_and_other_requests_are_not_answered(tmp_path: P
 
     write_json(tmp_path / RUN_BEGINNING, beginning.values())
     assert Beginning.read(tmp_path, "this request") == beginning
-    assert Beginning.read(tmp_path, "another") is None
-    assert Beginning.read(tmp_path / "elsewhere", "this request") is None
+    assert Beginning.read(tmp_path, "another") == Beginning("another")
+    assert Beginning.read(tmp_path / "elsewhere", "this request") == Beginning("this request")
 
 
 @pytest.mark.parametrize("objective", [Objective(), Objective(1.0, 1.0, heads=1.0, text=1.0)])
@@ -85,7 +85,7 @@ def test_accumulated_gradients_are_the_unsplit_batchs(pair, found, question_file
     gradients = []
     for micro_tokens in (20, 100_000):
         given = Ingredients(pair.pruned, found.components, found.select("mse", share=1.0), pair.output_projections)
-        injection = SparseGains(build_injection("gain", given).changes(), l1=1e-2)
+        injection = SparseGains(MethodSpec.parse("gain").build(given).changes(), l1=1e-2)
         with torch.no_grad():
             for number in injection.parameters():
                 number += 0.05

@@ -17,7 +17,8 @@ from lcc_lens.models.architecture.zeros import compare_zeros
 from lcc_lens.models.hooked.losses import sequence_loss
 from lcc_lens.models.loading.hooked import load_tokenizer
 from lcc_lens.models.loading.plain import load_plain
-from lcc_lens.restoration import best
+from lcc_lens.restoration import best, refitted
+from lcc_lens.restoration.injections.methods import METHODS
 
 
 @pytest.fixture
@@ -56,18 +57,18 @@ def test_the_result_is_one_plain_checkpoint(
 def test_by_one_command(
     dense_dir: Path, pruned_dir: Path, files: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = best.refit
+    real = refitted.refit
 
     def on_own_text(*args, calibration, n_samples, seq_len):
         assert (calibration, n_samples, seq_len) == (("alpaca", "c4", "wikitext"), 9, 512)
         return real(*args, calibration=[str(files["text"])], n_samples=4, seq_len=16)
 
-    monkeypatch.setattr(best, "refit", on_own_text)
+    monkeypatch.setattr(refitted, "refit", on_own_text)
     command = ["restore", str(dense_dir), str(pruned_dir), str(tmp_path / "run"), "--data", str(files["train"])]
     assert main([*command, "--method", "best", "--refit-samples", "9", "--quiet"]) == 0
     asked = read_json(tmp_path / "run" / "config.json")["restore"]
     assert (asked["method"], asked["low_rank"]) == ("low-rank", 16)
-    assert asked["lr"] == best.BEST_LR
+    assert asked["lr"] == METHODS["best"].lr
     assert (asked["objective"]["text"], asked["objective"]["distillation"]) == (0.5, 0.5)
     losses = read_json(tmp_path / "run" / "metrics.json")["validation"]["losses"]
     assert list(losses) == ["dense", "pruned", "refitted", "restored"]

@@ -25,7 +25,8 @@ from lcc_lens.models.loading.hooked import load_hooked
 from lcc_lens.models.loading.plain import load_plain
 from lcc_lens.restoration.injections.changes import Gain, LowRank, Shift
 from lcc_lens.restoration.injections.ingredients import Ingredients
-from lcc_lens.restoration.injections.methods import METHODS, build_injection
+from lcc_lens.restoration.injections.methods import METHODS
+from lcc_lens.restoration.injections.spec import MethodSpec
 from lcc_lens.restoration.injections.weights import check_reached
 from lcc_lens.restoration.restore import restore
 from lcc_lens.restoration.result import Restoration, RestorationRecord
@@ -42,7 +43,7 @@ TOKENS = torch.arange(12)[None]
 
 def build(pair, found: Scan, method: str):
     heads = found.select("mse", share=0.5)
-    return build_injection(method, Ingredients(pair.pruned, found.components, heads, pair.output_projections))
+    return MethodSpec.parse(method).build(Ingredients(pair.pruned, found.components, heads, pair.output_projections))
 
 
 def disturbed(injection, size: float = 0.1):
@@ -99,7 +100,7 @@ def test_changed_weights_come_back_after_an_error(pair) -> None:
 
 def test_gain_scales_chosen_head_outputs(pair, found: Scan) -> None:
     heads = [Head(1, 2)]
-    injection = build_injection("gain", Ingredients(pair.pruned, None, heads, pair.output_projections))
+    injection = MethodSpec.parse("gain").build(Ingredients(pair.pruned, None, heads, pair.output_projections))
     assert injection.n_trained == pair.d_head
     disturbed(injection, 0.5)
     gain = next(injection.parameters()).detach()
@@ -158,7 +159,7 @@ def test_weights_need_no_scan(pair, question_file: Path) -> None:
 
 
 @pytest.mark.parametrize(("method", "message"), [
-    ("magic", r"expected a method \(lcc, .*joined by \+\), got 'magic'"),
+    ("magic", r"expected a method \(lcc, .*, perp-lora\), got 'magic'"), ("loraa", "did you mean 'lora'"),
     ("lcc+lcc", "expected every part once"), ("lcc+offset", "one constant per head"),
 ])  # fmt: skip
 def test_wrong_methods_are_refused(pair, found: Scan, method: str, message: str) -> None:
@@ -169,12 +170,13 @@ def test_wrong_methods_are_refused(pair, found: Scan, method: str, message: str)
 def test_a_rank_that_offset_has_no_use_for(pair, found: Scan) -> None:
     given = Ingredients(pair.pruned, found.components, [Head(0, 0)], pair.output_projections, rank=3)
     with pytest.raises(RequestError, match="expected no rank with the offset alone, got 3"):
-        build_injection("offset", given)
+        MethodSpec.parse("offset").build(given)
 
 
 def test_every_weight_is_reached(pair, found: Scan) -> None:
-    for method, described in METHODS.items():
-        if described.source != "sequences" and not method.startswith("mlp-"):
+    for method in METHODS:
+        spec = MethodSpec.parse(method)
+        if not spec.needs_sequences and "mlp" not in spec.scan_sites:
             build(pair, found, method)
     injection = build(pair, found, "low-rank")
     injection._names = tuple("model.embed_tokens" if "q_proj" in name else name for name in injection._names)
@@ -220,7 +222,7 @@ def test_objectives_count_what_they_compare(pair, question_file: Path) -> None:
     both = validation_terms(
         pair.pruned, None, sequences, 1024, Objective(1.0, 1.0, prompts=False, text=1.0), pair.dense
     )
-    assert both["text"] == pytest.approx(validation_loss(pair.pruned, None, everything))
+    assert both["lm"] == pytest.approx(validation_loss(pair.pruned, None, everything))
     assert both["response"] == pytest.approx(terms["response"])
     expected = validation_loss(pair.pruned, None, sequences, 1024, narrow, pair.dense)
     assert both["distillation"] == pytest.approx(expected)
@@ -242,7 +244,7 @@ def test_head_outputs_as_an_objective(pair, question_file: Path) -> None:
     measured = validation_loss(pair.pruned, None, sequences, 1024, heads, pair.dense)
     assert measured == pytest.approx(float(torch.cat(ratios).mean()), rel=1e-4)
     config = TrainConfig(batch_size=4, validate_every=2, objective=Objective.parse("heads"))
-    injection = build_injection("masked", Ingredients(pair.pruned, None, (), pair.output_projections))
+    injection = MethodSpec.parse("masked").build(Ingredients(pair.pruned, None, (), pair.output_projections))
     steps = train(pair.pruned, injection, sequences, sequences, config, teacher=pair.dense)
     losses = [step.validation_loss for step in steps]
     assert losses[-1] is not None
@@ -257,7 +259,7 @@ def test_wrong_objectives_are_refused(text: str) -> None:
 
 @pytest.mark.parametrize("numbers", [(0.0, 0.0, 1.0), (-1.0, 2.0, 1.0), (1.0, 1.0, 0.0), (1.0, float("nan"), 1.0)])
 def test_objectives_without_sense_are_refused(numbers: tuple[float, float, float]) -> None:
-    with pytest.raises(RequestError, match="wanted"):
+    with pytest.raises(RequestError, match="expected"):
         Objective(*numbers)
 
 
@@ -286,7 +288,7 @@ def test_learning_rate_by_range_test(pair, question_file: Path, tmp_path: Path) 
 
 def test_range_test_leaves_the_injection_and_counts_divergence(pair, question_file: Path) -> None:
     sequences = encode(load_data(str(question_file)), pair.tokenizer)
-    injection = build_injection("masked", Ingredients(pair.pruned, None, (), pair.output_projections))
+    injection = MethodSpec.parse("masked").build(Ingredients(pair.pruned, None, (), pair.output_projections))
     before = {name: value.clone() for name, value in injection.state_dict().items()}
     config = TrainConfig(batch_size=2)
     found = range_test(pair.pruned, injection, sequences, sequences, config, factors=(1.0, 1e40), n_steps=3)
@@ -308,9 +310,9 @@ def test_families_fold_or_refuse(family: str, method: str, tmp_path: Path) -> No
     given = Ingredients(loaded.model, None, (), loaded.output_projections)
     if (family, method) in REFUSED:
         with pytest.raises(RequestError, match="got one that computes with a copy of it"):
-            build_injection(method, given)
+            MethodSpec.parse(method).build(given)
         return
-    injection = build_injection(method, given)
+    injection = MethodSpec.parse(method).build(given)
     record = RestorationRecord("d", str(path), "", loaded.identity.sha256, method, "none", 0, 0)
     report = export(Restoration.of(disturbed(injection), record), path, tmp_path / "out")
     assert report.logit_effect > 1e-3

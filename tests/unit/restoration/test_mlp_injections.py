@@ -31,14 +31,8 @@ from lcc_lens.pruning.jobs import prune
 from lcc_lens.restoration.injections.constants import LccInjection, MeanShift, OffsetInjection
 from lcc_lens.restoration.injections.footprint import Footprint
 from lcc_lens.restoration.injections.ingredients import Ingredients
-from lcc_lens.restoration.injections.methods import (
-    METHODS,
-    bias_sites,
-    build_injection,
-    describe_methods,
-    parse_method,
-    scanned_sites,
-)
+from lcc_lens.restoration.injections.methods import METHODS
+from lcc_lens.restoration.injections.spec import MethodSpec, describe_methods
 from lcc_lens.restoration.restore import restore
 from lcc_lens.restoration.result import Restoration, RestorationRecord
 from lcc_lens.restoration.training.loop import TrainConfig
@@ -108,7 +102,7 @@ def test_directions_are_the_differences_own(pair, found: Scan, question_file: Pa
 
 @pytest.mark.parametrize("method", TRAINED)
 def test_nothing_changes_at_first_and_all_comes_back(pair, wide: Scan, method: str) -> None:
-    injection, before = build_injection(method, given(pair, wide)), pair.pruned(TOKENS)
+    injection, before = MethodSpec.parse(method).build(given(pair, wide)), pair.pruned(TOKENS)
     with injection.applied_to(pair.pruned) as model:
         assert torch.equal(model(TOKENS), before)
     with torch.no_grad(), disturbed(injection).applied_to(pair.pruned) as model:
@@ -145,7 +139,7 @@ def test_constant_reaches_exactly_its_mlp(pair, wide: Scan) -> None:
 
 
 def test_gain_scales_the_activation(pair) -> None:
-    injection = disturbed(build_injection("mlp-gain", given(pair, None)))
+    injection = disturbed(MethodSpec.parse("mlp-gain").build(given(pair, None)))
     assert injection.n_trained == N_LAYERS * D_MLP
     gains = [number.detach() for number in injection.parameters()]
     hooks = [(mlp_name(i), lambda post, hook, gain=gain: post * (1 + gain)) for i, gain in enumerate(gains)]
@@ -166,7 +160,7 @@ def test_restore_save_export(
     data, heads = load_data(str(question_file)), wide.select("mse", share=0.5)
     config = TrainConfig(batch_size=4, validate_every=2)
     restoration = restore(pair, wide, heads, data, method=method, config=config, run=tmp_path / "run")
-    if METHODS[method.split("+")[0]].trains is not None:
+    if MethodSpec.parse(method).n_trained is not None:
         assert restoration.record.losses["restored"] < restoration.record.losses["pruned"]
     again, before = Restoration.load(tmp_path / "run"), pair.pruned(TOKENS)
     with restoration.applied_to(pair.pruned) as model:
@@ -182,13 +176,15 @@ def test_restore_save_export(
     assert all(torch.equal(new[name] == 0, tensor == 0) for name, tensor in old.items() if tensor.ndim > 1)
     added = {name.split(".")[-2] for name in report.added}
     wanted = set() if method == "mlp-gain" else {"gate_proj", "up_proj", "down_proj"}
-    assert added == wanted | ({"q_proj", "k_proj", "v_proj", "o_proj"} if "z" in bias_sites(method) else set())
+    assert added == wanted | (
+        {"q_proj", "k_proj", "v_proj", "o_proj"} if "z" in MethodSpec.parse(method).bias_sites else set()
+    )
     assert all(
         not bool(new[name].any()) for name in report.added if not name.endswith(("down_proj.bias", "o_proj.bias"))
     )
     card = (tmp_path / "out" / "README.md").read_text()
     assert ("MLP folded into the biases of the down projections" in card) == bool(wanted)
-    assert merging_costs(build_injection(method, given(pair, wide)), pair, pair.pruned)["n_added"] == sum(
+    assert merging_costs(MethodSpec.parse(method).build(given(pair, wide)), pair, pair.pruned)["n_added"] == sum(
         new[name].numel() for name in report.added
     )
 
@@ -226,41 +222,47 @@ def test_families_fold_or_refuse_before_training(family: str, question_file: Pat
 
 def test_scans_that_lack_the_mlp_are_refused(pair, found: Scan, question_file: Path) -> None:
     with pytest.raises(RequestError, match=r"expected the MLP's lost directions, got .*; scan again .*--spectra z mlp"):
-        build_injection("mlp-lcc", given(pair, found))
-    assert build_injection("mlp-offset", given(pair, found)).n_trained == N_LAYERS * D_MLP
+        MethodSpec.parse("mlp-lcc").build(given(pair, found))
+    assert MethodSpec.parse("mlp-offset").build(given(pair, found)).n_trained == N_LAYERS * D_MLP
     heads_alone = scan(pair, load_data(str(question_file), n=4), sites=("z",), selectors=(), display=0)
     missing = Ingredients(pair.pruned, heads_alone.components, [], pair.output_projections)
     for method in ("mlp-lcc", "mlp-offset", "mlp-mean-shift"):
         with pytest.raises(RequestError, match="expected a scan with the MLP's post-activation"):
-            build_injection(method, missing)
+            MethodSpec.parse(method).build(missing)
     assert not heads_alone.has_mlp()
     assert found.has_mlp()
     assert not found.has_mlp(directions=True)
 
 
 def test_one_constant_per_site(pair) -> None:
-    assert parse_method("lcc+mlp-lcc+mlp-gain") == ("lcc", "mlp-lcc", "mlp-gain")
+    joined = MethodSpec.parse("lcc+mlp-lcc+mlp-gain")
+    assert joined.parts == tuple(METHODS[name] for name in ("lcc", "mlp-lcc", "mlp-gain"))
     for method in ("mlp-lcc+mlp-offset", "lcc+mean-shift-sequential-mlp", "mlp-gain+mlp-gain"):
         with pytest.raises(RequestError, match="one constant per head and per MLP"):
-            parse_method(method)
-    assert bias_sites("mlp-offset+lcc+gain") == ("z", "mlp")
-    assert scanned_sites("lcc") == (("z",), ("z",))
-    assert scanned_sites("offset+mlp-offset") == (("z", "mlp"), ("z",))
-    assert scanned_sites("mlp-lcc") == (("z", "mlp"), ("z", "mlp"))
+            MethodSpec.parse(method)
+    assert MethodSpec.parse("mlp-offset+lcc+gain").bias_sites == ("z", "mlp")
+    for method, sites, spectra in (
+        ("lcc", ("z",), ("z",)), ("offset+mlp-offset", ("z", "mlp"), ("z",)), ("mlp-lcc", ("z", "mlp"), ("z", "mlp")),
+    ):  # fmt: skip
+        spec = MethodSpec.parse(method)
+        assert (spec.scan_sites, spec.spectra) == (sites, spectra)
 
 
 def test_every_method_declares_what_it_does(pair, wide: Scan, question_file: Path) -> None:
     """The declared footprint is what training and export find."""
     sequences = encode(load_data(str(question_file), n=8), pair.tokenizer)
     ingredients = replace(given(pair, wide), pair=pair, sequences=sequences)
-    for name, method in METHODS.items():
-        injection = build_injection(name, ingredients)
+    for name in METHODS:
+        spec = MethodSpec.parse(name)
+        injection = spec.build(ingredients)
         footprint = injection.footprint
-        assert footprint.biases == method.biases
+        assert footprint.biases == spec.bias_sites
         assert footprint.n_trained == sum(number.numel() for number in injection.parameters() if number.requires_grad)
-        assert (footprint.n_trained == 0) == (method.trains is None)
-        assert footprint.folds
-        assert bool(footprint.weights) == (not footprint.biases)
+        assert (footprint.n_trained == 0) == (spec.n_trained is None)
+        assert footprint.folds == (not spec.compare_only or name == "flap")
+        if spec.compare_only:
+            continue
+        assert bool(footprint.weights) == (not footprint.biases or name == "perp")
         restoration = Restoration.of(injection, RestorationRecord("d", "p", "", "", name, "none", 0, 0))
         assert restoration.footprint.biases == footprint.biases
         assert set(restoration.footprint.weights) == set(footprint.weights)
@@ -280,7 +282,7 @@ def test_every_method_declares_what_it_does(pair, wide: Scan, question_file: Pat
 
 
 def test_another_width_is_refused(pair, wide: Scan, tmp_path: Path) -> None:
-    injection = build_injection("mlp-mean-shift", given(pair, wide))
+    injection = MethodSpec.parse("mlp-mean-shift").build(given(pair, wide))
     restoration = Restoration.of(injection, RestorationRecord("d", "p", "", "", "mlp-mean-shift", "none", 0, 0))
     other = load_hooked(save_model(build_model(intermediate_size=24), tmp_path / "other")).model
     message = "expected a model with d_mlp 44, got 24; wrong model"

@@ -15,7 +15,7 @@ from lcc_lens.core.errors import RequestError
 from lcc_lens.core.heads import Head
 from lcc_lens.data.datasets import encode, load_data
 from lcc_lens.models.loading.hooked import identity_of, load_hooked
-from lcc_lens.restoration.injections.methods import parse_method, uses_heads
+from lcc_lens.restoration.injections.spec import MethodSpec
 from lcc_lens.restoration.restore import restore
 from lcc_lens.restoration.result import Restoration
 
@@ -51,8 +51,7 @@ def test_other_weights_are_refused_by_their_hash(pair, shifted: Restoration, pru
 def test_heads_outside_the_model_are_refused(
     pair, found: Scan, question_file: Path, tmp_path: Path, method: str, head: Head
 ) -> None:
-    assert uses_heads(method)
-    assert parse_method(method) == (method,)
+    assert MethodSpec.parse(method).on_heads
     data = load_data(str(question_file))
     with pytest.raises(RequestError, match=f"expected heads within 3 layers x 5 heads, got {head}"):
         restore(pair, found, [Head(0, 0), head], data, method=method, run=tmp_path / "run")

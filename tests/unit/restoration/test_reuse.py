@@ -19,7 +19,7 @@ from lcc_lens.data.datasets import encode, load_data
 from lcc_lens.models.loading.hooked import load_hooked
 from lcc_lens.restoration.injections.constants import LccInjection
 from lcc_lens.restoration.injections.ingredients import Ingredients
-from lcc_lens.restoration.injections.methods import build_injection
+from lcc_lens.restoration.injections.spec import MethodSpec
 from lcc_lens.restoration.training.loop import TrainConfig, train, validation_loss
 from lcc_lens.restoration.training.objectives import Objective
 from lcc_lens.restoration.training.reuse import (
@@ -67,7 +67,7 @@ def test_lower_layers_run_once_per_sequence(pair, found, question_file: Path, mo
     seen = passes(pair.pruned, monkeypatch)
     assert validation_loss(source, injection, sequences) == pytest.approx(whole, rel=1e-5)
     assert set(seen) == {1, 2}
-    low_rank = build_injection("low-rank", Ingredients(pair.pruned, None, (), pair.output_projections))
+    low_rank = MethodSpec.parse("low-rank").build(Ingredients(pair.pruned, None, (), pair.output_projections))
     assert first_layer(low_rank) == 0
     assert reused(pair.pruned, low_rank) is pair.pruned
 

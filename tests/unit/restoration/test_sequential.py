@@ -22,8 +22,8 @@ from lcc_lens.models.hooked.layer_walk import LayerWalk, can_run_layers_alone
 from lcc_lens.models.pair import load_pair
 from lcc_lens.pruning.jobs import prune
 from lcc_lens.restoration.injections.ingredients import Ingredients
-from lcc_lens.restoration.injections.methods import build_injection
 from lcc_lens.restoration.injections.sequential import sequential_means
+from lcc_lens.restoration.injections.spec import MethodSpec
 from lcc_lens.restoration.restore import restore
 
 HEADS = [Head(0, 1), Head(0, 4), Head(2, 0), Head(2, 3)]
@@ -107,7 +107,7 @@ def test_afterwards_every_mended_mean_is_the_dense_one(pair, sequences) -> None:
         pair.pruned, None, all_heads(N_LAYERS, N_HEADS), pair.output_projections, pair=pair, sequences=sequences
     )
     before = pair.pruned(torch.arange(12)[None])
-    with build_injection("mean-shift-sequential-mlp", given).applied_to(pair.pruned) as model:
+    with MethodSpec.parse("mean-shift-sequential-mlp").build(given).applied_to(pair.pruned) as model:
         for layer in range(N_LAYERS):
             for name in (z_name(layer), mlp_name(layer)):
                 wanted, got = (mean_of(one, sequences, name, {}) for one in (pair.dense, model))
@@ -179,7 +179,7 @@ def test_what_cannot_be_measured_is_refused(
     with pytest.raises(RequestError, match="expected both models in memory for a sequential mean shift"):
         sequential_means(load_pair(dense_dir, pruned_dir, one_at_a_time=True), sequences, HEADS)
     with pytest.raises(RequestError, match="expected a pair of models to measure a sequential mean shift in"):
-        build_injection("mean-shift-sequential", Ingredients(pair.pruned, None, HEADS, pair.output_projections))
+        MethodSpec.parse("mean-shift-sequential").build(Ingredients(pair.pruned, None, HEADS, pair.output_projections))
     weight = dict(pair.pruned.original_model.named_parameters())
     name = next(name for name in weight if "v_proj" in name)
     with monkeypatch.context() as patch, torch.no_grad():

@@ -297,7 +297,7 @@ def test_probe_and_training_data_of_one_role_may_not_overlap(pair, found: Scan, 
 
 @pytest.mark.parametrize("changes", [{"epochs": 0}, {"lr": 0.0}, {"lr": float("nan")}, {"batch_size": 0}])
 def test_senseless_settings_are_refused(changes: dict[str, float]) -> None:
-    with pytest.raises(RequestError, match="wanted"):
+    with pytest.raises(RequestError, match="expected"):
         TrainConfig(**changes)
 
 

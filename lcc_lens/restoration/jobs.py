@@ -1,0 +1,85 @@
+"""Restoration from references of models: refit if the method asks for it, scan, choose heads, restore."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+from lcc_lens.core.errors import RequestError
+from lcc_lens.core.processes import first_process_first
+from lcc_lens.data.datasets import Data
+from lcc_lens.models.pair import Pair, load_pair
+from lcc_lens.restoration.checks import check_restores
+from lcc_lens.restoration.injections.spec import MethodSpec
+from lcc_lens.restoration.refitted import REFITTED, refitted_model
+from lcc_lens.restoration.restore import restore
+from lcc_lens.restoration.result import Restoration
+from lcc_lens.restoration.scans import scan_for
+from lcc_lens.restoration.settings import HeadRequest, RefitRequest, RestoreSettings, with_preset
+from lcc_lens.restoration.training.config import Step, TrainConfig
+from lcc_lens.restoration.training_data import load_role
+
+
+def restore_models(
+    dense: str | Path,
+    pruned: str | Path,
+    run: str | Path,
+    data: Data,
+    *,
+    method: str = "lcc",
+    config: TrainConfig | None = None,
+    validation: Data | None = None,
+    settings: RestoreSettings | None = None,
+    heads: HeadRequest | None = None,
+    refitting: RefitRequest | None = None,
+    one_at_a_time: bool = False,
+    resume: bool = False,
+    on_step: Callable[[Step], None] | None = None,
+) -> tuple[Restoration, Pair]:
+    """Restore a pruned model by any method, with all that the method needs before it trains.
+
+    Args:
+        dense: reference of the dense model.
+        pruned: reference of the pruned model.
+        run: the run directory. A scan in it is used; otherwise the pair is scanned into it. A method that starts from
+            the refitted model keeps that in ``refit`` within it.
+        data: training examples (role ``train``).
+        method: one of :data:`~lcc_lens.restoration.injections.methods.METHODS`, or several joined by ``+``.
+        config: settings of the training; the method's own if not given.
+        validation: see :func:`~lcc_lens.restoration.restore.restore`.
+        settings: ranks, lengths and controls.
+        heads: how heads are chosen.
+        refitting: what a refit is calibrated on.
+        one_at_a_time: hold one model in memory at a time.
+        resume: go on from the run directory's checkpoint.
+        on_step: called after every optimiser step.
+
+    Returns:
+        The restoration, and the pair that it belongs to (with the refitted model, if there is one).
+
+    Raises:
+        RequestError: see :func:`~lcc_lens.restoration.restore.restore`.
+    """
+    spec, run = MethodSpec.parse(method), Path(run)
+    check_restores(spec)
+    settings, heads = settings or RestoreSettings(), heads or HeadRequest()
+    config, source = with_preset(config, spec), pruned
+    if spec.preset.on_refit:
+        if one_at_a_time:
+            raise RequestError(f"expected both models in memory for {method}, got one at a time; load both")
+        with first_process_first():
+            source = refitted_model(dense, pruned, run / REFITTED, refitting)
+    pair, scan = load_pair(dense, source, one_at_a_time=one_at_a_time), None
+    if spec.needs_scan:
+        scan = scan_for(
+            spec, pair, run, lambda: load_role(heads.data, heads.examples, "probe", config.seed),
+            selector=heads.selector, max_length=settings.max_length, limit=heads.examples, seed=config.seed,
+        )  # fmt: skip
+    fraction = heads.fraction if spec.selects_heads else 1.0
+    chosen = [] if scan is None else scan.select(heads.selector, share=fraction, seed=config.seed)
+    restoration = restore(
+        pair, scan, chosen, data, method=spec, config=config, validation=validation, run=run, resume=resume,
+        on_step=on_step, before_refit=pruned if spec.preset.on_refit else None, **asdict(settings),
+    )  # fmt: skip
+    return restoration, pair

@@ -1,0 +1,78 @@
+"""The scan that a restoration uses: the one in a folder where it fits, a new one otherwise."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from lcc_lens.analysis.scan.scan import SCAN_RECORD, Scan, scan
+from lcc_lens.analysis.selectors.names import SelectorName
+from lcc_lens.core.errors import RequestError
+from lcc_lens.data.datasets import Data
+from lcc_lens.models.pair import Pair
+from lcc_lens.restoration.injections.spec import MethodSpec
+
+
+def check_scan(scan: Scan, pair: Pair) -> None:
+    """Refuse a scan of other weights.
+
+    Raises:
+        RequestError: names the model whose hash differs.
+    """
+    for name, recorded, identity in (
+        ("dense", scan.record.dense_sha256, pair.dense_id),
+        ("pruned", scan.record.pruned_sha256, pair.pruned_id),
+    ):
+        if recorded != identity.sha256:
+            raise RequestError(
+                f"expected the {name} model of the scan (SHA-256 {recorded[:12]}…), got {identity.reference} "
+                f"({identity.sha256[:12]}…); scan this pair first"
+            )
+
+
+def scan_for(
+    spec: MethodSpec,
+    pair: Pair,
+    run: Path,
+    load: Callable[[], Data],
+    *,
+    selector: SelectorName,
+    max_length: int,
+    limit: int | None = None,
+    seed: int = 0,
+    only_needed: bool = False,
+) -> Scan:
+    """Load the scan in a folder, or scan the pair and save it there.
+
+    Args:
+        spec: the method that needs it.
+        pair: the hooked models.
+        run: the folder.
+        load: gives the data for a new scan.
+        selector: the score that heads are chosen by.
+        max_length: tokens per example at most.
+        limit: sequences at most.
+        seed: of the probes.
+        only_needed: compute nothing beyond what the method and the selector need (for comparisons), and replace a scan
+            that lacks any of it.
+
+    Raises:
+        RequestError: the scan in the folder is of another pair.
+    """
+    if (run / SCAN_RECORD).exists():
+        saved = Scan.load(run)
+        check_scan(saved, pair)
+        has_mlp = saved.has_mlp(directions="mlp" in spec.spectra)
+        if not only_needed or has_mlp or "mlp" not in spec.scan_sites or "mlp" not in pair.sites:
+            return saved
+    is_free = selector in ("mse", "random")  # every scan has these scores
+    max_length = min(max_length, pair.context)
+    if only_needed:
+        return scan(
+            pair, load(), sites=spec.scan_sites, spectra=spec.spectra, display=0, max_length=max_length,
+            selectors=() if is_free else (selector,), limit=limit, seed=seed, run=run,
+        )  # fmt: skip
+    return scan(
+        pair, load(), spectra=spec.spectra, max_length=max_length, selectors=None if is_free else (selector,),
+        limit=limit, seed=seed, run=run,
+    )  # fmt: skip

@@ -1,0 +1,72 @@
+"""Settings of a restoration and their defaults, for Python callers, comparisons and the command line alike."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from lcc_lens.analysis.selectors.names import SelectorName
+from lcc_lens.data.datasets import Data
+from lcc_lens.pruning.jobs import REFIT_DATA, REFIT_SAMPLES
+from lcc_lens.restoration.injections.constants import Start
+from lcc_lens.restoration.injections.spec import MethodSpec
+from lcc_lens.restoration.training.config import TrainConfig
+from lcc_lens.restoration.training.objectives import Objective
+
+TRAIN_DATA, TRAIN_EXAMPLES = "alpaca", 480
+SCAN_DATA, SCAN_EXAMPLES = "boolq", 256
+LOW_RANK = 8
+
+
+@dataclass(frozen=True)
+class RestoreSettings:
+    """What decides a restoration beside models, data, heads and training."""
+
+    rank: int | None = None
+    """Directions per head (K); all if None."""
+    mlp_rank: int | None = None
+    """Directions per MLP; those that the scan holds if None."""
+    low_rank: int | None = None
+    """Rank of a low-rank change of weights; the preset's, or 8, if None."""
+    start: Start = "zero"
+    """See :class:`~lcc_lens.restoration.injections.constants.LccInjection`."""
+    max_length: int = 512
+    """Tokens per example at most."""
+    limit: int | None = None
+    """Training sequences at most (text is cut into many), and a tenth of it for validation."""
+    shuffle_responses: bool = False
+    """A control: train on every prompt with another one's response; validation stays as it is."""
+    tune_lr: bool = False
+    """Choose the learning rate by a short range test first; its losses are noted in the settings."""
+    exportable: bool = True
+    """Refuse, before anything is trained, a model whose checkpoint cannot hold the result. Without it the restoration
+    works under hooks alone."""
+
+    def completed(self, spec: MethodSpec) -> RestoreSettings:
+        """The settings with the method's own rank where none is set."""
+        return replace(self, low_rank=self.low_rank or spec.preset.low_rank or LOW_RANK)
+
+
+@dataclass(frozen=True)
+class HeadRequest:
+    """How heads are chosen, and the scan that scores them where the run directory holds none."""
+
+    fraction: float = 0.25
+    selector: SelectorName = "probe"
+    data: str = SCAN_DATA
+    examples: int = SCAN_EXAMPLES
+
+
+@dataclass(frozen=True)
+class RefitRequest:
+    """What a refit is calibrated on; see :func:`~lcc_lens.pruning.jobs.refit`."""
+
+    calibration: Sequence[str | Data] = REFIT_DATA
+    n_samples: int = REFIT_SAMPLES
+    seq_len: int = 512
+
+
+def with_preset(config: TrainConfig | None, spec: MethodSpec) -> TrainConfig:
+    """The training settings; where there are none, or no learning rate, a preset's own."""
+    config = config or TrainConfig(objective=Objective.parse(spec.preset.objective or "response"))
+    return config if config.lr is not None or spec.preset.lr is None else replace(config, lr=spec.preset.lr)
