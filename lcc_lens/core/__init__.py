@@ -1,1 +1,1 @@
-"""The ground floor: errors, files, settings, processes and progress. Knows nothing of models or data."""
+"""Errors, files, checkpoints on disk, settings, processes and progress, on which all other folders build."""

@@ -1,4 +1,4 @@
-"""Where things are kept and which device and number format computations use."""
+"""Settings from environment variables: cache folder, device, number format, kind of hooks."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from lcc_lens.core.processes import n_processes, process_device
 if TYPE_CHECKING:
     import torch
 
-#: Where a model's weights go that do not all go to one device; see :func:`lcc_lens.models.hooked.offloading.placement`.
+#: Where to put weights that do not fit on one device; see :func:`lcc_lens.models.hooked.offloading.placement`.
 DeviceMap = Literal["auto", "disk"]
 DTYPES = ("float32", "bfloat16", "float16")
-#: TransformerLens' kinds of hooked models: hooks on transformers' own model, or its own copy of the model.
+#: TransformerLens' kinds of hooked models: hooks on transformers' model, or a model class of its own.
 HookKind = Literal["bridge", "hooked-transformer"]
 
 
 def package_version() -> str:
-    """The installed version of lcc_lens, as written into every artefact."""
+    """The installed version of lcc_lens, which every artefact records."""
     try:
         return version("lcc-lens")
     except PackageNotFoundError:
@@ -39,9 +39,9 @@ def cache_dir() -> Path:
 
 
 def default_device() -> torch.device:
-    """The device to compute on: ``LCC_LENS_DEVICE``, else CUDA where there is one, else the CPU.
+    """The device to compute on: ``LCC_LENS_DEVICE``, else CUDA if there is a GPU, else the CPU.
 
-    Of several processes (see :mod:`lcc_lens.core.processes`) each has its own.
+    With several processes (see :mod:`lcc_lens.core.processes`) each has its own GPU.
     """
     import torch
 
@@ -57,7 +57,7 @@ def default_device() -> torch.device:
 
 
 def default_device_map() -> DeviceMap | None:
-    """Where weights go: ``LCC_LENS_DEVICE_MAP``, else all to the device to compute on."""
+    """The device map ``LCC_LENS_DEVICE_MAP``; None puts all weights on the device to compute on."""
     named = os.environ.get("LCC_LENS_DEVICE_MAP")
     if named and named not in get_args(DeviceMap):
         raise RequestError(f"expected LCC_LENS_DEVICE_MAP to be {' or '.join(get_args(DeviceMap))}, got {named!r}")
@@ -66,7 +66,7 @@ def default_device_map() -> DeviceMap | None:
 
 @contextmanager
 def placed(device_map: DeviceMap | None) -> Iterator[None]:
-    """Let models that are loaded inside the block have this device map where they are not given one."""
+    """Use this device map for models that are loaded inside the block without one of their own."""
     before = os.environ.get("LCC_LENS_DEVICE_MAP")
     if device_map is not None:
         os.environ["LCC_LENS_DEVICE_MAP"] = device_map
@@ -80,11 +80,11 @@ def placed(device_map: DeviceMap | None) -> Iterator[None]:
 
 
 def bound_kernel_cache() -> None:
-    """Keep fewer of oneDNN's kernels, unless ``ONEDNN_PRIMITIVE_CACHE_CAPACITY`` says how many.
+    """Let oneDNN keep 64 compiled kernels instead of 1,024, unless ``ONEDNN_PRIMITIVE_CACHE_CAPACITY`` is set.
 
-    It compiles one for each new shape of a batch on a CPU and keeps 1,024, which grow to hundreds of MiB; those of the
-    last few shapes serve as well (a training step alone needs some twenty, again in every layer). Has an effect only
-    before the first computation, so commands call it, not functions.
+    On a CPU oneDNN compiles a kernel for each new batch shape, and 1,024 of them take hundreds of MiB. A training step
+    needs about twenty, the same ones in every layer. The setting only works before the first computation, so commands
+    call this, not functions.
     """
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
 
@@ -92,9 +92,9 @@ def bound_kernel_cache() -> None:
 def compute_dtype(device: torch.device) -> torch.dtype:
     """The format of model weights and activations during computation.
 
-    bfloat16 where the hardware multiplies it natively (CUDA from Ampere on; CPUs with AVX512-BF16 or AMX),
-    float32 elsewhere: an emulated bfloat16 is several times slower than float32. ``LCC_LENS_DTYPE`` overrides.
-    Statistics and trained parameters are float32 or wider whatever this returns.
+    ``LCC_LENS_DTYPE``, else bfloat16 if the hardware multiplies it natively (CUDA from Ampere on; CPUs with AVX512-BF16
+    or AMX), else float32: emulated bfloat16 is several times slower. Statistics and trained parameters are always
+    float32 or wider.
     """
     import torch
 
@@ -108,23 +108,22 @@ def compute_dtype(device: torch.device) -> torch.dtype:
 
 
 def tokens_per_pass(device: torch.device) -> int:
-    """Padded tokens of one pass where nobody says how many: more on a GPU, which small passes leave idle."""
+    """The default number of padded tokens per forward pass: more on a GPU, which small passes leave idle."""
     return 1024 if device.type == "cpu" else 4096
 
 
 def hook_kind() -> HookKind:
-    """Which kind of hooked model is made of a checkpoint: ``LCC_LENS_HOOKS``, else ``bridge``.
+    """The kind of hooked model to make: ``LCC_LENS_HOOKS``, else ``bridge``.
 
     ``hooked-transformer`` needs TransformerLens 3.
 
     Raises:
-        RequestError: another word.
+        RequestError: the variable holds another word.
     """
-    named = os.environ.get("LCC_LENS_HOOKS") or "bridge"
-    for kind in get_args(HookKind):
-        if named == kind:
-            return cast("HookKind", kind)
-    raise RequestError(f"expected LCC_LENS_HOOKS to be one of {', '.join(get_args(HookKind))}, got {named!r}")
+    kind = os.environ.get("LCC_LENS_HOOKS") or "bridge"
+    if kind not in get_args(HookKind):
+        raise RequestError(f"expected LCC_LENS_HOOKS to be one of {', '.join(get_args(HookKind))}, got {kind!r}")
+    return cast("HookKind", kind)
 
 
 def _is_bf16_fast(device: torch.device) -> bool:

@@ -1,4 +1,4 @@
-"""The errors that reach a user: one line that says what was wanted, what came, and what to do."""
+"""Errors for the user, one line each: what was expected, what came, and what to do."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class DiskFullError(LensError):
 
 
 def first_line(error: BaseException) -> str:
-    """What another library's message says in one line, not too long."""
+    """The message of another library's error, as one line of at most 200 characters."""
     if "trust_remote_code" in str(error):
         return "it brings its own code, which is not run here; name a model of an architecture that transformers has"
     lines = str(error).strip().splitlines()

@@ -24,7 +24,7 @@ CHUNK = 1 << 22
 
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Turn a failed write below ``path`` into one clear line."""
+    """Report a failed write below ``path`` in one line."""
     try:
         yield
     except OSError as error:
@@ -45,7 +45,7 @@ def disk_errors(path: Path) -> Iterator[None]:
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """Give a temporary sibling file that replaces ``path`` when the block ends well, and vanishes otherwise."""
+    """Yield a temporary sibling file that replaces ``path`` if the block succeeds, and is deleted otherwise."""
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
@@ -61,10 +61,10 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def atomic_directory(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
-    """Give a temporary sibling folder that becomes ``path`` when the block ends well, and vanishes otherwise.
+    """Yield a temporary sibling folder that becomes ``path`` if the block succeeds, and is deleted otherwise.
 
     Raises:
-        RequestError: ``path`` is there already and ``overwrite`` is false.
+        RequestError: ``path`` exists and ``overwrite`` is false.
     """
     require_free(path, overwrite=overwrite)
     with disk_errors(path):
@@ -85,7 +85,7 @@ def atomic_directory(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
 
 
 def require_free(path: Path, *, overwrite: bool) -> None:
-    """Refuse a folder that is there already with something in it, unless it may be replaced.
+    """Refuse an existing folder that is not empty, unless it may be replaced.
 
     Raises:
         RequestError: ``path`` is a file or a folder that is not empty, and ``overwrite`` is false.
@@ -95,10 +95,10 @@ def require_free(path: Path, *, overwrite: bool) -> None:
 
 
 def require_space(path: Path, n_bytes: int) -> None:
-    """Refuse before any work when the disk of ``path`` has not ``n_bytes`` free.
+    """Refuse, before any work, a disk with fewer than ``n_bytes`` free.
 
     Raises:
-        RequestError: too little space.
+        RequestError: there is too little space.
     """
     folder = path
     while not folder.exists():
@@ -152,7 +152,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Read a safetensors file and its metadata.
 
     Raises:
-        RequestError: the file is missing, truncated or no safetensors file.
+        RequestError: the file is missing, truncated or not in safetensors format.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -176,11 +176,11 @@ def sha256_file(path: Path) -> str:
 
 @contextmanager
 def locked(folder: Path, work: str) -> Iterator[None]:
-    """Wait until no other process is in such a block; a process that ends in any way leaves it.
+    """Let one process at a time into the block; a process that ends in any way releases the lock.
 
     Args:
-        folder: where the lock lies, a hidden file; the folder is made if it is not there.
-        work: what the lock is for: different work does not wait.
+        folder: the folder of the lock, a hidden file; it is created if missing.
+        work: what the lock is for; locks of different names do not wait for each other.
     """
     from filelock import FileLock
 

@@ -1,4 +1,4 @@
-"""One fingerprint for every "is this the same request?": a hash of all that decides a result."""
+"""Hash everything that decides a result, to tell whether two requests are the same."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from typing import Any
 
 
 def fingerprint(*parts: Any) -> str:
-    """Hash what decides a result, so that work is only continued or reused for the same request.
+    """Hash what decides a result, so that only the same request resumes or reuses finished work.
 
     Args:
-        *parts: values of JSON, dataclasses, paths, sets, mappings, tensors; anything else counts by its text.
+        *parts: JSON values, dataclasses, paths, sets, mappings, tensors; anything else is hashed by its ``str``.
 
     Returns:
         The SHA-256 of the parts as canonical JSON, in hexadecimal.

@@ -1,4 +1,4 @@
-"""The address of an attention head, always as (layer, head)."""
+"""Addresses of attention heads, (layer, head), and the map from a sliced model's heads to the dense model's."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Head(NamedTuple):
 
     @classmethod
     def parse(cls, label: str) -> Head:
-        """Read a label such as ``L12H3``.
+        """Parse a label such as ``L12H3``.
 
         Raises:
             RequestError: the label has another form.
@@ -49,10 +49,10 @@ def all_heads(n_layers: int, n_heads: int) -> list[Head]:
 
 
 def check_heads(heads: Iterable[Head | tuple[int, int]], n_layers: int, n_heads: int) -> list[Head]:
-    """Sort heads and refuse what the model does not have.
+    """Sort heads, and refuse those that the model does not have.
 
     Raises:
-        RequestError: no head at all, the same head twice, or a head outside the model.
+        RequestError: there is no head, the same head twice, or a head outside the model.
     """
     checked = sorted(Head(*head) for head in heads)
     if not checked:
@@ -79,41 +79,41 @@ HEAD_MAP = "head_map.json"
 
 @dataclass(frozen=True)
 class HeadMap:
-    """Pruned heads and what they were.
+    """The dense model's head for every head of a pruned model, and the heads that were removed.
 
     Example:
         >>> sliced = HeadMap(((0, 2), (1, 2)), ((), ()))
-        >>> sliced.dense_heads[1][0]  # the first head that layer 1 still has was the dense model's second
+        >>> sliced.dense_heads[1][0]  # the first head of layer 1 was the dense model's second
         1
     """
 
     dense_heads: tuple[tuple[int, ...], ...]
-    """By layer, for every head of the pruned model, the dense model's head."""
+    """By layer, the dense model's index of every head of the pruned model."""
     removed: tuple[tuple[int, ...], ...]
-    """By layer, the heads of the pruned model that are there in shape only: their output goes nowhere."""
+    """By layer, the heads of the pruned model whose columns of the output projection are all zero."""
 
     @classmethod
     def identity(cls, n_layers: int, n_heads: int, removed: Sequence[Sequence[int]] | None = None) -> HeadMap:
-        """Every head is where it was."""
-        gone = removed if removed is not None else [()] * n_layers
-        return cls((tuple(range(n_heads)),) * n_layers, tuple(tuple(heads) for heads in gone))
+        """The map of a model that keeps the position of every head."""
+        removed = removed if removed is not None else [()] * n_layers
+        return cls((tuple(range(n_heads)),) * n_layers, tuple(map(tuple, removed)))
 
     @property
     def is_identity(self) -> bool:
-        """Whether every head is where it was and all are alive."""
+        """Whether every head keeps its position and none is removed."""
         moved = any(heads != tuple(range(len(heads))) for heads in self.dense_heads)
         return not moved and not any(self.removed)
 
     def to_json(self) -> dict[str, Any]:
-        """As it lies beside the weights."""
+        """The content of the file beside the weights."""
         return {"dense_heads": self.dense_heads, "removed_heads": self.removed}
 
 
 def read_head_map(model_dir: Path) -> HeadMap | None:
-    """The head map beside a model's weights, if there is one.
+    """Read the head map beside a model's weights; None if there is none.
 
     Raises:
-        RequestError: the file holds something else.
+        RequestError: the file has another layout.
     """
     path = model_dir / HEAD_MAP
     if not path.exists():
@@ -127,5 +127,8 @@ def read_head_map(model_dir: Path) -> HeadMap | None:
     except (KeyError, TypeError, ValueError) as error:
         raise RequestError(f"expected a head map in {path}, got another layout ({error!r}); prune again") from error
     if len(dense_heads) != len(removed):
-        raise RequestError(f"expected a head map of as many layers in both parts of {path}, got another; prune again")
+        raise RequestError(
+            f"expected as many layers in dense_heads as in removed_heads of {path}, got {len(dense_heads)} and "
+            f"{len(removed)}; prune again"
+        )
     return HeadMap(dense_heads, removed)

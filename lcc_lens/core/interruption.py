@@ -1,4 +1,4 @@
-"""Ctrl-C that lets a step end whole, so that the state can be saved."""
+"""Let Ctrl-C end a run after the current step, so that its state can be saved."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ from lcc_lens.core.processes import n_processes, summed
 
 
 class Interruption:
-    """Whether the user asked to stop (Ctrl-C); a second Ctrl-C stops at once.
+    """Whether the user pressed Ctrl-C; a second Ctrl-C stops at once.
 
-    Of several processes (see :mod:`lcc_lens.core.processes`) each may get the signal more than once, from the
-    terminal and from the launcher, and at another step; so there only the first counts, and they agree on the step.
+    With several processes (see :mod:`lcc_lens.core.processes`) each may get the signal more than once, from the
+    terminal and from the launcher, and at different steps. There only the first signal counts, and the processes agree
+    on the step after which they stop.
     """
 
     def __init__(self) -> None:
@@ -25,7 +26,7 @@ class Interruption:
 
     @contextmanager
     def watched(self) -> Iterator[Interruption]:
-        """Catch Ctrl-C inside the block, so that a step ends whole before the state is saved."""
+        """Catch Ctrl-C inside the block and set ``requested`` instead of raising."""
         if threading.current_thread() is not threading.main_thread():
             yield self
             return
@@ -42,7 +43,7 @@ class Interruption:
             signal.signal(signal.SIGINT, previous)
 
     def is_agreed(self) -> bool:
-        """Whether any process was asked to stop; all must ask after the same step."""
+        """Whether any process was asked to stop; all processes must call this after the same step."""
         if n_processes() == 1:
             return self.requested
         return bool(summed([torch.tensor([float(self.requested)])])[0])

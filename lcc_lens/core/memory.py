@@ -1,4 +1,4 @@
-"""Memory: giving back what Python no longer refers to and what the C library keeps for later; peaks."""
+"""Return freed memory to the system, and measure peak memory."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _PAGE = mmap.PAGESIZE
 
 
 def release_memory() -> None:
-    """Give back what nothing refers to; hooked models refer to themselves, so counting references is not enough."""
+    """Free unreferenced objects; hooked models hold reference cycles, so only the garbage collector frees them."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -26,7 +26,7 @@ def release_memory() -> None:
 
 
 def trim_heap() -> None:
-    """Return freed memory to the system where the C library can: batches of many shapes leave holes that add up."""
+    """Return freed memory to the system if the C library can: batches of many shapes fragment the heap."""
     trim = _malloc_trim()
     if trim is not None:
         trim(0)
@@ -34,18 +34,18 @@ def trim_heap() -> None:
 
 @dataclass
 class PeakMemory:
-    """The most memory in use inside a block beyond what was in use before, in MiB; None where it cannot be told."""
+    """The most memory used inside a block, minus what was used before, in MiB; None if it cannot be measured."""
 
     mib: float | None = None
 
 
 @contextmanager
 def peak_memory(device: torch.device, every: float = 0.02) -> Iterator[PeakMemory]:
-    """Measure a block's peak: the allocator's on a GPU, else the process's resident pages, looked at now and then.
+    """Measure a block's peak memory: the allocator's on a GPU, else the process's resident pages, sampled.
 
     Args:
         device: where the block computes.
-        every: seconds between two looks at the process.
+        every: seconds between two samples of the process.
     """
     peak = PeakMemory()
     if device.type == "cuda":
@@ -75,7 +75,7 @@ def peak_memory(device: torch.device, every: float = 0.02) -> Iterator[PeakMemor
 
 
 def _resident() -> int | None:
-    """Bytes of this process in memory, where the system says so (Linux)."""
+    """Resident bytes of this process; None if the system does not tell (it does on Linux)."""
     try:
         return int(Path("/proc/self/statm").read_text().split()[1]) * _PAGE
     except (OSError, ValueError, IndexError):

@@ -1,4 +1,4 @@
-"""Numbers that say how much was lost and how much came back."""
+"""Perplexity, the recovered fraction of a loss, and bootstrap intervals."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def perplexity(nll: float, n_tokens: int) -> float:
 
 
 def share_recovered(dense: float, pruned: float, restored: float) -> float | None:
-    r"""The share of what pruning lost that a restoration brought back, $(p - r) / (p - d)$ in log-likelihood.
+    r"""The fraction of the lost log-likelihood that a restoration recovers, $(p - r) / (p - d)$.
 
     Args:
         dense: loss of the dense model, nats per token.
@@ -31,7 +31,7 @@ def share_recovered(dense: float, pruned: float, restored: float) -> float | Non
         restored: loss of the restored model, nats per token.
 
     Returns:
-        1 for full recovery, 0 for none, negative for harm; None where pruning lost nothing (or gained).
+        1 for full recovery, 0 for none, negative for harm; None if pruning lost nothing.
 
     Example:
         >>> share_recovered(dense=2.0, pruned=3.0, restored=2.4)
@@ -66,19 +66,19 @@ def bootstrap_interval(
     n_samples: int = 2000,
     seed: int = 0,
 ) -> tuple[float, float]:
-    r"""Percentile interval of $\sum_i a_i / \sum_i b_i$ when items are drawn anew (Efron 1979).
+    r"""Percentile bootstrap interval of $\sum_i a_i / \sum_i b_i$ over resampled items (Efron 1979).
 
     With differences of two models on the same items as ``numerators`` the interval is a paired one.
 
     Args:
         numerators: a, one per item.
         denominators: b; ones if not given, so that the statistic is a mean.
-        level: share of the draws inside.
-        n_samples: draws.
-        seed: of the draws.
+        level: fraction of the resamples inside the interval.
+        n_samples: number of resamples.
+        seed: of the resampling.
 
     Raises:
-        ValueError: no items, or lists of different length.
+        ValueError: there are no items, or lists of different length.
     """
     a = torch.tensor(numerators, dtype=torch.float64)
     b = torch.ones_like(a) if denominators is None else torch.tensor(denominators, dtype=torch.float64)
@@ -99,25 +99,25 @@ def stratified_interval(
     n_samples: int = 2000,
     seed: int = 0,
 ) -> tuple[float, float] | None:
-    r"""Percentile interval of $\sum_t \bar a_t / \sum_t \bar b_t$ when items are drawn anew within each stratum t.
+    r"""Percentile bootstrap interval of $\sum_t \bar a_t / \sum_t \bar b_t$ over items resampled within each stratum t.
 
     With the differences of two models on the items of several tasks as ``numerators`` it is the paired interval of
-    their difference in mean accuracy, in which every task counts alike. With the loss of accuracy by the same items as
-    ``denominators`` it is that of the share recovered.
+    their difference in mean accuracy, with equal weight for every task. With the accuracy lost on the same items as
+    ``denominators`` it is the interval of the recovered fraction.
 
     Args:
         numerators: a, one list per stratum.
         denominators: b, as long as a; ones if not given.
-        level: share of the draws inside.
-        n_samples: draws.
-        seed: of the draws.
+        level: fraction of the resamples inside the interval.
+        n_samples: number of resamples.
+        seed: of the resampling.
 
     Returns:
-        None where the interval of the denominator itself reaches 0: the ratio is then unbounded (Fieller 1954). Single
-        draws whose denominator is not positive are left out.
+        None if the interval of the denominator includes 0: the ratio is then unbounded (Fieller 1954). Single resamples
+        whose denominator is not positive are left out.
 
     Raises:
-        ValueError: no strata, an empty one, or lists of different length.
+        ValueError: there are no strata, an empty one, or lists of different length.
     """
     shapes = [len(stratum) for stratum in numerators]
     if not shapes or not all(shapes) or (denominators is not None and [len(b) for b in denominators] != shapes):

@@ -1,4 +1,4 @@
-"""Several processes that work together, as ``accelerate launch`` starts them; a process alone pays nothing."""
+"""Several processes that work together, as started by ``accelerate launch``; a single process has no overhead."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 T = TypeVar("T")
-#: How long processes wait for each other: the first one may scan or refit meanwhile.
-_PATIENCE = timedelta(hours=12)
+#: How long processes wait for each other; the first one may scan or refit meanwhile.
+_TIMEOUT = timedelta(hours=12)
 _RESUME = "go on from the last checkpoint with --resume"
-#: What launchers say to each process; a cluster may set some of it for other reasons.
-_LAUNCHED = {"WORLD_SIZE", "RANK", "LOCAL_RANK"}
+#: Variables that a launcher sets for each process; a cluster may set some of them for other reasons.
+_LAUNCHER_VARIABLES = {"WORLD_SIZE", "RANK", "LOCAL_RANK"}
 
 
 def n_processes() -> int:
     """How many processes were launched together."""
-    return int(os.environ["WORLD_SIZE"]) if os.environ.keys() >= _LAUNCHED else 1
+    return int(os.environ["WORLD_SIZE"]) if os.environ.keys() >= _LAUNCHER_VARIABLES else 1
 
 
 def process_index() -> int:
-    """This process's number among them; 0 writes files and shows progress."""
+    """This process's number, from 0; process 0 writes files and shows progress."""
     return int(os.environ["RANK"]) if n_processes() > 1 else 0
 
 
@@ -38,7 +38,7 @@ def is_first_process() -> bool:
 
 
 def own_part(items: Sequence[T]) -> Sequence[T]:
-    """This process's share of some items."""
+    """The items that this process works on."""
     return items[process_index() :: n_processes()] if n_processes() > 1 else items
 
 
@@ -49,7 +49,7 @@ def process_device() -> torch.device:
 
 
 def summed(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Sums over all processes, the same bits in each; with one process the tensors themselves.
+    """Sums over all processes, identical in each; with one process the tensors themselves.
 
     Raises:
         LensError: another process has ended.
@@ -68,7 +68,7 @@ def summed(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 @contextmanager
 def first_process_first() -> Iterator[None]:
-    """Let the first process run the block before the others do; they find its files."""
+    """Let the first process run the block before the others, which then find its files."""
     if not is_first_process():
         wait_for_all()
     yield
@@ -77,10 +77,10 @@ def first_process_first() -> Iterator[None]:
 
 
 def wait_for_all(advice: str = _RESUME) -> None:
-    """Wait until every process is here.
+    """Wait until every process has called this.
 
     Args:
-        advice: how to go on where another process has ended.
+        advice: what the error tells the user to do if another process has ended.
 
     Raises:
         LensError: another process has ended.
@@ -92,7 +92,7 @@ def wait_for_all(advice: str = _RESUME) -> None:
 
 @contextmanager
 def _others_alive(advice: str = _RESUME) -> Iterator[None]:
-    """Say it in one line when another process is gone; only for what processes do together."""
+    """Report in one line that another process has ended; for collective operations only."""
     try:
         yield
     except RuntimeError as error:
@@ -101,9 +101,9 @@ def _others_alive(advice: str = _RESUME) -> Iterator[None]:
 
 
 def _state() -> Any:
-    """Accelerate's, made once; CPUs also talk over gloo where there are GPUs that the computation does not use."""
+    """Accelerate's state, made once; for CPU computations, with a CPU backend even if there are GPUs."""
     import torch
     from accelerate import PartialState
 
     named = os.environ.get("LCC_LENS_DEVICE", "")
-    return PartialState(cpu=named.startswith("cpu") or not torch.cuda.is_available(), timeout=_PATIENCE)
+    return PartialState(cpu=named.startswith("cpu") or not torch.cuda.is_available(), timeout=_TIMEOUT)

@@ -1,4 +1,4 @@
-"""Progress of long steps: silent in the library, bars with time left where a front end asks for them."""
+"""Progress bars of long steps: off in the library, on where a front end asks for them."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ _tracker: ContextVar[Tracker] = ContextVar("lcc_lens_tracker", default=_silent)
 
 
 def track(items: Iterable[T], total: int, description: str) -> Iterator[T]:
-    """Yield the items while the current front end shows how far they are.
+    """Yield the items while the current front end shows progress.
 
     Args:
-        items: what is worked through, one at a time.
-        total: how many there will be.
+        items: the items to work through.
+        total: how many there are.
         description: a few words beside the bar.
     """
     yield from _tracker.get()(items, total, description)
@@ -36,7 +36,7 @@ def track(items: Iterable[T], total: int, description: str) -> Iterator[T]:
 
 @contextmanager
 def tracked_by(tracker: Tracker) -> Iterator[None]:
-    """Show the progress of everything inside the block with another tracker."""
+    """Show progress inside the block with another tracker."""
     token = _tracker.set(tracker)
     try:
         yield
@@ -45,7 +45,7 @@ def tracked_by(tracker: Tracker) -> Iterator[None]:
 
 
 def rich_tracker(items: Iterable[T], total: int, description: str) -> Iterator[T]:
-    """A bar with the time left, on standard error, for terminals and notebooks."""
+    """A progress bar with the time left, on standard error."""
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -74,17 +74,17 @@ def rich_tracker(items: Iterable[T], total: int, description: str) -> Iterator[T
 
 @contextmanager
 def shown() -> Iterator[None]:
-    """Show progress bars inside the block (notebooks and the command line); of several processes in the first."""
+    """Show progress bars inside the block; of several processes only the first shows them."""
     with tracked_by(rich_tracker if is_first_process() else _silent):
         yield
 
 
 @contextmanager
 def loading_models() -> Iterator[None]:
-    """Load a model of transformers inside: without its bars (the library is silent), and one thread at a time.
+    """Load models of transformers inside the block without its progress bars, one thread at a time.
 
-    While it loads, transformers replaces methods of its classes and puts them back (``tie_weights`` among them); of two
-    threads the later one would put back the replacement, and no embeddings would be tied any more.
+    While it loads, transformers replaces methods of its classes, such as ``tie_weights``, and restores them afterwards.
+    Of two threads the later one would restore a replaced method, and embeddings would no longer be tied.
     """
     from transformers.utils import logging as transformers_logging
 

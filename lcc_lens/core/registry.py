@@ -1,4 +1,4 @@
-"""Registries of selectors, pruners, methods and data sets, which users extend at run time or by entry points."""
+"""Registries of selectors, pruners, methods and data sets, which users extend at run time or with entry points."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ _NAME = re.compile(r"[a-z][a-z0-9_-]*")
 
 
 class Registry(Mapping[str, T], Generic[T]):
-    """Named entries of one kind: those of the package, those of installed plug-ins, and those registered at run time.
+    """Named entries of one kind: from this package, from installed plug-ins, and registered at run time.
 
-    An installed package adds an entry by an entry point of the group ``lcc_lens.<kind>s``; it is imported when the
+    An installed package adds an entry with an entry point of the group ``lcc_lens.<kind>s``, which is imported when the
     entry is first used.
 
     Args:
-        kind: what an entry is, in messages: ``selector``.
+        kind: what messages call an entry, such as ``selector``.
         builtin: the package's own entries, in the order in which they are listed.
         lazy: further entries of the package as ``module:attribute``, imported when they are first used; for entries
             that are defined in a later folder than the registry.
@@ -62,10 +62,10 @@ class Registry(Mapping[str, T], Generic[T]):
         """The entry of a name.
 
         Raises:
-            RequestError: there is none; names the nearest and all others.
+            RequestError: there is none; the message names the closest and all others.
         """
-        if name not in self._entries and name in self._found():
-            return cast("T", self._found()[name].load())
+        if name not in self._entries and name in self._entry_points():
+            return cast("T", self._entry_points()[name].load())
         if name not in self._entries:
             near = get_close_matches(name, self, n=1)
             hint = f"did you mean {near[0]!r}?" if near else "choose one of these"
@@ -73,16 +73,16 @@ class Registry(Mapping[str, T], Generic[T]):
         return self._entries[name]
 
     def __contains__(self, name: object) -> bool:
-        return name in self._entries or name in self._found()
+        return name in self._entries or name in self._entry_points()
 
     def __iter__(self) -> Iterator[str]:
-        return iter(dict.fromkeys([*self._entries, *self._found()]))
+        return iter(dict.fromkeys([*self._entries, *self._entry_points()]))
 
     def __len__(self) -> int:
         return len(list(iter(self)))
 
-    def _found(self) -> dict[str, EntryPoint]:
-        """What is imported when it is used: lazy entries, and entry points of installed packages, looked up once."""
+    def _entry_points(self) -> dict[str, EntryPoint]:
+        """The entries that are imported when first used: lazy ones, and entry points of installed packages."""
         if self._plugins is None:
             installed = {point.name: point for point in entry_points(group=f"lcc_lens.{self.kind}s")}
             self._plugins = {**self._lazy, **{name: p for name, p in installed.items() if name not in self._lazy}}

@@ -1,1 +1,1 @@
-"""Exporters: a restoration folded into a plain Hugging Face checkpoint, a GGUF file, or kept beside the weights."""
+"""Export restored models as Hugging Face directories or GGUF files, or load them without an export."""

@@ -82,7 +82,7 @@ def fold_values(
         if not torch.equal(groups, groups[:, :1].expand_as(groups)):
             raise RequestError(
                 f"expected the same constant in all heads that share a value head, got others in layer {layer}; "
-                "serve it by lcc_lens.load_restored"
+                "serve it with lcc_lens.load_restored"
             )
     return {layer: groups[:, 0].flatten() for layer, groups in grouped.items()}
 

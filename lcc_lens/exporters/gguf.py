@@ -1,4 +1,4 @@
-"""GGUF files for llama.cpp: its own converter writes them, and every number is compared before one appears."""
+"""Export to GGUF: run llama.cpp's own converter, then compare every tensor with the exported directory."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ if TYPE_CHECKING:
 
 CONVERTER = "convert_hf_to_gguf.py"
 FOLDER_VARIABLE = "LCC_LENS_LLAMA_CPP"
-#: The converter's name of the format that holds every number of such matrices; float32 does for others.
+#: By the stored formats of the matrices, the converter's name of a format that holds them exactly; else float32.
 _FORMATS = {frozenset({"F16"}): "f16", frozenset({"BF16"}): "bf16"}
 
 
 @dataclass(frozen=True)
 class GgufReport:
-    """What was written: llama.cpp's name of the architecture, the format of matrices, how many tensors are equal."""
+    """The file, llama.cpp's name of the architecture, the format of matrices, and how many tensors were compared."""
 
     path: Path
     architecture: str
@@ -41,9 +41,9 @@ def export_gguf(
 ) -> GgufReport:
     """Write an exported directory as a GGUF file by llama.cpp's converter, and compare every number.
 
-    The converter alone knows llama.cpp's name of a tokenizer's pre-processing. Matrices keep their format (bfloat16 and
-    float16 as they are, anything else as float32), so nothing but float64 is rounded: every tensor that is read back
-    equals the directory's, biases and zeros included, in the layout that llama.cpp wants. Then the file appears.
+    The converter is needed because it alone knows how llama.cpp names a tokenizer's pre-processing. Matrices in
+    bfloat16 or float16 keep their format and all others become float32, so only float64 is rounded. The file appears
+    once every tensor read back from it equals the directory's, biases and zeros included, in llama.cpp's layout.
 
     Args:
         directory: what :func:`lcc_lens.exporters.huggingface.export` wrote.
@@ -75,22 +75,21 @@ def export_gguf(
 
 
 def require_converter(llama_cpp: str | Path | None) -> Path:
-    """The converter in a clone of llama.cpp, named here or by ``LCC_LENS_LLAMA_CPP``.
+    """The converter in a clone of llama.cpp; the clone is ``llama_cpp``, else ``LCC_LENS_LLAMA_CPP``.
 
     Raises:
-        RequestError: none is named, or it has no converter.
+        RequestError: no clone is named, or it has no converter.
     """
-    named = llama_cpp or os.environ.get(FOLDER_VARIABLE)
+    folder = llama_cpp or os.environ.get(FOLDER_VARIABLE)
     advice = "git clone https://github.com/ggml-org/llama.cpp (nothing to build)"
-    if not named:
+    if not folder:
         raise RequestError(
-            f"expected a clone of llama.cpp for its converter, got none; {advice} and name the folder by "
-            f"--llama-cpp or "
-            f"{FOLDER_VARIABLE}"
+            f"expected a clone of llama.cpp for its converter, got none; {advice} and name the folder with "
+            f"--llama-cpp or {FOLDER_VARIABLE}"
         )
-    converter = Path(named).expanduser() / CONVERTER
+    converter = Path(folder).expanduser() / CONVERTER
     if not converter.is_file():
-        raise RequestError(f"expected a clone of llama.cpp with {CONVERTER}, got {named}, which has none; {advice}")
+        raise RequestError(f"expected a clone of llama.cpp with {CONVERTER}, got {folder}, which has none; {advice}")
     return converter
 
 
@@ -115,25 +114,24 @@ def _convert(converter: Path, directory: Path, file: Path, number_format: str) -
     """Run the converter.
 
     Raises:
-        LensError: it fails; its last line says why.
+        LensError: it fails; the message quotes its last line.
     """
     command = [sys.executable, str(converter), str(directory), "--outfile", str(file), "--outtype", number_format]
-    # The converter would trust code that a tokenizer's settings name; offline there is nowhere to fetch any from.
+    # The converter would run code that a tokenizer's settings name; offline it cannot fetch any.
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(command, check=False, capture_output=True, text=True, errors="replace", env=environment)
-    if done.returncode != 0:
-        said = [line.strip() for line in done.stderr.splitlines() if line.strip()] or ["nothing said"]
+    process = subprocess.run(command, check=False, capture_output=True, text=True, errors="replace", env=environment)
+    if process.returncode != 0:
+        lines = [line.strip() for line in process.stderr.splitlines() if line.strip()] or ["no message"]
         raise LensError(
-            f"expected {directory} converted by {converter}, got exit code {done.returncode} "
-            f"({said[-1][:300]}); no GGUF "
-            "was kept"
+            f"expected {converter} to convert {directory}, got exit code {process.returncode} ({lines[-1][:300]}); "
+            "no GGUF was kept"
         )
 
 
 _EMBEDDING, _UNEMBEDDING = "token_embd.weight", "output.weight"
 #: Tables that the converter computes from the configuration.
 _TABLES = {"rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"}
-#: Masks and tables that old checkpoints store beside their weights and every reader computes anew.
+#: Masks and tables that old checkpoints store although they follow from the configuration.
 _COMPUTED = (".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias", ".rotary_emb.inv_freq")
 
 
@@ -141,13 +139,13 @@ def _plain(name: str, tensor: Array, n_heads: int, n_key_value_heads: int) -> Ar
     return tensor
 
 
-def _rotated(name: str, tensor: Array, n_heads: int, n_key_value_heads: int) -> Array:
-    """Rows of a head that turn together side by side, where Hugging Face has them half a head apart."""
+def _interleaved(name: str, tensor: Array, n_heads: int, n_key_value_heads: int) -> Array:
+    """Interleave the two halves of each query and key head: rotary embeddings pair neighbouring rows in llama.cpp."""
     heads = {"attn_q": n_heads, "attn_k": n_key_value_heads}.get(name.split(".")[-2])
     if heads is None:
         return tensor
-    turned: Array = tensor.reshape(heads, 2, -1, *tensor.shape[1:]).swapaxes(1, 2).reshape(tensor.shape)
-    return turned
+    interleaved: Array = tensor.reshape(heads, 2, -1, *tensor.shape[1:]).swapaxes(1, 2).reshape(tensor.shape)
+    return interleaved
 
 
 def _transposed(name: str, tensor: Array, n_heads: int, n_key_value_heads: int) -> Array:
@@ -155,24 +153,24 @@ def _transposed(name: str, tensor: Array, n_heads: int, n_key_value_heads: int) 
 
 
 def _grouped(name: str, tensor: Array, n_heads: int, n_key_value_heads: int) -> Array:
-    """All queries, then all keys, then all values, where Hugging Face has the three of each head together."""
+    """Put all queries before all keys before all values; Hugging Face stores the three of each head together."""
     if ".attn_qkv." not in name:
         return tensor
     grouped: Array = tensor.reshape(n_heads, 3, -1, *tensor.shape[1:]).swapaxes(0, 1).reshape(tensor.shape)
     return grouped
 
 
-#: By llama.cpp's name of an architecture: how it lays out what Hugging Face stores, and whether it reads the biases of
-#: the output and down projections (where it does not, it refuses a file that has them).
+#: By llama.cpp's name of an architecture: the conversion from Hugging Face's layout to its own, and whether it reads
+#: biases of the output and down projections (it refuses a file with biases that it does not read).
 _ARCHITECTURES: dict[str, tuple[Callable[[str, Array, int, int], Array], bool]] = {
-    "llama": (_rotated, True), "granite": (_rotated, True), "phi2": (_plain, True), "gpt2": (_transposed, True),
+    "llama": (_interleaved, True), "granite": (_interleaved, True), "phi2": (_plain, True), "gpt2": (_transposed, True),
     "bloom": (_grouped, True), "qwen2": (_plain, False), "qwen3": (_plain, False), "stablelm": (_plain, False),
-    "olmo2": (_plain, False), "command-r": (_plain, False), "smollm3": (_rotated, False),
+    "olmo2": (_plain, False), "command-r": (_plain, False), "smollm3": (_interleaved, False),
 }  # fmt: skip
 
 
 def compare_gguf(file: Path, checkpoint: Checkpoint) -> tuple[str, int]:
-    """Hold every tensor of a GGUF file against an exported directory's, in the layout that llama.cpp wants.
+    """Compare every tensor of a GGUF file with an exported directory's, in llama.cpp's layout.
 
     Args:
         file: the GGUF file.
@@ -182,7 +180,7 @@ def compare_gguf(file: Path, checkpoint: Checkpoint) -> tuple[str, int]:
         llama.cpp's name of the architecture, and how many tensors are equal.
 
     Raises:
-        LensError: one is missing, differs or came from nowhere, or llama.cpp does not read the biases.
+        LensError: a tensor is missing, differs or is not the directory's, or llama.cpp does not read the biases.
     """
     from gguf import dequantize
 
@@ -193,16 +191,16 @@ def compare_gguf(file: Path, checkpoint: Checkpoint) -> tuple[str, int]:
         raise LensError(f"expected a GGUF whose layout can be compared ({known}), got {architecture}")
     layout, reads_biases = _ARCHITECTURES[architecture]
     names = _names(architecture, _field(reader, f"{architecture}.block_count"), checkpoint.tensors)
-    written: dict[str, Any] = {tensor.name: tensor for tensor in reader.tensors}
-    _require_same_names(names, written)
+    converted: dict[str, Any] = {tensor.name: tensor for tensor in reader.tensors}
+    _require_same_names(names, converted)
     if not reads_biases:
         _refuse_biases(names, architecture)
     heads = _heads(checkpoint.config)
-    _require_sizes(reader, architecture, heads[0], int(written["blk.0.ffn_up.weight"].shape[1]))
+    _require_sizes(reader, architecture, heads[0], int(converted["blk.0.ffn_up.weight"].shape[1]))
     for name, source in names.items():
-        found = dequantize(written[name].data, written[name].tensor_type)
-        wanted = layout(name, checkpoint.read(source).float().numpy(), *heads)
-        if found.shape != wanted.shape or not (found == wanted).all():
+        tensor = dequantize(converted[name].data, converted[name].tensor_type)
+        expected = layout(name, checkpoint.read(source).float().numpy(), *heads)
+        if tensor.shape != expected.shape or not (tensor == expected).all():
             raise LensError(f"expected {name} in the GGUF equal to {source} of {checkpoint.path}, got other numbers")
     return architecture, len(names)
 
@@ -224,55 +222,55 @@ def _field(reader: GGUFReader, key: str) -> Any:
 
 
 def _names(architecture: str, n_layers: int, stored: Iterable[str]) -> dict[str, str]:
-    """Hugging Face's names by llama.cpp's.
+    """Hugging Face's names by llama.cpp's names.
 
     Raises:
-        LensError: a stored tensor has no name there, or two have the same.
+        LensError: llama.cpp has no name for a stored tensor, or the same name for two.
     """
     from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
 
-    named = get_tensor_name_map(next(key for key, name in MODEL_ARCH_NAMES.items() if name == architecture), n_layers)
+    name_map = get_tensor_name_map(
+        next(key for key, name in MODEL_ARCH_NAMES.items() if name == architecture), n_layers
+    )
     names: dict[str, str] = {}
     for source in stored:
         if source.endswith(_COMPUTED):
             continue
         spellings = (source, source.removeprefix("transformer."), f"transformer.{source}")  # with the base model or not
-        found = (named.get_name(spelling, (".weight", ".bias")) for spelling in spellings)
-        name = next((name for name in found if name is not None), None)
+        candidates = (name_map.get_name(spelling, (".weight", ".bias")) for spelling in spellings)
+        name = next((name for name in candidates if name is not None), None)
         if name is None or name in names:
             raise LensError(f"expected a name of its own for {source} in the GGUF of {architecture}, got {name}")
         names[name] = source
     return names
 
 
-def _require_same_names(names: dict[str, str], written: dict[str, Any]) -> None:
-    """See that both have the same tensors; tied embeddings may be stored twice on either side."""
-    if _UNEMBEDDING in written.keys() - names.keys() and _EMBEDDING in names:
+def _require_same_names(names: dict[str, str], converted: dict[str, Any]) -> None:
+    """Check that both have the same tensors; either side may store tied embeddings twice."""
+    if _UNEMBEDDING in converted.keys() - names.keys() and _EMBEDDING in names:
         names[_UNEMBEDDING] = names[_EMBEDDING]
-    if _UNEMBEDDING in names.keys() - written.keys() and _EMBEDDING in written:
-        written[_UNEMBEDDING] = written[_EMBEDDING]
-    if missing := names.keys() - written.keys():
+    if _UNEMBEDDING in names.keys() - converted.keys() and _EMBEDDING in converted:
+        converted[_UNEMBEDDING] = converted[_EMBEDDING]
+    if missing := names.keys() - converted.keys():
         raise LensError(f"expected {names[min(missing)]} in the GGUF, got no {min(missing)}")
-    if strays := written.keys() - names.keys() - _TABLES:
-        raise LensError(f"expected the directory's tensors alone in the GGUF, got {min(strays)} as well")
+    if extra := converted.keys() - names.keys() - _TABLES:
+        raise LensError(f"expected only the directory's tensors in the GGUF, got {min(extra)} as well")
 
 
 def _refuse_biases(names: Mapping[str, str], architecture: str) -> None:
     unread = [name for name in names if name.endswith(("attn_output.bias", "ffn_down.bias"))]
     if unread:
         raise LensError(
-            f"expected an architecture whose output biases llama.cpp reads, got {architecture}, which has none "
-            f"there: it "
-            f"would refuse {unread[0]}; serve the exported directory by transformers"
+            f"expected an architecture whose output biases llama.cpp reads, got {architecture}: llama.cpp would refuse "
+            f"{unread[0]}; serve the exported directory with transformers"
         )
 
 
 def _require_sizes(reader: GGUFReader, architecture: str, n_heads: int, width: int) -> None:
-    """See that the file says of itself what it holds: a converter may take a family's usual sizes for granted."""
-    wanted = {"attention.head_count": n_heads, "feed_forward_length": width}
-    for key, size in wanted.items():
-        if (told := _field(reader, f"{architecture}.{key}")) != size:
-            raise LensError(f"expected {key} {size} in the GGUF, got {told}, which is not the size of what it holds")
+    """Check the sizes in the file's header: a converter may take a family's usual sizes for granted."""
+    for key, size in {"attention.head_count": n_heads, "feed_forward_length": width}.items():
+        if (value := _field(reader, f"{architecture}.{key}")) != size:
+            raise LensError(f"expected {key} {size} in the GGUF, got {value}, which its tensors contradict")
 
 
 def _heads(config: Mapping[str, Any]) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""Sending a finished export to the Hugging Face hub, under the user's own login."""
+"""Upload an export to the Hugging Face hub, under the user's own login."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def push_to_hub(directory: str | Path, repository: str, *, private: bool = True) -> str:
-    """Upload an export that lies on disk, verified, as a model repository of the hub.
+    """Upload an exported directory as a model repository of the hub.
 
-    The login is the user's own (``hf auth login``, or ``HF_TOKEN``); no token is taken or kept here.
+    The login is the user's own (``hf auth login``, or ``HF_TOKEN``); no token is asked for or kept here.
 
     Args:
         directory: what :func:`lcc_lens.exporters.huggingface.export` wrote.
-        repository: ``owner/name``; made if it is not there.
-        private: whether a repository that is made here is private.
+        repository: ``owner/name``; created if it does not exist.
+        private: whether a repository that is created here is private.
 
     Returns:
         The address of the commit.
 
     Raises:
-        RequestError: no Hugging Face directory, or no repository's name; nothing is sent.
+        RequestError: no Hugging Face directory, or not a repository name; nothing is sent.
         LensError: the hub refuses, or cannot be reached.
 
     Example:
@@ -46,18 +46,17 @@ def push_to_hub(directory: str | Path, repository: str, *, private: bool = True)
         raise RequestError(f"expected a repository owner/name, got {repository!r} ({first_line(error)})") from error
     except (HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled, OSError) as error:
         raise LensError(
-            f"expected to send {path} to {repository}, got a refusal ({first_line(error)}); log in by hf auth "
-            f"login and "
-            "see that the hub can be reached (HF_HUB_OFFLINE)"
+            f"expected to upload {path} to {repository}, got a refusal ({first_line(error)}); log in with hf auth "
+            "login, and check that the hub can be reached (HF_HUB_OFFLINE)"
         ) from error
     return str(commit.commit_url)
 
 
 def require_repository(repository: str) -> None:
-    """Refuse what is no ``owner/name``, before anything is written.
+    """Refuse what is not ``owner/name``, before anything is written.
 
     Raises:
-        RequestError: it is none.
+        RequestError: the name has another form.
     """
     if not _REPOSITORY.fullmatch(repository):
-        raise RequestError(f"expected a repository owner/name to send to, got {repository!r}")
+        raise RequestError(f"expected a repository owner/name to upload to, got {repository!r}; write me/my-model")

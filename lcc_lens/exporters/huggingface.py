@@ -34,10 +34,10 @@ _PROBE_TEXT = "A tokenizer reads 12 words, and\n  a line; déjà vu."
 
 @dataclass(frozen=True)
 class ExportReport:
-    """What an export changed and how its reload compared.
+    """What an export changed, and how the reloaded export compares with the hooked model.
 
-    ``logit_difference`` is the largest difference between the reloaded export and the hooked model, in float32;
-    ``logit_effect`` the largest change that the restoration makes to the pruned model's logits on the same tokens.
+    ``logit_difference`` is the largest difference between the logits of the two, in float32; ``logit_effect`` is the
+    largest change that the restoration makes to the pruned model's logits on the same tokens.
     """
 
     path: Path
@@ -61,24 +61,25 @@ def export(
 ) -> ExportReport:
     """Write the restored model as a plain Hugging Face directory and verify it.
 
-    The pruned checkpoint is copied from disk with the folded biases and the changed weights, whose zeros stay; every
-    other tensor stays bit-identical. The copy is loaded with plain transformers and its float32 logits are compared
-    with the hooked model's before the directory appears under its name. One of the two is in memory at a time, and with
-    ``LCC_LENS_DEVICE_MAP=disk`` one layer of it.
+    The pruned checkpoint is copied from disk with the folded biases and the changed weights, which keep their zeros;
+    every other tensor stays bit-identical. Before the directory appears under its name, the copy is loaded with plain
+    transformers and its float32 logits are compared with the hooked model's. Only one of the two models is in memory at
+    a time, and with ``LCC_LENS_DEVICE_MAP=disk`` only one of its layers.
 
     Args:
-        restoration: what to fold in.
-        pruned: reference of the pruned model that the restoration was trained on.
+        restoration: the restoration to fold in.
+        pruned: reference of the pruned model that was restored.
         out: the directory to write.
         metrics: measured numbers for the model card.
-        dtype: the format of the weights; the pruned checkpoint's if not given. Another one rounds every tensor.
-        max_shard_size: bytes per weight file at most, or a text such as ``5GB``; the pruned checkpoint's files if not
-            given.
+        dtype: the format of the weights; the pruned checkpoint's if not given. Another format rounds every tensor.
+        max_shard_size: bytes per weight file at most, or a text such as ``5GB``; the same files as the pruned
+            checkpoint's if not given.
         overwrite: replace an existing directory.
 
     Raises:
-        RequestError: other weights than the restoration's (by hash), no bias slot, or ``out`` exists.
-        LensError: the reloaded model differs; nothing is kept.
+        RequestError: the restoration belongs to other weights (by hash), no bias can hold its constants, or ``out``
+            exists.
+        LensError: the reloaded model computes something else; nothing is kept.
 
     Example:
         >>> export(restoration, "out/wanda50", "out/restored")  # doctest: +SKIP

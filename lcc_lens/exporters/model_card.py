@@ -1,4 +1,4 @@
-"""The model card of an export."""
+"""Write the model card of an export."""
 
 from __future__ import annotations
 

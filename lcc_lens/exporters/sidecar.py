@@ -1,4 +1,4 @@
-"""Sidecars: a pruned model of plain transformers with a restoration beside its weights, for what no export can hold."""
+"""Load a restored model without an export: a plain transformers model with constants beside its weights."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ from lcc_lens.restoration.result import Restoration
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-#: The buffer that holds the constant after a map; it is not part of what the model saves.
+#: The buffer of a linear layer that holds the constant to add to its output; the model does not save it.
 BUFFER = "restored_bias"
-#: By site, the usual names in a layer of the map that reads it.
-_READERS: Mapping[ConstantSite, tuple[str, ...]] = {"z": ATTENTION_OUTPUTS, "mlp": MLP_OUTPUTS}
+#: By site, the usual names in a layer of the projection that reads it.
+_PROJECTIONS: Mapping[ConstantSite, tuple[str, ...]] = {"z": ATTENTION_OUTPUTS, "mlp": MLP_OUTPUTS}
 
 
 def load_restored(
@@ -41,22 +41,21 @@ def load_restored(
     dtype: torch.dtype | None = None,
     attention: str | None = None,
 ) -> PreTrainedModel:
-    """A restored model of plain transformers without an export: constants as buffers, changed weights in place.
+    """Load a restored model with plain transformers: constants as buffers, changed weights in place.
 
-    For architectures that have no bias for the constants; it works for every one. The constants of a layer are one
-    vector per site that a forward hook adds to the output of the map which reads the site (output projection, down
-    projection), in the model's own format; what is added costs no measurable time. A model with constants refuses to be
-    saved, since they would be lost.
+    This works for every architecture, also those without a bias for the constants, which cannot be exported. In each
+    layer a forward hook adds one vector to the output of the output projection or the down projection, in the model's
+    own format; this takes no measurable time. A model with constants refuses to be saved, since they would be lost.
 
     Args:
         pruned: reference of the pruned model.
-        restoration: its restoration, or a run directory with one.
+        restoration: the restoration of that model, or a run directory that holds it.
         device: see :func:`lcc_lens.core.config.default_device`.
         dtype: see :func:`lcc_lens.core.config.compute_dtype`.
         attention: transformers' attention implementation; its own choice for the architecture if not given.
 
     Raises:
-        RequestError: other weights than the restoration's (by hash).
+        RequestError: the restoration belongs to other weights (by hash).
 
     Example:
         >>> model = load_restored("out/wanda50", "runs/restored")  # doctest: +SKIP
@@ -68,9 +67,9 @@ def load_restored(
     require_same_weights(restoration, checkpoint)
     model = load_plain(checkpoint.path, device=device, dtype=dtype, attention=attention)
     _change_weights(model, restoration)
-    for found in restoration.constant_sites:  # after the changes, through which constants pass
-        names = _usual_readers(model, found.site) or projection_names(load_hooked(pruned).model, found.site)
-        _add_constants(model, found, names)
+    for site in restoration.constant_sites:  # after the changes, since constants pass through changed weights
+        names = _usual_projections(model, site.site) or projection_names(load_hooked(pruned).model, site.site)
+        _add_constants(model, site, names)
     if restoration.constant_sites:
         cast("Any", model).save_pretrained = _refuse_saving
     return model
@@ -82,25 +81,25 @@ def _change_weights(model: Any, restoration: Restoration) -> None:
         module = model.get_submodule(name)
         weight = module.weight
         with torch.no_grad():
-            change = copy.deepcopy(cast("Any", change)).to(weight.device)  # the restoration's own stay where they are
+            change = copy.deepcopy(cast("Any", change)).to(weight.device)  # the restoration's tensors stay in place
             old = weight.float()
             new = change(old.T).T if is_transposed(module) else change(old)
             weight.copy_(new)
 
 
-def _usual_readers(model: Any, site: ConstantSite) -> tuple[str, ...]:
-    """The maps that read a site by their usual names; nothing where a layer has none."""
+def _usual_projections(model: Any, site: ConstantSite) -> tuple[str, ...]:
+    """The projections that read a site, found by their usual names; empty if a layer has none of them."""
     where, layers = decoder_layers(model, model.config)
-    found = []
+    names = []
     for number, layer in enumerate(layers):
         modules = dict(layer.named_modules())
-        found += [f"{where}.{number}.{name}" for name in _READERS[site] if name in modules][:1]
-    return tuple(found) if len(found) == len(layers) else ()
+        names += [f"{where}.{number}.{name}" for name in _PROJECTIONS[site] if name in modules][:1]
+    return tuple(names) if len(names) == len(layers) else ()
 
 
-def _add_constants(model: Any, found: SiteConstants, names: tuple[str, ...]) -> None:
-    modules = {layer: model.get_submodule(names[layer]) for layer in sorted({part.layer for part in found.parts})}
-    folded = fold(found.values, found.parts, {k: _weight(m).cpu() for k, m in modules.items()})
+def _add_constants(model: Any, site: SiteConstants, names: tuple[str, ...]) -> None:
+    modules = {layer: model.get_submodule(names[layer]) for layer in sorted({part.layer for part in site.parts})}
+    folded = fold(site.values, site.parts, {layer: _weight(module).cpu() for layer, module in modules.items()})
     for layer, module in modules.items():
         module.register_buffer(BUFFER, folded[layer].to(module.weight), persistent=False)
         module.register_forward_hook(_add_buffer)
@@ -117,7 +116,6 @@ def _weight(module: nn.Module) -> Float[Tensor, "d_model width"]:
 
 def _refuse_saving(*_: Any, **__: Any) -> NoReturn:
     raise RequestError(
-        "expected a model whose files hold everything, got one with constants beside its weights; keep the "
-        "pruned model "
-        "and the restoration, or export"
+        "expected a model whose weights hold everything, got constants beside the weights, which would be lost; "
+        "keep the pruned model and the restoration, or export"
     )

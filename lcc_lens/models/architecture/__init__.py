@@ -1,1 +1,1 @@
-"""Architecture: the layers, linear layers, zeros and bias slots of a checkpoint, found without running it."""
+"""Describe a checkpoint without running it: its layers, linear layers, zeros, and biases that can hold constants."""

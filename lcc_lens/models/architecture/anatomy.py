@@ -1,4 +1,4 @@
-"""The anatomy of a decoder layer: which rows and columns of its matrices belong to one head or one neuron."""
+"""Find the rows and columns of a decoder layer's matrices that belong to one head or one neuron."""
 
 from __future__ import annotations
 
@@ -26,22 +26,22 @@ _MLP_INPUTS = ("gate_proj", "up_proj", "gate_up_proj", "fc1", "c_fc", "dense_h_t
 
 @dataclass(frozen=True)
 class Block:
-    """An output matrix whose columns are the structure, and the matrices that feed it; group by group."""
+    """One half of a layer: an output matrix, whose columns form groups, and the matrices that compute its inputs."""
 
     output: Matrix
-    """The matrix that loses columns."""
+    """The matrix that loses columns when a group is removed."""
     columns: Int[Tensor, "group column"]
     """Its columns by group."""
     inputs: tuple[tuple[Matrix, Tensor], ...]
-    """The matrices that compute those columns' inputs, each with its rows ``[group, row]``."""
+    """The matrices that compute its inputs, each with its rows by group, ``[group, row]``."""
 
     @property
     def n_groups(self) -> int:
-        """How many groups there are to remove."""
+        """How many groups the block has."""
         return len(self.columns)
 
     def group_size(self, d_out: int) -> int:
-        """Weights per group, in all matrices together; ``d_out`` is the output matrix's number of rows."""
+        """Weights per group in all matrices together; ``d_out`` is the number of rows of the output matrix."""
         return d_out * self.columns.shape[1] + sum(rows.shape[1] * matrix.d_in for matrix, rows in self.inputs)
 
 
@@ -52,7 +52,7 @@ class LayerAnatomy:
     attention: Block
     mlp: Block
     heads_per_group: int
-    """Query heads that share a key-value head, and so go together."""
+    """Query heads that share a key-value head, and so are removed together."""
     d_model: int
 
     @property
@@ -69,7 +69,7 @@ def find_anatomies(model_dir: Path, plan: Sequence[Sequence[Matrix]]) -> list[La
     """The anatomy of every layer of a checkpoint, from names and shapes alone.
 
     Raises:
-        RequestError: the layout is not known, or its heads cannot be removed one by one.
+        RequestError: the layout is unknown, or its heads cannot be removed one by one.
     """
     config = read_config(model_dir)
     _, layers = decoder_layers(skeleton(model_dir, config), config)
@@ -81,12 +81,12 @@ def find_anatomy(layer: nn.Module, matrices: Sequence[Matrix], config: Any) -> L
     """Find heads and neurons in a decoder layer, from names and shapes.
 
     Args:
-        layer: the layer, with or without memory for its weights.
+        layer: the layer, on any device (also ``meta``).
         matrices: its matrices.
         config: transformers' configuration of the (text) model.
 
     Raises:
-        RequestError: the layout is not known, or its heads cannot be removed one by one.
+        RequestError: the layout is unknown, or its heads cannot be removed one by one.
     """
     by_path = {matrix.path: matrix for matrix in matrices}
     _refuse_joint_norms(layer)
@@ -104,39 +104,39 @@ def _attention(by_path: Mapping[str, Matrix], layer: nn.Module, config: Any) -> 
             f"expected heads that fall into equal key-value groups, got {n_heads} heads in {n_groups} groups over "
             f"{output.d_in} inputs of {output.name}; use wanda or sparsegpt"
         )
-    share, d_head = n_heads // n_groups, output.d_in // n_heads
-    queries = torch.arange(n_heads * d_head).reshape(n_groups, share * d_head)
+    heads_per_group, d_head = n_heads // n_groups, output.d_in // n_heads
+    queries = torch.arange(n_heads * d_head).reshape(n_groups, heads_per_group * d_head)
     keys = torch.arange(n_groups * d_head).reshape(n_groups, d_head)
-    where = output.path.rpartition(".")[0]
-    found = _projections(by_path, where, queries, keys, d_head)
-    _require_rows(layer, found)
-    return Block(output, queries, found), share
+    module = output.path.rpartition(".")[0]
+    inputs = _projections(by_path, module, queries, keys, d_head)
+    _require_rows(layer, inputs)
+    return Block(output, queries, inputs), heads_per_group
 
 
 def _projections(
-    by_path: Mapping[str, Matrix], where: str, queries: Tensor, keys: Tensor, d_head: int
+    by_path: Mapping[str, Matrix], module: str, queries: Tensor, keys: Tensor, d_head: int
 ) -> tuple[tuple[Matrix, Tensor], ...]:
     """The query, key and value projections, separate or fused, with their rows by group."""
-    separate = [by_path.get(f"{where}.{name}_proj") for name in "qkv"]
+    separate = [by_path.get(f"{module}.{name}_proj") for name in "qkv"]
     if all(separate):
         return tuple((m, rows) for m, rows in zip(separate, (queries, keys, keys), strict=True) if m is not None)
     n_queries, n_keys = queries.numel(), keys.numel()
     for name in ("qkv_proj", "c_attn", "Wqkv"):
-        if matrix := by_path.get(f"{where}.{name}"):  # queries, then keys, then values
+        if matrix := by_path.get(f"{module}.{name}"):  # queries, then keys, then values
             return ((matrix, torch.cat([queries, n_queries + keys, n_queries + n_keys + keys], dim=1)),)
-    matrix = by_path.get(f"{where}.query_key_value")
+    matrix = by_path.get(f"{module}.query_key_value")
     if matrix is not None and n_queries == n_keys:  # head by head: query, key and value of each
         return ((matrix, torch.arange(3 * n_queries).reshape(len(queries), 3 * d_head)),)
     raise RequestError(
-        f"expected query, key and value projections in {where}, got {', '.join(sorted(by_path))}; use wanda or "
-        f"sparsegpt"
+        f"expected query, key and value projections in {module}, got {', '.join(sorted(by_path))}; "
+        "use wanda or sparsegpt"
     )
 
 
 def _mlp(by_path: Mapping[str, Matrix], layer: nn.Module) -> Block:
     output = _one_of(by_path, MLP_OUTPUTS, "feed-forward output")
-    where = output.path.rpartition(".")[0]
-    paths = [f"{where}.{name}".lstrip(".") for name in _MLP_INPUTS]
+    module = output.path.rpartition(".")[0]
+    paths = [f"{module}.{name}".lstrip(".") for name in _MLP_INPUTS]
     neurons = torch.arange(output.d_in)[:, None]
     inputs: list[tuple[Matrix, Tensor]] = []
     for matrix in (by_path[path] for path in paths if path in by_path):
@@ -144,18 +144,18 @@ def _mlp(by_path: Mapping[str, Matrix], layer: nn.Module) -> Block:
         inputs.append((matrix, torch.cat([neurons, neurons + output.d_in], dim=1) if is_fused else neurons))
     if not inputs:
         raise RequestError(
-            f"expected the matrices before {output.name}, got {', '.join(sorted(by_path))}; use wanda or sparsegpt"
+            f"expected the input matrices that belong to {output.name}, got {', '.join(sorted(by_path))}; "
+            "use wanda or sparsegpt"
         )
     _require_rows(layer, inputs)
     return Block(output, neurons, tuple(inputs))
 
 
-def output_maps(matrices: Sequence[Matrix]) -> list[Matrix]:
-    """A layer's two output matrices, the attention's and the feed-forward block's; none where one is not known."""
+def output_projections(matrices: Sequence[Matrix]) -> list[Matrix]:
+    """A layer's output projection and down projection; empty if either has none of the usual names."""
     by_path = {matrix.path: matrix for matrix in matrices}
-    found = [next((by_path[n] for n in names if n in by_path), None) for names in (ATTENTION_OUTPUTS, MLP_OUTPUTS)]
-    maps = [matrix for matrix in found if matrix is not None]
-    return maps if len(maps) == len(found) else []
+    named = [[by_path[name] for name in names if name in by_path] for names in (ATTENTION_OUTPUTS, MLP_OUTPUTS)]
+    return [matrices[0] for matrices in named] if all(named) else []
 
 
 def _one_of(by_path: Mapping[str, Matrix], names: Sequence[str], kind: str) -> Matrix:
@@ -168,12 +168,12 @@ def _one_of(by_path: Mapping[str, Matrix], names: Sequence[str], kind: str) -> M
     )
 
 
-def _require_rows(layer: nn.Module, found: Sequence[tuple[Matrix, Tensor]]) -> None:
-    """Refuse projections with other rows than the heads or neurons account for (gates, fused extras)."""
-    for matrix, rows in found:
-        if (got := _n_rows(layer, matrix)) != rows.numel():
+def _require_rows(layer: nn.Module, inputs: Sequence[tuple[Matrix, Tensor]]) -> None:
+    """Refuse projections with rows beyond those of the heads or neurons (gates, fused extras)."""
+    for matrix, rows in inputs:
+        if (n_rows := _n_rows(layer, matrix)) != rows.numel():
             raise RequestError(
-                f"expected {rows.numel()} rows in {matrix.name}, as its heads or neurons make up, got {got}; "
+                f"expected {rows.numel()} rows in {matrix.name}, those of its heads or neurons, got {n_rows}; "
                 "use wanda or sparsegpt"
             )
 
@@ -192,6 +192,6 @@ def _refuse_joint_norms(layer: nn.Module) -> None:
         projection = layer.get_submodule(".".join([*name.split(".")[:-2], f"{module[0]}_proj"]))
         if parameter.numel() == projection.get_parameter("weight").shape[0]:
             raise RequestError(
-                f"expected heads that can go one by one, got {name}, a norm over all heads together; "
+                f"expected heads that can be removed one by one, got {name}, a norm over all heads together; "
                 "use wanda or sparsegpt"
             )

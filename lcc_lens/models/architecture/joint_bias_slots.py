@@ -1,4 +1,4 @@
-"""The biases of several sites in one checkpoint: one configuration under which all of them load."""
+"""Find biases for the constants of several sites at once, under one configuration."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from lcc_lens.models.hooked.sites import ConstantSite
 
 @dataclass(frozen=True)
 class JointSlots:
-    """The slots of every site that has constants, and what a checkpoint becomes so that all of them load.
+    """The biases of every site that has constants, and the changes that make a checkpoint load with all of them.
 
-    Sites may share a bias (both blocks of a parallel layer); it then takes the constants of both.
+    Two sites may share a bias (attention and MLP of a parallel layer); it then takes the constants of both.
     """
 
     by_site: Mapping[ConstantSite, BiasSlots]
 
     @property
     def retyped_as(self) -> str | None:
-        """The other architecture, where one is needed."""
+        """The other architecture, if one is needed."""
         return next((slots.retyped_as for slots in self.by_site.values() if slots.retyped_as), None)
 
     @property
@@ -32,7 +32,7 @@ class JointSlots:
         """Entries of ``config.json`` to set (all of them for another architecture)."""
         entries = {name: value for slots in self.by_site.values() for name, value in slots.config.items()}
         switched = {name: slots.config[name] for slots in self.by_site.values() for name in slots.switches}
-        return {**entries, **switched}  # a site's configuration has the other site's switch off
+        return {**entries, **switched}  # each site's configuration leaves the other site's switch off
 
     @property
     def splits(self) -> Splits:
@@ -40,7 +40,7 @@ class JointSlots:
         return {name: parts for slots in self.by_site.values() for name, parts in slots.splits.items()}
 
     def new_biases(self, stored: Collection[str]) -> dict[str, tuple[int, ...]]:
-        """Names and shapes of the biases that a checkpoint has not yet, those that stay zero as well."""
+        """Names and shapes of the biases that a checkpoint lacks, including those that stay zero."""
         shapes: dict[str, tuple[int, ...]] = {}
         for slots in self.by_site.values():
             shapes |= slots.zero_biases
@@ -49,28 +49,30 @@ class JointSlots:
 
 
 def find_joint_slots(
-    checkpoint: Checkpoint, maps: Mapping[ConstantSite, tuple[str, ...]], *, shared_values: bool = False
+    checkpoint: Checkpoint, projections: Mapping[ConstantSite, tuple[str, ...]], *, shared_values: bool = False
 ) -> JointSlots:
     """Find biases that hold the constants of every named site at once; see
     :func:`~lcc_lens.models.architecture.bias_slots.find_slots`.
 
     Args:
         checkpoint: the model on disk.
-        maps: what reads each site, by layer.
+        projections: by site, the linear layers that read it, by layer.
         shared_values: whether the heads that share a value head have the same constant.
 
     Raises:
-        RequestError: a site has no exact way, or the sites' ways exclude each other.
+        RequestError: no bias holds a site's constants exactly, or two sites need different configurations.
     """
-    found = {site: find_slots(checkpoint, names, site, shared_values=shared_values) for site, names in maps.items()}
-    joint = JointSlots(found)
-    for slots in found.values():
+    by_site = {
+        site: find_slots(checkpoint, names, site, shared_values=shared_values) for site, names in projections.items()
+    }
+    joint = JointSlots(by_site)
+    for slots in by_site.values():
         is_stored = not slots.config and not joint.splits
         if joint.retyped_as not in (None, slots.retyped_as) and not is_stored:
-            ways = " and ".join(slots.way for slots in found.values())
+            ways = " and ".join(slots.way for slots in by_site.values())
             raise RequestError(
-                f"expected one configuration that holds the constants of {' and '.join(found)}, got {ways}; "
-                f"restore one "
-                "of them, or for hooks alone (exportable=False, --hooks-only) and serve it by lcc_lens.load_restored"
+                f"expected one configuration that holds the constants of {' and '.join(by_site)}, got {ways}; "
+                "restore one of them, or both for hooks alone (exportable=False, --hooks-only) and serve the model "
+                "with lcc_lens.load_restored"
             )
     return joint

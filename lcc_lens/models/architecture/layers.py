@@ -29,7 +29,7 @@ def read_config(model_dir: Path) -> Any:
 
 
 def skeleton(model_dir: Path, config: Any) -> nn.Module:
-    """Build a model without any memory for its weights, for names and shapes.
+    """Build a model on the ``meta`` device, without memory for its weights: for names and shapes.
 
     Raises:
         RequestError: transformers has no causal language model for the configuration.
@@ -66,18 +66,18 @@ def decoder_layers(model: nn.Module, config: Any) -> tuple[str, nn.ModuleList]:
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether a module is a linear map with a plain weight matrix."""
+    """Whether a module is a linear layer with a plain weight matrix."""
     return isinstance(module, nn.Linear) or is_transposed(module)
 
 
 def is_transposed(module: nn.Module) -> bool:
-    """Whether a module is GPT-2's kind of linear map, which holds its weight as ``[in, out]``."""
+    """Whether a module is GPT-2's ``Conv1D``, a linear layer that holds its weight as ``[in, out]``."""
     from transformers.pytorch_utils import Conv1D
 
     return isinstance(module, Conv1D)
 
 
 def _unknown_model(model_dir: Path, error: Exception) -> RequestError:
-    """What to say when transformers gives up; its own messages run over many lines."""
+    """One line for an error of transformers, whose messages run over many lines."""
     reason = str(error).strip().partition("\n")[0]
     return RequestError(f"expected a causal language model in {model_dir}, got {reason!r}; name another model")

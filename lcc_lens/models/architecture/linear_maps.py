@@ -1,4 +1,4 @@
-"""The matrices that pruning may touch: the linear maps inside the decoder layers, in the model and in its files."""
+"""Find the matrices that pruning may touch: the weights of the linear layers inside the decoder layers."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ _STORED_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.flo
 
 @dataclass(frozen=True)
 class Matrix:
-    """A linear map inside a decoder layer."""
+    """The weight of a linear layer inside a decoder layer."""
 
     name: str
-    """Its tensor in the checkpoint."""
+    """The tensor's name in the checkpoint."""
     path: str
-    """Its module, seen from the decoder layer."""
+    """The module's name within the decoder layer."""
     d_in: int
-    """How many features it reads."""
+    """Number of input features."""
     d_out: int
-    """How many it gives."""
+    """Number of output features."""
     is_transposed: bool
     """Whether model and checkpoint hold ``[in, out]``."""
     checkpoint: Checkpoint
@@ -41,20 +41,20 @@ class Matrix:
         return self.rows(self.checkpoint.read(self.name))
 
     def rows(self, stored: Tensor) -> Float[Tensor, "out in"]:
-        """See a tensor in the checkpoint's layout as one row per output."""
+        """View a tensor in the checkpoint's layout with one row per output."""
         return stored.T if self.is_transposed else stored
 
     def stored(self, rows: Float[Tensor, "out in"]) -> Tensor:
-        """Bring a weight into the checkpoint's layout and format."""
+        """Convert a weight to the checkpoint's layout and format."""
         return (rows.T if self.is_transposed else rows).to(self.dtype).contiguous()
 
 
 class StoredWeights(Mapping[str, Tensor]):
-    """Weights ``[out, in]`` in float32 by name, each read from disk when asked for: one at a time is in memory.
+    """Weights ``[out, in]`` in float32 by name, each read from disk when it is looked up; none is kept.
 
     Args:
-        matrices: what to offer.
-        device: where the weights go.
+        matrices: the matrices to read.
+        device: where to put the weights.
     """
 
     def __init__(self, matrices: Sequence[Matrix], device: torch.device) -> None:
@@ -82,19 +82,21 @@ def find_matrices(checkpoint: Checkpoint) -> list[list[Matrix]]:
     """
     config = read_config(checkpoint.path)
     prefix, layers = decoder_layers(skeleton(checkpoint.path, config), config)
-    found: list[list[Matrix]] = []
+    matrices: list[list[Matrix]] = []
     for index, layer in enumerate(layers):
         place = f"{prefix}.{index}"
         _require_plain_matrices(layer, place)
         linears = {path: module for path, module in layer.named_modules() if is_linear(module)}
         if not linears:
             raise RequestError(f"expected linear layers in {place}, got none; the architecture is not supported")
-        found.append([_locate(checkpoint, f"{place}.{path}.weight", path, module) for path, module in linears.items()])
-    return found
+        matrices.append(
+            [_locate(checkpoint, f"{place}.{path}.weight", path, module) for path, module in linears.items()]
+        )
+    return matrices
 
 
 def _require_plain_matrices(layer: nn.Module, place: str) -> None:
-    """Refuse fused experts and convolutions: passing over them would report a sparsity that is not there."""
+    """Refuse fused experts and convolutions: leaving them out would report a wrong sparsity."""
     for path, parameter in layer.named_parameters():
         if parameter.ndim > 2:
             raise RequestError(

@@ -1,4 +1,4 @@
-"""The same computation under another architecture's name, one that has a bias where the model's own has none."""
+"""Describe a model as another architecture that computes the same and has biases where the model's own has none."""
 
 from __future__ import annotations
 
@@ -10,38 +10,38 @@ from typing import Any
 
 from torch import Tensor
 
-# What says whose class a configuration is, not what it computes.
+# Entries that name the class of a configuration, not what the model computes.
 _OF_THE_CLASS = {"model_type", "architectures", "auto_map", "transformers_version"}
 _LOCAL = "sliding_attention"
-#: Maps that some architectures (Phi-3) hold as one, rows below rows.
+#: Linear layers that some architectures (Phi-3) store as one, rows below rows.
 _FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 
 
 def retyped_configs(config: Any, switches: Sequence[str] = ("attention_bias",)) -> Iterator[Any]:
-    """Configurations of other architectures that may compute what this one does, with biases on more maps.
+    """Configurations of other architectures that may compute what this one does, with biases in more linear layers.
 
-    Llama is what most decoders without biases at the output are (Mistral, Qwen2); SmolLM3 is Llama with a choice of
-    local attention by layer. Whether they do compute the same is not said here.
+    Most decoders without output biases (Mistral, Qwen2) compute what Llama does; SmolLM3 is Llama with local attention
+    in chosen layers. The caller must test whether a candidate really computes the same.
 
     Args:
-        config: the model's own.
-        switches: settings of the other architecture that are set: ``attention_bias``, ``mlp_bias``.
+        config: the model's own configuration.
+        switches: settings of the other architecture to turn on: ``attention_bias``, ``mlp_bias``.
     """
     from transformers import LlamaConfig, SmolLM3Config
 
-    given = {name: copy.deepcopy(value) for name, value in vars(config).items() if not name.startswith("_")}
-    given |= dict.fromkeys(switches, True)
-    yield from _filled(LlamaConfig, "LlamaForCausalLM", given)
+    entries = {name: copy.deepcopy(value) for name, value in vars(config).items() if not name.startswith("_")}
+    entries |= dict.fromkeys(switches, True)
+    yield from _filled(LlamaConfig, "LlamaForCausalLM", entries)
     n_layers = int(config.num_hidden_layers)
     window = getattr(config, "sliding_window", None)
     local = {
         "no_rope_layers": [1] * n_layers,
         "use_sliding_window": window is not None,
         "sliding_window": window,
-        "layer_types": given.get("layer_types") or n_layers * ["full_attention" if window is None else _LOCAL],
+        "layer_types": entries.get("layer_types") or n_layers * ["full_attention" if window is None else _LOCAL],
     }
-    for retyped in _filled(SmolLM3Config, "SmolLM3ForCausalLM", {**given, **local}):
-        retyped.head_dim = given.get("head_dim") or config.hidden_size // config.num_attention_heads
+    for retyped in _filled(SmolLM3Config, "SmolLM3ForCausalLM", {**entries, **local}):
+        retyped.head_dim = entries.get("head_dim") or config.hidden_size // config.num_attention_heads
         yield retyped
 
 
@@ -52,7 +52,7 @@ def config_entries(config: Any) -> dict[str, Any]:
 
 
 def split_names(name: str, shapes: Mapping[str, tuple[int, ...]]) -> tuple[str, ...]:
-    """The tensors that one of a checkpoint becomes in another architecture: itself, or the maps that it is fused of.
+    """The names of a stored tensor in another architecture: its own, or those of the layers that are fused in it.
 
     Args:
         name: the tensor's name.
@@ -66,7 +66,7 @@ def split_names(name: str, shapes: Mapping[str, tuple[int, ...]]) -> tuple[str, 
 
 
 def split_tensor(name: str, tensor: Tensor, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
-    """A tensor, or the parts of a fused one, by their new names; empty where rows do not add up."""
+    """A tensor, or the parts of a fused one, by new name; empty if the numbers of rows do not add up."""
     names = split_names(name, shapes)
     if len(names) == 1:
         return {name: tensor}
@@ -74,14 +74,13 @@ def split_tensor(name: str, tensor: Tensor, shapes: Mapping[str, tuple[int, ...]
     return dict(zip(names, tensor.split(rows), strict=True)) if sum(rows) == len(tensor) else {}
 
 
-def _filled(kind: Any, architecture: str, given: dict[str, Any]) -> Iterator[Any]:
-    """The configuration of a class with what is given and known to it; none where the class refuses the sizes."""
+def _filled(kind: Any, architecture: str, entries: dict[str, Any]) -> Iterator[Any]:
+    """The configuration of a class with those entries that it knows; none if the class refuses the sizes."""
     from huggingface_hub.errors import StrictDataclassError
 
     known = {field.name for field in fields(kind)} - _OF_THE_CLASS
-    taken = {name: value for name, value in given.items() if name in known}
     try:
-        retyped = kind(**taken)
+        retyped = kind(**{name: value for name, value in entries.items() if name in known})
     except (StrictDataclassError, ValueError, TypeError):
         return
     retyped.architectures = [architecture]

@@ -1,4 +1,4 @@
-"""TODO."""
+"""Sparsity patterns (unstructured, N:M): parse them, check that they fit a matrix, detect them in weights."""
 
 from __future__ import annotations
 
@@ -11,6 +11,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lcc_lens.core.errors import RequestError
+
+# Hardware patterns to detect, strictest first: every 2:4 matrix also satisfies 4:8.
+_KNOWN_GROUPS = ((2, 4), (4, 8))
+# A matrix that nobody pruned may still hold a few exact zeros (a small format underflows, a feature is dead).
+_INCIDENTAL_ZEROS = 1e-3
 
 
 def common_pattern(patterns: Collection[str]) -> str:
@@ -28,23 +33,15 @@ def common_pattern(patterns: Collection[str]) -> str:
     return "4:8" if distinct <= {"2:4", "4:8"} else "unstructured"
 
 
-# Hardware patterns worth telling apart, strictest first: every 2:4 matrix also satisfies 4:8.
-_KNOWN_GROUPS = ((2, 4), (4, 8))
-
-
-# A matrix that nobody pruned may still hold a few exact zeros (a small format underflows, a feature is dead).
-_INCIDENTAL_ZEROS = 1e-3
-
-
 @dataclass(frozen=True)
 class Unstructured:
-    """A share of zeros, wherever the scores are lowest.
+    """A fraction of zeros, wherever the scores are lowest.
 
     Args:
-        sparsity: share of weights to remove, at least 0 and below 1.
+        sparsity: fraction of weights to remove, at least 0 and below 1.
 
     Raises:
-        RequestError: the share lies outside [0, 1).
+        RequestError: the fraction lies outside [0, 1).
     """
 
     sparsity: float
@@ -81,7 +78,7 @@ class NofM:
 
     @property
     def sparsity(self) -> float:
-        """The share of zeros that the pattern asks for."""
+        """The fraction of zeros in the pattern."""
         return 1 - self.n / self.m
 
 
@@ -108,7 +105,7 @@ def require_fit(pattern: Pattern, width: int, name: str) -> None:
     """Refuse a pattern whose groups do not fill the rows of a matrix.
 
     Args:
-        pattern: the pattern asked for.
+        pattern: the requested pattern.
         width: number of input features of the matrix.
         name: what the message calls the matrix.
 
@@ -123,12 +120,12 @@ def require_fit(pattern: Pattern, width: int, name: str) -> None:
 
 
 def sparsity(weight: Float[Tensor, "out in"]) -> float:
-    """The share of weights that are exactly zero."""
+    """The fraction of weights that are exactly zero."""
     return 1 - torch.count_nonzero(weight).item() / weight.numel()
 
 
 def detect_pattern(weight: Float[Tensor, "out in"]) -> str:
-    """Name the strictest pattern that the zeros of a matrix satisfy.
+    """The strictest pattern that the zeros of a matrix satisfy.
 
     Args:
         weight: matrix with one row per output; groups run along the input dimension.

@@ -1,4 +1,4 @@
-"""Twins: an architecture in small, with random weights, asked what it computes; so no list of families is needed."""
+"""Build a tiny random model of the same architecture, to test how it behaves without a list of families."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from torch import Tensor, nn
 from lcc_lens.models.architecture.retyping import split_tensor
 
 _N_TOKENS, _VOCABULARY, _WIDTH = 16, 61, 24
-#: Window of local attention in a twin: short enough to act on its few tokens.
+#: Window of local attention in a tiny model: short enough to act on its few tokens.
 _WINDOW = 4
 _INNER_SIZES = ("intermediate_size", "moe_intermediate_size", "ffn_dim")
 _KEY_VALUE_HEADS = ("num_key_value_heads", "num_kv_heads")
 
 
 def shrink(config: Any) -> Any:
-    """A copy of a transformers configuration with few and narrow layers, one of every kind that the model has.
+    """A copy of a transformers configuration with few, narrow layers: one of every kind that the model has.
 
     Heads keep their size and the way they share key-value heads; local attention gets a window of a few tokens.
     """
@@ -44,16 +44,16 @@ def shrink(config: Any) -> Any:
     return small
 
 
-def build_twin(config: Any, weights: Mapping[str, Tensor] | None = None) -> nn.Module | None:
+def build_tiny(config: Any, weights: Mapping[str, Tensor] | None = None) -> nn.Module | None:
     """A model of a small configuration, on the CPU in float32.
 
     Args:
         config: see :func:`shrink`.
-        weights: parameters by name, as the model or one with fused maps names them; random ones if not given. Biases
-            that are not among them are zero.
+        weights: parameters by name, as this model or one with fused layers names them; random ones if not given.
+            Biases that are not among them are zero.
 
     Returns:
-        None where the weights do not fit the model.
+        None if the weights do not fit the model.
     """
     from transformers import AutoModelForCausalLM
 
@@ -61,25 +61,25 @@ def build_twin(config: Any, weights: Mapping[str, Tensor] | None = None) -> nn.M
     with torch.random.fork_rng(devices=[]):
         model: nn.Module = factory.from_config(config, dtype=torch.float32, attn_implementation="eager")
     model.eval().requires_grad_(False)
-    own = dict(model.named_parameters())
+    parameters = dict(model.named_parameters())
     if weights is None:
-        _randomise(own)
+        _randomise(parameters)
         return model
-    shapes = {name: tuple(parameter.shape) for name, parameter in own.items()}
+    shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
     weights = {n: v for name, value in weights.items() for n, v in split_tensor(name, value, shapes).items()}
-    absent = own.keys() - weights.keys()
-    shapes_fit = all(name in own and own[name].shape == value.shape for name, value in weights.items())
+    absent = parameters.keys() - weights.keys()
+    shapes_fit = all(name in parameters and parameters[name].shape == value.shape for name, value in weights.items())
     if not shapes_fit or not all(name.endswith(".bias") for name in absent):
         return None
-    for name, parameter in own.items():
+    for name, parameter in parameters.items():
         parameter.copy_(weights[name]) if name in weights else parameter.zero_()
     return model
 
 
-def twin_logits(
+def tiny_logits(
     model: nn.Module, shifts: Mapping[str, Float[Tensor, " d_in"]] | None = None
 ) -> Float[Tensor, "pos d_vocab"]:
-    """A twin's logits of a few tokens, with constants added to the inputs of named modules."""
+    """A tiny model's logits of a few tokens, with constants added to the inputs of named modules."""
 
     def adder(shift: Tensor) -> Any:
         return lambda module, inputs: (inputs[0] + shift, *inputs[1:])
@@ -98,7 +98,7 @@ def twin_logits(
 
 
 def _keep_layers(config: Any) -> None:
-    """Keep the first layer of every kind, by the lists that say something of each layer; two at least."""
+    """Keep the first layer of every kind, as told apart by the lists with one entry per layer; at least two layers."""
     n_layers = int(config.num_hidden_layers)
     lists = {n: v for n, v in vars(config).items() if isinstance(v, list) and len(v) == n_layers}
     kinds = [tuple(str(values[layer]) for values in lists.values()) for layer in range(n_layers)]
@@ -113,5 +113,5 @@ def _randomise(parameters: Mapping[str, nn.Parameter]) -> None:
     for parameter in parameters.values():
         noise = torch.randn(parameter.shape, generator=generator)
         scale = 0.2 if parameter.ndim < 2 else parameter.shape[-1] ** -0.5
-        centre = parameter if parameter.ndim < 2 else 0.0  # gains of norms stay about what they begin with
+        centre = parameter if parameter.ndim < 2 else 0.0  # the gains of norms stay near their initial value
         parameter.copy_(centre + scale * noise)

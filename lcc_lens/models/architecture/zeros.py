@@ -1,4 +1,4 @@
-"""The zeros of a checkpoint, read from its files one tensor at a time: how many, in which pattern, and where."""
+"""Count, classify and compare the zeros of checkpoints, reading one tensor at a time from disk."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ from lcc_lens.models.architecture.sparsity_patterns import common_pattern, detec
 
 @dataclass(frozen=True)
 class MatrixZeros:
-    """The zeros of one linear map inside a decoder layer."""
+    """The zeros of one linear layer's weight inside a decoder layer."""
 
     name: str
-    """Its tensor in the checkpoint."""
+    """The tensor's name in the checkpoint."""
     shape: tuple[int, int]
-    """Outputs, inputs (whatever the stored layout)."""
+    """Outputs and inputs, whatever the stored layout."""
     zeros: int
     """Weights that are exactly zero."""
     pattern: str
     """``2:4``, ``4:8``, ``unstructured`` or ``dense``; see
     :func:`lcc_lens.models.architecture.sparsity_patterns.detect_pattern`."""
     zero_rows: int
-    """Outputs that no input reaches: rows of zeros only."""
+    """Rows of zeros only: outputs that depend on no input."""
     zero_columns: int
-    """Inputs that reach no output: columns of zeros only."""
+    """Columns of zeros only: inputs that affect no output."""
 
     @property
     def parameters(self) -> int:
@@ -43,7 +43,7 @@ class MatrixZeros:
 
     @property
     def share(self) -> float:
-        """The share of its weights that are zero."""
+        """The fraction of weights that are zero."""
         return self.zeros / self.parameters
 
 
@@ -54,21 +54,21 @@ class ZeroPattern:
     path: Path
     """The Hugging Face directory."""
     matrices: tuple[MatrixZeros, ...]
-    """The linear maps inside the decoder layers, in the order of the layers."""
+    """The weights of the linear layers inside the decoder layers, in layer order."""
     parameters: int
     """Stored parameters of the model, embeddings, norms and biases included; tied embeddings count once."""
     nonzero_parameters: int
-    """Those of them that are not exactly zero."""
+    """Parameters that are not exactly zero."""
     bytes: int
     """Size of the weight files on disk."""
     dtype: str
-    """Stored format of the matrices, such as ``bfloat16``; all of them, where they differ."""
+    """Stored format of the matrices, such as ``bfloat16``; a list if they differ."""
     missing: tuple[str, ...]
     """Parameters for which the checkpoint holds no tensor: loading would fill them with random numbers."""
 
     @property
     def sparsity(self) -> float:
-        """The share of zeros among the weights of the linear maps inside the decoder layers."""
+        """The fraction of zeros among the weights of the linear layers inside the decoder layers."""
         return share_of_zeros(self.matrices)
 
     @property
@@ -79,7 +79,7 @@ class ZeroPattern:
 
 @dataclass(frozen=True)
 class MatrixComparison:
-    """Positions of one matrix that are zero in two checkpoints, or in one of them only."""
+    """How many positions of one matrix are zero in both checkpoints, or in only one."""
 
     name: str
     both: int
@@ -110,23 +110,23 @@ class ZeroComparison:
 
 
 def share_of_zeros(matrices: Sequence[MatrixZeros]) -> float:
-    """The share of zeros among the weights of some matrices."""
+    """The fraction of zeros among the weights of some matrices."""
     return sum(matrix.zeros for matrix in matrices) / sum(matrix.parameters for matrix in matrices)
 
 
 def matrix_zeros(path: Path) -> tuple[MatrixZeros, ...]:
-    """Count the zeros of the linear maps inside a checkpoint's decoder layers (see :func:`zero_pattern`)."""
+    """Count the zeros of the linear layers inside a checkpoint's decoder layers (see :func:`zero_pattern`)."""
     return _counted([matrix for layer in find_matrices(Checkpoint(path)) for matrix in layer])
 
 
-def _counted(found: Sequence[Matrix]) -> tuple[MatrixZeros, ...]:
-    return tuple(_matrix_zeros(matrix.name, matrix.read()) for matrix in track(found, len(found), "zeros"))
+def _counted(matrices: Sequence[Matrix]) -> tuple[MatrixZeros, ...]:
+    return tuple(_matrix_zeros(matrix.name, matrix.read()) for matrix in track(matrices, len(matrices), "zeros"))
 
 
 def zero_pattern(path: Path) -> ZeroPattern:
-    """Count the zeros of a checkpoint, whoever made it: sharded or not, in any float format, embeddings tied or not.
+    """Count the zeros of any checkpoint: sharded or not, in any float format, with tied embeddings or not.
 
-    The weights are read from disk and no model runs; one tensor is in memory at a time.
+    No model runs; the weights are read from disk, with one tensor in memory at a time.
 
     Args:
         path: a local Hugging Face directory with safetensors.
@@ -139,8 +139,8 @@ def zero_pattern(path: Path) -> ZeroPattern:
         0.5
     """
     checkpoint = Checkpoint(path)
-    found = [matrix for layer in find_matrices(checkpoint) for matrix in layer]
-    matrices = _counted(found)
+    stored_matrices = [matrix for layer in find_matrices(checkpoint) for matrix in layer]
+    matrices = _counted(stored_matrices)
     stored, missing = _stored_parameters(checkpoint)
     others = [_numel_and_zeros(checkpoint.read(name)) for name in stored - {matrix.name for matrix in matrices}]
     parameters = sum(matrix.parameters for matrix in matrices) + sum(numel for numel, _ in others)
@@ -151,7 +151,7 @@ def zero_pattern(path: Path) -> ZeroPattern:
         parameters=parameters,
         nonzero_parameters=parameters - zeros,
         bytes=checkpoint.n_bytes,
-        dtype=", ".join(sorted({str(matrix.dtype).removeprefix("torch.") for matrix in found})),
+        dtype=", ".join(sorted({str(matrix.dtype).removeprefix("torch.") for matrix in stored_matrices})),
         missing=missing,
     )
 
@@ -170,7 +170,7 @@ def compare_zeros(first: Path, second: Path) -> ZeroComparison:
     alone = sorted(ours.keys() ^ theirs.keys())
     if alone:
         raise RequestError(
-            f"expected matrices of the same names in {first} and {second}, got {alone[0]} in one only; "
+            f"expected matrices of the same names in {first} and {second}, got {alone[0]} in only one; "
             "compare two versions of the same model"
         )
     return ZeroComparison(tuple(_compare(ours[name], theirs[name]) for name in ours))
@@ -186,7 +186,7 @@ def _compare(first: Matrix, second: Matrix) -> MatrixComparison:
     ours, theirs = first.read() == 0, second.read() == 0
     if ours.shape != theirs.shape:
         raise RequestError(
-            f"expected {first.name} of the same shape twice, got {tuple(ours.shape)} and {tuple(theirs.shape)}; "
+            f"expected {first.name} of the same shape in both, got {tuple(ours.shape)} and {tuple(theirs.shape)}; "
             "compare models of one shape (a sliced model's matrices are smaller)"
         )
     counts = (int(where.sum()) for where in (ours & theirs, ours & ~theirs, theirs & ~ours))
@@ -194,9 +194,9 @@ def _compare(first: Matrix, second: Matrix) -> MatrixComparison:
 
 
 def _stored_parameters(checkpoint: Checkpoint) -> tuple[set[str], tuple[str, ...]]:
-    """The tensors that hold the model's parameters, each parameter once, and the parameters that none holds.
+    """The names of the tensors that hold the model's parameters, each once, and of the parameters that none holds.
 
-    Some checkpoints store tied embeddings twice, or buffers such as GPT-2's causal mask: neither adds parameters.
+    Tied embeddings that are stored twice, and buffers such as GPT-2's causal mask, add no parameters.
     """
     model = skeleton(checkpoint.path, read_config(checkpoint.path))
     prefix = f"{getattr(model, 'base_model_prefix', '')}."

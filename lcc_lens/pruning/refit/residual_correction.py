@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lcc_lens.models.architecture.anatomy import output_maps
+from lcc_lens.models.architecture.anatomy import output_projections
 from lcc_lens.models.architecture.linear_maps import Matrix
 from lcc_lens.pruning.calibration.stream import LayerStream
 from lcc_lens.pruning.methods.moments import InputMoments, exact_products
@@ -93,6 +93,6 @@ def outputs_to_mend(matrices: Sequence[Matrix], stream: LayerStream, guide: Guid
 
     There are none otherwise: where a norm comes behind them (Gemma 2), they do not write to the stream themselves.
     """
-    maps = output_maps(matrices)
+    maps = output_projections(matrices)
     is_plain = bool(maps) and stream.adds_up(maps) and guide.adds_up(maps)
     return tuple(matrix.name for matrix in maps) if is_plain else ()

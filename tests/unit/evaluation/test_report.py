@@ -100,7 +100,7 @@ def test_zeros_are_held_against_the_first_pruned_model(found: dict[str, Any]) ->
 def test_a_model_of_another_shape_gets_a_note(checkpoints: dict[str, Path], tmp_path: Path) -> None:
     narrow = save_model(sparse_model(intermediate_size=36), tmp_path / "sliced")
     patterns = report([checkpoints["sparse"], narrow], latency=False)["zero_patterns"]
-    assert "of the same shape twice" in patterns["models"]["sliced"]["note"]
+    assert "of the same shape in both" in patterns["models"]["sliced"]["note"]
 
 
 def test_without_latency_nothing_is_loaded(checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:

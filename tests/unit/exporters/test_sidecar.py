@@ -30,7 +30,7 @@ def test_run_directory_serves_what_no_checkpoint_holds(tmp_path: Path) -> None:
     assert not any(BUFFER in name for name in model.state_dict())
     out = model.generate(TOKENS[:, :5], max_new_tokens=3, do_sample=False, pad_token_id=0)
     assert out.shape == (1, 8)
-    with pytest.raises(RequestError, match="expected a model whose files hold everything"):
+    with pytest.raises(RequestError, match="expected a model whose weights hold everything"):
         model.save_pretrained(tmp_path / "saved")
     assert not (tmp_path / "saved").exists()
 

@@ -21,7 +21,7 @@ from lcc_lens.exporters.huggingface import export
 from lcc_lens.models.architecture.bias_slots import BiasSlots, find_slots
 from lcc_lens.models.architecture.joint_bias_slots import JointSlots, find_joint_slots
 from lcc_lens.models.architecture.retyping import retyped_configs
-from lcc_lens.models.architecture.tiny_models import build_twin, shrink, twin_logits
+from lcc_lens.models.architecture.tiny_models import build_tiny, shrink, tiny_logits
 from lcc_lens.models.hooked.sites import ConstantSite, projection_names
 from lcc_lens.models.loading.hooked import load_hooked
 from lcc_lens.models.pair import load_pair
@@ -133,23 +133,23 @@ def test_architecture_with_the_same_tensors_and_other_mathematics_is_not_retyped
         vocab_size=257, hidden_size=40, intermediate_size=44, num_hidden_layers=2, num_attention_heads=5,
         num_key_value_heads=1, head_dim=8, tie_word_embeddings=True,
     )  # fmt: skip
-    plain = build_twin(shrink(config))
+    plain = build_tiny(shrink(config))
     assert plain is not None
     assert len(list(retyped_configs(config))) == 2
     for retyped in retyped_configs(config):
-        twin = build_twin(shrink(retyped), dict(plain.named_parameters()))
-        assert twin is not None
-        assert float((twin_logits(twin) - twin_logits(plain)).abs().max()) > 0.1
+        tiny = build_tiny(shrink(retyped), dict(plain.named_parameters()))
+        assert tiny is not None
+        assert float((tiny_logits(tiny) - tiny_logits(plain)).abs().max()) > 0.1
 
 
 def test_a_twin_leaves_the_random_state_alone() -> None:
     torch.manual_seed(3)
     expected = torch.rand(2)
     torch.manual_seed(3)
-    build_twin(shrink(build_model().config))
+    build_tiny(shrink(build_model().config))
     assert not torch.equal(torch.rand(2), expected)  # build_model seeds itself
     torch.manual_seed(3)
-    build_twin(shrink(AutoConfig.for_model("llama")))
+    build_tiny(shrink(AutoConfig.for_model("llama")))
     assert torch.equal(torch.rand(2), expected)
 
 
@@ -158,15 +158,15 @@ def test_a_twin_is_small_and_has_every_kind_of_layer() -> None:
     small = shrink(config)
     assert set(small.layer_types) == set(config.layer_types) == {"sliding_attention", "full_attention"}
     assert small.head_dim == config.head_dim
-    twin = build_twin(small)
-    assert twin is not None
-    assert sum(parameter.numel() for parameter in twin.parameters()) < 20_000_000
+    tiny = build_tiny(small)
+    assert tiny is not None
+    assert sum(parameter.numel() for parameter in tiny.parameters()) < 20_000_000
 
 
 def test_slots_of_a_stored_bias_are_found_without_a_twin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import lcc_lens.models.architecture.bias_slots
 
-    monkeypatch.delattr(lcc_lens.models.architecture.bias_slots, "build_twin")
+    monkeypatch.delattr(lcc_lens.models.architecture.bias_slots, "build_tiny")
     pruned = save_model(build_model(attention_bias=True), tmp_path / "pruned")
     slots = find_slots(Checkpoint(pruned), load_hooked(pruned).output_projections)
     assert (slots.way, slots.config, slots.zero_biases) == ("output bias", {}, {})

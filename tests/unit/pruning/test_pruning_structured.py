@@ -350,7 +350,7 @@ def test_heads_that_cannot_be_grouped_as_asked(changes: dict[str, int], match: s
 def test_a_norm_over_all_heads_is_refused(tmp_path: Path) -> None:
     config = Olmo2Config(**SHAPE, num_attention_heads=4, num_key_value_heads=2, pad_token_id=0)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "dense")
-    with pytest.raises(RequestError, match=r"expected heads that can go one by one, got self_attn\.[qk]_norm"):
+    with pytest.raises(RequestError, match=r"expected heads that can be removed one by one, got self_attn\.[qk]_norm"):
         run(tmp_path / "dense", tmp_path / "out")
 
 

@@ -13,7 +13,7 @@ from support.tiny import PARAGRAPHS
 from torch import Tensor, nn
 
 from lcc_lens.core.checkpoint import Checkpoint
-from lcc_lens.models.architecture.anatomy import output_maps
+from lcc_lens.models.architecture.anatomy import output_projections
 from lcc_lens.models.architecture.linear_maps import Matrix, find_matrices
 from lcc_lens.pruning.calibration import stream as module
 from lcc_lens.pruning.calibration.attention_cache import Shortcuts
@@ -49,7 +49,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 def test_settled_maps_spare_what_comes_before_them(dense_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     matrices = find_matrices(Checkpoint(dense_dir))[0]
-    attention, mlp = output_maps(matrices)
+    attention, mlp = output_projections(matrices)
     gates = [matrix for matrix in matrices if matrix.path.endswith(("gate_proj", "up_proj"))]
     runs = counted(monkeypatch)
     stream, plain = (LayerStream.of(dense_dir, TOKENS, 8, CPU, torch.float32) for _ in range(2))
@@ -75,7 +75,7 @@ def test_settled_maps_spare_what_comes_before_them(dense_dir: Path, monkeypatch:
 
 def test_a_change_before_the_map_makes_the_part_run_again(dense_dir: Path) -> None:
     matrices = find_matrices(Checkpoint(dense_dir))[0]
-    attention = output_maps(matrices)[0]
+    attention = output_projections(matrices)[0]
     stream, plain = (LayerStream.of(dense_dir, TOKENS, 8, CPU, torch.float32) for _ in range(2))
     reads(stream, [attention], attention)
     value = next(matrix for matrix in matrices if matrix.path.endswith("v_proj"))
@@ -88,7 +88,7 @@ def test_maps_that_end_no_part_and_too_much_memory_spare_nothing(
     dense_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     matrices = find_matrices(Checkpoint(dense_dir))[0]
-    attention = output_maps(matrices)[0]
+    attention = output_projections(matrices)[0]
     runs, enough = counted(monkeypatch), 3 * 8 * 24 * 30 * 4  # three batches of 8 x 24 tokens, 30 numbers of 4 bytes
     for most, settled in ((2**31, matrices[0]), (enough - 1, attention), (enough, attention)):
         monkeypatch.setattr(module, "MOST_BYTES", most)
