@@ -102,6 +102,9 @@ if TYPE_CHECKING:
     from lcc_lens.restoration.jobs import restore_models as restore_models
     from lcc_lens.restoration.restore import restore as restore
     from lcc_lens.restoration.result import Restoration as Restoration
+    from lcc_lens.restoration.settings import HeadRequest as HeadRequest
+    from lcc_lens.restoration.settings import RefitRequest as RefitRequest
+    from lcc_lens.restoration.settings import RestoreSettings as RestoreSettings
     from lcc_lens.restoration.training.loop import Step as Step
     from lcc_lens.restoration.training.loop import TrainConfig as TrainConfig
     from lcc_lens.restoration.training.loop import train as train
