@@ -239,7 +239,7 @@ def test_refit_of_other_models_is_refused_by_command(
 
 def test_explore_takes_one_run_or_two(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     refused(capsys, 2, "expected one run, or two to compare, got 3", "explore", *(tmp_path / name for name in "abc"))
-    refused(capsys, 2, "wanted", "explore", tmp_path / "missing")
+    refused(capsys, 2, "expected", "explore", tmp_path / "missing")
     assert not list(tmp_path.iterdir())
 
 
