@@ -1,4 +1,4 @@
-"""The main job from beginning to end on the embedded model: prune, scan, restore, export, evaluate, show."""
+"""The whole method on the embedded model: prune, scan, restore, export, evaluate, and write a page."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class DemoConfig:
 
 @dataclass(frozen=True)
 class DemoResult:
-    """Where everything is, and the numbers by model."""
+    """Folders and page of the demo, the content of ``results.json``, and seconds per step."""
 
     pruned: Path
     restored: Path
@@ -66,7 +66,7 @@ class DemoResult:
 
 
 def passages(role: Role, n: int, seed: int) -> Data:
-    """BoolQ's passages as instructions: the question asks for the Wikipedia passage that answers it."""
+    """BoolQ as instructions: given a question, write the Wikipedia passage that answers it."""
     boolq = load_data("boolq", n, role=role, seed=seed)
     return dataclasses.replace(
         boolq, name="boolq passages", kind="instruction", examples=tuple(_passage(e) for e in boolq.examples)
@@ -74,7 +74,7 @@ def passages(role: Role, n: int, seed: int) -> Data:
 
 
 def texts(role: Role, without: frozenset[str] = frozenset()) -> Data:
-    """BoolQ's passages as plain text, without some groups."""
+    """BoolQ's passages as plain text, leaving out some groups."""
     boolq = load_data("boolq", role=role)
     kept = [example for example in boolq.examples if example.group not in without]
     unique = {example.prompt.rpartition("\nQuestion: ")[0]: example.group for example in kept}
@@ -83,83 +83,104 @@ def texts(role: Role, without: frozenset[str] = frozenset()) -> Data:
 
 
 def run_demo(config: DemoConfig, *, stage: Callable[[str], None] | None = None) -> DemoResult:
-    """Run every step anew; only the converted model is kept between runs.
+    """Prune, scan, restore, export and evaluate; every step runs again, only the converted model is cached.
 
     Args:
         config: model, folder and sizes.
-        stage: called with each step's title, for front ends.
+        stage: called with the title of each step.
     """
-    clock: dict[str, float] = {}
-    timed = _stages(clock, stage)
+    timer = _Timer(stage)
     folder = config.folder
     pruned, restored, run = folder / "pruned", folder / "restored", folder / "run"
-    training = passages("train", config.n_train, config.seed)
-    probe = load_data("boolq", config.n_probe, role="probe", seed=config.seed)
-    validation, held_out = split_examples(passages("held-out", config.n_held_out, config.seed), config.n_validation)
-    text = texts("held-out", without=frozenset(example.group for example in validation.examples))
-    calibration = texts("calibration")
-    for measured in (held_out, text):
-        assert_disjoint(calibration, probe, training, validation, measured)
+    data = _demo_data(config)
 
-    with timed("prune", f"remove {config.sparsity:.0%} of the weights (Wanda)"):
+    with timer.step("prune", f"remove {config.sparsity:.0%} of the weights (Wanda)"):
         resolve(config.model)
         prune(
-            config.model, pruned, sparsity=config.sparsity, calibration=calibration, n_samples=config.n_calibration,
-            seq_len=config.calibration_length, seed=config.seed, overwrite=True,
+            config.model, pruned, sparsity=config.sparsity, calibration=data.calibration,
+            n_samples=config.n_calibration, seq_len=config.calibration_length, seed=config.seed, overwrite=True,
         )  # fmt: skip
-    with timed("scan", "see what each head lost"):
+    with timer.step("scan", "see what each head lost"):
         pair = load_pair(config.model, pruned)
-        found = scan(pair, probe, max_length=2 * config.max_length, seed=config.seed)
-        found.save(run)
-    with timed("restore", "train a constant per head"):
+        scanned = scan(pair, data.probe, max_length=2 * config.max_length, seed=config.seed)
+        scanned.save(run)
+    with timer.step("restore", "train a constant per head"):
         settings = TrainConfig(
             batch_size=config.batch_size, lr=config.lr, micro_tokens=640, validate_every=15, seed=config.seed
         )
         restoration = restore(
-            pair, found, found.select("mse", share=1.0), training, validation=validation, config=settings,
-            max_length=config.max_length, run=run,
+            pair, scanned, scanned.select("mse", share=1.0), data.training, validation=data.validation,
+            config=settings, max_length=config.max_length, run=run,
         )  # fmt: skip
-    read_tokens(pair.pruned, pair.tokenizer, found, restoration).save(run)
-    del pair  # two models' memory, needed by what follows
-    with timed("export", "fold into a plain Hugging Face directory and verify"):
+    read_tokens(pair.pruned, pair.tokenizer, scanned, restoration).save(run)
+    del pair  # frees two models for the evaluation
+    with timer.step("export", "fold into a plain Hugging Face directory and verify"):
         report = export(restoration, pruned, restored, overwrite=True)
-    with timed("evaluate", "compare dense, pruned and restored"):
+    with timer.step("evaluate", "compare dense, pruned and restored"):
         paths = {"dense": resolve(config.model), "pruned": pruned, "restored": restored}
         models: dict[str, Any] = {
-            name: {"path": str(path), "tasks": _tasks(path, held_out, text, config)} for name, path in paths.items()
+            name: {"path": str(path), "tasks": _scores(path, data, config)} for name, path in paths.items()
         }
-    card_numbers = {name: format_scores(entry["tasks"]) for name, entry in models.items()}
-    write_text(restored / "README.md", model_card(restoration, card_numbers, report.logit_difference))
+    scores = {name: format_scores(entry["tasks"]) for name, entry in models.items()}
+    write_text(restored / "README.md", model_card(restoration, scores, report.logit_difference))
     results = {
         "models": models,
         "share_recovered": _shares(models),
         "export": {k: v for k, v in dataclasses.asdict(report).items() if k not in ("path", "added", "changed")},
         "config": {**dataclasses.asdict(config), "folder": str(folder)},
-        "seconds": {name: round(value, 1) for name, value in clock.items()},
+        "seconds": {name: round(value, 1) for name, value in timer.seconds.items()},
         "version": package_version(),
     }
     write_json(folder / "results.json", results)
     page = explore(run, folder / "index.html", results=folder / "results.json", read_model=False)
-    return DemoResult(pruned, restored, page, results, clock)
+    return DemoResult(pruned, restored, page, results, timer.seconds)
 
 
-def _tasks(path: Path, held_out: Data, text: Data, config: DemoConfig) -> dict[str, Any]:
+@dataclass(frozen=True)
+class _DemoData:
+    """Data of every use; no two uses share an example."""
+
+    calibration: Data
+    probe: Data
+    training: Data
+    validation: Data
+    responses: Data
+    text: Data
+
+
+def _demo_data(config: DemoConfig) -> _DemoData:
+    training = passages("train", config.n_train, config.seed)
+    probe = load_data("boolq", config.n_probe, role="probe", seed=config.seed)
+    validation, responses = split_examples(passages("held-out", config.n_held_out, config.seed), config.n_validation)
+    text = texts("held-out", without=frozenset(example.group for example in validation.examples))
+    calibration = texts("calibration")
+    for measured in (responses, text):
+        assert_disjoint(calibration, probe, training, validation, measured)
+    return _DemoData(calibration, probe, training, validation, responses, text)
+
+
+def _scores(path: Path, data: _DemoData, config: DemoConfig) -> dict[str, Any]:
+    """Losses on held-out text and responses, and zero-shot accuracies, of one model."""
     model, tokenizer = load_plain(path), load_tokenizer(path)
-    blocks = encode(text, tokenizer, max_length=config.text_length, limit=config.n_text_blocks)
-    responses = encode(held_out, tokenizer, max_length=config.max_length)
-    spoken, written = sequence_loss(model, responses), sequence_loss(model, blocks)
+    blocks = encode(data.text, tokenizer, max_length=config.text_length, limit=config.n_text_blocks)
+    text = sequence_loss(model, blocks)
+    responses = sequence_loss(model, encode(data.responses, tokenizer, max_length=config.max_length))
     boolq = load_records("boolq", config.n_items, role="held-out", seed=config.seed + 1)
     arc = load_records("arc_easy", config.n_items, role="held-out", seed=config.seed)
     return {
-        "held-out text": {"perplexity": written["perplexity"], "loss": written["loss"], "tokens": written["tokens"]},
-        "held-out responses": {"response_loss": spoken["loss"], "loss": spoken["loss"], "tokens": spoken["tokens"]},
+        "held-out text": {"perplexity": text["perplexity"], "loss": text["loss"], "tokens": text["tokens"]},
+        "held-out responses": {
+            "response_loss": responses["loss"],
+            "loss": responses["loss"],
+            "tokens": responses["tokens"],
+        },
         "boolq": evaluate_task(model, tokenizer, "boolq", records=boolq),
         "arc_easy": evaluate_task(model, tokenizer, "arc_easy", records=arc),
     }
 
 
 def _shares(models: dict[str, Any]) -> dict[str, float | None]:
-    """The share of the lost log-likelihood that came back, per kind of held-out data."""
+    """Recovered share of the lost log-likelihood, per kind of held-out data."""
     return {
         name: share_recovered(*(models[m]["tasks"][name]["loss"] for m in ("dense", "pruned", "restored")))
         for name in ("held-out text", "held-out responses")
@@ -172,13 +193,16 @@ def _passage(example: Example) -> Example:
     return Example(f"Question: {question}\nPassage:", f" {passage}", example.group)
 
 
-def _stages(clock: dict[str, float], stage: Callable[[str], None] | None) -> Any:
-    @contextmanager
-    def timed(name: str, title: str) -> Iterator[None]:
-        start = time.perf_counter()
-        if stage is not None:
-            stage(title)
-        yield
-        clock[name] = time.perf_counter() - start
+class _Timer:
+    """Announces the steps and measures their seconds."""
 
-    return timed
+    def __init__(self, announce: Callable[[str], None] | None) -> None:
+        self.announce, self.seconds = announce, dict[str, float]()
+
+    @contextmanager
+    def step(self, name: str, title: str) -> Iterator[None]:
+        start = time.perf_counter()
+        if self.announce is not None:
+            self.announce(title)
+        yield
+        self.seconds[name] = time.perf_counter() - start
