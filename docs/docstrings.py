@@ -1,4 +1,4 @@
-"""What the site reads otherwise than griffe does: ``Example:`` sections, and defaults as values."""
+"""Griffe extension for the site: ``Example:`` sections, and defaults as values."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _SHOWN = (int, float, str, bool, tuple, type(None))
 
 
 class Docstrings(griffe.Extension):
-    """Read ``Example:`` as the section of examples that it is, and show what a default is instead of its name."""
+    """Read ``Example:`` as a section of examples, and show the value of a default instead of its name."""
 
     def on_object(self, *, obj: griffe.Object, **context: Any) -> None:
         if obj.docstring is not None:

@@ -1,7 +1,7 @@
-"""What the site takes from elsewhere in the repository, and equations that need no script.
+"""Site hooks: pages and figures from the rest of the repository, and equations as MathML.
 
-The README is the first page, and the figures are the committed ones: nothing is copied. Equations become MathML while
-the site is built, which browsers draw themselves: the pages need neither a network nor a script for them.
+The README is the first page and the figures are the committed ones; nothing is copied. Equations become MathML when
+the site is built, which browsers render without a script or a network.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from latex2mathml.converter import convert
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parents[1]
-#: By address on the site: the file that it shows.
+#: File of every page from outside docs/, by its address on the site.
 PAGES = {
     "index.md": "README.md", "ARCHITECTURE.md": "ARCHITECTURE.md", "CONTRIBUTING.md": "CONTRIBUTING.md",
     "CHANGELOG.md": "CHANGELOG.md",
 }  # fmt: skip
-#: The way out of ``docs/`` to a page or picture that lies in the site's root.
+#: A relative link out of ``docs/`` to a page or figure at the root of the site.
 _OUTSIDE = re.compile(r"\]\((?:\.\./)+(?=figures/|ARCHITECTURE|CONTRIBUTING|CHANGELOG)")
 _MATH = re.compile(r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>', re.DOTALL)
 _TAG = re.compile(r"\\tag\{(\d+)\}")
@@ -28,7 +28,7 @@ _ROLE = re.compile(r":(?:class|func|meth|data|mod|attr):<code>~?([^<]*)</code>")
 
 
 def on_files(files: Files, config: Any) -> Files:
-    """Add the pages and pictures of the repository."""
+    """Add the repository's pages and figures to the site."""
     for address, path in PAGES.items():
         files.append(File.generated(config, address, abs_src_path=str(ROOT / path)))
     for picture in sorted((ROOT / "figures").glob("*.png")):
@@ -37,7 +37,7 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Any, **context: Any) -> str:
-    """Lead links of the repository to where they lie on the site, whose root is ``docs/``."""
+    """Rewrite the repository's links for the site, whose root is ``docs/``."""
     if page.file.src_uri == "index.md":
         return markdown.replace("](docs/", "](").replace('src="docs/', 'src="')
     depth = page.file.src_uri.count("/")
@@ -45,10 +45,10 @@ def on_page_markdown(markdown: str, page: Any, **context: Any) -> str:
 
 
 def on_page_content(content: str, **context: Any) -> str:
-    """Draw equations, and write the roles of docstrings as plain code."""
-    return _ROLE.sub(lambda found: f"<code>{found[1].rsplit('.', 1)[-1]}</code>", _MATH.sub(_mathml, content))
+    """Convert equations to MathML, and Sphinx roles to plain code."""
+    return _ROLE.sub(lambda match: f"<code>{match[1].rsplit('.', 1)[-1]}</code>", _MATH.sub(_mathml, content))
 
 
-def _mathml(found: re.Match[str]) -> str:
-    equation = _TAG.sub(r"\\qquad\\text{(\1)}", html.unescape(found[3]).strip())  # numbers keep their distance
-    return convert(equation, display="block" if found[2] == "[" else "inline")
+def _mathml(match: re.Match[str]) -> str:
+    equation = _TAG.sub(r"\\qquad\\text{(\1)}", html.unescape(match[3]).strip())  # space before the equation number
+    return convert(equation, display="block" if match[2] == "[" else "inline")

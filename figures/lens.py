@@ -1,4 +1,4 @@
-"""Keep what the lens says of a run's first head, for the figures: python figures/lens.py DENSE PRUNED RUN."""
+"""Save the lens results of the top heads of a run, for the figures: python figures/lens.py DENSE PRUNED RUN."""
 
 from __future__ import annotations
 

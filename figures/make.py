@@ -1,10 +1,10 @@
-"""Draw the committed figures again: each PNG from the JSON beside it, which holds the whole figure.
+"""Rebuild the committed figures: JSON from the measurements, and each PNG from the JSON beside it.
 
-python figures/make.py                         make the JSON anew from benchmarks/*.json, then draw what changed
-python figures/make.py --run runs/figures/run  make the JSON of a run's figures anew too
+python figures/make.py                         rebuild the JSON from benchmarks/*.json, then draw what changed
+python figures/make.py --run runs/figures/run  also rebuild the JSON of a run's figures
 
-A PNG names the figure that it shows by its hash; one that shows the figure beside it is left alone: other fonts give
-other pixels. The run that is committed was made by:
+A PNG stores the hash of its figure and is drawn again only when the JSON beside it has another one, since the pixels
+depend on a machine's fonts. The committed run was made by:
 
     lcc-lens prune smollm2 runs/figures/wanda50 --calibration c4 --n-samples 32 --seq-len 256
     lcc-lens scan smollm2 runs/figures/wanda50 runs/figures/run --data arc_easy --examples 128 --max-length 96
@@ -35,12 +35,12 @@ from lcc_lens.frontends.plotting.writing import drawn_from, figure_json, figure_
 
 HERE = Path(__file__).parent
 BENCHMARKS = HERE.parent / "benchmarks"
-#: Selectors whose recovery is drawn against the share of heads; all of them would hide each other.
+#: Selectors in the figure of recovery against the share of heads; more would overlap.
 SOME = ("activation patching", "linear probe", "gradient", "random")
 
 
 def recovery_by_heads(study: dict[str, Any]) -> go.Figure:
-    """What of the divergence goes away with more heads, from the selector study."""
+    """KL divergence removed against the share of heads, from the selector study."""
     points = recovery_by_selector(study, "wanda 2:4", "kl_removed")
     return plot_recovery(
         [point for point in points if point.series in SOME], "heads",
@@ -49,22 +49,22 @@ def recovery_by_heads(study: dict[str, Any]) -> go.Figure:
     )  # fmt: skip
 
 
-def recovery_by_rate(found: dict[str, Any]) -> go.Figure:
-    """What comes back at several learning rates of the same line."""
-    points = recovery_points([found], "learning rate")
+def recovery_by_rate(comparison: dict[str, Any]) -> go.Figure:
+    """Recovery against the learning rate of each method."""
+    points = recovery_points([comparison], "learning rate")
     return plot_recovery(points, "learning rate", "SmolLM2-135M, Wanda 50 %; intervals: blocks of text drawn anew.")
 
 
 def recovery_by_examples(all_examples: dict[str, Any]) -> go.Figure:
-    """What comes back with fewer training examples, from the comparisons beside that of all of them."""
-    found = [read_json(file) for file in sorted(BENCHMARKS.glob("restorations_first_[0-9]*.json"))]
-    points = recovery_points([*found, all_examples], "examples")
+    """Recovery against the number of training examples, from one comparison per number."""
+    fewer = [read_json(file) for file in sorted(BENCHMARKS.glob("restorations_first_[0-9]*.json"))]
+    points = recovery_points([*fewer, all_examples], "examples")
     most = max((point.x for point in points), default=0.0)
-    told = f"SmolLM2-135M, Wanda 50 %; one epoch, one seed below {most:.0f}. Intervals: blocks of text drawn anew."
-    return plot_recovery(points, "examples", told)
+    caption = f"SmolLM2-135M, Wanda 50 %; one epoch, one seed below {most:.0f}. Intervals: blocks of text drawn anew."
+    return plot_recovery(points, "examples", caption)
 
 
-#: By name of the figure: the measurements that it shows, and how.
+#: Measurements and plot of every figure.
 SOURCES: dict[str, tuple[str, Callable[[dict[str, Any]], go.Figure]]] = {
     "selector_study": ("selector_study.json", plot_selector_study),
     "recovery_by_heads": ("selector_study.json", recovery_by_heads),
@@ -79,7 +79,7 @@ SOURCES: dict[str, tuple[str, Callable[[dict[str, Any]], go.Figure]]] = {
 
 
 def measured() -> tuple[dict[str, go.Figure], dict[str, str]]:
-    """The figures of committed measurements, and what is not measured yet, by name."""
+    """Figures of the committed measurements, and what the missing ones lack, by name."""
     figures, lacking = {}, {}
     for name, (file, draw) in SOURCES.items():
         try:
@@ -96,10 +96,8 @@ def main() -> None:
     figures, lacking = measured()
     if arguments.run is not None:
         of_run, missing = run_figures(arguments.run)
-        figures, lacking = (
-            {**of_run, **figures},
-            {n: why for n, why in {**missing, **lacking}.items() if n not in figures},
-        )
+        figures = {**of_run, **figures}
+        lacking = {name: why for name, why in {**missing, **lacking}.items() if name not in figures}
     for name, figure in figures.items():
         write_text(HERE / f"{name}.json", figure_json(figure))
     for name in lacking.keys() - {file.stem for file in HERE.glob("*.json")}:

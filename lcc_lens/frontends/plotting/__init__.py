@@ -1,1 +1,1 @@
-"""Plotting: data in, Plotly figure out; no model is run. One look, fixed colours, units, sample sizes and seeds."""
+"""Plotting: turns results into Plotly figures with one style, units, sample sizes and seeds; runs no model."""

@@ -1,4 +1,4 @@
-"""Lost components: spectra, what single components bring, what a component says."""
+"""Figures of lost components: spectra, logit gains and promoted tokens."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ _NORMAL_95 = 1.96
 
 
 def plot_spectra(scan: Scan, heads: Sequence[Head] = ()) -> go.Figure:
-    r"""Singular spectra of the heads' differences, and the share that the first k directions explain.
+    r"""Singular spectra of the heads' differences, and the share explained by the first k directions.
 
-    Left $S_i / \sqrt N$, the root mean square of the difference along direction i; right
+    Left: $S_i / \sqrt N$, the root mean square of the difference along direction i. Right:
     $\sum_{i \le k} S_i^2 / \sum_i S_i^2$. The line is the median head, the band holds 90 % of the heads.
 
     Args:
         scan: the scan of a pair.
-        heads: up to four heads to draw on their own.
+        heads: up to four heads to draw as lines of their own.
 
     Raises:
         RequestError: more than four heads, or one that the model does not have.
@@ -68,13 +68,13 @@ def plot_spectra(scan: Scan, heads: Sequence[Head] = ()) -> go.Figure:
 
 
 def plot_logit_gain(gains: LogitGain | Sequence[LogitGain]) -> go.Figure:
-    """The logit gain by component index, with 95 % intervals over examples (Eq. 6 of RestoreLCC).
+    """Logit gain by component index, with 95 % intervals over examples (Eq. 6 of RestoreLCC).
 
     Args:
-        gains: of up to four heads, all by component or all cumulative.
+        gains: of one to four heads, all by component or all cumulative.
 
     Raises:
-        RequestError: none, more than four, or of both kinds.
+        RequestError: no gains, more than four, or both kinds.
     """
     several = [gains] if isinstance(gains, LogitGain) else list(gains)
     if not 1 <= len(several) <= len(SERIES) or len({gain.is_cumulative for gain in several}) > 1:
@@ -97,9 +97,8 @@ def plot_logit_gain(gains: LogitGain | Sequence[LogitGain]) -> go.Figure:
         figure, "What components bring to right over wrong answers",
         f"Logit gain {what}, read through the head alone; the line at 0 is the pruned model. Mean and 95 % interval "
         f"over {several[0].gains.shape[0]} examples.",
-        width=COLUMN, plot_height=230, above=30,
+        width=COLUMN, plot_height=230, above=30, legend=True,
     )  # fmt: skip
-    figure.update_layout(showlegend=True)
     ticks = [tick for tick in (1, 2, 5, 10, 20, 50, 100, 200) if tick <= several[0].gains.shape[1]]
     title = "components K" if is_sum else "component index i"
     figure.update_xaxes(title=title, type="log", tickvals=ticks, ticktext=[str(tick) for tick in ticks])
@@ -108,7 +107,7 @@ def plot_logit_gain(gains: LogitGain | Sequence[LogitGain]) -> go.Figure:
 
 
 def plot_promoted_tokens(promoted: PromotedTokens) -> go.Figure:
-    """What a component says through the logit lens: the tokens that it promotes and suppresses, with their logits."""
+    """Table of the tokens that a component promotes and suppresses through the logit lens, with their logits."""
     sides = {side: [t for t in promoted.tokens if t.side == side] for side in ("promoted", "suppressed")}
     columns = [
         column for side in sides.values()

@@ -1,4 +1,4 @@
-"""Rows with an estimate and its interval in several panels: the shape of every comparison here."""
+"""Forest plots: rows with estimates and their intervals, in panels side by side."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from html import escape
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from lcc_lens.frontends.plotting.theme import COLORS, rounded
+from lcc_lens.frontends.plotting.theme import COLORS, PAGE, error_bars, rounded, styled
 
 _DODGE = 0.2  # rows between the marks of one row
 
 
 @dataclass(frozen=True)
 class Mark:
-    """One estimate: its value, its interval if there is one, and the kind that decides how it looks."""
+    """One estimate, its interval if it has one, and its kind, which sets colour and marker."""
 
     value: float | None
     kind: str
@@ -27,7 +27,7 @@ class Mark:
 
 @dataclass(frozen=True)
 class Panel:
-    """One quantity over all rows: a title with its unit, each row's marks, and lines at the models' own values."""
+    """One quantity: a title with its unit, the marks of every row, and reference lines."""
 
     title: str
     rows: Sequence[Sequence[Mark]]
@@ -35,13 +35,21 @@ class Panel:
     is_log: bool = False
 
 
-def forest(labels: Sequence[str], panels: Sequence[Panel], looks: Mapping[str, tuple[str, str]]) -> go.Figure:
-    """Draw panels side by side over the same rows, the first row on top.
+def forest(
+    labels: Sequence[str], panels: Sequence[Panel], looks: Mapping[str, tuple[str, str]], *, title: str, caption: str,
+    plot_height: int, below: int = 62, legend: bool | None = None,
+) -> go.Figure:  # fmt: skip
+    """Draw panels side by side over the same rows, the first row at the top.
 
     Args:
         labels: of the rows.
-        panels: what is drawn, left to right.
+        panels: from left to right.
         looks: colour and marker of every kind, in the legend's order.
+        title: see :func:`~lcc_lens.frontends.plotting.theme.styled`, as for the rest.
+        caption: see there.
+        plot_height: see there.
+        below: see there.
+        legend: see there.
     """
     labels = [escape(label) for label in labels]
     figure = make_subplots(1, len(panels), shared_yaxes=True, horizontal_spacing=0.035)
@@ -57,18 +65,15 @@ def forest(labels: Sequence[str], panels: Sequence[Panel], looks: Mapping[str, t
                 figure.add_trace(trace.update(showlegend=kind not in in_legend), 1, column)
                 in_legend.add(kind)
         figure.update_xaxes(
-            title=panel.title,
-            type="log" if panel.is_log else "linear",
-            range=_range(panel),
-            col=column,
+            title=panel.title, type="log" if panel.is_log else "linear", range=_range(panel), col=column,
             nticks=4 if len(panels) > 4 else None,
-        )
+        )  # fmt: skip
     figure.update_yaxes(range=[len(labels) - 0.45, -0.55], showgrid=False)
     figure.update_yaxes(tickvals=list(range(len(labels))), ticktext=list(labels), ticks="", col=1)
     figure.update_yaxes(ticks="", showline=False)
     for row in range(1, len(labels), 2):
         figure.add_hrect(y0=row - 0.5, y1=row + 0.5, fillcolor="#f5f5f5", line_width=0, layer="below")
-    return figure
+    return styled(figure, title, caption, width=PAGE, plot_height=plot_height, above=30, below=below, legend=legend)
 
 
 def _reference(name: str, value: float, n_rows: int, show: bool) -> go.Scatter:
@@ -79,7 +84,7 @@ def _reference(name: str, value: float, n_rows: int, show: bool) -> go.Scatter:
 
 
 def _range(panel: Panel) -> list[float | None]:
-    """From the smallest to the largest of what is drawn, with a margin."""
+    """Range of the panel's values, intervals and references, with a margin."""
     ends = [end for marks in panel.rows for mark in marks for end in (mark.value, *(mark.interval or ()))]
     values = [value for value in (*ends, *panel.references.values()) if value is not None]
     if panel.is_log:
@@ -91,19 +96,17 @@ def _range(panel: Panel) -> list[float | None]:
 
 
 def _marks(panel: Panel, labels: Sequence[str], kind: str, color: str, symbol: str) -> go.Scatter:
-    x, y, up, down, texts = [], [], [], [], []
+    values, intervals, y, texts = [], [], [], []
     for row, marks in enumerate(panel.rows):
         for place, mark in enumerate(marks):
             if mark.kind != kind or mark.value is None:
                 continue
-            low, high = mark.interval or (None, None)
-            x.append(rounded(mark.value))
+            values.append(mark.value)
+            intervals.append(mark.interval)
             y.append(round(row + _DODGE * (place - (len(marks) - 1) / 2), 3))
-            up.append(0 if high is None else rounded(high - mark.value))
-            down.append(0 if low is None else rounded(mark.value - low))
             texts.append(f"{labels[row]}: {mark.value:.4g}{mark.note}")
     return go.Scatter(
-        x=x, y=y, mode="markers", name=kind, legendgroup=kind, text=texts, hoverinfo="text+name",
+        x=[rounded(value) for value in values], y=y, mode="markers", name=kind, legendgroup=kind, text=texts,
         marker={"color": color, "symbol": symbol, "size": 7, "line": {"width": 1.2, "color": color}},
-        error_x={"type": "data", "symmetric": False, "array": up, "arrayminus": down, "width": 0, "thickness": 1.3},
+        error_x=error_bars(values, intervals, width=1.3), hoverinfo="text+name",
     )  # fmt: skip

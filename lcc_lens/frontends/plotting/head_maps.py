@@ -1,4 +1,4 @@
-"""Layer x head maps: what every head lost, and what selectors make of it."""
+"""Layer x head maps: relative change of every head, and ranks of selector scores."""
 
 from __future__ import annotations
 
@@ -25,34 +25,28 @@ _PER_LINE = 4  # maps side by side
 
 
 def plot_loss_map(scan: Scan, heads: Sequence[Head] = ()) -> go.Figure:
-    r"""The layer x head loss map: how much of each head's output pruning changed.
+    r"""Layer x head loss map: relative change of each head's output.
 
-    Each cell shows $\sqrt{\sum|\delta|^2 / \sum|z_{dense}|^2}$; hovering also gives the cosine, the constant share and
-    the share of the first direction. Framed cells are the chosen heads. Heads that pruning removed whole are blank;
-    where heads moved, hovering says which one of the dense model each was.
+    Each cell shows $\sqrt{\sum|\delta|^2 / \sum|z_{dense}|^2}$; the hover text adds the cosine, the constant share, the
+    share of the first direction and, for a head that moved, its place in the dense model. Removed heads are blank.
 
     Args:
         scan: the scan of a pair.
-        heads: heads to frame.
+        heads: the chosen heads, which get a frame.
     """
     n_layers, n_heads = scan.relative_loss.shape
     figure = go.Figure(
         go.Heatmap(
-            z=_present(scan, _rows(100 * scan.relative_loss)),
-            customdata=_hover_values(scan),
-            colorscale=SEQUENTIAL,
-            zmin=0,
-            zmax=rounded(100 * float(scan.relative_loss.max())),
+            z=_present(scan, _rows(100 * scan.relative_loss)), customdata=_hover_values(scan), xgap=1, ygap=1,
+            colorscale=SEQUENTIAL, zmin=0, zmax=rounded(100 * float(scan.relative_loss.max())),
             colorbar=_colorbar("changed (%)"),
             hovertemplate=(
                 "<b>L%{y}H%{x}</b><br>changed: %{z:.1f} %<br>cosine to dense: %{customdata[0]:.3f}"
                 "<br>constant share: %{customdata[1]:.1f} %<br>first direction: %{customdata[2]:.1f} %"
                 "%{customdata[3]}%{customdata[4]}<extra></extra>"
             ),
-            xgap=1,
-            ygap=1,
         )
-    )
+    )  # fmt: skip
     for head in heads:
         figure.add_shape(
             type="rect", x0=head.head - 0.5, x1=head.head + 0.5, y0=head.layer - 0.5, y1=head.layer + 0.5,
@@ -71,19 +65,19 @@ def plot_loss_map(scan: Scan, heads: Sequence[Head] = ()) -> go.Figure:
 
 
 def plot_selectors(scan: Scan, selectors: Sequence[SelectorName] | None = None) -> go.Figure:
-    """What selectors make of every head, side by side: dark heads would be restored first.
+    """Ranks of every head by selector, side by side: dark heads would be restored first.
 
-    Colours are ranks, since scores have different units; hovering gives the score with its standard error. Activation
-    patching, the gold standard, comes first, and the other titles then hold their rank correlation with it.
+    Colours are ranks, since scores have different units; the hover text gives the score with its standard error.
+    Activation patching, the gold standard, comes first; the other titles give their rank correlation with it.
 
     Args:
         scan: the scan of a pair.
-        selectors: which; all that the scan holds if not given.
+        selectors: the selectors; all that the scan has scores for if not given.
 
     Raises:
-        RequestError: no selector, or one that the scan was not asked for.
+        RequestError: no selector, or one that the scan has no scores for.
     """
-    names: list[SelectorName] = list(selectors) if selectors is not None else _held(scan)
+    names: list[SelectorName] = list(selectors) if selectors is not None else _available(scan)
     if not names:
         raise RequestError("expected at least one selector to draw, got none; name some")
     names.sort(key=lambda name: name != GOLD)
@@ -120,9 +114,9 @@ def _colorbar(title: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _held(scan: Scan) -> list[SelectorName]:
-    held = [name for name in SELECTOR_LABELS if name in scan.selected_by or name in ("mse", "random")]
-    return held  # type: ignore[return-value]
+def _available(scan: Scan) -> list[SelectorName]:
+    names = [name for name in SELECTOR_LABELS if name in scan.selected_by or name in ("mse", "random")]
+    return names  # type: ignore[return-value]
 
 
 def _map_title(name: str, scores: HeadScores, gold: HeadScores | None) -> str:
@@ -174,7 +168,7 @@ def _hover_values(scan: Scan) -> list[list[list[Any]]]:
 
 
 def _present(scan: Scan, rows: list[list[float | None]]) -> list[list[float | None]]:
-    """Blank cells for heads that pruning removed whole."""
+    """The rows with None for removed heads."""
     removed = scan.head_map.removed
     return [[None if h in removed[i] else value for h, value in enumerate(row)] for i, row in enumerate(rows)]
 

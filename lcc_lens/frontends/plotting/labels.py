@@ -1,4 +1,4 @@
-"""What selectors and lines of a comparison are called in figures."""
+"""Names of selectors and comparison entries in figures."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ SELECTOR_LABELS = {
     "interaction": "interaction probe",
     "random": "random",
 }
-#: Selector that the others are judged by.
+#: The selector that the others are compared with.
 GOLD = "patching"
 Kind = Literal["restored", "baseline", "control"]
-#: Methods that ask what the others' parts bring, rather than restore as well as can be.
+#: Methods that test one part of another method.
 _CONTROLS = ("random-basis", "offset", "mean-shift", "mean-shift-sequential", "mean-shift-sequential-mlp")
 _PARTS = {
     "lcc": "LCC",
@@ -52,7 +52,7 @@ _WHERE = {"dense": "on the dense model", "shuffled": "shuffled responses", "rand
 
 
 def entry_kind(text: str) -> Kind:
-    """Whether a line of a comparison restores, is a baseline, or a control.
+    """Whether an entry of a comparison is a restoration, a baseline, or a control.
 
     Example:
         >>> entry_kind("lora"), entry_kind("lora@dense"), entry_kind("refit+low-rank")
@@ -65,7 +65,7 @@ def entry_kind(text: str) -> Kind:
 
 
 def entry_label(text: str) -> str:
-    """A line of a comparison in words.
+    """The name of a comparison entry in figures.
 
     Example:
         >>> entry_label("refit+low-rank+lcc:distillation")

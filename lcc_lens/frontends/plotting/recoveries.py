@@ -1,4 +1,4 @@
-"""Recovery against one thing that was varied: heads, examples, learning rate."""
+"""Figures of recovery against the number of heads, training examples, or the learning rate."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lcc_lens.core.errors import RequestError
 from lcc_lens.evaluation.comparison.compare import summary
 from lcc_lens.evaluation.comparison.entry import Entry
 from lcc_lens.frontends.plotting.labels import SELECTOR_LABELS, entry_label
-from lcc_lens.frontends.plotting.theme import COLORS, COLUMN, SERIES, rounded, styled
+from lcc_lens.frontends.plotting.theme import COLORS, COLUMN, SERIES, error_bars, rounded, styled
 
 Along = Literal["heads", "examples", "learning rate"]
 _AXES = {"heads": "heads restored (%)", "examples": "training examples", "learning rate": "learning rate"}
@@ -23,12 +23,12 @@ _TITLES = {
     "examples": "Recovery against training examples",
     "learning rate": "Recovery against the learning rate",
 }
-#: One look for each of eight series.
+#: Colour and marker of up to eight series.
 _LOOKS = (
     (COLORS["restored"], "circle"), *SERIES, (COLORS["dense"], "star"), ("#b8860b", "pentagon"), ("#999", "cross"),
 )  # fmt: skip
 _ASIDE = 0.35  # percent of heads
-#: What a comparison is run with to vary each.
+#: How to run comparisons that vary each.
 _HOW = {
     "heads": "compare with several --heads, each into a run of its own",
     "examples": "compare with several --examples, each into a run of its own",
@@ -38,7 +38,7 @@ _HOW = {
 
 @dataclass(frozen=True)
 class Recovery:
-    """One point: a line of a comparison or a selector, where it was taken, the share recovered and its interval."""
+    """One point of a series: its x, the recovered share, its interval, and the number of seeds or runs."""
 
     series: str
     x: float
@@ -50,16 +50,16 @@ class Recovery:
 def plot_recovery(
     points: Sequence[Recovery], along: Along, caption: str = "", *, measure: str = "log-perplexity recovered"
 ) -> go.Figure:
-    """Share recovered against heads, examples or learning rate, a line per series.
+    """Recovered share against heads, examples or learning rate, one line per series.
 
     Args:
         points: of :func:`recovery_points` or :func:`recovery_by_selector`.
-        along: what x is.
-        caption: on what data, how many seeds.
-        measure: what was recovered.
+        along: the quantity on the x axis.
+        caption: data and number of seeds.
+        measure: title of the y axis.
 
     Raises:
-        RequestError: no series with two points: nothing varies.
+        RequestError: no series has two points.
     """
     series = [
         name for name in dict.fromkeys(p.series for p in points) if len({p.x for p in points if p.series == name}) > 1
@@ -72,18 +72,17 @@ def plot_recovery(
         caption = f"{caption} The {len(_LOOKS)} best of {len(best)} series.".strip()
     figure = go.Figure()
     for place, (name, (color, symbol)) in enumerate(zip(series, _LOOKS, strict=False)):
-        mine = sorted((p for p in points if p.series == name), key=lambda p: p.x)
+        line = sorted((p for p in points if p.series == name), key=lambda p: p.x)
         aside = _ASIDE * (place - (len(series) - 1) / 2)  # so that bars at one x do not hide each other
         figure.add_scatter(
-            x=[rounded(100 * p.x + aside if along == "heads" else p.x) for p in mine],
-            y=[rounded(100 * p.share) for p in mine], mode="lines+markers", name=escape(name),
-            line={"color": color, "width": 1.6}, marker={"symbol": symbol, "size": 7}, error_y=_bars(mine),
+            x=[rounded(100 * p.x + aside if along == "heads" else p.x) for p in line],
+            y=[rounded(100 * p.share) for p in line], mode="lines+markers", name=escape(name),
+            line={"color": color, "width": 1.6}, marker={"symbol": symbol, "size": 7}, error_y=_bars(line),
         )  # fmt: skip
     is_log = along != "heads"
     rows = -(-len(series) // 2)
-    styled(figure, _TITLES[along], caption, width=COLUMN, plot_height=250, above=12 + 18 * rows)
+    styled(figure, _TITLES[along], caption, width=COLUMN, plot_height=250, above=12 + 18 * rows, legend=True)
     figure.add_hline(y=0, line={"color": COLORS["pruned"], "dash": "dash", "width": 1.2})
-    figure.update_layout(showlegend=True)
     figure.update_xaxes(title=_AXES[along], type="log" if is_log else "linear", exponentformat="power")
     if is_log:
         ticks = sorted({p.x for p in points if p.series in series})
@@ -95,22 +94,21 @@ def plot_recovery(
 
 
 def recovery_points(comparisons: Sequence[Mapping[str, Any]], along: Along) -> list[Recovery]:
-    """Points of comparisons: every line with the settings or the learning rate that it was trained with.
+    """Points of comparisons: every entry at its setting or learning rate.
 
     Args:
-        comparisons: what :func:`lcc_lens.evaluation.comparison.compare.compare` returns; of one pruned model, or
-            recovery means different things.
-        along: ``heads`` and ``examples`` are a comparison's settings; learning rates are told apart within each.
+        comparisons: results of :func:`lcc_lens.evaluation.comparison.compare.compare`, all of one pruned model.
+        along: ``heads`` and ``examples`` vary between comparisons, learning rates within each.
     """
     points = []
-    for found in comparisons:
-        for row in summary(dict(found)):
+    for comparison in comparisons:
+        for row in summary(dict(comparison)):
             if row["recovered"] is None:
                 continue
             if along == "learning rate":
-                name, x = row["entry"].partition("=")[0], _learning_rate(found, row["entry"])
+                name, x = row["entry"].partition("=")[0], _learning_rate(comparison, row["entry"])
             else:
-                name, x = row["entry"], float(found["settings"][along])
+                name, x = row["entry"], float(comparison["settings"][along])
             if x is None:
                 continue
             ends = row.get("recovered_interval")
@@ -122,12 +120,12 @@ def recovery_points(comparisons: Sequence[Mapping[str, Any]], along: Along) -> l
 def recovery_by_selector(
     study: Mapping[str, Any], model: str, what: Literal["recovered", "kl_removed"] = "recovered"
 ) -> list[Recovery]:
-    """Points of a selector study (``benchmarks/selector_study.json``): each selector at every share of heads.
+    """Points of a selector study (``benchmarks/selector_study.json``): every selector at every share of heads.
 
     Args:
         study: its content.
         model: the pruned model, as the study names it.
-        what: log-likelihood recovered, or divergence from the dense model removed.
+        what: log-likelihood recovered, or KL divergence from the dense model removed.
     """
     points = []
     for share, rows in study["summary"][model]["recovery"].items():
@@ -140,18 +138,16 @@ def recovery_by_selector(
     return points
 
 
-def _learning_rate(found: Mapping[str, Any], text: str) -> float | None:
-    """What a line was trained at: as it says, or as its cells say where it took its own."""
+def _learning_rate(comparison: Mapping[str, Any], text: str) -> float | None:
+    """Learning rate of an entry: the one it names, or the mean of its runs."""
     if Entry.parse(text).lr is not None:
         return Entry.parse(text).lr
-    cells = [cell for name, cell in found["cells"].items() if name.rpartition(" | ")[0] == text]
-    rates = [cell["learning_rates"][0] for cell in cells if cell.get("learning_rates")]
+    runs = [run for name, run in comparison["cells"].items() if name.rpartition(" | ")[0] == text]
+    rates = [run["learning_rates"][0] for run in runs if run.get("learning_rates")]
     return fmean(rates) if rates else None
 
 
 def _bars(points: Sequence[Recovery]) -> dict[str, Any] | None:
     if all(p.interval is None for p in points):
         return None
-    up = [0.0 if p.interval is None else rounded(100 * (p.interval[1] - p.share)) for p in points]
-    down = [0.0 if p.interval is None else rounded(100 * (p.share - p.interval[0])) for p in points]
-    return {"type": "data", "symmetric": False, "array": up, "arrayminus": down, "width": 0, "thickness": 1}
+    return error_bars([p.share for p in points], [p.interval for p in points], scale=100.0)

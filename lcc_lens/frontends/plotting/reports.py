@@ -1,4 +1,4 @@
-"""The efficiency report as a figure: zeros, sizes, times."""
+"""Figure of an efficiency report: zeros, sizes and times."""
 
 from __future__ import annotations
 
@@ -8,16 +8,13 @@ from typing import Any
 import plotly.graph_objects as go
 
 from lcc_lens.frontends.plotting.forest import Mark, Panel, forest
-from lcc_lens.frontends.plotting.theme import PAGE, SERIES, styled
+from lcc_lens.frontends.plotting.theme import SERIES
 
-_LOOKS = {
-    "as stored": ("#4d4d4d", "circle"),
-    "compressed (zstd)": SERIES[1],
-}
+_LOOKS = {"as stored": ("#4d4d4d", "circle"), "compressed (zstd)": SERIES[1]}
 
 
 def plot_report(report: Mapping[str, Any]) -> go.Figure:
-    """Zeros and their pattern, size on disk, and latency beside the first model's.
+    """Zeros and their pattern, size on disk, and latency relative to the first model.
 
     Args:
         report: what :func:`lcc_lens.evaluation.efficiency.report.report` returns, or ``report.json``.
@@ -29,24 +26,18 @@ def plot_report(report: Mapping[str, Any]) -> go.Figure:
     panels = [Panel("zeros (%)", zeros), Panel("weights on disk<br>(MB)", sizes)]
     if ratios:
         for job in ("prefill", "decode"):
-            marks = [[_time(ratios[name][job], whole)] for name in models]
+            times = [ratios[name][job] for name in models]
+            marks = [[Mark(time["median"], whole, (time["low"], time["high"]))] for time in times]
             panels.append(Panel(f"{job} time<br>(x the first model's)", marks, {"the first model": 1.0}))
     labels = [f"{name} ({entry['pattern']})" for name, entry in models.items()]
-    figure = forest(labels, panels, _LOOKS)
-    styled(figure, "Sparse, small, fast? What each model is", _caption(report), width=PAGE,
-           plot_height=34 * len(models) + 10, above=30, below=62)  # fmt: skip
-    figure.update_layout(showlegend=True)
-    return figure
+    return forest(labels, panels, _LOOKS, title="Sparse, small, fast? What each model is", caption=_caption(report),
+                  plot_height=34 * len(models) + 10, legend=True)  # fmt: skip
 
 
 def _matrix_range(entry: Mapping[str, Any]) -> tuple[float, float] | None:
-    """From the matrix with the fewest zeros to the one with the most."""
+    """Share of zeros in percent of the matrices with the fewest and the most."""
     shares = [100 * matrix["sparsity"] for matrix in entry.get("matrices", {}).values()]
     return (min(shares), max(shares)) if shares else None
-
-
-def _time(ratio: Mapping[str, float], kind: str) -> Mark:
-    return Mark(ratio["median"], kind, (ratio["low"], ratio["high"]))
 
 
 def _caption(report: Mapping[str, Any]) -> str:
@@ -59,8 +50,8 @@ def _caption(report: Mapping[str, Any]) -> str:
             f"{machine['threads']} threads in {machine['dtype']}."
         )
     patterns = report["zero_patterns"]
-    for name, found in patterns["models"].items():
-        if "is_equal" in found:
-            same = "the same zeros as" if found["is_equal"] else "other zeros than"
+    for name, pattern in patterns["models"].items():
+        if "is_equal" in pattern:
+            same = "the same zeros as" if pattern["is_equal"] else "other zeros than"
             parts.append(f"{name} has {same} {patterns['reference']}.")
     return " ".join(parts)

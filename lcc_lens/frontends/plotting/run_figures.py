@@ -1,4 +1,4 @@
-"""All figures that a run directory has the data for."""
+"""Draws all figures that a run folder has the data for."""
 
 from __future__ import annotations
 
@@ -36,24 +36,24 @@ _N_SPECTRA = 3  # heads with a line of their own
 
 @dataclass(frozen=True)
 class Drawn:
-    """The files that were written, and the figures that were not: by name, what they lack and what would make it."""
+    """The written files, and the missing figures by name, with what they lack and the command that makes it."""
 
     files: tuple[Path, ...]
     lacking: dict[str, str]
 
 
 def draw_figures(run: str | Path, out: str | Path, *, formats: Sequence[Format] = FORMATS) -> Drawn:
-    """Draw every figure that a run directory has the data for; no model is run.
+    """Draw every figure that a run folder has the data for; runs no model.
 
     Args:
-        run: a directory of ``scan``, ``restore`` or ``compare``, with ``report.json`` (``lcc-lens report --out``) and
-            ``lens.safetensors`` (:func:`~lcc_lens.analysis.lens.save_lens`) beside.
+        run: a folder of ``scan``, ``restore`` or ``compare``; it may also hold ``report.json``
+            (``lcc-lens report --out``) and ``lens.safetensors`` (:func:`~lcc_lens.analysis.lens.saved.save_lens`).
         out: the folder to write.
-        formats: HTML opens everywhere; images need kaleido and a Chromium browser.
+        formats: ``html``, or images, which need kaleido and a Chromium browser.
 
     Raises:
-        RequestError: the run has the data for no figure, an unknown format, or a damaged file.
-        LensError: images were asked for and cannot be drawn; HTML pages that were asked for are there.
+        RequestError: the run has the data for no figure, a format is unknown, or a file is damaged.
+        LensError: images cannot be drawn; requested HTML pages have been written.
 
     Example:
         >>> draw_figures("runs/mine", "figures/mine").lacking  # doctest: +SKIP
@@ -66,7 +66,7 @@ def draw_figures(run: str | Path, out: str | Path, *, formats: Sequence[Format] 
     figures, lacking = run_figures(run)
     if not figures:
         first = next(iter(lacking.values()))
-        raise RequestError(f"expected a run with data for a figure in {run}, got none ({first})")
+        raise RequestError(f"expected a run with data for a figure in {run}, got none; {first}")
     paths = {out / f"{name}.{kind}": figure for name, figure in figures.items() for kind in formats}
     for path, figure in paths.items():
         if path.suffix == ".html":
@@ -80,7 +80,7 @@ def draw_figures(run: str | Path, out: str | Path, *, formats: Sequence[Format] 
 
 
 def run_figures(run: str | Path) -> tuple[dict[str, go.Figure], dict[str, str]]:
-    """The figures that a run directory has the data for, and what the others lack, both by name."""
+    """The figures that a run folder has the data for, and what the others lack, both by name."""
     figures: dict[str, go.Figure] = {}
     lacking: dict[str, str] = {}
     for name, draw in _FIGURES.items():
@@ -92,31 +92,28 @@ def run_figures(run: str | Path) -> tuple[dict[str, go.Figure], dict[str, str]]:
 
 
 def _loss_map(run: Path) -> go.Figure:
-    found = _scan(run)
+    scan = _scan(run)
     heads = Restoration.load(run).heads if (run / RESTORATION_TENSORS).exists() else ()
-    n_layers, n_heads = found.relative_loss.shape
-    return plot_loss_map(found, heads if len(heads) < n_layers * n_heads else ())
+    return plot_loss_map(scan, heads if len(heads) < scan.relative_loss.numel() else ())
 
 
 def _spectra(run: Path) -> go.Figure:
-    found = _scan(run)
-    loss = found.relative_loss
+    scan = _scan(run)
+    loss = scan.relative_loss
     worst = loss.flatten().argsort(descending=True, stable=True)[:_N_SPECTRA].tolist()
-    return plot_spectra(found, [Head(*divmod(place, loss.shape[1])) for place in worst])
+    return plot_spectra(scan, [Head(*divmod(place, loss.shape[1])) for place in worst])
 
 
 def _training(run: Path) -> go.Figure:
-    if not (run / RUN_LOG).exists() or not (run / RESTORATION_TENSORS).exists():
-        raise RequestError(
-            f"expected {run / RUN_LOG} of a finished restoration, got none; make it with lcc-lens restore"
-        )
+    _existing(run / RESTORATION_TENSORS, "lcc-lens restore")
+    log = _existing(run / RUN_LOG, "lcc-lens restore")
     try:
-        steps = [Step(**json.loads(line)) for line in (run / RUN_LOG).read_text(encoding="utf-8").splitlines()]
+        steps = [Step(**json.loads(line)) for line in log.read_text(encoding="utf-8").splitlines()]
     except (ValueError, TypeError) as error:
-        raise RequestError(f"expected steps in {run / RUN_LOG}, got a damaged line ({error}); restore again") from error
+        raise RequestError(f"expected steps in {log}, got a damaged line ({error}); restore again") from error
     record = Restoration.load(run).record
-    told = f"{record.method}, {record.n_examples} examples of {Path(record.data).name}, seed {record.seed}."
-    return plot_training(steps, record.losses.get("dense"), record.losses.get("pruned"), told)
+    caption = f"{record.method}, {record.n_examples} examples of {Path(record.data).name}, seed {record.seed}."
+    return plot_training(steps, record.losses.get("dense"), record.losses.get("pruned"), caption)
 
 
 def _gain(run: Path) -> go.Figure:
@@ -134,38 +131,31 @@ def _tokens(run: Path) -> go.Figure:
 
 
 def _along(along: Along) -> Callable[[Path], go.Figure]:
-    """Recovery over the comparisons in a run and, where several settings were tried, in the folders below it."""
+    """Draws recovery over the comparisons in a run and in the folders below it."""
 
     def draw(run: Path) -> go.Figure:
         files = sorted([*run.glob(COMPARISON), *run.glob(f"*/{COMPARISON}")])
         comparisons = [read_json(file) for file in files] or [_comparison(run)]
         n = len(comparisons)
-        return plot_recovery(
-            recovery_points(comparisons, along),
-            along,
-            f"{n} comparison{'s' * (n > 1)}; intervals: blocks of text drawn anew.",
-        )
+        caption = f"{n} comparison{'s' * (n > 1)}; intervals: blocks of text drawn anew."
+        return plot_recovery(recovery_points(comparisons, along), along, caption)
 
     return draw
 
 
 def _scan(run: Path) -> Scan:
-    if not (run / SCAN_RECORD).exists():
-        raise RequestError(f"expected {run / SCAN_RECORD}, got none; make it with lcc-lens scan")
-    return Scan.load(run)
+    return Scan.load(_existing(run / SCAN_RECORD, "lcc-lens scan").parent)
 
 
 def _comparison(run: Path) -> dict[str, Any]:
-    if not (run / COMPARISON).exists():
-        raise RequestError(f"expected {run / COMPARISON}, got none; make it with lcc-lens compare")
-    found: dict[str, Any] = read_json(run / COMPARISON)
-    return found
+    comparison: dict[str, Any] = read_json(_existing(run / COMPARISON, "lcc-lens compare"))
+    return comparison
 
 
-def _report(run: Path) -> go.Figure:
-    if not (run / REPORT).exists():
-        raise RequestError(f"expected {run / REPORT}, got none; make it with lcc-lens report --out {run / REPORT}")
-    return plot_report(read_json(run / REPORT))
+def _existing(file: Path, command: str) -> Path:
+    if not file.exists():
+        raise RequestError(f"expected {file}, got none; make it with {command}")
+    return file
 
 
 _FIGURES: dict[str, Callable[[Path], go.Figure]] = {
@@ -181,5 +171,5 @@ _FIGURES: dict[str, Callable[[Path], go.Figure]] = {
     "recovery_by_examples": _along("examples"),
     "recovery_by_learning_rate": _along("learning rate"),
     "inference_cost": lambda run: plot_inference_cost(_comparison(run)),
-    "report": _report,
+    "report": lambda run: plot_report(read_json(_existing(run / REPORT, f"lcc-lens report --out {run / REPORT}"))),
 }

@@ -1,28 +1,30 @@
-"""One look for all figures: colours, sizes, the caption under the title."""
+"""The style of all figures: colours, sizes, title and caption, error bars."""
 
 from __future__ import annotations
 
 import math
 import textwrap
+from collections.abc import Sequence
 from html import escape
+from typing import Any
 
 import plotly.graph_objects as go
 
-#: Okabe-Ito colours, told apart by colour-blind readers and in grey print; fixed for the three models everywhere.
+#: Okabe-Ito colours of the three models, distinct for colour-blind readers and in grey print.
 COLORS = {"dense": "#0072B2", "pruned": "#D55E00", "restored": "#009E73"}
-#: Okabe-Ito colours that stand for no model, for other series, each with a marker of its own.
+#: Okabe-Ito colours and markers of other series.
 SERIES = (("#CC79A7", "square"), ("#56B4E9", "diamond"), ("#E69F00", "triangle-up"), ("#4d4d4d", "x"))
-#: What kinds of restorations look like.
+#: Colour and marker of every kind of restoration.
 KINDS = {
     "restored": (COLORS["restored"], "circle"),
     "baseline": SERIES[0],
     "control": ("#7a7a7a", "diamond-open"),
 }
-#: White to dark, one direction, perceptually even: more is darker.
+#: Colour scale of magnitudes, light to dark.
 SEQUENTIAL = "Oranges"
-#: The same for ranks, so that a rank is not taken for a size.
+#: Colour scale of ranks, another one so that a rank is not read as a magnitude.
 RANKS = "Blues"
-#: A paper's column (3.5 inches) and page (7.1 inches) at 120 pixels an inch; text then prints at 7 to 8 points.
+#: Width of a column (3.5 inches) and a page (7.1 inches) of a paper, at 120 pixels per inch.
 COLUMN, PAGE = 420, 852
 
 _TEXT, _SMALL = 13, 11
@@ -44,18 +46,20 @@ _TEMPLATE = go.layout.Template(
 
 
 def styled(
-    figure: go.Figure, title: str, caption: str, *, width: int, plot_height: int, above: int = 8, below: int = 52
-) -> go.Figure:
-    """Give a figure the common look; title and caption are plain text, wrapped to the width.
+    figure: go.Figure, title: str, caption: str, *, width: int, plot_height: int, above: int = 8, below: int = 52,
+    legend: bool | None = None,
+) -> go.Figure:  # fmt: skip
+    """Apply the common style in place; title and caption are plain text, wrapped to the width.
 
     Args:
-        figure: changed in place.
+        figure: the figure.
         title: what it shows.
-        caption: on what data, how many, which seeds, what the bars are.
+        caption: data, sample sizes, seeds, and the meaning of the bars.
         width: of the whole figure, in pixels (see :data:`COLUMN`).
-        plot_height: of the plotting area alone.
-        above: room between caption and plot, for a legend or panel titles.
-        below: room under the plot, for ticks and their title.
+        plot_height: of the plotting area, in pixels.
+        above: pixels between caption and plot, for a legend or panel titles.
+        below: pixels under the plot, for ticks and axis titles.
+        legend: whether to show a legend; Plotly decides if not given.
     """
     titles = textwrap.wrap(title, int((width - 20) / 7.0))
     lines = [line for part in caption.split("\n") for line in textwrap.wrap(part, int((width - 20) / 5.4))]
@@ -72,10 +76,24 @@ def styled(
         margin={"l": 54, "r": 14, "t": top, "b": below},
         width=width,
         height=top + plot_height + below,
+        showlegend=legend,
     )  # fmt: skip
     return figure
 
 
 def rounded(value: float | None, digits: int = 5) -> float | None:
-    """A number with so many significant digits: figures of the same data are then the same text everywhere."""
+    """A number with so many significant digits, so that equal figures are equal text on every machine."""
     return None if value is None or not math.isfinite(value) else float(f"{value:.{digits}g}")
+
+
+def error_bars(
+    values: Sequence[float], intervals: Sequence[Sequence[float | None] | None], *, scale: float = 1.0, width: float = 1
+) -> dict[str, Any]:
+    """Plotly's error bars for intervals around values; no bar where an interval or its end is None."""
+
+    def lengths(end: int) -> list[Any]:
+        ends = [None if interval is None else interval[end] for interval in intervals]
+        return [0 if x is None else rounded(scale * abs(x - value)) for value, x in zip(values, ends, strict=True)]
+
+    bars = {"array": lengths(1), "arrayminus": lengths(0)}
+    return {"type": "data", "symmetric": False, "width": 0, "thickness": width, **bars}

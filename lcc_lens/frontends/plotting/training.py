@@ -1,4 +1,4 @@
-"""Training curves."""
+"""Figure of a training run."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from lcc_lens.restoration.training.loop import Step
 def plot_training(
     steps: Sequence[Step], dense_loss: float | None = None, pruned_loss: float | None = None, caption: str = ""
 ) -> go.Figure:
-    """Training and held-out loss per optimiser step, between the dense and the pruned model's held-out loss.
+    """Training and held-out loss per optimiser step, with the held-out loss of the dense and the pruned model.
 
     Args:
         steps: records of a run.
         dense_loss: held-out loss of the dense model, nats per response token.
         pruned_loss: held-out loss of the pruned model.
-        caption: what was trained on what, with which seed.
+        caption: method, data and seed.
     """
     validated = [step for step in steps if step.validation_loss is not None]
     figure = go.Figure()
@@ -40,9 +40,8 @@ def plot_training(
                     "yanchor": "bottom", "showarrow": False,
                 },
             )  # fmt: skip
-    styled(
-        figure, "Restoring", f"{len(steps)} optimiser steps. {caption}".strip(), width=COLUMN, plot_height=230, above=30
-    )
+    caption = f"{len(steps)} optimiser steps. {caption}".strip()
+    styled(figure, "Restoring", caption, width=COLUMN, plot_height=230, above=30)
     figure.update_xaxes(title="optimiser step")
     figure.update_yaxes(title="loss (nats per response token)")
     return figure

@@ -1,4 +1,4 @@
-"""Figures as files: HTML that opens with no network, and PNG, SVG and PDF through kaleido."""
+"""Writes figures as HTML that opens without a network, and as PNG, SVG and PDF through kaleido."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import plotly.graph_objects as go
 
 IMAGES = (".png", ".svg", ".pdf")
-#: PNG pixels per figure pixel: 240 an inch at a paper's column width.
+#: PNG pixels per figure pixel: 240 per inch at the column width of a paper.
 _SCALE = 2
 _LIBRARY = "plotly.min.js"
 _SIGNATURE = b"\x89PNG\r\n\x1a\n"
@@ -26,12 +26,12 @@ _KEYWORD = b"lcc_lens figure"
 
 
 def write_html(figure: go.Figure, path: str | Path, *, alone: bool = True) -> None:
-    """Write one interactive page that opens with no network.
+    """Write an interactive page that opens without a network.
 
     Args:
-        figure: what it shows.
+        figure: the figure.
         path: of the page.
-        alone: put Plotly (5 MB) into the page; else into a file beside, which the pages of a folder share.
+        alone: include Plotly (5 MB) in the page; otherwise in a file beside it, which the pages of a folder share.
     """
     path = Path(path)
     if not alone and not (path.parent / _LIBRARY).exists():
@@ -52,7 +52,7 @@ def write_image(figure: go.Figure, path: str | Path) -> None:
 
 
 def write_images(figures: Mapping[Path, go.Figure]) -> None:
-    """Write several images with one browser; a PNG also holds the hash of the figure that it shows.
+    """Write several images with one browser; a PNG also stores the hash of its figure.
 
     Raises:
         RequestError: a suffix that is not PNG, SVG or PDF.
@@ -85,7 +85,7 @@ def write_images(figures: Mapping[Path, go.Figure]) -> None:
 
 
 def figure_json(figure: go.Figure) -> str:
-    """The figure as JSON text, the same for the same figure."""
+    """The figure as JSON text; equal figures give equal text."""
     return json.dumps(json.loads(figure.to_json()), indent=1, sort_keys=True, ensure_ascii=False) + "\n"
 
 
@@ -95,9 +95,9 @@ def figure_sha256(figure: go.Figure) -> str:
 
 
 def drawn_from(png: Path) -> str | None:
-    """The hash of the figure that a PNG of :func:`write_images` shows; None for other files.
+    """Hash of the figure in a PNG of :func:`write_images`; None for other files.
 
-    Pixels differ with the fonts of a machine; whether a picture is of this figure does not.
+    The pixels depend on a machine's fonts, the hash does not.
     """
     content, place = png.read_bytes(), len(_SIGNATURE)
     while content.startswith(_SIGNATURE) and place + 8 <= len(content):
@@ -110,7 +110,7 @@ def drawn_from(png: Path) -> str | None:
 
 
 def _named(png: bytes, sha256: str) -> bytes:
-    """A PNG with a tEXt chunk behind its header chunk."""
+    """The PNG with the hash in a tEXt chunk after its header chunk."""
     end = len(_SIGNATURE) + 12 + struct.unpack(">I", png[8:12])[0]
     chunk = b"tEXt" + _KEYWORD + b"\0" + sha256.encode("ascii")
     return png[:end] + struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk)) + png[end:]
