@@ -1,7 +1,7 @@
-"""Widget: restore by clicks in a notebook, on top of a session.
+"""Widget: a session operated by clicks in a notebook.
 
-``contents`` says what the browser is shown, ``actions`` turns its messages into calls of the session, ``worker`` runs
-what needs a model beside the notebook's own thread, and ``assets`` holds the page's script and style.
+``contents`` is the data for the browser, ``actions`` turns its messages into calls of the session, ``worker`` runs
+models in a thread beside the notebook's, and ``assets`` holds the script and style.
 """
 
 from __future__ import annotations
@@ -20,5 +20,12 @@ def __getattr__(name: str) -> Any:
     except ModuleNotFoundError as error:
         if error.name != "anywidget":
             raise
-        from lcc_lens.frontends.widget.missing import RestoreWidget  # type: ignore[assignment]
+        return _refuse
     return RestoreWidget
+
+
+def _refuse(*args: object, **settings: object) -> None:
+    """Stands for the widget where anywidget is not installed: its name can be imported, but it cannot be made."""
+    from lcc_lens.core.errors import RequestError
+
+    raise RequestError("expected anywidget for the widget, got none; run pip install 'lcc-lens[notebook]'")

@@ -1,4 +1,4 @@
-"""Messages of the browser as calls of a session: those that run no model."""
+"""Messages of the browser that run no model, as calls of a session."""
 
 from __future__ import annotations
 
@@ -14,26 +14,18 @@ Message = Mapping[str, Any]
 
 
 def choose(session: RestoreSession, message: Message) -> None:
-    """Choose heads by name, or so many of a selector's order."""
+    """Choose heads by name, or the first ``n`` in a selector's order."""
     if "selector" not in message:
         session.choose([Head.parse(str(label)) for label in message["heads"]])
         return
-    session.choose(message["selector"], share=share_of(session, message["selector"], int(message["n"])))
-
-
-def share_of(session: RestoreSession, selector: Any, n: int) -> float:
-    """A short share that a selector turns into ``n`` heads: it rounds up, so the fourth digit is rounded down.
-
-    Raises:
-        RequestError: no scan to choose by.
-    """
     if session.scan is None:
         raise RequestError("expected a scan to choose heads by, got none; name the heads")
-    n_all = len(session.scan.ranking(selector, seed=session.seed))
-    return math.floor(n / n_all * 10_000) / 10_000
+    n_all = len(session.scan.ranking(message["selector"], seed=session.seed))
+    # A selector rounds the number of heads up, so rounding the share down to four digits still gives n heads.
+    session.choose(message["selector"], share=math.floor(int(message["n"]) / n_all * 10_000) / 10_000)
 
 
-#: By the word in a message's ``do``.
+#: By the ``do`` of a message.
 ACTIONS: dict[str, Callable[[RestoreSession, Message], object]] = {
     "choose": choose,
     "rank": lambda session, message: session.set_rank(None if message["rank"] is None else int(message["rank"])),

@@ -1,4 +1,4 @@
-"""What the browser is shown of a session, as small JSON."""
+"""The state of a session as JSON for the browser."""
 
 from __future__ import annotations
 
@@ -10,43 +10,34 @@ from typing import Any
 
 from lcc_lens.analysis.scan.scan import Scan
 from lcc_lens.analysis.selectors.names import SELECTORS, SelectorName
-from lcc_lens.core.heads import all_heads
-from lcc_lens.frontends.explorer.views import View, views_of_scan
+from lcc_lens.frontends.explorer.views import View, removed_heads, views_of_scan
 from lcc_lens.frontends.session.session import RestoreSession
 from lcc_lens.restoration.injections.spec import MethodSpec
 from lcc_lens.restoration.training.loop import Step
 
 #: Number of the step, training loss, held-out loss or None.
 Point = list[int | float | None]
-#: Points of a loss curve that a screen can tell apart; a long session's curve is thinned to so many.
+#: Most points of a loss curve; longer curves are thinned.
 _MOST_POINTS = 400
 _STYLES = ("base.css", "map.css", "parts.css")
 #: Joined into one module; only the last one exports.
 _SCRIPTS = (
-    "dom.js",
-    "theme.js",
-    "map.js",
-    "picking.js",
-    "training.js",
-    "curve.js",
-    "readout.js",
-    "ending.js",
-    "main.js",
-)
+    "dom.js", "theme.js", "map.js", "picking.js", "training.js", "curve.js", "readout.js", "ending.js", "main.js",
+)  # fmt: skip
 
 
 def script() -> str:
-    """The browser's side, as one module that imports nothing."""
+    """The browser's script, one module that imports nothing."""
     return "".join(_read(name) for name in _SCRIPTS)
 
 
 def style() -> str:
-    """Its style, which touches nothing outside of the widget."""
+    """The widget's style, which applies to nothing outside it."""
     return "".join(_read(name) for name in _STYLES)
 
 
 def fixed_contents(session: RestoreSession) -> dict[str, Any]:
-    """What no action changes: the grid of heads, what it can show, the selectors' orders, what the method offers."""
+    """What no action changes: the grid of heads and its views, the selectors' rankings, the method's controls."""
     spec = MethodSpec.parse(session.method)
     cfg, scan = session.pair.pruned.cfg, session.scan if spec.on_heads else None
     n_layers, n_heads = (0, 0) if scan is None else (int(cfg.n_layers), int(cfg.n_heads))
@@ -55,13 +46,13 @@ def fixed_contents(session: RestoreSession) -> dict[str, Any]:
         "method": session.method, "dense": session.pair.dense_id.reference, "pruned": session.pair.pruned_id.reference,
         "layers": n_layers, "heads": n_heads, "most_rank": int(cfg.d_head) if has_constants else 0,
         "has_scale": has_constants, "views": [] if scan is None else [_view(view) for view in views_of_scan(scan)],
-        "removed": [] if scan is None else _removed(scan),
+        "removed": [] if scan is None else removed_heads(scan),
         "rankings": {} if scan is None else _rankings(scan, session.seed),
     }  # fmt: skip
 
 
 def state_contents(session: RestoreSession) -> dict[str, Any]:
-    """Where a session is; ``key`` is another one after other actions, and the same again after undoing them."""
+    """The current state; ``key`` changes with every action and returns to its old value after undo."""
     return {
         "heads": [str(head) for head in session.heads], "rank": session.rank, "scale": session.scale,
         "n_steps": len(session.steps), "history": list(session.history), "key": state_key(session),
@@ -70,12 +61,12 @@ def state_contents(session: RestoreSession) -> dict[str, Any]:
 
 
 def state_key(session: RestoreSession) -> str:
-    """A name for the state: its history gives the same bits, so that says enough."""
+    """Name of the state, from its history alone: the same history gives the same parameters."""
     return hashlib.sha256("\n".join(session.history).encode()).hexdigest()[:12]
 
 
 def curve_contents(steps: Sequence[Step]) -> list[Point]:
-    """Number, training loss and held-out loss (None where not measured) of every step; all held-out ones are kept."""
+    """The loss curve, thinned to what a screen can show; every held-out loss is kept."""
     every = max(1, math.ceil(len(steps) / _MOST_POINTS))
     numbered = enumerate(steps, start=1)
     return [step_contents(n, step) for n, step in numbered if n % every == 0 or step.validation_loss is not None]
@@ -91,19 +82,14 @@ def _view(view: View) -> dict[str, Any]:
     return {"key": view.key, "title": view.title, "unit": view.unit, "meaning": view.meaning, "values": values}
 
 
-def _removed(scan: Scan) -> list[str]:
-    heads = all_heads(*scan.relative_loss.shape)
-    return [str(head) for head in heads if head.head in scan.head_map.removed[head.layer]]
-
-
 def _rankings(scan: Scan, seed: int) -> dict[str, list[str]]:
-    """Every selector that the scan can answer, with all heads in its order."""
-    offered: list[SelectorName] = [name for name in SELECTORS if name in {*scan.selected_by, "mse", "random"}]  # type: ignore[misc]
-    return {name: [str(head) for head in scan.ranking(name, seed=seed)] for name in offered}
+    """All heads in the order of every selector that the scan has scores for."""
+    available: list[SelectorName] = [name for name in SELECTORS if name in {*scan.selected_by, "mse", "random"}]  # type: ignore[misc]
+    return {name: [str(head) for head in scan.ranking(name, seed=seed)] for name in available}
 
 
 def _short(value: float) -> float | None:
-    """Five digits, which no screen shows more of; JSON has no infinities."""
+    """The value with five digits; None for infinities and NaN, which JSON lacks."""
     return float(f"{value:.5g}") if math.isfinite(value) else None
 
 

@@ -1,4 +1,4 @@
-"""The widget itself: traits that the browser shows, and what its messages set going."""
+"""The widget: traits that the browser shows, and the handling of its messages."""
 
 from __future__ import annotations
 
@@ -22,29 +22,29 @@ from lcc_lens.frontends.widget.contents import (
     step_contents,
     style,
 )
-from lcc_lens.frontends.widget.worker import Job, Worker, line_of
+from lcc_lens.frontends.widget.worker import Job, Worker, error_line
 from lcc_lens.restoration.training.loop import Step
 
-#: The most likely tokens of every model in the table, and how many tokens each model goes on with.
-_TABLE, _GENERATED = 4, 32
+#: Likeliest next tokens shown per model, and number of tokens that each model generates.
+_NEXT_TOKENS, _GENERATED = 4, 32
 
 
 class RestoreWidget(anywidget.AnyWidget):
-    """Restore by clicks: a view of a session in JupyterLab, VS Code or Colab; nothing is fetched from elsewhere.
+    """Restore by clicks: a view of a session in JupyterLab, VS Code or Colab that fetches nothing.
 
-    Every click is a call of the session and leaves its line of code, shown at the foot. Choosing heads runs no model;
-    what does runs in a thread of its own, so cells can be run meanwhile (the session refuses them the models until it
-    is done). After calls of the session from cells, :meth:`refresh` shows them.
+    Every click is a call of the session and adds its line of code to the history at the bottom. Choosing heads runs no
+    model. Models run in a thread of their own, so other cells can run meanwhile; the session refuses them until it is
+    idle. After calling the session from a cell, call :meth:`refresh`.
 
     Args:
-        session: what the clicks act on.
-        prompt: what the three models are asked to go on with.
-        reads_at_once: read losses and prompt again after every action; if False, after training and when asked.
+        session: the session that the clicks act on.
+        prompt: the prompt for the three models.
+        reads_at_once: measure losses and run the prompt after every action; if False, after training and on request.
 
     Attributes:
-        busy: what is being done; empty at rest.
-        error: the last refusal or failure, as one line.
-        readout: the last losses, next tokens and generations, and the ``key`` of the state that they are of.
+        busy: the running job; empty when idle.
+        error: the last error, as one line.
+        readout: the last losses, next tokens and generations, with the ``key`` of their state.
         exported: the last verified export.
 
     Example:
@@ -69,31 +69,31 @@ class RestoreWidget(anywidget.AnyWidget):
     ) -> None:
         self.session, self._stopped, self._skipped = session, threading.Event(), threading.Event()
         super().__init__(fixed=fixed_contents(session), prompt=prompt, reads_at_once=reads_at_once)
-        self._worker = Worker(self._tell, self._fail)
+        self._worker = Worker(self._show_job, self._fail)
         self.on_msg(self._receive)
         self.refresh()
 
     def refresh(self) -> None:
-        """Show where the session is now."""
+        """Show the current state of the session."""
         self.curve = curve_contents(self.session.steps)
         self.state = state_contents(self.session)
 
     def wait(self, timeout: float | None = None) -> bool:
-        """Wait until what was begun is done, so many seconds at most; whether it is."""
+        """Wait until all jobs have ended, at most so many seconds; returns whether they have."""
         return self._worker.wait(timeout)
 
     def close(self) -> None:
-        """End a training with the best so far, and take the widget away."""
+        """End a running training with its best so far, and remove the widget."""
         self._stop()
         super().close()
 
     def _receive(self, widget: object, message: Message, buffers: object) -> None:
-        """Do what a message asks; whatever happens, the browser hears that it was dealt with."""
+        """Handle a message; the browser is always told that it was handled."""
         self.error = ""
         try:
             self._do(message)
         except Exception as error:
-            self._fail(line_of(error))
+            self._fail(error_line(error))
         self.refresh()
         self.send({"done": message.get("do")})
 
@@ -101,12 +101,12 @@ class RestoreWidget(anywidget.AnyWidget):
         action = message.get("do")
         jobs = {"train": self._train, "read": self._read, "export": self._export}
         if self.busy == "reading" and action in {*ACTIONS, *jobs}:
-            # Asked for before the browser knew of the reading, which is of the past now: it gives way.
+            # The browser did not know of this reading yet; the action makes it outdated, so it gives way.
             self._skipped.set()
             self._worker.wait()
         if action == "stop":
             self._stop()
-        elif action == "skip":  # somebody waits for a reading to end that is of the past already
+        elif action == "skip":  # an action is waiting for an outdated reading to end
             self._skipped.set()
         elif action in ACTIONS:
             ACTIONS[action](self.session, message)
@@ -116,7 +116,9 @@ class RestoreWidget(anywidget.AnyWidget):
         elif action in jobs:
             jobs[action](message)
         else:
-            raise RequestError(f"expected an action of the widget, got {action!r}")
+            raise RequestError(
+                f"expected an action of the widget ({', '.join([*ACTIONS, *jobs])}, stop, skip), got {action!r}"
+            )
 
     def _train(self, message: Message) -> None:
         n_steps, lr = int(message["steps"]), None if message.get("lr") is None else float(message["lr"])
@@ -142,7 +144,7 @@ class RestoreWidget(anywidget.AnyWidget):
     def _export(self, message: Message) -> None:
         out, overwrite = str(message["out"]), bool(message.get("overwrite", False))
         if not out.strip():
-            raise RequestError("expected a folder to export to, got no name; write one")
+            raise RequestError("expected the name of a folder to export to, got none; enter one")
 
         def export() -> None:
             report = self.session.export(out, overwrite=overwrite)
@@ -158,30 +160,30 @@ class RestoreWidget(anywidget.AnyWidget):
         return "reading", self._read_now
 
     def _read_now(self) -> None:
-        """Show every part as it is found, the slowest last, until the rest is skipped."""
+        """Show each part once it is computed, the slowest last, until the rest is skipped."""
         session, prompt = self.session, self.prompt
         parts: dict[str, Callable[[], Any]] = {"losses": session.loss}
         if prompt:
-            parts["tokens"] = lambda: session.next_tokens(prompt, _TABLE).to_dict("records")
+            parts["tokens"] = lambda: session.next_tokens(prompt, _NEXT_TOKENS).to_dict("records")
             parts["texts"] = lambda: session.generate(prompt, _GENERATED)
-        found: dict[str, Any] = {"key": state_key(session), "prompt": prompt}
+        readout: dict[str, Any] = {"key": state_key(session), "prompt": prompt}
         for name, read in parts.items():
             if self._skipped.is_set():
                 return
-            found = {**found, name: read()}
-            self.readout = found
+            readout = {**readout, name: read()}
+            self.readout = readout
 
     def _stop(self) -> None:
         self._stopped.set()
         self.session.stop()
 
-    def _tell(self, word: str) -> None:
+    def _show_job(self, name: str) -> None:
         try:
-            if not word:
+            if not name:
                 self.live = []
                 self.refresh()
         finally:
-            self.busy = word
+            self.busy = name
 
     def _fail(self, line: str) -> None:
         self.error = line

@@ -1,4 +1,4 @@
-"""One thread beside the notebook's own, for what runs a model."""
+"""A thread beside the notebook's, in which models run."""
 
 from __future__ import annotations
 
@@ -11,54 +11,55 @@ Job = tuple[str, Callable[[], None]]
 
 
 class Worker:
-    """Does one list of jobs at a time.
+    """Runs one list of jobs at a time.
 
     Args:
-        tell: called with what a job does as it begins, and with "" when all are done; from the worker's thread.
-        fail: called with the one line of an error, which ends the list.
+        on_state: called with the name of a job when it starts, and with "" when all have ended; from the worker's
+            thread.
+        on_error: called with an error as one line; an error ends the list.
     """
 
-    def __init__(self, tell: Callable[[str], None], fail: Callable[[str], None]) -> None:
-        self._tell, self._fail = tell, fail
+    def __init__(self, on_state: Callable[[str], None], on_error: Callable[[str], None]) -> None:
+        self._on_state, self._on_error = on_state, on_error
         self._thread: threading.Thread | None = None
-        # Begin and end are told whole, one after the other; who hears of an end may begin anew at once.
+        # Start and end are reported one at a time; the callback of an end may start new jobs, hence re-entrant.
         self._turn = threading.RLock()
-        self.is_at_work = False
+        self.is_busy = False
 
     def begin(self, jobs: Sequence[Job]) -> None:
-        """Begin jobs, each with what it does in a word.
+        """Start jobs, each a name and a function.
 
         Raises:
-            RequestError: others are not done yet.
+            RequestError: earlier jobs are still running.
         """
         with self._turn:
-            if self.is_at_work:
-                raise RequestError("expected a widget at rest, got one at work; wait until it is done, or stop it")
-            self.is_at_work = True
-            self._tell(jobs[0][0])
+            if self.is_busy:
+                raise RequestError("expected an idle widget, got one that is running; wait until it ends, or stop it")
+            self.is_busy = True
+            self._on_state(jobs[0][0])
             self._thread = threading.Thread(target=self._run, args=(jobs,), name="lcc_lens widget", daemon=True)
             self._thread.start()
 
     def wait(self, timeout: float | None = None) -> bool:
-        """Wait until all is done, so many seconds at most; whether it is."""
+        """Wait until all jobs have ended, at most so many seconds; returns whether they have."""
         if self._thread is not None:
             self._thread.join(timeout)
-        return not self.is_at_work
+        return not self.is_busy
 
     def _run(self, jobs: Sequence[Job]) -> None:
         try:
-            for word, job in jobs:
-                self._tell(word)
+            for name, job in jobs:
+                self._on_state(name)
                 job()
         except Exception as error:
-            self._fail(line_of(error))
+            self._on_error(error_line(error))
         finally:
             with self._turn:
-                self.is_at_work = False
-                self._tell("")
+                self.is_busy = False
+                self._on_state("")
 
 
-def line_of(error: Exception) -> str:
-    """An error as one line; one that nobody expected says its kind, too."""
+def error_line(error: Exception) -> str:
+    """An error as one line; an unexpected one with its type."""
     text = " ".join(str(error).split())
     return text if isinstance(error, LensError) else f"{type(error).__name__}: {text}"[:300]

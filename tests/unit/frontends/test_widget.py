@@ -185,7 +185,7 @@ def test_work_in_progress_refuses_the_rest_and_stays_alive(widget: RestoreWidget
     widget.observe(disturb, "live")
     say(widget, do="train", steps=4)
     assert len(errors) == 3
-    assert all("running a call; wait until it ends, or stop it" in error for error in errors)
+    assert all("running" in error for error in errors)
     assert session.history == ("session.choose([lcc.Head(1, 2)])", "session.train(4)")
     assert widget.busy == ""
 
@@ -234,7 +234,8 @@ def test_reading_follows_every_action_if_wanted(session: RestoreSession) -> None
     widget = RestoreWidget(session, prompt="", reads_at_once=True)
     say(widget, do="choose", heads=["L1H2"])
     assert widget.readout["key"] == widget.state["key"]
-    assert widget.readout["losses"]["restored"] == widget.readout["losses"]["pruned"]
+    losses = widget.readout["losses"]
+    assert losses["restored"] == pytest.approx(losses["pruned"], rel=1e-5)
     assert "tokens" not in widget.readout
 
 
@@ -265,12 +266,12 @@ def test_export_is_verified_and_loads(widget: RestoreWidget, session: RestoreSes
     ({"do": "choose", "heads": ["<b>"]}, "expected a head such as L12H3, got '<b>'"),
     ({"do": "choose", "selector": "patching", "n": 3}, "patching"),
     ({"do": "train", "steps": "many"}, "ValueError: invalid literal"),
-    ({"do": "export", "out": " "}, "expected a folder to export to, got no name; write one"),
+    ({"do": "export", "out": " "}, "expected the name of a folder to export to, got none"),
     ({"do": "export", "out": "x"}, "expected heads to restore, got none"),
     ({"do": "undo"}, "expected an action to undo, got none"),
     ({"do": "rank"}, "KeyError: 'rank'"),
-    ({"do": "fly"}, "expected an action of the widget, got 'fly'"),
-    ({}, "expected an action of the widget, got None"),
+    ({"do": "fly"}, "stop, skip), got 'fly'"),
+    ({}, "expected an action of the widget (choose, "),
 ])  # fmt: skip
 def test_errors_are_one_line_and_leave_the_widget_at_work(
     widget: RestoreWidget, session, message: dict, line: str
@@ -325,7 +326,7 @@ def test_the_worker_does_one_list_at_a_time() -> None:
     gate, lines = threading.Event(), []
     worker = Worker(lines.append, lines.append)
     worker.begin([("waiting", lambda: gate.wait(60.0))])
-    with pytest.raises(RequestError, match="expected a widget at rest, got one at work"):
+    with pytest.raises(RequestError, match="expected an idle widget, got one that is running"):
         worker.begin([("more", lambda: None)])
     assert not worker.wait(0.0)
     gate.set()

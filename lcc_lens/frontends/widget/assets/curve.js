@@ -1,4 +1,4 @@
-// The loss of training as a line, the held-out loss as points.
+// The loss curve: training loss as a line, held-out loss as points.
 
 /** Points are [number, loss, held-out loss or null]. */
 function lossCurve(points) {
@@ -15,7 +15,7 @@ function lossCurve(points) {
   const line = (among, index) =>
     among.map((point, i) => `${i ? "L" : "M"}${px(point[0]).toFixed(1)} ${py(point[index]).toFixed(1)}`).join("");
   const root = svg("svg", { viewBox: `0 0 ${width} ${height}`, class: "curve", role: "img", "data-steps": last,
-    "aria-label": `Loss over ${last} steps, held out last ${formatted(held.at(-1)?.[2] ?? null)}` });
+    "aria-label": `Loss over ${last} steps, last held-out loss ${formatted(held.at(-1)?.[2] ?? null)}` });
   for (const value of [low, (low + high) / 2, high])
     root.append(
       svg("line", { class: "rule", x1: left, x2: width - right, y1: py(value), y2: py(value) }),
@@ -30,7 +30,7 @@ function lossCurve(points) {
     }),
     svg("text", { class: "tick", x: left, y: height - 8 }, `step ${first}`),
     svg("text", { class: "tick", x: width - right, y: height - 8, "text-anchor": "end" }, String(last)),
-    svg("text", { class: "tick strong", x: left + 70, y: height - 8 }, `\u25cf held out`),
+    svg("text", { class: "tick strong", x: left + 70, y: height - 8 }, `\u25cf held-out`),
     svg("text", { class: "tick", x: left + 150, y: height - 8 }, "\u2014 training, nats per token"),
   );
   return root;

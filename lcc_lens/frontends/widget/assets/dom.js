@@ -1,17 +1,17 @@
-// Elements and numbers. Texts enter as text nodes only: a token or a generation may hold HTML.
+// Elements and formatted numbers. Text enters as text nodes only: a token or a generation may contain HTML.
 
 /** An element with attributes, listeners (functions under `on...`) and children; null children are left out. */
-function el(name, given = {}, ...children) {
-  return filled(document.createElement(name), given, children);
+function el(name, attributes = {}, ...children) {
+  return filled(document.createElement(name), attributes, children);
 }
 
 /** The same for a drawing. */
-function svg(name, given = {}, ...children) {
-  return filled(document.createElementNS("http://www.w3.org/2000/svg", name), given, children);
+function svg(name, attributes = {}, ...children) {
+  return filled(document.createElementNS("http://www.w3.org/2000/svg", name), attributes, children);
 }
 
-function filled(node, given, children) {
-  for (const [key, value] of Object.entries(given)) {
+function filled(node, attributes, children) {
+  for (const [key, value] of Object.entries(attributes)) {
     if (key.startsWith("on")) node.addEventListener(key.slice(2), value);
     else if (value !== null && value !== false) node.setAttribute(key, value === true ? "" : value);
   }

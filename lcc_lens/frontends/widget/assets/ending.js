@@ -1,6 +1,6 @@
-// The verified export, and the code that does the same as the clicks.
+// The verified export, and the session as code.
 
-/** The part to export with. */
+/** The export controls. */
 function exporting(ask) {
   const out = el("input", { type: "text", class: "out", value: "out/restored", "aria-label": "Folder to export to" });
   const overwrite = el("input", { type: "checkbox", class: "overwrite" });
@@ -23,8 +23,8 @@ function exporting(ask) {
   const draw = ({ path, difference, effect }) => {
     if (!path) return;
     result.textContent =
-      `Written to ${path} and loaded again: its logits are within ${formatted(difference)} of the restored model's, ` +
-      `which the restoration moves by up to ${formatted(effect)}.`;
+      `Written to ${path} and loaded again: its logits differ from the restored model's by at most ` +
+      `${formatted(difference)}; the restoration changes the pruned model's by up to ${formatted(effect)}.`;
   };
   return { root, draw, follow: ({ isBusy, hasHeads }) => (go.disabled = isBusy || !hasHeads) };
 }
@@ -34,10 +34,10 @@ function codeOf() {
   const lines = el("pre", { class: "history", tabindex: "0", "aria-label": "Code of the session" });
   const copy = el("button", { type: "button", class: "copy" }, "Copy");
   copy.addEventListener("click", () => navigator.clipboard?.writeText(lines.textContent));
-  const root = part("The same in code", "coding", copy, lines);
+  const root = part("Session as code", "coding", copy, lines);
   const draw = (history, exported) => {
     const shown = [...history, ...(exported.line ? [exported.line] : [])];
-    lines.textContent = shown.length ? shown.join("\n") : "# every action leaves its line here";
+    lines.textContent = shown.length ? shown.join("\n") : "# every action adds its line here";
     lines.scrollTop = lines.scrollHeight;
   };
   return { root, draw };

@@ -1,11 +1,11 @@
-// One view: what the session's traits say goes in, what the reader does goes out as messages.
+// One view of the widget: shows the session's traits and sends the reader's actions as messages.
 
 function render({ model, el: host }) {
   const fixed = model.get("fixed"),
     hasMap = fixed.layers > 0;
   let chosen = new Set(model.get("state").heads),
-    later = null, // what to choose when the session is at rest again
-    unheard = 0; // choices on their way, whose answer would be older than what is shown
+    later = null, // what to choose once the session is idle
+    unheard = 0; // choices without an answer yet: their state would be older than what is shown
   const ask = (message) => model.send(message);
 
   const status = el("span", { class: "status", role: "status" }),
@@ -18,7 +18,7 @@ function render({ model, el: host }) {
     out = exporting(ask),
     code = codeOf();
   const n = el("span", { class: "chosen" });
-  const source = `${fixed.pruned} towards ${fixed.dense}, by ${fixed.method}`;
+  const source = `${fixed.pruned} (pruned), ${fixed.dense} (dense), method ${fixed.method}`;
   const root = el(
     "div",
     { class: "lcc-restore" },
@@ -33,7 +33,7 @@ function render({ model, el: host }) {
     ),
   );
 
-  /** Show a choice at once; tell the session now, or when it is at rest. */
+  /** Show a choice at once; send it to the session now, or once it is idle. */
   function choose(next, how = null) {
     chosen = next;
     later = next.size === 0 ? null : { do: "choose", ...(how ?? { heads: [...next] }) };

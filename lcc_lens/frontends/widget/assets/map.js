@@ -1,10 +1,10 @@
-// The layer x head map: a click takes one head, dragging takes a box; colours are custom properties.
+// The layer x head map: a click picks one head, dragging picks a box; colours are custom properties.
 
 const labelOf = (place, n) => `L${Math.floor(place / n)}H${place % n}`;
 
 /**
- * The map with its choice of what colours it. `chosen` is a set of labels; `onChoose` hears the next one.
- * Returns the part, and `paint` for when the choice or the view is another.
+ * The map and the select for its view. `chosen` is a set of labels; `onChoose` is called with the next one.
+ * Returns the part, and `paint` to redraw it when the choice or the view changes.
  */
 function headMap(fixed, onChoose) {
   const { layers, heads, views } = fixed,
@@ -35,7 +35,7 @@ function headMap(fixed, onChoose) {
   );
   grid.style.setProperty("--heads", heads);
   grid.style.setProperty("--layers", layers);
-  const pick = el("select", { class: "view", "aria-label": "What colours the map", onchange: () => paint() },
+  const pick = el("select", { class: "view", "aria-label": "View of the map", onchange: () => paint() },
     views.map(({ key, title }) => el("option", { value: key }, title)));
   const readout = el("div", { class: "pointed" }),
     ends = el("div", { class: "ends" }),
@@ -55,10 +55,10 @@ function headMap(fixed, onChoose) {
       return layer >= rows[0] && layer <= rows[1] && head >= columns[0] && head <= columns[1] ? [p] : [];
     });
   };
-  const living = (places) => places.map((p) => labelOf(p, heads)).filter((label) => !removed.has(label));
+  const present = (places) => places.map((p) => labelOf(p, heads)).filter((label) => !removed.has(label));
   const toggled = (place) => {
     const next = new Set(chosen);
-    for (const label of living([place])) next.delete(label) || next.add(label);
+    for (const label of present([place])) next.delete(label) || next.add(label);
     return next;
   };
   const mark = (places) => cells.forEach((cell, p) => cell.classList.toggle("boxed", places.includes(p)));
@@ -78,7 +78,7 @@ function headMap(fixed, onChoose) {
   grid.addEventListener("pointerup", (event) => {
     const place = placeOf(event);
     if (from !== null && place !== null)
-      onChoose(place === from ? toggled(place) : new Set([...(event.shiftKey ? chosen : []), ...living(boxTo(place))]));
+      onChoose(place === from ? toggled(place) : new Set([...(event.shiftKey ? chosen : []), ...present(boxTo(place))]));
     from = null;
     mark([]);
   });
@@ -122,6 +122,6 @@ function headMap(fixed, onChoose) {
     meaning.textContent = view().meaning;
   }
   readout.textContent = "Click a head, drag a box, or hold Shift to add a box.";
-  const root = part("Heads", "heads", field("Coloured by", pick), grid, ends, readout, meaning);
+  const root = part("Heads", "heads", field("View", pick), grid, ends, readout, meaning);
   return { root, paint, view, pick, removed };
 }

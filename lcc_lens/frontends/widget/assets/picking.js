@@ -1,6 +1,6 @@
-// Many heads at once: all above a threshold of what colours the map, or the first of a selector's order.
+// Choose many heads: all above a threshold of the map's view, or the first in a selector's order.
 
-/** Controls that choose by threshold or selector; `onShow` previews a set while dragging, the others settle it. */
+/** Controls for threshold and selector; `onShow` previews a set while dragging, the others choose it. */
 function picking(fixed, map, { onShow, onChoose, onSelect }) {
   const n = fixed.layers * fixed.heads - fixed.removed.length;
   const bar = el("input", { type: "range", min: 0, max: 1000, value: 1000, class: "threshold" }),
@@ -17,7 +17,7 @@ function picking(fixed, map, { onShow, onChoose, onSelect }) {
   };
   const above = () => {
     const value = limit();
-    const places = map.view().values.flatMap((found, place) => (found !== null && found >= value ? [place] : []));
+    const places = map.view().values.flatMap((v, place) => (v !== null && v >= value ? [place] : []));
     return new Set(places.map((place) => labelOf(place, fixed.heads)).filter((label) => !map.removed.has(label)));
   };
   const first = () => new Set(fixed.rankings[selector.value].slice(0, Number(count.value)));

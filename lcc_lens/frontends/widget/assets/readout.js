@@ -1,4 +1,4 @@
-// What the three models make of the held-out data and of a prompt, side by side.
+// Losses, next tokens and generations of the three models, side by side.
 
 /** The part with losses, prompt, next tokens and generations. */
 function readouts(model, ask) {
@@ -23,14 +23,14 @@ function readouts(model, ask) {
 
   function draw() {
     const { losses, tokens, texts, key, prompt: asked } = model.get("readout");
-    if (!losses) return (note.textContent = "Losses, next tokens and generations appear here once they were read.");
+    if (!losses) return (note.textContent = "Losses, next tokens and generations appear here after reading.");
     const isOld = key !== model.get("state").key || asked !== model.get("prompt");
-    note.textContent = isOld ? "From before the last action; press Read." : "Held-out loss in nats per token.";
+    note.textContent = isOld ? "Outdated since the last action; press Read." : "Held-out loss in nats per token.";
     const parts = [lossBars(losses), tokens && tokenTable(tokens), texts && generations(texts)];
-    parts.forEach((found, i) => {
-      // what is on its way leaves the old one where it is
-      if (found || !asked) places[i].replaceChildren(...(found ? [found] : []));
-      places[i].classList.toggle("old", isOld || !found);
+    parts.forEach((node, i) => {
+      // until a part arrives, its old content stays
+      if (node || !asked) places[i].replaceChildren(...(node ? [node] : []));
+      places[i].classList.toggle("old", isOld || !node);
     });
   }
   return {
@@ -64,7 +64,7 @@ function tokenTable(tokens) {
   return el("table", { class: "tokens" }, el("thead", {}, head), el("tbody", {}, rows));
 }
 
-/** A token with its spaces and line ends to be seen. */
+/** A token with visible spaces and line ends. */
 const visible = (token) =>
   token.replaceAll(" ", "\u00b7").replaceAll("\n", "\u21b5").replaceAll("\t", "\u2192") || "\u2205";
 

@@ -1,16 +1,16 @@
-// Light or dark as the page around is, and as it becomes.
+// Follow the light or dark theme of the surrounding page.
 
-/** Keep `data-theme` of the widget as the page's; returns what ends that. */
+/** Keep the widget's `data-theme` equal to the page's; returns a function that stops this. */
 function followTheme(root) {
   const set = () => (root.dataset.theme = isDark(root) ? "dark" : "light");
   const watch = new MutationObserver(set);
   for (const node of [document.documentElement, document.body]) watch.observe(node, { attributes: true });
   set();
-  requestAnimationFrame(set); // the first drawing may come before the page has a background
+  requestAnimationFrame(set); // the first draw may come before the page has a background
   return () => watch.disconnect();
 }
 
-/** JupyterLab and VS Code say what they are; elsewhere the background tells. */
+/** JupyterLab and VS Code declare their theme; elsewhere the background colour decides. */
 function isDark(root) {
   const { jpThemeLight, vscodeThemeKind } = document.body.dataset;
   if (jpThemeLight) return jpThemeLight === "false";

@@ -1,6 +1,6 @@
-// Rank, scale, training, undoing.
+// Controls for rank, scale, training and undo.
 
-/** The controls of training; `ask` sends a message. */
+/** The training controls; `ask` sends a message. */
 function training(fixed, ask) {
   const rankSays = el("b", {}),
     scaleSays = el("b", {});
@@ -13,15 +13,15 @@ function training(fixed, ask) {
     scaleSays.textContent = ` \u00d7 ${Number(scale.value).toFixed(2)}`;
   };
   const steps = el("input", { type: "number", class: "steps", min: 1, max: 1000, value: 20 }),
-    lr = el("input", { type: "number", class: "lr", min: 0, step: "any", placeholder: "own" });
+    lr = el("input", { type: "number", class: "lr", min: 0, step: "any", placeholder: "default" });
   const button = (name, label, message, title) =>
     el("button", { type: "button", class: name, title, onclick: () => ask(message()) }, label);
   const train = () => ({ do: "train", steps: Number(steps.value), lr: lr.value === "" ? null : Number(lr.value) });
   const buttons = {
-    train: button("train primary", "Train", train, "Train on from here and keep the best"),
-    stop: button("stop", "Stop", () => ({ do: "stop" }), "End after this step with the best so far"),
-    undo: button("undo", "Undo", () => ({ do: "undo" }), "Back to before the last action"),
-    redo: button("redo", "Redo", () => ({ do: "redo" }), "The undone action again"),
+    train: button("train primary", "Train", train, "Train further and keep the best"),
+    stop: button("stop", "Stop", () => ({ do: "stop" }), "Stop after this step and keep the best so far"),
+    undo: button("undo", "Undo", () => ({ do: "undo" }), "Undo the last action"),
+    redo: button("redo", "Redo", () => ({ do: "redo" }), "Redo the undone action"),
   };
   rank.addEventListener("input", say);
   rank.addEventListener("change", () => ask({ do: "rank", rank: rankOf() }));
@@ -36,7 +36,7 @@ function training(fixed, ask) {
     el("div", { class: "row2 tight" }, field("Steps", steps), field("Learning rate", lr), ...Object.values(buttons)),
     shown,
   );
-  /** Follow the session: the sliders go where it is, and only what is possible can be pressed. */
+  /** Show the session's state, and enable the controls that apply to it. */
   function follow(state, { isBusy, isTraining, hasHeads }) {
     rank.value = state.rank ?? most;
     scale.value = state.scale;
