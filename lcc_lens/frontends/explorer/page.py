@@ -17,7 +17,7 @@ from lcc_lens.core.files import write_text
 from lcc_lens.frontends.explorer.page_data import EXAMPLE_BYTES, page_data
 from lcc_lens.frontends.explorer.results import results_table
 from lcc_lens.frontends.explorer.run_contents import RunContents
-from lcc_lens.frontends.explorer.token_reading import find_tokens
+from lcc_lens.frontends.explorer.token_tables import find_tokens
 
 #: Largest page, in bytes.
 MOST_BYTES = 15_000_000

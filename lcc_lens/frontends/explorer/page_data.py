@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import base64
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from lcc_lens.analysis.scan.scan import Scan
 from lcc_lens.analysis.scan.token_differences import TokenLoss
 from lcc_lens.core.heads import all_heads
-from lcc_lens.frontends.explorer.arrays import packed
 from lcc_lens.frontends.explorer.run_contents import RunContents
 from lcc_lens.frontends.explorer.token_tables import TokenTables
 from lcc_lens.frontends.explorer.verdict import verdict
@@ -23,6 +25,8 @@ EXAMPLE_BYTES = 3_000_000
 SPECTRUM_COMPONENTS = 24
 #: Points of a training curve.
 _CURVE_POINTS = 800
+ArrayType = Literal["float32", "uint8", "int32"]
+_FORMATS = {"float32": "<f4", "uint8": "|u1", "int32": "<i4"}
 _SITES = {"z": "attention heads", "mlp": "MLP", "resid": "residual stream"}
 
 
@@ -183,3 +187,15 @@ def _source(run: RunContents) -> dict[str, Any]:
         "lcc_lens": record.version,
     }  # fmt: skip
     return {"rows": rows, "dense_name": Path(record.dense).name, "pruned_name": Path(record.pruned).name}
+
+
+def packed(tensor: Tensor, dtype: ArrayType = "float32") -> dict[str, Any]:
+    """A tensor as JSON: its shape, and its little-endian bytes in base64, which the page reads as a typed array.
+
+    Example:
+        >>> import torch
+        >>> packed(torch.tensor([1.0, 2.0]))["data"]
+        'AACAPwAAAEA='
+    """
+    values = np.ascontiguousarray(tensor.detach().cpu().numpy().astype(_FORMATS[dtype]))
+    return {"dtype": dtype, "shape": list(values.shape), "data": base64.b64encode(values.tobytes()).decode("ascii")}

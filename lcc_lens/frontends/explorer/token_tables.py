@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,16 +14,19 @@ from torch import Tensor
 
 from lcc_lens.analysis.lens.tokens import TokenReader
 from lcc_lens.analysis.scan.scan import SCAN_TENSORS, Scan
-from lcc_lens.core.errors import RequestError
+from lcc_lens.core.errors import LensError, RequestError
 from lcc_lens.core.files import read_json, read_tensors, sha256_file, write_json, write_tensors
 from lcc_lens.core.heads import Head
 from lcc_lens.core.progress import track
+from lcc_lens.frontends.explorer.run_contents import RunContents
 from lcc_lens.models.hooked.hooks import HookedModel
+from lcc_lens.models.loading.hooked import load_hooked
 from lcc_lens.restoration.result import RESTORATION_TENSORS, Restoration
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+logger = logging.getLogger(__name__)
 TABLES_TENSORS = "explorer.safetensors"
 TABLES_RECORD = "explorer.json"
 #: Number of single components per head, and of promoted and of suppressed tokens per component.
@@ -73,6 +77,31 @@ class TokenTables:
             return cls(tuple(record["vectors"]), tensors["tokens"], tensors["logits"], texts)
         except (RequestError, KeyError, AttributeError, ValueError):
             return None
+
+
+def find_tokens(run: RunContents, *, read_model: bool) -> tuple[TokenTables | None, str | None]:
+    """The token tables of a run, or a sentence that says why there are none.
+
+    Tables that the run does not hold yet are computed with the pruned model and saved there.
+
+    Args:
+        run: the run.
+        read_model: whether the model may be loaded.
+    """
+    if run.scan is None:
+        return None, None
+    tables = TokenTables.load(run.path)
+    if tables is not None:
+        return tables, None
+    if not read_model:
+        return None, "The tokens that components promote were not computed; explore once without --no-tokens."
+    try:
+        tables = _computed(run)
+    except LensError as error:
+        logger.warning("the page shows no tokens: %s", error)
+        return None, f"The tokens that components promote could not be computed: {error}."
+    tables.save(run.path)
+    return tables, None
 
 
 def read_tokens(
@@ -142,3 +171,17 @@ def _sources(run: Path) -> dict[str, Any]:
         "scan_sha256": sha256_file(run / SCAN_TENSORS),
         "restoration_sha256": sha256_file(restoration) if restoration.exists() else None,
     }
+
+
+def _computed(run: RunContents) -> TokenTables:
+    """Compute the tables with the pruned model that the scan names.
+
+    Raises:
+        LensError: the model is missing, its weights have changed, or its architecture is not supported.
+    """
+    assert run.scan is not None
+    record = run.scan.record
+    loaded = load_hooked(record.pruned)
+    if loaded.identity.sha256 != record.pruned_sha256:
+        raise LensError(f"expected the scanned weights in {record.pruned}, got different ones; scan again")
+    return read_tokens(loaded.model, loaded.tokenizer, run.scan, run.restoration)

@@ -19,9 +19,8 @@ from lcc_lens.analysis.lens.tokens import promoted_tokens
 from lcc_lens.analysis.scan.scan import Scan
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.heads import Head
-from lcc_lens.frontends.explorer.arrays import packed
 from lcc_lens.frontends.explorer.page import _SCRIPTS, _STYLES, explore, render, script_json
-from lcc_lens.frontends.explorer.page_data import EXAMPLE_BYTES, page_data
+from lcc_lens.frontends.explorer.page_data import EXAMPLE_BYTES, packed, page_data
 from lcc_lens.frontends.explorer.results import results_table
 from lcc_lens.frontends.explorer.run_contents import RunContents
 from lcc_lens.frontends.explorer.token_tables import TABLES_RECORD, TABLES_TENSORS, TokenTables, read_tokens
@@ -196,7 +195,7 @@ def test_tokens_are_read_once_and_kept(found: Scan, run: Path, monkeypatch: pyte
     (run / TABLES_RECORD).unlink()
     explore(run)
     kept = (run / TABLES_TENSORS).read_bytes()
-    monkeypatch.setattr("lcc_lens.frontends.explorer.token_reading.load_hooked", None)
+    monkeypatch.setattr("lcc_lens.frontends.explorer.token_tables.load_hooked", None)
     (shown,) = data_of(explore(run))["runs"]
     assert shown["tokens"]["vectors"][-1] == "learned"
     assert shown["notes"] == []
