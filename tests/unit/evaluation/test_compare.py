@@ -331,7 +331,7 @@ def test_an_interruption_ends_the_comparison_and_keeps_cells(
         yield from real(model, injection, *args, **kwargs)
 
     monkeypatch.setattr(module, "train", interrupted)
-    with pytest.raises(InterruptedRun, match=r"stopped in norms \| 0; finished cells are in .*comparison\.json"):
+    with pytest.raises(InterruptedRun, match=r"stopped in norms \| 0; finished runs are in .*comparison\.json"):
         compare(
             dense_dir, pruned_dir, tmp_path, ["low-rank", "norms", "gain"], seeds=1, config=config,
             on_cell=cells.__setitem__,
