@@ -1,4 +1,4 @@
-"""What restorations cost at inference: the pruned model with biases for constants, and with adapters beside weights."""
+"""Costs of a result: inference time with biases or adapters, added parameters, and zeros that merging fills."""
 
 from __future__ import annotations
 
@@ -33,16 +33,16 @@ from lcc_lens.models.pair import Pair
 from lcc_lens.restoration.injections.base import Injection
 from lcc_lens.restoration.injections.weights import IN_LAYER, layer_maps
 
-#: What a result looks like at inference, beside the adapters' names.
+#: A result that is served as the pruned model is, with changed weights at most.
 PLAIN = "pruned"
-#: A low rank beside every linear map: eora's result is of LoRA's form.
+#: EoRA's result has LoRA's form, beside every linear layer.
 EVERY_MAP = "eora"
-#: Biases by the sites behind which they are.
+#: Names of results with added biases, by the sites whose projections get them.
 BIASES: dict[tuple[ConstantSite, ...], str] = {("z",): "biases", ("mlp",): "mlp biases", ("z", "mlp"): "all biases"}
 
 
 def served_as(entry: Entry) -> str:
-    """How a merged entry runs: as the ``pruned`` model does (changed weights), with biases, or with an adapter."""
+    """How a merged entry is served: like the ``pruned`` model (changed weights), with biases, or with an adapter."""
     if entry.method in ADAPTERS or entry.method == EVERY_MAP:
         return entry.method
     return BIASES.get(entry.bias_sites, PLAIN)
@@ -56,18 +56,18 @@ def inference_costs(
     rank: int = 8,
     config: SpeedConfig | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """Time plain models side by side, in interleaved rounds; values do not matter to the time, shapes do.
+    """Time plain models in interleaved rounds. Times depend on shapes, not values, so added parameters are zeros.
 
     Args:
         path: the pruned model's directory.
-        maps: plain names of the maps that read each site, as far as there are any.
-        kinds: what :func:`served_as` gives; ``pruned`` is always timed.
-        rank: of adapters.
+        maps: names in the plain model of the output projections that read each site; sites without any are left out.
+        kinds: results of :func:`served_as`; ``pruned`` is always timed.
+        rank: of the adapters.
         config: what is timed.
 
     Returns:
         By kind ``prefill_ms`` and ``decode_ms`` (per token), and ``prefill_ratio`` and ``decode_ratio`` to the pruned
-        model's of the same round, each a median with its interval. Kinds that the architecture cannot carry are left
+        model's of the same round, each a median with its interval. Kinds that the architecture does not allow are left
         out.
     """
     config = config or SpeedConfig()
@@ -86,13 +86,13 @@ def inference_costs(
             kind: functools.partial(time_decode, model, start, config.new_tokens) for kind, model in models.items()
         },
     }
-    found: dict[str, dict[str, Any]] = {kind: {} for kind in models}
+    costs: dict[str, dict[str, Any]] = {kind: {} for kind in models}
     for job, timed in jobs.items():
         durations = interleaved(timed, config.repeats, job)
         for kind, values in durations.items():
             ratios = [value / base for value, base in zip(values, durations[PLAIN], strict=True)]
-            found[kind] |= {f"{job}_ms": median_interval(values), f"{job}_ratio": median_interval(ratios)}
-    return found
+            costs[kind] |= {f"{job}_ms": median_interval(values), f"{job}_ratio": median_interval(ratios)}
+    return costs
 
 
 def _served(path: Path, maps: Mapping[ConstantSite, tuple[str, ...]], kind: str, rank: int) -> Any:
@@ -104,7 +104,7 @@ def _served(path: Path, maps: Mapping[ConstantSite, tuple[str, ...]], kind: str,
     model = load_plain(path)
     modules = dict(model.named_modules())
     for name, shape in slots.new_biases(checkpoint.tensors).items():
-        module: Any = modules.get(name.removesuffix(".bias"))  # none where the export would split a fused map
+        module: Any = modules.get(name.removesuffix(".bias"))  # None where the export would split a fused layer
         if module is not None:
             module.bias = nn.Parameter(torch.zeros(shape).to(module.weight), requires_grad=False)
     if kind in ADAPTERS or kind == EVERY_MAP:
@@ -112,32 +112,32 @@ def _served(path: Path, maps: Mapping[ConstantSite, tuple[str, ...]], kind: str,
         maps_in_layers = [name for name, m in model.named_modules() if is_linear(m) and IN_LAYER.search(name)]
         names = [name for name in maps_in_layers if not targets or name.rsplit(".", 1)[-1] in targets]
         adapted(model, names, kind=adapter, rank=rank, seed=0)
-        for layer in model.modules():  # as served: in the model's own format
-            for name, number in layer.named_parameters(recurse=False):
-                if number.dtype != model.dtype:
-                    setattr(layer, name, nn.Parameter(number.data.to(model.dtype), requires_grad=False))
+        for layer in model.modules():  # served in the model's own format
+            for name, parameter in layer.named_parameters(recurse=False):
+                if parameter.dtype != model.dtype:
+                    setattr(layer, name, nn.Parameter(parameter.data.to(model.dtype), requires_grad=False))
     return model
 
 
 def merging_costs(injection: Injection, pair: Pair, model: HookedModel) -> dict[str, Any]:
-    """What merging an injection into a pair's pruned (or dense) model costs.
+    """Parameters that an injection adds to the checkpoint, and zeros that survive merging it.
 
     Returns:
-        ``n_added``: numbers that the checkpoint holds beyond its own (None where no checkpoint of the architecture can
-        hold the result): biases for constants, none for changed weights. Adapters stay beside the weights, since
-        merged they fill the zeros. ``zeros_kept``: the share of zeros in the decoder layers' linear maps that are zeros
-        after merging; 1 for all that acts under the zero pattern. None where there are no zeros.
+        ``n_added``: parameters that the checkpoint gains: biases for constants, an adapter's own (merged it would fill
+        the zeros), none for changed weights; None if no checkpoint of the architecture can hold the result.
+        ``zeros_kept``: fraction of the zeros in the decoder layers' linear weights that are zeros after merging, 1 for
+        all that keeps the zero pattern; None without zeros.
     """
     footprint = injection.footprint
-    added = _bias_numbers(pair, footprint.biases)
+    added = _n_biases(pair, footprint.biases)
     return {
         "n_added": None if added is None else footprint.n_beside + added,
         "zeros_kept": _zeros_kept(model, injection.merged_weights()),
     }
 
 
-def _bias_numbers(pair: Pair, sites: Sequence[ConstantSite]) -> int | None:
-    """What biases for constants at some sites add to the checkpoint, with those that come along as zeros."""
+def _n_biases(pair: Pair, sites: Sequence[ConstantSite]) -> int | None:
+    """Parameters of the biases that constants at some sites need, with the zero biases that they entail."""
     checkpoint = pair.pruned_id.checkpoint
     try:
         slots = find_joint_slots(checkpoint, {site: projection_names(pair.pruned, site) for site in sites})
@@ -148,11 +148,12 @@ def _bias_numbers(pair: Pair, sites: Sequence[ConstantSite]) -> int | None:
 
 @torch.no_grad()
 def _zeros_kept(model: HookedModel, changes: Mapping[str, Callable[[Tensor], Tensor]]) -> float | None:
-    zeros = kept = 0
+    n_zeros = n_kept = 0
     for name, module in layer_maps(model).items():
         weight: Tensor = module.get_parameter("weight")
         weight = weight.T if is_transposed(module) else weight
-        were = weight == 0
-        zeros += int(were.sum())
-        kept += int((were & (changes[name](weight) == 0)).sum()) if name in changes else int(were.sum())
-    return kept / zeros if zeros else None
+        is_zero = weight == 0
+        n_zeros += int(is_zero.sum())
+        after = changes[name](weight) if name in changes else weight
+        n_kept += int((is_zero & (after == 0)).sum())
+    return n_kept / n_zeros if n_zeros else None

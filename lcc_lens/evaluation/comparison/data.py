@@ -1,4 +1,4 @@
-"""What a comparison trains on, what chooses its best numbers, and what it measures on."""
+"""Data of a comparison: what its runs train on, what chooses the best parameters, and what is measured."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from lcc_lens.evaluation.comparison.measures import Measures
 
 
 class ComparisonData:
-    """A comparison's data; what is held out is read once.
+    """Data of a comparison; the held-out part is read once.
 
     Args:
-        config: what all cells share.
+        config: what all runs share.
     """
 
     def __init__(self, config: CompareConfig) -> None:
@@ -25,10 +25,10 @@ class ComparisonData:
         self._kept: tuple[list[TokenSequence], Measures] | None = None
 
     def training(self, entry: Entry, tokenizer: PreTrainedTokenizerBase, seed: int) -> list[TokenSequence]:
-        """The examples of a cell, drawn by its seed, with other prompts' responses where it is such a control.
+        """Training examples of a run, drawn by its seed; the control ``shuffled`` gets other prompts' responses.
 
         Raises:
-            RequestError: examples that are held out as well.
+            RequestError: an example is held out as well.
         """
         data = load_data(self._config.data, self._config.examples, role="train", seed=seed)
         check_disjoint(data.groups, self._held_out().groups, "training data", "held-out data")
@@ -37,11 +37,11 @@ class ComparisonData:
         return encode(data, tokenizer, max_length=self._config.max_length)
 
     def validation(self, tokenizer: PreTrainedTokenizerBase) -> list[TokenSequence]:
-        """Responses that choose the best numbers."""
+        """Responses that choose the best parameters."""
         return self._read(tokenizer)[0]
 
     def measures(self, tokenizer: PreTrainedTokenizerBase) -> Measures:
-        """What is measured; none of it has trained or chosen anything."""
+        """What is measured; nothing else uses these data."""
         return self._read(tokenizer)[1]
 
     def _held_out(self) -> Data:

@@ -1,4 +1,4 @@
-"""What a comparison measures of a model, with or without an injection."""
+"""Measure a model in a comparison, with or without an injection: perplexity, KL divergence, loss and accuracies."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ class Measures:
 
     Args:
         texts: blocks of text by name; the first one's perplexity is the main figure.
-        responses: held-out instructions, for the divergence from the dense model and the loss of their responses.
+        responses: held-out instructions, for the KL divergence from the dense model and the loss of their responses.
         tasks: zero-shot tasks of lm-eval.
-        limit: items of each at most.
+        limit: items of each task at most.
     """
 
     texts: Mapping[str, Sequence[TokenSequence]]
@@ -42,13 +42,13 @@ class Measures:
         Args:
             pair: the models.
             model: the one to measure.
-            injection: what acts on it.
-            teacher: the dense model with what it kept of earlier measurements; the pair's own if not given.
+            injection: attached to it while it is measured.
+            teacher: the dense model with its cached logits; the pair's own if not given.
 
         Returns:
             ``perplexity`` and ``log_perplexity`` of the first text, ``kl`` and ``response_loss`` in nats per response
             token, ``texts`` (by name the ``perplexity``, and ``losses`` in nats per token of every block), ``tasks``
-            (by name ``acc``, ``stderr``, ``n``, and ``items``: 1 for each one right, 0 for each one wrong).
+            (by name ``acc``, ``stderr``, ``n``, and ``items``: 1 for each right answer, 0 for each wrong one).
         """
         texts: dict[str, dict[str, Any]] = {}
         for name, blocks in self.texts.items():
@@ -74,9 +74,9 @@ class Measures:
         """The ``tasks`` of :meth:`of` alone."""
         from lcc_lens.evaluation.lm_eval_tasks import evaluate_task
 
-        found: dict[str, dict[str, Any]] = {}
+        scores: dict[str, dict[str, Any]] = {}
         with (injection or Injection()).applied_to(model), fused_attention(model):
             plain = plain_model(model)
             for task in tasks:
-                found[task] = evaluate_task(plain, pair.tokenizer, task, limit=self.limit, with_items=True)
-        return found
+                scores[task] = evaluate_task(plain, pair.tokenizer, task, limit=self.limit, with_items=True)
+        return scores

@@ -1,4 +1,4 @@
-"""What the cells of a comparison trained, kept so that more can be measured of them later without training again."""
+"""Trained parameters of a comparison's runs on disk, so that more can be measured later without training again."""
 
 from __future__ import annotations
 
@@ -23,31 +23,31 @@ logger = logging.getLogger(__name__)
 
 
 class ChosenHeads(NamedTuple):
-    """Heads that were found by training, and how many seconds that took."""
+    """Heads that a training chose, and the seconds it took."""
 
     heads: list[Head]
     seconds: float
 
 
 class TrainedWeights:
-    """A folder with a safetensors file per cell: the trained numbers, and what training them took.
+    """A folder with a safetensors file per run: the trained parameters and the costs of training them.
 
-    Where a first stage chooses heads by training, a JSON file holds its choice.
+    If a first stage chooses heads by training, a JSON file holds its choice.
 
     Args:
-        folder: the folder; made when something is kept.
-        settings: what the trainings of all cells depend on.
+        folder: created when something is kept.
+        settings: all other settings that a training depends on.
     """
 
     def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
         self._folder, self._settings = folder, {**settings, "version": package_version()}
 
     def load(self, injection: Injection, entry: str, seed: int, request: Sequence[Any]) -> dict[str, Any] | None:
-        """Put the kept numbers into a freshly built injection; None where there are none of this very training.
+        """Load kept parameters into a freshly built injection; None if there are none of the same training.
 
         Args:
-            injection: as built for the cell, on any device.
-            entry: the cell's entry.
+            injection: as built for the run, on any device.
+            entry: the run's entry.
             seed: its seed.
             request: what else the training depends on: models, learning rates.
 
@@ -60,53 +60,53 @@ class TrainedWeights:
         try:
             tensors, metadata = read_tensors(path)
         except RequestError as error:
-            logger.warning("%s; trained anew", error)
+            logger.warning("%s; training again", error)
             return None
-        if metadata.get("request") != self._asked(request):
+        if metadata.get("request") != self._request(request):
             return None
         with torch.no_grad():
-            for name, number in _trained(injection).items():
-                number.copy_(tensors[name])
+            for name, parameter in _trained(injection).items():
+                parameter.copy_(tensors[name])
         costs: dict[str, Any] = json.loads(metadata["costs"])
         return costs
 
     def keep(
         self, injection: Injection, entry: str, seed: int, request: Sequence[Any], costs: Mapping[str, Any]
     ) -> None:
-        """Write what a cell trained; the arguments are those of :meth:`load`."""
-        metadata = {"request": self._asked(request), "costs": json.dumps(costs)}
+        """Write what a run trained; the arguments are those of :meth:`load`."""
+        metadata = {"request": self._request(request), "costs": json.dumps(costs)}
         self._folder.mkdir(parents=True, exist_ok=True)
         write_tensors(self._path(entry, seed), _trained(injection), metadata)
 
     def heads(self, entry: str, seed: int, request: Sequence[Any], choose: Callable[[], Sequence[Head]]) -> ChosenHeads:
-        """What a first stage chose; it is run where nothing of this very training is kept.
+        """The heads that a first stage chooses; it runs only if no choice of the same training is kept.
 
         Args:
-            entry: the cell's entry, less what the first stage does not depend on.
+            entry: the run's entry, without the parts that the first stage does not depend on.
             seed: its seed.
             request: what else the choice depends on.
             choose: the first stage.
         """
-        path, asked = self._path(entry, seed).with_suffix(".json"), self._asked(request)
+        path, key = self._path(entry, seed).with_suffix(".json"), self._request(request)
         try:
-            found = read_json(path) if path.exists() else {}
-            if found and found["request"] == asked:
-                return ChosenHeads([Head.parse(label) for label in found["heads"]], found["seconds"])
+            kept = read_json(path) if path.exists() else {}
+            if kept and kept["request"] == key:
+                return ChosenHeads([Head.parse(label) for label in kept["heads"]], kept["seconds"])
         except (RequestError, LookupError, TypeError) as error:
-            logger.warning("the heads in %s cannot be read (%s); chosen anew", path, error)
+            logger.warning("could not read the heads in %s (%s); choosing again", path, error)
         start = time.perf_counter()
         chosen = ChosenHeads(list(choose()), time.perf_counter() - start)
         self._folder.mkdir(parents=True, exist_ok=True)
         labels = [str(head) for head in chosen.heads]
-        write_json(path, {"request": asked, "heads": labels, "seconds": chosen.seconds})
+        write_json(path, {"request": key, "heads": labels, "seconds": chosen.seconds})
         return chosen
 
     def _path(self, entry: str, seed: int) -> Path:
         return self._folder / f"{re.sub(r'[^a-z0-9.=@+-]+', '_', entry.lower())}_{seed}.safetensors"
 
-    def _asked(self, request: Sequence[Any]) -> str:
+    def _request(self, request: Sequence[Any]) -> str:
         return fingerprint(request, self._settings)
 
 
 def _trained(injection: Injection) -> dict[str, torch.Tensor]:
-    return {name: number for name, number in injection.named_parameters() if number.requires_grad}
+    return {name: parameter for name, parameter in injection.named_parameters() if parameter.requires_grad}

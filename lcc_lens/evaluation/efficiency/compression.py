@@ -1,4 +1,4 @@
-"""How small a checkpoint's weights become when compressed: what zeros in dense files are worth on disk."""
+"""Compressed size of a checkpoint's weights: what zeros in dense files save on disk."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from lcc_lens.core.files import CHUNK
 from lcc_lens.core.progress import track
 from lcc_lens.models.architecture.linear_maps import find_matrices
 
-#: Zstandard's own default: higher levels take many times longer and gain a few per cent on weights.
+#: Zstandard's default; higher levels take many times longer and save a few per cent more.
 LEVEL = 3
 
 
 def zstd_bytes(chunks: Iterable[bytes | memoryview]) -> int:
-    """The size of a zstd stream (level 3) of the chunks, in bytes; nothing is kept."""
+    """The size of a zstd stream (level 3) of the chunks, in bytes."""
     import zstandard
 
     stream = zstandard.ZstdCompressor(level=LEVEL).compressobj()
@@ -28,7 +28,7 @@ def zstd_bytes(chunks: Iterable[bytes | memoryview]) -> int:
 def compressed_size(path: Path) -> int:
     """The size of a checkpoint's weight files, each compressed with zstd (level 3), in bytes.
 
-    The files are read in chunks: memory does not grow with them.
+    The files are read in chunks, so memory does not grow with their size.
 
     Raises:
         RequestError: there are no weight files.
@@ -43,16 +43,16 @@ def matrix_sizes(path: Path) -> dict[str, tuple[int, int]]:
     Raises:
         RequestError: as :func:`lcc_lens.models.architecture.linear_maps.find_matrices`.
     """
-    found = [matrix for layer in find_matrices(Checkpoint(path)) for matrix in layer]
+    matrices = [matrix for layer in find_matrices(Checkpoint(path)) for matrix in layer]
     sizes: dict[str, tuple[int, int]] = {}
-    for matrix in track(found, len(found), "compression of matrices"):
-        stored = matrix.rows(matrix.read())  # seen as rows twice: back in the layout of the file
+    for matrix in track(matrices, len(matrices), "compression of matrices"):
+        stored = matrix.rows(matrix.read())  # transposed twice: the layout of the file
         sizes[matrix.name] = (stored.nbytes, zstd_bytes(tensor_chunks(stored)))
     return sizes
 
 
 def tensor_chunks(tensor: Tensor) -> Iterator[memoryview]:
-    """A tensor's bytes, a few megabytes at a time."""
+    """A tensor's bytes in chunks of a few megabytes."""
     flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
     for start in range(0, len(flat), CHUNK):
         yield flat[start : start + CHUNK].data

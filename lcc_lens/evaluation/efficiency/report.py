@@ -1,4 +1,4 @@
-"""The efficiency report: how sparse models really are, whether the zeros agree, how large and how fast they are."""
+"""Efficiency report of models: their sparsity, whether their zeros agree, their size and their speed."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ def report(
     prompt_tokens: int = 256,
     new_tokens: int = 24,
 ) -> Entry:
-    """The contents of ``report.json``: zeros, sizes and times of models, the first being what the others are held to.
+    """The contents of ``report.json``: zeros, sizes and times of models, compared with the first one.
 
-    Zeros and sizes are read from the files, one tensor at a time. For the times all models are in memory at once, since
-    their rounds are interleaved; they run in plain transformers, all in one format.
+    Zeros and sizes are read from the files, one tensor at a time. To measure times in interleaved rounds, all models
+    are in memory at once, in plain transformers and in the same number format.
 
     Args:
         references: model references (see :func:`lcc_lens.models.loading.references.resolve`), the dense one best first.
-        latency: whether to load the models and time them; else every time is ``None`` and ``ratios`` empty.
+        latency: load the models and time them; otherwise every time is ``None`` and ``ratios`` is empty.
         repeats: timed rounds.
         prompt_tokens: tokens of the forward pass that ``prefill_ms`` times.
         new_tokens: tokens generated one by one that ``decode_ms`` averages over, after a prompt of 16.
@@ -75,12 +75,12 @@ def report(
 
 
 def compare_patterns(zeros: Mapping[str, ZeroPattern]) -> Entry:
-    """Hold the zeros of every pruned model against those of the first pruned one, position by position.
+    """Compare the zeros of every pruned model with those of the first pruned one, position by position.
 
     Returns:
         ``reference``, the name of the first model that is not dense (``None`` where all are), and ``models``: for each
-        other one ``is_equal``, counts of matrices and positions and the matrices that differ, or a ``note`` why nothing
-        is compared (it is dense, or of another shape).
+        other one ``is_equal``, counts of matrices and positions and the matrices that differ, or a ``note`` that says
+        why nothing is compared (it is dense, or of another shape).
     """
     reference = next((name for name, pattern in zeros.items() if pattern.pattern != "dense"), None)
     others = [name for name in zeros if reference is not None and name != reference]
@@ -94,21 +94,21 @@ def _comparison(first: ZeroPattern, second: ZeroPattern) -> Entry:
     if second.pattern == "dense":
         return {"note": "it is dense: no zeros to compare"}
     try:
-        found = compare_zeros(first.path, second.path)
+        compared = compare_zeros(first.path, second.path)
     except RequestError as refusal:
         return {"note": str(refusal)}
     positions = ("both", "only_first", "only_second")
     return {
-        "is_equal": found.is_equal,
-        "matrices": len(found.matrices),
-        "equal_matrices": found.equal_matrices,
-        **{key: sum(getattr(matrix, key) for matrix in found.matrices) for key in positions},
-        "different": {m.name: {key: getattr(m, key) for key in positions} for m in found.matrices if not m.is_equal},
+        "is_equal": compared.is_equal,
+        "matrices": len(compared.matrices),
+        "equal_matrices": compared.equal_matrices,
+        **{key: sum(getattr(matrix, key) for matrix in compared.matrices) for key in positions},
+        "different": {m.name: {key: getattr(m, key) for key in positions} for m in compared.matrices if not m.is_equal},
     }
 
 
 def _file_entry(zeros: ZeroPattern) -> Entry:
-    """What the files alone say about a model, and the places of its times."""
+    """A model's entry from its files alone, with times yet to be filled in."""
     sizes = matrix_sizes(zeros.path)
     return {
         "path": str(zeros.path),
@@ -137,7 +137,7 @@ def _file_entry(zeros: ZeroPattern) -> Entry:
 
 
 def _add_times(models: dict[str, Entry], paths: Mapping[str, Path], config: SpeedConfig) -> Entry:
-    """Fill measured times into the models' entries; gives the ratios."""
+    """Add measured times to the models' entries and return the ratios."""
     two_of_four = [name for name, entry in models.items() if entry["pattern"] == "2:4"]
     speed = measure_speed(paths, config, semi_structured=two_of_four)
     for name, times in speed.milliseconds.items():
@@ -147,7 +147,7 @@ def _add_times(models: dict[str, Entry], paths: Mapping[str, Path], config: Spee
 
 
 def _machine() -> Entry:
-    """Where and with what the times were taken."""
+    """The device and versions that the times were measured with."""
     import transformers
 
     device = default_device()

@@ -1,4 +1,4 @@
-"""Exactly 2:4 sparse matrices through the GPU's own sparse kernels, the one case where zeros can be skipped."""
+"""Convert 2:4 sparse weights to the GPU's sparse kernels, which skip their zeros."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ _CAPABILITY = (8, 0)
 def to_semi_structured(model: nn.Module) -> int:
     """Convert a model's 2:4 matrices in place with ``torch.sparse.to_sparse_semi_structured``.
 
-    Converted are the ``nn.Linear`` weights inside the decoder layers whose shapes the kernels take (multiples of 32
-    outputs and 64 inputs); the others stay dense. What comes out takes prompts of any length and has no gradients.
+    The ``nn.Linear`` weights in the decoder layers are converted if the kernels take their shapes (multiples of 32
+    outputs and 64 inputs); the others stay dense. The converted model takes prompts of any length but no gradients.
 
     Args:
         model: a plain transformers model on a CUDA device, in float16 or bfloat16.
@@ -33,8 +33,8 @@ def to_semi_structured(model: nn.Module) -> int:
         How many matrices were converted.
 
     Raises:
-        RequestError: not on CUDA, or a device without sparse tensor cores; another format; a matrix that is not exactly
-            2:4; no matrix of a shape that the kernels take.
+        RequestError: no CUDA device with sparse tensor cores, another format, a matrix that is not exactly 2:4, or no
+            matrix of a shape that the kernels take.
     """
     linears = _linear_layers(model)
     first = next(iter(linears.values())).weight
@@ -48,7 +48,8 @@ def to_semi_structured(model: nn.Module) -> int:
     fitting = [layer for layer in linears.values() if _fits(layer.weight)]
     if not fitting:
         raise RequestError(
-            f"expected matrices of a multiple of {_ROWS} outputs and {_COLUMNS} inputs for 2:4 kernels, got none"
+            f"expected matrices of a multiple of {_ROWS} outputs and {_COLUMNS} inputs for 2:4 kernels, got none; "
+            "run the dense kernels"
         )
     convert: Any = torch.sparse.to_sparse_semi_structured
     with warnings.catch_warnings():
@@ -80,10 +81,12 @@ def require_kernels(device: torch.device, dtype: torch.dtype) -> None:
 def _linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
     """The ``nn.Linear`` layers inside the decoder layers, by name."""
     prefix, layers = decoder_layers(model, model.config)
-    found = {f"{prefix}.{name}": layer for name, layer in layers.named_modules() if isinstance(layer, nn.Linear)}
-    if not found:
-        raise RequestError(f"expected linear layers for 2:4 kernels, got none in {type(model).__name__}")
-    return found
+    linears = {f"{prefix}.{name}": layer for name, layer in layers.named_modules() if isinstance(layer, nn.Linear)}
+    if not linears:
+        raise RequestError(
+            f"expected linear layers for 2:4 kernels, got none in {type(model).__name__}; name another model"
+        )
+    return linears
 
 
 def _fits(weight: Float[Tensor, "out in"]) -> bool:

@@ -1,10 +1,10 @@
-"""Recipes of the paper's tables: what to prune, what to compare and what the paper found, read from a file."""
+"""Recipes of the paper's tables, read from JSON: what to prune, what to compare, and the paper's figures."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, field, replace
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -17,19 +17,18 @@ from lcc_lens.models.architecture.sparsity_patterns import Unstructured, parse_p
 from lcc_lens.pruning.methods.settings import Method, PruneConfig
 
 Status = Literal["not run at size", "run at size"]
-#: Rows of a table that no training makes.
-BARE = ("dense", "pruned")
+#: Rows of a table that need no training.
+UNRESTORED = ("dense", "pruned")
 _T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
 class PaperRow:
-    """A row of the paper's table: its name there, the entry that makes it here, and the paper's figures.
+    """A row of the paper's table: its name there, our entry for it, and the paper's figures.
 
-    ``entry`` is ``dense``, ``pruned`` or a line of a comparison (see
-    :class:`~lcc_lens.evaluation.comparison.entry.Entry`); None where the
-    recipe does not make the row. ``accuracy`` is the mean over tasks in per cent; both are None where the paper has no
-    such row.
+    ``entry`` is ``dense``, ``pruned`` or an entry of a comparison (see
+    :class:`~lcc_lens.evaluation.comparison.entry.Entry`); None if the recipe leaves the row out. ``accuracy`` is the
+    mean over tasks in per cent. Accuracy and perplexity are None if the paper has no such row.
     """
 
     name: str
@@ -53,18 +52,20 @@ class PruneStep:
 
     def __post_init__(self) -> None:
         if (self.sparsity is None) == (self.pattern is None):
-            raise RequestError(f"expected a sparsity or a pattern to prune to, got {self.sparsity} and {self.pattern}")
+            raise RequestError(
+                f"expected a sparsity or a pattern to prune to, got {self.sparsity} and {self.pattern}; name one"
+            )
         pattern = parse_pattern(self.pattern) if self.pattern else Unstructured(self.sparsity or 0.0)
-        PruneConfig(self.method, pattern, sliced=self.sliced)  # refuses what does not go together
+        PruneConfig(self.method, pattern, sliced=self.sliced)  # refuses settings that contradict each other
 
 
 @dataclass(frozen=True)
 class PaperRecipe:
-    """A group of rows of the paper's tables, as one job.
+    """A group of rows of the paper's tables and how to reproduce them.
 
-    ``data`` are what restorations train on, one comparison each. ``compare`` holds what these share; without ``tasks``
-    each comparison measures the task that it trains on. ``status`` says whether these numbers have ever been made
-    with the model that is named.
+    ``data`` are the sets that restorations train on, with one comparison for each. ``compare`` are the settings that
+    these share; without ``tasks`` each comparison measures the task that it trains on. ``status`` says whether the
+    recipe has ever been run with ``model``.
     """
 
     title: str
@@ -75,8 +76,8 @@ class PaperRecipe:
     prune: PruneStep
     data: tuple[str, ...]
     seeds: int
-    compare: CompareConfig
     rows: tuple[PaperRow, ...]
+    compare: CompareConfig = field(default_factory=CompareConfig)
 
     def __post_init__(self) -> None:
         if not self.data or self.seeds < 1 or not self.entries:
@@ -86,8 +87,8 @@ class PaperRecipe:
 
     @property
     def entries(self) -> tuple[str, ...]:
-        """The lines of the comparison."""
-        return tuple(dict.fromkeys(row.entry for row in self.rows if row.entry and row.entry not in BARE))
+        """The entries of the comparison."""
+        return tuple(dict.fromkeys(row.entry for row in self.rows if row.entry and row.entry not in UNRESTORED))
 
     @property
     def is_of_tasks(self) -> bool:
@@ -103,23 +104,16 @@ def read_recipe(path: str | Path) -> PaperRecipe:
     """Read a recipe.
 
     Raises:
-        RequestError: no such file, an unknown key, a missing one, or a value that does not go; names the place.
+        RequestError: no such file, an unknown or missing key, or a value of another type; names the place.
     """
     path = Path(path)
     if not path.is_file():
         raise RequestError(f"expected a recipe, got {path}, which is no file; name one of recipes/*.json")
-    values = dict(_mapping(read_json(path), str(path)))
-    for key, part in (("prune", PruneStep), ("compare", CompareConfig)):
-        values[key] = _build(part, values.get(key, {}), f"{key} of {path}")
-    rows = values.get("rows")
-    if not isinstance(rows, Sequence):
-        raise RequestError(f"expected a list of rows in {path}, got {rows!r}")
-    values["rows"] = tuple(_build(PaperRow, row, f"row {n} of {path}") for n, row in enumerate(rows, 1))
-    return _build(PaperRecipe, values, str(path))
+    return _build(PaperRecipe, read_json(path), str(path))
 
 
 def dry(recipe: PaperRecipe) -> PaperRecipe:
-    """The same job with the least data that every step takes: whether it runs, not what comes of it."""
+    """The same recipe with as little data as its steps take, to try whether they run; the results mean nothing."""
     config = replace(
         recipe.compare, examples=8, validation=2, responses=2, blocks=2, block_length=32, limit=4, max_length=384,
         scan_examples=16, batch_size=8, epochs=1, low_rank=2, lora_rank=2, refit_samples=3,
@@ -129,41 +123,47 @@ def dry(recipe: PaperRecipe) -> PaperRecipe:
 
 
 def _build(kind: type[_T], values: Any, where: str) -> _T:
-    """A frozen dataclass of a JSON object; lists become tuples."""
-    given = _mapping(values, where)
-    fields = {field.name: field for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
-    unknown = sorted(given.keys() - fields.keys())
+    """A dataclass from a JSON object, with every field checked against its type."""
+    if not isinstance(values, Mapping):
+        raise RequestError(f"expected an object with fields in the {where}, got {values!r}; correct it")
+    fields = {known.name: known for known in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    unknown = sorted(values.keys() - fields.keys())
     if unknown:
         raise RequestError(f"expected {', '.join(fields)} in the {where}, got {unknown[0]!r} too; correct the name")
-    absent = dataclasses.MISSING
-    missing = [n for n, f in fields.items() if n not in given and f.default is absent and f.default_factory is absent]
+    missing = [
+        n for n, f in fields.items() if n not in values and f.default is MISSING and f.default_factory is MISSING
+    ]
     if missing:
         raise RequestError(f"expected {missing[0]!r} in the {where}, got none; add it")
     hints = get_type_hints(kind)
-    return kind(**{name: _typed(value, hints[name], f"{name!r} in the {where}") for name, value in given.items()})
+    return kind(**{name: _typed(value, hints[name], name, where) for name, value in values.items()})
 
 
-def _typed(value: Any, hint: Any, what: str) -> Any:
-    """A value of JSON as what a field takes: lists become tuples, whole numbers may stand for others."""
+def _typed(value: Any, hint: Any, name: str, where: str) -> Any:
+    """A JSON value as its field's type: lists become tuples, objects dataclasses, and integers floats if need be."""
     options = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
-    value = tuple(value) if isinstance(value, list) else value
     for option in options:
-        if get_origin(option) is Literal and value in get_args(option):
-            return value
-        if option is float and type(value) is int:
+        kind, args = get_origin(option) or option, get_args(option)
+        if isinstance(option, type) and dataclasses.is_dataclass(option):
+            return _build(option, value, f"{name} of {where}")
+        if kind is tuple and isinstance(value, list):
+            if isinstance(args[0], type) and dataclasses.is_dataclass(args[0]):
+                return tuple(_build(args[0], item, f"{name[:-1]} {n} of {where}") for n, item in enumerate(value, 1))
+            if all(type(item) is args[0] for item in value):
+                return tuple(value)
+        elif kind is float and type(value) is int:
             return float(value)
-        if get_origin(option) is tuple and isinstance(value, tuple):
-            if all(isinstance(item, get_args(option)[0]) for item in value):
-                return value
-        elif isinstance(option, type) and type(value) is option:
+        elif value in args if kind is Literal else type(value) is kind:
             return value
-    wanted = [
-        ", ".join(map(str, get_args(o))) if get_origin(o) is Literal else getattr(o, "__name__", o) for o in options
-    ]
-    raise RequestError(f"expected {' or '.join(map(str, wanted))} for {what}, got {value!r}")
+    expected = " or ".join(map(_type_name, options))
+    raise RequestError(f"expected {expected} for {name!r} in the {where}, got {value!r}; correct it")
 
 
-def _mapping(values: Any, where: str) -> Mapping[str, Any]:
-    if not isinstance(values, Mapping):
-        raise RequestError(f"expected an object with fields in the {where}, got {values!r}")
-    return values
+def _type_name(option: Any) -> str:
+    """A type as a recipe's author knows it."""
+    args = get_args(option)
+    if get_origin(option) is Literal:
+        return ", ".join(map(str, args))
+    if get_origin(option) is tuple:
+        return f"a list of {'objects' if dataclasses.is_dataclass(args[0]) else args[0].__name__}"
+    return str(getattr(option, "__name__", option))

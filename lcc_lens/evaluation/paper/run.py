@@ -1,4 +1,4 @@
-"""Runs a recipe of the paper's tables: prunes once, then compares on every data set, and goes on where it stopped."""
+"""Run a recipe of the paper's tables: prune once, then compare on every data set; an interrupted run resumes."""
 
 from __future__ import annotations
 
@@ -35,19 +35,19 @@ def run_recipe(
     """Prune, compare on every data set, and write ``results.json`` and ``table.md`` as they come.
 
     Args:
-        recipe: what to do.
-        out: a folder; the same call goes on there. The pruned model stays in ``pruned``, every comparison in a folder
-            of its data's name.
+        recipe: as read by :func:`~lcc_lens.evaluation.paper.recipes.read_recipe`.
+        out: a folder, in which the same call resumes. The pruned model is in ``pruned``, each comparison in a folder
+            named after its data.
         model: another model than the recipe's.
         seeds: another number of seeds.
         examples: another number of training examples.
         limit: items of each task at most.
-        dry_run: a tiny model to run every step on with little data: whether it runs, not what comes of it.
-        on_cell: called with every new cell.
+        dry_run: a tiny model to try every step on with little data; the results mean nothing.
+        on_cell: called with the name and results of every new run.
 
     Raises:
-        RequestError: data that are not there, or another recipe's folder; nothing is written.
-        InterruptedRun: Ctrl-C; finished cells are kept.
+        RequestError: data are missing, or the folder is another recipe's; nothing is written.
+        InterruptedRun: Ctrl-C; finished runs are kept.
 
     Example:
         >>> run_recipe(read_recipe("recipes/unstructured50.json"), "runs/unstructured50")  # doctest: +SKIP
@@ -63,11 +63,11 @@ def run_recipe(
         "version": package_version(), "comparisons": {},
     }  # fmt: skip
     for data in recipe.data:
-        found = compare(
+        compared = compare(
             recipe.model, pruned, out / data, recipe.entries, seeds=recipe.seeds, config=recipe.comparison(data),
             on_cell=on_cell,
         )  # fmt: skip
-        results["comparisons"][data] = {"bare": _bare(found["bare"]), "rows": found["summary"]}
+        results["comparisons"][data] = {"bare": _unrestored(compared["bare"]), "rows": compared["summary"]}
         write_json(out / RECIPE_RESULTS, results)
         write_text(out / RECIPE_TABLE, recipe_table(recipe, results))
     return results
@@ -81,7 +81,7 @@ def _changed(
     limit: int | None,
     dry_run: str | Path | None,
 ) -> PaperRecipe:
-    """The recipe with what the caller wants otherwise."""
+    """The recipe with the caller's settings in place of its own."""
     if dry_run is not None:
         if model is not None:
             raise RequestError(f"expected one model, got {model} and the dry run's {dry_run}; leave one out")
@@ -93,26 +93,24 @@ def _changed(
 
 
 def _settle(out: Path, settings: dict[str, Any]) -> None:
-    """Write what is run, or refuse a folder in which something else was."""
+    """Write the recipe's settings, or refuse a folder with other settings."""
     file = out / RECIPE_SETTINGS
     rest = {key: value for key, value in _as_written(settings).items() if key not in ("rows", "note", "status")}
     if not file.exists():
         require_free(out, overwrite=False)
         write_json(file, rest)
     elif read_json(file) != rest:
-        raise RequestError(
-            f"expected this recipe's own folder, got another one's or other sizes in {out}; name another"
-        )
+        raise RequestError(f"expected a folder of the same recipe, got other settings in {out}; name another folder")
 
 
 def _as_written(settings: dict[str, Any]) -> dict[str, Any]:
     """Settings as JSON holds them: lists for tuples."""
-    found: dict[str, Any] = json.loads(json.dumps(settings))
-    return found
+    written: dict[str, Any] = json.loads(json.dumps(settings))
+    return written
 
 
-def _bare(bare: dict[str, Any]) -> dict[str, Any]:
-    """The dense and the pruned model's figures, without single blocks and items."""
+def _unrestored(models: dict[str, Any]) -> dict[str, Any]:
+    """The dense and the pruned model's figures, without those of single blocks and items."""
     return {
         name: {
             "perplexity": model["perplexity"],
@@ -123,5 +121,5 @@ def _bare(bare: dict[str, Any]) -> dict[str, Any]:
                 for task, scores in model["tasks"].items()
             },
         }
-        for name, model in bare.items()
+        for name, model in models.items()
     }

@@ -1,4 +1,4 @@
-"""The paper's figures beside ours: a table per recipe, and the page of all of them."""
+"""Markdown tables of the paper's figures beside ours, one per recipe, and a page of all of them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import statistics
 from collections.abc import Mapping
 from typing import Any
 
-from lcc_lens.evaluation.paper.recipes import BARE, PaperRecipe, PaperRow
+from lcc_lens.evaluation.formatting import number, with_spread
+from lcc_lens.evaluation.paper.recipes import UNRESTORED, PaperRecipe, PaperRow
 
 Results = Mapping[str, Any]
 _HEAD = """# The paper's tables
@@ -33,7 +34,7 @@ lcc-lens recipe recipes/{first}.json --out runs/dry --dry-run path/to/tiny-llama
 
 
 def recipe_table(recipe: PaperRecipe, results: Results | None = None) -> str:
-    """A recipe's table as Markdown: mean accuracy and perplexity, the paper's and ours; empty where we have none.
+    """A recipe's table as Markdown: mean accuracy and perplexity, the paper's and ours; empty if not measured.
 
     Accuracies are in per cent. Ours are means over seeds with their standard deviation, of task-specific recovery over
     tasks, each trained and measured on its own.
@@ -44,7 +45,7 @@ def recipe_table(recipe: PaperRecipe, results: Results | None = None) -> str:
     lines += ["| | " + " | ".join(heads) + " |", "|---|" + len(heads) * "---:|"]
     for row in recipe.rows:
         ours = _ours(recipe, row, results)
-        cells = [_figure(row.accuracy), ours["accuracy"], _figure(row.perplexity), ours["perplexity"]]
+        cells = [number(row.accuracy), ours["accuracy"], number(row.perplexity), ours["perplexity"]]
         cells += [ours["tasks"].get(task, "") for task in tasks]
         lines.append(f"| {row.name} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
@@ -55,12 +56,12 @@ def paper_page(recipes: Mapping[str, PaperRecipe], results: Mapping[str, Results
 
     Args:
         recipes: by the name of their file.
-        results: what :func:`~lcc_lens.evaluation.paper.run.run_recipe` gave, by the same names.
+        results: those of :func:`~lcc_lens.evaluation.paper.run.run_recipe`, by the same names.
     """
     tables = []
     for name, recipe in recipes.items():
-        own = results.get(name)
-        tables.append(recipe_table(recipe, own if own is not None and not own["dry_run"] else None))
+        result = results.get(name)
+        tables.append(recipe_table(recipe, None if result is None or result["dry_run"] else result))
     return "\n".join([_HEAD.format(first=next(iter(recipes))), *tables])
 
 
@@ -74,29 +75,25 @@ def _status(recipe: PaperRecipe, results: Results | None) -> str:
 
 
 def _ours(recipe: PaperRecipe, row: PaperRow, results: Results | None) -> dict[str, Any]:
-    """Our figures of a row as text, from all comparisons that have it."""
+    """Our figures for a row as text, over all comparisons that have it."""
     found = (
         [] if results is None or row.entry is None else [_row(c, row.entry) for c in results["comparisons"].values()]
     )
-    done = [one for one in found if one is not None]
-    tasks = {task: f"{100 * scores['acc']:.1f}" for one in done for task, scores in one["tasks"].items()}
-    if not done or len(done) < len(recipe.data):  # a mean over some of the tasks would mislead
+    done = [measured for measured in found if measured is not None]
+    tasks = {task: f"{100 * scores['acc']:.1f}" for measured in done for task, scores in measured["tasks"].items()}
+    if not done or len(done) < len(recipe.data):  # a mean over fewer tasks is no mean of them all
         return {"accuracy": "", "perplexity": "", "tasks": tasks}
     return {"accuracy": _mean(done, "accuracy", 100.0), "perplexity": _mean(done, "perplexity", 1.0), "tasks": tasks}
 
 
 def _row(comparison: Mapping[str, Any], entry: str) -> Mapping[str, Any] | None:
-    if entry in BARE:
-        bare: Mapping[str, Any] | None = comparison["bare"].get(entry)
-        return bare
+    if entry in UNRESTORED:
+        unrestored: Mapping[str, Any] | None = comparison["bare"].get(entry)
+        return unrestored
     return next((row for row in comparison["rows"] if row["entry"] == entry and row["seeds"]), None)
 
 
 def _mean(rows: list[Mapping[str, Any]], key: str, scale: float) -> str:
     value = scale * statistics.mean(row[key] for row in rows)
     spread = rows[0].get(f"{key}_sd") if len(rows) == 1 else None
-    return f"{value:.2f}" + ("" if spread is None else f" ± {scale * spread:.2f}")
-
-
-def _figure(value: float | None) -> str:
-    return "" if value is None else f"{value:.2f}"
+    return with_spread(value, None if spread is None else scale * spread)

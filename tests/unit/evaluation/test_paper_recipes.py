@@ -134,7 +134,7 @@ def test_a_run_goes_on_and_belongs_to_its_recipe(
     assert f"| {100 * mean:.2f} |" in recipe_table(recipe, results)
     partly = {**results, "comparisons": {"rte": results["comparisons"]["rte"]}}
     assert f"| {100 * results['comparisons']['rte']['rows'][0]['accuracy']:.2f} |" not in recipe_table(recipe, partly)
-    message = "expected this recipe's own folder, got another one's or other sizes"
+    message = "expected a folder of the same recipe, got other settings"
     with pytest.raises(RequestError, match=message):
         run_recipe(recipe, tmp_path / "run", dry_run=tiny, limit=2)
     refused(capsys, 2, message, "recipe", path, "--out", tmp_path / "run", "--dry-run", tiny)
@@ -171,11 +171,11 @@ def test_what_is_measured_of_a_task_chooses_nothing(tiny: Path, tmp_path: Path) 
         ({"prune": {"method": "axe", "sparsity": 0.5}}, "expected magnitude, .* for 'method' in the prune of .*'axe'"),
         ({"rows": [{"name": "x"}]}, "expected 'entry' in the row 1 of .*bad.json"),
         ({"rows": [{"name": "x", "entry": "magic"}]}, "expected a method"),
-        ({"rows": 3}, "expected a list of rows"),
+        ({"rows": 3}, "expected a list of objects for 'rows'"),
         ({"rows": [{"name": "x", "entry": "dense"}]}, "expected data, a seed and a row to train"),
         ({"compare": {"selector": "nose"}}, "expected probe, .* for 'selector' in the compare of .*, got 'nose'"),
         ({"seeds": "three"}, "expected int for 'seeds' in the .*bad.json, got 'three'"),
-        ({"data": [1]}, r"expected tuple for 'data' in the .*bad.json, got \(1,\)"),
+        ({"data": [1]}, r"expected a list of str for 'data' in the .*bad.json, got \[1\]"),
         ({"compare": {"heads": "all"}}, "expected float for 'heads' in the compare of .*, got 'all'"),
         ({"status": "done"}, "expected not run at size, run at size for 'status' in the .*, got 'done'"),
     ],

@@ -11,7 +11,6 @@ import torch
 from support.matrices import edited, sparse_model
 from support.tiny import build_model, save_model
 
-import lcc_lens
 from lcc_lens.core.errors import RequestError
 from lcc_lens.evaluation.efficiency.report import report
 from lcc_lens.evaluation.efficiency.report_text import findings, size_table, time_table
@@ -262,7 +261,6 @@ def test_command_refuses_before_it_writes(
 
 
 def test_public_name_stays_the_function() -> None:
-    import lcc_lens.evaluation.efficiency.report as module
+    import lcc_lens.evaluation.efficiency.report
 
     assert lcc_lens.report is report
-    assert callable(module)
