@@ -1,4 +1,4 @@
-"""Restorations: what training found, frozen, with the weights it belongs to."""
+"""Frozen restorations, with a record of the weights that they belong to."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What every injection can do: act on a hooked model, say what it trains, and hand over what can be folded."""
+"""The interface of injections: act on a hooked model, train, and fold into its checkpoint."""
 
 from __future__ import annotations
 
@@ -14,31 +14,31 @@ from lcc_lens.restoration.injections.footprint import Footprint
 
 
 class Injection(nn.Module):
-    """Numbers that act on a hooked model's forward pass and fold into tensors that its checkpoint has anyway.
+    """Trainable module that acts on a hooked model's forward pass and folds into tensors of its checkpoint.
 
-    All trained numbers are float32 whatever the model computes in: steps of 1e-3 are lost in bfloat16.
+    Trained parameters are float32 whatever the model's dtype: bfloat16 would lose steps of 1e-3.
     """
 
-    #: AdamW's learning rate if none is asked for; injections train together at their own rates.
+    #: AdamW's learning rate if the request names none; injections that train together keep their own.
     default_lr: float = 1e-3
 
     @property
     def n_trained(self) -> int:
-        """How many numbers training moves."""
-        return sum(number.numel() for number in self.parameters() if number.requires_grad)
+        """Number of trained parameters."""
+        return sum(parameter.numel() for parameter in self.parameters() if parameter.requires_grad)
 
     @property
     def parts(self) -> Sequence[Injection]:
-        """The injections that this one is made of; itself if it is simple."""
+        """The injections that this one joins; itself if it joins none."""
         return (self,)
 
     @property
     def footprint(self) -> Footprint:
-        """What it touches, trains and needs; changed weights by default."""
+        """The biases and weights that it needs and trains; changed weights by default."""
         return Footprint(weights=tuple(self.changes()), n_trained=self.n_trained)
 
     def hooks(self) -> list[NamedHook]:
-        """Hooks with the present numbers; gradients flow into them."""
+        """Hooks with the current parameters; gradients flow into them."""
         return []
 
     def changes(self) -> Mapping[str, Change]:
@@ -46,21 +46,21 @@ class Injection(nn.Module):
         return {}
 
     def merged_weights(self) -> Mapping[str, Callable[[Tensor], Tensor]]:
-        """By plain name of a map, what gives its weight ``[out, in]`` once the injection is merged."""
+        """By plain name of a linear layer, the function from its weight ``[out, in]`` to the merged one."""
         return merged(part.changes() for part in self.parts)
 
     def penalty(self) -> Tensor | None:
-        """What training adds to the objective of every step, once; nothing by default."""
+        """A term that training adds to the objective once per step; none by default."""
         return None
 
     def attached(self, model: HookedModel) -> AbstractContextManager[HookedModel]:
-        """Let the model compute with the changed weights inside the block; :meth:`hooks` are for every forward pass."""
+        """Change the model's weights inside the block; :meth:`hooks` must be passed to every forward pass beside it."""
         changes = self.merged_weights()
         return changed_weights(model, changes) if changes else nullcontext(model)
 
     @contextmanager
     def applied_to(self, model: HookedModel) -> Iterator[HookedModel]:
-        """Let the model compute with the present numbers inside the block; it leaves the block unchanged."""
+        """Apply hooks and changed weights inside the block; the model is unchanged after it."""
         with self.attached(model), kept_hooks(model, self.hooks()):
             yield model
 
@@ -69,7 +69,7 @@ class Composite(Injection):
     """Several injections at once.
 
     Args:
-        parts: what acts together; the learning rate that a request names is that of the first one that trains.
+        parts: the injections; a requested learning rate is that of the first one that trains.
     """
 
     def __init__(self, parts: Sequence[Injection]) -> None:
@@ -79,12 +79,12 @@ class Composite(Injection):
 
     @property
     def parts(self) -> Sequence[Injection]:
-        """The injections that this one is made of."""
+        """The injections that this one joins."""
         return [part for member in self.members if isinstance(member, Injection) for part in member.parts]
 
     @property
     def footprint(self) -> Footprint:
-        """That of all parts."""
+        """The joined footprint of all parts."""
         return Footprint.joined(part.footprint for part in self.parts)
 
     def hooks(self) -> list[NamedHook]:

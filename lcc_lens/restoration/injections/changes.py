@@ -1,4 +1,4 @@
-"""Changes of one weight: functions of the pruned weight that keep its zeros, with numbers to train."""
+"""Trainable changes of one weight that keep its zeros."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ ChangeKind = Literal["low-rank", "gain", "shift"]
 
 
 class Change(nn.Module):
-    """A function of a weight ``[out, in]`` (or of a norm's ``[d]``), in the weight's format; its numbers are float32.
+    """A trainable function of a weight ``[out, in]`` (or a norm's ``[d]``), with parameters in float32.
 
     Zeros of a matrix stay exactly zero.
     """
@@ -30,7 +30,7 @@ class Change(nn.Module):
 
 
 class LowRank(Change):
-    r"""$W + M \odot (B A)$ with the pattern $M$ of the weights that survived: masked LoRA, which merges.
+    r"""$W + M \odot (B A)$ with the mask $M$ of nonzero weights: masked LoRA, which merges.
 
     Args:
         A: ``[rank, in]``; B: ``[out, rank]``.
@@ -47,14 +47,14 @@ class LowRank(Change):
 
     @classmethod
     def random(cls, shape: tuple[int, ...], rank: int, generator: torch.Generator) -> LowRank:
-        """No change yet: A drawn uniformly with variance 1 / (3 n_in) as LoRA does, B zero."""
+        """The identity: A drawn uniformly with variance 1 / (3 n_in) as in LoRA, B zero."""
         n_out, n_in = shape
         A = (torch.rand(rank, n_in, generator=generator) * 2 - 1) / n_in**0.5
         return cls(A, torch.zeros(n_out, rank))
 
     def forward(self, weight: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
         """The changed weight."""
-        delta = self.B.to(weight) @ self.A.to(weight)  # in the weight's format: several times faster in bfloat16
+        delta = self.B.to(weight) @ self.A.to(weight)  # in the weight's dtype: several times faster in bfloat16
         return torch.addcmul(weight, delta, (weight != 0).to(weight))
 
     def fits(self, shape: tuple[int, ...]) -> bool:
@@ -63,7 +63,7 @@ class LowRank(Change):
 
 
 class Gain(Change):
-    """$W (1 + g)$ by column: what scales the map's inputs, without a number at inference.
+    """$W (1 + g)$ by column: scales the layer's inputs, with no parameter added at inference.
 
     Args:
         gain: g of the chosen inputs.
@@ -93,7 +93,7 @@ class Gain(Change):
 
 
 class Shift(Change):
-    """$W + M * D$: every surviving weight on its own; of a norm, every weight.
+    """$W + M * D$: every nonzero weight on its own; of a norm, every weight.
 
     Args:
         shift: D, of the weight's shape.
@@ -119,7 +119,7 @@ _KINDS: dict[str, type[Change]] = {"low-rank": LowRank, "gain": Gain, "shift": S
 
 
 def merged(sets: Iterable[Mapping[str, Change]]) -> dict[str, Callable[[Tensor], Tensor]]:
-    """Sets of changes by name as one: those of the same weight act one after the other."""
+    """Join sets of changes by name; changes of the same weight act one after the other."""
     by_name: dict[str, list[Change]] = {}
     for changes in sets:
         for name, change in changes.items():
@@ -127,11 +127,11 @@ def merged(sets: Iterable[Mapping[str, Change]]) -> dict[str, Callable[[Tensor],
     return {name: changes[0] if len(changes) == 1 else nn.Sequential(*changes) for name, changes in by_name.items()}
 
 
-def read_change(kind: str, numbers: dict[str, Tensor]) -> Change:
-    """A change as it was saved.
+def read_change(kind: str, parameters: dict[str, Tensor]) -> Change:
+    """Read a saved change.
 
     Raises:
-        KeyError: an unknown kind; TypeError: other numbers than the kind's.
+        KeyError: an unknown kind; TypeError: parameters that the kind does not have.
     """
-    change = _KINDS[kind](**numbers)
+    change = _KINDS[kind](**parameters)
     return change.requires_grad_(False)

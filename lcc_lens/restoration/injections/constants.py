@@ -1,4 +1,4 @@
-"""Constants at head outputs or at the MLP: trained magnitudes over lost directions, and the controls of that."""
+"""Constants at head outputs or at the MLP: trained magnitudes over lost directions, and their controls."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def constants_by_layer(
 
 @dataclass(frozen=True)
 class SiteConstants:
-    """Constants at one site, frozen: of which parts, and the magnitudes and offset that they are made of.
+    """Frozen constants at one site, with the magnitudes and offsets that they consist of.
 
     Parts are heads; an MLP is head 0 of its layer.
     """
@@ -53,7 +53,7 @@ class SiteConstants:
     offset: Float[Tensor, "chosen width"]
 
     def hooks(self, n_parts: int) -> list[NamedHook]:
-        """Hooks that add the constants in a model with so many parts per layer."""
+        """Hooks that add the constants in a model with ``n_parts`` per layer."""
         return site_adders(self.site, constants_by_layer(self.parts, self.values, n_parts))
 
 
@@ -81,21 +81,21 @@ class ConstantInjection(Injection):
 
     @abstractmethod
     def constants(self) -> Float[Tensor, "chosen width"]:
-        """What is added to every chosen part."""
+        """The constant of every chosen part."""
 
     def hooks(self) -> list[NamedHook]:
-        """Hooks that add the present constants; gradients flow into the trained numbers."""
+        """Hooks that add the current constants; gradients flow into the parameters."""
         return site_adders(self.site, constants_by_layer(self.heads, self.constants(), self.n_heads))
 
     @torch.no_grad()
     def frozen(self) -> SiteConstants:
-        """The present constants; what is not made of directions is all offset."""
+        """The current constants; without directions they are all offset."""
         values = self.constants().cpu().clone()
         return SiteConstants(self.site, tuple(self.heads), values, values.new_zeros(len(values), 0), values.clone())
 
 
 class FixedConstants(ConstantInjection):
-    """Constants as they were measured; nothing is trained.
+    """Measured constants; nothing is trained.
 
     Args:
         site: see :class:`ConstantInjection`.
@@ -118,19 +118,19 @@ class LccInjection(ConstantInjection):
     r"""A constant per head: trained magnitudes over fixed lost directions plus a free offset.
 
     $c_{learned} = \sum_{i \le K} \beta_i v_i + b$ with the directions $v_i$ fixed, the magnitudes $\beta_i$ and the
-    offset $b$ trained. All numbers are float32 whatever the model computes in: steps of 1e-3 are lost in bfloat16.
+    offset $b$ trained, in float32.
 
-    ``magnitudes`` and ``offset`` are held in units of each head's root mean square difference (``unit``). This departs
-    from the paper, whose one learning rate meets heads of very different size: in SmolLM2-135M that size grows
-    several hundredfold from the first layer to the last, and the rate that the first layers bear leaves the last
-    ones where they are.
+    ``magnitudes`` and ``offset`` are in units of each head's root mean square difference (``unit``). This departs from
+    the paper, which uses one learning rate for heads whose differences vary in size: in SmolLM2-135M the size grows
+    several hundredfold from the first layer to the last, and a rate that is stable in the first layers hardly moves the
+    last ones.
 
     Args:
         components: lost components of the pair (their directions, and coefficients as a start).
         heads: the heads to restore.
         rank: K; all directions if not given, the offset alone if 0.
         start: ``zero`` begins at the pruned model; ``mean`` begins with $\beta_i = \alpha_i$, the lost component.
-        site: what the components are of: of heads, or of MLPs, which are wide and hold their first directions alone.
+        site: where the components were measured; of an MLP, which is wide, a scan holds the first directions.
 
     Reference: RestoreLCC (arXiv 2510.21834), Eq. 8.
     """
@@ -157,7 +157,7 @@ class LccInjection(ConstantInjection):
             most = f"d_head = {d_head}" if site == "z" else f"the {n_held} directions that the scan holds of the MLP"
             raise RequestError(f"expected a rank between 0 (offset alone) and {most}, got {rank}")
         chosen = head_indices(self.heads)
-        tiny = torch.finfo(torch.float32).tiny  # a head that lost nothing keeps its output
+        tiny = torch.finfo(torch.float32).tiny  # avoids division by zero for a head without differences
         self.register_buffer("directions", components.directions[chosen][:, :rank].float().clone())
         self.register_buffer("unit", components.root_mean_square()[chosen].clamp_min(tiny)[:, None])
         coefficients = components.coefficients[chosen][:, :rank].float() / self.unit
@@ -170,13 +170,13 @@ class LccInjection(ConstantInjection):
 
     @torch.no_grad()
     def frozen(self) -> SiteConstants:
-        """The present constants, magnitudes and offsets, in the activations' units."""
-        magnitudes, offset = ((self.unit * numbers).cpu().clone() for numbers in (self.magnitudes, self.offset))
+        """The current constants, magnitudes and offsets, in units of activations."""
+        magnitudes, offset = ((self.unit * values).cpu().clone() for values in (self.magnitudes, self.offset))
         return SiteConstants(self.site, tuple(self.heads), self.constants().cpu().clone(), magnitudes, offset)
 
 
 class OffsetInjection(LccInjection):
-    r"""A free constant per head without directions, $c = b$: what the directions of Eq. 8 add is seen against it.
+    r"""A free constant per head without directions, $c = b$: the control for the directions of Eq. 8.
 
     Args:
         components: lost components of the pair (their size, and their mean as a start).
@@ -200,7 +200,7 @@ class OffsetInjection(LccInjection):
 
 
 class MeanShift(LccInjection):
-    r"""The mean difference itself, $c = \sum_{i \le K} \alpha_i v_i$ (Eq. 4): closed form, nothing is trained.
+    r"""The mean difference itself, $c = \sum_{i \le K} \alpha_i v_i$ (Eq. 4), in closed form; nothing is trained.
 
     Args:
         components: lost components of the pair.
@@ -218,7 +218,7 @@ class MeanShift(LccInjection):
         site: ConstantSite = "z",
     ) -> None:
         super().__init__(components, heads, rank=rank, start="mean", site=site)
-        if rank is None and components.mean is not None:  # what the directions held leave of the mean
+        if rank is None and components.mean is not None:  # the rest of the mean, outside the stored directions
             with torch.no_grad():
                 chosen = head_indices(self.heads)
                 self.offset.copy_((components.mean[chosen] - self.constants()) / self.unit)

@@ -1,4 +1,4 @@
-"""What an injection declares: where it acts, what it trains, and what a checkpoint needs to carry it."""
+"""The footprint of an injection: where it acts, what it trains, and what a checkpoint needs to hold it."""
 
 from __future__ import annotations
 
@@ -10,35 +10,35 @@ from lcc_lens.models.hooked.sites import CONSTANT_SITES, ConstantSite
 
 @dataclass(frozen=True)
 class Footprint:
-    """What an injection touches and costs, known before anything is trained.
+    """What an injection changes and costs, known before anything is trained.
 
-    A checkpoint carries it if the maps that read each site of ``biases`` can hold a bias, and if there is nothing
-    ``n_beside``; changed weights need nothing. How many numbers the biases add depends on the checkpoint (it may have
-    them already, or bring others along): :func:`lcc_lens.evaluation.comparison.costs.merging_costs` counts them.
+    A checkpoint can hold it if the linear layers behind each site of ``biases`` can hold a bias and ``n_beside`` is 0;
+    changed weights need nothing. How many parameters the biases add depends on the checkpoint (it may have them
+    already, or need others with them): :func:`lcc_lens.evaluation.comparison.costs.merging_costs` counts them.
     """
 
     biases: tuple[ConstantSite, ...] = ()
-    """Sites whose reading maps (output projections, down projections) need a bias for what is added."""
+    """Sites whose linear layers (output projections, down projections) need a bias for the constant."""
     weights: tuple[str, ...] = ()
-    """Modules whose weights change under their zero pattern, by plain name."""
+    """Plain names of modules whose weights change; zeros stay."""
     n_trained: int = 0
-    """Numbers that training moves."""
+    """Trained parameters."""
     n_beside: int = 0
-    """Numbers that stay beside the weights at inference; 0 for all that folds."""
+    """Parameters that stay beside the weights at inference; 0 for everything that folds."""
 
     @property
     def folds(self) -> bool:
-        """Whether nothing is left of it at inference but tensors of the architecture's own."""
+        """Whether the checkpoint needs no tensors beyond its architecture's."""
         return self.n_beside == 0
 
     @classmethod
     def joined(cls, footprints: Iterable[Footprint]) -> Footprint:
-        """That of several injections at once."""
-        every = list(footprints)
-        touched = {site for one in every for site in one.biases}
+        """The footprint of several injections together."""
+        footprints = list(footprints)
+        sites = {site for footprint in footprints for site in footprint.biases}
         return cls(
-            biases=tuple(site for site in CONSTANT_SITES if site in touched),
-            weights=tuple(dict.fromkeys(name for one in every for name in one.weights)),
-            n_trained=sum(one.n_trained for one in every),
-            n_beside=sum(one.n_beside for one in every),
+            biases=tuple(site for site in CONSTANT_SITES if site in sites),
+            weights=tuple(dict.fromkeys(name for footprint in footprints for name in footprint.weights)),
+            n_trained=sum(footprint.n_trained for footprint in footprints),
+            n_beside=sum(footprint.n_beside for footprint in footprints),
         )

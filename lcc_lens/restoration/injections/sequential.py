@@ -1,4 +1,4 @@
-"""Sequential mean shift: each layer's mean difference, measured after the layers before it are mended."""
+"""Sequential mean shift: each layer's mean difference, measured after the layers below it are corrected."""
 
 from __future__ import annotations
 
@@ -29,25 +29,25 @@ def sequential_means(
     model: HookedModel | None = None,
     max_tokens: int = 1024,
 ) -> dict[ConstantSite, Float[Tensor, "layer part width"]]:
-    r"""The mean difference of every layer, each measured behind all the constants before it; nothing is trained.
+    r"""The mean difference of every layer, measured with the constants of all layers below added; nothing is trained.
 
-    $c_l = \mathrm{mean}_n(a_{dense,l} - a_{mended,l})$ over all tokens, where the mended model is the pruned one with
-    $c_0 \dots c_{l-1}$ added, and an MLP's also with its own layer's heads mended. A plain mean shift measures every
-    layer in the pruned model as it is, and mends again what mended layers below already made up for.
+    $c_l = \mathrm{mean}_n(a_{dense,l} - a_{corrected,l})$ over all tokens, where the corrected model is the pruned one
+    with $c_0 \dots c_{l-1}$ added; for an MLP, also its own layer's heads. A plain mean shift measures every layer in
+    the unrestored model, and so corrects again what the layers below have already corrected.
 
-    Both models go layer by layer: the dense one once, the pruned one twice per layer (to measure and to go on; once
-    more for the MLP). The hidden states of all tokens of both models are in memory.
+    Both models run layer by layer: the dense one once, the pruned one twice per layer (to measure and to advance; a
+    third time for the MLP). The hidden states of all tokens of both models are in memory.
 
     Args:
         pair: the hooked models, both in memory.
         sequences: what to measure on.
-        heads: the heads that are mended; none is allowed where the MLP is.
-        mlp: mend the MLPs of all layers, too.
-        model: what to mend, the pair's pruned model if not given.
+        heads: the heads to correct; may be empty with ``mlp``.
+        mlp: also correct the MLPs of all layers.
+        model: the model to correct; the pair's pruned one if not given.
         max_tokens: padded tokens per forward pass at most.
 
     Returns:
-        By site the constants, zero for heads that are not mended.
+        By site the constants, zero for heads that are not corrected.
 
     Raises:
         RequestError: one model in memory at a time, MLPs of different widths, no sequence, or a head outside the model.
@@ -56,32 +56,33 @@ def sequential_means(
     if pair.one_at_a_time:
         raise RequestError("expected both models in memory for a sequential mean shift, got one at a time; load both")
     if mlp and "mlp" not in pair.sites:
-        raise RequestError("expected MLPs of the same width in both models, got others; mend the heads alone")
+        raise RequestError("expected MLPs of the same width in both models, got other widths; leave the MLPs out")
     if not sequences:
         raise RequestError("expected sequences to measure a mean shift on, got none; add data")
     model = pair.pruned if model is None else model
     heads = check_heads(heads, pair.n_layers, pair.n_heads) if heads or not mlp else []
     padded = batches(sequences, max_tokens=max_tokens)
     valid = [batch.is_valid() for batch in padded]
-    dense, mended = (_Measured(LayerWalk(one, [b.tokens for b in padded]), valid) for one in (pair.dense, model))
+    tokens = [batch.tokens for batch in padded]
+    dense, corrected = (_Measured(LayerWalk(walked, tokens), valid) for walked in (pair.dense, model))
     sites: tuple[ConstantSite, ...] = CONSTANT_SITES if mlp else ("z",)
-    found: dict[ConstantSite, Tensor] = {
+    constants: dict[ConstantSite, Tensor] = {
         site: torch.zeros(pair.n_layers, *parts_of(model, site), dtype=torch.float64) for site in sites
     }
-    for layer in track(range(pair.n_layers), pair.n_layers, "mending layers"):
-        wanted = dense.means(sites, [], go_on=True)
+    for layer in track(range(pair.n_layers), pair.n_layers, "correcting layers"):
+        targets = dense.means(sites, [], go_on=True)
         hooks: list[NamedHook] = []
         for site in sites:
-            chosen = torch.zeros(found[site].shape[1], dtype=torch.bool)
+            chosen = torch.zeros(constants[site].shape[1], dtype=torch.bool)
             chosen[[0] if site == "mlp" else [head.head for head in heads if head.layer == layer]] = True
             if bool(chosen.any()):
-                target = wanted[site]
+                target = targets[site]
                 if site == "z" and model is pair.pruned:
                     target = pair.kept_heads(layer, target)
-                found[site][layer, chosen] = (target - mended.means((site,), hooks)[site])[chosen]
-                hooks += site_adders(site, {layer: found[site][layer].float()})
-        mended.walk.advance(hooks)
-    return {site: values.float() for site, values in found.items()}
+                constants[site][layer, chosen] = (target - corrected.means((site,), hooks)[site])[chosen]
+                hooks += site_adders(site, {layer: constants[site][layer].float()})
+        corrected.walk.advance(hooks)
+    return {site: values.float() for site, values in constants.items()}
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Injections that change weights under their zero pattern: masked low rank, gains, norms, all surviving weights."""
+"""Injections that change weights and keep their zeros: masked low rank, gains, norms, all nonzero weights."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class WeightInjection(Injection):
     """Changes of weights by the plain name of their module.
 
     Args:
-        changes: what to train, by module name.
+        changes: by plain name of their module.
         default_lr: see :class:`~lcc_lens.restoration.injections.base.Injection`.
     """
 
@@ -46,7 +46,7 @@ class WeightInjection(Injection):
 
 
 def masked_low_rank(model: HookedModel, *, rank: int = 8, seed: int = 0) -> WeightInjection:
-    r"""$W + M \odot BA$ on every linear map of the decoder layers; nothing is changed at first.
+    r"""$W + M \odot BA$ on every linear layer of the decoder layers, initially the identity.
 
     Args:
         model: the hooked pruned model.
@@ -64,7 +64,7 @@ def masked_low_rank(model: HookedModel, *, rank: int = 8, seed: int = 0) -> Weig
 
 
 def masked_weights(model: HookedModel) -> WeightInjection:
-    """Every surviving weight of the decoder layers' linear maps: full fine-tuning under the mask, an upper bound."""
+    """Every nonzero weight of the decoder layers' linear layers: full fine-tuning under the mask, an upper bound."""
     changes = {name: Shift(torch.zeros(weight_shape(module))) for name, module in layer_maps(model).items()}
     return WeightInjection(changes, default_lr=1e-4)
 
@@ -86,7 +86,7 @@ def norm_gains(model: HookedModel) -> WeightInjection:
 
 
 def output_gains(model: HookedModel, projections: Sequence[str], heads: Sequence[Head]) -> WeightInjection:
-    """LoFiT's scaling of ``hook_z``, one number per head and dimension, as gains of the output projections' columns.
+    """LoFiT's scaling of ``hook_z``, one parameter per head and dimension, as gains of the output projections' columns.
 
     Args:
         model: the hooked pruned model.
@@ -107,7 +107,7 @@ def output_gains(model: HookedModel, projections: Sequence[str], heads: Sequence
 
 
 def mlp_gains(model: HookedModel) -> WeightInjection:
-    """The same at every MLP's post-activation: one number per neuron, as gains of the down projections' columns.
+    """The same at every MLP's post-activation: one parameter per neuron, as gains of the down projections' columns.
 
     Args:
         model: the hooked pruned model.
@@ -121,10 +121,10 @@ def mlp_gains(model: HookedModel) -> WeightInjection:
 
 
 def layer_maps(model: HookedModel) -> dict[str, nn.Module]:
-    """The linear maps of the decoder layers by plain name.
+    """The linear layers of the decoder layers by plain name.
 
     Raises:
-        RequestError: they lie on disk, or the model computes with copies.
+        RequestError: they are on disk, or the model computes with copies.
     """
     modules = plain_modules(model)
     require_in_memory(cast("Any", model).original_model, "methods that change weights")
@@ -134,8 +134,8 @@ def layer_maps(model: HookedModel) -> dict[str, nn.Module]:
 def check_reached(model: HookedModel, injection: Injection) -> None:
     """Refuse an injection whose changed weights a hooked forward pass does not read, fused or stepwise.
 
-    TransformerLens computes joint query-key-value maps (gpt2, gpt_neox) from copies; a change of the original would go
-    nowhere.
+    TransformerLens computes joint query-key-value layers (gpt2, gpt_neox) from copies, so that changing the original
+    has no effect.
 
     Raises:
         RequestError: names the first such weight.

@@ -1,4 +1,4 @@
-"""Settings of a training run, and what it says of every step."""
+"""Settings of a training run, and its record of a step."""
 
 from __future__ import annotations
 
@@ -13,32 +13,32 @@ from lcc_lens.restoration.training.objectives import Objective
 class TrainConfig:
     """Settings of a training run; one epoch is enough for a constant.
 
-    ``lr`` is each injection's own if not given; given, it is that of the first injection, and the others keep their
-    ratio to it. A constant's is in units of each head's root mean square difference (see
-    :class:`~lcc_lens.restoration.injections.LccInjection`), so that one rate fits all heads and models; the paper's
-    1e-3 to 1e-5
-    are in units of activations. ``patience`` ends the run after so many validations in a row without a new best.
-    ``micro_tokens`` bounds the padded tokens of one backward pass (1024 on a CPU and 4096 on a GPU if not given):
-    gradient accumulation, in which a batch is split and the gradients of its parts are summed with the whole batch's
-    token counts, so that the step is that of the unsplit batch. ``gradient_checkpointing`` keeps only what enters each
-    layer and computes the rest again when gradients are taken: the same gradients from less memory, in a third more
-    time. Both decide memory, not the outcome. ``reuse`` computes once per sequence what no step changes (see
-    :mod:`lcc_lens.restoration.training.reuse`): faster over several epochs, in return for memory and disk and for
-    equality within rounding only.
+    ``micro_tokens`` and ``gradient_checkpointing`` save memory and do not change the result.
     """
 
     epochs: int = 1
     batch_size: int = 8
     lr: float | None = None
+    """Learning rate of the first injection, to which the others keep their ratio; each one's own if None. A constant's
+    is in units of each head's root mean square difference (see
+    :class:`~lcc_lens.restoration.injections.constants.LccInjection`), so that one rate fits all heads and models; the
+    paper's 1e-3 to 1e-5 are in units of activations."""
     weight_decay: float = 0.0
     micro_tokens: int | None = None
+    """Padded tokens of one backward pass at most (1024 on a CPU and 4096 on a GPU if None): a larger batch is split, and
+    the gradients of its parts are summed with the whole batch's token counts."""
     validate_every: int = 20
     checkpoint_every: int = 20
     seed: int = 0
     patience: int | None = None
+    """Stop after so many validations in a row without a new best."""
     objective: Objective = field(default_factory=Objective)
     reuse: bool = False
+    """Cache activations below the lowest trained layer (see :mod:`lcc_lens.restoration.training.reuse`): faster over
+    several epochs, but it takes memory and disk, and results are equal within rounding only."""
     gradient_checkpointing: bool = False
+    """Store only each layer's input and compute the rest again in the backward pass: the same gradients from less
+    memory, in a third more time."""
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "micro_tokens", "validate_every", "checkpoint_every"):

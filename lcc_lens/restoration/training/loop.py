@@ -1,4 +1,4 @@
-"""Training of injections: gradients only where needed, resumable at every checkpoint, alone or in several processes."""
+"""Training of injections: resumable, in one process or several."""
 
 from __future__ import annotations
 
@@ -130,8 +130,8 @@ def train(
 
 def _source(model: HookedModel, injection: Injection, config: TrainConfig) -> HookedModel | Source:
     """What gives the model's outputs under the settings."""
-    found = reused(model, injection, checkpoint_layers=config.gradient_checkpointing) if config.reuse else model
-    return found if isinstance(found, Source) or not config.gradient_checkpointing else Checkpointed(found)
+    source = reused(model, injection, checkpoint_layers=config.gradient_checkpointing) if config.reuse else model
+    return source if isinstance(source, Source) or not config.gradient_checkpointing else Checkpointed(source)
 
 
 def _warn_of_divergence(step: int, n_steps: int, got: str, lr: float) -> None:

@@ -1,4 +1,4 @@
-"""Choosing a learning rate: the same few steps at several rates, judged on held-out data."""
+"""Learning-rate range test: the same few steps at several rates, compared on held-out data."""
 
 from __future__ import annotations
 
@@ -61,11 +61,11 @@ def range_test(
     factors: Sequence[float] = FACTORS,
     n_steps: int = 10,
 ) -> RangeTest:
-    """Train a few steps at several learning rates, each from the same start; the injection ends as it began.
+    """Train a few steps at several learning rates, each from the same start; the injection is unchanged afterwards.
 
     Args:
         model: the hooked pruned model.
-        injection: what is to be trained.
+        injection: the injection to be trained.
         sequences: training data, of which the first few are used.
         validation: held-out data.
         config: settings of the run to come; rates are multiples of its rate, or of the method's own.
@@ -77,21 +77,21 @@ def range_test(
     rates = tuple(sorted(middle * factor for factor in factors))
     start = {name: value.clone() for name, value in injection.state_dict().items()}
     few = list(sequences[: n_steps * config.batch_size])
-    kept = None if teacher is None else CachedTeacher(teacher)  # all rates see the same sequences
+    kept = None if teacher is None else CachedTeacher(teacher)  # every rate sees the same sequences
     start_loss = validation_loss(model, injection, validation, config.micro_tokens, config.objective, kept)
     losses = []
     for rate in track(rates, len(rates), "learning rates"):
-        one = replace(config, lr=rate, epochs=1, validate_every=n_steps, patience=None)
+        settings = replace(config, lr=rate, epochs=1, validate_every=n_steps, patience=None)
         last = math.inf
-        for step in train(model, injection, few, validation, one, teacher=kept, first_loss=start_loss):
+        for step in train(model, injection, few, validation, settings, teacher=kept, first_loss=start_loss):
             last = step.validation_loss if step.validation_loss is not None else math.inf
         losses.append(last if math.isfinite(last) else math.inf)
         injection.load_state_dict(start)
-    found = RangeTest(rates, tuple(losses), min(n_steps, -(-len(few) // config.batch_size)), start_loss)
+    result = RangeTest(rates, tuple(losses), min(n_steps, -(-len(few) // config.batch_size)), start_loss)
     tried = ", ".join(f"{rate:.2g}: {loss:.4f}" for rate, loss in zip(rates, losses, strict=True))
-    edge = "; it is the outermost one tried" if found.is_at_edge else ""
-    logger.info("learning rate %g, by held-out loss after %d steps (%s)%s", found.best, found.n_steps, tried, edge)
-    return found
+    edge = "; it is the outermost one tried" if result.is_at_edge else ""
+    logger.info("learning rate %g, by held-out loss after %d steps (%s)%s", result.best, result.n_steps, tried, edge)
+    return result
 
 
 def tuned(

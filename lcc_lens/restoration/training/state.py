@@ -1,4 +1,4 @@
-"""Everything that decides how a training run goes on, in one file that is whole or absent."""
+"""The state of a training run, saved atomically for resuming."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _BUCKET = 8  # batches among which sequences are sorted by length: less padding,
 
 
 class TrainingState:
-    """Everything that decides how a run goes on: numbers, optimiser, schedule, position, best so far."""
+    """State of a run: parameters, optimiser, schedule, position, best so far."""
 
     def __init__(self, injection: Injection, config: TrainConfig, *, n_sequences: int, identity: str) -> None:
         self.injection, self.config = injection, config
@@ -37,7 +37,7 @@ class TrainingState:
         self.n_steps = config.epochs * math.ceil(n_sequences / config.batch_size)
         self.step = self.n_worse = 0
         self.first_loss = self.best_loss = math.inf
-        self.best = self._numbers()
+        self.best = self._parameters()
 
     def remaining_batches(self, sequences: Sequence[TokenSequence]) -> Iterator[list[int]]:
         """The batches of all epochs in their fixed order, without those done before."""
@@ -54,15 +54,15 @@ class TrainingState:
         return float(self.optimizer.param_groups[0]["lr"])
 
     def keep_best(self, loss: float) -> bool:
-        """Remember the present numbers if no earlier ones were better; says whether it did."""
+        """Keep the current parameters if no earlier ones were better; returns whether it did."""
         self.n_worse += 1
         if not loss < self.best_loss:
             return False
-        self.best_loss, self.best, self.n_worse = loss, self._numbers(), 0
+        self.best_loss, self.best, self.n_worse = loss, self._parameters(), 0
         return True
 
     def restore_best(self) -> None:
-        """Put the best numbers back into the injection."""
+        """Put the best parameters back into the injection."""
         with torch.no_grad():
             for name, parameter in self._trained():
                 parameter.copy_(self.best[name])
@@ -71,7 +71,7 @@ class TrainingState:
         """Write one atomic file; only the first of several processes does."""
         if not is_first_process():
             return
-        tensors = {f"now.{name}": value for name, value in self._numbers().items()}
+        tensors = {f"now.{name}": value for name, value in self._parameters().items()}
         tensors |= {f"best.{name}": value for name, value in self.best.items()}
         for name, parameter in self._trained():
             for key, value in self.optimizer.state[parameter].items():
@@ -105,16 +105,16 @@ class TrainingState:
                     key.rsplit(".", 1)[1]: _beside(parameter, tensors[key]) for key in keys
                 }
 
-    def _numbers(self) -> dict[str, Tensor]:
+    def _parameters(self) -> dict[str, Tensor]:
         return {name: parameter.detach().clone() for name, parameter in self._trained()}
 
     def _trained(self) -> list[tuple[str, nn.Parameter]]:
-        return [(name, number) for name, number in self.injection.named_parameters() if number.requires_grad]
+        return [(name, value) for name, value in self.injection.named_parameters() if value.requires_grad]
 
 
-def _beside(parameter: nn.Parameter, kept: Tensor) -> Tensor:
-    """A kept number of the optimiser where it computes: moments beside the parameter, the step count on the CPU."""
-    return kept.to(parameter.device) if kept.ndim else kept
+def _beside(parameter: nn.Parameter, value: Tensor) -> Tensor:
+    """Move a saved optimiser value to its device: moments to the parameter's, the step count to the CPU."""
+    return value.to(parameter.device) if value.ndim else value
 
 
 def learning_rates(injection: Injection, lr: float | None) -> list[float]:

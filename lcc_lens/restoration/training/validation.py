@@ -1,4 +1,4 @@
-"""Losses on held-out data, of a bare model or under an injection."""
+"""Losses on held-out data, with or without an injection."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def validation_loss(
     objective: Objective | None = None,
     teacher: HookedModel | Source | None = None,
 ) -> float:
-    """The objective per counted token (the response loss if none is given); of the bare model without an injection."""
+    """The objective per counted token (by default the response loss), of the unrestored model without an injection."""
     objective = objective or Objective()
     terms = validation_terms(model, injection, sequences, micro_tokens, objective, teacher)
     return sum(objective.weights[name] * value for name, value in terms.items())

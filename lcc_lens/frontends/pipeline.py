@@ -1,0 +1,60 @@
+"""The whole method as one function: prune, scan, select, restore, export, evaluate."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lcc_lens.analysis.scan.scan import scan
+from lcc_lens.analysis.selectors.names import SelectorName
+from lcc_lens.evaluation.evaluate import check_tasks, evaluate
+from lcc_lens.exporters.huggingface import export
+from lcc_lens.models.pair import load_pair
+from lcc_lens.pruning.jobs import prune
+from lcc_lens.restoration.restore import restore
+from lcc_lens.restoration.settings import SCAN_DATA, SCAN_EXAMPLES, TRAIN_DATA, TRAIN_EXAMPLES, HeadRequest
+from lcc_lens.restoration.training_data import load_role
+
+
+def prune_and_restore(
+    model: str | Path,
+    folder: str | Path,
+    tasks: Sequence[str] = ("wikitext",),
+    *,
+    sparsity: float = 0.5,
+    calibration: str = "c4",
+    n_samples: int = 128,
+    seq_len: int = 512,
+    scan_data: str = SCAN_DATA,
+    selector: SelectorName = HeadRequest.selector,
+    heads: float = HeadRequest.fraction,
+    train_data: str = TRAIN_DATA,
+    method: str = "lcc",
+    limit: int | None = None,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Prune a model by Wanda, restore it, export the result, and evaluate all three models.
+
+    Args:
+        model: reference of the dense model.
+        folder: receives ``pruned`` and ``restored`` (Hugging Face directories) and ``run``.
+        tasks: what to evaluate on; ``limit``: blocks, responses or items of each at most.
+        sparsity: fraction of the weights to remove; ``calibration``, ``n_samples``, ``seq_len``: see ``prune``.
+        scan_data: questions that the pair is scanned on; ``selector``, ``heads``: how many heads they choose, and how.
+        train_data: what the restoration trains on; ``method``: see ``restore``.
+
+    Returns:
+        The contents of ``results.json``: every task of the dense, the pruned and the restored model.
+    """
+    pruned, run, restored = (Path(folder) / name for name in ("pruned", "run", "restored"))
+    check_tasks(tasks)
+    probe = load_role(scan_data, SCAN_EXAMPLES, "probe", seed)
+    training = load_role(train_data, TRAIN_EXAMPLES, "train", seed)
+    prune(model, pruned, sparsity=sparsity, calibration=calibration, n_samples=n_samples, seq_len=seq_len, seed=seed)
+    pair = load_pair(model, pruned)
+    differences = scan(pair, probe, limit=SCAN_EXAMPLES, seed=seed, run=run)
+    chosen = differences.select(selector, share=heads, seed=seed)
+    restoration = restore(pair, differences, chosen, training, method=method, limit=TRAIN_EXAMPLES, run=run)
+    export(restoration, pruned, restored)
+    return evaluate([model, pruned, restored], tasks, limit=limit)
