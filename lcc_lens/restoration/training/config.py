@@ -25,7 +25,7 @@ class TrainConfig:
     paper's 1e-3 to 1e-5 are in units of activations."""
     weight_decay: float = 0.0
     micro_tokens: int | None = None
-    """Padded tokens of one backward pass at most (1024 on a CPU and 4096 on a GPU if None): a larger batch is split, and
+    """Padded tokens of one backward pass at most (1024 on a CPU, 4096 on a GPU): a larger batch is split, and
     the gradients of its parts are summed with the whole batch's token counts."""
     validate_every: int = 20
     checkpoint_every: int = 20

@@ -178,7 +178,7 @@ def test_what_cannot_be_measured_is_refused(
         sequential_means(replace(pair, sites=("z",)), sequences, HEADS, mlp=True)
     with pytest.raises(RequestError, match="expected both models in memory for a sequential mean shift"):
         sequential_means(load_pair(dense_dir, pruned_dir, one_at_a_time=True), sequences, HEADS)
-    with pytest.raises(RequestError, match="expected a pair of models to measure a sequential mean shift in"):
+    with pytest.raises(RequestError, match="expected both models to measure in, got the pruned one"):
         MethodSpec.parse("mean-shift-sequential").build(Ingredients(pair.pruned, None, HEADS, pair.output_projections))
     weight = dict(pair.pruned.original_model.named_parameters())
     name = next(name for name in weight if "v_proj" in name)
