@@ -1,4 +1,4 @@
-"""The doctor: whether a model loads as it should, what works for it and on this machine, and what would help."""
+"""Check what works for a model and on this machine by trying it, and advise on what does not."""
 
 from __future__ import annotations
 
@@ -29,14 +29,18 @@ from lcc_lens.models.loading.references import resolve
 from lcc_lens.pruning.methods.slimgpt import Quota
 from lcc_lens.pruning.output.slicing import allowed_groups, require_sliceable, sliced_config
 
-#: ``no`` is something that does not work and has another way; ``failed`` a model that nothing here can use.
+#: ``no`` is a feature that does not work but can be replaced; ``failed`` a model that nothing here can use.
 Verdict = Literal["yes", "no", "failed"]
+_PACKAGES = ("torch", "transformers", "transformer-lens", "safetensors", "accelerate", "peft", "gguf")
+#: Width of the timed matrix products, how many there are at most, and the seconds after which no more follow.
+_WIDTH, _REPEATS, _SECONDS = 512, 5, 0.1
+_FORMATS = (torch.float32, torch.bfloat16)
 _MARK = {"yes": "✓", "no": "–", "failed": "✗"}
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at: what was found, and what to do about it where that is not all."""
+    """One check: its verdict, what was found, and advice if there is something to do."""
 
     name: str
     verdict: Verdict
@@ -45,14 +49,14 @@ class Finding:
 
     @property
     def row(self) -> list[str]:
-        """A row of a table: name, and what there is to say."""
-        said = f"{self.found}; {self.advice}" if self.advice else self.found
-        return [f"{_MARK[self.verdict]} {self.name}", said]
+        """A row of a table: the name with a mark, and the finding with its advice."""
+        text = f"{self.found}; {self.advice}" if self.advice else self.found
+        return [f"{_MARK[self.verdict]} {self.name}", text]
 
 
 @dataclass(frozen=True)
 class Examination:
-    """Everything that the doctor found about a model and a machine."""
+    """All findings on a model and a machine."""
 
     reference: str
     model: tuple[Finding, ...]
@@ -60,20 +64,50 @@ class Examination:
 
     @property
     def is_sound(self) -> bool:
-        """Whether the model loads and passes its checks; what merely has another way does not count."""
+        """Whether the model loads and passes its checks; features with a replacement do not count."""
         return all(finding.verdict != "failed" for finding in (*self.model, *self.machine))
 
 
-def examine(reference: str | Path) -> Examination:
-    """Run the checks of loading, try what an architecture can do, and look at the machine.
+@dataclass(frozen=True)
+class Machine:
+    """Versions by package (None if not installed), the device and its speed.
 
-    Every answer comes from trying: nothing is looked up in a list of families.
+    ``gflops`` are billions of operations per second of a matrix product in float32 and bfloat16, the best of a few.
+    ``free_bytes`` is the device's free memory, None if unknown.
+    """
+
+    python: str
+    versions: dict[str, str | None]
+    device: str
+    dtype: str
+    gflops: dict[str, float]
+    free_bytes: int | None
+
+    @classmethod
+    def here(cls) -> Machine:
+        """Look at this machine; the matrix products take a few milliseconds on most."""
+        device = default_device()
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "CPU"
+        return cls(
+            python=platform.python_version(),
+            versions={"lcc-lens": package_version(), **{package: _version(package) for package in _PACKAGES}},
+            device=f"{device} ({name})",
+            dtype=str(compute_dtype(device)).removeprefix("torch."),
+            gflops={str(dtype).removeprefix("torch."): _speed(device, dtype) for dtype in _FORMATS},
+            free_bytes=_free_bytes(device),
+        )
+
+
+def examine(reference: str | Path) -> Examination:
+    """Run the checks of loading, try every feature on the model, and look at the machine.
+
+    Features are tried, not looked up in a list of families.
 
     Args:
         reference: see :func:`lcc_lens.models.loading.references.resolve`.
 
     Returns:
-        Findings; a model that cannot be used is one of them, not an error.
+        The findings. A model that cannot be used is a finding, not an error.
 
     Example:
         >>> for finding in examine("smollm2").model:  # doctest: +SKIP
@@ -107,7 +141,7 @@ def _model_findings(reference: str | Path) -> Iterator[Finding]:
 
 
 def _hook_findings(loaded: LoadedModel, checkpoint: Checkpoint) -> Iterator[Finding]:
-    """What works for a model under hooks."""
+    """Which features work for a model under hooks."""
     removed = sum(map(len, loaded.removed_heads))
     if removed:
         yield Finding("heads removed", "yes", f"{removed}, whose columns of the output projection are all zero")
@@ -128,7 +162,7 @@ def _hook_findings(loaded: LoadedModel, checkpoint: Checkpoint) -> Iterator[Find
 
 
 def _pruning_findings(checkpoint: Checkpoint) -> Iterator[Finding]:
-    """Which pruners take the checkpoint, from names and shapes alone."""
+    """Which pruners take the checkpoint, judged by names and shapes."""
     plan = []
 
     def matrices() -> str:
@@ -170,7 +204,7 @@ def _machine_findings(machine: Machine) -> Iterator[Finding]:
 
 
 def _format_finding(machine: Machine, speeds: str) -> Finding:
-    """The number format that is computed in, and whether the other one would be faster."""
+    """The number format of computations, and whether the other one would be faster."""
     other = {"float32": "bfloat16", "bfloat16": "float32"}.get(machine.dtype)
     found = f"computes in {machine.dtype}; {speeds}"
     if other is None or machine.gflops[other] < 1.5 * machine.gflops[machine.dtype]:
@@ -188,43 +222,6 @@ def _tried(name: str, action: Callable[[], str]) -> Finding:
 def _refusal(name: str, error: LensError, verdict: Verdict) -> Finding:
     found, _, advice = str(error).partition("; ")
     return Finding(name, verdict, found, advice)
-
-
-_PACKAGES = ("torch", "transformers", "transformer-lens", "safetensors", "accelerate", "peft", "gguf")
-_WIDTH, _REPEATS, _SECONDS = 512, 5, 0.1
-
-
-@dataclass(frozen=True)
-class Machine:
-    """Versions by package (None where it is not installed), and what computes.
-
-    ``gflops`` are billions of operations per second of a matrix product in float32 and bfloat16, the best of a few;
-    ``free_bytes`` the device's free memory, None where it cannot be told.
-    """
-
-    python: str
-    versions: dict[str, str | None]
-    device: str
-    dtype: str
-    gflops: dict[str, float]
-    free_bytes: int | None
-
-    @classmethod
-    def here(cls) -> Machine:
-        """Look at this machine; the products take a few milliseconds on most."""
-        device = default_device()
-        name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "CPU"
-        return cls(
-            python=platform.python_version(),
-            versions={"lcc-lens": package_version(), **{package: _version(package) for package in _PACKAGES}},
-            device=f"{device} ({name})",
-            dtype=str(compute_dtype(device)).removeprefix("torch."),
-            gflops={str(dtype).removeprefix("torch."): _speed(device, dtype) for dtype in _FORMATS},
-            free_bytes=_free_bytes(device),
-        )
-
-
-_FORMATS = (torch.float32, torch.bfloat16)
 
 
 def _version(package: str) -> str | None:
@@ -260,7 +257,7 @@ def _free_bytes(device: torch.device) -> int | None:
         return int(torch.cuda.mem_get_info(device)[0])
     try:
         with open("/proc/meminfo", encoding="ascii") as file:
-            found = dict(line.split(":", 1) for line in file)
-        return 1024 * int(found["MemAvailable"].split()[0])
+            fields = dict(line.split(":", 1) for line in file)
+        return 1024 * int(fields["MemAvailable"].split()[0])
     except (OSError, KeyError, ValueError, IndexError):
         return None

@@ -1,8 +1,9 @@
-"""Evaluation of plain Hugging Face models: perplexity, response loss, and accuracies by name."""
+"""Evaluate plain Hugging Face models on tasks: perplexity of text, response loss, and zero-shot accuracy."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,19 @@ from lcc_lens.models.loading.references import resolve
 Scores = dict[str, Any]
 
 
+def evaluate(
+    references: Sequence[str | Path], tasks: Sequence[str], *, limit: int | None = None, length: int = 512
+) -> Scores:
+    """The contents of ``results.json``: the scores of every model on every task, by the model's name."""
+    check_tasks(tasks)
+    paths = [resolve(reference) for reference in references]
+    models = {
+        name: evaluate_model(reference, tasks, limit=limit, length=length)
+        for name, reference, _ in zip(unique_names(references), references, paths, strict=True)
+    }
+    return {"models": models, "settings": {"limit": limit, "length": length}, "version": package_version()}
+
+
 def evaluate_model(
     reference: str | Path,
     tasks: Sequence[str],
@@ -31,14 +45,14 @@ def evaluate_model(
     length: int = 512,
     dtype: torch.dtype | None = None,
 ) -> Scores:
-    """All tasks of one model: perplexity on text, response loss on instructions, accuracy on lm-eval's tasks.
+    """Score one model: perplexity on text, response loss on instructions, accuracy on lm-eval's tasks.
 
     Args:
         reference: a model reference.
         tasks: names of data sets or lm-eval tasks, or ``.jsonl``/``.txt`` files.
-        limit: blocks, responses or items per task at most.
+        limit: maximum of blocks, responses or items per task.
         length: tokens per block of text (perplexity depends on it).
-        dtype: compute format.
+        dtype: number format of the model; the device's default if not given.
 
     Raises:
         RequestError: an unknown task or model, checked before the model is loaded.
@@ -58,23 +72,10 @@ def evaluate_model(
     return {"path": str(reference), "tasks": scores}
 
 
-def evaluate(
-    references: Sequence[str | Path], tasks: Sequence[str], *, limit: int | None = None, length: int = 512
-) -> Scores:
-    """The contents of ``results.json``: every task of every model, by the model's name."""
-    check_tasks(tasks)
-    paths = [resolve(reference) for reference in references]
-    models = {
-        name: evaluate_model(reference, tasks, limit=limit, length=length)
-        for name, reference, _ in zip(unique_names(references), references, paths, strict=True)
-    }
-    return {"models": models, "settings": {"limit": limit, "length": length}, "version": package_version()}
-
-
 def unique_names(references: Sequence[str | Path]) -> list[str]:
-    """A short name per model: the last part of its reference, or the whole where that is taken twice.
+    """A short name per model: the last part of its reference, or all of it if two references end alike.
 
-    A reference that is itself given again gets a number, so that no model takes another's place.
+    A repeated reference gets a number, so that no model replaces another.
 
     Example:
         >>> unique_names(["out/wanda50", "smollm2", "smollm2"])
@@ -87,10 +88,10 @@ def unique_names(references: Sequence[str | Path]) -> list[str]:
 
 
 def check_tasks(tasks: Sequence[str]) -> None:
-    """Refuse unknown tasks, and tasks without data, before any work.
+    """Refuse unknown tasks and tasks without data.
 
     Raises:
-        RequestError: names the task and what there is.
+        RequestError: names the task and the known ones.
     """
     if not tasks:
         raise RequestError(f"expected at least one task, got none; name some of {', '.join(DATASETS)}")
@@ -101,15 +102,17 @@ def check_tasks(tasks: Sequence[str]) -> None:
         known = set(TaskManager().all_tasks)
         missing = [task for task in unknown if task not in known]
         if missing:
+            near = get_close_matches(missing[0], [*DATASETS, *known], n=1)
+            hint = f"did you mean {near[0]!r}, or " if near else ""
             raise RequestError(
-                f"expected a task, got {missing[0]!r}; there are {', '.join(DATASETS)}, .jsonl and .txt files, "
-                "and lm-eval's tasks"
+                f"expected a task, got {missing[0]!r}; {hint}choose one of {', '.join(DATASETS)}, a .jsonl or .txt "
+                "file, or one of lm-eval's tasks"
             )
     for task in tasks:
         if is_data_file(task) and not Path(task).exists():
             raise RequestError(f"expected the data file {task}, got nothing there; check the path")
         if task in DATASETS:
-            available_splits(task)  # a missing source should not come to light after hours
+            available_splits(task)  # refuses a missing source now rather than after hours
 
 
 def _is_loss_task(task: str) -> bool:
@@ -119,19 +122,19 @@ def _is_loss_task(task: str) -> bool:
 def _loss_data(task: str, limit: int | None) -> Data:
     if is_data_file(task):
         return load_data(task)
-    # Of text the limit counts blocks; of instructions, responses: more of them would be compared for nothing
+    # the limit counts blocks of text or responses; no more responses need to be read
     return load_data(task, None if named_kind(task) == "text" else limit, role="held-out")
 
 
 def _named_loss(data: Data, loss: Scores) -> Scores:
-    """Text reports its perplexity first, instructions their response loss."""
+    """The scores of a loss task: perplexity first for text, response loss for instructions."""
     keys = ("tokens", "sequences")
     named: Scores = {"perplexity": loss["perplexity"]} if data.kind == "text" else {"response_loss": loss["loss"]}
     return {**named, "loss": loss["loss"], **{key: loss[key] for key in keys}, "source": data.source}
 
 
 def format_scores(tasks: dict[str, Any]) -> dict[str, str]:
-    """Column title to text for one model's scores: perplexity, response loss, accuracy with standard error."""
+    """One model's scores as text by column title: perplexity, response loss, accuracy ± standard error."""
     columns: dict[str, str] = {}
     for name, scores in tasks.items():
         if "perplexity" in scores:

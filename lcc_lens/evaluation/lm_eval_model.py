@@ -1,4 +1,4 @@
-"""Likelihoods of answers for lm-eval: logits where an answer stands and nowhere else, in float32."""
+"""lm-eval's model interface, with logits computed only at the answers' positions and log-likelihoods in float32."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from lcc_lens.core.errors import RequestError
 from lcc_lens.data.batches import Batch, TokenSequence, batches
 from lcc_lens.models.hooked.losses import logits_where, token_nll
 
-#: A request of lm-eval: its texts, the context's tokens and the answer's.
+#: A request of lm-eval: its texts, the tokens of the context, and the tokens of the answer.
 Request = tuple[tuple[str, str], list[int], list[int]]
 
 
 class AnswerScorer(HFLM):  # type: ignore[misc]  # lm-eval is not typed
-    """lm-eval's model of transformers, faster and more exact in coarse formats.
+    """lm-eval's model class for transformers, made faster, and more exact in 16-bit formats.
 
-    lm-eval computes a distribution over the vocabulary at every position of every request, in the model's format. Here
-    it is computed at the answers' positions alone, its logarithms are float32, and answers of one token after the same
-    context share a pass. Prompts, tokens, truncation and scoring are lm-eval's own.
+    lm-eval computes logits at every position of every request, in the model's format. Here they are computed at the
+    answers' positions only, log-likelihoods are float32, and requests that read the same tokens share a pass. Prompts,
+    tokens, truncation and scoring are lm-eval's own.
 
     Args:
-        model: a causal model; hooks on it act.
+        model: a causal model, whose hooks stay active.
         tokenizer: its tokenizer.
-        max_length: tokens per request at most; more are cut from the left.
+        max_length: maximum of tokens per request; longer ones are cut from the left.
         max_tokens: padded tokens per forward pass.
     """
 
@@ -40,10 +40,10 @@ class AnswerScorer(HFLM):  # type: ignore[misc]  # lm-eval is not typed
     def _loglikelihood_tokens(
         self, requests: Sequence[Request], disable_tqdm: bool = False, override_bs: int | None = None
     ) -> list[tuple[float, bool]]:
-        """Log-likelihood of every request's answer in nats, and whether each of its tokens is the likeliest.
+        """Log-likelihood of every request's answer in nats, and whether greedy decoding would give the answer.
 
         Raises:
-            RequestError: an answer that is longer than the limit by itself.
+            RequestError: an answer alone is longer than the limit.
         """
         longest = max((len(answer) for _, _, answer in requests), default=0)
         if longest > self.max_length:
@@ -56,17 +56,17 @@ class AnswerScorer(HFLM):  # type: ignore[misc]  # lm-eval is not typed
             sharing.setdefault((read, len(answer)), []).append(index)
         sequences = [TokenSequence(torch.tensor(read), len(read) - n + 1) for read, n in sharing]
         members = list(sharing.values())
-        found: dict[int, tuple[float, bool]] = {}
+        scores: dict[int, tuple[float, bool]] = {}
         bar = huggingface.tqdm(total=len(requests), disable=disable_tqdm)
         for batch in batches(sequences, max_tokens=self._max_tokens):
             for row, logits in zip(batch.index, self._answer_logits(batch), strict=True):
                 for index in members[row]:
                     text, _, answer = requests[index]
-                    found[index] = _scored(logits, answer)
-                    self.cache_hook.add_partial("loglikelihood", text, found[index])
+                    scores[index] = _scored(logits, answer)
+                    self.cache_hook.add_partial("loglikelihood", text, scores[index])
                 bar.update(len(members[row]))
         bar.close()
-        return [found[index] for index in range(len(requests))]
+        return [scores[index] for index in range(len(requests))]
 
     def _answer_logits(self, batch: Batch) -> Iterator[Float[Tensor, "answer vocab"]]:
         """The logits that predict each row's answer; no others are computed."""

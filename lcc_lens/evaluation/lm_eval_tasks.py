@@ -1,4 +1,4 @@
-"""lm-eval's tasks: its prompts and scoring, our items where we have them, and its progress as one of our bars."""
+"""Run lm-eval's tasks on a model, with items from local data sets where there are any."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from lcc_lens.data.sources import available_splits, read_records
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-#: Folders of lm-eval's own task files for the named data sets: its whole index takes most of a minute to read.
+#: lm-eval's folders of the task files for our data sets; its whole index takes most of a minute to read.
 HARNESS_FOLDERS = {
     "boolq": "super_glue/boolq",
     "rte": "glue/rte",
@@ -52,10 +52,11 @@ def evaluate_task(
         limit: items at most, the first ones.
         records: the items to use instead of the task's own evaluation split.
         batch_tokens: padded tokens per forward pass; 1024 on a CPU and 4096 on a GPU if not given.
-        with_items: also say of each item whether it was right, for paired comparisons.
+        with_items: also return whether each item was right, for paired comparisons.
 
     Returns:
-        ``acc``, ``stderr``, ``n``, and ``acc_norm`` where the task has it; ``items`` as a text of 1 and 0 if wanted.
+        ``acc``, ``stderr``, ``n``, and ``acc_norm`` if the task has it; ``items``, if requested, as a string of 1
+        (right) and 0 (wrong).
 
     Raises:
         RequestError: unknown task, or no data for it.
@@ -75,13 +76,13 @@ def evaluate_task(
     if "acc,none" not in scores:
         raise RequestError(f"expected a task scored by accuracy, got {task}; run it with lm-eval itself")
     accuracy = float(scores["acc,none"])
-    found: dict[str, Any] = {"acc": accuracy, "stderr": math.sqrt(accuracy * (1 - accuracy) / max(n - 1, 1)), "n": n}
+    scored: dict[str, Any] = {"acc": accuracy, "stderr": math.sqrt(accuracy * (1 - accuracy) / max(n - 1, 1)), "n": n}
     if "acc_norm,none" in scores:
-        found["acc_norm"] = float(scores["acc_norm,none"])
+        scored["acc_norm"] = float(scores["acc_norm,none"])
     if with_items:
         samples = sorted(next(iter(results["samples"].values())), key=lambda sample: sample["doc_id"])
-        found["items"] = "".join(str(int(sample["acc"])) for sample in samples)
-    return found
+        scored["items"] = "".join(str(int(sample["acc"])) for sample in samples)
+    return scored
 
 
 def _context(model: PreTrainedModel) -> int:
@@ -89,14 +90,14 @@ def _context(model: PreTrainedModel) -> int:
 
 
 def _task_spec(task: str, folder: Path, records: Sequence[Record] | None) -> tuple[Any, Any]:
-    """lm-eval's task manager and its own task, reading our records where we have them."""
+    """lm-eval's task manager and the task's name in it; the task reads our records where there are any."""
     import lm_eval
     from lm_eval.tasks import TaskManager
 
     if task not in HARNESS_FOLDERS:
         return TaskManager(), task
-    own = Path(lm_eval.__file__).parent / "tasks" / HARNESS_FOLDERS[task]
-    entry = TaskManager(include_path=str(own), include_defaults=False).task_index[task]
+    folder_of_task = Path(lm_eval.__file__).parent / "tasks" / HARNESS_FOLDERS[task]
+    entry = TaskManager(include_path=str(folder_of_task), include_defaults=False).task_index[task]
     evaluated = str(entry.cfg.get("test_split") or entry.cfg["validation_split"])
     if records is None:
         splits = available_splits(task)
@@ -122,7 +123,7 @@ def _task_spec(task: str, folder: Path, records: Sequence[Record] | None) -> tup
 
 
 def _with_hub_fields(task: str, record: Record) -> Mapping[str, Any]:
-    """Fields that lm-eval's prompts read and some copies of the data sets name otherwise."""
+    """A record with the field names that lm-eval's prompts read, which some copies of the data sets change."""
     if task == "boolq" and "label" not in record:
         return {**record, "label": int(record["answer"])}
     if task == "rte" and "sentence1" not in record:
@@ -131,7 +132,7 @@ def _with_hub_fields(task: str, record: Record) -> Mapping[str, Any]:
 
 
 class _Bar:
-    """Stands in for the tqdm bar within lm-eval and moves ours."""
+    """Replaces lm-eval's tqdm bar and advances one of ours."""
 
     def __init__(self, description: str, total: int) -> None:
         self._ticks = track(range(total), total, description)
@@ -147,7 +148,7 @@ class _Bar:
 
 @contextmanager
 def _quiet(description: str) -> Iterator[None]:
-    """Keep lm-eval's and datasets' own notes out of ours, and show its progress as one of our bars."""
+    """Silence lm-eval's and datasets' messages, and show lm-eval's progress in one of our bars."""
     import datasets
     from lm_eval.api import model, task
     from lm_eval.models import huggingface
@@ -160,7 +161,7 @@ def _quiet(description: str) -> Iterator[None]:
         model: lambda items, *args, **kwargs: items,
         task: lambda items, *args, **kwargs: items,
     }
-    theirs = {module: vars(module)["tqdm"] for module in bars}
+    originals = {module: vars(module)["tqdm"] for module in bars}
     for name in names:
         logging.getLogger(name).setLevel(logging.ERROR)
     datasets.disable_progress_bars()
@@ -169,7 +170,7 @@ def _quiet(description: str) -> Iterator[None]:
     try:
         yield
     finally:
-        for module, bar in theirs.items():
+        for module, bar in originals.items():
             vars(module)["tqdm"] = bar
         for name, level in levels.items():
             logging.getLogger(name).setLevel(level)

@@ -1,4 +1,4 @@
-"""Task-specific recovery: a few right answers of one task to train on, then that task and what it cost elsewhere."""
+"""Task-specific recovery: train on a few right answers of one task, then measure that task and other text."""
 
 from __future__ import annotations
 
@@ -28,23 +28,23 @@ from lcc_lens.restoration.result import Restoration
 from lcc_lens.restoration.run_folder import RUN_METRICS
 
 RECOVERY_TASKS: tuple[str, ...] = get_args(RecoveryTask)
-#: What a task's recovery takes if nothing else is said: the paper's 100 to 200 examples, three times.
+#: Default number of training examples and epochs; the paper takes 100 to 200 examples.
 TASK_EXAMPLES, TASK_EPOCHS = 200, 3
 
 
 def load_task_data(task: str, examples: int = TASK_EXAMPLES, *, seed: int = 0) -> tuple[Data, Data]:
-    """A task's training examples, and others of the same role that choose the best numbers; they share no group.
+    """A task's training examples, and validation examples that choose the best parameters; they share no group.
 
-    A response is the right answer behind lm-eval's prompt. Validation comes from the training part, a tenth as many
-    and at least 8, so that the held-out items, which are measured, choose nothing.
+    A response is the right answer to lm-eval's prompt. Validation examples, a tenth as many and at least 8, have the
+    role ``train`` too, so that the held-out items are only measured.
 
     Args:
-        task: which.
+        task: one of :data:`RECOVERY_TASKS`.
         examples: training examples, 100 to 200 in the paper.
         seed: of the draw.
 
     Raises:
-        RequestError: another task, or fewer examples than that.
+        RequestError: another task, or too few examples.
 
     Reference:
         Feng et al., arXiv 2510.21834: task-specific recovery.
@@ -54,7 +54,7 @@ def load_task_data(task: str, examples: int = TASK_EXAMPLES, *, seed: int = 0) -
     if examples < 2:
         raise RequestError(f"expected at least 2 training examples of {task}, got {examples}; raise the number")
     n_validation = max(8, examples // 10)
-    # several times as many as needed: those that share an article with a training example cannot validate
+    # more than needed, since examples that share a group with a training example are left out
     drawn = load_data(task, examples + 4 * n_validation, role="train", seed=seed)
     training, rest = split_examples(drawn, examples)
     validation = replace(rest, examples=rest.examples[:n_validation])
@@ -68,14 +68,14 @@ def load_task_data(task: str, examples: int = TASK_EXAMPLES, *, seed: int = 0) -
 
 @dataclass(frozen=True)
 class TaskMeasures:
-    """What a task's recovery is measured on.
+    """Data that a task's recovery is measured on.
 
     Args:
         task: its held-out items are scored.
-        items: of them at most, drawn with ``seed``; all if None.
-        text: a corpus of another kind, whose perplexity says what the recovery cost elsewhere.
-        blocks: blocks of it at most.
-        block_length: tokens per block at most.
+        items: how many of them, drawn with ``seed``; all if None.
+        text: a corpus of another kind, whose perplexity shows what the recovery cost elsewhere.
+        blocks: maximum of blocks of the corpus.
+        block_length: maximum of tokens per block.
         seed: of the draw.
     """
 
@@ -151,5 +151,5 @@ class TaskMeasures:
 
 
 def note_task(run: Path, measured: dict[str, Any]) -> None:
-    """Write what was measured into the run's ``metrics.json``, beside the validation."""
+    """Add the measured recovery to the run's ``metrics.json``."""
     write_json(run / RUN_METRICS, {**read_json(run / RUN_METRICS), "recovery": measured})

@@ -1,4 +1,4 @@
-"""LoRA and DoRA by peft, under TransformerLens' hooks: adapters that stand in for plain linear maps for a while."""
+"""LoRA and DoRA adapters from peft, attached to the linear layers of a hooked model."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ ADAPTERS: dict[str, tuple[AdapterKind, tuple[str, ...]]] = {
 
 
 class AdapterInjection(Injection):
-    """Peft's adapter layers, which replace plain modules while they are attached.
+    """Peft's adapter layers, which replace linear layers while they are attached.
 
-    They do not fold under a zero pattern: merged, they fill the zeros; beside the weights, they cost time.
+    They cannot be folded into pruned weights: merging fills the zeros, and kept separate they cost inference time.
 
     Args:
-        layers: adapter layers by the path of the module that they stand in for, within the plain model.
+        layers: adapter layers by the path of the module in the plain model that they replace.
         names: those modules' plain names.
-        default_lr: the learning rate if none is asked for.
+        default_lr: the learning rate if none is given.
     """
 
     def __init__(self, layers: Mapping[str, nn.Module], names: Sequence[str], *, default_lr: float = 3e-3) -> None:
@@ -49,7 +49,7 @@ class AdapterInjection(Injection):
 
     @property
     def n_beside(self) -> int:
-        """How many numbers stand beside the model's weights: those of the adapters."""
+        """Number of parameters kept beside the model's weights: the adapters'."""
         return self.n_trained
 
     @property
@@ -59,7 +59,7 @@ class AdapterInjection(Injection):
 
     @contextmanager
     def attached(self, model: HookedModel) -> Iterator[HookedModel]:
-        """Put the adapters in their places inside the block."""
+        """Attach the adapters within the ``with`` block."""
         original = plain_model(model)
         plain = {path: original.get_submodule(path) for path in self._paths}
         try:
@@ -71,7 +71,7 @@ class AdapterInjection(Injection):
                 _put(original, path, module)
 
     def merged_weights(self) -> dict[str, Callable[[Tensor], Tensor]]:
-        """By plain name of a map, what gives its weight ``[out, in]`` with the adapter merged."""
+        """By name of a linear layer, a function that merges the adapter into its weight ``[out, in]``."""
         return {
             name: functools.partial(_merged_weight, layer)
             for name, layer in zip(self._names, self.members, strict=True)
@@ -86,24 +86,26 @@ def adapters(
     targets: Sequence[str] = ATTENTION,
     seed: int = 0,
 ) -> AdapterInjection:
-    """Peft's LoRA or DoRA on linear maps of the decoder layers; the model itself stays as it is.
+    """Build peft's LoRA or DoRA for linear layers of the decoder; the model itself does not change.
 
     Args:
         model: the hooked model.
         kind: ``lora`` (arXiv 2106.09685) or ``dora`` (arXiv 2402.09353).
         rank: of the adapters; alpha is twice the rank.
-        targets: last parts of the names of the maps.
+        targets: last parts of the linear layers' names.
         seed: of the adapters' initial values.
 
     Raises:
-        RequestError: no map of such a name, rows of zeros for DoRA, or peft is not installed.
+        RequestError: no linear layer of such a name, rows of zeros for DoRA, or peft is not installed.
     """
     original = plain_model(model)
     chosen = {id(m): name for name, m in layer_maps(model).items() if name.rsplit(".", 1)[-1] in targets}
     names = {path: chosen[id(module)] for path, module in original.named_modules() if id(module) in chosen}
     paths = list(names)
     if not paths:
-        raise RequestError(f"expected linear maps named {', '.join(targets)}, got none in this architecture")
+        raise RequestError(
+            f"expected linear layers named {', '.join(targets)}, got none in this architecture; name others"
+        )
     plain = {path: original.get_submodule(path) for path in paths}
     if kind == "dora":
         _refuse_zero_rows({names[path]: module for path, module in plain.items()})
@@ -123,7 +125,7 @@ def adapters(
 
 
 def _refuse_zero_rows(maps: Mapping[str, nn.Module]) -> None:
-    """DoRA divides every row of a weight by its norm: a row that pruning took whole would give no number."""
+    """Refuse rows of zeros, since DoRA divides every row of a weight by its norm."""
     for name, module in maps.items():
         weight = cast("Tensor", module.weight)
         n_zero = int((weight == 0).all(0 if is_transposed(module) else 1).sum())
@@ -132,7 +134,7 @@ def _refuse_zero_rows(maps: Mapping[str, nn.Module]) -> None:
 
 
 def adapted(model: nn.Module, paths: Sequence[str], *, kind: AdapterKind, rank: int, seed: int) -> None:
-    """Let peft put adapters beside a plain model's linear maps, in place; alpha is twice the rank.
+    """Let peft add adapters to a plain model's linear layers, in place; alpha is twice the rank.
 
     Raises:
         RequestError: peft is not installed.
@@ -148,7 +150,7 @@ def adapted(model: nn.Module, paths: Sequence[str], *, kind: AdapterKind, rank: 
 
 
 def _merged_weight(layer: Any, weight: Tensor) -> Tensor:
-    """What peft merges the adapter into; the layer stays unmerged, bit for bit."""
+    """The weight with the adapter merged by peft; the layer itself is restored bit for bit."""
     base = layer.get_base_layer()
     before = base.weight.detach().clone()
     layer.merge()

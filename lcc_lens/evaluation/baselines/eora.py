@@ -1,4 +1,4 @@
-"""EoRA: the lost weights' best low rank in the eigenspace of the inputs, in closed form (arXiv 2410.21271)."""
+"""EoRA: closed-form low-rank approximation of the removed weights in the inputs' eigenspace (arXiv 2410.21271)."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ from lcc_lens.restoration.injections.weights import layer_maps
 
 
 class EoraInjection(AdapterInjection):
-    """Fixed low-rank maps beside linear maps, $y = W x + B A x$; nothing is trained.
+    """Fixed low-rank terms added to linear layers, $y = W x + B A x$; nothing is trained.
 
     Args:
-        layers: a map with its low rank by the path of the plain module that it stands in for.
+        layers: a linear layer with its low-rank term, by the path of the plain module that it replaces.
         names: those modules' plain names.
     """
 
     @property
     def n_beside(self) -> int:
-        """How many numbers stand beside the model's weights."""
+        """Number of parameters kept beside the model's weights."""
         return sum(number.numel() for number in self.buffers())
 
     def merged_weights(self) -> dict[str, Callable[[Tensor], Tensor]]:
-        """By plain name of a map, what gives its weight ``[out, in]`` with the low rank merged."""
+        """By name of a linear layer, a function that merges the low-rank term into its weight ``[out, in]``."""
         return {
             name: member.merged for name, member in zip(self._names, self.members, strict=True)
             if isinstance(member, _WithLowRank)
@@ -44,24 +44,24 @@ class EoraInjection(AdapterInjection):
 
 
 class _WithLowRank(nn.Module):
-    """A linear map and what stands beside it."""
+    """A linear layer and its low-rank term."""
 
     A: Tensor
     B: Tensor
 
     def __init__(self, base: nn.Module, A: Float[Tensor, "rank in"], B: Float[Tensor, "out rank"]) -> None:
         super().__init__()
-        self.__dict__["base"] = base  # not a child: the model's weights are its own
+        self.__dict__["base"] = base  # not a child module: the weights belong to the model
         self.register_buffer("A", A)
         self.register_buffer("B", B)
 
     def forward(self, x: Tensor) -> Tensor:
-        """The map's output and the low rank's, computed in float32."""
+        """The layer's output plus the low-rank term, which is computed in float32."""
         output: Tensor = self.__dict__["base"](x)
         return output + ((x.float() @ self.A.T) @ self.B.T).to(output)
 
     def merged(self, weight: Tensor) -> Tensor:
-        """The map's weight ``[out, in]`` and the low rank in one."""
+        """The layer's weight ``[out, in]`` with the low-rank term merged."""
         return (weight.float() + self.B @ self.A).to(weight)
 
 
@@ -73,11 +73,11 @@ def eora(
     rank: int = 8,
     max_tokens: int = 1024,
 ) -> EoraInjection:
-    r"""The best rank-$r$ stand-in for $\Delta W = W_{dense} - W$ on the inputs seen, for every linear map.
+    r"""The best rank-$r$ approximation of $\Delta W = W_{dense} - W$ on the calibration inputs, for each linear layer.
 
-    With $X X^\top = Q \Lambda Q^\top$ of a map's inputs in the pruned model, the best rank-$r$ form $U S V^\top$ of
+    With $X X^\top = Q \Lambda Q^\top$ of a layer's inputs in the pruned model, the best rank-$r$ form $U S V^\top$ of
     $\Delta W Q \Lambda^{1/2}$ gives $B = U S$ and $A = V^\top \Lambda^{-1/2} Q^\top$, which minimises
-    $\lVert (\Delta W - B A) X \rVert$. It adds numbers and time at inference; merged it fills the zeros.
+    $\lVert (\Delta W - B A) X \rVert$. It adds parameters and inference time; merging it would fill the zeros.
 
     Args:
         model: the hooked pruned model.
@@ -87,18 +87,18 @@ def eora(
         max_tokens: padded tokens per forward pass.
 
     Raises:
-        RequestError: a rank below 1, models whose maps differ in shape, or maps that the hooked model computes with
-            copies of.
+        RequestError: a rank below 1, models whose layers differ in shape, or a hooked model that computes with copies
+            of the weights.
 
     Reference:
         EoRA (arXiv 2410.21271), from the paper alone.
     """
     if rank < 1:
-        raise RequestError(f"expected a rank of at least 1, got {rank}")
+        raise RequestError(f"expected a rank of at least 1, got {rank}; raise it")
     maps, originals = layer_maps(model), layer_maps(dense)
     shapes = [{name: weight_shape(module) for name, module in group.items()} for group in (maps, originals)]
     if shapes[0] != shapes[1]:
-        raise RequestError("expected models whose maps have the same shapes, got a sliced one; leave eora out")
+        raise RequestError("expected models whose layers have the same shapes, got a sliced one; leave eora out")
     moments = _input_moments(model, maps, sequences, max_tokens)
     layers: dict[str, nn.Module] = {}
     paths = {id(module): path for path, module in _original(model).named_modules()}
@@ -118,7 +118,7 @@ def _low_rank(
     lost: Float[Tensor, "out in"], moment: Float[Tensor, "in in"], rank: int
 ) -> tuple[Float[Tensor, "rank in"], Float[Tensor, "out rank"]]:
     values, Q = torch.linalg.eigh(moment.double())
-    seen = values > values[-1] * 1e-9  # directions without input take no part
+    seen = values > values[-1] * 1e-9  # directions without input are left out
     root, Q = values[seen].sqrt(), Q[:, seen]
     U, S, Vh = torch.linalg.svd(lost.double() @ Q * root, full_matrices=False)
     A = (Vh[:rank] / root) @ Q.T
@@ -134,7 +134,7 @@ def _input_moments(
 
     def observe(name: str, inputs: Tensor) -> None:
         nonlocal last, kept
-        if inputs is not last:  # q, k and v read the same, and share their moment if handed the same
+        if inputs is not last:  # q, k and v read the same inputs and share their moments
             last, kept = inputs, inputs[valid]
         moments.add(name, kept)
 

@@ -1,4 +1,4 @@
-"""FLAP's bias compensation: biases that make up for the mean of what removed weights gave (arXiv 2312.11983)."""
+"""FLAP's bias compensation: biases equal to the removed weights' mean contribution (arXiv 2312.11983)."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class BiasInjection(Injection):
         return Footprint(biases=self._sites)
 
     def biases(self, site: ConstantSite) -> Float[Tensor, "layer d_model"]:
-        """What is added behind a site."""
+        """The biases of the projections that read a site."""
         return self.get_buffer(f"bias_{site}")
 
     def hooks(self) -> list[NamedHook]:
@@ -84,7 +84,9 @@ def flap(
         for layer, (original, name) in enumerate(zip(*by_layer, strict=True)):
             weights = linear_weight(dense, original), linear_weight(mended, name)
             if weights[0].shape != weights[1].shape:
-                raise RequestError("expected models whose maps have the same shapes, got a sliced one; leave flap out")
+                raise RequestError(
+                    "expected models whose layers have the same shapes, got a sliced one; leave flap out"
+                )
             lost = weights[0].double().cpu() - weights[1].double().cpu()
             rows.append(lost @ means[site][layer])
         biases[site] = torch.stack(rows).float()

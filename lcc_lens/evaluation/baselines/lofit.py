@@ -1,4 +1,4 @@
-"""LoFiT: gains under an L1 penalty choose heads, then a trained offset at each (arXiv 2406.01563)."""
+"""LoFiT: choose heads by gains trained under an L1 penalty, for offsets trained at these heads (arXiv 2406.01563)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lcc_lens.restoration.injections.changes import Change, Gain
 from lcc_lens.restoration.injections.weights import WeightInjection, output_gains
 from lcc_lens.restoration.training.loop import TrainConfig, train
 
-#: Rate of the offsets at the chosen heads: so few numbers bear a higher one than offsets at all heads.
+#: Learning rate of the offsets at the chosen heads; so few parameters allow a higher one than all heads do.
 LOFIT_LR = 1e-1
 
 
@@ -33,8 +33,8 @@ class SparseGains(WeightInjection):
         self.l1 = l1
 
     def penalty(self) -> Tensor:
-        """What training adds to every step's objective."""
-        return self.l1 * torch.stack([number.abs().sum() for number in self.parameters()]).sum()
+        """The term that training adds to the objective."""
+        return self.l1 * torch.stack([gain.abs().sum() for gain in self.parameters()]).sum()
 
 
 def lofit_heads(
@@ -58,7 +58,7 @@ def lofit_heads(
         sequences: training data.
         validation: held-out data of the same kind.
         config: settings of the training; its learning rate is the gains'.
-        share: of the heads to choose; the published code takes 10 to 30 %.
+        share: fraction of the heads to choose; the published code takes 10 to 30 %.
         l1: weight of the penalty.
         teacher: the dense model, for distillation.
 
@@ -66,7 +66,7 @@ def lofit_heads(
         RequestError: a share outside (0, 1], or no gain made the held-out objective better.
     """
     if not 0 < share <= 1:
-        raise RequestError(f"expected a share of heads above 0 and up to 1, got {share}")
+        raise RequestError(f"expected a share of heads above 0 and up to 1, got {share}; correct it")
     gains = SparseGains(output_gains(model, projections, heads).changes(), l1=l1)
     for _ in train(model, gains, sequences, validation, config, teacher=teacher):
         pass
@@ -76,8 +76,8 @@ def lofit_heads(
         change = gains.changes().get(name)
         if isinstance(change, Gain):
             for index in (change.columns // d_head).unique().tolist():
-                own = change.gain[change.columns // d_head == index]
-                sizes[Head(layer, index)] = float(own.detach().norm())
+                gain = change.gain[change.columns // d_head == index]
+                sizes[Head(layer, index)] = float(gain.detach().norm())
     if not any(sizes.values()):
         raise RequestError(
             "expected gains that lower the held-out loss to choose heads by, got none; lower the learning rate"

@@ -1,4 +1,4 @@
-"""Plain transformers models timed against each other: prefill, decoding, and 2:4 models on the GPU's sparse kernels."""
+"""Time plain transformers models in interleaved rounds: prefill, decoding, and 2:4 models on sparse GPU kernels."""
 
 from __future__ import annotations
 
@@ -23,6 +23,12 @@ from lcc_lens.evaluation.efficiency.semi_structured import require_kernels, to_s
 from lcc_lens.models.architecture.layers import read_config
 from lcc_lens.models.loading.plain import load_plain
 
+#: Tokens in the KV cache before decoding is timed.
+DECODE_PROMPT = 16
+#: Rounds before the timed ones, in which caches fill, kernels are chosen and clocks rise.
+WARM_UP = 2
+#: Probability with which an interval covers the true median.
+CONFIDENCE = 0.95
 Durations = dict[str, list[float]]
 
 
@@ -50,7 +56,7 @@ class SpeedConfig:
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest sequence that a model will see."""
+        """Tokens of the longest sequence that a model reads."""
         return max(self.prompt_tokens, DECODE_PROMPT + self.new_tokens)
 
 
@@ -61,13 +67,13 @@ class Speed:
     milliseconds: dict[str, dict[str, dict[str, Any]]]
     """By name and kind: median and interval, ``repeats``, and the ``tokens`` that were timed."""
     ratios: dict[str, dict[str, dict[str, float]]]
-    """By name and kind: time as a multiple of the first model's on dense kernels, formed within each round."""
+    """By name and kind: time as a multiple of the first model's on dense kernels in the same round."""
     notes: dict[str, str]
-    """What came of the sparse kernels, for every 2:4 model."""
+    """For every 2:4 model, whether it ran on sparse kernels."""
 
 
 def require_context(paths: Mapping[str, Path], n_tokens: int) -> None:
-    """Refuse sequences longer than a model's position table before anything is measured.
+    """Refuse sequences longer than a model's position table.
 
     Raises:
         RequestError: a model takes fewer tokens.
@@ -82,7 +88,7 @@ def measure_speed(paths: Mapping[str, Path], config: SpeedConfig, *, semi_struct
     """Load every model into memory at once and time them in interleaved rounds, in one format on one device.
 
     Args:
-        paths: local Hugging Face directories by name, the one that the others are held to first.
+        paths: local Hugging Face directories by name; the first is the reference of the ratios.
         config: what is timed.
         semi_structured: names of exactly 2:4 models, timed once more on the GPU's sparse kernels where it has them.
 
@@ -120,50 +126,13 @@ def measure_speed(paths: Mapping[str, Path], config: SpeedConfig, *, semi_struct
     return _summarise(durations, list(models), config, notes)
 
 
-def _summarise(durations: Durations, names: list[str], config: SpeedConfig, notes: dict[str, str]) -> Speed:
-    milliseconds: dict[str, dict[str, dict[str, Any]]] = {name: {} for name in names}
-    ratios: dict[str, dict[str, dict[str, float]]] = {name: {} for name in names}
-    for kind, base, n_tokens in (
-        ("prefill", "prefill", config.prompt_tokens),
-        ("prefill_semi_structured", "prefill", config.prompt_tokens),
-        ("decode", "decode", config.new_tokens),
-    ):
-        first = durations[_job(base, names[0])]
-        for name in names:
-            values = durations.get(_job(kind, name))
-            if values is not None:
-                milliseconds[name][kind] = {**median_interval(values), "repeats": len(values), "tokens": n_tokens}
-                ratios[name][kind] = median_interval([v / f for v, f in zip(values, first, strict=True)])
-    return Speed(milliseconds, ratios, notes)
-
-
-def _on_sparse_kernels(path: Path) -> tuple[nn.Module, str]:
-    """A second copy of a 2:4 model, converted, and a note on it."""
-    device = default_device()
-    require_kernels(device, compute_dtype(device))
-    model = load_plain(path, strict=False)
-    return model, f"{to_semi_structured(model)} matrices on semi-structured kernels"
-
-
-def _job(kind: str, name: str) -> str:
-    return f"{kind} {name}"
-
-
-#: Tokens that are in the cache before decoding is timed.
-DECODE_PROMPT = 16
-#: Rounds that are run and not counted: caches fill, kernels are chosen, clocks rise.
-WARM_UP = 2
-#: What an interval should cover.
-CONFIDENCE = 0.95
-
-
 def interleaved(jobs: Mapping[str, Callable[[], float]], repeats: int, description: str) -> dict[str, list[float]]:
-    """Run every job once a round and rotate their order, so that a drift of the machine meets all of them alike.
+    """Run every job once per round in rotating order, so that a drift of the machine affects all alike.
 
     Args:
-        jobs: by name, each returns its own duration.
-        repeats: rounds that count; :data:`WARM_UP` rounds go before them.
-        description: a few words beside the progress bar.
+        jobs: by name; each returns its duration.
+        repeats: timed rounds, after :data:`WARM_UP` others.
+        description: label of the progress bar.
 
     Returns:
         Durations by name, the i-th of every job from the same round.
@@ -182,10 +151,9 @@ def interleaved(jobs: Mapping[str, Callable[[], float]], repeats: int, descripti
 def median_interval(values: Sequence[float]) -> dict[str, float]:
     r"""The median with the interval between two order statistics that covers the true median.
 
-    For the sorted values $x_1 \le \dots \le x_n$, $[x_k, x_{n+1-k}]$ covers the median of whatever distribution they
-    come from with probability $1 - 2 P(B \le k - 1)$, $B$ binomial with $n$ trials of one half. Taken is the largest
-    $k$ for which that is at least 95 %; fewer than six values have none, and the interval then runs from the smallest
-    to the largest with the lower coverage that is reported.
+    For sorted values $x_1 \le \dots \le x_n$, $[x_k, x_{n+1-k}]$ covers the median of any continuous distribution with
+    probability $1 - 2 P(B \le k - 1)$, $B$ binomial with $n$ trials of one half. $k$ is the largest for which that is
+    at least 95 %. Fewer than six values have none: the interval is the whole range, with a lower ``coverage``.
 
     Args:
         values: independent measurements, at least one.
@@ -210,7 +178,7 @@ def median_interval(values: Sequence[float]) -> dict[str, float]:
 
 
 def time_prefill(model: nn.Module, tokens: Int[Tensor, "1 pos"]) -> float:
-    """Milliseconds of one forward pass over a prompt: it fills the cache and gives the last position's logits."""
+    """Milliseconds of one forward pass over a prompt that fills the KV cache and gives the last position's logits."""
     with torch.inference_mode():
         start = _now(tokens.device)
         model(tokens, use_cache=True, **_last_logits(model))
@@ -218,7 +186,7 @@ def time_prefill(model: nn.Module, tokens: Int[Tensor, "1 pos"]) -> float:
 
 
 def time_decode(model: nn.Module, tokens: Int[Tensor, "1 pos"], new_tokens: int) -> float:
-    """Milliseconds per generated token: greedy, one at a time through the cache, without the prompt's pass."""
+    """Milliseconds per token of greedy decoding with the KV cache, without the pass over the prompt."""
     with torch.inference_mode():
         output: Any = model(tokens, use_cache=True, **_last_logits(model))
         start = _now(tokens.device)
@@ -229,18 +197,47 @@ def time_decode(model: nn.Module, tokens: Int[Tensor, "1 pos"], new_tokens: int)
 
 
 def spread_tokens(n_tokens: int, d_vocab: int, device: torch.device) -> Int[Tensor, "1 pos"]:
-    """A fixed sequence spread over the vocabulary; what dense kernels cost does not depend on it."""
+    """A fixed sequence spread over the vocabulary; the time of dense kernels does not depend on it."""
     return (torch.arange(1, n_tokens + 1, device=device) * 7919 % d_vocab)[None]
 
 
+def _summarise(durations: Durations, names: list[str], config: SpeedConfig, notes: dict[str, str]) -> Speed:
+    milliseconds: dict[str, dict[str, dict[str, Any]]] = {name: {} for name in names}
+    ratios: dict[str, dict[str, dict[str, float]]] = {name: {} for name in names}
+    for kind, base, n_tokens in (
+        ("prefill", "prefill", config.prompt_tokens),
+        ("prefill_semi_structured", "prefill", config.prompt_tokens),
+        ("decode", "decode", config.new_tokens),
+    ):
+        first = durations[_job(base, names[0])]
+        for name in names:
+            values = durations.get(_job(kind, name))
+            if values is not None:
+                milliseconds[name][kind] = {**median_interval(values), "repeats": len(values), "tokens": n_tokens}
+                ratios[name][kind] = median_interval([v / f for v, f in zip(values, first, strict=True)])
+    return Speed(milliseconds, ratios, notes)
+
+
+def _on_sparse_kernels(path: Path) -> tuple[nn.Module, str]:
+    """A second copy of a 2:4 model on sparse kernels, and a note on it."""
+    device = default_device()
+    require_kernels(device, compute_dtype(device))
+    model = load_plain(path, strict=False)
+    return model, f"{to_semi_structured(model)} matrices on semi-structured kernels"
+
+
+def _job(kind: str, name: str) -> str:
+    return f"{kind} {name}"
+
+
 def _last_logits(model: nn.Module) -> dict[str, int]:
-    """The argument that keeps the output projection to the last position, for models that have it."""
+    """The argument that computes logits at the last position only, for models that have it."""
     has = "logits_to_keep" in inspect.signature(model.forward).parameters
     return {"logits_to_keep": 1} if has else {}
 
 
 def _now(device: torch.device) -> float:
-    """Seconds, once everything that was started on the device is done."""
+    """Seconds on the clock once the device has finished all its work."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
     return time.perf_counter()

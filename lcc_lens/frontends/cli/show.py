@@ -121,16 +121,17 @@ def show_losses(losses: dict[str, float], n_heads: int, run_dir: Path) -> None:
 
 def show_recovery(found: dict[str, Any], run: Path) -> None:
     """Print what a task's recovery brought, and what it cost elsewhere."""
+    from lcc_lens.evaluation.formatting import interval
+
     show_results(found["models"], f"{found['task']} on held-out items, and {found['text']}: {run}")
-    low, high = found["gain_interval"]
-    sentence = f"accuracy of the restored model above the pruned one's: {found['gain']:+.1%} [{low:+.1%}, {high:+.1%}]"
+    sentence = "accuracy of the restored model above the pruned one's: "
+    sentence += f"{found['gain']:+.1%} {interval(found['gain_interval'], '+.1%')}"
     if found["share_recovered"] is None:
         sentence += "; pruning lost nothing on these items"
     elif found["share_interval"] is None:
         sentence += f"; {found['share_recovered']:.0%} of a loss that may be none on so few items"
     else:
-        low, high = found["share_interval"]
-        sentence += f"; {found['share_recovered']:.0%} [{low:.0%}, {high:.0%}] of what pruning lost"
+        sentence += f"; {found['share_recovered']:.0%} {interval(found['share_interval'], '.0%')} of what pruning lost"
     console().print(sentence, highlight=False, markup=False, soft_wrap=True)
 
 

@@ -65,7 +65,7 @@ def test_lora_is_peft_s_own(pair) -> None:
 
 
 def test_targets_that_are_not_there(pair) -> None:
-    with pytest.raises(RequestError, match="expected linear maps named nothing, got none"):
+    with pytest.raises(RequestError, match="expected linear layers named nothing, got none"):
         adapters(pair.pruned, targets=("nothing",))
 
 
@@ -227,7 +227,7 @@ def test_flap_of_a_sliced_model_is_refused(question_file: Path, text_file: Path,
     prune(dense, tmp_path / "sliced", method="slimgpt", sparsity=0.5, sliced=True, calibration=str(text_file),
           n_samples=4, seq_len=32)  # fmt: skip
     pair = load_pair(dense, tmp_path / "sliced")
-    with pytest.raises(RequestError, match="expected models whose maps have the same shapes, got a sliced one"):
+    with pytest.raises(RequestError, match="expected models whose layers have the same shapes, got a sliced one"):
         flap(pair, encode(load_data(str(question_file), n=4), pair.tokenizer))
 
 

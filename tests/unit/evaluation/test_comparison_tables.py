@@ -12,7 +12,7 @@ import torch
 from support.commands import call
 
 from lcc_lens.core.errors import LensError
-from lcc_lens.evaluation.comparison import runner as bench
+from lcc_lens.evaluation.baselines import methods as baselines
 from lcc_lens.evaluation.comparison.accuracies import (
     mean_accuracy,
     mean_rows,
@@ -223,7 +223,7 @@ def test_compare_by_command(
         found = original(self, pair, model, injection, teacher)
         return {**found, "kl": math.nan} if injection is not None and "gain" in str(injection).lower() else found
 
-    monkeypatch.setattr(bench, "adapters", broken)
+    monkeypatch.setattr(baselines, "adapters", broken)
     monkeypatch.setattr(Measures, "of", diverging)
     assert call("compare", dense_dir, pruned_dir, tmp_path / "run", *few, *methods, "--quiet") == 0
     printed = capsys.readouterr().out
