@@ -118,7 +118,8 @@ def test_wide_spectra_agree_within_rounding(
     assert float(expected.max()) > 0.1
 
 
-@pytest.mark.parametrize("next_time", mostly_slow([1, 2, 3], 1))
+@pytest.mark.slow
+@pytest.mark.parametrize("next_time", [1, 2, 3])
 def test_ended_process_ends_all_and_finished_shards_stay(
     pairs: list[Pair], data: Data, together: Together, tmp_path: Path, next_time: int
 ) -> None:

@@ -93,6 +93,7 @@ def test_killed_process_loses_little_and_never_the_best(work: Path, unbroken: Re
     assert len(steps[0]) > 8
 
 
+@pytest.mark.slow
 def test_finished_run_resumes_to_itself(work: Path, unbroken: Restoration) -> None:
     before = logged(work / "unbroken")
     assert same_bits(launched.run(work, "unbroken", resume=True), unbroken)

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.families import FAMILIES, TOO_SHORT_A_WINDOW, family
 from support.reference import head_outputs
+from support.tiers import mostly_slow
 from support.tiny import N_HEADS, save_model, tiny_tokenizer
 from torch import Tensor
 
@@ -97,7 +98,7 @@ def n_read(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], list[int]]:
     return watch
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", mostly_slow(FAMILIES, "llama", "gpt2", "mistral, 4"))
 def test_both_answers_equal_whole_forwards(name: str, tmp_path: Path, tokenizer: Any) -> None:
     model = family(name, tmp_path)
     right, wrong = encoded(tokenizer)

@@ -280,9 +280,9 @@ def test_relation_to_W_O_finds_what_it_ignores(dense_dir: Path) -> None:
 
 
 def test_random_vectors_have_the_gain_of_random_vectors(pair) -> None:
-    vectors = torch.randn(4000, D_HEAD, generator=torch.Generator().manual_seed(0))
-    result = relation_to_W_O(pair.pruned, [Head(0, 0)] * 4000, vectors)
-    assert float(result.gain_over_random.square().mean()) == pytest.approx(1, abs=0.03)
+    vectors = torch.randn(800, D_HEAD, generator=torch.Generator().manual_seed(0))
+    result = relation_to_W_O(pair.pruned, [Head(0, 0)] * 800, vectors)
+    assert float(result.gain_over_random.square().mean()) == pytest.approx(1, abs=0.06)
 
 
 def test_vectors_with_nothing_to_read_are_refused(pair, found, data: Data, dense_dir: Path) -> None:

@@ -142,9 +142,9 @@ def test_scan_may_stop_many_times(pair: Pair, data: Data, whole: Path, done: Pas
     ("changes", "n_done"),
     [
         ({"batch_tokens": 90}, 0),
-        ({"positions": "end"}, 0),
-        ({"sites": ("z", "mlp")}, 0),
-        ({"limit": 13}, 0),
+        pytest.param({"positions": "end"}, 0, marks=pytest.mark.slow),
+        pytest.param({"sites": ("z", "mlp")}, 0, marks=pytest.mark.slow),
+        pytest.param({"limit": 13}, 0, marks=pytest.mark.slow),
         ({"seed": 3, "selectors": ("probe",), "display": 1, "probe_folds": 2}, 1),  # these come after the passes
     ],
 )
@@ -161,6 +161,7 @@ def test_only_the_same_scan_goes_on(
     assert files(tmp_path / "run") == files(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_other_models_and_damaged_state_begin_anew(
     pair: Pair, dense_dir: Path, data: Data, whole: Path, done: Passes, tmp_path: Path
 ) -> None:

@@ -37,7 +37,7 @@ SMALL = {
 @pytest.fixture(scope="module")
 def config(question_file: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> CompareConfig:
     lines = [
-        json.dumps({"prompt": f"Say number {i} twice:", "response": f" number {i}, number {i}"}) for i in range(300)
+        json.dumps({"prompt": f"Say number {i} twice:", "response": f" number {i}, number {i}"}) for i in range(120)
     ]
     data = tmp_path_factory.mktemp("data") / "many.jsonl"
     data.write_text("\n".join(lines))

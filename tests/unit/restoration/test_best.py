@@ -31,6 +31,7 @@ def files(text_file: Path, tmp_path: Path) -> dict[str, Path]:
     return {"train": tmp_path / "train.jsonl", "held_out": tmp_path / "held_out.jsonl", "text": text_file}
 
 
+@pytest.mark.slow
 def test_the_result_is_one_plain_checkpoint(
     dense_dir: Path, pruned_dir: Path, files: dict[str, Path], tmp_path: Path
 ) -> None:
