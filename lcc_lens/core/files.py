@@ -27,18 +27,16 @@ def disk_errors(path: Path) -> Iterator[None]:
     """Report a failed write below ``path`` in one line."""
     try:
         yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    except Exception as error:
+        code = error.errno if isinstance(error, OSError) else None
+        # safetensors reports a full disk through an error type of its own
+        if code in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error):
             raise DiskFullError(
                 f"no space left on the disk of {path}; free some and run again (nothing was kept)"
             ) from error
-        if error.errno in (errno.EACCES, errno.EROFS, errno.ENOTDIR):
-            raise RequestError(f"cannot write to {path}: {error.strerror}; name a folder you may write to") from error
-        raise
-    except Exception as error:  # safetensors reports a full disk through its own error type
-        if "No space left" in str(error):
-            raise DiskFullError(
-                f"no space left on the disk of {path}; free some and run again (nothing was kept)"
+        if code in (errno.EACCES, errno.EROFS, errno.ENOTDIR):
+            raise RequestError(
+                f"cannot write to {path}: {os.strerror(code)}; name a folder you may write to"
             ) from error
         raise
 

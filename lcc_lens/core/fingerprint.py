@@ -38,13 +38,9 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Sequence):
         return [_plain(item) for item in value]
     if hasattr(value, "detach"):  # a tensor: its type, shape and bytes
+        import torch
+
         array = value.detach().cpu().contiguous()
-        flat = array.reshape(-1).view(dtype=_bytes())
-        return [str(array.dtype), list(array.shape), hashlib.sha256(flat.numpy().tobytes()).hexdigest()]
+        content = array.reshape(-1).view(torch.uint8).numpy().tobytes()
+        return [str(array.dtype), list(array.shape), hashlib.sha256(content).hexdigest()]
     return value.as_posix() if isinstance(value, Path) else str(value)
-
-
-def _bytes() -> Any:
-    import torch
-
-    return torch.uint8

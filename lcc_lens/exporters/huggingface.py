@@ -15,9 +15,8 @@ from lcc_lens.core.errors import LensError
 from lcc_lens.core.files import atomic_directory, read_json, require_space, write_json, write_text
 from lcc_lens.core.memory import release_memory
 from lcc_lens.core.rewriting import Splits, copy_checkpoint, parse_size, rewrite_weights
-from lcc_lens.exporters.folding import edited_tensors, fold, require_same_weights, shares_values
+from lcc_lens.exporters.folding import edited_tensors, require_same_weights, shares_values
 from lcc_lens.exporters.model_card import model_card
-from lcc_lens.models.architecture.bias_slots import BiasSlots, find_slots
 from lcc_lens.models.architecture.joint_bias_slots import JointSlots, find_joint_slots
 from lcc_lens.models.hooked.offloading import device_of, each_parameter, entry_device
 from lcc_lens.models.hooked.sites import projection_names
@@ -25,9 +24,6 @@ from lcc_lens.models.loading.hooked import LoadedModel, load_hooked, load_tokeni
 from lcc_lens.models.loading.plain import load_plain
 from lcc_lens.models.loading.references import resolve
 from lcc_lens.restoration.result import Restoration
-
-__all__ = ["BiasSlots", "ExportReport", "export", "find_slots", "fold", "model_card"]
-
 
 _PROBE_TEXT = "A tokenizer reads 12 words, and\n  a line; déjà vu."
 

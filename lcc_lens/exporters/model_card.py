@@ -10,7 +10,7 @@ from lcc_lens.restoration.result import Restoration
 
 
 def model_card(restoration: Restoration, metrics: Mapping[str, Any], difference: float) -> str:
-    """The model card of an export, with the numbers that were measured."""
+    """The text of an export's model card, with the measured numbers."""
     record = restoration.record
     lines = [
         "---", "library_name: transformers", "tags: [pruned, restorelcc, lcc-lens]", "---", "",
@@ -22,7 +22,7 @@ def model_card(restoration: Restoration, metrics: Mapping[str, Any], difference:
         *([f"| heads | {len(restoration.heads)} |"] if restoration.heads else []),
         *([f"| MLPs | {len(restoration.mlp.parts)} |"] if restoration.mlp is not None else []),
         *([f"| weights changed | {len(dict(restoration.changes))} |"] if restoration.changes else []),
-        *([f"| numbers trained | {record.n_trained} |"] if record.n_trained is not None else []),
+        *([f"| trained parameters | {record.n_trained} |"] if record.n_trained is not None else []),
         f"| learned from | {record.data}, {record.n_examples} examples, seed {record.seed} |",
         f"| largest logit difference to the hooked model | {difference:.2g} |",
         f"| pruned weights (SHA-256) | `{record.pruned_sha256}` |",

@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 
 from lcc_lens.core.checkpoint import Checkpoint
 from lcc_lens.core.errors import RequestError
 from lcc_lens.exporters.folding import fold, require_same_weights
 from lcc_lens.models.architecture.anatomy import ATTENTION_OUTPUTS, MLP_OUTPUTS
-from lcc_lens.models.architecture.layers import decoder_layers, is_transposed
+from lcc_lens.models.architecture.layers import decoder_layers, is_transposed, linear_weight
 from lcc_lens.models.hooked.sites import ConstantSite, projection_names
 from lcc_lens.models.loading.hooked import load_hooked
 from lcc_lens.models.loading.plain import load_plain
@@ -99,7 +98,7 @@ def _usual_projections(model: Any, site: ConstantSite) -> tuple[str, ...]:
 
 def _add_constants(model: Any, site: SiteConstants, names: tuple[str, ...]) -> None:
     modules = {layer: model.get_submodule(names[layer]) for layer in sorted({part.layer for part in site.parts})}
-    folded = fold(site.values, site.parts, {layer: _weight(module).cpu() for layer, module in modules.items()})
+    folded = fold(site.values, site.parts, {layer: linear_weight(module).cpu() for layer, module in modules.items()})
     for layer, module in modules.items():
         module.register_buffer(BUFFER, folded[layer].to(module.weight), persistent=False)
         module.register_forward_hook(_add_buffer)
@@ -107,11 +106,6 @@ def _add_constants(model: Any, site: SiteConstants, names: tuple[str, ...]) -> N
 
 def _add_buffer(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
     return output + module.get_buffer(BUFFER)
-
-
-def _weight(module: nn.Module) -> Float[Tensor, "d_model width"]:
-    weight = module.get_parameter("weight")
-    return weight.T if is_transposed(module) else weight
 
 
 def _refuse_saving(*_: Any, **__: Any) -> NoReturn:

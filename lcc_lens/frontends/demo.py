@@ -19,7 +19,8 @@ from lcc_lens.data.prompts import Example
 from lcc_lens.data.sources import Role
 from lcc_lens.evaluation.evaluate import format_scores
 from lcc_lens.evaluation.lm_eval_tasks import evaluate_task
-from lcc_lens.exporters.huggingface import export, model_card
+from lcc_lens.exporters.huggingface import export
+from lcc_lens.exporters.model_card import model_card
 from lcc_lens.frontends.explorer.page import explore
 from lcc_lens.frontends.explorer.token_tables import read_tokens
 from lcc_lens.models.hooked.losses import sequence_loss

@@ -199,7 +199,7 @@ def test_controls_of_the_method_export_like_it(
     card = (out / "README.md").read_text()
     trained = {"offset": 4 * 6, "mean-shift": 0, "random-basis": 4 * 12}[method]
     assert f"| method | {method} |" in card
-    assert f"| numbers trained | {trained} |" in card
+    assert f"| trained parameters | {trained} |" in card
 
 
 def test_refit_by_command(

@@ -10,14 +10,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float
-from torch import Tensor, nn
+from torch import nn
 
 from lcc_lens.core.checkpoint import Checkpoint
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.rewriting import Splits
 from lcc_lens.models.architecture.anatomy import ATTENTION_OUTPUTS, MLP_OUTPUTS
-from lcc_lens.models.architecture.layers import is_transposed, read_config, skeleton
+from lcc_lens.models.architecture.layers import linear_weight, read_config, skeleton
 from lcc_lens.models.architecture.retyping import config_entries, retyped_configs, split_names
 from lcc_lens.models.architecture.tiny_models import build_tiny, shrink, tiny_logits
 from lcc_lens.models.hooked.sites import ConstantSite
@@ -114,7 +113,7 @@ def find_slots(
                 return slots
     raise RequestError(
         f"expected an architecture that can hold a constant per {_PARTS[site]} in a bias, got {config.model_type}, "
-        "which has no exact one; restore it for hooks alone (exportable=False, --hooks-only) and serve it with "
+        "which has none that is exact; restore it for hooks alone (exportable=False, --hooks-only) and serve it with "
         "lcc_lens.load_restored"
     )
 
@@ -167,7 +166,7 @@ def _is_exact(config: Any, candidate: _Candidate, projections: tuple[str, ...]) 
     generator = torch.Generator().manual_seed(1)
     shifts = {}
     for name, bias in zip(projections, biases, strict=True):
-        weight = _linear_weight(plain.get_submodule(name))
+        weight = linear_weight(plain.get_submodule(name))
         width, parameter = weight.shape[1], target.get_parameter(bias)
         if candidate.place == "value":
             values = torch.randn(parameter.shape, generator=generator)
@@ -216,7 +215,7 @@ def _slots(checkpoint: Checkpoint, candidate: _Candidate, projections: tuple[str
         entries = config_entries(candidate.config)
     parts = {name: split_names(name, shapes) for name in stored}
     width = shapes[biases[0]][0]
-    site_width = _linear_weight(model.get_submodule(projections[0])).shape[1]
+    site_width = linear_weight(model.get_submodule(projections[0])).shape[1]
     return BiasSlots(
         biases,
         entries,
@@ -233,8 +232,3 @@ def _slots(checkpoint: Checkpoint, candidate: _Candidate, projections: tuple[str
 
 def _head_size(config: Any) -> int:
     return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
-
-
-def _linear_weight(module: nn.Module) -> Float[Tensor, "d_out d_in"]:
-    weight = module.get_parameter("weight")
-    return weight.T if is_transposed(module) else weight

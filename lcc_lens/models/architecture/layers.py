@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from jaxtyping import Float
+from torch import Tensor, nn
 
 from lcc_lens.core.errors import RequestError
 
@@ -75,6 +76,12 @@ def is_transposed(module: nn.Module) -> bool:
     from transformers.pytorch_utils import Conv1D
 
     return isinstance(module, Conv1D)
+
+
+def linear_weight(module: nn.Module) -> Float[Tensor, "d_out d_in"]:
+    """The weight of a linear layer with one row per output, whatever its layout."""
+    weight = module.get_parameter("weight")
+    return weight.T if is_transposed(module) else weight
 
 
 def _unknown_model(model_dir: Path, error: Exception) -> RequestError:
