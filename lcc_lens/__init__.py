@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from lcc_lens.analysis.scan.scan import Scan as Scan
     from lcc_lens.analysis.scan.scan import scan as scan
     from lcc_lens.analysis.scan.token_differences import TokenLoss as TokenLoss
+    from lcc_lens.analysis.selectors.registry import register_selector as register_selector
     from lcc_lens.analysis.statistics import DifferenceStatistics as DifferenceStatistics
     from lcc_lens.core.errors import LensError as LensError
     from lcc_lens.core.errors import RequestError as RequestError

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from lcc_lens.analysis.scan.scan import scan
-from lcc_lens.analysis.selectors.names import SelectorName
 from lcc_lens.evaluation.evaluate import check_tasks, evaluate
 from lcc_lens.exporters.huggingface import export
 from lcc_lens.models.pair import load_pair
@@ -27,7 +26,7 @@ def prune_and_restore(
     n_samples: int = 128,
     seq_len: int = 512,
     scan_data: str = SCAN_DATA,
-    selector: SelectorName = HeadRequest.selector,
+    selector: str = HeadRequest.selector,
     heads: float = HeadRequest.fraction,
     train_data: str = TRAIN_DATA,
     method: str = "lcc",

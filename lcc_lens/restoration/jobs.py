@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
+from lcc_lens.analysis.selectors.registry import check_selectors
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.processes import first_process_first
 from lcc_lens.data.datasets import Data
@@ -64,6 +65,7 @@ def restore_models(
     spec, run = MethodSpec.parse(method), Path(run)
     check_restores(spec)
     settings, heads = settings or RestoreSettings(), heads or HeadRequest()
+    check_selectors([heads.selector])
     config, source = with_preset(config, spec), pruned
     if spec.preset.on_refit:
         if one_at_a_time:

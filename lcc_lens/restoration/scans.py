@@ -6,7 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 from lcc_lens.analysis.scan.scan import SCAN_RECORD, Scan, scan
-from lcc_lens.analysis.selectors.names import SelectorName
 from lcc_lens.core.errors import RequestError
 from lcc_lens.data.datasets import Data
 from lcc_lens.models.pair import Pair
@@ -36,7 +35,7 @@ def scan_for(
     run: Path,
     load: Callable[[], Data],
     *,
-    selector: SelectorName,
+    selector: str,
     max_length: int,
     limit: int | None = None,
     seed: int = 0,

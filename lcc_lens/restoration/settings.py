@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from lcc_lens.analysis.selectors.names import SelectorName
 from lcc_lens.data.datasets import Data
 from lcc_lens.pruning.jobs import REFIT_DATA, REFIT_SAMPLES
 from lcc_lens.restoration.injections.constants import Start
@@ -52,7 +51,7 @@ class HeadRequest:
     """How heads are chosen, and the scan that scores them where the run directory holds none."""
 
     fraction: float = 0.25
-    selector: SelectorName = "probe"
+    selector: str = "probe"
     data: str = SCAN_DATA
     examples: int = SCAN_EXAMPLES
 

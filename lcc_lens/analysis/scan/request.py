@@ -8,8 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from lcc_lens.analysis.selectors.linear_probe import MIN_PAIRS
-from lcc_lens.analysis.selectors.names import SelectorName
-from lcc_lens.analysis.selectors.registry import CHEAP, NEED_MODELS, NEED_PAIRS
+from lcc_lens.analysis.selectors.names import ALWAYS_SCORED, CHEAP, NEED_MODELS, NEED_PAIRS
 from lcc_lens.core.errors import RequestError
 from lcc_lens.data.batches import TokenSequence, encode_pair
 from lcc_lens.data.datasets import ONE_CLASS, Data, encode, one_class
@@ -18,8 +17,6 @@ from lcc_lens.models.pair import Pair
 logger = logging.getLogger(__name__)
 
 _DEFAULT_LENGTH = 512
-#: Scores that a scan has without computing them.
-_ALWAYS_THERE = ("mse", "random")
 
 
 def pair_sequences(
@@ -62,10 +59,10 @@ def checked_length(pair: Pair, max_length: int | None) -> int:
 
 
 def possible_selectors(
-    named: Sequence[SelectorName] | None, pair: Pair, data: Data, wrong: Sequence[TokenSequence] | None
-) -> list[SelectorName]:
+    named: Sequence[str] | None, pair: Pair, data: Data, wrong: Sequence[TokenSequence] | None
+) -> list[str]:
     """The selectors to compute; what was named and cannot be served is refused before any work."""
-    names = [name for name in (CHEAP if named is None else named) if name not in _ALWAYS_THERE]
+    names = [name for name in (CHEAP if named is None else named) if name not in ALWAYS_SCORED]
     reason = None
     label = one_class(data)
     if wrong is None:

@@ -15,8 +15,9 @@ from lcc_lens.analysis.components import LostComponents
 from lcc_lens.analysis.head_scores import HeadScores
 from lcc_lens.analysis.scan.token_differences import TokenLoss
 from lcc_lens.analysis.selectors.mse import score_mse
-from lcc_lens.analysis.selectors.names import SELECTORS, SelectorName
+from lcc_lens.analysis.selectors.names import ALWAYS_SCORED
 from lcc_lens.analysis.selectors.random import score_random
+from lcc_lens.analysis.selectors.registry import check_selectors
 from lcc_lens.analysis.statistics import DifferenceStatistics
 from lcc_lens.core.config import package_version
 from lcc_lens.core.errors import RequestError
@@ -135,7 +136,7 @@ class Scan:
             return HeadMap.identity(n_layers, n_heads)
         return HeadMap(self.record.dense_heads, self.record.removed_heads)
 
-    def scores(self, selector: SelectorName = "probe", *, seed: int | None = None) -> HeadScores:
+    def scores(self, selector: str = "probe", *, seed: int | None = None) -> HeadScores:
         """Each head's score under a selector with its uncertainty, higher for heads to restore first.
 
         Raises:
@@ -146,10 +147,9 @@ class Scan:
         if selector == "random":
             n_layers, n_heads = self.relative_loss.shape
             return score_random(n_layers, n_heads, self.record.seed if seed is None else seed)
-        if selector not in SELECTORS:
-            raise RequestError(f"expected one of the selectors {', '.join(SELECTORS)}, got {selector!r}")
         if selector not in self.selected_by:
-            found = ", ".join([*self.selected_by, "mse", "random"])
+            check_selectors([selector])
+            found = ", ".join([*self.selected_by, *ALWAYS_SCORED])
             raise RequestError(
                 f"expected {selector} scores, got a scan of {self.record.n_examples} sequences of {self.record.data} "
                 f"with {found}; name the selector {selector} when scanning, or select by another one"
@@ -160,7 +160,7 @@ class Scan:
         """The same scan with more selectors' scores."""
         return replace(self, selected_by={**self.selected_by, **{s.selector: s for s in scores}})
 
-    def select(self, selector: SelectorName = "probe", *, share: float = 0.25, seed: int | None = None) -> list[Head]:
+    def select(self, selector: str = "probe", *, share: float = 0.25, seed: int | None = None) -> list[Head]:
         """The heads with the highest scores, as many as ``share`` of all heads (rounded up), in model order.
 
         Heads that pruning removed whole cannot be restored (their output goes nowhere): they neither count nor come up.
@@ -179,7 +179,7 @@ class Scan:
         alive = self.ranking(selector, seed=seed)
         return sorted(alive[: math.ceil(share * len(alive))])
 
-    def ranking(self, selector: SelectorName = "probe", *, seed: int | None = None) -> list[Head]:
+    def ranking(self, selector: str = "probe", *, seed: int | None = None) -> list[Head]:
         """All heads that pruning left, the highest score first; what :meth:`select` takes its heads from.
 
         Args:

@@ -14,9 +14,9 @@ from lcc_lens.analysis.scan.request import checked_length, pair_sequences, possi
 from lcc_lens.analysis.scan.result import SCAN_RECORD, SCAN_TENSORS, Scan, ScanRecord
 from lcc_lens.analysis.scan.shards import ScanState, ScanWork
 from lcc_lens.analysis.scan.token_differences import token_losses
+from lcc_lens.analysis.selectors.evidence import Evidence, ScoreSettings
 from lcc_lens.analysis.selectors.linear_probe import Solver
-from lcc_lens.analysis.selectors.names import SelectorName
-from lcc_lens.analysis.selectors.registry import Evidence, ScoreSettings, check_selectors, score
+from lcc_lens.analysis.selectors.registry import check_selectors, score
 from lcc_lens.core.config import tokens_per_pass
 from lcc_lens.core.errors import InterruptedRun, RequestError
 from lcc_lens.core.heads import Head, HeadMap
@@ -44,7 +44,7 @@ def scan(
     positions: Positions = "all",
     sites: Sequence[Site] = SITES,
     spectra: Sequence[Site] = ("z",),
-    selectors: Sequence[SelectorName] | None = None,
+    selectors: Sequence[str] | None = None,
     max_length: int | None = None,
     limit: int | None = None,
     probe_rank: int = 1,

@@ -1,8 +1,12 @@
-"""The names of the selectors."""
+"""Names of the built-in selectors, and what each of them needs."""
 
 from __future__ import annotations
 
-from typing import Literal, get_args
-
-SelectorName = Literal["probe", "interaction", "attribution", "patching", "mse", "kl", "gradient", "random"]
-SELECTORS: tuple[str, ...] = get_args(SelectorName)
+SELECTORS = ("probe", "interaction", "attribution", "patching", "mse", "kl", "gradient", "random")
+#: Every scan has these scores: they are computed from its statistics.
+ALWAYS_SCORED = ("mse", "random")
+#: What a scan computes by default: selectors that need no further pass over the data.
+CHEAP = ("probe", "interaction")
+#: Selectors that read right and wrong answers, and selectors that run both models again.
+NEED_PAIRS = frozenset({"probe", "interaction", "kl"})
+NEED_MODELS = frozenset({"attribution", "gradient", "patching"})

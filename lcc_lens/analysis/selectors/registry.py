@@ -1,116 +1,49 @@
-"""All selectors behind one interface: evidence in, scores out."""
+"""Registry of selectors: functions that score every attention head from the evidence of a scan."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from lcc_lens.analysis.components import LostComponents
 from lcc_lens.analysis.head_scores import HeadScores
 from lcc_lens.analysis.selectors.activation_patching import score_activation_patching
 from lcc_lens.analysis.selectors.attribution_patching import score_attribution_patching
-from lcc_lens.analysis.selectors.backward import ResponseGradients, response_gradients
+from lcc_lens.analysis.selectors.evidence import Evidence
 from lcc_lens.analysis.selectors.gradient import score_gradient
 from lcc_lens.analysis.selectors.interaction_probe import score_interaction_probe
 from lcc_lens.analysis.selectors.kl import score_kl
-from lcc_lens.analysis.selectors.linear_probe import LayerFeatures, Solver, linear_probe_scores
+from lcc_lens.analysis.selectors.linear_probe import linear_probe_scores
 from lcc_lens.analysis.selectors.mse import score_mse
-from lcc_lens.analysis.selectors.names import SELECTORS, SelectorName
+from lcc_lens.analysis.selectors.names import SELECTORS
 from lcc_lens.analysis.selectors.random import score_random
-from lcc_lens.analysis.statistics import DifferenceStatistics
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.heads import Head
-from lcc_lens.data.batches import TokenSequence
+from lcc_lens.core.registry import Registry
 from lcc_lens.models.hooked.direct_path import OutputProjections, Unembedding
-from lcc_lens.models.pair import Pair
 
-#: Selectors that read the answers of contrastive pairs, and those that run both models again.
-NEED_PAIRS: frozenset[SelectorName] = frozenset({"probe", "interaction", "kl"})
-NEED_MODELS: frozenset[SelectorName] = frozenset({"attribution", "gradient", "patching"})
-#: Questions that kl reads at most: each one costs two readouts of the vocabulary per head.
+Selector = Callable[[Evidence], HeadScores]
+#: Maximum number of questions for kl; each one unembeds the output of every head twice.
 _KL_EXAMPLES = 16
-#: What a scan gives without being asked, since it costs next to nothing.
-CHEAP: tuple[SelectorName, ...] = ("probe", "interaction")
-
-
-@dataclass(frozen=True)
-class ScoreSettings:
-    """How selectors score.
-
-    Args:
-        rank: K of the activation editing in both probes.
-        solver: of the linear probe: to convergence, or the published 200 steps.
-        folds: cross-validate the linear probe in so many parts (one split of 70/30 if not given).
-        examples: for selectors that run the models again, and for kl; the first ones of the data.
-        seed: of splits, samples and the random selector.
-        batch_tokens: padded tokens per pass at most.
-    """
-
-    rank: int = 1
-    solver: Solver = "newton"
-    folds: int | None = None
-    examples: int = 32
-    seed: int = 0
-    batch_tokens: int = 1024
-
-
-@dataclass(frozen=True)
-class Evidence:
-    """Everything that a selector may look at.
-
-    ``layers`` gives the probes' features layer by layer, anew at each call; None without right and wrong answers.
-    """
-
-    pair: Pair
-    sequences: Sequence[TokenSequence]
-    heads: DifferenceStatistics
-    components: LostComponents
-    layers: Callable[[], Iterable[LayerFeatures]] | None = None
-    settings: ScoreSettings = field(default_factory=ScoreSettings)
-
-    @cached_property
-    def gradients(self) -> ResponseGradients:
-        """One backward pass, shared by the selectors that read gradients."""
-        self.require_models()
-        chosen = self.sequences[: self.settings.examples]
-        return response_gradients(self.pair, chosen, batch_tokens=self.settings.batch_tokens)
-
-    def features(self) -> Iterable[LayerFeatures]:
-        """The probes' features.
-
-        Raises:
-            RequestError: the data have no right and wrong answers.
-        """
-        if self.layers is None:
-            raise RequestError("expected questions with right and wrong answers, got data without; name such a task")
-        return self.layers()
-
-    def require_models(self) -> None:
-        """Refuse a pair that holds one model at a time.
-
-        Raises:
-            RequestError: says what to do.
-        """
-        if self.pair.one_at_a_time:
-            raise RequestError("expected both models in memory for this selector, got one at a time; load both")
 
 
 def _probe(evidence: Evidence) -> HeadScores:
     settings = evidence.settings
-    rank = min(settings.rank, evidence.components.d_head)
     return linear_probe_scores(
-        evidence.features(), evidence.components, rank=rank, solver=settings.solver, folds=settings.folds,
+        evidence.features(), evidence.components, rank=_rank(evidence), solver=settings.solver, folds=settings.folds,
         seed=settings.seed,
     )  # fmt: skip
 
 
 def _interaction(evidence: Evidence) -> HeadScores:
-    rank = min(evidence.settings.rank, evidence.components.d_head)
-    return score_interaction_probe(evidence.features(), evidence.components, rank=rank, seed=evidence.settings.seed)
+    features, seed = evidence.features(), evidence.settings.seed
+    return score_interaction_probe(features, evidence.components, rank=_rank(evidence), seed=seed)
+
+
+def _rank(evidence: Evidence) -> int:
+    return min(evidence.settings.rank, evidence.components.d_head)
 
 
 def _attribution(evidence: Evidence) -> HeadScores:
@@ -119,8 +52,8 @@ def _attribution(evidence: Evidence) -> HeadScores:
 
 def _patching(evidence: Evidence) -> HeadScores:
     evidence.require_models()
-    chosen = evidence.sequences[: evidence.settings.examples]
-    return score_activation_patching(evidence.pair, chosen, batch_tokens=2 * evidence.settings.batch_tokens)
+    batch_tokens = 2 * evidence.settings.batch_tokens
+    return score_activation_patching(evidence.pair, evidence.first_sequences, batch_tokens=batch_tokens)
 
 
 def _mse(evidence: Evidence) -> HeadScores:
@@ -129,16 +62,19 @@ def _mse(evidence: Evidence) -> HeadScores:
 
 def _kl(evidence: Evidence) -> HeadScores:
     pruned = evidence.pair.pruned
-    readout, writer = Unembedding.of(pruned), OutputProjections.of(pruned)
+    unembedding, projections = Unembedding.of(pruned), OutputProjections.of(pruned)
 
     def logits(layer: int, z: Tensor) -> Tensor:
-        by_head = [writer.output(Head(layer, head), z[:, head]) for head in range(z.shape[1])]
-        return readout.logits(torch.stack(by_head, dim=1))
+        by_head = [projections.output(Head(layer, head), z[:, head]) for head in range(z.shape[1])]
+        return unembedding.logits(torch.stack(by_head, dim=1))
 
-    layers = ((part.z_dense_question, part.z_pruned_question) for part in evidence.features())
-    known = ((dense, pruned_z) for dense, pruned_z in layers if dense is not None)
-    n = min(evidence.settings.examples, _KL_EXAMPLES)
-    return score_kl(known, logits, max_examples=n, seed=evidence.settings.seed)
+    questions = (
+        (layer.z_dense_question, layer.z_pruned_question)
+        for layer in evidence.features()
+        if layer.z_dense_question is not None
+    )
+    n_examples = min(evidence.settings.examples, _KL_EXAMPLES)
+    return score_kl(questions, logits, max_examples=n_examples, seed=evidence.settings.seed)
 
 
 def _gradient(evidence: Evidence) -> HeadScores:
@@ -149,31 +85,71 @@ def _random(evidence: Evidence) -> HeadScores:
     return score_random(evidence.pair.n_layers, evidence.pair.n_heads, evidence.settings.seed)
 
 
-REGISTRY: dict[SelectorName, Callable[[Evidence], HeadScores]] = {
-    "probe": _probe,
-    "interaction": _interaction,
-    "attribution": _attribution,
-    "patching": _patching,
-    "mse": _mse,
-    "kl": _kl,
-    "gradient": _gradient,
-    "random": _random,
-}
+REGISTRY: Registry[Selector] = Registry(
+    "selector",
+    {
+        "probe": _probe,
+        "interaction": _interaction,
+        "attribution": _attribution,
+        "patching": _patching,
+        "mse": _mse,
+        "kl": _kl,
+        "gradient": _gradient,
+        "random": _random,
+    },
+)
 
 
-def check_selectors(names: Iterable[str]) -> tuple[SelectorName, ...]:
-    """The selectors of these names, each once.
+def register_selector(name: str, function: Selector, *, replace: bool = False) -> None:
+    """Add a selector, which then works like the built-in ones: ``scan(..., selectors=[name])``, ``scan.select(name)``.
+
+    An installed package adds one by an entry point of the group ``lcc_lens.selectors``; the command line knows it too.
+
+    Args:
+        name: lower-case letters, digits, ``-`` and ``_``.
+        function: takes an :class:`~lcc_lens.analysis.selectors.evidence.Evidence` and returns the score and standard
+            error of every head, ``[layer, head]``; heads with higher scores are restored first.
+        replace: allow a name that was registered before; the built-in selectors cannot be replaced.
 
     Raises:
-        RequestError: an unknown name.
+        RequestError: the name has another form, or is taken.
+
+    Example:
+        >>> def lost_cosine(evidence):
+        ...     loss = 1 - evidence.heads.cosine
+        ...     return HeadScores("cosine", loss, loss * float("nan"), len(evidence.sequences))
+        >>> register_selector("cosine", lost_cosine)  # doctest: +SKIP
+        >>> scan(pair, data, selectors=["cosine"]).select("cosine", share=0.1)  # doctest: +SKIP
+        [Head(layer=0, head=4), Head(layer=2, head=1)]
     """
-    known: dict[str, SelectorName] = {name: name for name in REGISTRY}
-    for name in names:
-        if name not in known:
-            raise RequestError(f"expected some of the selectors {', '.join(SELECTORS)}, got {name!r}")
-    return tuple(dict.fromkeys(known[name] for name in names))
+    REGISTRY.register(name, function, replace=replace and name not in SELECTORS)
 
 
-def score(names: Iterable[SelectorName], evidence: Evidence) -> dict[str, HeadScores]:
-    """The scores of several selectors from the same evidence."""
-    return {name: REGISTRY[name](evidence) for name in names}
+def check_selectors(names: Iterable[str]) -> tuple[str, ...]:
+    """The names, each once.
+
+    Raises:
+        RequestError: an unknown name; says the nearest one.
+    """
+    unique = tuple(dict.fromkeys(names))
+    for name in unique:
+        REGISTRY[name]
+    return unique
+
+
+def score(names: Iterable[str], evidence: Evidence) -> dict[str, HeadScores]:
+    """The scores of several selectors from the same evidence.
+
+    Raises:
+        RequestError: a selector returned anything but a score and a standard error per head.
+    """
+    return {name: _checked(name, REGISTRY[name](evidence), evidence.heads.mse.shape) for name in names}
+
+
+def _checked(name: str, scores: HeadScores, shape: torch.Size) -> HeadScores:
+    if not isinstance(scores, HeadScores) or not scores.value.shape == scores.stderr.shape == shape:
+        shapes = f"{list(scores.value.shape)}" if isinstance(scores, HeadScores) else type(scores).__name__
+        raise RequestError(
+            f"expected HeadScores of shape {list(shape)} from the selector {name!r}, got {shapes}; correct its function"
+        )
+    return replace(scores, selector=name)

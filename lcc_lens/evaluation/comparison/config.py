@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lcc_lens.analysis.selectors.names import SelectorName
+from lcc_lens.analysis.selectors.registry import check_selectors
 from lcc_lens.core.errors import RequestError
 from lcc_lens.data.registry import require_dataset
 from lcc_lens.pruning.jobs import REFIT_DATA, REFIT_SAMPLES
@@ -46,7 +46,7 @@ class CompareConfig:
     max_length: int = 256
     scan_examples: int = 96
     heads: float = 1.0
-    selector: SelectorName = "mse"
+    selector: str = "mse"
     batch_size: int = 8
     epochs: int = 1
     low_rank: int = 16
@@ -57,6 +57,7 @@ class CompareConfig:
     speed_rounds: int = 15
 
     def __post_init__(self) -> None:
+        check_selectors([self.selector])
         if not self.texts:
             raise RequestError("expected at least one text to measure perplexity on, got none; name one")
         for name in (self.data, *self.texts):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lcc_lens.analysis.selectors.names import SelectorName
 from lcc_lens.frontends.cli.options import Common, DenseModel, PrunedModel, RunPath
 from lcc_lens.frontends.cli.show import show_comparison
 
@@ -46,8 +45,9 @@ class Compare(Common):
     """Held-out responses for the divergence from the dense model and the response loss."""
     heads: float = 1.0
     """Share of heads to restore."""
-    selector: SelectorName = "mse"
-    """How heads are chosen."""
+    selector: str = "mse"
+    """How heads are chosen: probe, interaction, attribution, patching, mse, kl, gradient, random, or a
+    selector that an installed package registers."""
     epochs: int = 1
     """Passes over the training data."""
     max_length: int = 256

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from lcc_lens.analysis.selectors.names import SelectorName
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.processes import is_first_process
 from lcc_lens.data.prompts import RecoveryTask
@@ -50,8 +49,9 @@ class Restore(Placed):
     """With a task: the other text."""
     heads: float = 0.25
     """Share of all heads to restore."""
-    selector: SelectorName = "probe"
-    """How heads are chosen."""
+    selector: str = "probe"
+    """How heads are chosen: probe, interaction, attribution, patching, mse, kl, gradient, random, or a
+    selector that an installed package registers."""
     scan_data: str | None = None
     """Data for the scan where RUN holds none (boolq, or the task)."""
     scan_examples: int = 256

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from lcc_lens.analysis.selectors.names import SelectorName
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.processes import is_first_process
 from lcc_lens.frontends.cli.options import DenseModel, Placed, PrunedModel, RunPath
@@ -29,9 +28,10 @@ class ScanPair(Placed):
     positions: Literal["all", "last", "end", "response"] | tuple[int, ...] = "all"
     """Compare at all tokens, at the question's last one as in the paper, at the end, at those that predict the
     response, or at chosen positions (-1 is the last)."""
-    selectors: tuple[SelectorName, ...] | None = None
+    selectors: tuple[str, ...] | None = None
     """Scores to compute. If not given: those that cost next to nothing (probe, interaction). attribution and gradient
-    take one backward pass, kl reads every head's vote, patching runs every head; mse and random always come."""
+    take one backward pass, kl reads every head's vote, patching runs every head; mse and random always come. Selectors
+    that an installed package registers have their names there."""
     selector_examples: int = 32
     """Examples for attribution, gradient, patching and kl."""
     probe_rank: int = 1
@@ -55,11 +55,13 @@ class ScanPair(Placed):
 
     def execute(self) -> None:
         from lcc_lens.analysis.scan.scan import SCAN_RECORD, scan
+        from lcc_lens.analysis.selectors.registry import check_selectors
         from lcc_lens.models.pair import load_pair
         from lcc_lens.restoration.training_data import load_role
 
         if (self.run / SCAN_RECORD).exists() and not self.overwrite:
             raise RequestError(f"{self.run} holds a scan already; name another run or pass --overwrite")
+        check_selectors(self.selectors or ())
         data = load_role(self.data, self.examples, "probe", self.seed)
         result = scan(
             load_pair(self.dense, self.pruned, one_at_a_time=self.one_at_a_time), data, positions=self.positions,

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lcc_lens.analysis.head_scores import HeadScores
 from lcc_lens.analysis.scan.result import Scan
-from lcc_lens.analysis.selectors.names import SelectorName
+from lcc_lens.analysis.selectors.names import ALWAYS_SCORED
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.heads import Head
 from lcc_lens.frontends.plotting.labels import GOLD, SELECTOR_LABELS
@@ -64,7 +64,7 @@ def plot_loss_map(scan: Scan, heads: Sequence[Head] = ()) -> go.Figure:
     return figure
 
 
-def plot_selectors(scan: Scan, selectors: Sequence[SelectorName] | None = None) -> go.Figure:
+def plot_selectors(scan: Scan, selectors: Sequence[str] | None = None) -> go.Figure:
     """Ranks of every head by selector, side by side: dark heads would be restored first.
 
     Colours are ranks, since scores have different units; the hover text gives the score with its standard error.
@@ -77,7 +77,7 @@ def plot_selectors(scan: Scan, selectors: Sequence[SelectorName] | None = None) 
     Raises:
         RequestError: no selector, or one that the scan has no scores for.
     """
-    names: list[SelectorName] = list(selectors) if selectors is not None else _available(scan)
+    names: list[str] = list(selectors) if selectors is not None else _available(scan)
     if not names:
         raise RequestError("expected at least one selector to draw, got none; name some")
     names.sort(key=lambda name: name != GOLD)
@@ -114,15 +114,16 @@ def _colorbar(title: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _available(scan: Scan) -> list[SelectorName]:
-    names = [name for name in SELECTOR_LABELS if name in scan.selected_by or name in ("mse", "random")]
-    return names  # type: ignore[return-value]
+def _available(scan: Scan) -> list[str]:
+    scored = (*scan.selected_by, *ALWAYS_SCORED)
+    return [name for name in dict.fromkeys((*SELECTOR_LABELS, *scored)) if name in scored]
 
 
 def _map_title(name: str, scores: HeadScores, gold: HeadScores | None) -> str:
+    label = SELECTOR_LABELS.get(name, name)
     if gold is None or name == GOLD:
-        return SELECTOR_LABELS[name]
-    return f"{SELECTOR_LABELS[name]} ({gold.rank_correlation(scores):.2f})"
+        return label
+    return f"{label} ({gold.rank_correlation(scores):.2f})"
 
 
 def _rank_map(scan: Scan, scores: HeadScores, *, is_first: bool) -> go.Heatmap:

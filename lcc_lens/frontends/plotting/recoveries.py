@@ -133,7 +133,13 @@ def recovery_by_selector(
             value = row[what]
             interval = None if value["low"] is None else (value["low"], value["high"])
             points.append(
-                Recovery(SELECTOR_LABELS[selector], float(share.rstrip("%")) / 100, value["mean"], interval, value["n"])
+                Recovery(
+                    SELECTOR_LABELS.get(selector, selector),
+                    float(share.rstrip("%")) / 100,
+                    value["mean"],
+                    interval,
+                    value["n"],
+                )
             )
     return points
 

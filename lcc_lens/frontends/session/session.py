@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lcc_lens.analysis.scan.scan import Scan
-from lcc_lens.analysis.selectors.names import SelectorName
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.heads import Head, check_heads
 from lcc_lens.data.datasets import Data
@@ -99,7 +98,7 @@ class RestoreSession(SessionView):
         self._stop = threading.Event()
         self._cache_of = lru_cache(_CACHED_PROMPTS)(_empty_cache)
 
-    def choose(self, heads: Sequence[Head] | SelectorName, *, share: float = 0.25) -> tuple[Head, ...]:
+    def choose(self, heads: Sequence[Head] | str, *, share: float = 0.25) -> tuple[Head, ...]:
         """Restore these heads, or the share with the highest scores; heads that stay keep their trained parameters.
 
         Args:

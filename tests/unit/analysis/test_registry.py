@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,21 +14,13 @@ from lcc_lens.analysis.head_scores import HeadScores
 from lcc_lens.analysis.scan.scan import Scan, scan
 from lcc_lens.analysis.selectors.attribution_patching import score_attribution_patching
 from lcc_lens.analysis.selectors.backward import response_gradients
-from lcc_lens.analysis.selectors.names import SELECTORS
-from lcc_lens.analysis.selectors.registry import (
-    CHEAP,
-    NEED_MODELS,
-    NEED_PAIRS,
-    REGISTRY,
-    Evidence,
-    ScoreSettings,
-    check_selectors,
-    score,
-)
+from lcc_lens.analysis.selectors.evidence import Evidence, ScoreSettings
+from lcc_lens.analysis.selectors.names import ALWAYS_SCORED, CHEAP, NEED_MODELS, NEED_PAIRS, SELECTORS
+from lcc_lens.analysis.selectors.registry import REGISTRY, check_selectors, register_selector, score
 from lcc_lens.core.errors import RequestError
+from lcc_lens.core.heads import Head
 from lcc_lens.data.datasets import Data, encode, load_data
-
-NOT_KEPT = {"mse", "random"}  # a scan gives them without being asked
+from lcc_lens.evaluation.comparison.config import CompareConfig
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +51,7 @@ def test_every_selector_scores_every_head(scored: Scan, name: Any) -> None:
 def test_scores_survive_save_and_load(scored: Scan, tmp_path: Path) -> None:
     scored.save(tmp_path)
     again = Scan.load(tmp_path)
-    assert set(again.selected_by) == set(SELECTORS) - NOT_KEPT
+    assert set(again.selected_by) == set(SELECTORS) - set(ALWAYS_SCORED)
     for name in SELECTORS:
         before, after = scored.scores(name), again.scores(name)
         assert torch.equal(after.value, before.value), name
@@ -92,7 +85,7 @@ def test_one_backward_pass_serves_both_gradient_selectors(
         calls.append(len(sequences))
         return response_gradients(pair_, sequences, **options)
 
-    monkeypatch.setattr("lcc_lens.analysis.selectors.registry.response_gradients", counting)
+    monkeypatch.setattr("lcc_lens.analysis.selectors.evidence.response_gradients", counting)
     sequences = encode(data, pair.tokenizer)
     evidence = Evidence(pair, sequences, scored.heads, scored.components, settings=ScoreSettings(examples=3))
     found = score(("attribution", "gradient", "mse"), evidence)
@@ -128,14 +121,73 @@ def test_probe_settings_reach_the_probe(pair, data: Data, scored: Scan) -> None:
     assert scored.scores("random", seed=1).rank_correlation(scored.scores("random", seed=2)) < 0.99
 
 
-@pytest.mark.parametrize("names", [("guess",), ("probe", "Probe"), ("",)])
-def test_unknown_selector_is_refused(names: tuple[str, ...]) -> None:
-    with pytest.raises(RequestError, match=f"expected some of the selectors probe, .*, got '{names[-1]}'"):
+@pytest.mark.parametrize(
+    ("names", "hint"),
+    [(("guess",), "choose one of these"), (("mse", "Probe"), "did you mean 'probe'"), (("",), "choose one of these")],
+)
+def test_unknown_selector_is_refused_with_the_nearest_name(names: tuple[str, ...], hint: str) -> None:
+    with pytest.raises(RequestError, match=rf"expected a selector \(probe, .*\), got '{names[-1]}'; {hint}"):
         check_selectors(names)
 
 
 def test_names_count_once_and_in_order() -> None:
     assert check_selectors(["mse", "probe", "mse"]) == ("mse", "probe")
-    assert tuple(REGISTRY) == SELECTORS
+    assert tuple(REGISTRY)[: len(SELECTORS)] == SELECTORS
     assert not NEED_MODELS & NEED_PAIRS
     assert set(CHEAP) <= NEED_PAIRS
+
+
+@pytest.fixture
+def no_more_selectors() -> Iterator[None]:
+    """Forget what a test registers."""
+    entries = dict(REGISTRY._entries)
+    yield
+    REGISTRY._entries = entries
+
+
+def score_later_heads(evidence: Evidence) -> HeadScores:
+    value = torch.arange(evidence.heads.mse.numel()).reshape(evidence.heads.mse.shape).float()
+    return HeadScores("toy", value, torch.ones_like(value), len(evidence.sequences), {"by": "hand"})
+
+
+@pytest.mark.usefixtures("no_more_selectors")
+def test_registered_selector_works_like_a_built_in_one(pair, data: Data, tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match="expected a selector"):
+        scan(pair, data, selectors=["later"])
+    register_selector("later", score_later_heads)
+    found = scan(pair, data, selectors=["later"], run=tmp_path)
+    assert found.scores("later").selector == "later"
+    last = [Head(N_LAYERS - 1, head) for head in range(N_HEADS)]
+    assert found.select("later", share=1 / N_LAYERS) == last
+    assert "later_stderr" in found.table().columns
+    assert CompareConfig(selector="later").selector == "later"
+    REGISTRY._entries.pop("later")  # a saved scan does not need the function any more
+    again = Scan.load(tmp_path)
+    assert again.select("later", share=1 / N_LAYERS) == last
+    assert again.scores("later").settings == {"by": "hand"}
+    with pytest.raises(RequestError, match=r"expected a selector .*, got 'later'"):
+        CompareConfig(selector="later")
+
+
+@pytest.mark.usefixtures("no_more_selectors")
+def test_registering_refuses_taken_names_and_scores_of_another_shape(scored: Scan, pair, data: Data) -> None:
+    for replace in (False, True):  # built-in selectors stay
+        with pytest.raises(RequestError, match="expected a new selector name, got 'mse'"):
+            register_selector("mse", score_later_heads, replace=replace)
+    register_selector("later", score_later_heads)
+    with pytest.raises(RequestError, match="pass replace=True"):
+        register_selector("later", score_later_heads)
+    register_selector("later", lambda evidence: HeadScores("x", torch.zeros(1, 2), torch.zeros(1, 2), 1), replace=True)
+    evidence = Evidence(pair, encode(data, pair.tokenizer), scored.heads, scored.components)
+    with pytest.raises(
+        RequestError, match=r"expected HeadScores of shape \[3, 5\] from the selector 'later', got \[1, 2\]"
+    ):
+        score(["later"], evidence)
+
+
+def test_help_of_the_command_line_names_every_selector() -> None:
+    from lcc_lens.frontends.cli import comparing, restoring, scanning
+
+    for module in (comparing, restoring, scanning):
+        source = Path(str(module.__file__)).read_text(encoding="utf-8")
+        assert not [name for name in SELECTORS if name not in source], module.__name__

@@ -16,7 +16,8 @@ from support.tiers import mostly_slow
 from lcc_lens.analysis.scan import passes
 from lcc_lens.analysis.scan import shards as scan_work
 from lcc_lens.analysis.scan.scan import UNFINISHED, scan
-from lcc_lens.analysis.selectors.registry import NEED_MODELS, Evidence
+from lcc_lens.analysis.selectors.evidence import Evidence
+from lcc_lens.analysis.selectors.names import NEED_MODELS
 from lcc_lens.core.errors import InterruptedRun, LensError, RequestError
 from lcc_lens.core.progress import tracked_by
 from lcc_lens.data.datasets import Data, load_data

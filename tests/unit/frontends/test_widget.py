@@ -15,7 +15,6 @@ from support.tiny import D_HEAD, N_HEADS, N_LAYERS
 
 import lcc_lens as lcc
 from lcc_lens.analysis.scan.scan import Scan
-from lcc_lens.analysis.selectors.names import SelectorName
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.heads import Head
 from lcc_lens.data.datasets import load_data
@@ -60,7 +59,7 @@ def test_everything_shown_is_small_json(widget: RestoreWidget, found: Scan) -> N
 
 
 @pytest.mark.parametrize("selector", ["mse", "random"])
-def test_every_number_of_heads_can_be_chosen(widget: RestoreWidget, selector: SelectorName) -> None:
+def test_every_number_of_heads_can_be_chosen(widget: RestoreWidget, selector: str) -> None:
     for n in range(1, N_LAYERS * N_HEADS + 1):
         say(widget, do="choose", selector=selector, n=n)
         assert widget.error == ""
