@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 
 import plotly.io
+import pytest
 from support.places import ROOT
 
 from lcc_lens.frontends.plotting.writing import drawn_from, figure_json, figure_sha256
@@ -16,6 +17,7 @@ from lcc_lens.frontends.plotting.writing import drawn_from, figure_json, figure_
 FIGURES = ROOT / "figures"
 
 
+@pytest.mark.slow
 def test_figures_are_rebuilt_from_the_measurements() -> None:
     spec = importlib.util.spec_from_file_location("make", FIGURES / "make.py")
     make = importlib.util.module_from_spec(spec)

@@ -216,6 +216,7 @@ def test_a_converter_that_fails_is_one_line(exported: Path, tmp_path: Path) -> N
     assert list((tmp_path / "files").iterdir()) == []
 
 
+@pytest.mark.slow
 def test_refusals_come_before_anything_is_written(
     exported: Path, clone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -108,7 +108,8 @@ def test_every_family_gives_the_same_gradients(family: str, tmp_path: Path) -> N
         assert torch.allclose(a, b, rtol=1e-5, atol=1e-6 * size)
 
 
-@pytest.mark.parametrize("reuse", mostly_slow([False, True], True))
+@pytest.mark.slow
+@pytest.mark.parametrize("reuse", [False, True])
 def test_training_is_the_same_bits(pair, found, question_file: Path, monkeypatch, reuse: bool) -> None:
     sequences = encode(load_data(str(question_file)), pair.tokenizer)
     config = TrainConfig(batch_size=4, validate_every=3, objective=Objective(1.0, 1.0), reuse=reuse)
