@@ -43,15 +43,12 @@ def restore_models(
     Args:
         dense: reference of the dense model.
         pruned: reference of the pruned model.
-        run: the run directory. A scan in it is used; otherwise the pair is scanned into it. A method that starts from
-            the refitted model keeps that in ``refit`` within it.
+        run: the run directory. A scan in it is used, otherwise one is made; a refitted model lies in ``refit``.
         data: training examples (role ``train``).
         method: one of :data:`~lcc_lens.restoration.injections.methods.METHODS`, or several joined by ``+``.
-        config: settings of the training; the method's own if not given.
+        config: training settings; the method's own if not given.
         validation: see :func:`~lcc_lens.restoration.restore.restore`.
-        settings: ranks, lengths and controls.
-        heads: how heads are chosen.
-        refitting: what a refit is calibrated on.
+        settings: ranks, lengths and controls; ``heads``: how heads are chosen; ``refitting``: a refit's calibration.
         one_at_a_time: hold one model in memory at a time.
         resume: go on from the run directory's checkpoint.
         on_step: called after every optimiser step.

@@ -35,16 +35,13 @@ def sequential_means(
     with $c_0 \dots c_{l-1}$ added; for an MLP, also its own layer's heads. A plain mean shift measures every layer in
     the unrestored model, and so corrects again what the layers below have already corrected.
 
-    Both models run layer by layer: the dense one once, the pruned one twice per layer (to measure and to advance; a
-    third time for the MLP). The hidden states of all tokens of both models are in memory.
+    Both models run layer by layer, with the hidden states of all tokens in memory.
 
     Args:
         pair: the hooked models, both in memory.
         sequences: what to measure on.
-        heads: the heads to correct; may be empty with ``mlp``.
-        mlp: also correct the MLPs of all layers.
-        model: the model to correct; the pair's pruned one if not given.
-        max_tokens: padded tokens per forward pass at most.
+        heads: the heads to correct; may be empty with ``mlp``, which also corrects the MLPs of all layers.
+        model: the model to correct, by default the pruned one; ``max_tokens``: padded tokens per forward pass at most.
 
     Returns:
         By site the constants, zero for heads that are not corrected.

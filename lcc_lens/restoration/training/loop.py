@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from lcc_lens.core.config import tokens_per_pass
@@ -53,31 +53,25 @@ def train(
     identity: str = "",
     first_loss: float | None = None,
 ) -> Iterator[Step]:
-    r"""Train an injection on the objective; yields a record per optimiser step.
+    """Train an injection on the objective by AdamW with linear decay; yields a record per optimiser step.
 
-    AdamW with linear decay to zero. The model's weights take no gradient, so backward work stops at the lowest
-    injected layer, and logits are computed only where the loss counts. Between steps the model is as it was. At the
-    end, and when the iteration is given up, the injection holds the numbers with the lowest objective on the held-out
-    data (the start included). A run that diverges (a loss that is not finite, or a validation loss of twice the first
-    one) stops there, with a warning, and keeps the best.
+    The model's weights take no gradient, and the model is unchanged between steps. At the end, and when the iteration
+    is abandoned, the injection holds the parameters with the lowest held-out objective, the start included. A run that
+    diverges (a loss that is not finite, or a held-out loss of twice the first one) stops with a warning.
 
     Several processes (``accelerate launch``) divide the examples of every batch and of the held-out data; gradients are
-    summed with the whole batch's token counts, so the result is that of one process within rounding. The first one
-    writes.
+    summed with the whole batch's token counts, so the result is that of one process within rounding.
 
     Args:
-        model: the hooked pruned model, or what gives its outputs (then ``reuse`` and ``gradient_checkpointing`` are its
-            affair).
+        model: the hooked pruned model, or a source of its outputs (which then handles ``reuse`` and
+            ``gradient_checkpointing``).
         injection: what to train, in place.
-        sequences: training data.
-        validation: held-out data of the same kind.
-        config: settings.
-        teacher: the dense model, for distillation, or what gives its outputs.
-        run: where ``checkpoint.safetensors`` is kept, renewed every ``checkpoint_every`` steps and with every new best;
-            none if not given.
+        sequences: training data; ``validation``: held-out data of the same kind; ``config``: settings.
+        teacher: the dense model, for distillation, or a source of its outputs.
+        run: where ``checkpoint.safetensors`` is kept; none if not given.
         resume: go on from the checkpoint in ``run``; the result equals an unbroken run's.
         identity: a text that a checkpoint must share to be resumed (weights, data, heads).
-        first_loss: the objective on the held-out data before the first step, where it is known.
+        first_loss: the held-out objective before the first step, if it is known.
 
     Raises:
         RequestError: nothing to resume, or a checkpoint of another run.
@@ -86,11 +80,10 @@ def train(
     state = TrainingState(injection, config, n_sequences=len(sequences), identity=identity)
     injection.to(device_of(hooked_of(model)))
     source = model if isinstance(model, Source) else _source(model, injection, config)
-    kept_teacher = teacher if teacher is None or isinstance(teacher, Source) else CachedTeacher(teacher)
-    teaching = kept_teacher if config.reuse else teacher
+    cached = teacher if teacher is None or isinstance(teacher, Source) else CachedTeacher(teacher)
 
     def validate() -> float:
-        return validation_loss(source, injection, validation, config.micro_tokens, config.objective, kept_teacher)
+        return validation_loss(source, injection, validation, config.micro_tokens, config.objective, cached)
 
     if resume:
         state.load(run)
@@ -98,34 +91,46 @@ def train(
         state.first_loss = validate() if first_loss is None else first_loss
         state.keep_best(state.first_loss)
     try:
-        with Interruption().watched() as interruption:
-            for index in state.remaining_batches(sequences):
-                start, lr = time.perf_counter(), state.begin_step()
-                loss, n_targets = optimise(source, injection, state, [sequences[i] for i in index], teaching)
-                if not math.isfinite(loss):
-                    _warn_of_divergence(state.step + 1, state.n_steps, f"a loss of {loss}", state.rates[0])
-                    break
-                state.step += 1
-                is_last, is_best, measured = state.step == state.n_steps, False, None
-                if is_last or state.step % config.validate_every == 0:
-                    measured = validate()
-                    is_best = state.keep_best(measured)
-                yield Step(state.step, state.n_steps, loss, lr, n_targets, time.perf_counter() - start, measured)
-                if measured is not None and not measured <= _DIVERGED * state.first_loss:
-                    what = f"a validation loss of {measured:.3g} ({state.first_loss:.3g} at first)"
-                    _warn_of_divergence(state.step, state.n_steps, what, state.rates[0])
-                    break  # before the state is saved: a resumed run meets the same end
-                is_due, is_asked = state.step % config.checkpoint_every == 0, interruption.is_agreed()
-                if run is not None and (is_due or is_best or is_last or is_asked):
-                    state.save(run)
-                if is_asked and not is_last:
-                    what = f"state saved in {run}; go on with --resume" if run else "nothing saved: no run directory"
-                    raise InterruptedRun(f"stopped after step {state.step} of {state.n_steps}; {what}")
-                if config.patience is not None and state.n_worse >= config.patience and not is_last:
-                    logger.info("stopped at step %d: %d validations without a new best", state.step, state.n_worse)
-                    break
+        yield from _steps(source, state, sequences, cached if config.reuse else teacher, validate, run)
     finally:
         state.restore_best()
+
+
+def _steps(
+    model: HookedModel | Source,
+    state: TrainingState,
+    sequences: Sequence[TokenSequence],
+    teacher: HookedModel | Source | None,
+    validate: Callable[[], float],
+    run: Path | None,
+) -> Iterator[Step]:
+    """The remaining steps of a run, until the last one, divergence, patience or Ctrl-C; the state is saved as due."""
+    config = state.config
+    with Interruption().watched() as interruption:
+        for index in state.remaining_batches(sequences):
+            start, lr = time.perf_counter(), state.begin_step()
+            loss, n_targets = optimise(model, state.injection, state, [sequences[i] for i in index], teacher)
+            if not math.isfinite(loss):
+                return _warn_of_divergence(state.step + 1, state.n_steps, f"a loss of {loss}", state.rates[0])
+            state.step += 1
+            is_last, is_best, measured = state.step == state.n_steps, False, None
+            if is_last or state.step % config.validate_every == 0:
+                measured = validate()
+                is_best = state.keep_best(measured)
+            yield Step(state.step, state.n_steps, loss, lr, n_targets, time.perf_counter() - start, measured)
+            if measured is not None and not measured <= _DIVERGED * state.first_loss:
+                what = f"a validation loss of {measured:.3g} ({state.first_loss:.3g} at first)"
+                # before the state is saved: a resumed run meets the same end
+                return _warn_of_divergence(state.step, state.n_steps, what, state.rates[0])
+            is_due, is_interrupted = state.step % config.checkpoint_every == 0, interruption.is_agreed()
+            if run is not None and (is_due or is_best or is_last or is_interrupted):
+                state.save(run)
+            if is_interrupted and not is_last:
+                what = f"state saved in {run}; go on with --resume" if run else "nothing saved: no run directory"
+                raise InterruptedRun(f"stopped after step {state.step} of {state.n_steps}; {what}")
+            if config.patience is not None and state.n_worse >= config.patience and not is_last:
+                logger.info("stopped at step %d: %d validations without a new best", state.step, state.n_worse)
+                return None
 
 
 def _source(model: HookedModel, injection: Injection, config: TrainConfig) -> HookedModel | Source:
