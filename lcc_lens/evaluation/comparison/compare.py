@@ -43,11 +43,9 @@ def compare(
 
     A run is one entry with one seed, which draws the examples, their order and the initial values. Trained parameters
     are kept in ``run/trained``: a later call with more tasks measures finished runs on those alone.
-
-    A run's results are those of :class:`~lcc_lens.evaluation.comparison.measures.Measures`, the number of parameters
-    trained and of those added to the checkpoint, the fraction of the pruned weights' zeros that are kept once the
-    result is merged, and the training's seconds and memory; for a mean shift also the fraction of the squared
-    difference that is constant (``mendable_share``).
+    The results are those of :class:`~lcc_lens.evaluation.comparison.measures.Measures` and of
+    :func:`~lcc_lens.evaluation.comparison.costs.merging_costs`, the number of trained parameters, and the training's
+    seconds and memory; of a mean shift also the fraction of the squared difference that is constant.
 
     Args:
         dense: reference of the dense model.
@@ -58,46 +56,43 @@ def compare(
         config: what all runs share.
         out: the file for the results and their :func:`summary`; ``comparison.json`` in ``run`` if not given.
         deadline: start no run after this value of ``time.monotonic()``.
-        part: ``(i, n)`` computes every n-th run from the i-th (of 0 to n - 1): n processes whose arguments differ in
-            nothing else share the work, the folder and the file. The one that ends last times inference.
+        part: ``(i, n)`` computes every n-th run from the i-th, counted from 0: n processes that differ in nothing else
+            share the work and the file, and the last one times inference.
         on_cell: called with the name and results of every new run.
 
     Raises:
-        RequestError: an unknown entry, or a file, scan or refitted model of another comparison.
+        RequestError: an unknown entry, or files of another comparison.
         InterruptedRun: Ctrl-C; finished runs are kept.
     """
     parsed, config, run = [Entry.parse(text) for text in entries], config or CompareConfig(), Path(run)
-    if config.heads >= 1 and any(entry.control == "random-heads" for entry in parsed):
-        raise RequestError("expected a share of heads below 1 for random heads, got 1; lower it")
-    if not 0 <= part[0] < part[1]:
-        raise RequestError(f"expected a part (i, n) with i of 0 to n - 1, got {part}; correct it")
+    _check(parsed, config, part)
     runner = Runner(dense, pruned, run, config)
     runs = {f"{entry.text} | {seed}": (entry, seed) for seed in range(seeds) for entry in parsed}
-    kept = ComparisonFile(
-        Path(out) if out is not None else run / COMPARISON, run, runner.models.hashes, config, [*runs]
-    )
+    kept = ComparisonFile(Path(out or run / COMPARISON), run, runner.models.hashes, config, [*runs])
     runner.models.check_refit()
     for name in [*runs][part[0] :: part[1]]:
         before = kept.results["cells"].get(name, {})
-        if "perplexity" in before and all(task in before["tasks"] for task in config.tasks):
+        if "perplexity" in before and before["tasks"].keys() >= {*config.tasks}:
             continue
         if time.monotonic() > deadline:
             return _summarised(kept)
-        try:
-            kept.results["cells"][name] = _run(runner, *runs[name], kept, before)
-        except InterruptedRun as error:
-            raise InterruptedRun(
-                f"stopped in {name}; finished runs are in {kept.path}, and the same call continues"
-            ) from error
+        kept.results["cells"][name] = _run(runner, *runs[name], kept, before)
         _summarised(kept, new_run=name)
         if on_cell is not None:
             on_cell(name, kept.results["cells"][name])
     kept.refresh()
-    is_last = all(name in kept.results["cells"] for name in runs)  # no other process disturbs the timing
+    is_last = runs.keys() <= kept.results["cells"].keys()  # no other process disturbs the timing
     if config.speed_rounds and is_last and time.monotonic() <= deadline:
         runner.time(parsed, kept.results)
         kept.keep(own=["inference"])
     return _summarised(kept)
+
+
+def _check(entries: Sequence[Entry], config: CompareConfig, part: tuple[int, int]) -> None:
+    if config.heads >= 1 and any(entry.control == "random-heads" for entry in entries):
+        raise RequestError("expected a share of heads below 1 for random heads, got 1; lower it")
+    if not 0 <= part[0] < part[1]:
+        raise RequestError(f"expected a part (i, n) with i of 0 to n - 1, got {part}; correct it")
 
 
 def read_part(text: str) -> tuple[int, int]:
@@ -122,8 +117,10 @@ def _run(runner: Runner, entry: Entry, seed: int, kept: ComparisonFile, before: 
                 runner.measure_baselines(kept.results)
                 kept.keep(own=["bare"])
         return _finite(runner.run(entry, seed, kept.results, done if "perplexity" in done else None))
-    except InterruptedRun:
-        raise
+    except InterruptedRun as error:
+        raise InterruptedRun(
+            f"stopped in {entry.text} | {seed}; finished runs are in {kept.path}, and the same call continues"
+        ) from error
     except (LensError, ArithmeticError, RuntimeError, MemoryError) as error:
         logger.warning("%s | %d failed: %s; the other runs continue", entry.text, seed, first_line(error))
         return {**done, "error": first_line(error)}
