@@ -21,7 +21,7 @@ from lcc_lens.models.architecture.anatomy import LayerAnatomy, find_anatomies
 from lcc_lens.models.architecture.bias_slots import find_slots
 from lcc_lens.models.architecture.linear_maps import find_matrices
 from lcc_lens.models.hooked.direct_path import OutputProjections, Unembedding
-from lcc_lens.models.hooked.forward import fused_attention
+from lcc_lens.models.hooked.fused_attention import fused_attention
 from lcc_lens.models.hooked.hooks import HookedModel
 from lcc_lens.models.hooked.sites import projection_names
 from lcc_lens.models.loading.hooked import LoadedModel, load_hooked

@@ -16,7 +16,7 @@ from lcc_lens.data.prompts import Record, RecoveryTask
 from lcc_lens.data.registry import named_kind
 from lcc_lens.evaluation.evaluate import check_tasks
 from lcc_lens.evaluation.lm_eval_tasks import evaluate_task
-from lcc_lens.models.hooked.forward import fused_attention
+from lcc_lens.models.hooked.fused_attention import fused_attention
 from lcc_lens.models.hooked.hooks import HookedModel
 from lcc_lens.models.hooked.losses import sequence_loss
 from lcc_lens.models.hooked.weights import plain_model

@@ -32,7 +32,7 @@ from lcc_lens.exporters.sidecar import load_restored
 from lcc_lens.models.architecture.anatomy import find_anatomies
 from lcc_lens.models.architecture.bias_slots import find_slots
 from lcc_lens.models.architecture.linear_maps import find_matrices
-from lcc_lens.models.hooked.forward import fused_attention
+from lcc_lens.models.hooked.fused_attention import fused_attention
 from lcc_lens.models.pair import Pair, load_pair
 from lcc_lens.pruning.jobs import prune
 from lcc_lens.restoration.restore import restore

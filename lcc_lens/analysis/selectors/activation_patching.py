@@ -12,11 +12,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from lcc_lens.analysis.head_scores import HeadScores
-from lcc_lens.analysis.selectors.patched_run import PatchedPositions, PatchedRuns, starts_in_the_middle
+from lcc_lens.analysis.selectors.patched_run import PatchedPositions, PatchedRuns
 from lcc_lens.core.errors import LensError, RequestError
 from lcc_lens.core.heads import Head, all_heads, check_heads
 from lcc_lens.core.progress import track
 from lcc_lens.data.batches import Batch, TokenSequence, batches
+from lcc_lens.models.hooked.layer_walk import can_start_at_layers
 from lcc_lens.models.pair import Pair
 
 OutcomeName = Literal["response", "kl"]
@@ -116,7 +117,7 @@ def patching_effects(
     alive = [head for head in chosen if head.head not in pair.head_map.removed[head.layer]]
     grouped = batches(sequences, max_tokens=batch_tokens)
     steps = [step for batch in grouped for step in _plan(batch, alive, batch_tokens)]
-    may_start = starts_in_the_middle(pair.pruned)
+    may_start = can_start_at_layers(pair.pruned)
     runs: PatchedRuns | None = None
     for step in track(steps, len(steps), "patch heads"):
         if runs is None or runs.batch is not step.batch:

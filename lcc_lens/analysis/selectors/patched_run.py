@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -24,15 +21,12 @@ from lcc_lens.models.hooked.hooks import (
     resid_pre_name,
     z_name,
 )
+from lcc_lens.models.hooked.layer_walk import run_from_layer
 from lcc_lens.models.hooked.losses import Outcome, measure
 from lcc_lens.models.hooked.offloading import device_of
 from lcc_lens.models.pair import Pair
 
-logger = logging.getLogger(__name__)
-
 PatchedPositions = Literal["all", "response"]
-#: How far logits may lie apart, relative to the largest: the same operations on the same shapes give the same bits.
-_TOLERANCE = 1e-5
 
 
 @dataclass(frozen=True)
@@ -89,8 +83,11 @@ class PatchedRuns:
         patch = (z_name(layer), self._patch(layer, place, head.to(device), length))
         hooks: list[NamedHook] = [patch, *logits_at(self.model, mask)]
         with torch.inference_mode():
-            resid = self.resid[layer][place, :length] if self.resid and layer > 0 else None
-            logits = _run_from(self.model, layer, resid, rows.tokens[:, :length].to(device), hooks)
+            tokens = rows.tokens[:, :length].to(device)
+            if self.resid and layer > 0:
+                logits = run_from_layer(self.model, layer, self.resid[layer][place, :length], tokens, hooks)
+            else:
+                logits = forward(self.model, tokens, hooks)
             if self.dense_logits is None:
                 return measure(logits[0], rows)
             return measure(logits[0], rows, self.dense_logits, self._dense_row(example).to(device))
@@ -118,60 +115,3 @@ class PatchedRuns:
 def resid_readers(n_layers: int, resid: list[Tensor]) -> list[NamedHook]:
     """Hooks that append the residual stream before every layer to a list, in the order of layers."""
     return readers(resid_pre_name, range(n_layers), lambda layer, x: resid.append(x.clone()))
-
-
-def starts_in_the_middle(model: HookedModel) -> bool:
-    """Whether the model computes the same from a layer's residual stream on as from the tokens.
-
-    Not so where a layer reads what another one left beside the residual stream (shared keys and values, say), or where
-    its blocks cannot be passed over. Tried on a few tokens from the second, the middle and the last layer.
-    """
-    n_layers = int(model.cfg.n_layers)
-    device = device_of(model)
-    tokens = (torch.arange(1, 25, device=device) * 7919 % int(model.cfg.d_vocab)).reshape(2, 12)
-    resid: list[Tensor] = []
-    with torch.inference_mode():
-        expected = forward(model, tokens, resid_readers(n_layers, resid)).float()
-        for layer in sorted({1, n_layers // 2, n_layers - 1} & set(range(1, n_layers))):
-            try:
-                got = _run_from(model, layer, resid[layer], tokens, []).float()
-            except (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError) as error:
-                logger.info("patched runs start from the tokens: layer %d cannot be started at (%s)", layer, error)
-                return False
-            if not bool((got - expected).abs().max() <= _TOLERANCE * expected.abs().max()):
-                logger.info("patched runs start from the tokens: from layer %d on the logits differ", layer)
-                return False
-    return True
-
-
-def _run_from(model: HookedModel, layer: int, resid: Tensor | None, tokens: Tensor, hooks: list[NamedHook]) -> Any:
-    """Run from a layer on with the given residual stream; from the tokens where there is none."""
-    if resid is None:
-        return forward(model, tokens, hooks)
-    swap: NamedHook = (resid_pre_name(layer), lambda x, hook: resid)
-    with _skipped_blocks(model, layer):
-        return forward(model, tokens, [swap, *hooks])
-
-
-@contextmanager
-def _skipped_blocks(model: HookedModel, n_blocks: int) -> Iterator[None]:
-    """Let the first blocks pass their input through.
-
-    TransformerLens' own ``start_at_layer`` gives the same result, but runs the blocks below all the same. The tokens
-    still go in, so positions, rotations and masks are made as ever.
-    """
-    blocks = list(cast("Any", model).blocks)[:n_blocks]
-    before = [block.__dict__.get("forward") for block in blocks]
-    try:
-        for block in blocks:
-            block.__dict__["forward"] = _pass_through
-        yield
-    finally:
-        for block, forward in zip(blocks, before, strict=True):
-            block.__dict__.pop("forward", None)
-            if forward is not None:
-                block.__dict__["forward"] = forward
-
-
-def _pass_through(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    return hidden_states

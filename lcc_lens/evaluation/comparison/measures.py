@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lcc_lens.data.batches import TokenSequence
-from lcc_lens.models.hooked.forward import fused_attention
+from lcc_lens.models.hooked.fused_attention import fused_attention
 from lcc_lens.models.hooked.hooks import HookedModel
 from lcc_lens.models.hooked.weights import plain_model
 from lcc_lens.models.pair import Pair

@@ -10,7 +10,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from lcc_lens.core.errors import RequestError
-from lcc_lens.models.hooked.forward import forward, fused_attention
+from lcc_lens.models.hooked.forward import forward
+from lcc_lens.models.hooked.fused_attention import fused_attention
 from lcc_lens.models.hooked.hooks import HookedModel
 from lcc_lens.models.hooked.offloading import device_of
 from lcc_lens.models.hooked.weights import plain_model

@@ -17,7 +17,13 @@ from lcc_lens.models.hooked.copied_weights import WeightLocation, copied_project
 from lcc_lens.models.hooked.hooked_transformer import is_hooked_transformer, logit_transform, plain_norm
 from lcc_lens.models.hooked.hooks import HookedModel, resid_name, z_adders, z_name
 from lcc_lens.models.hooked.offloading import device_of, require_in_memory
-from lcc_lens.models.hooked.self_checks import check_tokens, is_close, run_with_activations, unsupported
+from lcc_lens.models.hooked.self_checks import (
+    OTHER_OPERATIONS,
+    check_tokens,
+    is_close,
+    run_with_activations,
+    unsupported,
+)
 
 #: Rows of the vocabulary that are multiplied at once: a large one in float32 need not fit beside the model.
 _VOCABULARY_BLOCK = 16_384
@@ -118,10 +124,10 @@ class Unembedding:
         run, seen = run_with_activations(model, tokens, [last])
         resid, expected = seen[last].float(), run.float()
         got = self.logits(resid)
-        if got.shape != expected.shape or not is_close(got, expected, model):
+        if got.shape != expected.shape or not is_close(got, expected, OTHER_OPERATIONS, model.cfg.dtype):
             raise unsupported("to the logits", "other logits than the model's own")
         frozen = self.norm.linear(resid) / self.norm.scale(resid) + self.norm.shift
-        if not is_close(frozen, self.norm(resid), model):
+        if not is_close(frozen, self.norm(resid), OTHER_OPERATIONS, model.cfg.dtype):
             raise unsupported("to the logits", f"a final norm ({type(self.norm.module).__name__}) of another kind")
 
 
@@ -208,12 +214,12 @@ class OutputProjections:
         _, after = run_with_activations(model, tokens, names, z_adders({layer: step}))
         out_before, out_after = (seen[self.hook_name(layer)].float() for seen in (before, after))
         rows = torch.stack([step[head] @ self.W_O(Head(layer, head)).float() for head in range(self.n_heads)])
-        if not is_close(out_after - out_before, rows.sum(0).expand_as(out_after), model):
+        if not is_close(out_after - out_before, rows.sum(0).expand_as(out_after), OTHER_OPERATIONS, model.cfg.dtype):
             raise unsupported("into the residual stream", f"another change than z W_O after layer {layer}'s heads")
         if self.norms is not None:
             out_before, out_after = self.norms[layer](out_before), self.norms[layer](out_after)
         moved = (after[stream] - before[stream]).float()
-        if not is_close(moved, self.multiplier * (out_after - out_before), model):
+        if not is_close(moved, self.multiplier * (out_after - out_before), OTHER_OPERATIONS, model.cfg.dtype):
             raise unsupported(
                 "into the residual stream", f"another change than the attention output's in layer {layer}"
             )

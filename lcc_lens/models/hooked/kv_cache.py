@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Int
@@ -14,13 +13,10 @@ from lcc_lens.data.batches import Batch, TokenSequence, pad
 from lcc_lens.models.hooked.activations import Site, SiteVisitor, TokenPositions, visit_sites
 from lcc_lens.models.hooked.hooks import HookedModel
 from lcc_lens.models.hooked.offloading import device_of
+from lcc_lens.models.hooked.self_checks import OTHER_OPERATIONS, is_close, tried_once
 
-#: How far a model's activations with a reused cache may lie from those without, relative to the largest.
-_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8}
-_COARSE_TOLERANCE = 5e-2
 #: What architectures call the reach of local attention in their configuration.
 _WINDOWS = ("sliding_window", "attention_chunk_size", "window_size")
-_REUSES: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()
 
 
 class PrefixCache:
@@ -113,17 +109,6 @@ def continue_from_cache(
     )  # fmt: skip
 
 
-def can_reuse_cache(model: HookedModel) -> bool:
-    """Whether the model gives the same head outputs from another sequence's key-value cache; tried once."""
-    known: Any = model
-    if known not in _REUSES:
-        try:
-            _REUSES[known] = _is_exact(model)
-        except (RuntimeError, TypeError, ValueError, AttributeError, IndexError, NotImplementedError):
-            _REUSES[known] = False
-    return _REUSES[known]
-
-
 def attention_reach(model: HookedModel) -> float:
     """The tokens that every layer attends to at least, in sliding windows or chunks."""
     config: Any = getattr(getattr(model, "original_model", None), "config", None)
@@ -131,8 +116,12 @@ def attention_reach(model: HookedModel) -> float:
     return min((float(window) for window in found if window), default=float("inf"))
 
 
-def _is_exact(model: HookedModel) -> bool:
-    """Compare both ways on two short sequences that part after 9 and 4 tokens, the second with a gap in its cache."""
+@tried_once(on_failure=False)
+def can_reuse_cache(model: HookedModel) -> bool:
+    """Whether the model gives the same head outputs from another sequence's KV cache; tried once per model.
+
+    Tried on two short sequences that share 6 and 4 tokens with those in the cache, so the second row has a gap.
+    """
     from transformers import DynamicCache
 
     ids = torch.arange(1, 33) * 7919 % int(model.cfg.d_vocab)
@@ -153,11 +142,7 @@ def _is_exact(model: HookedModel) -> bool:
         visit_sites(
             model, tokens[None], {"z": end}, lambda site, layer, z: expected.setdefault(layer, []).append(z.float())
         )
-    tolerance = _TOLERANCE.get(model.cfg.dtype, _COARSE_TOLERANCE)
-    return all(
-        bool((reused[i] - torch.cat(z)).abs().max() <= tolerance * torch.cat(z).abs().max().clamp_min(1e-6))
-        for i, z in expected.items()
-    )
+    return all(is_close(reused[i], torch.cat(z), OTHER_OPERATIONS, model.cfg.dtype) for i, z in expected.items())
 
 
 def _ignore(site: Site, layer: int, activation: Tensor) -> None:

@@ -1,8 +1,12 @@
-"""How a way through a model is checked: a short run of the model itself, and what was computed beside it."""
+"""Checks that a shortcut gives what a model itself gives: tried on a few tokens, remembered per model."""
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Int
@@ -12,15 +16,96 @@ from lcc_lens.core.errors import LensError
 from lcc_lens.models.hooked.hooks import HookedModel, NamedHook
 from lcc_lens.models.hooked.offloading import device_of
 
-#: How far a recomputed value may lie from the model's own, relative to the largest.
-_TOLERANCE, _COARSE_TOLERANCE = 1e-4, 5e-2
-_N_PROBED = 9
+Verdict = TypeVar("Verdict")
+#: What a check raises where a model lacks what the shortcut needs.
+_FAILURES = (AttributeError, RuntimeError, TypeError, ValueError, KeyError, IndexError)
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """The largest accepted deviation, as a fraction of the largest expected value, by number format."""
+
+    float32: float
+    float64: float
+    coarse: float
+    """In bfloat16 and float16."""
+
+    def of(self, dtype: torch.dtype) -> float:
+        """The tolerance of results that were computed in a number format."""
+        return {torch.float32: self.float32, torch.float64: self.float64}.get(dtype, self.coarse)
+
+
+#: The same operations on the same shapes, of which some are left out.
+SAME_OPERATIONS = Tolerance(1e-5, 1e-10, 2e-2)
+#: The logits of the same weights by another implementation.
+SAME_LOGITS = Tolerance(1e-5, 1e-10, 5e-2)
+#: Other kernels within one layer whose inputs are the same.
+OTHER_KERNELS = Tolerance(1e-4, 1e-8, 2e-2)
+#: Other operations or shapes; differences grow from layer to layer.
+OTHER_OPERATIONS = Tolerance(1e-4, 1e-8, 5e-2)
+
+
+def tried_once(*, on_failure: Any) -> Callable[[Callable[[HookedModel], Verdict]], Callable[[HookedModel], Verdict]]:
+    """Decorate a check so that it runs once per model, without gradients; its verdict lives as long as the model.
+
+    Args:
+        on_failure: the verdict where the check raises an error.
+    """
+
+    def decorate(check: Callable[[HookedModel], Verdict]) -> Callable[[HookedModel], Verdict]:
+        verdicts: WeakKeyDictionary[Any, Verdict] = WeakKeyDictionary()
+
+        @functools.wraps(check)
+        def remembered(model: HookedModel) -> Verdict:
+            key: Any = model
+            if key not in verdicts:
+                try:
+                    with torch.no_grad():
+                        verdicts[key] = check(model)
+                except _FAILURES:
+                    verdicts[key] = on_failure
+            return verdicts[key]
+
+        return remembered
+
+    return decorate
+
+
+def is_close(
+    result: Tensor, expected: Tensor, tolerance: Tolerance, dtype: torch.dtype, *, by_norm: bool = False
+) -> bool:
+    """Whether a result is what a model gives, up to rounding.
+
+    Args:
+        result: what the shortcut gives.
+        expected: what the model gives.
+        tolerance: how far they may lie apart.
+        dtype: the number format that the model computes in; a result in a coarser one counts as that.
+        by_norm: compare Euclidean norms instead of the largest deviation, where single values round badly.
+    """
+    if result.shape != expected.shape:
+        return False
+    wide = torch.promote_types(result.dtype, torch.float32)
+    coarser = torch.float32 if dtype == torch.float64 and wide == torch.float32 else dtype
+    size = torch.linalg.vector_norm if by_norm else lambda values: values.abs().max()
+    limit = tolerance.of(coarser) * size(expected.to(wide)).clamp_min(1e-6)
+    return bool(size(result.to(wide) - expected.to(wide)) <= limit)
+
+
+def spread_tokens(d_vocab: int, device: torch.device) -> Int[Tensor, "batch pos"]:
+    """Two fixed short sequences spread over the vocabulary."""
+    return (torch.arange(1, 33, device=device) * 7919 % d_vocab).reshape(2, 16)
+
+
+def check_tokens(model: HookedModel) -> Int[Tensor, "batch pos"]:
+    """The tokens that a model is checked with."""
+    return spread_tokens(int(model.cfg.d_vocab), device_of(model))
 
 
 def run_with_activations(
     model: HookedModel, tokens: Tensor, names: list[str], hooks: list[NamedHook] | None = None
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Run a model, with hooks if given, and keep its logits and the activations at named hook points.
+    """Run a model, with hooks if given; its logits and the activations at named hook points.
 
     Raises:
         LensError: a hook point is not there.
@@ -39,19 +124,6 @@ def run_with_activations(
     with torch.no_grad():
         logits = model.run_with_hooks(tokens, fwd_hooks=[*(hooks or []), *map(keeper, names)])
     return logits, seen
-
-
-def check_tokens(model: HookedModel) -> Int[Tensor, "batch pos"]:
-    """A fixed short sequence spread over the vocabulary."""
-    spread = torch.linspace(1, int(model.cfg.d_vocab) - 1, _N_PROBED).long()
-    return spread[None].to(device_of(model))
-
-
-def is_close(got: Tensor, wanted: Tensor, model: HookedModel) -> bool:
-    """Whether a recomputed value is the model's own, up to the rounding of the model's dtype."""
-    is_coarse = model.cfg.dtype not in (torch.float32, torch.float64)
-    tolerance = (_COARSE_TOLERANCE if is_coarse else _TOLERANCE) * float(wanted.abs().max())
-    return bool((got - wanted).abs().max() <= tolerance)
 
 
 def unsupported(where: str, got: str) -> LensError:

@@ -24,6 +24,7 @@ from lcc_lens.models.hooked.hooked_transformer import (
 )
 from lcc_lens.models.hooked.hooks import HookedModel, z_adders, z_name
 from lcc_lens.models.hooked.offloading import device_of, weight_in_memory
+from lcc_lens.models.hooked.self_checks import SAME_LOGITS, spread_tokens
 from lcc_lens.models.hooked.weights import remember_plain_names
 from lcc_lens.models.loading.in_memory import stored_model
 from lcc_lens.models.loading.plain import load_plain
@@ -32,9 +33,6 @@ from lcc_lens.models.loading.references import resolve
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-#: How far the hooked model's logits may lie from plain transformers', relative to the largest logit.
-_LOGIT_TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
-_COARSE_TOLERANCE = 5e-2
 #: By hooked model, what it was loaded from.
 _IDENTITIES: WeakKeyDictionary[Any, ModelIdentity] = WeakKeyDictionary()
 
@@ -132,7 +130,7 @@ def load_hooked(
     plain = load_plain(path, device=device, dtype=dtype, attention="eager", device_map=device_map)
     tokenizer = load_tokenizer(path)
     _refuse_other_words(tokenizer, plain.get_input_embeddings().num_embeddings, path)
-    tokens = _probe_tokens(plain.config.vocab_size, plain.device)
+    tokens = spread_tokens(plain.config.vocab_size, plain.device)
     with torch.inference_mode():
         expected = plain(tokens).logits.float()
     names = {id(module): name for name, module in plain.named_modules()}
@@ -211,7 +209,7 @@ def _check_hooked(model: Any, tokens: Tensor, expected: Tensor, reference: str) 
         raise LensError(
             f"expected hook_z of shape {wanted} in {reference}, got {shapes}; this architecture is not supported"
         )
-    tolerance = _LOGIT_TOLERANCE.get(model.cfg.dtype, _COARSE_TOLERANCE) * float(expected.abs().max().clamp_min(1))
+    tolerance = SAME_LOGITS.of(model.cfg.dtype) * float(expected.abs().max().clamp_min(1))
     distance = float((got - expected).abs().max())
     if not distance <= tolerance:
         raise LensError(
@@ -228,11 +226,6 @@ def _removed_heads(output: torch.nn.Module, n_heads: int) -> tuple[int, ...]:
     columns = weight if is_transposed(output) else weight.T
     is_used = columns.reshape(n_heads, -1).any(dim=1)
     return tuple(head for head in range(n_heads) if not bool(is_used[head]))
-
-
-def _probe_tokens(d_vocab: int, device: torch.device) -> Tensor:
-    """A fixed short sequence spread over the vocabulary."""
-    return (torch.arange(1, 17, device=device) * 7919 % d_vocab)[None]
 
 
 def _refuse_map(device: torch.device, device_map: DeviceMap | None, *, is_bridge: bool) -> None:

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lcc_lens.models.hooked.layer_skipping import replaced_forward
+
 
 @dataclass(frozen=True)
 class _Part:
@@ -103,7 +105,7 @@ class Shortcuts:
         """Let the parts begin at their maps inside the block, in a pass of the batch that begins with this sequence."""
         with ExitStack() as stack:
             for part in self._parts:
-                stack.enter_context(_forward(part.module, lambda *_, part=part, **__: part.run(start)))
+                stack.enter_context(replaced_forward(part.module, lambda *_, part=part, **__: part.run(start)))
             yield
 
 
@@ -123,17 +125,3 @@ def _part(layer: nn.Module, name: str, path: str, given: dict[str, Any]) -> _Par
         return None
     n_others = len(others) if isinstance(output, tuple) else None
     return _Part(name, path, layer.get_submodule(name), layer.get_submodule(path), n_others)
-
-
-@contextmanager
-def _forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Let a module compute otherwise inside the block."""
-    own = module.__dict__.get("forward")
-    module.__dict__["forward"] = forward
-    try:
-        yield
-    finally:
-        if own is None:
-            del module.__dict__["forward"]
-        else:
-            module.__dict__["forward"] = own

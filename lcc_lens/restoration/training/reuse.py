@@ -7,10 +7,8 @@ import logging
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -19,15 +17,14 @@ from torch import Tensor
 from lcc_lens.data.batches import Batch
 from lcc_lens.models.hooked.forward import forward
 from lcc_lens.models.hooked.hooks import HookedModel, before_unembed, logits_at
+from lcc_lens.models.hooked.layer_skipping import only_layers
+from lcc_lens.models.hooked.layer_walk import can_start_at_layers, layer_output
 from lcc_lens.models.hooked.offloading import device_of
-from lcc_lens.models.hooked.self_checks import check_tokens
+from lcc_lens.models.hooked.self_checks import SAME_OPERATIONS, check_tokens, is_close, tried_once
 from lcc_lens.restoration.injections.base import Injection
 from lcc_lens.restoration.training.objectives import Outputs, Source, run_model
 
 _LAYER = re.compile(r"\.(\d+)\.")
-#: How far reused results may lie from a whole pass, relative to the largest.
-_TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
-_COARSE_TOLERANCE = 2e-2
 
 
 class CachedTeacher(Source):
@@ -77,10 +74,12 @@ class StartedLater(Source):
     ) -> Outputs:
         """See :class:`~lcc_lens.restoration.training.objectives.Source`."""
         reads = {"with_logits": with_logits, "with_z": with_z, "checkpoint_layers": self.checkpoint_layers}
-        if with_z or not can_start_later(self.model):
+        if with_z or not can_start_at_layers(self.model):
             return run_model(self.model, batch, mask, hooks, **reads)
-        stream = self._kept.of(batch, device_of(self.model), lambda tokens: _stream(self.model, self.layer, tokens))
-        with _skipped(self.model, self.layer, stream):
+        stream = self._kept.of(
+            batch, device_of(self.model), lambda tokens: layer_output(self.model, self.layer - 1, tokens)
+        )
+        with only_layers(self.model, range(self.layer, int(self.model.cfg.n_layers)), stream):
             return run_model(self.model, batch, mask, hooks, **reads)
 
 
@@ -108,59 +107,17 @@ def reused(
         return kept
     return (
         StartedLater(model, layer, checkpoint_layers=checkpoint_layers)
-        if layer > 0 and can_start_later(model)
+        if layer > 0 and can_start_at_layers(model)
         else model
     )
 
 
-_STARTS: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()
-_PRODUCTS: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()
-
-
-def can_start_later(model: HookedModel) -> bool:
-    """Whether a pass from a kept residual stream gives the logits of a whole one; tried once per model."""
-    key: Any = model
-    if key not in _STARTS:
-        _STARTS[key] = _tried(_starts_later, model)
-    return _STARTS[key]
-
-
+@tried_once(on_failure=False)
 def _is_product(model: HookedModel) -> bool:
     """Whether a model's logits are what its unembedding makes of its last hidden states; tried once per model."""
-    key: Any = model
-    if key not in _PRODUCTS:
-        _PRODUCTS[key] = _tried(_unembeds, model)
-    return _PRODUCTS[key]
-
-
-def _tried(same: Callable[[HookedModel], bool], model: HookedModel) -> bool:
-    try:
-        with torch.no_grad():
-            return same(model)
-    except (AttributeError, RuntimeError, TypeError, ValueError, KeyError, IndexError):
-        return False
-
-
-def _starts_later(model: HookedModel) -> bool:
-    tokens, n_layers = check_tokens(model), int(model.cfg.n_layers)
-    if n_layers < 2:
-        return False
-    whole = forward(model, tokens, [])
-    for layer in (1, n_layers - 1):
-        with _skipped(model, layer, _stream(model, layer, tokens)):
-            if not _is_near(forward(model, tokens, []), whole):
-                return False
-    return True
-
-
-def _unembeds(model: HookedModel) -> bool:
     tokens = check_tokens(model)
-    return _is_near(_unembed(model, _hidden(model, tokens)), forward(model, tokens, []))
-
-
-def _is_near(got: Tensor, expected: Tensor) -> bool:
-    tolerance = _TOLERANCE.get(expected.dtype, _COARSE_TOLERANCE) * float(expected.abs().max())
-    return got.shape == expected.shape and float((got - expected).abs().max()) <= tolerance
+    whole = forward(model, tokens, [])
+    return is_close(_unembed(model, _hidden(model, tokens)), whole, SAME_OPERATIONS, whole.dtype)
 
 
 @torch.no_grad()
@@ -178,41 +135,6 @@ def _hidden(model: HookedModel, tokens: Tensor) -> Float[Tensor, "batch pos d_mo
 def _unembed(model: Any, hidden: Tensor) -> Tensor:
     logits: Tensor = model.unembed(hidden)
     return logits
-
-
-@torch.no_grad()
-def _stream(model: Any, layer: int, tokens: Tensor) -> Float[Tensor, "batch pos d_model"]:
-    """The residual stream that enters a layer."""
-    kept: list[Tensor] = []
-
-    def keep(module: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        kept.append(output[0] if isinstance(output, tuple) else output)
-
-    handle = model.blocks[layer - 1].register_forward_hook(keep)
-    try:
-        forward(model, tokens, logits_at(model, None))
-    finally:
-        handle.remove()
-    return kept[0]
-
-
-@contextmanager
-def _skipped(model: Any, layer: int, stream: Tensor) -> Iterator[None]:
-    """Let the layers below pass on what they get, the last of them the stream, inside the block."""
-    below = [model.blocks[index] for index in range(layer)]
-    handle = below[-1].register_forward_hook(lambda module, inputs, output: stream)
-    try:
-        for block in below:  # not setattr: the bridge hands that on to the component
-            block.__dict__["forward"] = _pass_on
-        yield
-    finally:
-        handle.remove()
-        for block in below:
-            block.__dict__.pop("forward", None)
-
-
-def _pass_on(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    return hidden_states
 
 
 logger = logging.getLogger(__name__)

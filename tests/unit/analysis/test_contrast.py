@@ -23,7 +23,7 @@ from lcc_lens.analysis.scan.scan import scan
 from lcc_lens.data.batches import TokenSequence, encode_pair, pad
 from lcc_lens.data.datasets import Data
 from lcc_lens.data.prompts import Example
-from lcc_lens.models.hooked import kv_cache as prefix
+from lcc_lens.models.hooked import kv_cache
 from lcc_lens.models.hooked.activations import TokenPositions, sampled_positions, visit_sites
 from lcc_lens.models.hooked.kv_cache import PrefixCache, can_reuse_cache
 from lcc_lens.models.pair import load_pair
@@ -245,4 +245,4 @@ def test_scan_of_a_model_without_reuse_equals_plain_models(tmp_path: Path, pream
     )  # fmt: skip
     assert torch.allclose(found.mean_difference, (dense - pruned).mean(0), atol=1e-5)
     assert found.selected_by.keys() == {"probe", "interaction"}
-    assert not prefix.can_reuse_cache(windowed.dense)
+    assert not kv_cache.can_reuse_cache(windowed.dense)

@@ -15,11 +15,13 @@ from torch import Tensor
 
 from lcc_lens.analysis.selectors import patched_run
 from lcc_lens.analysis.selectors.activation_patching import patching_effects, score_activation_patching
-from lcc_lens.analysis.selectors.patched_run import PatchedRuns, starts_in_the_middle
+from lcc_lens.analysis.selectors.patched_run import PatchedRuns
 from lcc_lens.core.errors import LensError, RequestError
 from lcc_lens.core.heads import HeadMap
 from lcc_lens.data.batches import TokenSequence, batches, pad
+from lcc_lens.models.hooked import layer_skipping
 from lcc_lens.models.hooked.hooks import logits_at, z_name
+from lcc_lens.models.hooked.layer_walk import can_start_at_layers, run_from_layer
 from lcc_lens.models.hooked.losses import measure, response_log_likelihood
 from lcc_lens.models.pair import Pair, load_pair
 
@@ -63,7 +65,7 @@ def test_patching_is_one_plain_run_per_head_and_example(families, family: str, p
     pair = families(family)
     sequences = encoded(pair, 3)
     found = patching_effects(pair, sequences, positions=positions, batch_tokens=120)
-    assert starts_in_the_middle(pair.pruned)
+    assert can_start_at_layers(pair.pruned)
     assert found.divergence is not None
     for example, sequence in enumerate(sequences):
         for layer in range(pair.n_layers):
@@ -84,7 +86,7 @@ def test_a_run_from_the_middle_gives_the_logits_of_a_whole_run(families, family:
     with torch.inference_mode():
         whole = model.run_with_hooks(batch.tokens, fwd_hooks=[*readers, *shift])
         for layer in (1, 2):
-            part = patched_run._run_from(model, layer, resid[layer], batch.tokens, shift)
+            part = run_from_layer(model, layer, resid[layer], batch.tokens, shift)
             assert torch.allclose(part[batch.is_valid()], whole[batch.is_valid()], atol=1e-5)
     assert not any("forward" in vars(block) for block in model.blocks)
 
@@ -103,15 +105,18 @@ def test_blocks_below_the_patched_layer_do_not_run(pair: Pair) -> None:
     assert ran == [2, 0, 1, 2]
 
 
-def test_where_the_middle_is_no_start_runs_are_whole(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_the_middle_is_no_start_runs_are_whole(
+    pair: Pair, dense_dir: Path, pruned_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     sequences = encoded(pair, 2)
     wanted = patching_effects(pair, sequences)
 
     def fails(hidden_states: Tensor, *args, **kwargs) -> Tensor:
         raise ValueError("this block always runs")
 
-    monkeypatch.setattr(patched_run, "_pass_through", fails)
-    assert not starts_in_the_middle(pair.pruned)
+    monkeypatch.setattr(layer_skipping, "_pass_on", fails)
+    pair = load_pair(dense_dir, pruned_dir)
+    assert not can_start_at_layers(pair.pruned)
     assert not any("forward" in vars(block) for block in pair.pruned.blocks)
     found = patching_effects(pair, sequences)
     assert torch.allclose(found.log_likelihood, wanted.log_likelihood, atol=1e-5)
@@ -124,11 +129,11 @@ def test_a_model_with_a_side_channel_between_layers_is_noticed(pair: Pair) -> No
     write = blocks[0].original_component.register_forward_hook(lambda m, args, out: seen.append(out))
     read = blocks[2].original_component.register_forward_hook(lambda m, args, out: out + (seen.pop() if seen else 0))
     try:
-        assert not starts_in_the_middle(pair.pruned)
+        assert not can_start_at_layers.__wrapped__(pair.pruned)
     finally:
         write.remove()
         read.remove()
-    assert starts_in_the_middle(pair.pruned)
+    assert can_start_at_layers.__wrapped__(pair.pruned)
 
 
 def test_a_models_own_outputs_change_nothing(pruned_dir: Path) -> None:

@@ -16,7 +16,7 @@ from lcc_lens.evaluation.baselines.eora import eora
 from lcc_lens.evaluation.baselines.flap import flap
 from lcc_lens.evaluation.baselines.lofit import lofit_heads
 from lcc_lens.evaluation.comparison.costs import merging_costs
-from lcc_lens.models.hooked.forward import fused_attention
+from lcc_lens.models.hooked.fused_attention import fused_attention
 from lcc_lens.models.hooked.sites import projection_names
 from lcc_lens.models.hooked.weights import plain_modules
 from lcc_lens.models.pair import load_pair

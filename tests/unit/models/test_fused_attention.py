@@ -9,9 +9,10 @@ import pytest
 import torch
 from support.families import FAMILIES, family
 
-from lcc_lens.models.hooked import forward as running
-from lcc_lens.models.hooked.forward import can_fuse, forward, fused_attention
+from lcc_lens.models.hooked.forward import forward
+from lcc_lens.models.hooked.fused_attention import can_fuse, fused_attention
 from lcc_lens.models.hooked.hooks import logits_at, z_adders, z_name, z_readers
+from lcc_lens.models.hooked.self_checks import OTHER_KERNELS
 
 #: GPT-2's output projection is not read under its own forward; fused kernels leave Gemma 2's soft cap out.
 STEPWISE = {"gpt2", "gemma2"}
@@ -101,7 +102,6 @@ def test_kernels_that_give_something_else_are_not_used(tmp_path: Path, monkeypat
     monkeypatch.setattr(
         torch.nn.functional, "scaled_dot_product_attention", lambda *args, **kwargs: 1.01 * kernel(*args, **kwargs)
     )
-    running._TRIED.pop(model, None)
     assert not can_fuse(model)
     assert torch.equal(forward(model, TOKENS, []), stepwise(model, TOKENS, []))
 
@@ -117,4 +117,4 @@ def test_rounding_that_later_layers_magnify_counts_for_nothing(tmp_path: Path) -
                 weight.mul_(4)
     expected, got = (run(model, TOKENS, [])[0].float() for run in (stepwise, forward))
     assert can_fuse(model)
-    assert float((got - expected).norm()) > running._COARSE_TOLERANCE * float(expected.norm())
+    assert float((got - expected).norm()) > OTHER_KERNELS.coarse * float(expected.norm())

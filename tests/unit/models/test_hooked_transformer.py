@@ -23,7 +23,7 @@ from lcc_lens.evaluation.baselines.flap import flap
 from lcc_lens.exporters.huggingface import export
 from lcc_lens.frontends.session.side_by_side import generate
 from lcc_lens.models.hooked.direct_path import OutputProjections, Unembedding
-from lcc_lens.models.hooked.forward import can_fuse
+from lcc_lens.models.hooked.fused_attention import can_fuse
 from lcc_lens.models.hooked.hooked_transformer import checkpoint_of, is_hooked_transformer, make_hooked_transformer
 from lcc_lens.models.loading.hooked import load_hooked, load_tokenizer
 from lcc_lens.models.pair import Pair, load_pair

@@ -27,7 +27,7 @@ from lcc_lens.restoration.training.reuse import (
     KeptStates,
     StartedLater,
     _is_product,
-    can_start_later,
+    can_start_at_layers,
     first_layer,
     reused,
 )
@@ -48,7 +48,7 @@ def test_every_family_starts_later_or_runs_as_a_whole(family: str, tmp_path: Pat
         terms = whole.terms(started, batch, (), CachedTeacher(model))
         assert torch.allclose(terms["response"], expected["response"], rtol=1e-5)
         assert abs(float(terms["distillation"])) < 1e-4
-    assert can_start_later(model)
+    assert can_start_at_layers(model)
     if family in ("llama", "gpt2"):
         assert _is_product(model)
 

@@ -16,7 +16,7 @@ from lcc_lens.core.errors import LensError, RequestError
 from lcc_lens.core.heads import Head, all_heads
 from lcc_lens.data.datasets import encode, load_data
 from lcc_lens.exporters.huggingface import export
-from lcc_lens.models.hooked import layer_walk as layerwise
+from lcc_lens.models.hooked import layer_walk
 from lcc_lens.models.hooked.hooks import mlp_name, z_name
 from lcc_lens.models.hooked.layer_walk import LayerWalk, can_run_layers_alone
 from lcc_lens.models.pair import load_pair
@@ -79,7 +79,7 @@ def test_one_walk_equals_the_whole_model_run_anew(
     pair, sequences, mlp: bool, alone: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert can_run_layers_alone(pair.pruned)
-    monkeypatch.setattr(layerwise, "can_run_layers_alone", lambda model: alone)
+    monkeypatch.setattr(layer_walk, "can_run_layers_alone", lambda model: alone)
     found = sequential_means(pair, sequences, HEADS, mlp=mlp, max_tokens=90)
     expected = plain(pair, sequences, HEADS, mlp=mlp)
     assert found.keys() == ({"z", "mlp"} if mlp else {"z"})
@@ -143,8 +143,8 @@ def load_data_lines(folder: Path):
 
 
 def test_a_model_that_cannot_walk_runs_whole(pair, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(layerwise, "_layer_alone", lambda *_: torch.zeros(1, 1, 1))
-    assert not layerwise._walks(pair.pruned)
+    monkeypatch.setattr(layer_walk, "_output_alone", lambda *_: torch.zeros(1, 1, 1))
+    assert not can_run_layers_alone.__wrapped__(pair.pruned)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,167 @@
+"""PyTorch's fused attention kernels under hooks, where a model gives the same with them.
+
+TransformerBridge computes attention step by step, so that scores and patterns can be read; that costs a tensor of every
+head's weights over all pairs of positions. The input of the output projection (``hook_z``) and everything outside
+attention can be read as well under transformers' own forward with fused kernels, which need no such tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lcc_lens.models.hooked.hooks import HookedModel, HookFunction, NamedHook, readers, resid_pre_name, z_name
+from lcc_lens.models.hooked.layer_skipping import is_replaced, replaced_forward
+from lcc_lens.models.hooked.self_checks import OTHER_KERNELS, check_tokens, is_close, tried_once
+
+_KERNELS = "sdpa"
+#: What architectures call the soft cap of attention scores, which fused kernels leave out.
+_SOFT_CAPS = ("attn_logit_softcapping", "attn_logit_softcap")
+#: Settings of TransformerLens under which each head's inputs or results are computed separately.
+_STEPWISE_SETTINGS = ("use_split_qkv_input", "use_attn_in", "use_attn_result")
+
+
+@dataclass(frozen=True)
+class _Fusion:
+    """How a model's attention is switched: its configurations, and the hook points of a layer that then are silent."""
+
+    configs: tuple[Any, ...]
+    silent: frozenset[str]
+
+
+@contextmanager
+def fused_attention(model: HookedModel) -> Iterator[bool]:
+    """Use fused kernels inside the block where they give the same and no hook reads inside attention.
+
+    Yields:
+        Whether they are used.
+    """
+    fusion = _fusion(model)
+    if fusion is None or _is_watched(model, fusion):
+        yield False
+        return
+    with _fused(model, fusion.configs):
+        yield True
+
+
+def can_fuse(model: HookedModel) -> bool:
+    """Whether fused kernels give the same head outputs and take the same edits; tried once per model."""
+    return _fusion(model) is not None
+
+
+def _is_watched(model: HookedModel, fusion: _Fusion) -> bool:
+    """Whether there are hooks that fused kernels would not call."""
+    cfg = model.cfg
+    if any(getattr(cfg, name, False) for name in _STEPWISE_SETTINGS):
+        return True
+    points = model.hook_dict  # collected anew at every access
+    names = (_attention(layer) + name for layer in range(int(cfg.n_layers)) for name in fusion.silent)
+    return any((point := points.get(name)) is not None and (point.fwd_hooks or point.bwd_hooks) for name in names)
+
+
+@contextmanager
+def _fused(model: Any, configs: Sequence[Any]) -> Iterator[None]:
+    """Let attention run as transformers computes it, with fused kernels."""
+    attentions = [block.attn for block in model.blocks]
+    if any(map(is_replaced, attentions)):  # already inside such a block
+        yield
+        return
+    before = [config._attn_implementation for config in configs]
+    with ExitStack() as stack:
+        try:
+            for config in configs:
+                config._attn_implementation = _KERNELS
+            for attention in attentions:
+                stack.enter_context(replaced_forward(attention, attention.original_component.forward))
+            yield
+        finally:
+            for config, name in zip(configs, before, strict=True):
+                config._attn_implementation = name
+
+
+@tried_once(on_failure=None)
+def _fusion(model: Any) -> _Fusion | None:
+    """Run both ways with edited head outputs and compare layer by layer, each fed what the first run's was fed."""
+    plain = model.original_model
+    by_id = {id(module.config): module.config for module in plain.modules() if hasattr(module, "config")}
+    configs = tuple(config for config in by_id.values() if hasattr(config, "_attn_implementation"))
+    capped = any(getattr(config, name, None) for config in configs for name in _SOFT_CAPS)
+    if capped or not getattr(plain, "_supports_sdpa", False):
+        return None
+    stepwise = _sample(model)
+    with _fused(model, configs):
+        fused = _sample(model, stepwise.inputs, use_cache=False)
+    pairs = zip(fused.results, stepwise.results, strict=True)
+    is_same = all(
+        is_close(result, expected, OTHER_KERNELS, model.cfg.dtype, by_norm=True) for result, expected in pairs
+    )
+    return _Fusion(configs, frozenset(stepwise.fired - fused.fired)) if is_same else None
+
+
+class _Sample(NamedTuple):
+    """Activations of one run."""
+
+    inputs: list[Tensor]
+    """Every layer's input, where none was given."""
+    results: list[Tensor]
+    """Every layer's head outputs and, with these edited, the outputs of the output projections; last the logits."""
+    fired: set[str]
+    """Which hook points of the first layer's attention fired."""
+
+
+def _sample(model: Any, inputs: Sequence[Tensor] = (), **options: Any) -> _Sample:
+    """Run a few tokens with edited head outputs.
+
+    Args:
+        model: the model.
+        inputs: feed every layer this, as a damaged model may magnify rounding in earlier layers without bounds.
+        **options: go to the model.
+    """
+    n_layers = int(model.cfg.n_layers)
+    before, z, out = ([torch.empty(0)] * n_layers for _ in range(3))
+    fired: set[str] = set()
+
+    def enter(layer: int) -> HookFunction:
+        def replace(resid: Tensor, hook: Any) -> Tensor | None:
+            if inputs:
+                return inputs[layer]
+            before[layer] = resid.clone()
+            return None
+
+        return replace
+
+    def edit(layer: int) -> HookFunction:
+        def scale(values: Tensor, hook: Any) -> Tensor:
+            z[layer] = values.float()
+            return 1.5 * values
+
+        return scale
+
+    hooks: list[NamedHook] = [(resid_pre_name(layer), enter(layer)) for layer in range(n_layers)]
+    hooks += [(z_name(layer), edit(layer)) for layer in range(n_layers)]
+    hooks += readers(_projected, range(n_layers), lambda layer, values: out.__setitem__(layer, values.float()))
+    with torch.inference_mode(), ExitStack() as stack:
+        for name, point in model.hook_dict.items():
+            if name.startswith(_attention(0)):  # by PyTorch's own hooks: TransformerLens refuses some names
+                note = _noting(fired, name.removeprefix(_attention(0)))
+                stack.callback(point.register_forward_hook(note).remove)
+        logits = model.run_with_hooks(check_tokens(model), fwd_hooks=hooks, **options).float()
+    return _Sample(before, [*z, *out, logits], fired)
+
+
+def _noting(fired: set[str], name: str) -> Any:
+    return lambda *_: fired.add(name)
+
+
+def _projected(layer: int) -> str:
+    return f"blocks.{layer}.attn.o.hook_out"
+
+
+def _attention(layer: int) -> str:
+    """The beginning of a layer's hook points within attention."""
+    return z_name(layer).removesuffix("hook_z")
