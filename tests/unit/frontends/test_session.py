@@ -281,7 +281,8 @@ def test_the_dense_and_the_pruned_model_are_asked_once(session: RestoreSession, 
     hook.remove()
 
 
-@pytest.mark.parametrize("method", mostly_slow(["lcc", "lcc+low-rank"], "lcc+low-rank"))
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["lcc", "lcc+low-rank"])
 def test_export_and_save_are_what_the_session_computes(pair, found: Scan, data, tmp_path: Path, method: str) -> None:
     session = RestoreSession(pair, found, data, batch_size=4, method=method)
     session.choose("mse", share=0.5)

@@ -196,13 +196,12 @@ def test_gguf_with_another_checksum_is_refused(tmp_path: Path) -> None:
 
 
 def test_every_public_name_resolves_and_functions_are_not_hidden_by_modules() -> None:
-    import lcc_lens.analysis.scan.scan
-    import lcc_lens.exporters.huggingface
+    import lcc_lens
 
     for name in lcc_lens.__all__:
         assert not isinstance(getattr(lcc_lens, name), type(lcc_lens))
-    assert callable(lcc_lens.analysis.scan.scan)
-    assert callable(lcc_lens.exporters.huggingface)
+    assert callable(lcc_lens.scan)
+    assert callable(lcc_lens.export)
     assert set(lcc_lens.__all__) <= set(dir(lcc_lens))
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = lcc_lens.nothing

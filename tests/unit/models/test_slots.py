@@ -205,7 +205,7 @@ MLP_WAYS = {
 }
 
 
-@pytest.mark.parametrize("family", mostly_slow(MLP_WAYS, "llama", "cohere", "qwen2", "gemma2"))
+@pytest.mark.parametrize("family", mostly_slow(MLP_WAYS, "cohere", "qwen2", "gemma2"))
 def test_constants_at_the_mlp_are_stored_alone_and_beside_those_of_heads(family: str, tmp_path: Path) -> None:
     pruned = save_family(family, tmp_path / "pruned")
     maps = projection_names(load_hooked(pruned).model, "mlp")

@@ -228,6 +228,7 @@ def test_objectives_count_what_they_compare(pair, question_file: Path) -> None:
     assert both["distillation"] == pytest.approx(expected)
 
 
+@pytest.mark.slow
 def test_head_outputs_as_an_objective(pair, question_file: Path) -> None:
     sequences = encode(load_data(str(question_file)), pair.tokenizer)
     heads = Objective(0.0, 0.0, heads=1.0)

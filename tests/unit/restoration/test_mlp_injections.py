@@ -189,7 +189,7 @@ def test_restore_save_export(
     )
 
 
-@pytest.mark.parametrize("family", mostly_slow(CARRY, "gpt2", "gemma2"))
+@pytest.mark.parametrize("family", mostly_slow(CARRY, "gemma2"))
 def test_families_fold_or_refuse_before_training(family: str, question_file: Path, text_file: Path, tmp_path) -> None:
     dense = save_model(FAMILIES[family](), tmp_path / "dense")
     prune(dense, tmp_path / "pruned", method="magnitude")
