@@ -39,7 +39,8 @@ from lcc_lens.data.datasets import load_data
 from lcc_lens.models.architecture.sparsity_patterns import NofM, Unstructured
 from lcc_lens.models.loading.references import resolve
 from lcc_lens.pruning.jobs import calibration_tokens
-from lcc_lens.pruning.prune import prune
+from lcc_lens.pruning.methods.settings import PruneConfig
+from lcc_lens.pruning.prune import prune_checkpoint
 
 SEQ_LEN = 512
 OURS: dict[str, dict[str, Any]] = {
@@ -57,9 +58,9 @@ def tokens_of(n_samples: int) -> torch.Tensor:
 
 def run_ours(name: str, tokens: torch.Tensor, out: Path) -> None:
     device = default_device()
-    prune(
-        resolve("smollm2"), out, calibration=tokens, seed=0, device=device, dtype=compute_dtype(device),
-        overwrite=True, provenance={}, **OURS[name],
+    prune_checkpoint(
+        resolve("smollm2"), out, PruneConfig(**OURS[name]), calibration=tokens, device=device,
+        dtype=compute_dtype(device), overwrite=True, provenance={},
     )  # fmt: skip
 
 

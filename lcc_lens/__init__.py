@@ -91,6 +91,7 @@ if TYPE_CHECKING:
     from lcc_lens.models.pair import load_pair as load_pair
     from lcc_lens.pruning.jobs import prune as prune
     from lcc_lens.pruning.jobs import refit as refit
+    from lcc_lens.pruning.methods.registry import register_pruner as register_pruner
     from lcc_lens.restoration.best import restore_best as restore_best
     from lcc_lens.restoration.injections.base import Composite as Composite
     from lcc_lens.restoration.injections.base import Injection as Injection

@@ -1,4 +1,4 @@
-"""Prune a model, and refit one that is pruned: jobs from references and names of data to checkpoints."""
+"""The public functions `prune` and `refit`: from names of models and data to a checkpoint on disk."""
 
 from __future__ import annotations
 
@@ -17,11 +17,10 @@ from lcc_lens.models.architecture.sparsity_patterns import Pattern, Unstructured
 from lcc_lens.models.loading.hooked import load_tokenizer
 from lcc_lens.models.loading.references import resolve
 from lcc_lens.pruning.methods.pruners import Choice, Split
-from lcc_lens.pruning.methods.settings import Method
+from lcc_lens.pruning.methods.settings import PruneConfig
 from lcc_lens.pruning.methods.structured import Schedule
-from lcc_lens.pruning.prune import prune as prune_checkpoint
-from lcc_lens.pruning.refit.refit import REFIT_RECORD, RefitConfig
-from lcc_lens.pruning.refit.refit import refit as refit_checkpoint
+from lcc_lens.pruning.prune import prune_checkpoint
+from lcc_lens.pruning.refit.refit import REFIT_RECORD, RefitConfig, refit_checkpoint
 
 #: What a refit is calibrated on: instructions, web text and an encyclopedia.
 REFIT_DATA = ("alpaca", "c4", "wikitext")
@@ -32,7 +31,7 @@ def prune(
     model: str | Path,
     out: str | Path,
     *,
-    method: Method = "wanda",
+    method: str = "wanda",
     sparsity: float | None = None,
     pattern: str | None = None,
     calibration: str | Data = "c4",
@@ -50,52 +49,43 @@ def prune(
     Args:
         model: reference of the dense model.
         out: the directory to write.
-        method: ``magnitude``, ``wanda``, ``sparsegpt`` (single weights) or ``slimgpt`` (whole heads and neurons).
-        sparsity: share of the weights to remove; if no pattern is given either, 0.5 (0.2 for slimgpt).
-        pattern: N:M such as ``2:4`` instead of a share: N weights stay of every M.
-        calibration: data whose activations the method reads (their role is ``calibration``).
+        method: ``magnitude``, ``wanda`` or ``sparsegpt`` (single weights), ``slimgpt`` (whole heads and neurons), or
+            the name of a pruner that was added with :func:`lcc_lens.register_pruner`.
+        sparsity: fraction of the weights to remove; 0.5 by default (0.2 for slimgpt).
+        pattern: N:M such as ``2:4`` instead of a fraction: N of every M weights stay.
+        calibration: data whose activations the method reads (loaded in the role ``calibration``).
         n_samples: calibration sequences.
         seq_len: tokens per calibration sequence.
-        seed: of the draw of calibration data.
+        seed: seed of the draw of calibration data.
         sliced: write a smaller model of standard configuration instead of zeros (slimgpt only).
-        schedule: how slimgpt spreads the sparsity over the layers; ``log`` if not given, ``uniform`` if sliced.
+        schedule: how slimgpt distributes the sparsity over the layers; ``log`` by default, ``uniform`` if sliced.
         choice: how slimgpt chooses heads and neurons: by ``error``, or the controls ``magnitude`` and ``random``.
-        split: how slimgpt divides a layer's share between heads and neurons: heads ``spared`` (rounded down; the
-            default), ``proportional``, or by ``error``; neurons make up the difference.
+        split: how many heads slimgpt removes per layer: their fraction rounded down (``spared``, the default), to the
+            nearest (``proportional``), or by ``error``; neurons make up the difference.
         overwrite: replace an existing directory.
 
     Raises:
-        RequestError: both sparsity and pattern, or a request that does not fit the model; nothing is written.
+        RequestError: the method is unknown, both a sparsity and a pattern are given, or the request does not fit the
+            model; nothing is written.
 
     Returns:
-        What ``pruning.json`` holds.
+        The contents of ``pruning.json``.
     """
     if sparsity is not None and pattern is not None:
         raise RequestError(f"expected a sparsity or a pattern, got both ({sparsity} and {pattern}); leave one out")
-    share = sparsity if sparsity is not None else 0.2 if method == "slimgpt" else 0.5
-    chosen: Pattern = parse_pattern(pattern) if pattern else Unstructured(share)
+    fraction = sparsity if sparsity is not None else 0.2 if method == "slimgpt" else 0.5
+    target: Pattern = parse_pattern(pattern) if pattern else Unstructured(fraction)
+    config = PruneConfig(method, target, seed=seed, sliced=sliced, schedule=schedule, choice=choice, split=split)
     path, device = resolve(model), default_device()
     tokens, provenance = None, {}
-    if method != "magnitude" and choice == "error":
+    if config.uses_inputs:
         data = load_data(calibration, role="calibration") if isinstance(calibration, str) else calibration
         tokens = calibration_tokens(data, path, n_samples, seq_len, seed)
         provenance = {"data": data.name, "source": data.source, "groups": sorted(data.groups)}
     return prune_checkpoint(
-        path,
-        Path(out),
-        method=method,
-        pattern=chosen,
-        calibration=tokens,
-        seed=seed,
-        device=device,
-        dtype=compute_dtype(device),
-        overwrite=overwrite,
-        sliced=sliced,
-        schedule=schedule,
-        choice=choice,
-        split=split,
+        path, Path(out), config, calibration=tokens, device=device, dtype=compute_dtype(device), overwrite=overwrite,
         provenance={"dense": str(model), **provenance},
-    )
+    )  # fmt: skip
 
 
 def refit(

@@ -1,11 +1,9 @@
-"""Prune a checkpoint: walk its decoder layers in sequence and write the copy with fewer weights."""
+"""Prune a checkpoint layer by layer and write the result."""
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +15,17 @@ from lcc_lens.core.checkpoint import Checkpoint
 from lcc_lens.core.config import package_version
 from lcc_lens.core.errors import DiskFullError, LensError, RequestError
 from lcc_lens.core.files import require_free, require_space
+from lcc_lens.core.fingerprint import fingerprint
 from lcc_lens.core.progress import track
 from lcc_lens.models.architecture.anatomy import LayerAnatomy, find_anatomies
 from lcc_lens.models.architecture.layers import read_config
 from lcc_lens.models.architecture.linear_maps import Matrix, StoredWeights, find_matrices
-from lcc_lens.models.architecture.sparsity_patterns import Pattern, require_fit
+from lcc_lens.models.architecture.sparsity_patterns import require_fit
 from lcc_lens.pruning.calibration.finished_layers import FinishedLayers
 from lcc_lens.pruning.calibration.stream import LayerStream
-from lcc_lens.pruning.methods.masks import Scope
-from lcc_lens.pruning.methods.pruners import Choice, LayerTask, Removed, Split
-from lcc_lens.pruning.methods.settings import INVERTING, Method, PruneConfig
+from lcc_lens.pruning.methods.pruners import LayerTask, Removed
+from lcc_lens.pruning.methods.settings import INVERTING, PruneConfig
 from lcc_lens.pruning.methods.slimgpt import fixed_quota, possible_quotas
-from lcc_lens.pruning.methods.structured import Schedule
 from lcc_lens.pruning.output.slicing import allowed_groups, require_sliceable, sliced_config
 from lcc_lens.pruning.output.writing import write_pruned
 
@@ -38,77 +35,50 @@ logger = logging.getLogger(__name__)
 _SIDE_FILES_BYTES = 1 << 25
 
 
-def prune(
+def prune_checkpoint(
     model_dir: Path,
     out: Path,
+    config: PruneConfig,
     *,
-    method: Method,
-    pattern: Pattern,
     calibration: Int[Tensor, "sequence pos"] | None,
-    scope: Scope = "row",
-    seed: int,
     device: torch.device,
     dtype: torch.dtype,
     overwrite: bool = False,
-    batch_size: int = 8,
-    sliced: bool = False,
-    schedule: Schedule | None = None,
-    choice: Choice = "error",
-    split: Split | None = None,
     provenance: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Prune the linear maps inside a model's decoder layers and write a plain Hugging Face directory.
+    """Prune the linear layers inside a model's decoder layers and write a plain Hugging Face directory.
 
-    Layers are pruned in sequence, each from inputs recomputed through the already pruned ones. All tensors that the
-    method does not change keep their bits. ``pruning.json`` beside the weights holds the returned report.
-
-    Finished layers are kept in a hidden folder beside ``out`` until the whole is written: the same call after an
-    interruption goes on at the first unfinished layer and gives the same result.
+    Decoder layers are pruned in order, each from inputs computed by the already pruned layers before it. Tensors that
+    the method does not change keep their bits. Finished layers are kept in a hidden folder beside ``out``: after an
+    interruption the same call continues at the first unfinished layer and gives the same result.
 
     Args:
         model_dir: Hugging Face directory of the dense model.
-        out: directory to write; it appears whole or not at all.
-        method: the pruner.
-        pattern: how much goes and where.
-        calibration: token ids of equally long sequences without padding; not used by magnitude.
-        scope: within what unstructured scores compete; ``matrix`` for magnitude only.
-        seed: seed that chose the calibration sequences.
+        out: directory to write; it appears complete or not at all.
+        config: how to prune.
+        calibration: token ids of equally long sequences without padding; None for methods that use no inputs.
         device: where to compute.
-        dtype: format to run the model in; statistics are float32 or wider and weights come from disk whatever it is.
-        overwrite: whether ``out`` may replace what is there.
-        batch_size: calibration sequences per forward pass.
-        sliced: write a smaller model of standard configuration instead of zeros (slimgpt only).
-        schedule: how slimgpt spreads the sparsity over the layers; ``log`` if not given, ``uniform`` if sliced.
-        choice: how slimgpt chooses heads and neurons; ``magnitude`` and ``random`` are controls.
-        split: how slimgpt divides a layer's share between heads and neurons; see `PruneConfig`.
+        dtype: format to run the model in; statistics are float32 or wider, and weights are always read from disk.
+        overwrite: whether ``out`` may replace an existing directory.
         provenance: where the calibration sequences come from, for the report.
 
     Returns:
-        The report: the request, the sparsity achieved in total and per matrix, the pattern found, the calibration data,
-        and the hash of the dense weights.
+        The report that ``pruning.json`` holds: the request, the sparsity in total and per linear layer, the detected
+        pattern, the calibration data and the hash of the dense weights.
 
     Raises:
         RequestError: the request does not fit the model, the data or the disk; nothing is written.
-        LensError: a weight or an activation is not finite, or the disk filled up; no output is written.
-
-    Example:
-        With a dense model in ``dense`` and token ids from its tokenizer::
-
-            report = prune(Path("dense"), Path("out/wanda24"), method="wanda", pattern=parse_pattern("2:4"),
-                           calibration=tokens, seed=0, device=default_device(), dtype=torch.float32,
-                           provenance={"data": "c4"})
-            report["sparsity"], report["pattern_found"]  # 0.5, "2:4"
+        LensError: a weight or an activation is not finite, or the disk is full; no output is written.
 
     Reference:
         Sun et al. 2023 (Wanda); Frantar & Alistarh 2023 (SparseGPT); Ling et al. 2024 (SlimGPT).
     """
-    config = PruneConfig(method, pattern, scope, seed, batch_size, sliced, schedule, choice, split)
     if model_dir.resolve().is_relative_to(out.resolve()):
         raise RequestError(f"expected an output folder that does not hold the model, got {out}; name another folder")
     checkpoint = Checkpoint(model_dir)
     plan = find_matrices(checkpoint)
     for matrix in (matrix for layer in plan for matrix in layer):
-        require_fit(pattern, matrix.d_in, matrix.name)
+        require_fit(config.pattern, matrix.d_in, matrix.name)
     tasks, anatomies = _tasks(model_dir, plan, config)
     tokens = _checked(calibration, model_dir, plan, config) if config.uses_inputs else None
     require_free(out, overwrite=overwrite)
@@ -116,32 +86,25 @@ def prune(
     require_space(out, 2 * checkpoint.n_bytes + _SIDE_FILES_BYTES)
 
     digest = checkpoint.sha256
-    finished = FinishedLayers(out, _identity(config, tokens, digest, dtype))
+    finished = FinishedLayers(out, fingerprint(config, tokens, digest, dtype, package_version()))
     try:
-        _walk(model_dir, plan, config, tasks, tokens, device, dtype, finished)
+        _prune_layers(model_dir, plan, config, tasks, tokens, device, dtype, finished)
         report = write_pruned(
             checkpoint, out, config, plan, anatomies, finished, tokens=tokens, provenance=provenance,
             dense_sha256=digest, overwrite=overwrite,
         )  # fmt: skip
     except LensError as error:
-        if not isinstance(error, DiskFullError) or finished.n_layers == 0:  # the next try would fail the same way
+        if not isinstance(error, DiskFullError) or finished.n_layers == 0:  # another attempt would fail the same way
             finished.discard()
         raise
     finished.discard()
     return report
 
 
-def _identity(config: PruneConfig, tokens: Tensor | None, dense_sha256: str, dtype: torch.dtype) -> dict[str, Any]:
-    """Everything that decides the pruned weights."""
-    data = None if tokens is None else hashlib.sha256(tokens.cpu().contiguous().numpy().tobytes()).hexdigest()
-    settings = {**asdict(config), "pattern": repr(config.pattern)}
-    return {**settings, "tokens": data, "dense": dense_sha256, "dtype": str(dtype), "version": package_version()}
-
-
 def _tasks(
     model_dir: Path, plan: Sequence[Sequence[Matrix]], config: PruneConfig
 ) -> tuple[list[LayerTask], list[LayerAnatomy] | None]:
-    """What to do with every layer, with its heads and neurons for structured methods; refuses before any work."""
+    """The task of every layer, and its heads and neurons for structured methods; refuses before any work."""
     if not config.is_structured:
         return config.tasks(len(plan)), None
     anatomies = find_anatomies(model_dir, plan)
@@ -163,7 +126,7 @@ def _checked(
     plan: Sequence[Sequence[Matrix]],
     config: PruneConfig,
 ) -> Int[Tensor, "sequence pos"]:
-    """Refuse calibration tokens that the model cannot read, and too few to invert what they say."""
+    """Refuse tokens that the model cannot read, and too few of them for an invertible second moment."""
     if tokens is None or tokens.numel() == 0:
         raise RequestError(f"expected calibration sequences for {config.method}, got none; name calibration data")
     text_config = read_config(model_dir).get_text_config()
@@ -185,7 +148,7 @@ def _checked(
     return tokens
 
 
-def _walk(
+def _prune_layers(
     model_dir: Path,
     plan: Sequence[Sequence[Matrix]],
     config: PruneConfig,
@@ -195,9 +158,9 @@ def _walk(
     dtype: torch.dtype,
     finished: FinishedLayers,
 ) -> None:
-    """Prune layer after layer; each is on disk before the next one begins."""
+    """Prune layer after layer and write each to disk before the next one begins."""
     if finished.n_layers:
-        logger.info("going on at layer %d of %d", finished.n_layers, len(plan))
+        logger.info("continuing at layer %d of %d", finished.n_layers, len(plan))
     if finished.n_layers == len(plan):
         return
     stream = None if tokens is None else LayerStream.of(model_dir, tokens, config.batch_size, device, dtype)
@@ -221,7 +184,7 @@ def _pruned_layer(
     stream: LayerStream | None,
     device: torch.device,
 ) -> tuple[dict[str, Tensor], Removed]:
-    """One layer's new weights in the checkpoint's layout and format, on the CPU."""
+    """The new weights of one layer, in the checkpoint's layout and format, on the CPU."""
     pruner = config.pruner(task)
     if stream is not None:
         stream.observe(matrices, pruner)

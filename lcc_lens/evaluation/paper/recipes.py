@@ -14,7 +14,7 @@ from lcc_lens.core.files import read_json
 from lcc_lens.evaluation.comparison.config import CompareConfig
 from lcc_lens.evaluation.comparison.entry import Entry
 from lcc_lens.models.architecture.sparsity_patterns import Unstructured, parse_pattern
-from lcc_lens.pruning.methods.settings import Method, PruneConfig
+from lcc_lens.pruning.methods.settings import PruneConfig
 
 Status = Literal["not run at size", "run at size"]
 #: Rows of a table that need no training.
@@ -41,7 +41,7 @@ class PaperRow:
 class PruneStep:
     """How a recipe prunes; see :func:`~lcc_lens.pruning.jobs.prune`."""
 
-    method: Method
+    method: str
     sparsity: float | None = None
     pattern: str | None = None
     calibration: str = "c4"

@@ -9,6 +9,7 @@ import tyro
 
 from lcc_lens.frontends.cli.options import DenseModel, Out, Placed, PrunedModel
 from lcc_lens.frontends.cli.show import pruning_rows, refit_rows, show_table
+from lcc_lens.pruning.methods.registry import PRUNERS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,9 +20,9 @@ class Prune(Placed):
     """smollm2, a directory, a .gguf file, or a hub id."""
     out: Out
     """The directory to write."""
-    method: Literal["magnitude", "wanda", "sparsegpt", "slimgpt"] = "wanda"
-    """Single weights go by size (magnitude), by size times input (wanda) or with compensation (sparsegpt); slimgpt
-    removes whole heads and neurons."""
+    method: Annotated[str, tyro.conf.arg(metavar=f"{{{','.join(PRUNERS)}}}")] = "wanda"
+    """magnitude, wanda (size times input norm) and sparsegpt (with compensation) remove single weights; slimgpt removes
+    whole heads and neurons."""
     sparsity: float | None = None
     """Share of the weights to remove (0.5 if no pattern is given; 0.2 for slimgpt)."""
     pattern: str | None = None

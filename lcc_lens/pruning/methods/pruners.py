@@ -1,4 +1,4 @@
-"""How one decoder layer is pruned: collect statistics of the inputs that stream by, then give the new weights."""
+"""Interface of a pruning method for one decoder layer, and the pruners that only need a score per weight."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar, Literal, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from lcc_lens.core.errors import LensError
@@ -17,7 +17,7 @@ from lcc_lens.models.architecture.sparsity_patterns import Pattern
 from lcc_lens.pruning.methods.masks import Scope, keep_mask
 from lcc_lens.pruning.methods.scores import magnitude_score, wanda_score
 
-# Tokens whose squares are summed at once.
+# Tokens whose squares are summed at once: few enough for a processor's cache.
 _TOKENS_AT_ONCE = 256
 
 Choice = Literal["error", "magnitude", "random"]
@@ -26,29 +26,29 @@ Split = Literal["error", "spared", "proportional"]
 
 @dataclass(frozen=True)
 class LayerTask:
-    """What a pruner is asked to do with one decoder layer."""
+    """What to prune in one decoder layer."""
 
     pattern: Pattern
-    """How much goes and where; a structured method removes the pattern's share of the layer's weights."""
+    """How many weights to remove and where; a structured method removes this fraction of the layer's weights."""
     scope: Scope = "row"
-    """Within what unstructured scores compete."""
+    """Whether unstructured scores are compared within a row or within the whole weight matrix."""
     anatomy: LayerAnatomy | None = None
     """Heads and neurons of the layer, for structured methods."""
     choice: Choice = "error"
-    """How a structured method chooses heads and neurons: by error, or the controls."""
+    """How a structured method chooses heads and neurons: by error, or one of the controls."""
     split: Split = "spared"
-    """How it divides the share between heads and neurons."""
+    """How a structured method divides the fraction between heads and neurons."""
     multiple: int = 1
     """A structured method removes neurons in multiples of this."""
     allowed_groups: frozenset[int] | None = None
-    """Numbers of key-value groups that may go; any if None."""
+    """Numbers of key-value groups that may be removed; any number if None."""
     seed: int = 0
-    """For methods that draw; another one for every layer."""
+    """Seed for methods that draw random numbers; it differs from layer to layer."""
 
 
 @dataclass(frozen=True)
 class Removed:
-    """What a structured method removed from one layer, as positions in the dense layer."""
+    """Heads, key-value groups and neurons removed from one layer, as positions in the dense layer."""
 
     heads: Int[Tensor, " head"] = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
     groups: Int[Tensor, " group"] = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
@@ -57,80 +57,69 @@ class Removed:
 
 @runtime_checkable
 class LayerPruner(Protocol):
-    """What the walk over the layers asks of a pruning method; it makes a fresh one for every layer.
+    """A pruning method at work on one decoder layer.
 
-    A whole layer, not one matrix, is the unit: a structured method removes matching rows and columns of several
-    matrices. Matrices go by the names of their tensors in the checkpoint.
+    It works on a whole layer, since a structured method removes matching rows and columns of several weight matrices.
+    Weight matrices are identified by the names of their tensors in the checkpoint.
     """
 
-    uses_inputs: ClassVar[bool]
-    """Whether the method needs calibration data; without, the model is never run."""
-
-    @classmethod
-    def for_layer(cls, task: LayerTask) -> LayerPruner:
-        """A fresh pruner for one layer."""
-        ...
-
     def observe(self, name: str, inputs: Float[Tensor, "token in"]) -> None:
-        """Take in a batch of inputs of a matrix, in the compute format; called many times before `pruned`."""
+        """Read a batch of inputs of a linear layer, in the compute format; called many times before `pruned`."""
 
     def pruned(self, weights: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-        """Give the new float32 weight of each matrix to change.
+        """Yield the name and the new float32 weight ``[out, in]`` of every linear layer that changes.
 
         Args:
-            weights: float32 weights ``[out, in]`` of the layer's matrices, read from disk on access.
+            weights: float32 weights ``[out, in]`` of the layer's linear layers, read from disk on access.
         """
 
     def removed(self) -> Removed:
-        """What went as a whole, once `pruned` is through."""
+        """Heads and neurons that were removed; called after `pruned`."""
+
+
+@runtime_checkable
+class PrunerFactory(Protocol):
+    """Makes one :class:`LayerPruner` per decoder layer; the classes of this package are their own factories."""
+
+    @property
+    def uses_inputs(self) -> bool:
+        """Whether the method needs calibration data; if not, the model never runs."""
+
+    def __call__(self, task: LayerTask) -> LayerPruner:
+        """Make the pruner of one layer."""
 
 
 class MaskPruner(ABC):
-    """Prunes every matrix by itself: the lowest scores become zero, all other weights stay as they are."""
+    """Sets the weights with the lowest scores to zero and leaves all others as they are."""
 
-    uses_inputs: ClassVar[bool]
+    uses_inputs: ClassVar[bool] = False
 
-    def __init__(self, pattern: Pattern, scope: Scope) -> None:
-        self._pattern = pattern
-        self._scope = scope
+    def __init__(self, task: LayerTask) -> None:
+        self._task = task
 
-    @classmethod
-    def for_layer(cls, task: LayerTask) -> MaskPruner:
-        """A fresh pruner for one layer."""
-        return cls(task.pattern, task.scope)
-
-    @abstractmethod
-    def observe(self, name: str, inputs: Float[Tensor, "token in"]) -> None:
-        """Take in a batch of inputs of a matrix."""
+    def observe(self, name: str, inputs: Float[Tensor, "token in"]) -> None:  # noqa: B027
+        """Ignore the inputs; methods that use them override this."""
 
     @abstractmethod
     def score(self, name: str, weight: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
-        """What each weight of a matrix is worth."""
-
-    def keep(self, name: str, weight: Float[Tensor, "out in"]) -> Bool[Tensor, "out in"]:
-        """Which weights of a matrix stay."""
-        return keep_mask(self.score(name, weight), self._pattern, self._scope)
+        """The importance of every weight of a linear layer."""
 
     def pruned(self, weights: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-        """Give every matrix with its lowest-scored weights set to zero."""
+        """Yield every weight matrix with its lowest-scored weights set to zero."""
         for name, weight in weights.items():
-            yield name, torch.where(self.keep(name, weight), weight, 0)
+            keep = keep_mask(self.score(name, weight), self._task.pattern, self._task.scope)
+            yield name, torch.where(keep, weight, 0)
 
     def removed(self) -> Removed:
-        """Nothing goes as a whole."""
+        """No heads and no neurons."""
         return Removed()
 
 
 class MagnitudePruner(MaskPruner):
-    """Removes the smallest weights, per output row or per matrix; needs no data."""
-
-    uses_inputs: ClassVar[bool] = False
-
-    def observe(self, name: str, inputs: Float[Tensor, "token in"]) -> None:
-        """Nothing to learn from inputs."""
+    """Removes the smallest weights, per output row or per weight matrix; needs no data."""
 
     def score(self, name: str, weight: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
-        """The weights' sizes."""
+        """The absolute values of the weights."""
         return magnitude_score(weight)
 
 
@@ -143,12 +132,12 @@ class WandaPruner(MaskPruner):
 
     uses_inputs: ClassVar[bool] = True
 
-    def __init__(self, pattern: Pattern, scope: Scope) -> None:
-        super().__init__(pattern, scope)
+    def __init__(self, task: LayerTask) -> None:
+        super().__init__(task)
         self._sum_of_squares: dict[str, Float[Tensor, " in"]] = {}
 
     def observe(self, name: str, inputs: Float[Tensor, "token in"]) -> None:
-        """Add the squares of each input feature, in float32 whatever the model computes in."""
+        """Add the squares of each input feature, in float32."""
         squares = _sum_of_squares(inputs)
         self._sum_of_squares[name] = self._sum_of_squares[name] + squares if name in self._sum_of_squares else squares
 
@@ -156,7 +145,7 @@ class WandaPruner(MaskPruner):
         """The weights' sizes times their inputs' norms.
 
         Raises:
-            LensError: no input of the matrix was seen, or one was not finite.
+            LensError: no input of the linear layer was observed, or one was not finite.
         """
         if name not in self._sum_of_squares:
             raise LensError(f"expected calibration inputs of {name}, got none; the architecture is not supported")
@@ -167,6 +156,6 @@ class WandaPruner(MaskPruner):
 
 
 def _sum_of_squares(inputs: Float[Tensor, "token in"]) -> Float[Tensor, " in"]:
-    """By feature, in float32; a piece that fits a processor's cache at a time."""
+    """Sum of squares of every feature, in float32."""
     pieces = (piece.to(torch.float32, copy=True) for piece in inputs.split(_TOKENS_AT_ONCE))
     return torch.stack([piece.mul_(piece).sum(dim=0) for piece in pieces]).sum(dim=0)

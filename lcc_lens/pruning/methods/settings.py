@@ -3,26 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from typing import get_args
 
 from lcc_lens.core.errors import RequestError
 from lcc_lens.models.architecture.anatomy import LayerAnatomy
 from lcc_lens.models.architecture.sparsity_patterns import NofM, Pattern, Unstructured
 from lcc_lens.pruning.methods.masks import Scope
-from lcc_lens.pruning.methods.pruners import Choice, LayerPruner, LayerTask, MagnitudePruner, Split, WandaPruner
-from lcc_lens.pruning.methods.slimgpt import SlimGPTPruner
-from lcc_lens.pruning.methods.sparsegpt import SparseGPTPruner
+from lcc_lens.pruning.methods.pruners import Choice, LayerPruner, LayerTask, Split
+from lcc_lens.pruning.methods.registry import pruner_factory
 from lcc_lens.pruning.methods.structured import SCHEDULES, Schedule, layer_ratios
 
-Method = Literal["magnitude", "wanda", "sparsegpt", "slimgpt"]
-PRUNERS: dict[Method, type[LayerPruner]] = {
-    "magnitude": MagnitudePruner,
-    "wanda": WandaPruner,
-    "sparsegpt": SparseGPTPruner,
-    "slimgpt": SlimGPTPruner,
-}
-#: Methods that invert a second moment, and so need at least as many tokens as a matrix has inputs.
-INVERTING: tuple[Method, ...] = ("sparsegpt", "slimgpt")
+#: Methods that invert a second moment, and so need at least as many tokens as a linear layer has inputs.
+INVERTING: tuple[str, ...] = ("sparsegpt", "slimgpt")
 # A sliced feed-forward width keeps to multiples of this where the dense one does: kernels like round numbers.
 _ROUND_WIDTH = 32
 
@@ -53,7 +45,7 @@ class PruneConfig:
         True
     """
 
-    method: Method
+    method: str
     pattern: Pattern
     scope: Scope = "row"
     seed: int = 0
@@ -64,7 +56,7 @@ class PruneConfig:
     split: Split | None = None
 
     def __post_init__(self) -> None:
-        _one_of("method", self.method, tuple(PRUNERS))
+        pruner_factory(self.method)
         _one_of("scope", self.scope, ("row", "matrix"))
         _one_of("schedule", self.chosen_schedule, SCHEDULES)
         _one_of("choice", self.choice, get_args(Choice))
@@ -117,7 +109,7 @@ class PruneConfig:
     @property
     def uses_inputs(self) -> bool:
         """Whether the method needs calibration data."""
-        return PRUNERS[self.method].uses_inputs and not (self.is_structured and self.choice != "error")
+        return pruner_factory(self.method).uses_inputs and not (self.is_structured and self.choice != "error")
 
     def tasks(
         self,
@@ -135,21 +127,20 @@ class PruneConfig:
         task = LayerTask(
             self.pattern, self.scope, choice=self.choice, split=self.chosen_split, allowed_groups=allowed_groups
         )
+        seeds = [1000 * self.seed + layer for layer in range(n_layers)]
         if anatomies is None:
-            return [task] * n_layers
+            return [replace(task, seed=seed) for seed in seeds]
         width = anatomies[0].mlp.n_groups
         multiple = next(m for m in (_ROUND_WIDTH, 16, 8, 4, 2, 1) if width % m == 0) if self.sliced else 1
         ratios = layer_ratios(self.chosen_schedule, self.pattern.sparsity, n_layers)
         return [
-            replace(
-                task, pattern=Unstructured(ratio), anatomy=anatomy, multiple=multiple, seed=1000 * self.seed + layer
-            )
-            for layer, (ratio, anatomy) in enumerate(zip(ratios, anatomies, strict=True))
+            replace(task, pattern=Unstructured(ratio), anatomy=anatomy, multiple=multiple, seed=seed)
+            for ratio, anatomy, seed in zip(ratios, anatomies, seeds, strict=True)
         ]
 
     def pruner(self, task: LayerTask) -> LayerPruner:
         """A fresh pruner for one layer."""
-        return PRUNERS[self.method].for_layer(task)
+        return pruner_factory(self.method)(task)
 
 
 def _one_of(what: str, word: str, words: tuple[str, ...]) -> None:

@@ -96,11 +96,6 @@ class SlimGPTPruner:
         self._generator = torch.Generator().manual_seed(task.seed)
         self._gone: dict[str, Tensor] = {}
 
-    @classmethod
-    def for_layer(cls, task: LayerTask) -> SlimGPTPruner:
-        """A fresh pruner for one layer."""
-        return cls(task)
-
     def observe(self, name: str, inputs: Float[Tensor, "token in"]) -> None:
         """Add to the second moment of an output matrix's inputs."""
         outputs = (self._anatomy.attention.output.name, self._anatomy.mlp.output.name)

@@ -10,7 +10,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lcc_lens.models.architecture.sparsity_patterns import Pattern
 from lcc_lens.pruning.methods.masks import keep_mask
 from lcc_lens.pruning.methods.moments import InputMoments
 from lcc_lens.pruning.methods.obs import DAMPING, Damped, damped, output_error, sparsegpt
@@ -33,14 +32,9 @@ class SparseGPTPruner:
 
     uses_inputs: ClassVar[bool] = True
 
-    def __init__(self, pattern: Pattern) -> None:
-        self._pattern = pattern
+    def __init__(self, task: LayerTask) -> None:
+        self._pattern = task.pattern
         self._moments = InputMoments()
-
-    @classmethod
-    def for_layer(cls, task: LayerTask) -> SparseGPTPruner:
-        """A fresh pruner for one layer."""
-        return cls(task.pattern)
 
     def observe(self, name: str, inputs: Float[Tensor, "token in"]) -> None:
         """Add to the second moment of a matrix's inputs."""

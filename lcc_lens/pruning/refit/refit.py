@@ -15,6 +15,7 @@ from lcc_lens.core.checkpoint import Checkpoint
 from lcc_lens.core.config import package_version
 from lcc_lens.core.errors import LensError, RequestError
 from lcc_lens.core.files import atomic_directory, read_json, require_free, require_space, write_json
+from lcc_lens.core.fingerprint import fingerprint
 from lcc_lens.core.progress import track
 from lcc_lens.core.rewriting import copy_checkpoint
 from lcc_lens.models.architecture.linear_maps import Matrix, StoredWeights, find_matrices
@@ -64,7 +65,7 @@ class RefitConfig:
             raise RequestError(f"expected a batch size of at least 1, got {self.batch_size}")
 
 
-def refit(
+def refit_checkpoint(
     dense: Path,
     pruned: Path,
     out: Path,
@@ -115,11 +116,7 @@ def refit(
     require_free(out, overwrite=overwrite)
     require_space(out, 2 * checkpoints[1].n_bytes)
     digests = {"dense_sha256": checkpoints[0].sha256, "pruned_sha256": checkpoints[1].sha256}
-    identity = {
-        "config": [config.follow, config.ridge, config.mend, config.batch_size], **digests, "dtype": str(dtype),
-        "tokens": tokens.tolist(), "version": package_version(),
-    }  # fmt: skip
-    finished = FinishedLayers(out, identity)
+    finished = FinishedLayers(out, fingerprint(config, tokens, digests, dtype, package_version()))
     errors = _walk(dense, pruned, plans, tokens, config, device, dtype, finished)
     report = {
         "follow": config.follow, "ridge": config.ridge, "mend": config.mend, **digests,

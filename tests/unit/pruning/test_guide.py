@@ -14,7 +14,7 @@ from lcc_lens.models.architecture.linear_maps import find_matrices
 from lcc_lens.pruning.calibration.stream import LayerStream
 from lcc_lens.pruning.refit import dense_stream as module
 from lcc_lens.pruning.refit.dense_stream import Guide
-from lcc_lens.pruning.refit.refit import RefitConfig, refit
+from lcc_lens.pruning.refit.refit import RefitConfig, refit_checkpoint
 
 CPU = torch.device("cpu")
 TOKENS = torch.randint(1, 257, (20, 24), generator=torch.Generator().manual_seed(0))
@@ -63,8 +63,8 @@ def test_a_refit_has_the_same_bits_where_nothing_can_be_kept(
     settings: dict[str, Any] = {
         "tokens": TOKENS, "device": CPU, "dtype": torch.bfloat16, "provenance": {}, "config": RefitConfig(),
     }  # fmt: skip
-    refit(dense_dir, pruned_dir, tmp_path / "kept", **settings)
+    refit_checkpoint(dense_dir, pruned_dir, tmp_path / "kept", **settings)
     monkeypatch.setattr(module.Guide.__init__, "__kwdefaults__", {"max_bytes": 0})
-    refit(dense_dir, pruned_dir, tmp_path / "again", **settings)
+    refit_checkpoint(dense_dir, pruned_dir, tmp_path / "again", **settings)
     first, second = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("kept", "again"))
     assert first == second

@@ -78,7 +78,7 @@ def test_the_error_is_never_above_wandas(seed: int, share: float | str, kind: st
         X = X[:3]
     pattern = NofM(2, 4) if share == "2:4" else Unstructured(float(share))
     weight = torch.randn(5, 16, generator=generator)
-    pruner = SparseGPTPruner.for_layer(LayerTask(pattern))
+    pruner = SparseGPTPruner(LayerTask(pattern))
     pruner.observe("w", X)
     ((_, found),) = pruner.pruned({"w": weight})
     size = X.norm(dim=0)
@@ -120,7 +120,7 @@ def test_damping_grows_until_the_matrix_inverts() -> None:
 
 
 def test_raised_damping_is_said(caplog: pytest.LogCaptureFixture) -> None:
-    pruner = SparseGPTPruner(Unstructured(0.5))
+    pruner = SparseGPTPruner(LayerTask(Unstructured(0.5)))
     pruner.observe("layer.w", torch.ones(4, 4))
     pruner._moments._sums["layer.w"] -= 3 * torch.eye(4)
     with caplog.at_level(logging.WARNING, logger="lcc_lens"):

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from support.pruning import prune_tokens
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
@@ -29,7 +30,6 @@ from lcc_lens.core.progress import tracked_by
 from lcc_lens.models.architecture.linear_maps import find_matrices
 from lcc_lens.models.architecture.sparsity_patterns import NofM, Pattern, Unstructured, detect_pattern
 from lcc_lens.pruning.methods.masks import keep_mask
-from lcc_lens.pruning.prune import prune
 
 SHAPE = {"hidden_size": 20, "intermediate_size": 44, "num_hidden_layers": 3, "vocab_size": 60}
 # Weights large enough that pruning one layer visibly changes what the next one reads.
@@ -67,10 +67,9 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
 
 def run(model_dir: Path, out: Path, pattern: Pattern = HALF, **options: Any) -> dict[str, Any]:
-    """Prune with Wanda unless told otherwise, in uneven batches."""
-    defaults = {"method": "wanda", "calibration": TOKENS, "seed": 0, "batch_size": 2, "provenance": {"data": "random"}}
-    computing = {"device": torch.device("cpu"), "dtype": torch.float32}
-    return prune(model_dir, out, pattern=pattern, **{**defaults, **computing, **options})
+    """Prune with Wanda by default, in uneven batches."""
+    defaults = {"method": "wanda", "calibration": TOKENS, "batch_size": 2, "provenance": {"data": "random"}}
+    return prune_tokens(model_dir, out, pattern=pattern, **{**defaults, **options})
 
 
 def tensors(path: Path) -> dict[str, Tensor]:

@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from support.pruning import prune_tokens
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig, ViTConfig
 
@@ -21,9 +22,9 @@ from lcc_lens.models.architecture.layers import decoder_layers
 from lcc_lens.models.architecture.linear_maps import Matrix
 from lcc_lens.models.architecture.sparsity_patterns import NofM, Pattern, Unstructured
 from lcc_lens.pruning.calibration.stream import LayerStream
-from lcc_lens.pruning.methods.pruners import MagnitudePruner, WandaPruner
-from lcc_lens.pruning.methods.settings import PRUNERS, PruneConfig
-from lcc_lens.pruning.prune import prune
+from lcc_lens.pruning.methods.pruners import LayerTask, MagnitudePruner, WandaPruner
+from lcc_lens.pruning.methods.registry import PRUNERS
+from lcc_lens.pruning.methods.settings import PruneConfig
 
 SIZES = {"hidden_size": 20, "intermediate_size": 44, "num_hidden_layers": 3, "vocab_size": 60}
 HEADS = {"num_attention_heads": 5, "num_key_value_heads": 1, "head_dim": 6}
@@ -54,9 +55,7 @@ def refused(dense: Path) -> Callable[..., None]:
 
 
 def run(source: Path, out: Path, *, method: Any = "wanda", pattern: Pattern | None = None, **options: Any) -> Any:
-    defaults = {"calibration": TOKENS, "seed": 0, "provenance": {}, "device": torch.device("cpu")}
-    pattern = pattern or Unstructured(0.5)
-    return prune(source, out, method=method, pattern=pattern, **{"dtype": torch.float32, **defaults, **options})
+    return prune_tokens(source, out, method, pattern or Unstructured(0.5), **{"calibration": TOKENS, **options})
 
 
 def edit(dense: Path, name: str, change: Callable[[Tensor], Tensor | None]) -> None:
@@ -103,7 +102,7 @@ def test_an_empty_batch(refused: Callable[..., None]) -> None:
 @pytest.mark.parametrize(
     ("wrong", "match"),
     [
-        ({"method": "guess"}, "expected the method magnitude, wanda, sparsegpt or slimgpt, got 'guess'"),
+        ({"method": "guess"}, r"expected a pruner \(magnitude, wanda, sparsegpt, slimgpt\), got 'guess'"),
         ({"scope": "column"}, "got 'column'"),
     ],
 )
@@ -194,13 +193,13 @@ def test_a_pruner_that_breaks_a_weight_is_caught(monkeypatch: pytest.MonkeyPatch
             for name, weight in weights.items():
                 yield name, weight / 0
 
-    monkeypatch.setitem(PRUNERS, "magnitude", Breaking)
+    monkeypatch.setitem(PRUNERS._entries, "magnitude", Breaking)
     refused(r"expected finite pruned weights, got NaN or infinity in model\.layers\.0", LensError, method="magnitude")
 
 
 def test_a_matrix_that_never_saw_an_input_is_named() -> None:
     with pytest.raises(LensError, match=r"expected calibration inputs of mlp\.gate, got none"):
-        WandaPruner(Unstructured(0.5), "row").score("mlp.gate", torch.ones(2, 3))
+        WandaPruner(LayerTask(Unstructured(0.5))).score("mlp.gate", torch.ones(2, 3))
 
 
 def test_a_disk_that_is_too_small(monkeypatch: pytest.MonkeyPatch, refused: Callable[..., None]) -> None:
@@ -259,7 +258,7 @@ def test_two_passes_through_every_layer_and_none_through_the_head() -> None:
     stream = LayerStream(model, model.layers, TOKENS, batch_size=1)
     assert [layer.runs for layer in model.layers] == [1, 0]
     for _ in model.layers:
-        stream.observe([], MagnitudePruner(Unstructured(0.5), "row"))
+        stream.observe([], MagnitudePruner(LayerTask(Unstructured(0.5))))
         stream.advance()
     assert [layer.runs for layer in model.layers] == [7, 3]
     assert model.head_runs == 0

@@ -13,13 +13,13 @@ from typing import Any
 import pytest
 import torch
 from support.places import TESTS
+from support.pruning import prune_tokens
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from lcc_lens.core.errors import LensError
 from lcc_lens.models.architecture.sparsity_patterns import Unstructured
 from lcc_lens.pruning.calibration.finished_layers import FinishedLayers
 from lcc_lens.pruning.calibration.stream import LayerStream
-from lcc_lens.pruning.prune import prune
 
 SHAPE = {"hidden_size": 24, "intermediate_size": 44, "num_hidden_layers": 4, "vocab_size": 60}
 HEADS = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 6, "initializer_range": 0.4}
@@ -37,9 +37,7 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(source: Path, out: Path, method: Any, share: float = 0.3, **options: Any) -> dict[str, Any]:
-    defaults = {"calibration": TOKENS, "seed": 0, "provenance": {}, "batch_size": 5}
-    computing = {"device": torch.device("cpu"), "dtype": torch.float32}
-    return prune(source, out, method=method, pattern=Unstructured(share), **{**defaults, **computing, **options})
+    return prune_tokens(source, out, method, Unstructured(share), **{"calibration": TOKENS, "batch_size": 5, **options})
 
 
 def contents(folder: Path) -> dict[str, str]:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from support.pruning import prune_tokens
 from support.tiers import mostly_slow
 from support.tiny import build_model, save_model
 from torch import Tensor
@@ -37,7 +38,6 @@ from lcc_lens.models.architecture.sparsity_patterns import NofM, Unstructured
 from lcc_lens.models.pair import load_pair
 from lcc_lens.pruning.methods.settings import PruneConfig
 from lcc_lens.pruning.methods.slimgpt import Quota, fixed_quota, possible_quotas
-from lcc_lens.pruning.prune import prune
 from lcc_lens.restoration.restore import restore
 from lcc_lens.restoration.training.loop import TrainConfig
 
@@ -85,9 +85,8 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
 
 def run(source: Path, out: Path, share: float = 0.3, **options: Any) -> dict[str, Any]:
-    defaults = {"calibration": TOKENS, "seed": 0, "provenance": {}, "batch_size": 5}
-    computing = {"device": torch.device("cpu"), "dtype": torch.float32}
-    return prune(source, out, method="slimgpt", pattern=Unstructured(share), **{**defaults, **computing, **options})
+    defaults = {"calibration": TOKENS, "batch_size": 5}
+    return prune_tokens(source, out, "slimgpt", Unstructured(share), **{**defaults, **options})
 
 
 def logits(path: Path, tokens: Tensor = TOKENS) -> Tensor:

@@ -21,7 +21,7 @@ from lcc_lens.models.pair import load_pair
 from lcc_lens.pruning import jobs as pruning_jobs
 from lcc_lens.pruning.jobs import calibration_tokens
 from lcc_lens.pruning.refit import refit as module
-from lcc_lens.pruning.refit.refit import REFIT_RECORD, RefitConfig, refit
+from lcc_lens.pruning.refit.refit import REFIT_RECORD, RefitConfig, refit_checkpoint
 from lcc_lens.restoration import restore as recipe
 from lcc_lens.restoration.training_data import training_sequences
 
@@ -50,7 +50,9 @@ def weights(path: Path) -> dict[str, torch.Tensor]:
 def test_zeros_stay_and_the_model_comes_nearer(
     follow: float, dense_dir: Path, pruned_dir: Path, tmp_path: Path
 ) -> None:
-    report = refit(dense_dir, pruned_dir, tmp_path / "refit", config=RefitConfig(follow, mend=0.0), **SETTINGS)
+    report = refit_checkpoint(
+        dense_dir, pruned_dir, tmp_path / "refit", config=RefitConfig(follow, mend=0.0), **SETTINGS
+    )
     assert compare_zeros(pruned_dir, tmp_path / "refit").is_equal
     assert divergence(tmp_path / "refit", dense_dir) < 0.9 * divergence(pruned_dir, dense_dir)
     assert report == read_json(tmp_path / "refit" / REFIT_RECORD)
@@ -64,7 +66,7 @@ def test_zeros_stay_and_the_model_comes_nearer(
 
 def test_first_map_equals_least_squares_on_its_own_inputs(dense_dir: Path, pruned_dir: Path, tmp_path: Path) -> None:
     """The first layer's query map reads normalised embeddings, which no pruning touches."""
-    refit(dense_dir, pruned_dir, tmp_path / "refit", config=RefitConfig(0.0, ridge=1e-3), **SETTINGS)
+    refit_checkpoint(dense_dir, pruned_dir, tmp_path / "refit", config=RefitConfig(0.0, ridge=1e-3), **SETTINGS)
     model = AutoModelForCausalLM.from_pretrained(pruned_dir, dtype=torch.float32).eval()
     with torch.no_grad():
         X = model.model.layers[0].input_layernorm(model.model.embed_tokens(TOKENS)).flatten(0, 1).double()
@@ -81,7 +83,7 @@ def test_first_map_equals_least_squares_on_its_own_inputs(dense_dir: Path, prune
 def test_output_maps_make_up_for_what_the_stream_lacks(dense_dir: Path, pruned_dir: Path, tmp_path: Path) -> None:
     """The last layer's output maps equal weighted least squares to the dense outputs plus half of the stream's gap."""
     config = RefitConfig(mend=0.5, ridge=1e-3)
-    refit(dense_dir, pruned_dir, tmp_path / "refit", config=config, **SETTINGS)
+    refit_checkpoint(dense_dir, pruned_dir, tmp_path / "refit", config=config, **SETTINGS)
     models = [AutoModelForCausalLM.from_pretrained(path).eval() for path in (dense_dir, tmp_path / "refit")]
     for part, name in (("self_attn", "o_proj"), ("mlp", "down_proj")):
         path = f"model.layers.2.{part}.{name}"
@@ -105,7 +107,7 @@ def test_output_maps_make_up_for_what_the_stream_lacks(dense_dir: Path, pruned_d
 @pytest.mark.parametrize("follow", [0.5, 1.0])
 def test_reading_maps_follow_the_dense_model(follow: float, dense_dir: Path, pruned_dir: Path, tmp_path: Path) -> None:
     """The last layer's gate map equals least squares to what dense weights give on inputs between both models'."""
-    refit(dense_dir, pruned_dir, tmp_path / "refit", config=RefitConfig(follow, ridge=1e-3), **SETTINGS)
+    refit_checkpoint(dense_dir, pruned_dir, tmp_path / "refit", config=RefitConfig(follow, ridge=1e-3), **SETTINGS)
     models = [AutoModelForCausalLM.from_pretrained(path).eval() for path in (dense_dir, tmp_path / "refit")]
     path = "model.layers.2.mlp.gate_proj"
     x_dense, x = (reads(model, path, "mlp")[1] for model in models)
@@ -145,7 +147,7 @@ def test_maps_of_a_layer_see_what_was_refitted_before_them(
     monkeypatch.setattr(
         module, "_groups", lambda *args: groups.append([[m.path for m in g] for g in found(*args)]) or found(*args)
     )
-    refit(dense_dir, pruned_dir, tmp_path / "refit", **SETTINGS)
+    refit_checkpoint(dense_dir, pruned_dir, tmp_path / "refit", **SETTINGS)
     attention = [[f"self_attn.{name}_proj" for name in part] for part in ("qkv", "o")]
     assert groups == 3 * [[*attention, ["mlp.gate_proj", "mlp.up_proj"], ["mlp.down_proj"]]]
 
@@ -155,7 +157,7 @@ def test_a_refit_that_was_stopped_goes_on_to_the_same_bits(
     follow: float, dense_dir: Path, pruned_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = RefitConfig(follow, mend=0.0 if follow == 1 else 0.5)
-    whole = refit(dense_dir, pruned_dir, tmp_path / "whole", config=config, **SETTINGS)
+    whole = refit_checkpoint(dense_dir, pruned_dir, tmp_path / "whole", config=config, **SETTINGS)
     run, layers = module._LayerRefit.run, []
 
     def stopping(self: Any, *args: Any) -> Any:
@@ -166,9 +168,9 @@ def test_a_refit_that_was_stopped_goes_on_to_the_same_bits(
 
     monkeypatch.setattr(module._LayerRefit, "run", stopping)
     with pytest.raises(KeyboardInterrupt):
-        refit(dense_dir, pruned_dir, tmp_path / "broken", config=config, **SETTINGS)
+        refit_checkpoint(dense_dir, pruned_dir, tmp_path / "broken", config=config, **SETTINGS)
     assert not (tmp_path / "broken").exists()
-    report = refit(dense_dir, pruned_dir, tmp_path / "broken", config=config, **SETTINGS)
+    report = refit_checkpoint(dense_dir, pruned_dir, tmp_path / "broken", config=config, **SETTINGS)
     assert len(layers) == 4
     assert report == whole
     first, second = weights(tmp_path / "whole"), weights(tmp_path / "broken")
@@ -179,12 +181,12 @@ def test_a_refit_that_was_stopped_goes_on_to_the_same_bits(
 def test_other_models_are_refused(dense_dir: Path, pruned_dir: Path, tmp_path: Path) -> None:
     wider = save_model(build_model(intermediate_size=48), tmp_path / "wider")
     with pytest.raises(RequestError, match="expected a dense model and the same model with zeros"):
-        refit(wider, pruned_dir, tmp_path / "refit", **SETTINGS)
+        refit_checkpoint(wider, pruned_dir, tmp_path / "refit", **SETTINGS)
     other_heads = save_model(build_model(num_key_value_heads=5), tmp_path / "heads")  # maps read as many as before
     with pytest.raises(RequestError, match="expected a dense model and the same model with zeros"):
-        refit(other_heads, pruned_dir, tmp_path / "refit", **SETTINGS)
+        refit_checkpoint(other_heads, pruned_dir, tmp_path / "refit", **SETTINGS)
     with pytest.raises(RequestError, match="already"):
-        refit(dense_dir, pruned_dir, shutil.copytree(pruned_dir, tmp_path / "there"), **SETTINGS)
+        refit_checkpoint(dense_dir, pruned_dir, shutil.copytree(pruned_dir, tmp_path / "there"), **SETTINGS)
     assert not (tmp_path / "refit").exists()
 
 

@@ -18,7 +18,7 @@ from lcc_lens.models.architecture.linear_maps import Matrix, find_matrices
 from lcc_lens.pruning.calibration import stream as module
 from lcc_lens.pruning.calibration.attention_cache import Shortcuts
 from lcc_lens.pruning.calibration.stream import LayerStream
-from lcc_lens.pruning.refit.refit import RefitConfig, refit
+from lcc_lens.pruning.refit.refit import RefitConfig, refit_checkpoint
 
 CPU = torch.device("cpu")
 TOKENS = torch.randint(1, 250, (20, 24), generator=torch.Generator().manual_seed(0))
@@ -155,8 +155,8 @@ def test_refits_have_the_same_bits(family: str, tmp_path: Path, monkeypatch: pyt
     settings: dict[str, Any] = {
         "tokens": TOKENS, "device": CPU, "dtype": torch.float32, "provenance": {}, "config": RefitConfig(),
     }  # fmt: skip
-    refit(dense, pruned, tmp_path / "kept", **settings)
+    refit_checkpoint(dense, pruned, tmp_path / "kept", **settings)
     monkeypatch.setattr(module, "MOST_BYTES", 0)
-    refit(dense, pruned, tmp_path / "again", **settings)
+    refit_checkpoint(dense, pruned, tmp_path / "again", **settings)
     first, second = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("kept", "again"))
     assert first == second
