@@ -17,6 +17,7 @@ from support.pruning import prune_tokens
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig, ViTConfig
 
+from lcc_lens.core.checkpoint import Checkpoint
 from lcc_lens.core.errors import DiskFullError, LensError, RequestError
 from lcc_lens.models.architecture.layers import decoder_layers
 from lcc_lens.models.architecture.linear_maps import Matrix
@@ -295,7 +296,7 @@ def test_a_batch_goes_no_further_than_to_the_last_observed_map(
     def note(name: str, inputs: Tensor) -> None:
         seen[name] = torch.cat([seen[name], inputs])
 
-    matrices = [Matrix(path, path, 4, 4, False, Path("none"), torch.float32) for path in paths]
+    matrices = [Matrix(path, path, 4, 4, False, Checkpoint(Path("none")), torch.float32) for path in paths]
     for _ in stream.batches_observed(matrices, note):
         pass
     assert model.layers[0].is_through == passes
