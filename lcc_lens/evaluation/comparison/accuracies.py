@@ -110,6 +110,6 @@ def _gained(before: Tasks, after: Sequence[Tasks], tasks: Sequence[str]) -> list
 
 def _right(scores: Sequence[Mapping[str, Any]]) -> list[float]:
     """How often each item is right, as a mean over seeds."""
-    items = np.array([np.frombuffer(score["items"].encode("ascii"), dtype=np.uint8) for score in scores])
-    right: list[float] = (items == ord("1")).mean(axis=0).tolist()
+    items = np.array([list(score["items"]) for score in scores], dtype=np.float64)
+    right: list[float] = items.mean(axis=0).tolist()
     return right
