@@ -1,4 +1,4 @@
-"""The dense model beside one that is refitted: all that is asked of a layer from one pass, where memory suffices."""
+"""Hidden states of the dense model, layer by layer, used as regression targets."""
 
 from __future__ import annotations
 
@@ -12,36 +12,34 @@ from lcc_lens.pruning.calibration.stream import MOST_BYTES, LayerStream, Observe
 from lcc_lens.pruning.methods.moments import is_same
 
 
-class Guide:
-    """The way of the calibration data through the dense model, whose layers stay as they are.
+class DenseStream:
+    """A :class:`LayerStream` of the dense model that runs each layer once and caches its inputs and outputs.
 
-    The first question about a layer runs it once to its end and keeps what its maps read and what it gives; further
-    questions, and the next layer's inputs, are answered from there. Where that would take more memory than allowed,
-    every question runs the layer again. Both give the same bits.
+    Where the cache would exceed ``max_bytes``, the layer runs again for every request. Both give the same bits.
 
     Args:
-        stream: the dense model's stream; it belongs to the guide from now on.
-        max_bytes: what may be kept.
+        stream: the dense model's stream; use it only through this object.
+        max_bytes: size limit of the cache.
     """
 
     def __init__(self, stream: LayerStream, *, max_bytes: int = MOST_BYTES) -> None:
         self._stream, self._max_bytes = stream, max_bytes
         self._matrices: Sequence[Matrix] = ()
-        self._kept: list[_Kept] | None = None
+        self._cache: list[_CachedBatch] | None = None
 
     def enter(self, matrices: Sequence[Matrix]) -> None:
-        """Say which maps of the current layer questions will be about."""
-        self._matrices, self._kept = matrices, None
+        """Name the linear layers of the current decoder layer whose inputs will be requested."""
+        self._matrices, self._cache = matrices, None
 
     def batches_observed(self, matrices: Sequence[Matrix], observe: Observer) -> Generator[None, None, None]:
-        """See :meth:`LayerStream.batches_observed`; some of the maps named in :meth:`enter`."""
-        kept = self._all_kept()
-        if kept is None:
+        """See :meth:`LayerStream.batches_observed`; the matrices must be among those of :meth:`enter`."""
+        cache = self._filled_cache()
+        if cache is None:
             yield from self._stream.batches_observed(matrices, observe)
             return
         names = {matrix.name for matrix in matrices}
-        for batch in kept:
-            for name, inputs in batch.reads:
+        for batch in cache:
+            for name, inputs in batch.inputs:
                 if name in names:
                     observe(name, inputs)
             yield
@@ -56,41 +54,41 @@ class Guide:
 
     def advance(self) -> None:
         """See :meth:`LayerStream.advance`."""
-        self._stream.advance(None if self._kept is None else [batch.given for batch in self._kept])
-        self._kept = None
+        self._stream.advance(None if self._cache is None else [batch.output for batch in self._cache])
+        self._cache = None
 
-    def _all_kept(self) -> list[_Kept] | None:
-        """What the layer's maps read and what it gives, by batch; None where that is too much."""
-        if self._kept is None and self._max_bytes:
-            kept: list[_Kept] = []
+    def _filled_cache(self) -> list[_CachedBatch] | None:
+        """The cache of the current layer; None where it would be too large."""
+        if self._cache is None and self._max_bytes:
+            cache: list[_CachedBatch] = []
             for batch in self._passes():
-                kept.append(batch)
+                cache.append(batch)
                 if batch.n_bytes * self._stream.n_batches > self._max_bytes:
                     self._max_bytes = 0  # the next layers are no smaller
                     return None
-            self._kept = kept
-        return self._kept
+            self._cache = cache
+        return self._cache
 
-    def _passes(self) -> Iterator[_Kept]:
-        reads: list[tuple[str, Tensor]] = []
+    def _passes(self) -> Iterator[_CachedBatch]:
+        all_inputs: list[tuple[str, Tensor]] = []
         last: list[Tensor] = []  # held, so that equal addresses mean the same inputs
 
-        def note(name: str, inputs: Tensor) -> None:
+        def record(name: str, inputs: Tensor) -> None:
             is_shared = bool(last) and is_same(inputs, last[0])
             # A copy, since a layer may go on to change it in place.
-            reads.append((name, reads[-1][1] if is_shared else inputs.clone()))
+            all_inputs.append((name, all_inputs[-1][1] if is_shared else inputs.clone()))
             last[:] = [inputs]
 
-        for given in self._stream.whole_batches(self._matrices, note):
-            yield _Kept(tuple(reads), given)
-            reads.clear()
+        for output in self._stream.whole_batches(self._matrices, record):
+            yield _CachedBatch(tuple(all_inputs), output)
+            all_inputs.clear()
             last.clear()
 
 
-class _Kept:
-    """What the maps of a layer read in one batch, in the order of the computation, and what the layer gives."""
+class _CachedBatch:
+    """The inputs of a decoder layer's linear layers in one batch, in order of computation, and its output."""
 
-    def __init__(self, reads: tuple[tuple[str, Tensor], ...], given: Tensor) -> None:
-        self.reads, self.given = reads, given
-        distinct = {id(tensor): tensor.nbytes for tensor in (*(inputs for _, inputs in reads), given)}
+    def __init__(self, inputs: tuple[tuple[str, Tensor], ...], output: Tensor) -> None:
+        self.inputs, self.output = inputs, output
+        distinct = {id(tensor): tensor.nbytes for tensor in (*(tensor for _, tensor in inputs), output)}
         self.n_bytes = sum(distinct.values())

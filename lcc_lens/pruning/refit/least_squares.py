@@ -1,4 +1,4 @@
-"""Least squares under a mask: the best surviving weights of a linear map, row by row, pure tensor mathematics."""
+"""Least squares under a mask: the best surviving weights of a linear layer, row by row; pure tensor mathematics."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from torch import Tensor
 
 from lcc_lens.core.errors import LensError
 
-#: A map with at most so many inputs is solved exactly, row by row.
+#: Linear layers with at most this many inputs are solved exactly.
 _NARROW = 128
-#: Rows that are solved at once there.
+#: Rows that one exact solve takes together.
 _ROWS_AT_ONCE = 64
 
 
 @dataclass(frozen=True)
 class NormalEquations:
-    r"""What decides the best weights $w$ of a row: $A_{SS} w_S = b_S$ on the surviving columns $S$, zero elsewhere.
+    r"""Normal equations $A_{SS} w_S = b_S$ of every row's weights $w$ on its surviving columns $S$.
 
-    For inputs $X$ and wanted outputs $Y$ of all rows, with a pull of strength $\lambda$ towards weights $T$,
-    $A = X^T X + \lambda I$ and $B = Y^T X + \lambda T$.
+    For inputs $X$, target outputs $Y$ and a pull of strength $\lambda$ towards the dense weights $T$,
+    $A = X^T X + \lambda I$ and $B = Y^T X + \lambda T$; $b$ is a row of $B$.
     """
 
     A: Float[Tensor, "in in"]
@@ -37,15 +37,14 @@ class NormalEquations:
         product: Float[Tensor, "out in"] | None = None,
         ridge: float = 0.01,
     ) -> NormalEquations:
-        r"""For outputs that a dense map $T$ gives on the same inputs, or on its own.
+        r"""Make the equations from second moments.
 
         Args:
-            second_moment: $X^T X$ of the inputs that the map will see.
+            second_moment: $X^T X$ of the inputs in the pruned model.
             target: $T$, the dense weights.
-            cross_moment: $X_{dense}^T X$ where the wanted outputs are the dense map's on other inputs; the same inputs
-                if not given.
-            product: $Y^T X$ itself, where other outputs are wanted than those of the dense map.
-            ridge: the pull towards the dense weights, as a share of the mean of the diagonal of $X^T X$.
+            cross_moment: $X_{dense}^T X$, to fit the dense outputs $Y = X_{dense} T^T$ on other inputs; $X$ if None.
+            product: $Y^T X$ itself, for targets other than dense outputs.
+            ridge: $\lambda$ as a fraction of the mean diagonal of $X^T X$.
 
         Raises:
             LensError: a moment is not finite.
@@ -74,32 +73,33 @@ def masked_least_squares(
     tolerance: float = 1e-3,
     max_iterations: int = 100,
 ) -> Float[Tensor, "out in"]:
-    r"""Solve $A_{SS} w_S = b_S$ for every row's own columns $S$; weights outside the mask stay exactly zero.
+    r"""Solve $A_{SS} w_S = b_S$ for every row's surviving columns $S$; weights outside the mask stay exactly zero.
 
-    Narrow maps are solved exactly, by one Cholesky factor per row. Wider ones by conjugate gradients, all rows at once
-    (one matrix product a step), preconditioned by the diagonal; never worse than the start.
+    Matrices with few columns are solved exactly. Wider ones use conjugate gradients on all rows at once (one matrix
+    product a step), preconditioned by the diagonal; a row whose error would grow keeps its start.
 
     Args:
         equations: the rows' normal equations.
         keep: the weights that survive.
-        start: weights to begin with, such as the pruned ones; what lies outside the mask counts as zero.
-        tolerance: of conjugate gradients, the norm of the residual relative to the right side's, over all rows.
-        max_iterations: steps at most.
+        start: initial weights, such as the pruned ones; those outside the mask count as zero.
+        tolerance: conjugate gradients end at this norm of the residual relative to the right-hand side's.
+        max_iterations: limit of their steps.
 
     Returns:
         Weights with zeros wherever ``keep`` is false.
 
     Reference:
-        SparseGPT's compensation (Frantar & Alistarh 2023, section 3) with the mask given.
+        SparseGPT's compensation (Frantar & Alistarh 2023, section 3) with a fixed mask.
     """
     if keep.shape[1] <= _NARROW:
         return torch.cat([
             _exact(equations.A, rhs, kept)
             for rhs, kept in zip(equations.B.split(_ROWS_AT_ONCE), keep.split(_ROWS_AT_ONCE), strict=True)
         ])  # fmt: skip
-    found = _conjugate_gradients(equations, keep, torch.where(keep, start, 0), tolerance, max_iterations)
-    is_better = equations.error(found) <= equations.error(torch.where(keep, start, 0))  # not if it is NaN
-    return torch.where(is_better[:, None], found, torch.where(keep, start, 0))
+    start = torch.where(keep, start, 0)
+    solved = _conjugate_gradients(equations, keep, start, tolerance, max_iterations)
+    is_better = equations.error(solved) <= equations.error(start)  # False where an error is NaN
+    return torch.where(is_better[:, None], solved, start)
 
 
 def _exact(
@@ -107,7 +107,7 @@ def _exact(
 ) -> Float[Tensor, "row in"]:
     precise = A.double()
     masked = torch.where(keep[:, :, None] & keep[:, None, :], precise, 0)
-    masked.diagonal(dim1=1, dim2=2).add_((~keep).double())  # outside the mask the system reads w = 0
+    masked.diagonal(dim1=1, dim2=2).add_((~keep).double())  # outside the mask the equation is w = 0
     solved = torch.linalg.solve(masked, torch.where(keep, rhs.double(), 0))
     return torch.where(keep, solved, 0).to(rhs)
 
@@ -130,7 +130,7 @@ def _conjugate_gradients(
             break
         moved = kept * (direction @ A)
         curvature = (direction * moved).sum(1)
-        step = torch.where(curvature > 0, product / curvature, 0)  # rows that are through stay where they are
+        step = torch.where(curvature > 0, product / curvature, 0)  # converged rows stay where they are
         weight = weight + step[:, None] * direction
         residual = residual - step[:, None] * moved
         scaled = residual * inverse_diagonal

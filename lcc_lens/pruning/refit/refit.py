@@ -1,4 +1,4 @@
-"""Masked refit: the surviving weights of every linear map, fitted anew to what the dense model computes."""
+"""Refit the surviving weights of every linear layer to the dense model's outputs, by masked least squares."""
 
 from __future__ import annotations
 
@@ -25,12 +25,16 @@ from lcc_lens.pruning.calibration.stream import LayerStream
 from lcc_lens.pruning.methods.moments import InputMoments, exact_products
 from lcc_lens.pruning.methods.obs import output_error
 from lcc_lens.pruning.methods.pruners import Removed
-from lcc_lens.pruning.refit.dense_stream import Guide
+from lcc_lens.pruning.refit.dense_stream import DenseStream
 from lcc_lens.pruning.refit.least_squares import NormalEquations, masked_least_squares
-from lcc_lens.pruning.refit.residual_correction import Shortfall, Written, outputs_to_mend
+from lcc_lens.pruning.refit.residual_correction import (
+    RefittedProjection,
+    ResidualCorrection,
+    projections_to_correct,
+)
 
 REFIT_RECORD = "refit.json"
-#: Beside the finished layers of a run that is not through.
+#: Errors of the finished layers, while the run is unfinished.
 _ERRORS = "errors.json"
 
 
@@ -39,14 +43,12 @@ class RefitConfig:
     """How to refit.
 
     Args:
-        follow: fit each map to what the dense weights give on inputs so far along the way from those that it sees now
-            (0: every map by itself) to the dense model's own, which no pruning has touched (1: its outputs): then later
-            maps also make up for earlier ones' errors.
-        ridge: pull towards the dense weights, as a share of the inputs' mean square.
-        mend: the share of what the residual stream lacks already that the maps which write to it make up for, upon
-            giving the dense maps' own outputs (:class:`~lcc_lens.pruning.refit.residual_correction.Shortfall`); 0
-            leaves it. Only where
-            layers add to the stream what their output maps give; elsewhere all maps follow as ``follow`` says.
+        follow: interpolates the regression inputs between the pruned model's (0) and the dense model's (1). Above 0,
+            later linear layers also correct the errors of earlier ones.
+        ridge: strength of the pull towards the dense weights, as a fraction of the inputs' mean square.
+        mend: fraction of the residual-stream error that output projections correct
+            (:class:`~lcc_lens.pruning.refit.residual_correction.ResidualCorrection`). At 0, or where projections do not
+            write to the residual stream directly, they are fitted as ``follow`` says.
         batch_size: sequences per forward pass.
     """
 
@@ -57,12 +59,12 @@ class RefitConfig:
 
     def __post_init__(self) -> None:
         if not 0 < self.ridge < float("inf"):
-            raise RequestError(f"expected a ridge above 0, got {self.ridge}")
-        for name, share in (("follow", self.follow), ("mend", self.mend)):
-            if not 0 <= share <= 1:
-                raise RequestError(f"expected a share to {name} between 0 and 1, got {share}")
+            raise RequestError(f"expected a ridge above 0, got {self.ridge}; raise it")
+        for name, fraction in (("follow", self.follow), ("mend", self.mend)):
+            if not 0 <= fraction <= 1:
+                raise RequestError(f"expected {name} between 0 and 1, got {fraction}; choose a fraction")
         if self.batch_size < 1:
-            raise RequestError(f"expected a batch size of at least 1, got {self.batch_size}")
+            raise RequestError(f"expected a batch size of at least 1, got {self.batch_size}; raise it")
 
 
 def refit_checkpoint(
@@ -77,37 +79,37 @@ def refit_checkpoint(
     overwrite: bool = False,
     provenance: Mapping[str, Any],
 ) -> dict[str, Any]:
-    r"""Fit the surviving weights of a pruned checkpoint by least squares and write the result; no training.
+    r"""Fit the surviving weights of a pruned checkpoint by least squares and write the result; nothing is trained.
 
-    Layer by layer, and within a layer in the order in which maps read each other's results: for every row of a map,
+    Linear layers are refitted in the order of computation. For every row $w$ of a weight matrix,
     $\min_w \lVert X w - y \rVert^2 + \lambda \lVert w - w_{dense} \rVert^2$ over the weights that pruning left,
-    with $X$ the map's inputs behind all that is refitted already. Zeros stay zeros, bit for bit.
+    where $X$ are the inputs after everything before is refitted. Zeros stay zeros, bit for bit.
 
-    Finished layers are kept beside ``out`` until the whole is written; the same call goes on there.
+    Finished layers are kept beside ``out`` until all are written; after an interruption the same call continues there.
 
     Args:
         dense: Hugging Face directory of the dense model.
         pruned: the same model with zeros.
-        out: directory to write; it appears whole or not at all.
+        out: directory to write; it appears complete or not at all.
         tokens: calibration sequences of equal length, without padding.
-        config: settings.
+        config: how to refit.
         device: where to compute.
         dtype: format to run both models in; moments and solutions are float32.
-        overwrite: whether ``out`` may replace what is there.
+        overwrite: whether ``out`` may replace an existing directory.
         provenance: where the tokens come from, for the record.
 
     Returns:
-        What ``refit.json`` beside the weights holds: settings and, by matrix, the squared error of its outputs on the
-        calibration inputs that it sees, relative to the pruned weights' on the same; a map that makes up for what the
-        stream lacks may leave more than 1, since it is fitted to other outputs.
+        The contents of ``refit.json``: settings and, by matrix, the squared output error on the calibration inputs
+        relative to that of the pruned weights. It may exceed 1 for an output projection with ``mend``, whose targets
+        include the residual-stream error.
 
     Raises:
         RequestError: the two are not a dense model and its zeroed version.
         LensError: an activation or a weight is not finite, or a zero was lost; nothing is written.
 
     Reference:
-        SparseGPT's compensation with the mask given (Frantar & Alistarh 2023); layer-wise reconstruction after pruning
-        as in arXiv 2510.14444.
+        SparseGPT's compensation with a fixed mask (Frantar & Alistarh 2023); layer-wise reconstruction after pruning as
+        in arXiv 2510.14444.
     """
     config = config or RefitConfig()
     checkpoints = Checkpoint(dense), Checkpoint(pruned)
@@ -117,7 +119,7 @@ def refit_checkpoint(
     require_space(out, 2 * checkpoints[1].n_bytes)
     digests = {"dense_sha256": checkpoints[0].sha256, "pruned_sha256": checkpoints[1].sha256}
     finished = FinishedLayers(out, fingerprint(config, tokens, digests, dtype, package_version()))
-    errors = _walk(dense, pruned, plans, tokens, config, device, dtype, finished)
+    errors = _refit_layers(dense, pruned, plans, tokens, config, device, dtype, finished)
     report = {
         "follow": config.follow, "ridge": config.ridge, "mend": config.mend, **digests,
         "lcc_lens_version": package_version(),
@@ -126,23 +128,24 @@ def refit_checkpoint(
     with atomic_directory(out, overwrite=overwrite) as part:
         copy_checkpoint(checkpoints[1], part, replaced=finished)
         if not compare_zeros(pruned, part).is_equal:
-            raise LensError("expected the zeros of the pruned model in the refitted one, got others; nothing was kept")
+            raise LensError("expected the pruned model's zeros in the refitted one, got others; nothing was kept")
         write_json(part / REFIT_RECORD, report)
     finished.discard()
     return report
 
 
 def _check_shapes(dense: Sequence[Sequence[Matrix]], pruned: Sequence[Sequence[Matrix]]) -> None:
-    found = [[(one.name, one.d_in, one.d_out) for layer in plan for one in layer] for plan in (dense, pruned)]
-    if found[0] != found[1]:
+    dense_shapes, pruned_shapes = (
+        [[(matrix.name, matrix.d_in, matrix.d_out) for matrix in layer] for layer in plan] for plan in (dense, pruned)
+    )
+    if dense_shapes != pruned_shapes:
         raise RequestError(
-            "expected a dense model and the same model with zeros, got matrices of other names or sizes; a "
-            "sliced model "
-            "cannot be refitted"
+            "expected a dense model and the same model with zeros, got matrices of other names or sizes; a sliced "
+            "model cannot be refitted"
         )
 
 
-def _walk(
+def _refit_layers(
     dense: Path,
     pruned: Path,
     plans: tuple[Sequence[Sequence[Matrix]], Sequence[Sequence[Matrix]]],
@@ -152,64 +155,73 @@ def _walk(
     dtype: torch.dtype,
     finished: FinishedLayers,
 ) -> dict[str, float]:
-    """Refit layer after layer; each is on disk before the next one begins."""
-    stream = LayerStream.of(pruned, tokens, config.batch_size, device, dtype)
-    is_guided = config.follow > 0 or config.mend > 0
-    guide = Guide(LayerStream.of(dense, tokens, config.batch_size, device, dtype)) if is_guided else None
+    """Refit the layers in order; each is on disk before the next begins. Gives the error left, by matrix."""
+    pruned_stream = LayerStream.of(pruned, tokens, config.batch_size, device, dtype)
+    dense_stream: DenseStream | None = None
+    if config.follow > 0 or config.mend > 0:
+        dense_stream = DenseStream(LayerStream.of(dense, tokens, config.batch_size, device, dtype))
     errors: dict[str, float] = read_json(finished.folder / _ERRORS) if finished.n_layers else {}
     for index, matrices in enumerate(track(plans[1], len(plans[1]), "refitting layers")):
         if index < finished.n_layers:
             for matrix in matrices:
-                stream.replace(matrix, finished[matrix.name])
+                pruned_stream.replace(matrix, finished[matrix.name])
         else:
             layer = _LayerRefit(StoredWeights(plans[0][index], device), StoredWeights(matrices, device), config)
-            weights = layer.run(matrices, stream, guide)
+            weights = layer.run(matrices, pruned_stream, dense_stream)
             errors |= layer.errors
             write_json(finished.folder / _ERRORS, errors)
             finished.add({name: weight.cpu() for name, weight in weights.items()}, Removed())
-        for one in (stream, guide):
-            if one is not None:
-                one.advance()
+        pruned_stream.advance()
+        if dense_stream is not None:
+            dense_stream.advance()
     return errors
 
 
 class _LayerRefit:
-    """One layer: maps that read the same inputs together, in the order of the layer's computation."""
+    """Refits one decoder layer; linear layers that read the same inputs are refitted together."""
 
     def __init__(self, dense: Mapping[str, Tensor], pruned: Mapping[str, Tensor], config: RefitConfig) -> None:
         self.dense, self.pruned, self.config = dense, pruned, config
         self.errors: dict[str, float] = {}
 
-    def run(self, matrices: Sequence[Matrix], stream: LayerStream, guide: Guide | None) -> dict[str, Tensor]:
-        """The new weights in the checkpoint's layout and format; they are in the stream's layer as well."""
-        found: dict[str, Tensor] = {}
-        if guide is not None:
-            guide.enter(matrices)
-        mended = outputs_to_mend(matrices, stream, guide) if guide is not None and self.config.mend else ()
-        written: list[Written] = []
-        for group in _groups(matrices, stream):
-            moments: _Moments | Shortfall
-            if guide is not None and group[0].name in mended:
-                moments = Shortfall(group[0], self.dense[group[0].name], written, self.config.mend)
-                moments.gather(stream, guide)
+    def run(
+        self, matrices: Sequence[Matrix], pruned_stream: LayerStream, dense_stream: DenseStream | None
+    ) -> dict[str, Tensor]:
+        """Refit the layer in the pruned model's stream; gives the weights in the checkpoint's layout and format."""
+        weights: dict[str, Tensor] = {}
+        corrected: tuple[str, ...] = ()
+        if dense_stream is not None:
+            dense_stream.enter(matrices)
+            if self.config.mend:
+                corrected = projections_to_correct(matrices, pruned_stream, dense_stream)
+        refitted: list[RefittedProjection] = []
+        for group in _groups(matrices, pruned_stream):
+            first = group[0].name
+            moments: _Moments | ResidualCorrection
+            if dense_stream is not None and first in corrected:
+                moments = ResidualCorrection(group[0], self.dense[first], refitted, self.config.mend)
+                moments.gather(pruned_stream, dense_stream)
             else:
                 moments = _Moments()
-                moments.gather(group, stream, guide if self.config.follow else None)
+                moments.gather(group, pruned_stream, dense_stream if self.config.follow else None)
             for matrix in group:
-                found[matrix.name] = matrix.stored(self._solve(matrix.name, moments))
-                stream.replace(matrix, found[matrix.name])
-                if matrix.name in mended:
-                    new = matrix.rows(found[matrix.name]).float()
-                    written.append(Written(matrix, self.dense[matrix.name], new))
-        return found
+                name = matrix.name
+                weights[name] = matrix.stored(self._solve(name, moments))
+                pruned_stream.replace(matrix, weights[name])
+                if name in corrected:
+                    weight = matrix.rows(weights[name]).float()
+                    refitted.append(RefittedProjection(matrix, self.dense[name], weight))
+        return weights
 
-    def _solve(self, name: str, moments: _Moments | Shortfall) -> Float[Tensor, "out in"]:
+    def _solve(self, name: str, moments: _Moments | ResidualCorrection) -> Float[Tensor, "out in"]:
         target, start, moment = self.dense[name], self.pruned[name], moments.inputs[name]
         equations = NormalEquations.of(
             moment,
             target,
-            cross_moment=None if isinstance(moments, Shortfall) else moments.followed(name, self.config.follow),
-            product=moments.product if isinstance(moments, Shortfall) else None,
+            cross_moment=None
+            if isinstance(moments, ResidualCorrection)
+            else moments.cross_moment(name, self.config.follow),
+            product=moments.product if isinstance(moments, ResidualCorrection) else None,
             ridge=self.config.ridge,
         )
         weight = masked_least_squares(equations, start != 0, start)
@@ -219,9 +231,9 @@ class _LayerRefit:
 
 
 def _groups(matrices: Sequence[Matrix], stream: LayerStream) -> list[list[Matrix]]:
-    """Maps that read the same inputs, in the order of the computation; one batch tells."""
+    """Linear layers that read the same inputs, in order of computation, as the first batch shows."""
     moments = _Moments()
-    first_batch = stream.batches_observed(matrices, moments.note)
+    first_batch = stream.batches_observed(matrices, moments.add)
     next(first_batch)
     first_batch.close()
     by_name = {matrix.name: matrix for matrix in matrices}
@@ -232,35 +244,37 @@ def _groups(matrices: Sequence[Matrix], stream: LayerStream) -> list[list[Matrix
 
 
 class _Moments:
-    """Second moments of the inputs of some maps, and with the dense model's inputs at the same tokens."""
+    """Second moments of the inputs of linear layers, in the pruned model and between both models."""
 
     def __init__(self) -> None:
         self.inputs = InputMoments()
         self.seen: list[str] = []
         self._cross: dict[str, Tensor] = {}
-        self._dense: dict[str, Tensor] = {}
+        self._dense_inputs: dict[str, Tensor] = {}
 
-    def gather(self, matrices: Sequence[Matrix], stream: LayerStream, guide: Guide | None) -> None:
-        """Run the layer of both models over all batches, in step."""
-        own = stream.batches_observed(matrices, self.note, settled=matrices[0] if len(matrices) == 1 else None)
-        if guide is None:
-            for _ in own:
+    def gather(self, matrices: Sequence[Matrix], pruned_stream: LayerStream, dense_stream: DenseStream | None) -> None:
+        """Run the current layer of both models on all batches, in step."""
+        settled = matrices[0] if len(matrices) == 1 else None
+        pruned_batches = pruned_stream.batches_observed(matrices, self.add, settled=settled)
+        if dense_stream is None:
+            for _ in pruned_batches:
                 pass
         else:
-            for _ in zip(guide.batches_observed(matrices, self._dense.__setitem__), own, strict=True):
-                self._dense.clear()
+            dense_batches = dense_stream.batches_observed(matrices, self._dense_inputs.__setitem__)
+            for _ in zip(dense_batches, pruned_batches, strict=True):
+                self._dense_inputs.clear()
 
-    def followed(self, name: str, share: float) -> Float[Tensor, "in in"] | None:
-        r"""$((1 - s) X + s X_{dense})^\top X$ of a map's inputs; None where no dense model ran along."""
+    def cross_moment(self, name: str, follow: float) -> Float[Tensor, "in in"] | None:
+        r"""$((1 - f) X + f X_{dense})^\top X$ of a linear layer's inputs; None where no dense model ran."""
         cross = self._cross.get(self.inputs.same_input(name))
-        return None if cross is None else torch.lerp(self.inputs[name], cross, share)
+        return None if cross is None else torch.lerp(self.inputs[name], cross, follow)
 
-    def note(self, name: str, inputs: Float[Tensor, "token in"]) -> None:
-        """Add a batch of inputs of a map."""
+    def add(self, name: str, inputs: Float[Tensor, "token in"]) -> None:
+        """Add a batch of inputs in the pruned model."""
         self.inputs.add(name, inputs)
         if name not in self.seen:
             self.seen.append(name)
-        if self.inputs.same_input(name) == name and name in self._dense:
+        if self.inputs.same_input(name) == name and name in self._dense_inputs:
             with exact_products(inputs.dtype):
-                product = self._dense[name].float().T @ inputs.float()
+                product = self._dense_inputs[name].float().T @ inputs.float()
             self._cross[name] = self._cross[name] + product if name in self._cross else product

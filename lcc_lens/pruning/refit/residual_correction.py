@@ -1,4 +1,4 @@
-"""What the residual stream of a pruned model lacks where a layer's output maps write to it."""
+"""Regression targets that let an output projection also correct the residual-stream error of earlier layers."""
 
 from __future__ import annotations
 
@@ -13,86 +13,91 @@ from lcc_lens.models.architecture.anatomy import output_projections
 from lcc_lens.models.architecture.linear_maps import Matrix
 from lcc_lens.pruning.calibration.stream import LayerStream
 from lcc_lens.pruning.methods.moments import InputMoments, exact_products
-from lcc_lens.pruning.refit.dense_stream import Guide
+from lcc_lens.pruning.refit.dense_stream import DenseStream
 
-#: A token counts at most so many times as much as the median one.
-_MOST = 10.0
+#: Upper bound of a token's weight, relative to the median token.
+_MAX_RELATIVE_WEIGHT = 10.0
 
 
-class Written(NamedTuple):
-    """An output map of the layer that has its new weight."""
+class RefittedProjection(NamedTuple):
+    """An output projection of the current layer, with its dense and its refitted weight."""
 
     matrix: Matrix
     dense: Float[Tensor, "out in"]
-    new: Float[Tensor, "out in"]
+    refitted: Float[Tensor, "out in"]
 
 
-class Shortfall:
-    r"""Moments for an output map that also makes up for what the stream lacks already.
+class ResidualCorrection:
+    r"""Second moments for refitting one output projection.
 
-    For a token let $x$ be the map's input, $y$ the dense map's own output, and $g = r_{dense} - r$ the difference of
-    the residual streams that both write to: what earlier layers, and the layer's output maps that come before, left.
-    The map is fitted to $y + \gamma g$. Every token is divided by the root mean square of the dense model's stream: the
-    next norm does the same, and a few tokens of hundreds of times the size would decide everything otherwise.
+    Let $x$ be its input in the pruned model, $y$ the dense projection's output, and $e = r_{dense} - r_{pruned}$ the
+    residual-stream error at that point, including this layer's projections that are already refitted. The regression
+    target is $y + \gamma e$. Tokens are weighted by $1 / RMS(r_{dense})$, as the next norm divides by it; otherwise a
+    few high-norm tokens dominate the fit.
 
     Args:
-        matrix: the output map.
+        matrix: the output projection.
         dense: its dense weight.
-        before: the layer's output maps that are refitted already, each with its dense and its new weight.
-        share: $\gamma$.
+        refitted: this layer's projections that are already refitted.
+        fraction: $\gamma$.
     """
 
-    def __init__(self, matrix: Matrix, dense: Float[Tensor, "out in"], before: Sequence[Written], share: float) -> None:
-        self.matrix, self.dense, self.before, self.share = matrix, dense, before, share
+    def __init__(
+        self, matrix: Matrix, dense: Float[Tensor, "out in"], refitted: Sequence[RefittedProjection], fraction: float
+    ) -> None:
+        self.matrix, self.dense, self.refitted, self.fraction = matrix, dense, refitted, fraction
         self.inputs = InputMoments()
         self.product: Float[Tensor, "out in"] = torch.zeros_like(dense)
 
-    def gather(self, stream: LayerStream, guide: Guide) -> None:
-        """Run the current layer of the pruned and the dense model over all batches, in step.
+    def gather(self, pruned_stream: LayerStream, dense_stream: DenseStream) -> None:
+        r"""Run the current layer of both models on all batches; fills ``inputs`` and ``product``.
 
-        Leaves $X^\top X$ in ``inputs`` and $Y^\top X$ of the wanted outputs in ``product``.
+        ``inputs`` then holds $X^\top X$, and ``product`` holds $Y^\top X$ with the regression targets $Y$.
         """
-        maps = [self.matrix, *(written.matrix for written in self.before)]
-        own: dict[str, Tensor] = {}
-        dense: dict[str, Tensor] = {}
-        for _, _, entering, wanted in zip(
-            stream.batches_observed(maps, own.__setitem__, settled=self.matrix),
-            guide.batches_observed(maps, dense.__setitem__),
-            stream.hidden_batches(),
-            guide.hidden_batches(),
+        matrices = [self.matrix, *(projection.matrix for projection in self.refitted)]
+        pruned_inputs: dict[str, Tensor] = {}
+        dense_inputs: dict[str, Tensor] = {}
+        for _, _, hidden_pruned, hidden_dense in zip(
+            pruned_stream.batches_observed(matrices, pruned_inputs.__setitem__, settled=self.matrix),
+            dense_stream.batches_observed(matrices, dense_inputs.__setitem__),
+            pruned_stream.hidden_batches(),
+            dense_stream.hidden_batches(),
             strict=True,
         ):
-            self._add(own, dense, (wanted.float() - entering.float()).flatten(0, 1), inverse_size(wanted))
+            error = (hidden_dense.float() - hidden_pruned.float()).flatten(0, 1)
+            self._add(pruned_inputs, dense_inputs, error, token_weights(hidden_dense))
 
     def _add(
         self,
-        own: Mapping[str, Tensor],
-        dense: Mapping[str, Tensor],
-        gap: Float[Tensor, "token d_model"],
+        pruned_inputs: Mapping[str, Tensor],
+        dense_inputs: Mapping[str, Tensor],
+        error: Float[Tensor, "token d_model"],
         weight: Float[Tensor, "token 1"],
     ) -> None:
         name = self.matrix.name
-        inputs = own[name] * weight.to(own[name].dtype)
+        inputs = pruned_inputs[name] * weight.to(pruned_inputs[name].dtype)
         with exact_products(inputs.dtype):
-            for earlier, W_dense, W in self.before:
-                gap = gap + dense[earlier.name].float() @ W_dense.T - own[earlier.name].float() @ W.T
-            wanted = dense[name].float() @ self.dense.T + self.share * gap
-            self.product += (wanted * weight).T @ inputs.float()
+            for matrix, W_dense, W in self.refitted:
+                error = error + dense_inputs[matrix.name].float() @ W_dense.T - pruned_inputs[matrix.name].float() @ W.T
+            target = dense_inputs[name].float() @ self.dense.T + self.fraction * error
+            self.product += (target * weight).T @ inputs.float()
         self.inputs.add(name, inputs)
 
 
-def inverse_size(stream: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "token 1"]:
-    """One over the root mean square of every token's stream, bounded by ten times the median."""
-    size = stream.float().square().mean(-1).sqrt().reshape(-1, 1)
-    inverse = size.clamp_min(torch.finfo(torch.float32).tiny).reciprocal()
-    return inverse.clamp(max=_MOST * float(inverse.median()))
+def token_weights(hidden: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "token 1"]:
+    """The inverse root mean square of every token's residual stream, at most ten times the median."""
+    rms = hidden.float().square().mean(-1).sqrt().reshape(-1, 1)
+    inverse = rms.clamp_min(torch.finfo(torch.float32).tiny).reciprocal()
+    return inverse.clamp(max=_MAX_RELATIVE_WEIGHT * float(inverse.median()))
 
 
-def outputs_to_mend(matrices: Sequence[Matrix], stream: LayerStream, guide: Guide) -> tuple[str, ...]:
-    """The names of a layer's output maps, if all that the layer does is to add what they give to its input.
+def projections_to_correct(
+    matrices: Sequence[Matrix], pruned_stream: LayerStream, dense_stream: DenseStream
+) -> tuple[str, ...]:
+    """The names of a layer's output projections, if they write to the residual stream directly.
 
-    There are none otherwise: where a norm comes behind them (Gemma 2), they do not write to the stream themselves.
+    Empty for layers that apply a norm to a projection's output first (Gemma 2).
     """
-    maps = output_projections(matrices)
-    is_plain = bool(maps) and stream.adds_up(maps) and guide.adds_up(maps)
-    return tuple(matrix.name for matrix in maps) if is_plain else ()
+    projections = output_projections(matrices)
+    is_direct = bool(projections) and pruned_stream.adds_up(projections) and dense_stream.adds_up(projections)
+    return tuple(matrix.name for matrix in projections) if is_direct else ()

@@ -65,7 +65,7 @@ def test_zeros_stay_and_the_model_comes_nearer(
 
 
 def test_first_map_equals_least_squares_on_its_own_inputs(dense_dir: Path, pruned_dir: Path, tmp_path: Path) -> None:
-    """The first layer's query map reads normalised embeddings, which no pruning touches."""
+    """The first layer's query projection reads normalised embeddings, which no pruning touches."""
     refit_checkpoint(dense_dir, pruned_dir, tmp_path / "refit", config=RefitConfig(0.0, ridge=1e-3), **SETTINGS)
     model = AutoModelForCausalLM.from_pretrained(pruned_dir, dtype=torch.float32).eval()
     with torch.no_grad():
@@ -106,7 +106,7 @@ def test_output_maps_make_up_for_what_the_stream_lacks(dense_dir: Path, pruned_d
 
 @pytest.mark.parametrize("follow", [0.5, 1.0])
 def test_reading_maps_follow_the_dense_model(follow: float, dense_dir: Path, pruned_dir: Path, tmp_path: Path) -> None:
-    """The last layer's gate map equals least squares to what dense weights give on inputs between both models'."""
+    """The last layer's gate projection equals least squares to what dense weights give on inputs in between."""
     refit_checkpoint(dense_dir, pruned_dir, tmp_path / "refit", config=RefitConfig(follow, ridge=1e-3), **SETTINGS)
     models = [AutoModelForCausalLM.from_pretrained(path).eval() for path in (dense_dir, tmp_path / "refit")]
     path = "model.layers.2.mlp.gate_proj"
@@ -123,7 +123,7 @@ def test_reading_maps_follow_the_dense_model(follow: float, dense_dir: Path, pru
 
 @torch.no_grad()
 def reads(model: Any, path: str, part: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """What the residual stream holds before a part of the last layer writes to it, and the inputs of a map there."""
+    """What the residual stream holds before a part of the last layer, and the inputs of a linear layer there."""
     kept: dict[str, torch.Tensor] = {}
     norm = {"self_attn": "input_layernorm", "mlp": "post_attention_layernorm"}[part]
     places = {"stream": model.model.layers[2].get_submodule(norm), "inputs": model.get_submodule(path)}
@@ -256,8 +256,8 @@ def test_training_may_not_use_what_the_refit_read(
         ({"ridge": 0.0}, "ridge above 0"),
         ({"ridge": float("inf")}, "ridge above 0"),
         ({"batch_size": 0}, "at least 1"),
-        ({"follow": 1.5}, "a share to follow between 0 and 1, got 1.5"),
-        ({"mend": -0.1}, "a share to mend between 0 and 1"),
+        ({"follow": 1.5}, "follow between 0 and 1, got 1.5"),
+        ({"mend": -0.1}, "mend between 0 and 1"),
     ],
 )
 def test_settings_out_of_range_are_refused(settings: dict[str, Any], message: str) -> None:
