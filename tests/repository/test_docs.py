@@ -6,11 +6,9 @@ import importlib
 import re
 
 import pytest
-import torch
 from support.places import ROOT
 
 import lcc_lens
-from lcc_lens.analysis.statistics import DifferenceStatistics
 
 DOCS = ROOT / "docs"
 PAGES = {path.relative_to(DOCS).as_posix(): path.read_text() for path in sorted(DOCS.rglob("*.md"))}
@@ -45,17 +43,6 @@ def test_names_of_a_page_exist(page: str) -> None:
     assert set(re.findall(r"\blcc\.(\w+)\(", PAGES[page])) <= set(lcc_lens.__all__)
     links = re.findall(r"\]\((?!http)([^)#]+)", PAGES[page])
     assert [link for link in links if not ((DOCS / page).parent / link).exists()] == []
-
-
-def test_the_selector_of_the_page_scores_heads() -> None:
-    blocks = re.findall(r"```python\n(.*?)```", PAGES["extending.md"], re.DOTALL)
-    code = next(block for block in blocks if "def " in block)
-    space: dict[str, object] = {}
-    exec(code, space)
-    ones = torch.ones(2, 3)
-    statistics = DifferenceStatistics(4, torch.ones(2, 3, 5), ones, ones, 20 * ones, ones, ones)
-    scores = space["score_constant"](statistics, 4)
-    assert torch.allclose(scores.value, ones)  # all samples differ alike: a constant mends everything
 
 
 def test_equations_carry_the_papers_numbers() -> None:

@@ -72,7 +72,7 @@ def mean_rows(unrestored: Mapping[str, Tasks], runs: Sequence[Tasks], *, is_rest
     """
     means = [mean_accuracy(run)[0] for run in runs]
     tasks, worse = list(unrestored["pruned"]), tasks_made_worse(unrestored)
-    gain = stratified_interval(_gained(unrestored["pruned"], runs, tasks))
+    gain = stratified_interval(_gained([unrestored["pruned"]], runs, tasks))
     return {
         "accuracy": statistics.mean(means),
         "accuracy_sd": statistics.stdev(means) if len(means) > 1 else None,
@@ -85,6 +85,20 @@ def mean_rows(unrestored: Mapping[str, Tasks], runs: Sequence[Tasks], *, is_rest
     }
 
 
+def accuracy_difference(
+    first: Sequence[Tasks], second: Sequence[Tasks], tasks: Sequence[str]
+) -> tuple[float, tuple[float, float] | None]:
+    """How far one entry's mean accuracy is above another's, with a 95 % interval over items drawn anew.
+
+    Args:
+        first: the scores of one entry, by seed, with ``items``.
+        second: those of the other.
+        tasks: all count alike.
+    """
+    gained = _gained(second, first, tasks)
+    return statistics.fmean(statistics.fmean(items) for items in gained), stratified_interval(gained)
+
+
 def _fractions(
     unrestored: Mapping[str, Tasks], runs: Sequence[Tasks], tasks: Sequence[str], name: str
 ) -> dict[str, Any]:
@@ -94,7 +108,7 @@ def _fractions(
         dense, pruned = (_mean_of(unrestored[model], tasks) for model in ("dense", "pruned"))
         fraction = share_recovered(-dense, -pruned, -statistics.mean(_mean_of(run, tasks) for run in runs))
         before = unrestored["pruned"]
-        interval = stratified_interval(_gained(before, runs, tasks), _gained(before, [unrestored["dense"]], tasks))
+        interval = stratified_interval(_gained([before], runs, tasks), _gained([before], [unrestored["dense"]], tasks))
     return {f"{name}_recovered": fraction, f"{name}_recovered_interval": None if interval is None else list(interval)}
 
 
@@ -102,9 +116,9 @@ def _mean_of(scores: Tasks, tasks: Sequence[str]) -> float:
     return mean_accuracy({task: scores[task] for task in tasks})[0]
 
 
-def _gained(before: Tasks, after: Sequence[Tasks], tasks: Sequence[str]) -> list[list[float]]:
-    """By task, how much more often each item is right than before, as a mean over seeds."""
-    pairs = ((_right([run[task] for run in after]), _right([before[task]])) for task in tasks)
+def _gained(before: Sequence[Tasks], after: Sequence[Tasks], tasks: Sequence[str]) -> list[list[float]]:
+    """By task, how much more often each item is right than before, as means over seeds."""
+    pairs = ((_right([run[task] for run in after]), _right([run[task] for run in before])) for task in tasks)
     return [[now - was for now, was in zip(*pair, strict=True)] for pair in pairs]
 
 

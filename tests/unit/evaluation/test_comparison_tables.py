@@ -14,6 +14,7 @@ from support.commands import call
 from lcc_lens.core.errors import LensError
 from lcc_lens.evaluation.baselines import methods as baselines
 from lcc_lens.evaluation.comparison.accuracies import (
+    accuracy_difference,
     mean_accuracy,
     mean_rows,
     task_rows,
@@ -57,6 +58,18 @@ def resampled(tasks: list[tuple[list[float], list[float]]], n: int = 4000) -> li
             loss += statistics.mean(lost[i] for i in drawn)
         shares.append(gain / loss)
     return shares
+
+
+def test_difference_of_accuracies_is_paired_by_item() -> None:
+    """Every task counts alike, every seed too; what both answer alike does not widen the interval."""
+    first, second = scores(rte="1100", boolq="11111111"), scores(rte="1000", boolq="11110000")
+    difference, interval = accuracy_difference([first, second], [second, second], ["rte", "boolq"])
+    assert difference == pytest.approx((0.25 + 0.5) / 2 / 2)
+    assert interval is not None
+    assert interval[0] < difference < interval[1]
+    assert accuracy_difference([first], [first], ["rte", "boolq"]) == (0.0, (0.0, 0.0))
+    assert accuracy_difference([scores(rte="1111")], [scores(rte="0000")], ["rte"]) == (1.0, (1.0, 1.0))
+    assert accuracy_difference([second], [first], ["boolq"])[0] == -0.5
 
 
 def test_mean_accuracy_and_share_recovered_are_paired_by_item() -> None:
