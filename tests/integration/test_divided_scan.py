@@ -17,7 +17,7 @@ from support.tiers import mostly_slow
 from lcc_lens.analysis.scan import passes
 from lcc_lens.analysis.scan import shards as scan_work
 from lcc_lens.analysis.scan.scan import UNFINISHED, Scan, scan
-from lcc_lens.analysis.scan.shards import ScanState
+from lcc_lens.analysis.scan.state import ScanState
 from lcc_lens.core import processes
 from lcc_lens.core.errors import LensError, RequestError
 from lcc_lens.data.datasets import Data, load_data
@@ -155,7 +155,7 @@ def test_folder_that_is_not_shared_is_refused(tmp_path: Path) -> None:
     ScanState(tmp_path / "here", {"models": 1}).begin()
     ScanState(tmp_path / "here", {"models": 1}, joined=True)
     for folder, identity in ((tmp_path / "there", {"models": 1}), (tmp_path / "here", {"models": 2})):
-        with pytest.raises(RequestError, match=r"expected the scan that the first process began .* machines share"):
+        with pytest.raises(RequestError, match=r"expected the state of the first process's scan in .* machines share"):
             ScanState(folder, identity, joined=True)
     assert (tmp_path / "here").exists()
     with pytest.raises(LensError, match=r"expected 3 finished parts of the scan in .*, got 0; put the run on a disk"):

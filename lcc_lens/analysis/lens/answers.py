@@ -67,7 +67,7 @@ def contrasts(pair: Pair, data: Data, max_length: int) -> tuple[list[TokenSequen
             answers.append([int(right.tokens[at]), int(wrong.tokens[at])])
     if len(contexts) < len(data.examples):
         logger.warning(
-            "%d of %d pairs left out: longer than %d tokens, or no token in which right and wrong differ",
+            "skipped %d of %d pairs longer than %d tokens, or no token in which right and wrong differ",
             len(data.examples) - len(contexts), len(data.examples), max_length,
         )  # fmt: skip
     if not contexts:

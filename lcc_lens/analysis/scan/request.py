@@ -1,8 +1,9 @@
-"""What a scan is asked for: sequences, their length and the selectors, checked before any work."""
+"""Check the inputs of a scan before any forward pass: sequences, their length, and the selectors."""
 
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Sequence
 
 import torch
@@ -22,9 +23,12 @@ _DEFAULT_LENGTH = 512
 def pair_sequences(
     data: Data, pair: Pair, length: int, limit: int | None
 ) -> tuple[list[TokenSequence], tuple[TokenSequence, ...] | None]:
-    """The sequences to scan, with their wrong counterparts where there are any.
+    """The sequences to scan, with the wrong answers of contrastive pairs (None without).
 
-    Answers are cut at the limit; pairs of which it leaves nothing to tell apart are left out.
+    Answers are cut at ``length`` tokens; pairs that no longer differ then are skipped.
+
+    Raises:
+        RequestError: no pair is left.
     """
     if any(example.wrong is None for example in data.examples):
         return encode(data, pair.tokenizer, max_length=length, limit=limit), None
@@ -32,28 +36,44 @@ def pair_sequences(
         [encode_pair(pair.tokenizer, e.prompt, str(text), length) for text in (e.response, e.wrong)]
         for e in data.examples[:limit]
     ]
-    fitting = [  # answers that the limit cut to the same tokens have nothing to tell apart
+    fitting = [  # answers cut to the same tokens cannot be told apart
         (right, wrong)
         for right, wrong in encoded
         if right is not None and wrong is not None and not torch.equal(right.tokens, wrong.tokens)
     ]
     if len(fitting) < len(encoded):
         logger.warning(
-            "%d of %d pairs left out: longer than %d tokens", len(encoded) - len(fitting), len(encoded), length
+            "skipped %d of %d pairs longer than %d tokens", len(encoded) - len(fitting), len(encoded), length
         )
     if not fitting:
-        raise RequestError(
-            f"expected contrastive pairs of up to {length} tokens from {data.source}, got none; raise the limit"
-        )
+        raise RequestError(_no_pairs(data, pair, length, limit))
     return [right for right, _ in fitting], tuple(wrong for _, wrong in fitting)
 
 
+def _no_pairs(data: Data, pair: Pair, length: int, limit: int | None) -> str:
+    """The message that no pair fits the limit, with the tokens of the shortest pair where it has any."""
+    pairs = (
+        [encode_pair(pair.tokenizer, e.prompt, str(text), sys.maxsize) for text in (e.response, e.wrong)]
+        for e in data.examples[:limit]
+    )
+    lengths = [max(len(right), len(wrong)) for right, wrong in pairs if right is not None and wrong is not None]
+    shortest = f" (shortest: {min(lengths)})" if lengths else ""
+    return (
+        f"no contrastive pairs of at most {length} tokens in {data.name}{shortest}; "
+        "raise --max-length, or name other data with --scan-data"
+    )
+
+
 def checked_length(pair: Pair, max_length: int | None) -> int:
-    """The longest sequence, within the models' context."""
+    """The limit of tokens per sequence.
+
+    Raises:
+        RequestError: the limit exceeds the models' context.
+    """
     context = pair.context
     if max_length is not None and max_length > context:
         raise RequestError(
-            f"expected sequences within the models' context of {context} tokens, got a limit of {max_length}"
+            f"expected a limit within the models' context of {context} tokens, got {max_length}; lower --max-length"
         )
     return max_length if max_length is not None else min(_DEFAULT_LENGTH, context)
 
@@ -61,12 +81,16 @@ def checked_length(pair: Pair, max_length: int | None) -> int:
 def possible_selectors(
     named: Sequence[str] | None, pair: Pair, data: Data, wrong: Sequence[TokenSequence] | None
 ) -> list[str]:
-    """The selectors to compute; what was named and cannot be served is refused before any work."""
+    """The selectors to compute.
+
+    Raises:
+        RequestError: a named selector cannot be computed on these data or models.
+    """
     names = [name for name in (CHEAP if named is None else named) if name not in ALWAYS_SCORED]
     reason = None
     label = one_class(data)
     if wrong is None:
-        reason = f"expected questions with right and wrong answers, got {data.name} without"
+        reason = f"expected questions with right and wrong answers, got none in {data.name}; scan other data"
     elif len(wrong) < MIN_PAIRS:
         reason = f"expected at least {MIN_PAIRS} pairs, got {len(wrong)}; scan more examples"
     elif label is not None:

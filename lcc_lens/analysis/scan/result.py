@@ -1,4 +1,4 @@
-"""The scan artefact: what pruning took from every head, frozen, with the weights and data it belongs to."""
+"""The result of a scan: differences and scores of every head, how to select heads by them, and its files."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from torch import Tensor
 
 from lcc_lens.analysis.components import LostComponents
 from lcc_lens.analysis.head_scores import HeadScores
+from lcc_lens.analysis.scan.record import ScanRecord
 from lcc_lens.analysis.scan.token_differences import TokenLoss
 from lcc_lens.analysis.selectors.mse import score_mse
 from lcc_lens.analysis.selectors.names import ALWAYS_SCORED
 from lcc_lens.analysis.selectors.random import score_random
 from lcc_lens.analysis.selectors.registry import check_selectors
 from lcc_lens.analysis.statistics import DifferenceStatistics
-from lcc_lens.core.config import package_version
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.files import read_json, read_tensors, sha256_file, write_json, write_tensors
 from lcc_lens.core.heads import Head, HeadMap, all_heads, check_heads, head_indices
-from lcc_lens.models.hooked.activations import Positions, Site
+from lcc_lens.models.hooked.activations import Site
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -33,43 +33,12 @@ SCAN_RECORD = "scan.json"
 
 
 @dataclass(frozen=True)
-class ScanRecord:
-    """Where a scan comes from: weights, data, settings.
-
-    ``negatives`` says how wrong answers were chosen (see :class:`~lcc_lens.data.datasets.Data`). ``pattern`` and
-    ``sparsity``
-    describe the pruned model's zeros. ``dense_heads`` and ``removed_heads`` are the pair's head map where whole heads
-    were removed; empty where every head is where it was.
-    """
-
-    dense: str
-    pruned: str
-    dense_sha256: str
-    pruned_sha256: str
-    data: str
-    source: str
-    positions: Positions
-    n_examples: int
-    n_samples: int
-    max_length: int
-    probe_rank: int | None
-    seed: int
-    version: str = field(default_factory=package_version)
-    groups: tuple[str, ...] = ()
-    negatives: str | None = None
-    pattern: str = ""
-    sparsity: float | None = None
-    dense_heads: tuple[tuple[int, ...], ...] = ()
-    removed_heads: tuple[tuple[int, ...], ...] = ()
-
-
-@dataclass(frozen=True)
 class Scan:
-    r"""What pruning took from every head of one model, on one data set. Frozen; saved without loss.
+    r"""How pruning changed the output of every head of one model on one data set. Saved without loss.
 
     ``heads`` are the statistics of the head outputs (site ``z``), ``others`` those of the MLP's post-activation
     (``mlp``) and the residual stream (``resid``), one part per layer; ``components`` the lost components;
-    ``selected_by`` the scores that selectors gave; ``tokens`` the loss at every token of the first examples.
+    ``selected_by`` the selectors' scores; ``tokens`` the relative difference at every token of the first examples.
     """
 
     record: ScanRecord
@@ -86,7 +55,7 @@ class Scan:
 
     @property
     def relative_loss(self) -> Float[Tensor, "layer head"]:
-        r"""Root of $\sum|\delta|^2 / \sum|z_{dense}|^2$: the share of each head's output that pruning changed."""
+        r"""Root of $\sum|\delta|^2 / \sum|z_{dense}|^2$: the relative change of each head's output."""
         return self.heads.relative_loss
 
     @property
@@ -96,33 +65,33 @@ class Scan:
 
     @property
     def constant_share(self) -> Float[Tensor, "layer head"]:
-        r"""The constant share of the difference, $N|\bar\delta|^2 / \sum|\delta|^2$: all that a constant can mend."""
+        r"""The constant share of the difference, $N|\bar\delta|^2 / \sum|\delta|^2$: what a constant can correct."""
         return self.heads.constant_share
 
     def has_mlp(self, *, directions: bool = False) -> bool:
-        """Whether the MLP's post-activation was compared, and with its spectrum if ``directions`` are wanted."""
-        found = self.others.get("mlp")
-        return found is not None and (not directions or found.singular_values is not None)
+        """Whether the MLP's post-activation was compared; with ``directions``, also its spectrum."""
+        mlp = self.others.get("mlp")
+        return mlp is not None and (not directions or mlp.singular_values is not None)
 
     def mendable_share(self, site: Site = "z", heads: Iterable[Head] | None = None) -> float:
-        r"""The share of the squared difference at a site that is constant: the most that a mean shift can mend there.
+        r"""The fraction of a site's squared difference that is constant: the most that a mean shift can correct there.
 
-        $\sum_i N|\bar\delta_i|^2 / \sum_j \sum_n|\delta_{n,j}|^2$ with the heads $i$ to mend and all heads $j$ (or
-        layers). No constant leaves less of the squared difference than the mean does; what it brings back of the loss
-        is another matter, and constants at several layers act on each other.
+        $\sum_i N|\bar\delta_i|^2 / \sum_j \sum_n|\delta_{n,j}|^2$ with the corrected heads $i$ and all heads $j$ (or
+        layers). The mean leaves the least squared difference of all constants. This does not bound the recovered
+        loss, and constants at several layers affect each other.
 
         Args:
-            site: ``z``, or another one that was compared.
-            heads: the heads that would be mended, all if not given.
+            site: ``z``, or another site that was compared.
+            heads: the heads to correct, all if not given.
 
         Raises:
             RequestError: the site was not compared.
         """
-        found = self.heads if site == "z" else self.others.get(site)
-        if found is None:
+        statistics = self.heads if site == "z" else self.others.get(site)
+        if statistics is None:
             raise RequestError(f"expected a scan with the site {site}, got one without; scan again")
-        energy = found.squared_difference.double()
-        constant = found.constant_share.double() * energy
+        energy = statistics.squared_difference.double()
+        constant = statistics.constant_share.double() * energy
         if heads is not None:
             constant = constant[head_indices(check_heads(heads, *energy.shape))]
         total = float(energy.sum())
@@ -130,17 +99,17 @@ class Scan:
 
     @property
     def head_map(self) -> HeadMap:
-        """Which head of the dense model every head is, and which are there in shape only."""
+        """The dense model's head for every head, and the heads that pruning removed whole."""
         n_layers, n_heads = self.relative_loss.shape
         if not self.record.dense_heads:
             return HeadMap.identity(n_layers, n_heads)
         return HeadMap(self.record.dense_heads, self.record.removed_heads)
 
     def scores(self, selector: str = "probe", *, seed: int | None = None) -> HeadScores:
-        """Each head's score under a selector with its uncertainty, higher for heads to restore first.
+        """Each head's score under a selector with its standard error; heads with high scores are restored first.
 
         Raises:
-            RequestError: an unknown selector, or one that this scan was not asked for.
+            RequestError: an unknown selector, or one that this scan did not compute.
         """
         if selector == "mse":
             return score_mse(self.heads, self.record.n_examples)
@@ -149,10 +118,10 @@ class Scan:
             return score_random(n_layers, n_heads, self.record.seed if seed is None else seed)
         if selector not in self.selected_by:
             check_selectors([selector])
-            found = ", ".join([*self.selected_by, *ALWAYS_SCORED])
+            available = ", ".join([*self.selected_by, *ALWAYS_SCORED])
             raise RequestError(
                 f"expected {selector} scores, got a scan of {self.record.n_examples} sequences of {self.record.data} "
-                f"with {found}; name the selector {selector} when scanning, or select by another one"
+                f"with {available}; name {selector} as a selector when scanning, or select by another"
             )
         return self.selected_by[selector]
 
@@ -163,7 +132,7 @@ class Scan:
     def select(self, selector: str = "probe", *, share: float = 0.25, seed: int | None = None) -> list[Head]:
         """The heads with the highest scores, as many as ``share`` of all heads (rounded up), in model order.
 
-        Heads that pruning removed whole cannot be restored (their output goes nowhere): they neither count nor come up.
+        Heads that pruning removed whole are neither counted nor selected, since their output is not used.
 
         Args:
             selector: how heads are scored (see :meth:`scores`); ties go to the larger mean squared difference, since
@@ -180,14 +149,14 @@ class Scan:
         return sorted(alive[: math.ceil(share * len(alive))])
 
     def ranking(self, selector: str = "probe", *, seed: int | None = None) -> list[Head]:
-        """All heads that pruning left, the highest score first; what :meth:`select` takes its heads from.
+        """All heads that pruning did not remove, highest score first.
 
         Args:
             selector: see :meth:`select`, for ties too.
             seed: of the random selector.
 
         Raises:
-            RequestError: an unknown selector, or one that this scan was not asked for.
+            RequestError: an unknown selector, or one that this scan did not compute.
         """
         n_layers, n_heads = self.relative_loss.shape
         scores = self.scores(selector, seed=seed).value.nan_to_num(nan=-math.inf).flatten().tolist()
@@ -218,13 +187,13 @@ class Scan:
         return pd.DataFrame(columns)
 
     def layer_table(self) -> pd.DataFrame:
-        """One row per layer and site: attention's head outputs beside the MLP and the residual stream."""
+        """One row per layer and site (head outputs, MLP, residual stream)."""
         import pandas as pd
 
         rows = []
-        for site, found in {"z": self.heads, **self.others}.items():
+        for site, statistics in {"z": self.heads, **self.others}.items():
             for layer in range(self.relative_loss.shape[0]):
-                rows.append({"layer": layer, "site": site, **_pooled(found, layer)})
+                rows.append({"layer": layer, "site": site, **_pooled(statistics, layer)})
         return pd.DataFrame(rows)
 
     def save(self, run: str | Path) -> None:
@@ -276,22 +245,22 @@ class Scan:
     def _tensors(self) -> dict[str, Tensor]:
         components = {name: t for name, t in vars(self.components).items() if isinstance(t, Tensor)}
         groups = {"z": self.heads.tensors(), "components": components}
-        groups |= {site: found.tensors() for site, found in self.others.items()}
+        groups |= {site: statistics.tensors() for site, statistics in self.others.items()}
         groups |= {f"scores.{n}": {"value": s.value, "stderr": s.stderr} for n, s in self.selected_by.items()}
         groups["tokens"] = {str(i): token.loss for i, token in enumerate(self.tokens)}
         return {f"{group}.{name}": t.contiguous() for group, tensors in groups.items() for name, t in tensors.items()}
 
 
-#: Scalars of every head, in the order of the table.
+#: Columns of both tables, in their order.
 _COLUMNS = ("relative_loss", "cosine", "constant_share", "input_share")
 
 
-def _pooled(found: DifferenceStatistics, layer: int) -> dict[str, float]:
-    """The statistics of a layer as a whole: its heads together, or its one part."""
-    mean = found.mean_difference[layer].flatten()[None, None]
-    sums = (found.squared_dense, found.squared_pruned, found.squared_difference, found.dot, found.mse_stderr)
-    dense, pruned, difference, dot, spread = (part[layer].sum()[None, None] for part in sums)
-    whole = DifferenceStatistics(found.n_samples, mean, dense, pruned, difference, dot, spread)
+def _pooled(statistics: DifferenceStatistics, layer: int) -> dict[str, float]:
+    """The statistics of a layer with all its heads taken together."""
+    mean = statistics.mean_difference[layer].flatten()[None, None]
+    names = ("squared_dense", "squared_pruned", "squared_difference", "dot", "mse_stderr")
+    sums = (getattr(statistics, name)[layer].sum()[None, None] for name in names)
+    whole = DifferenceStatistics(statistics.n_samples, mean, *sums)
     return {name: float(getattr(whole, name)) for name in _COLUMNS}
 
 
@@ -313,5 +282,5 @@ def _tuple_fields(fields: dict[str, Any]) -> dict[str, Any]:
 
 
 def _tuples(value: Any) -> Any:
-    """JSON's lists as the tuples that they were, however nested."""
+    """JSON lists back to tuples, at any depth."""
     return tuple(_tuples(item) for item in value) if isinstance(value, list) else value

@@ -1,4 +1,4 @@
-"""The scan of a pair: what pruning took from every head, from one streaming pass of each model."""
+"""Scan a pair of models: run both over the same tokens, compare their activations and score every head."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import cast
 
 from lcc_lens.analysis.scan.passes import ScanPlan
+from lcc_lens.analysis.scan.record import ScanRecord
 from lcc_lens.analysis.scan.request import checked_length, pair_sequences, possible_selectors
-from lcc_lens.analysis.scan.result import SCAN_RECORD, SCAN_TENSORS, Scan, ScanRecord
-from lcc_lens.analysis.scan.shards import ScanState, ScanWork
+from lcc_lens.analysis.scan.result import SCAN_RECORD, SCAN_TENSORS, Scan
+from lcc_lens.analysis.scan.shards import ScanWork
+from lcc_lens.analysis.scan.state import ScanState
 from lcc_lens.analysis.scan.token_differences import token_losses
 from lcc_lens.analysis.selectors.evidence import Evidence, ScoreSettings
 from lcc_lens.analysis.selectors.linear_probe import Solver
@@ -32,7 +34,7 @@ from lcc_lens.models.pair import Pair
 __all__ = ["SCAN_RECORD", "SCAN_TENSORS", "Scan", "ScanRecord", "scan"]
 
 logger = logging.getLogger(__name__)
-#: Where a run directory keeps a scan that is not through.
+#: Folder of a run directory with the state of an unfinished scan.
 UNFINISHED = ".scan.unfinished"
 _AGAIN = "run the same command again to go on"
 
@@ -56,84 +58,72 @@ def scan(
     seed: int = 0,
     run: str | Path | None = None,
 ) -> Scan:
-    """Find what pruning took from every head.
+    """Compare the activations of both models over the same tokens and score every head.
 
-    Both models run over the data in batches of similar length; only sums are kept, and no logits are computed. The
-    pruned model reads no further than an activation counts. For questions with right and wrong answers the dense
-    model's outputs at the question's end come from the pass over the right answer, and the wrong answer goes on from
-    that pass's key-value cache.
-
-    Several processes (``accelerate launch``) with a common run directory divide the examples, and give the same bits
-    as one does; the first one adds the sums in the order of the examples, computes the scores and writes. Sums of wide
-    sites' spectra, which are float32, are the same within rounding.
+    Activations are reduced to sums at once, and no logits are computed. Several processes (``accelerate launch``) with
+    a common run directory share the examples; the result has the same bits as with one process, except for spectra of
+    wide sites, whose float32 sums agree within rounding.
 
     Args:
         pair: the hooked models.
         data: examples; use the role ``probe`` to keep them apart from training.
-        positions: where differences are taken: at ``all`` tokens, since an injection acts on all of them and a
-            mean over more samples is steadier; at the ``last`` token of the question as in the paper; at the ``end``;
-            at those that predict the ``response``; or at chosen positions (negative ones count from the end).
-        sites: also compare the MLP's post-activation (``mlp``) and the residual stream (``resid``); heads always.
-        spectra: sites whose singular values are wanted, and with them a wide site's first directions, which ``mlp-lcc``
-            needs; each costs the square of the site's width in memory.
-        selectors: which scores to compute. If not given: those that cost next to nothing on these data. ``kl``,
-            ``attribution``, ``gradient`` and ``patching`` run a model again; ``mse`` and ``random`` always come.
-        max_length: tokens per example at most, where answers are cut; 512, or the models' context if that is shorter.
+        positions: tokens to compare: ``all``; the question's ``last`` (as in the paper); the ``end``; those that
+            predict the ``response``; or chosen positions (negative ones count from the end).
+        sites: compare ``mlp`` (post-activation) and ``resid`` (residual stream) too; heads always.
+        spectra: sites with singular values and directions (``mlp-lcc`` needs ``mlp``'s); memory is width squared.
+        selectors: scores to compute (cheap ones if not given); ``mse`` and ``random`` always.
+        max_length: tokens per example at most; 512, or the models' context if shorter.
         limit: sequences at most (text is cut into many).
         probe_rank: K of the probes' activation editing.
         probe_solver: ``newton``, to convergence, or ``published``, 200 steps of Adam.
-        probe_folds: cross-validate the linear probe in so many parts.
+        probe_folds: folds of the linear probe's cross-validation; one split if not given.
         selector_examples: examples for selectors that run the models again.
-        display: examples whose loss is kept token by token.
-        batch_tokens: tokens per forward pass at most (1024 on a CPU, 4096 on a GPU if not given); decides speed and
-            memory.
+        display: examples whose differences are kept token by token.
+        batch_tokens: tokens per forward pass at most (1024 on a CPU, 4096 on a GPU if not given).
         seed: of the probes.
-        run: a run directory: the scan is saved there, and goes on there after an interruption.
+        run: directory to save the scan in, and to resume it from.
 
     Raises:
-        RequestError: no usable example, fewer than two samples, an unknown name, or a selector that these data or
-            models cannot serve.
-        LensError: an activation is not finite (names layer and head), or another process has ended or does not see the
-            run directory.
+        RequestError: no usable example, fewer than two samples, an unknown name, or a selector unfit for these inputs.
+        LensError: an activation is not finite (names layer and head), or another process ended or is not visible.
         InterruptedRun: Ctrl-C, after the state was saved.
-
-    Example:
-        >>> result = scan(pair, load_data("boolq", n=256, role="probe"))  # doctest: +SKIP
-        >>> result.select("probe", share=0.25)[:2]  # doctest: +SKIP
-        [Head(layer=0, head=4), Head(layer=1, head=0)]
     """
     check_sites([*sites, *spectra])
     named = None if selectors is None else check_selectors(selectors)
     length = checked_length(pair, max_length)
     right, wrong = pair_sequences(data, pair, length, limit)
-    wanted = possible_selectors(named, pair, data, wrong)
-    present: tuple[Site, ...] = tuple(site for site in SITES if site == "z" or (site in sites and site in pair.sites))
-    batch_tokens = batch_tokens or tokens_per_pass(device_of(pair.dense))
-    plan = ScanPlan(tuple(right), wrong, positions, present, batch_tokens)
-    with _begun(run, pair, plan, spectra) as work, _interruptible(can_go_on=run is not None):
+    names = possible_selectors(named, pair, data, wrong)
+    tokens = batch_tokens or tokens_per_pass(device_of(pair.dense))
+    plan = ScanPlan(tuple(right), wrong, positions, _compared_sites(pair, sites), tokens)
+    settings = ScoreSettings(probe_rank, probe_solver, probe_folds, selector_examples, seed, tokens)
+    return _run(pair, data, plan, spectra, names, settings, length, display, run)
+
+
+def _compared_sites(pair: Pair, requested: Sequence[Site]) -> tuple[Site, ...]:
+    """Head outputs, and the requested sites that this pair has."""
+    return tuple(site for site in SITES if site == "z" or (site in requested and site in pair.sites))
+
+
+def _run(
+    pair: Pair,
+    data: Data,
+    plan: ScanPlan,
+    spectra: Sequence[Site],
+    selectors: Sequence[str],
+    settings: ScoreSettings,
+    max_length: int,
+    display: int,
+    run: str | Path | None,
+) -> Scan:
+    """Run both models over all shards, then compute the result; of several processes the first one does the latter."""
+    with _scan_work(run, pair, plan, spectra) as work, _interruptible(can_resume=run is not None):
         for _ in track(work.batches(), work.n_batches(), "scan heads"):
             pass
         if work.is_divided:
             wait_for_all(_AGAIN)
             if not is_first_process():
-                return _found_by_first(run)
-        sums = work.whole_sums()
-        heads, *others = (sums.pop(site).finish() for site in present)  # the sums are large and let go one by one
-        if heads.n_samples < 2:
-            raise RequestError(f"expected at least 2 positions to compare, got {heads.n_samples}; scan more examples")
-        components = heads.components()
-        _warn(heads.n_samples, components.d_head, heads.is_silent.nonzero().tolist())
-        settings = ScoreSettings(probe_rank, probe_solver, probe_folds, selector_examples, seed, batch_tokens)
-        layers = work.layers if wrong is not None else None
-        scores = score(wanted, Evidence(pair, plan.sequences, heads, components, layers, settings))
-        result = Scan(
-            record=_record(pair, data, plan, heads.n_samples, length, probe_rank if wrong is not None else None, seed),
-            heads=heads,
-            components=components,
-            others=dict(zip(present[1:], others, strict=True)),
-            selected_by=dict(scores),
-            tokens=token_losses(pair, plan.sequences, display),
-        )
+                return _result_of_first_process(run)
+        result = _result(work, data, selectors, settings, max_length, display)
         if run is not None:
             result.save(run)
         work.state.discard()
@@ -142,38 +132,64 @@ def scan(
     return result
 
 
+def _result(
+    work: ScanWork, data: Data, selectors: Sequence[str], settings: ScoreSettings, max_length: int, display: int
+) -> Scan:
+    """Statistics, lost components and scores from the sums over all shards.
+
+    Raises:
+        RequestError: fewer than two samples.
+    """
+    pair, plan, sums = work.pair, work.plan, work.whole_sums()
+    heads, *others = (sums.pop(site).finish() for site in plan.sites)  # pop frees the large sums one by one
+    if heads.n_samples < 2:
+        raise RequestError(f"expected at least 2 positions to compare, got {heads.n_samples}; scan more examples")
+    components = heads.components()
+    _warn(heads.n_samples, components.d_head, heads.is_silent.nonzero().tolist())
+    layers, probe_rank = (None, None) if plan.wrong is None else (work.layers, settings.rank)
+    scores = score(selectors, Evidence(pair, plan.sequences, heads, components, layers, settings))
+    return Scan(
+        record=_record(pair, data, plan, heads.n_samples, max_length, probe_rank, settings.seed),
+        heads=heads,
+        components=components,
+        others=dict(zip(plan.sites[1:], others, strict=True)),
+        selected_by=dict(scores),
+        tokens=token_losses(pair, plan.sequences, display),
+    )
+
+
 @contextmanager
-def _begun(run: str | Path | None, pair: Pair, plan: ScanPlan, spectra: Sequence[Site]) -> Iterator[ScanWork]:
-    """The work to do; of several processes the first one looks first at what is there."""
+def _scan_work(run: str | Path | None, pair: Pair, plan: ScanPlan, spectra: Sequence[Site]) -> Iterator[ScanWork]:
+    """The passes left to run; of several processes the first one reads or creates the state before the others."""
     is_divided = run is not None and n_processes() > 1
     with first_process_first() if is_divided else nullcontext():
         state = _state(run, pair, plan, spectra, joined=is_divided and not is_first_process())
         if is_divided:
             state.begin()
         work = ScanWork(pair, plan, [site for site in spectra if site in plan.sites], state, is_divided)
-    if is_divided:  # nobody adds anything before all know what is there
+    if is_divided:  # no process writes before all have read the state
         wait_for_all(_AGAIN)
     with state:
         yield work
 
 
-def _found_by_first(run: str | Path | None) -> Scan:
-    """What the first process made of everybody's sums."""
+def _result_of_first_process(run: str | Path | None) -> Scan:
+    """The scan that the first process computed from the sums of all processes."""
     wait_for_all(_AGAIN)
     return Scan.load(cast("str | Path", run))
 
 
 @contextmanager
-def _interruptible(*, can_go_on: bool) -> Iterator[None]:
-    """Say how to go on after Ctrl-C.
+def _interruptible(*, can_resume: bool) -> Iterator[None]:
+    """Name the way to resume after Ctrl-C.
 
     Raises:
-        InterruptedRun: Ctrl-C where the work done so far is kept.
+        InterruptedRun: Ctrl-C, if finished shards are kept.
     """
     try:
         yield
     except KeyboardInterrupt as stop:
-        if not can_go_on:
+        if not can_resume:
             raise
         raise InterruptedRun("scan stopped; finished examples are kept, run the same command again to go on") from stop
 
@@ -218,24 +234,26 @@ def _record(
 
 
 def _zeros(pair: Pair) -> tuple[str, float | None]:
-    """Pattern and share of the pruned model's zeros, whoever pruned it."""
+    """Pattern and fraction of the pruned model's zeros, counted in its weights."""
     try:
         matrices = matrix_zeros(pair.pruned_id.path)
-    except RequestError as error:  # matrices that cannot be told apart (fused experts) keep no one from scanning heads
+    except RequestError as error:  # such as fused experts; the scan does not need the count
         logger.info("zeros not counted: %s", error)
         return "", None
     return common_pattern({matrix.pattern for matrix in matrices}), share_of_zeros(matrices)
 
 
 def _warn(n_samples: int, d_head: int, silent: Iterable[Sequence[int]]) -> None:
-    """Say what the data leave open."""
+    """Warn about directions that too few samples determine, and about heads without output."""
     if n_samples < d_head:
         logger.warning(
             "expected at least %d samples to determine every direction, got %d: the last %d directions of each "
-            "head are "
-            "arbitrary; all other statistics hold", d_head, n_samples, d_head - n_samples,
-        )  # fmt: skip
+            "head are arbitrary; all other statistics hold",
+            d_head,
+            n_samples,
+            d_head - n_samples,
+        )
     heads = [str(Head(layer, head)) for layer, head in silent]
     if heads:
         shown = ", ".join(heads[:8]) + (", ..." if len(heads) > 8 else "")
-        logger.warning("%d heads put out nothing but zeros in the pruned model: %s", len(heads), shown)
+        logger.warning("%d heads output only zeros in the pruned model: %s", len(heads), shown)

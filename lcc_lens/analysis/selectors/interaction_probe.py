@@ -1,4 +1,4 @@
-"""A probe to which the restored activation can matter: how far it helps to weigh the answers' difference."""
+"""Interaction probe: how much the restored activation helps to tell right answers from wrong ones."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lcc_lens.core.errors import RequestError
 
 #: Values of the ridge to choose from; the kernel's diagonal is about 2.
 RIDGES = (1.0, 10.0, 100.0, 1000.0)
-#: Numbers in one chunk's kernels at most.
+#: Maximum number of elements in the kernels of one chunk.
 _CHUNK = 1 << 23
 
 
@@ -29,10 +29,10 @@ def score_interaction_probe(
     max_pairs: int = 256,
     seed: int = 0,
 ) -> HeadScores:
-    r"""How much better the restored activation predicts the right answer of a pair than the pruned one does.
+    r"""How much better the restored activation predicts a pair's right answer than the pruned one does.
 
-    A linear probe with a bias cannot use an activation that both halves of a pair share. Here it may choose the
-    weights on the answers' difference $d = z_{dense}^{q+r^+} - z_{dense}^{q+r^-}$:
+    A linear probe with a bias cannot use an activation that both halves of a pair share. Here it sets the weights on
+    the answers' difference $d = z_{dense}^{q+r^+} - z_{dense}^{q+r^-}$:
 
     $$P(\text{right}) \text{ rises with } f(a, d) = (w + B a) \cdot d, \qquad
       a = z_{pruned}^q \text{ or } a = z_{pruned}^q + P_K (z_{dense}^q - z_{pruned}^q)$$
@@ -49,24 +49,24 @@ def score_interaction_probe(
         components: lost components of the same heads.
         rank: K.
         ridges: values of the ridge to choose from, head by head.
-        max_pairs: pairs at most; more are sampled.
-        seed: of that sample.
+        max_pairs: maximum number of pairs; of more, a sample drawn with ``seed``.
+        seed: of the sample.
 
     Returns:
-        Scores "interaction" around 0 where the edit adds nothing, or a little below: it is one more direction to
-        weigh. The settings hold, by layer and head, the chosen ``ridge`` and the share of pairs put in the right
-        order, ``accuracy_pruned`` and ``accuracy_restored``.
+        Scores "interaction", around or slightly below 0 where the edit adds nothing. The settings have, by layer and
+        head, the chosen ``ridge`` and the fraction of pairs ordered correctly: ``accuracy_pruned`` and
+        ``accuracy_restored``.
 
     Raises:
-        RequestError: fewer than 4 pairs, a rank outside 1 and d_head, no positive ridge, or layers without the dense
-            model's questions or of other shapes than the components.
+        RequestError: fewer than 4 pairs, a rank outside 1 and d_head, a ridge not above 0, or layers without the
+            dense model's questions or of other shapes than the components.
         LensError: an activation is not finite.
     """
     components.component(rank)  # refuses a rank outside 1 and d_head
     if not ridges or min(ridges) <= 0:
-        raise RequestError(f"expected ridges above 0, got {ridges}; leave them out for {RIDGES}")
+        raise RequestError(f"expected ridges above 0, got {ridges}; omit them for {RIDGES}")
     if max_pairs < 4:
-        raise RequestError(f"expected max_pairs of 4 at least, got {max_pairs}")
+        raise RequestError(f"expected max_pairs of at least 4, got {max_pairs}; raise it")
     improvement: list[Tensor] = []
     report: dict[str, list[list[float]]] = {"ridge": [], "accuracy_pruned": [], "accuracy_restored": []}
     for layer, features in enumerate(checked_layers(layers, components)):
@@ -84,7 +84,7 @@ def score_interaction_probe(
 
 
 def _sample(n_pairs: int, max_pairs: int, seed: int) -> Int[Tensor, " chosen"]:
-    """The same pairs for every layer."""
+    """Indices of a random sample of pairs, the same for every layer."""
     order = torch.randperm(n_pairs, generator=torch.Generator().manual_seed(seed))
     return order[:max_pairs].sort().values
 
@@ -95,9 +95,9 @@ def _inputs(
     """The pruned and the restored question and the difference of the answers."""
     if features.z_dense_question is None:
         raise RequestError("expected the dense model's questions beside the pruned model's, got none; scan again")
-    here = chosen.to(features.z_dense_right.device)
+    index = chosen.to(features.z_dense_right.device)
     pruned, dense, right, wrong = (
-        by_head(z[here])
+        by_head(z[index])
         for z in (
             features.z_pruned_question,
             features.z_dense_question,
@@ -130,5 +130,5 @@ def _predict(
 
 
 def _order_accuracy(predicted: Float[Tensor, "model head pair"]) -> Float[Tensor, "model head"]:
-    """The share of pairs whose right answer is put first; a tie counts half."""
+    """The fraction of pairs whose right answer scores higher; a tie counts half."""
     return (predicted > 0).double().mean(-1) + (predicted == 0).double().mean(-1) / 2

@@ -65,19 +65,19 @@ def linear_probe_scores(
 
     The edited activation is $z_c^q = z_{pruned}^q + c$ with the head's lost component of the given rank; pairs with
     the right answer are labelled 1, with the wrong one 0; pairs stay together. The standard error is taken over
-    held-out pairs, each of which counts with the mean of its two halves. It says nothing about another split of the
-    same pairs; between folds the probes also share training pairs, so that it is a little too small there.
+    held-out pairs, each with the mean of its halves. It leaves out the variation between splits, and is slightly too
+    small with folds, whose probes share training pairs.
 
-    $c$ is the same in every row, so it moves the probe's bias alone: with ``newton`` the rank changes no score.
+    $c$ is the same for all pairs and only shifts the probe's bias: with ``newton`` the rank changes no score.
 
     Args:
-        layers: activations of the pairs, layer by layer (a generator will do).
+        layers: activations of the pairs, layer by layer (any iterable).
         components: lost components of the same heads.
         rank: K, the number of directions in the edit (the paper's text says 1, its code 10).
         solver: ``newton`` finds the minimum of the penalised loss (:func:`fit_pair_probes`); ``published`` takes the
             paper's 200 steps of Adam and depends on its random start.
-        folds: number of parts of the pairs, each of which is held out once; one split if not given.
-        held_out_share: share of the pairs that the probe of a single split does not see.
+        folds: number of cross-validation folds; one split if not given.
+        held_out_share: fraction of the pairs held out in a single split.
         ridge: the penalty of ``newton``.
         seed: of the split and of the published start.
 
@@ -92,7 +92,7 @@ def linear_probe_scores(
     Reference: RestoreLCC (arXiv 2510.21834), Eq. 7 and section 4.1.
     """
     component = components.component(rank)
-    generator = torch.Generator().manual_seed(seed)  # one for all layers: every head has a start of its own
+    generator = torch.Generator().manual_seed(seed)  # shared by all layers, so that every head starts differently
     splits: _Splits = []
     correct = []
     for layer, features in enumerate(checked_layers(layers, components)):
@@ -107,10 +107,8 @@ def linear_probe_scores(
             parts.append(correct_share(probe, pairs.take(test)).T.cpu())
         correct.append(torch.cat(parts))
     settings: dict[str, Any] = {"rank": rank, "solver": solver, "folds": folds, "seed": seed}
-    if folds is None:
-        settings["held_out_share"] = held_out_share
-    if solver == "newton":
-        settings["ridge"] = ridge
+    settings |= {"held_out_share": held_out_share} if folds is None else {}
+    settings |= {"ridge": ridge} if solver == "newton" else {}
     return HeadScores.from_examples("probe", torch.stack(correct, dim=1), settings)
 
 
@@ -139,7 +137,7 @@ def score_linear_probe(
 
 
 def checked_layers(layers: Iterable[LayerFeatures], components: LostComponents) -> Iterator[LayerFeatures]:
-    """The same layers, once each is known to fit the components and to be finite.
+    """The same layers, after a check that each fits the components and is finite.
 
     Raises:
         RequestError: fewer than 4 pairs, or other layers, heads or widths than the components'.
@@ -152,12 +150,12 @@ def checked_layers(layers: Iterable[LayerFeatures], components: LostComponents) 
         n_pairs = present[0].shape[0] if n_pairs is None else n_pairs
         if n_pairs < MIN_PAIRS:
             raise RequestError(f"expected at least {MIN_PAIRS} contrastive pairs, got {n_pairs}; scan more examples")
-        wanted = (n_pairs, n_heads, d_head)
-        wrong = next((tuple(z.shape) for z in present if z.shape != wanted), None)
+        shape = (n_pairs, n_heads, d_head)
+        wrong = next((tuple(z.shape) for z in present if z.shape != shape), None)
         if wrong is not None or count == n_layers:
             got = f"{wrong}" if wrong is not None else "another"
             raise RequestError(
-                f"expected {n_layers} layers of activations {wanted} as in the components, got {got} at layer {count}; "
+                f"expected {n_layers} layers of activations {shape} as in the components, got {got} at layer {count}; "
                 "take both from the same scan"
             )
         if not all(bool(torch.isfinite(z.sum())) for z in present):
@@ -171,7 +169,7 @@ def checked_layers(layers: Iterable[LayerFeatures], components: LostComponents) 
 
 
 def by_head(z: Float[Tensor, "pair head d_head"]) -> Float[Tensor, "head pair d_head"]:
-    """Heads first, in float32 at least: half precision is for storage."""
+    """Move heads to the first axis, in float32 or higher; half precision is only for storage."""
     return z.to(torch.promote_types(z.dtype, torch.float32)).transpose(0, 1)
 
 
@@ -182,7 +180,7 @@ def _edited_pairs(features: LayerFeatures, component: Float[Tensor, "head d_head
 
 
 def _splits(n_pairs: int, folds: int | None, held_out_share: float, seed: int) -> _Splits:
-    """Training and held-out pairs, once or once a fold."""
+    """Training and held-out pairs of one split or of every fold."""
     if folds is None:
         return [split_pairs(n_pairs, held_out_share, seed)]
     if not 2 <= folds <= n_pairs:

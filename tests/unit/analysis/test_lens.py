@@ -181,7 +181,7 @@ def test_answers_are_compared_where_they_first_differ(pair, found, caplog: pytes
     assert torch.allclose(result.effects, direct_effect(pair, longer, HEADS, values).effects, atol=1e-5)
     with caplog.at_level(logging.WARNING):
         some = direct_effect(pair, made((" tea", " tree"), (" tea", " tea"), (" tea", " teas")), HEADS, values)
-    assert "2 of 3 pairs left out" in caplog.text
+    assert "skipped 2 of 3 pairs" in caplog.text
     assert torch.allclose(some.effects, result.effects, atol=1e-5)
     with pytest.raises(RequestError, match="expected pairs that differ within 512 tokens from made here, got none"):
         direct_effect(pair, made((" tea", " tea")), HEADS, values)

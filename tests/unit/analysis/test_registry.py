@@ -91,7 +91,7 @@ def test_one_backward_pass_serves_both_gradient_selectors(
     found = score(("attribution", "gradient", "mse"), evidence)
     assert list(found) == ["attribution", "gradient", "mse"]
     assert calls == [3]
-    with pytest.raises(RequestError, match="expected questions with right and wrong answers, got data without"):
+    with pytest.raises(RequestError, match="expected questions with right and wrong answers, got none in data"):
         score(("probe",), evidence)
 
 

@@ -73,12 +73,14 @@ def test_too_few_pairs_cost_only_the_probe(pair: Pair, question_file: Path, capl
 
 @pytest.mark.parametrize("name", ["probe", "interaction", "kl"])
 def test_text_has_no_answers_to_probe(pair: Pair, text_file: Path, name: Any) -> None:
-    with pytest.raises(RequestError, match=r"expected questions with right and wrong answers, got .* without"):
+    with pytest.raises(
+        RequestError, match=r"expected questions with right and wrong answers, got none in .*; scan other data"
+    ):
         scan(pair, load_data(str(text_file)), selectors=("gradient", name), limit=3)
 
 
 def test_limit_above_the_context_is_refused(pair: Pair, data: Data) -> None:
-    with pytest.raises(RequestError, match="within the models' context of 512 tokens, got a limit of 513"):
+    with pytest.raises(RequestError, match="within the models' context of 512 tokens, got 513; lower --max-length"):
         scan(pair, data, max_length=513)
     assert scan(pair, data, max_length=512).record.max_length == scan(pair, data).record.max_length == 512
 
@@ -90,10 +92,12 @@ def test_pairs_that_do_not_fit_are_left_out(pair: Pair, caplog: pytest.LogCaptur
     )
     found = scan(pair, longer, max_length=10)
     assert found.record.n_examples == 2
-    assert "2 of 4 pairs left out: longer than 10 tokens" in caplog.text
+    assert "skipped 2 of 4 pairs longer than 10 tokens" in caplog.text
     kept = scan(pair, made_up(("a?", " yes", " no"), ("d?", " 1", " 2")), max_length=10)
     assert torch.equal(found.mean_difference, kept.mean_difference)
-    with pytest.raises(RequestError, match="expected contrastive pairs of up to 2 tokens from this file, got none"):
+    with pytest.raises(
+        RequestError, match=r"no contrastive pairs of at most 2 tokens in made up \(shortest: 4\); raise --max-length"
+    ):
         scan(pair, longer, max_length=2)
 
 

@@ -261,5 +261,5 @@ def test_damaged_features_of_a_finished_shard_are_named(pair: Pair, data: Data, 
         interrupted(6, lambda: scan(pair, data, **SETTINGS, run=tmp_path))
     damaged = next((tmp_path / UNFINISHED).glob("features_*.safetensors"))
     damaged.write_bytes(damaged.read_bytes()[:40])
-    with pytest.raises(LensError, match=r"got a damaged one; delete .* and scan again"):
+    with pytest.raises(LensError, match=r"got a missing or damaged file; delete .* and scan again"):
         scan(pair, data, **SETTINGS, run=tmp_path)
