@@ -122,7 +122,7 @@ def test_silent_head_is_named_and_all_numbers_stay_finite(
 
     with pair.pruned.hooks(fwd_hooks=[("blocks.1.attn.hook_z", silence)]):
         found = scan(pair, data, selectors=("probe", "interaction", "kl", "attribution", "gradient", "patching"))
-    assert "1 heads put out nothing but zeros in the pruned model: L1H2" in caplog.text
+    assert "1 heads output only zeros in the pruned model: L1H2" in caplog.text
     assert (float(found.relative_loss[1, 2]), float(found.cosine[1, 2])) == (1, 0)
     assert found.heads.is_silent.nonzero().tolist() == [[1, 2]]
     assert all_finite(found)
@@ -137,7 +137,7 @@ def test_model_without_a_layers_values_is_scanned(
         model.model.layers[2].self_attn.v_proj.weight.zero_()
         model.model.layers[0].self_attn.o_proj.weight[:, 3 * D_HEAD : 4 * D_HEAD] = 0  # a head that goes nowhere
     found = scan(load_pair(dense_dir, save_model(model, tmp_path / "pruned")), data)
-    assert "5 heads put out nothing but zeros in the pruned model: L2H0, L2H1, L2H2, L2H3, L2H4" in caplog.text
+    assert "5 heads output only zeros in the pruned model: L2H0, L2H1, L2H2, L2H3, L2H4" in caplog.text
     assert all_finite(found)
     assert float(found.relative_loss[0].max()) == 0  # what a head puts out before the projection is unchanged
     assert found.head_map.removed == ((3,), (), ())
