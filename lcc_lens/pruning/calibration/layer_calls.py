@@ -1,4 +1,4 @@
-"""What a model passes to its decoder layers, noted from a forward pass that ends as soon as it is known."""
+"""Record the arguments that a model passes to its decoder layers."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from lcc_lens.core.errors import RequestError
 
 
 class _Recorded(Exception):
-    """Ends a forward pass once everything wanted from it is known."""
+    """Ends a forward pass once all requested calls are recorded."""
 
 
 @dataclass(frozen=True)
 class LayerCall:
-    """How a model calls a decoder layer: everything beside the hidden states (masks, rotary embeddings, ...).
+    """The arguments of a decoder layer other than the hidden states: masks, rotary embeddings, ...
 
     Args:
         args: positional arguments after the hidden states.
@@ -38,7 +38,7 @@ class LayerCall:
         return result
 
     def has_tensors_of(self, other: LayerCall) -> bool:
-        """Whether two calls pass equal tensors beside the hidden states."""
+        """Whether both calls pass equal tensors."""
         ours, theirs = (list(_tensors((call.args, call.kwargs))) for call in (self, other))
         return len(ours) == len(theirs) and all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
@@ -47,42 +47,43 @@ class LayerCall:
 def record_calls(
     model: nn.Module, layers: nn.ModuleList, tokens: Int[Tensor, "batch pos"], *, n_calls: int
 ) -> tuple[Float[Tensor, "batch pos d_model"], list[LayerCall]]:
-    """Run a model on tokens and note how it calls its first decoder layers; the head never runs.
+    """Run a model on tokens and record the calls of its first decoder layers; the unembedding never runs.
 
     Args:
         model: a causal language model.
         layers: its decoder layers.
         tokens: one batch.
-        n_calls: how many layers to note. The pass ends where the last of them would begin.
+        n_calls: how many layers; the pass ends where the last of them would begin.
 
     Returns:
-        The hidden states that enter the first layer, and the call of each layer.
+        The hidden states at the input of the first layer, and the call of each layer.
 
     Raises:
         RequestError: the model does not run its layers.
     """
-    entering: list[Tensor] = []
+    hidden_in: list[Tensor] = []
     calls: list[LayerCall] = []
 
-    def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def record(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         rest = dict(kwargs)
-        entering.append(args[0] if args else rest.pop("hidden_states"))
-        del entering[1:]
+        hidden_in.append(args[0] if args else rest.pop("hidden_states"))
+        del hidden_in[1:]
         calls.append(LayerCall(args[1:], rest))
         if len(calls) == n_calls:
             raise _Recorded
 
-    handles = [layer.register_forward_pre_hook(note, with_kwargs=True) for layer in layers]
+    handles = [layer.register_forward_pre_hook(record, with_kwargs=True) for layer in layers]
     try:
-        # A cache would keep what it sees: the second run of a layer would attend to the first one's keys.
+        # With a KV cache, the second run of a layer would attend to the keys of the first.
         model(input_ids=tokens, use_cache=False)
     except _Recorded:
-        return entering[0], calls
+        return hidden_in[0], calls
     finally:
         for handle in handles:
             handle.remove()
     raise RequestError(
-        f"expected {type(model).__name__} to run all its decoder layers, got {len(calls)}; it is not supported"
+        f"expected {type(model).__name__} to run all its decoder layers, got {len(calls)}; the architecture is not "
+        "supported"
     )
 
 

@@ -1,4 +1,4 @@
-"""The way of the calibration data through a model: layer by layer, each one fed by the already pruned ones."""
+"""Run calibration data through a model one layer at a time, each on the outputs of the already pruned ones."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ from lcc_lens.core.progress import loading_models
 from lcc_lens.models.architecture.layers import decoder_layers, read_config
 from lcc_lens.models.architecture.linear_maps import Matrix
 from lcc_lens.models.hooked.offloading import bring_in, entry_device, placement
-from lcc_lens.pruning.calibration.attention_cache import Shortcuts
+from lcc_lens.pruning.calibration.attention_cache import AttentionCache
 from lcc_lens.pruning.calibration.layer_calls import LayerCall, record_calls
 from lcc_lens.pruning.methods.pruners import LayerPruner
 
 #: Takes a matrix's name and a batch of its inputs ``[token, in]``.
 Observer = Callable[[str, Tensor], None]
 
-#: What may be kept of a layer so that it need not be computed again; 2 GiB.
+#: Size limit of cached activations, for one layer; 2 GiB.
 MOST_BYTES = 2**31
-#: Relative error of a sum in bfloat16.
+#: Tolerance for the relative rounding error of a sum in bfloat16.
 _ROUNDING = 2e-2
 
 
 class LayerStream:
     """Hidden states of all calibration sequences at the input of the current decoder layer.
 
-    Only one layer's hidden states exist at a time: `advance` overwrites them in place. What the model passes to each
-    layer beside them depends on the batch's shape and the layer, not on the tokens, so it is recorded once per shape.
+    Only one layer's hidden states exist at a time: `advance` overwrites them in place. The other arguments of a layer
+    depend on the layer and the batch's shape, not on the tokens, so they are recorded once per shape.
 
     Args:
         model: a causal language model, in evaluation mode on the device to compute on.
@@ -44,7 +44,7 @@ class LayerStream:
         batch_size: sequences per forward pass.
 
     Raises:
-        RequestError: the model feeds its layers inputs that depend on the tokens beside the hidden states.
+        RequestError: a layer has arguments other than the hidden states that depend on the tokens.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class LayerStream:
         self._layers = layers
         self._index = 0
         self._brought_in: int | None = None
-        self._shortcuts = Shortcuts(MOST_BYTES)
+        self._attention_cache = AttentionCache(MOST_BYTES)
         self._batch_size = batch_size
         self._calls: dict[int, list[LayerCall]] = {}
         device = entry_device(model)
@@ -61,34 +61,34 @@ class LayerStream:
         for start in range(0, len(tokens), batch_size):
             batch = tokens[start : start + batch_size].to(device)
             n_calls = 1 if len(batch) in self._calls else len(layers)
-            entering, calls = record_calls(model, layers, batch, n_calls=n_calls)
+            hidden_in, calls = record_calls(model, layers, batch, n_calls=n_calls)
             if not calls[0].has_tensors_of(self._calls.setdefault(len(batch), calls)[0]):
                 raise RequestError(
                     "expected layers that see the tokens through hidden states alone, "
                     f"got other inputs in {type(model).__name__}; the architecture is not supported"
                 )
             if start == 0:
-                hidden = entering.new_empty(len(tokens), *entering.shape[1:])
-            hidden[start : start + len(batch)] = entering
+                hidden = hidden_in.new_empty(len(tokens), *hidden_in.shape[1:])
+            hidden[start : start + len(batch)] = hidden_in
         self._hidden: Float[Tensor, "sequence pos d_model"] = hidden
 
     def observe(self, matrices: Sequence[Matrix], pruner: LayerPruner) -> None:
-        """Run the current layer and show a pruner the inputs of its matrices (see :meth:`batches_observed`)."""
+        """Run the current layer and pass the inputs of its matrices to a pruner; see :meth:`batches_observed`."""
         for _ in self.batches_observed(matrices, pruner.observe):
             pass
 
     def batches_observed(
         self, matrices: Sequence[Matrix], observe: Observer, *, settled: Matrix | None = None
     ) -> Generator[None, None, None]:
-        """Run the current layer and show the inputs of its matrices; yields after every batch.
+        """Run the current layer and pass the inputs of some matrices to an observer; yields after every batch.
 
-        Where the first batch showed that each of them runs once, later ones go no further than to the last of them.
+        If each matrix ran once in the first batch, later passes end after the last of them.
 
         Args:
             matrices: matrices of the layer.
-            observe: sees their inputs.
-            settled: one of them, whose inputs stay as they are for as long as this layer is the current one: where it
-                ends a part of the layer, further passes begin there (see :class:`Shortcuts`).
+            observe: receives their inputs.
+            settled: one of them, whose inputs will not change while this layer is the current one: they are cached
+                where possible (see :class:`~lcc_lens.pruning.calibration.attention_cache.AttentionCache`).
 
         Raises:
             LensError: a weight of the layer is not finite in the compute format.
@@ -106,16 +106,16 @@ class LayerStream:
 
         observed = {name: layer.get_submodule(m.path) for name, m in zip(runs, matrices, strict=True)}
         with ExitStack() as stack:
-            done: Callable[[int], None] | None = None
+            after_pass: Callable[[int], None] | None = None
             if settled is not None:
-                done = stack.enter_context(self._shortcuts.noting(layer, settled.path, self.n_batches))
+                after_pass = stack.enter_context(self._attention_cache.recording(layer, settled.path, self.n_batches))
             stack.enter_context(_observed(observed, show))
             for start in range(0, len(self._hidden), self._batch_size):
                 n_runs = 0
                 with suppress(_AllSeen):
                     self._output(start)
-                if done is not None:
-                    done(start)
+                if after_pass is not None:
+                    after_pass(start)
                 if start == 0 and set(runs.values()) == {1}:
                     last = len(runs)
                 yield
@@ -123,7 +123,7 @@ class LayerStream:
     def whole_batches(
         self, matrices: Sequence[Matrix], observe: Observer
     ) -> Iterator[Float[Tensor, "batch pos d_model"]]:
-        """Run the current layer to its end and show the inputs of its matrices; gives its outputs batch by batch.
+        """Run the whole current layer and pass the inputs of some matrices to an observer; yields its outputs by batch.
 
         Raises:
             LensError: a weight of the layer is not finite in the compute format.
@@ -139,41 +139,41 @@ class LayerStream:
         return -(-len(self._hidden) // self._batch_size)
 
     def hidden_batches(self) -> Iterator[Float[Tensor, "batch pos d_model"]]:
-        """What enters the current layer, in the batches of :meth:`batches_observed`."""
+        """The inputs of the current layer, in the batches of :meth:`batches_observed`."""
         for start in range(0, len(self._hidden), self._batch_size):
             yield self._hidden[start : start + self._batch_size]
 
     def adds_up(self, outputs: Sequence[Matrix]) -> bool:
-        """Whether the current layer gives its input plus what these maps give, within rounding; one batch tells."""
-        layer, given = self._layer(), []
+        """Whether the current layer's output is its input plus these projections' outputs, on the first batch."""
+        layer, projected = self._layer(), []
         modules = [layer.get_submodule(matrix.path) for matrix in outputs]
-        handles = [module.register_forward_hook(lambda _, args, output: given.append(output)) for module in modules]
+        handles = [module.register_forward_hook(lambda _, args, output: projected.append(output)) for module in modules]
         try:
-            whole = self._output(0)
+            hidden_out = self._output(0).float()
         finally:
             for handle in handles:
                 handle.remove()
-        entering = next(self.hidden_batches())
-        total = entering.float() + sum(one.reshape(entering.shape).float() for one in given)
-        return float((total - whole.float()).norm()) <= _ROUNDING * float((whole.float() - entering.float()).norm())
+        hidden_in = next(self.hidden_batches()).float()
+        total = hidden_in + sum(output.reshape(hidden_in.shape).float() for output in projected)
+        return float((total - hidden_out).norm()) <= _ROUNDING * float((hidden_out - hidden_in).norm())
 
     def replace(self, matrix: Matrix, weight: Tensor) -> None:
         """Put a new weight, in the layout of the checkpoint, into the current layer."""
         parameter = self._layer().get_submodule(matrix.path).get_parameter("weight")
-        # Taken over as it is where formats agree: the model and the result then share one copy.
+        # Not copied where formats agree: the model and the result then share memory.
         parameter.data = weight.to(device=parameter.device, dtype=parameter.dtype)
-        self._shortcuts.forget(matrix.path)
+        self._attention_cache.forget(matrix.path)
 
     def advance(self, outputs: Sequence[Float[Tensor, "_ pos d_model"]] | None = None) -> None:
         """Run the current layer as it is now and let its outputs become the inputs of the next one.
 
         Args:
-            outputs: what it gives by batch, where that is known: then it does not run.
+            outputs: its outputs by batch, if they are known; the layer then does not run.
 
         Raises:
             LensError: an output is not finite.
         """
-        if self._index + 1 < len(self._layers):  # nobody reads what the last layer gives
+        if self._index + 1 < len(self._layers):  # the last layer's outputs are not used
             for place, start in enumerate(range(0, len(self._hidden), self._batch_size)):
                 output = self._output(start) if outputs is None else outputs[place]
                 if not bool(torch.isfinite(output).all()):
@@ -182,8 +182,8 @@ class LayerStream:
                         "check the checkpoint or compute in float32"
                     )
                 self._hidden[start : start + len(output)] = output
-        self._shortcuts.clear()
-        if self._brought_in == self._index:  # it came from disk and nobody asks for it again
+        self._attention_cache.clear()
+        if self._brought_in == self._index:  # it was read from disk and is not needed again
             self._layers[self._index].to("meta")
             trim_heap()
         self._index += 1
@@ -197,11 +197,11 @@ class LayerStream:
         device: torch.device,
         dtype: torch.dtype,
     ) -> LayerStream:
-        """Load a model and bring the calibration data to its first layer."""
+        """Load a model and compute the inputs of its first layer."""
         from transformers import AutoModelForCausalLM
 
         places = placement(model_dir, device, default_device_map())
-        # No attention is named: transformers takes sdpa, or eager for architectures that sdpa cannot compute (Gemma 2).
+        # transformers chooses the attention: sdpa, or eager for architectures that sdpa cannot compute (Gemma 2).
         with loading_models():
             model: nn.Module = AutoModelForCausalLM.from_pretrained(
                 model_dir, dtype=dtype, trust_remote_code=False, **places
@@ -211,10 +211,10 @@ class LayerStream:
 
     @torch.no_grad()
     def _output(self, start: int) -> Float[Tensor, "batch pos d_model"]:
-        """What the current layer gives for the batch that begins with this sequence."""
+        """The current layer's output for the batch that begins with sequence ``start``."""
         # A copy, since a layer may add to its input in place and the buffer is read twice.
         batch = self._hidden[start : start + self._batch_size].clone()
-        with self._shortcuts.taken(start):
+        with self._attention_cache.applied(start):
             return self._calls[len(batch)][self._index](self._layer(), batch)
 
     def _checked_layer(self) -> nn.Module:
@@ -241,7 +241,7 @@ class _AllSeen(Exception):
 
 @contextmanager
 def _observed(modules: Mapping[str, nn.Module], observe: Observer) -> Iterator[None]:
-    """Show every input of some modules while the block runs."""
+    """Pass every input of some modules to an observer while the block runs."""
 
     def watcher(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         return lambda _, args: observe(name, args[0].reshape(-1, args[0].shape[-1]))

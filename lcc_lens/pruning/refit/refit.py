@@ -125,13 +125,20 @@ def refit_checkpoint(
         "lcc_lens_version": package_version(),
         "calibration": {**provenance, "sequences": len(tokens), "length": tokens.shape[1]}, "error_left": errors,
     }  # fmt: skip
-    with atomic_directory(out, overwrite=overwrite) as part:
-        copy_checkpoint(checkpoints[1], part, replaced=finished)
-        if not compare_zeros(pruned, part).is_equal:
-            raise LensError("expected the pruned model's zeros in the refitted one, got others; nothing was kept")
-        write_json(part / REFIT_RECORD, report)
+    _write_refitted(checkpoints[1], out, finished, report, overwrite=overwrite)
     finished.discard()
     return report
+
+
+def _write_refitted(
+    pruned: Checkpoint, out: Path, finished: FinishedLayers, report: Mapping[str, Any], *, overwrite: bool
+) -> None:
+    """Write the refitted weights and their record; refuses if a zero was lost."""
+    with atomic_directory(out, overwrite=overwrite) as part:
+        copy_checkpoint(pruned, part, replaced=finished)
+        if not compare_zeros(pruned.path, part).is_equal:
+            raise LensError("expected the pruned model's zeros in the refitted one, got others; nothing was kept")
+        write_json(part / REFIT_RECORD, report)
 
 
 def _check_shapes(dense: Sequence[Sequence[Matrix]], pruned: Sequence[Sequence[Matrix]]) -> None:

@@ -1,4 +1,4 @@
-"""Passes that begin at the last map of a layer's part: the same bits as whole passes, wherever that can be done."""
+"""AttentionCache: passes from cached inputs give the same bits as whole passes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lcc_lens.core.checkpoint import Checkpoint
 from lcc_lens.models.architecture.anatomy import output_projections
 from lcc_lens.models.architecture.linear_maps import Matrix, find_matrices
 from lcc_lens.pruning.calibration import stream as module
-from lcc_lens.pruning.calibration.attention_cache import Shortcuts
+from lcc_lens.pruning.calibration.attention_cache import AttentionCache
 from lcc_lens.pruning.calibration.stream import LayerStream
 from lcc_lens.pruning.refit.refit import RefitConfig, refit_checkpoint
 
@@ -47,7 +47,9 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return runs
 
 
-def test_settled_maps_spare_what_comes_before_them(dense_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_attention_is_not_computed_again_before_a_settled_projection(
+    dense_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     matrices = find_matrices(Checkpoint(dense_dir))[0]
     attention, mlp = output_projections(matrices)
     gates = [matrix for matrix in matrices if matrix.path.endswith(("gate_proj", "up_proj"))]
@@ -58,14 +60,14 @@ def test_settled_maps_spare_what_comes_before_them(dense_dir: Path, monkeypatch:
     new = torch.randn(40, 30, generator=torch.Generator().manual_seed(1)) / 10
     for one in (stream, plain):
         one.replace(attention, new)
-    found = reads(stream, gates), reads(stream, [mlp, attention], mlp), outputs(stream)
+    result = reads(stream, gates), reads(stream, [mlp, attention], mlp), outputs(stream)
     assert runs == [0]  # attention was left out all the time, also where only its projection changed
-    wanted = reads(plain, gates), reads(plain, [mlp, attention]), outputs(plain)
+    expected = reads(plain, gates), reads(plain, [mlp, attention]), outputs(plain)
     assert runs == [3 * 3]
-    for ours, theirs in zip(found[:2], wanted[:2], strict=True):
+    for ours, theirs in zip(result[:2], expected[:2], strict=True):
         assert [name for name, _ in ours] == [name for name, _ in theirs]
         assert all(torch.equal(a, b) for (_, a), (_, b) in zip(ours, theirs, strict=True))
-    assert all(torch.equal(a, b) for a, b in zip(found[2], wanted[2], strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(result[2], expected[2], strict=True))
     stream.advance()
     plain.advance()
     runs[0] = 0
@@ -73,7 +75,7 @@ def test_settled_maps_spare_what_comes_before_them(dense_dir: Path, monkeypatch:
     assert runs == [6]  # the next layer runs as a whole
 
 
-def test_a_change_before_the_map_makes_the_part_run_again(dense_dir: Path) -> None:
+def test_a_change_before_the_projection_makes_attention_run_again(dense_dir: Path) -> None:
     matrices = find_matrices(Checkpoint(dense_dir))[0]
     attention = output_projections(matrices)[0]
     stream, plain = (LayerStream.of(dense_dir, TOKENS, 8, CPU, torch.float32) for _ in range(2))
@@ -84,7 +86,7 @@ def test_a_change_before_the_map_makes_the_part_run_again(dense_dir: Path) -> No
     assert all(torch.equal(a, b) for a, b in zip(outputs(stream), outputs(plain), strict=True))
 
 
-def test_maps_that_end_no_part_and_too_much_memory_spare_nothing(
+def test_nothing_is_cached_for_other_projections_or_beyond_the_limit(
     dense_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     matrices = find_matrices(Checkpoint(dense_dir))[0]
@@ -100,15 +102,15 @@ def test_maps_that_end_no_part_and_too_much_memory_spare_nothing(
 
 
 class Layer(nn.Module):
-    """A part whose output is its map's only in appearance, or comes with something else, or runs the map twice."""
+    """A module whose output is its projection's, or only looks like it."""
 
     def __init__(self, kind: str) -> None:
         super().__init__()
         self.part = Part(kind)
 
     def forward(self, x: Tensor) -> Tensor:
-        found = self.part(x)
-        return x + (found[0] if isinstance(found, tuple) else found)
+        result = self.part(x)
+        return x + (result[0] if isinstance(result, tuple) else result)
 
 
 class Part(nn.Module):
@@ -129,16 +131,16 @@ class Part(nn.Module):
     ("alone", True), ("with none", True), ("with weights", False), ("scaled", False), ("changed in place", False),
     ("twice", False),
 ])  # fmt: skip
-def test_only_what_the_map_gives_and_nothing_else_is_a_part(kind: str, spares: bool) -> None:
-    layer, x, shortcuts = Layer(kind), torch.randn(2, 3, 4), Shortcuts(2**20)
-    with torch.no_grad(), shortcuts.noting(layer, "part.map", 1) as after:
-        wanted = layer(x)
+def test_only_modules_that_give_exactly_the_projection_are_cached(kind: str, spares: bool) -> None:
+    layer, x, cache = Layer(kind), torch.randn(2, 3, 4), AttentionCache(2**20)
+    with torch.no_grad(), cache.recording(layer, "part.map", 1) as after:
+        expected = layer(x)
         after(0)
     runs = []
     layer.part.map.register_forward_hook(lambda *_: runs.append(1))
-    with torch.no_grad(), shortcuts.taken(0):
-        got = layer(torch.zeros_like(x)) + x  # the part does not see what enters the layer now
-    assert torch.equal(got, wanted) == spares
+    with torch.no_grad(), cache.applied(0):
+        got = layer(torch.zeros_like(x)) + x  # the cached module ignores its new input
+    assert torch.equal(got, expected) == spares
     assert "forward" not in layer.part.__dict__
     assert len(runs) == (2 if kind == "twice" else 1)
 
