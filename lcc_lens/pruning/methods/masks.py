@@ -1,4 +1,4 @@
-"""Which weights stay: sparsity patterns, masks that keep exactly their share, and the pattern of a given matrix."""
+"""Masks of the weights that stay, with exactly the number of zeros that a sparsity pattern asks for."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from lcc_lens.models.architecture.sparsity_patterns import NofM, Pattern, requir
 
 Scope = Literal["row", "matrix"]
 
-# Up to this many competing scores a full order costs no more than a threshold.
+# Up to this many competing scores, sorting costs no more than a threshold.
 _SHORT_ROW = 64
 
 
 def keep_mask(score: Float[Tensor, "out in"], pattern: Pattern, scope: Scope = "row") -> Bool[Tensor, "out in"]:
-    r"""Mark the weights that stay: the highest scores, exactly as many as the pattern says.
+    r"""Mark the weights that stay: those with the highest scores, exactly as many as the pattern says.
 
-    Unstructured with sparsity $s$, the $\lfloor s \, d_{in} \rfloor$ lowest of every row go, or with scope ``matrix``
-    the $\lfloor s \, d_{out} d_{in} \rfloor$ lowest of the whole. N:M, the $M - N$ lowest of every group go, whatever
-    the scope. Of equal scores the one further left goes first: the count is exact, and the same on every run, also
-    where scores are tied or zero.
+    With sparsity $s$, the $\lfloor s \, d_{in} \rfloor$ lowest scores of every row are removed, or with scope
+    ``matrix`` the $\lfloor s \, d_{out} d_{in} \rfloor$ lowest of the whole matrix. With a pattern N:M, the $M - N$
+    lowest of every group are removed, whatever the scope. Of equal scores the leftmost is removed first, so the count
+    is always exact and the result reproducible.
 
     Args:
         score: finite scores, one row per output.
-        pattern: how much goes and where.
-        scope: within what unstructured scores compete.
+        pattern: how many weights to remove and where.
+        scope: whether unstructured scores are compared within a row or the whole matrix.
 
     Returns:
         True where a weight stays.
@@ -51,13 +51,13 @@ def keep_mask(score: Float[Tensor, "out in"], pattern: Pattern, scope: Scope = "
 
 
 def lowest(score: Float[Tensor, "row competing"], n: int) -> Bool[Tensor, "row competing"]:
-    """Mark the ``n`` lowest scores of every row; of equal ones those further left."""
+    """Mark the ``n`` lowest scores of every row; of equal ones the leftmost."""
     if n == 0:
         return torch.zeros_like(score, dtype=torch.bool)
     if score.shape[1] > _SHORT_ROW:
         marked = score <= score.kthvalue(n, dim=1, keepdim=True).values
         if bool((marked.sum(dim=1) == n).all()):
             return marked
-    # A threshold misses the count on ties; a stable order never does, but takes several times as long.
+    # On ties a threshold gives a wrong count. A stable sort does not, but takes several times as long.
     order = torch.argsort(score, dim=1, stable=True)[:, :n]
     return torch.zeros_like(score, dtype=torch.bool).scatter_(1, order, True)

@@ -1,4 +1,4 @@
-"""Second moments of the inputs that stream by, one matrix per distinct input."""
+"""Second moments of the inputs of linear layers, summed batch by batch."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from torch import Tensor
 
 from lcc_lens.core.errors import LensError
 
-# Side of the blocks whose lower half is computed: the upper half is its mirror image.
+# Block size; only blocks on and below the diagonal are computed, as the moment is symmetric.
 _BLOCK = 384
 
 
 class InputMoments:
-    """Sums $X^T X$ in float32 by matrix; matrices that read the same tensor (q, k and v; gate and up) share one."""
+    """Sums $X^T X$ in float32 by matrix; matrices that read the same inputs (q, k and v; gate and up) share one."""
 
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}
         self._leader: dict[str, str] = {}
-        # Held so that its memory is not handed to another tensor: equal addresses then mean the same inputs.
+        # Kept alive, so that equal addresses mean the same inputs.
         self._last: tuple[str, Tensor] | None = None
 
     def add(self, name: str, inputs: Float[Tensor, "token in"]) -> None:
@@ -55,7 +55,7 @@ class InputMoments:
 
 
 def is_same(first: Tensor, second: Tensor) -> bool:
-    """Whether two tensors that are both alive are the same numbers in memory."""
+    """Whether two live tensors share their memory, shape and format."""
     return first.data_ptr() == second.data_ptr() and first.shape == second.shape and first.dtype == second.dtype
 
 
@@ -69,7 +69,7 @@ def _add_lower_blocks(total: Float[Tensor, "in in"], inputs: Float[Tensor, "toke
 
 @contextmanager
 def exact_products(dtype: torch.dtype) -> Iterator[None]:
-    """Let bfloat16 inputs go through bfloat16 multipliers: their products are exact there, and sums are float32."""
+    """Multiply bfloat16 inputs as bfloat16, which is exact and faster; sums are float32."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("medium" if dtype == torch.bfloat16 else "highest")
     try:

@@ -12,23 +12,23 @@ from lcc_lens.core.errors import LensError
 from lcc_lens.models.architecture.sparsity_patterns import NofM, Pattern, require_fit
 from lcc_lens.pruning.methods.masks import lowest
 
-#: Share of the mean diagonal that is added to a second moment before it is inverted.
+#: Fraction of the mean diagonal that is added to a second moment before it is inverted.
 DAMPING = 0.01
-#: Columns between two updates of everything to their right.
+#: Columns that are pruned before everything to their right is updated.
 BLOCK_SIZE = 128
 _MOST_DAMPING = 1e4
 
 
 @dataclass(frozen=True)
 class Damped:
-    """A second moment of inputs that can be inverted, in float64 (float32 where the device has no more)."""
+    """A second moment of inputs that can be inverted, in float64 (float32 on MPS)."""
 
     moment: Float[Tensor, "in in"]
     """The second moment with ``damping`` times its mean diagonal added."""
     factor: Float[Tensor, "in in"]
     """Its lower Cholesky factor."""
     damping: float
-    """What was needed, as a share of the mean diagonal."""
+    """The damping that was needed, as a fraction of the mean diagonal."""
     dead: Bool[Tensor, " in"]
     """Features that are zero in every input."""
 
@@ -41,8 +41,8 @@ def damped(second_moment: Float[Tensor, "in in"], damping: float = DAMPING) -> D
     r"""Add just enough to the diagonal of $H = X^T X$ for a Cholesky factor to exist.
 
     Args:
-        second_moment: symmetric, finite; a common factor changes nothing.
-        damping: share of the mean diagonal to begin with; tenfold after every failure.
+        second_moment: symmetric and finite; its scale does not matter.
+        damping: fraction of the mean diagonal to begin with; ten times as much after every failure.
 
     Raises:
         LensError: the matrix is not finite, or no damping up to 10,000 helps.
@@ -59,7 +59,7 @@ def damped(second_moment: Float[Tensor, "in in"], damping: float = DAMPING) -> D
         if not bool(failed):
             return Damped(moment, factor, damping, dead)
         damping *= 10
-    raise LensError("expected a positive second moment of the inputs, got one that no damping mends; check the data")
+    raise LensError("expected a positive second moment of the inputs, got one that no damping corrects; check the data")
 
 
 def output_error(change: Float[Tensor, "out in"], second_moment: Float[Tensor, "in in"]) -> float:
@@ -75,17 +75,18 @@ def output_error(change: Float[Tensor, "out in"], second_moment: Float[Tensor, "
 def sparsegpt(
     weight: Float[Tensor, "out in"], inputs: Damped, pattern: Pattern, block_size: int = BLOCK_SIZE
 ) -> Float[Tensor, "out in"]:
-    r"""Prune a matrix from left to right; every removed weight is made up for by the weights to its right.
+    r"""Prune a matrix from left to right; the weights right of a removed one compensate for it.
 
-    With $H^{-1} = U^T U$ ($U$ upper triangular), removing $w_j$ costs $(w_j / U_{jj})^2$ and the columns right of it
-    change by $-(w_j / U_{jj}) \, U_{j,:}$. Unstructured, the cheapest weights of every block of columns go, over all
-    rows together, so that after each block $\lfloor s \, d_{out} \, j \rfloor$ of the first $j$ columns' weights are
-    zero; N:M, the cheapest of every group. Within a block columns are updated one by one, right of it all at once.
+    With $H^{-1} = U^T U$ ($U$ upper triangular), removing $w_j$ costs $(w_j / U_{jj})^2$ and changes the columns right
+    of it by $-(w_j / U_{jj}) \, U_{j,:}$. Unstructured, the cheapest weights of every block of columns are removed,
+    over all rows together, so that $\lfloor s \, d_{out} \, j \rfloor$ of the first $j$ columns' weights are zero after each
+    block. With N:M, the cheapest of every group are removed. Columns within a block are updated one by one, those right
+    of it all at once.
 
     Args:
         weight: one row per output, float32 or wider.
         inputs: damped second moment of the inputs.
-        pattern: how much goes and where.
+        pattern: how many weights to remove and where.
         block_size: columns per block (rounded down to whole groups of an N:M pattern).
 
     Raises:
@@ -96,7 +97,7 @@ def sparsegpt(
     """
     require_fit(pattern, weight.shape[1], "the matrix")
     U = torch.linalg.cholesky(inputs.inverse(), upper=True).to(weight.dtype)
-    # Columns are contiguous in the transpose, and columns are what the sweep reads and writes.
+    # The transpose makes columns contiguous, which are read and written one by one.
     columns = weight.T.contiguous().clone()
     columns[inputs.dead] = 0
     width = max(block_size - block_size % pattern.m, pattern.m) if isinstance(pattern, NofM) else block_size
@@ -115,18 +116,18 @@ def _zeros_until(stop: int, columns: Float[Tensor, "in out"], pattern: Pattern) 
 def _prune_block(
     block: Float[Tensor, "column out"], U: Float[Tensor, "column column"], pattern: Pattern, n_zeros: int
 ) -> Float[Tensor, "column out"]:
-    """Prune a block of columns in place; gives the scaled errors that the columns right of it have to make up for."""
+    """Prune a block of columns in place; gives the scaled errors for which the columns right of it compensate."""
     diagonal = U.diagonal()
-    goes = torch.zeros_like(block, dtype=torch.bool)
+    removed = torch.zeros_like(block, dtype=torch.bool)
     if not isinstance(pattern, NofM):
-        goes = lowest((block / diagonal[:, None]).square().T.reshape(1, -1), n_zeros).reshape(block.T.shape).T
+        removed = lowest((block / diagonal[:, None]).square().T.reshape(1, -1), n_zeros).reshape(block.T.shape).T
     errors = torch.zeros_like(block)
     for j in range(len(block)):
         if isinstance(pattern, NofM) and j % pattern.m == 0:
             group = slice(j, j + pattern.m)
             cost = (block[group] / diagonal[group, None]).square()
-            goes[group] = lowest(cost.T, pattern.m - pattern.n).T
-        errors[j] = torch.where(goes[j], block[j], 0) / diagonal[j]
+            removed[group] = lowest(cost.T, pattern.m - pattern.n).T
+        errors[j] = torch.where(removed[j], block[j], 0) / diagonal[j]
         block[j + 1 :].addr_(U[j, j + 1 :], errors[j], alpha=-1)
-        block[j].masked_fill_(goes[j], 0)
+        block[j].masked_fill_(removed[j], 0)
     return errors

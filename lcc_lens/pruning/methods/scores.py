@@ -1,4 +1,4 @@
-"""What a single weight is worth: the higher the score, the later it is pruned."""
+"""Importance scores of single weights: the lowest are pruned first."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from torch import Tensor
 
 
 def magnitude_score(weight: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
-    r"""Score weights by their size alone, $S_{ij} = |W_{ij}|$.
+    r"""Score weights by magnitude, $S_{ij} = |W_{ij}|$.
 
     Needs no data. Prefer `wanda_score` for language models, where a few very large input features make small weights
     matter.
 
     Args:
-        weight: matrix of a linear map, one row per output.
+        weight: weight of a linear layer, one row per output.
 
     Returns:
         Scores in the weight's own format.
@@ -27,11 +27,11 @@ def magnitude_score(weight: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
 
 
 def wanda_score(weight: Float[Tensor, "out in"], input_norm: Float[Tensor, " in"]) -> Float[Tensor, "out in"]:
-    r"""Score weights by their size times the size of what they multiply, $S_{ij} = |W_{ij}| \cdot \lVert X_j \rVert_2$.
+    r"""Score weights by magnitude times the norm of their input feature, $S_{ij} = |W_{ij}| \cdot \lVert X_j \rVert_2$.
 
     Args:
-        weight: matrix of a linear map, one row per output.
-        input_norm: l2 norm of each input feature over all calibration tokens; a common factor changes no ranking.
+        weight: weight of a linear layer, one row per output.
+        input_norm: l2 norm of each input feature over all calibration tokens; its scale does not matter.
 
     Returns:
         Scores, to be compared within one output row.

@@ -1,4 +1,4 @@
-"""How to prune, independent of model and data."""
+"""Settings of a pruning run, independent of model and data."""
 
 from __future__ import annotations
 
@@ -15,29 +15,31 @@ from lcc_lens.pruning.methods.structured import SCHEDULES, Schedule, layer_ratio
 
 #: Methods that invert a second moment, and so need at least as many tokens as a linear layer has inputs.
 INVERTING: tuple[str, ...] = ("sparsegpt", "slimgpt")
-# A sliced feed-forward width keeps to multiples of this where the dense one does: kernels like round numbers.
+# A sliced MLP width stays a multiple of this where the dense one is: such sizes run faster.
 _ROUND_WIDTH = 32
 
 
 @dataclass(frozen=True)
 class PruneConfig:
-    """What to remove and by which scores.
+    """How much to remove and by which method.
 
     Args:
         method: the pruner.
-        pattern: how much goes and where.
-        scope: within what unstructured scores compete; ``matrix`` for magnitude only.
-        seed: seed that chose the calibration sequences; pruning itself draws only with the choice ``random``.
+        pattern: how many weights to remove and where.
+        scope: whether unstructured scores are compared within a row or the whole matrix (magnitude only).
+        seed: seed of the draw of calibration data, and of random choices.
         batch_size: calibration sequences per forward pass.
-        sliced: whether heads and neurons go from the shapes too (slimgpt only); layers then lose equally much.
-        schedule: how slimgpt spreads the sparsity over the layers; ``log`` if not given, ``uniform`` if sliced.
-        choice: how slimgpt chooses: by ``error`` as in the paper, or the controls ``magnitude`` and ``random``.
-        split: how slimgpt divides a layer's share: heads ``spared`` (their number rounded down), ``proportional`` (to
-            the nearest), or whatever costs least ``error`` in the layer's outputs (not if sliced, since all layers then
-            lose equally many); neurons make up the difference. Spared if not given; the controls are proportional.
+        sliced: whether heads and neurons are also cut out of the shapes (slimgpt only); all layers then lose equally
+            many.
+        schedule: how slimgpt distributes the sparsity over the layers; ``log`` by default, ``uniform`` if sliced.
+        choice: how slimgpt chooses heads and neurons: by ``error`` as in the paper, or the controls ``magnitude`` and
+            ``random``.
+        split: how many heads slimgpt removes per layer: their fraction rounded down (``spared``), to the nearest
+            (``proportional``), or the number with the smallest output ``error`` (not if sliced); neurons make up the
+            difference. By default ``spared``, and ``proportional`` for the controls.
 
     Raises:
-        RequestError: an unknown word, a combination that the method does not have, or an empty batch.
+        RequestError: a setting is unknown, does not fit the method or the other settings, or the batch is empty.
 
     Example:
         >>> from lcc_lens.models.architecture.sparsity_patterns import Unstructured
@@ -76,34 +78,32 @@ class PruneConfig:
                 )
             return
         if isinstance(self.pattern, NofM):
-            raise RequestError(f"expected a share for slimgpt, got the pattern {self.pattern}; name a sparsity")
+            raise RequestError(f"expected a fraction for slimgpt, got the pattern {self.pattern}; name a sparsity")
         if self.sliced and self.chosen_schedule != "uniform":
             raise RequestError(
                 f"expected the schedule uniform for a sliced model, got {self.schedule}; "
                 "a standard configuration has one size for all layers"
             )
-
         if self.chosen_split == "error" and (self.sliced or self.choice != "error"):
             raise RequestError(
-                "expected the split spared or proportional where all layers lose equally many heads or nothing is "
-                "fitted, got error; leave it out"
+                "expected the split spared or proportional for a sliced model or a control, got error; leave it out"
             )
 
     @property
     def chosen_schedule(self) -> Schedule:
-        """How the sparsity is spread over the layers."""
+        """How the sparsity is distributed over the layers."""
         return self.schedule or ("uniform" if self.sliced else "log")
 
     @property
     def chosen_split(self) -> Split:
-        """How a layer's share is divided between heads and neurons."""
+        """How a layer's fraction is divided between heads and neurons."""
         if self.split is not None:
             return self.split
         return "spared" if self.choice == "error" else "proportional"
 
     @property
     def is_structured(self) -> bool:
-        """Whether whole heads and neurons go."""
+        """Whether whole heads and neurons are removed."""
         return self.method == "slimgpt"
 
     @property
@@ -117,12 +117,12 @@ class PruneConfig:
         anatomies: list[LayerAnatomy] | None = None,
         allowed_groups: frozenset[int] | None = None,
     ) -> list[LayerTask]:
-        """What to do with each layer.
+        """The task of each layer.
 
         Args:
             n_layers: number of layers.
             anatomies: the layers' heads and neurons, for structured methods.
-            allowed_groups: numbers of key-value groups that may go from a layer; any if not given.
+            allowed_groups: numbers of key-value groups that may be removed from a layer; any number if None.
         """
         task = LayerTask(
             self.pattern, self.scope, choice=self.choice, split=self.chosen_split, allowed_groups=allowed_groups
@@ -139,7 +139,7 @@ class PruneConfig:
         ]
 
     def pruner(self, task: LayerTask) -> LayerPruner:
-        """A fresh pruner for one layer."""
+        """A new pruner for one layer."""
         return pruner_factory(self.method)(task)
 
 

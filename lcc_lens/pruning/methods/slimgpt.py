@@ -1,4 +1,4 @@
-"""SlimGPT as a layer pruner: whole key-value groups and neurons go, the output matrices make up for them."""
+"""SlimGPT as a layer pruner: removes whole key-value groups and neurons and refits the output projections."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lcc_lens.models.architecture.anatomy import Block, LayerAnatomy
 from lcc_lens.pruning.methods.moments import InputMoments
 from lcc_lens.pruning.methods.obs import Damped
 from lcc_lens.pruning.methods.pruners import LayerTask, Removed, Split
-from lcc_lens.pruning.methods.sparsegpt import damped_and_said
+from lcc_lens.pruning.methods.sparsegpt import damped_with_warning
 from lcc_lens.pruning.methods.structured import Removal, cheapest_columns, cheapest_groups, refitted
 
 
@@ -30,19 +30,19 @@ class Quota:
 def possible_quotas(
     anatomy: LayerAnatomy, ratio: float, multiple: int = 1, allowed_groups: Collection[int] | None = None
 ) -> list[Quota]:
-    """All ways to split a layer's share between heads and neurons, fewest heads first.
+    """All ways to divide a layer's fraction between heads and neurons, fewest heads first.
 
-    Key-value groups are few and large; neurons make up the difference, so that the layer as a whole loses the share
-    asked for, to within one neuron (or one ``multiple``, rounded up). At least one group and one neuron stay.
+    Key-value groups are few and large. Neurons make up the difference, so that the layer loses its fraction to within
+    one neuron (or one ``multiple``, rounded up). At least one group and one neuron stay.
 
     Args:
         anatomy: the layer's heads and neurons.
-        ratio: share of the layer's weights to remove.
-        multiple: neurons go in multiples of this.
-        allowed_groups: numbers of groups that may go; any if not given.
+        ratio: fraction of the layer's weights to remove.
+        multiple: neurons are removed in multiples of this.
+        allowed_groups: numbers of groups that may be removed; any number if None.
 
     Raises:
-        RequestError: there is no way.
+        RequestError: whole heads and neurons cannot make up this fraction.
     """
     group, neuron = (block.group_size(anatomy.d_model) for block in (anatomy.attention, anatomy.mlp))
     target = ratio * anatomy.n_weights
@@ -62,23 +62,23 @@ def possible_quotas(
 
 
 def fixed_quota(quotas: Sequence[Quota], split: Split, ratio: float, n_groups: int) -> Quota:
-    """The split that needs no look at the data: heads ``proportional`` to the share, or ``spared`` (rounded down)."""
-    wanted = ratio * n_groups
+    """The quota of a split that needs no data: heads ``proportional`` to the fraction, or ``spared`` (rounded down)."""
+    target = ratio * n_groups
     if split == "proportional":
-        return min(quotas, key=lambda quota: abs(quota.groups - wanted))
-    return max((quota for quota in quotas if quota.groups <= wanted), key=lambda q: q.groups, default=quotas[0])
+        return min(quotas, key=lambda quota: abs(quota.groups - target))
+    return max((quota for quota in quotas if quota.groups <= target), key=lambda q: q.groups, default=quotas[0])
 
 
 class SlimGPTPruner:
-    """Removes the key-value groups and neurons whose loss the rest of the output matrix can best make up for.
+    """Removes the key-value groups and neurons with the smallest output error after the rest compensates.
 
-    The paper removes the same share of heads and of neurons, but a model with three key-value groups can lose none or
-    a third of them. So heads are spared (their number is rounded down) and neurons make up the difference. The split
-    ``error`` asks the data instead: both blocks add to the same residual stream, so the split with the smallest sum of
-    their squared errors is taken. In SmolLM2-135M that removes more heads and ends worse: a small output may matter.
+    The paper removes the same fraction of heads and of neurons, but a model with three key-value groups can lose none
+    or a third of them. So the number of heads is rounded down and neurons make up the difference. The split ``error``
+    takes the number of heads with the smallest sum of both blocks' squared errors instead, as both add to the same
+    residual stream; on SmolLM2-135M it removes more heads and gives a worse model.
 
-    Two other choices serve as controls, both without compensation: ``magnitude`` removes those with the smallest
-    weights in all matrices together, ``random`` any.
+    Two other choices serve as controls without compensation: ``magnitude`` removes the groups and neurons with the
+    smallest weights over all matrices, ``random`` random ones.
 
     Reference:
         Ling et al. 2024, "SlimGPT: Layer-wise Structured Pruning for Large Language Models".
@@ -97,24 +97,24 @@ class SlimGPTPruner:
         self._gone: dict[str, Tensor] = {}
 
     def observe(self, name: str, inputs: Float[Tensor, "token in"]) -> None:
-        """Add to the second moment of an output matrix's inputs."""
+        """Add to the second moment of an output projection's inputs."""
         outputs = (self._anatomy.attention.output.name, self._anatomy.mlp.output.name)
         if self._task.choice == "error" and name in outputs:
             self._moments.add(name, inputs)
 
     def pruned(self, weights: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-        """Give the matrices of both blocks, without the removed groups."""
+        """Yield the matrices of both blocks without the removed groups and neurons."""
         blocks = (self._anatomy.attention, self._anatomy.mlp)
         if self._task.choice != "error":
             quota = self._fixed_quota()
             for block, n_remove in zip(blocks, (quota.groups, quota.neurons), strict=True):
                 yield from self._without(block, self._control(block, n_remove, weights), weights, None)
             return
-        inputs = [damped_and_said(self._moments[block.output.name], block.output.name) for block in blocks]
+        inputs = [damped_with_warning(self._moments[block.output.name], block.output.name) for block in blocks]
         quota = self._fixed_quota() if self._task.split != "error" else self._cheapest_quota(weights, inputs)
-        for block, n_remove, known in zip(blocks, (quota.groups, quota.neurons), inputs, strict=True):
-            gone = _cheapest(block, weights[block.output.name], known, n_remove).order
-            yield from self._without(block, gone, weights, known)
+        for block, n_remove, damped in zip(blocks, (quota.groups, quota.neurons), inputs, strict=True):
+            gone = _cheapest(block, weights[block.output.name], damped, n_remove).order
+            yield from self._without(block, gone, weights, damped)
 
     def removed(self) -> Removed:
         """The removed heads, groups and neurons, in ascending order."""
@@ -128,12 +128,12 @@ class SlimGPTPruner:
         return fixed_quota(self._quotas, split, self._task.pattern.sparsity, n_groups)
 
     def _cheapest_quota(self, weights: Mapping[str, Tensor], inputs: Sequence[Damped]) -> Quota:
-        """The split of the layer's share with the smallest sum of both blocks' errors."""
+        """The quota with the smallest sum of both blocks' errors."""
         if len(self._quotas) == 1:
             return self._quotas[0]
         attention, mlp = (
-            _cheapest(block, weights[block.output.name], known, most)
-            for block, known, most in zip(
+            _cheapest(block, weights[block.output.name], damped, most)
+            for block, damped, most in zip(
                 (self._anatomy.attention, self._anatomy.mlp), inputs,
                 (max(q.groups for q in self._quotas), max(q.neurons for q in self._quotas)), strict=True,
             )
@@ -141,7 +141,7 @@ class SlimGPTPruner:
         return min(self._quotas, key=lambda q: attention.error_at(q.groups) + mlp.error_at(q.neurons))
 
     def _control(self, block: Block, n_remove: int, weights: Mapping[str, Tensor]) -> Int[Tensor, " removed"]:
-        """What a control removes: the smallest groups, or any."""
+        """The groups that a control removes: the smallest, or random ones."""
         if self._task.choice == "magnitude":
             return torch.argsort(_squared_size(block, weights), stable=True)[:n_remove]
         return torch.randperm(block.n_groups, generator=self._generator)[:n_remove]
@@ -149,14 +149,14 @@ class SlimGPTPruner:
     def _without(
         self, block: Block, gone: Int[Tensor, " removed"], weights: Mapping[str, Tensor], inputs: Damped | None
     ) -> Iterator[tuple[str, Tensor]]:
-        """The matrices of a block without some groups; with ``inputs``, the output matrix makes up for them."""
+        """The matrices of a block without some groups; with ``inputs``, the output projection compensates."""
         weight = weights[block.output.name]
         gone = gone.to(weight.device)
         self._gone[block.output.name] = gone
         columns = block.columns.to(weight.device)[gone].flatten()
         if inputs is not None and len(gone):
             without = refitted(weight, inputs, columns)
-        else:  # bit for bit what it was, where nothing goes
+        else:  # unchanged bit for bit where nothing is removed
             without = weight.index_fill(1, columns, 0)
         yield block.output.name, without.to(weight.dtype)
         for matrix, rows in block.inputs:

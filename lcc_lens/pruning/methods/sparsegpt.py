@@ -1,4 +1,4 @@
-"""SparseGPT as a layer pruner: second moments of the inputs, then one sweep per matrix."""
+"""SparseGPT as a layer pruner: second moments of the inputs, then one pass over each matrix."""
 
 from __future__ import annotations
 
@@ -20,11 +20,10 @@ logger = logging.getLogger(__name__)
 
 
 class SparseGPTPruner:
-    """Removes weights column by column and lets the weights to the right make up for each.
+    """Removes weights column by column; the weights to the right compensate for each.
 
-    The result's output error on the calibration data is never above Wanda's: in the rare matrix where the sweep does
-    worse (inputs that hardly correlate leave nothing to compensate with), Wanda's mask is taken instead, and the log
-    says so.
+    The output error on the calibration data is never above Wanda's: for the rare matrix where SparseGPT does worse
+    (uncorrelated inputs leave nothing to compensate with), Wanda's mask is used instead and logged.
 
     Reference:
         Frantar & Alistarh 2023, "SparseGPT: Massive Language Models Can Be Accurately Pruned in One-Shot".
@@ -41,32 +40,34 @@ class SparseGPTPruner:
         self._moments.add(name, inputs)
 
     def pruned(self, weights: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-        """Give every matrix as the sweep leaves it."""
+        """Yield every pruned matrix."""
         inputs: tuple[str, Damped] | None = None
         for name, weight in weights.items():
             moment = self._moments[name]
             leader = self._moments.same_input(name)
             if inputs is None or inputs[0] != leader:
-                inputs = (leader, damped_and_said(moment, name))
+                inputs = (leader, damped_with_warning(moment, name))
             yield name, self._no_worse_than_wanda(name, weight, sparsegpt(weight, inputs[1], self._pattern), moment)
 
-    def _no_worse_than_wanda(self, name: str, weight: Tensor, found: Tensor, moment: Tensor) -> Tensor:
+    def _no_worse_than_wanda(self, name: str, weight: Tensor, pruned: Tensor, moment: Tensor) -> Tensor:
         keep = keep_mask(wanda_score(weight, moment.diagonal().sqrt()), self._pattern)
         wanda = torch.where(keep, weight, 0)
-        ours, theirs = (output_error(candidate - weight, moment) for candidate in (found, wanda))
-        if ours <= theirs:
-            return found
-        logger.info("%s: Wanda's mask errs less (%.3g against %.3g) and is taken", name, theirs, ours)
+        error, wanda_error = (output_error(candidate - weight, moment) for candidate in (pruned, wanda))
+        if error <= wanda_error:
+            return pruned
+        logger.info("%s: using Wanda's mask, whose error is smaller (%.3g, not %.3g)", name, wanda_error, error)
         return wanda
 
     def removed(self) -> Removed:
-        """Nothing goes as a whole."""
+        """No heads and no neurons."""
         return Removed()
 
 
-def damped_and_said(moment: Float[Tensor, "in in"], name: str) -> Damped:
-    """Damp a second moment; more than the usual damping is said in the log."""
+def damped_with_warning(moment: Float[Tensor, "in in"], name: str) -> Damped:
+    """Damp a second moment; logs a warning if it needs more than the usual damping."""
     inputs = damped(moment)
     if inputs.damping > DAMPING:
-        logger.warning("%s: damping raised to %g of the mean diagonal until it inverted", name, inputs.damping)
+        logger.warning(
+            "%s: damping raised to %g of the mean diagonal, to make the second moment invertible", name, inputs.damping
+        )
     return inputs

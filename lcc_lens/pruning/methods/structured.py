@@ -1,4 +1,4 @@
-"""Structured pruning of one output matrix: which whole heads or columns go, and what the others make of it (pure)."""
+"""Structured pruning of one output projection: choose heads or columns and refit the rest; pure tensor mathematics."""
 
 from __future__ import annotations
 
@@ -16,30 +16,30 @@ from lcc_lens.pruning.methods.obs import Damped
 Schedule = Literal["log", "linear", "uniform", "falling"]
 SCHEDULES: tuple[Schedule, ...] = ("log", "linear", "uniform", "falling")
 
-#: How far a schedule's first layer lies below the mean ratio, as a share of it.
+#: How far a schedule's smallest ratio lies below the mean, as a fraction of the mean.
 SPREAD = 0.5
-#: No layer loses more than this share.
+#: Largest fraction that a layer may lose.
 _MOST_PER_LAYER = 0.95
-#: Columns that go at once, as a share of those that still have to go: large groups first, single columns last.
+#: Columns removed at once, as a fraction of those still to remove: many at first, one by one at the end.
 _GROUP_SHARE = 1 / 16
 
 
 def layer_ratios(schedule: Schedule, ratio: float, n_layers: int, spread: float = SPREAD) -> list[float]:
-    r"""The share that every layer loses, with mean ``ratio``.
+    r"""The fraction of its weights that every layer loses, with mean ``ratio``.
 
-    An error made early passes through all later layers, so SlimGPT lets the ratio rise: layer $l$ of $L$ loses
+    Errors of early layers pass through all later ones, so in SlimGPT the ratio rises with depth: layer $l$ of $L$ loses
     $r_0 + c \log(l + 1) / \log L$. The paper leaves $r_0$ open; here $r_0 = (1 - spread) \cdot ratio$, with less spread
-    where a layer would otherwise lose more than 95 %.
+    where a layer would lose more than 95 % otherwise.
 
     Args:
         schedule: ``log`` rises logarithmically, ``linear`` evenly, ``uniform`` not at all; ``falling`` is ``log`` from
             last to first.
-        ratio: the mean share.
+        ratio: the mean fraction.
         n_layers: number of layers.
-        spread: how far the smallest share lies below the mean, as a share of it.
+        spread: how far the smallest fraction lies below the mean, as a fraction of the mean.
 
     Raises:
-        RequestError: the mean share alone exceeds what a layer may lose, or the schedule is unknown.
+        RequestError: the mean exceeds what a layer may lose, or the schedule is unknown.
 
     Example:
         >>> [round(r, 3) for r in layer_ratios("linear", 0.2, 3)]
@@ -59,28 +59,28 @@ def layer_ratios(schedule: Schedule, ratio: float, n_layers: int, spread: float 
     else:
         rise = [math.log(layer + 1) / math.log(n_layers) for layer in range(n_layers)]
     mean = sum(rise) / n_layers
-    steepness = 1 / mean - 1  # how far the largest share lies above the mean, for a spread of one
+    steepness = 1 / mean - 1  # how far the largest ratio lies above the mean, for a spread of 1
     spread = min(spread, (_MOST_PER_LAYER / ratio - 1) / steepness) if ratio > 0 else spread
-    ratios = [ratio * (1 - spread + spread * share / mean) for share in rise]
+    ratios = [ratio * (1 - spread + spread * height / mean) for height in rise]
     return ratios[::-1] if schedule == "falling" else ratios
 
 
 @dataclass(frozen=True)
 class Removal:
-    """What goes, in that order, and the output error after each step."""
+    """Groups or columns in order of removal, and the output error after each step."""
 
     steps: tuple[Tensor, ...]
-    """Positions of the groups or columns that go together, each ``[removed]``."""
+    """Positions of the groups or columns of each step ``[removed]``."""
     errors: tuple[float, ...]
-    """Squared change of the outputs after each step, when what stays has made up for it."""
+    """Squared change of the outputs after each step and its compensation."""
 
     @property
     def order(self) -> Int[Tensor, " removed"]:
-        """All that goes, in the order of removal."""
+        """All positions, in order of removal."""
         return torch.cat(self.steps) if self.steps else torch.empty(0, dtype=torch.long)
 
     def error_at(self, n: int) -> float:
-        """The error after ``n`` removals, between two steps by interpolation."""
+        """The error after ``n`` removals, interpolated between steps."""
         done, error = 0, 0.0
         for step, after in zip(self.steps, self.errors, strict=True):
             if done + len(step) >= n:
@@ -92,11 +92,11 @@ class Removal:
 def group_errors(
     weight: Float[Tensor, "out in"], inverse: Float[Tensor, "in in"], groups: Int[Tensor, "group column"]
 ) -> Float[Tensor, " group"]:
-    r"""The output error of removing each group of columns when all other columns make up for it as best they can.
+    r"""The output error of removing each group of columns, after the other columns compensate optimally.
 
     For the columns $g$ it is $tr(W_g [H^{-1}]_{gg}^{-1} W_g^T)$. With the columns in head-first order the Cholesky
-    factor of $H^{-1}$ begins with that of $[H^{-1}]_{gg}$, so one batched Cholesky of the blocks serves all groups; the
-    sum over columns of $(w_j / U_{jj})^2$, with each $w_j$ as it is when its turn comes, is a triangular solve.
+    factor of $H^{-1}$ begins with that of $[H^{-1}]_{gg}$, so one batched Cholesky of the blocks serves all groups. The
+    sum over columns of $(w_j / U_{jj})^2$, with $w_j$ after the columns before it are removed, is a triangular solve.
 
     Args:
         weight: one row per output.
@@ -116,16 +116,16 @@ def group_errors(
 def cheapest_groups(
     weight: Float[Tensor, "out in"], inputs: Damped, groups: Int[Tensor, "group column"], n_remove: int
 ) -> Removal:
-    """Choose groups of columns one after another, the cheapest first, each time as if the rest had made up for it.
+    """Choose groups of columns one at a time by the smallest error, compensating after each.
 
     Args:
-        weight: output matrix, one row per output.
+        weight: weight of the output projection, one row per output.
         inputs: damped second moment of its inputs.
         groups: the columns of every group, such as those of a head; groups do not overlap.
         n_remove: how many to remove.
 
     Returns:
-        Positions in ``groups``, one a step.
+        Positions in ``groups``, one per step.
     """
     precise, inverse = weight.to(inputs.moment.dtype).clone(), inputs.inverse()
     left, removed, after = list(range(len(groups))), list[Tensor](), list[float]()
@@ -142,16 +142,16 @@ def cheapest_groups(
 def cheapest_columns(
     weight: Float[Tensor, "out in"], inputs: Damped, n_remove: int, group_share: float = _GROUP_SHARE
 ) -> Removal:
-    """Choose single columns in groups that shrink as pruning goes on: many at first, one by one at the end.
+    """Choose columns by the smallest error in shrinking steps: many at first, one by one at the end.
 
     Args:
-        weight: output matrix, one row per output.
+        weight: weight of the output projection, one row per output.
         inputs: damped second moment of its inputs.
         n_remove: how many columns to remove.
-        group_share: size of the next group as a share of what is still to go; 0 removes one column at a time.
+        group_share: size of a step as a fraction of the columns still to remove; 0 removes one column at a time.
 
     Returns:
-        The columns, a group a step.
+        The columns of each step.
 
     Reference:
         Ling et al. 2024 (SlimGPT), section 3.3, dynamic group size.
@@ -175,18 +175,18 @@ def cheapest_columns(
 def refitted(
     weight: Float[Tensor, "out in"], inputs: Damped, removed: Int[Tensor, " removed"]
 ) -> Float[Tensor, "out in"]:
-    r"""Remove columns and let the others make up for it: the least-squares solution.
+    r"""Remove columns and refit the others by least squares.
 
-    The kept columns $k$ become $W H_{:,k} H_{kk}^{-1}$, which minimises $\lVert (W - W') X \rVert^2$ (with the damping:
-    plus a small pull towards $W$); the removed ones become exactly zero.
+    The kept columns $k$ become $W H_{:,k} H_{kk}^{-1}$, which minimises $\lVert (W - W') X \rVert^2$ (the
+    damping adds a small pull towards $W$); the removed ones become exactly zero.
 
     Args:
-        weight: output matrix, one row per output.
+        weight: weight of the output projection, one row per output.
         inputs: damped second moment of its inputs.
         removed: the columns to remove.
 
     Returns:
-        The new weight, in float64 where the device has it.
+        The new weight, in the format of ``inputs``.
     """
     kept = torch.ones(weight.shape[1], dtype=torch.bool, device=weight.device)
     kept[removed] = False
@@ -200,12 +200,12 @@ def refitted(
 def _eliminate(
     weight: Float[Tensor, "out in"], inverse: Float[Tensor, "in in"], columns: Int[Tensor, " column"]
 ) -> None:
-    """Take columns out of a weight and out of the inverse second moment, in place; the other columns compensate."""
+    """Remove columns from a weight and the inverse second moment, in place; the other columns compensate."""
     step = torch.linalg.solve(inverse[columns][:, columns], inverse[columns])
     weight -= weight[:, columns] @ step
     inverse -= inverse[:, columns] @ step
     weight[:, columns] = 0
-    # Rows and columns of what is gone are zero but for rounding; a unit diagonal keeps later divisions finite.
+    # Removed rows and columns are zero but for rounding; a unit diagonal keeps later divisions finite.
     inverse[columns] = 0
     inverse[:, columns] = 0
     inverse[columns, columns] = 1

@@ -135,7 +135,7 @@ def test_a_moment_that_is_not_finite(value: float) -> None:
 
 
 def test_a_moment_that_no_damping_mends() -> None:
-    with pytest.raises(LensError, match="that no damping mends"):
+    with pytest.raises(LensError, match="that no damping corrects"):
         damped(torch.tensor([[1.0, 0.0], [0.0, -2.0]]))
 
 

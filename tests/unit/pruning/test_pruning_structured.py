@@ -369,7 +369,7 @@ def test_too_few_calibration_tokens_name_the_minimum(dense: Callable[[str], Path
         ),
         ({"method": "magnitude", "choice": "random"}, "expected slimgpt for sliced, .* got magnitude"),
         ({"sliced": True, "schedule": "log"}, "expected the schedule uniform for a sliced model, got log"),
-        ({"pattern": NofM(2, 4)}, "expected a share for slimgpt, got the pattern 2:4"),
+        ({"pattern": NofM(2, 4)}, "expected a fraction for slimgpt, got the pattern 2:4"),
         ({"sliced": True, "schedule": "uniform", "split": "error"}, "expected the split spared or proportional"),
         ({"choice": "random", "split": "error"}, "expected the split spared or proportional"),
     ],
