@@ -79,9 +79,9 @@ def sparsegpt(
 
     With $H^{-1} = U^T U$ ($U$ upper triangular), removing $w_j$ costs $(w_j / U_{jj})^2$ and changes the columns right
     of it by $-(w_j / U_{jj}) \, U_{j,:}$. Unstructured, the cheapest weights of every block of columns are removed,
-    over all rows together, so that $\lfloor s \, d_{out} \, j \rfloor$ of the first $j$ columns' weights are zero after each
-    block. With N:M, the cheapest of every group are removed. Columns within a block are updated one by one, those right
-    of it all at once.
+    over all rows together, so that $\lfloor s \, d_{out} \, j \rfloor$ of the first $j$ columns' weights are zero
+    after each block. With N:M, the cheapest of every group are removed. Columns within a block are updated one by one,
+    those right of it all at once.
 
     Args:
         weight: one row per output, float32 or wider.
