@@ -13,14 +13,14 @@ from lcc_lens.core.errors import RequestError
 
 @dataclass(frozen=True)
 class LostComponents:
-    r"""What pruning took from every head, ordered from the largest direction to the smallest.
+    r"""Differences of every head output along orthogonal directions, largest direction first.
 
     With the differences $\Delta = Z_{dense} - Z_{pruned} = U S V^T$ of one head (not centred: the mean is the
     signal), row $i$ of ``directions`` is $v_i$, ``singular_values`` holds $S_i$ and ``coefficients`` the mean
     coefficient $\alpha_i = \mathrm{mean}_n(S_i U_{n,i})$. Every $v_i$ is signed so that $\alpha_i \ge 0$.
 
     What is wide holds its first directions alone: an MLP, as one "head" per layer. Then ``mean`` is the whole mean
-    difference and ``energy`` the sum of all squared singular values, which the directions held do not give.
+    difference and ``energy`` the sum of all squared singular values, which the stored directions do not determine.
 
     Reference: RestoreLCC (arXiv 2510.21834), Eqs. 3 and 4.
     """
@@ -65,25 +65,25 @@ class LostComponents:
             rank: the number of directions $K$; if not given, the mean difference exactly (which all of them give).
 
         Raises:
-            RequestError: ``rank`` is not within 1 and ``d_head``, or the directions held.
+            RequestError: ``rank`` is not within 1 and ``d_head``, or the number of stored directions.
         """
         if rank is None and self.mean is not None:
             return self.mean
         most = self.d_head if self.mean is None else self.n_held
         rank = most if rank is None else rank
         if not 1 <= rank <= most:
-            held = f"d_head = {most}" if self.mean is None else f"the {most} directions held"
-            raise RequestError(f"expected a rank between 1 and {held}, got {rank}")
+            limit = f"d_head = {most}" if self.mean is None else f"the {most} stored directions"
+            raise RequestError(f"expected a rank between 1 and {limit}, got {rank}")
         return torch.einsum("lhk,lhkd->lhd", self.coefficients[..., :rank], self.directions[..., :rank, :])
 
     def in_random_basis(self, seed: int = 0) -> LostComponents:
-        r"""The same mean difference over a random orthonormal basis per head: a control for what the directions bring.
+        r"""The same mean difference over a random orthonormal basis per head: a control for the directions.
 
         ``singular_values`` hold the root of the difference's energy along each new direction, so that the total energy
         is unchanged; they are not in order.
 
         Raises:
-            RequestError: not all directions are held.
+            RequestError: not all directions are stored.
         """
         if self.mean is not None:
             raise RequestError(f"expected all {self.d_head} directions to turn, got the first {self.n_held} alone")
@@ -102,7 +102,7 @@ class LostComponents:
         return (energy / (self.n_samples * self.d_head)).sqrt().float()
 
     def explained_share(self) -> Float[Tensor, "layer head component"]:
-        r"""The share of the difference within the first $k$ directions, $\sum_{i\le k} S_i^2 / \sum_i S_i^2$."""
+        r"""The fraction of the difference within the first $k$ directions, $\sum_{i\le k} S_i^2 / \sum_i S_i^2$."""
         if self.energy is None:
             return explained_share(self.singular_values)
         tiny = torch.finfo(self.energy.dtype).tiny
@@ -110,7 +110,7 @@ class LostComponents:
 
 
 def explained_share(singular_values: Float[Tensor, "*part component"]) -> Float[Tensor, "*part component"]:
-    """The share of the squared difference within the first k directions; 0 where nothing changed."""
+    """The fraction of the squared difference within the first k directions; 0 where nothing changed."""
     energy = singular_values.square().cumsum(-1)
     return energy / energy[..., -1:].clamp_min(torch.finfo(energy.dtype).tiny)
 

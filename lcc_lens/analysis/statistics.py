@@ -1,4 +1,4 @@
-"""Statistics of differences between two models' activations, from sums that stream; exact, whatever the sample size."""
+"""Statistics of differences between two models' activations, from streaming sums; exact for any number of samples."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ WIDE_DIRECTIONS = 64
 
 @dataclass(frozen=True)
 class DifferenceStatistics:
-    r"""What pruning changed at one site of every layer: the heads, the MLP's post-activation, or the residual stream.
+    r"""Differences between both models at one site of every layer: heads, MLP post-activation, or residual stream.
 
     A *part* is a head where the site has heads, else the layer as a whole (one part). With the differences
     $\delta_n = a_{dense} - a_{pruned}$ over N samples, ``mean_difference`` is $\bar\delta$ and ``squared_dense``,
@@ -58,7 +58,7 @@ class DifferenceStatistics:
 
     @property
     def relative_loss(self) -> Float[Tensor, "layer part"]:
-        r"""$\sqrt{\sum|\delta|^2 / \sum|a_{dense}|^2}$: the share of the activation that pruning changed.
+        r"""$\sqrt{\sum|\delta|^2 / \sum|a_{dense}|^2}$: the relative change of the activation.
 
         Where the dense activation is zero: 0 if nothing changed, else infinite.
         """
@@ -72,16 +72,16 @@ class DifferenceStatistics:
 
     @property
     def constant_share(self) -> Float[Tensor, "layer part"]:
-        r"""$N|\bar\delta|^2 / \sum|\delta|^2$: the share of the squared difference that no input changes.
+        r"""$N|\bar\delta|^2 / \sum|\delta|^2$: the fraction of the squared difference independent of the input.
 
-        All that a constant injection can mend. 0 where nothing changed.
+        The most that a constant injection can correct. 0 where nothing changed.
         """
         constant = self.n_samples * self.mean_difference.square().sum(-1)
         return torch.where(self.squared_difference > 0, constant / self.squared_difference, 0.0).clamp_max(1.0)
 
     @property
     def input_share(self) -> Float[Tensor, "layer part"]:
-        """The share of the squared difference that depends on the input: what no constant mends."""
+        """The fraction of the squared difference that depends on the input, which no constant corrects."""
         return torch.where(self.squared_difference > 0, 1 - self.constant_share, 0.0)
 
     @property
@@ -96,12 +96,12 @@ class DifferenceStatistics:
 
     @property
     def effective_rank(self) -> Float[Tensor, "layer part"] | None:
-        """How many directions the difference really takes (see :attr:`LostComponents.effective_rank`)."""
+        """The effective number of directions of the difference (see :attr:`LostComponents.effective_rank`)."""
         return None if self.singular_values is None else effective_rank(self.singular_values)
 
     @property
     def explained_share(self) -> Float[Tensor, "layer part width"] | None:
-        """The share of the squared difference within the first k directions."""
+        """The fraction of the squared difference within the first k directions."""
         return None if self.singular_values is None else explained_share(self.singular_values)
 
     def components(self) -> LostComponents:
@@ -116,8 +116,8 @@ class DifferenceStatistics:
         if directions is None or values is None:
             directions, values = self.mean_difference[..., None, :][..., :0, :], self.mean_difference[..., :0]
         values = values[..., : directions.shape[-2]]
-        held = components_along(directions, values, self.mean_difference, self.n_samples)
-        return replace(held, mean=self.mean_difference, energy=self.squared_difference)
+        components = components_along(directions, values, self.mean_difference, self.n_samples)
+        return replace(components, mean=self.mean_difference, energy=self.squared_difference)
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything but the number of samples, by name."""
@@ -235,16 +235,16 @@ class RunningDifferences:
                 eigenvalues, vectors = torch.linalg.eigh(whole)
                 directions.append(vectors[..., -WIDE_DIRECTIONS:].flip(-1).transpose(-1, -2).float().cpu())
             values.append(eigenvalues.flip(-1).clamp_min(0).sqrt())
-        found = torch.stack(directions).contiguous() if directions else None
-        return torch.stack(values).float().cpu(), found
+        stacked = torch.stack(directions).contiguous() if directions else None
+        return torch.stack(values).float().cpu(), stacked
 
     def state(self) -> dict[str, Tensor]:
-        """The sums so far, to go on from later."""
+        """The sums so far, for resuming."""
         counts = torch.tensor([self.n_samples, self.n_examples, self.squared_counts])
         return {**self.sums, "counts": counts}
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from sums that :meth:`state` gave."""
+        """Resume from the sums of :meth:`state`."""
         self.n_samples, self.n_examples, self.squared_counts = (int(n) for n in state["counts"])
         self.sums = {name: state[name].to(self.sums[name]) for name in self.sums}
 
@@ -264,7 +264,7 @@ class Triangle:
 
     @property
     def numel(self) -> int:
-        """How many numbers are kept."""
+        """The number of stored elements."""
         return sum(rows.stop * (rows.stop - rows.start) for rows in self._rows())
 
     def add(self, kept: Float[Tensor, " kept"], samples: Float[Tensor, "sample width"]) -> None:

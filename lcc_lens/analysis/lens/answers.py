@@ -1,4 +1,4 @@
-"""Where right and wrong answers part: the two tokens there, and the model's activations just before them."""
+"""First different token of right and wrong answers, and the model's activations just before it."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Streams:
 
 
 def answer_streams(pair: Pair, data: Data, *, max_length: int = 512, batch_tokens: int = 1024) -> Streams:
-    """The pruned model's last residual stream where right and wrong answers part, one row per example.
+    """The pruned model's last residual stream before right and wrong answers differ, one row per example.
 
     Raises:
         RequestError: the data have no usable contrast.
@@ -46,7 +46,7 @@ def answer_streams(pair: Pair, data: Data, *, max_length: int = 512, batch_token
 
 
 def contrasts(pair: Pair, data: Data, max_length: int) -> tuple[list[TokenSequence], Int[Tensor, "example choice"]]:
-    """For every example the tokens before right and wrong part, and the two tokens there."""
+    """For every example the tokens before right and wrong answers differ, and the two different tokens."""
     if any(example.wrong is None for example in data.examples):
         raise RequestError(
             f"expected right and wrong answers, got {data.name}, whose examples have none; use a task such as boolq"
@@ -88,14 +88,14 @@ def at_last(
 
         def reader(name: str, index: tuple[int, ...] = batch.index, ends: TokenPositions = ends) -> NamedHook:
             def read(value: Tensor, hook: Any) -> None:
-                for row, found in zip(index, value[ends.sequence, ends.position].float(), strict=True):
-                    rows[name][row] = found
+                for row, vector in zip(index, value[ends.sequence, ends.position].float(), strict=True):
+                    rows[name][row] = vector
 
             return name, read
 
         with torch.inference_mode():
             run_without_logits(model, batch.tokens.to(device), [reader(name) for name in names])
-    stacked = {name: torch.stack(found) for name, found in rows.items()}
+    stacked = {name: torch.stack(vectors) for name, vectors in rows.items()}
     for name, value in stacked.items():
         if not bool(torch.isfinite(value).all()):
             raise LensError(f"expected finite activations, got NaN or infinity at {name}; check the weights")
@@ -108,11 +108,11 @@ def streams_at(
     """The last residual stream at every context's end, and the scales of the attention outputs there."""
     n_layers = int(model.cfg.n_layers)
     last, outputs = resid_name(n_layers - 1), [writer.hook_name(layer) for layer in range(n_layers)]
-    found = at_last(model, contexts, [last, *(outputs if writer.norms else [])], batch_tokens)
-    resid = found[last]
+    activations = at_last(model, contexts, [last, *(outputs if writer.norms else [])], batch_tokens)
+    resid = activations[last]
     if not writer.norms:
         return Streams(resid, torch.ones(len(resid), n_layers, device=resid.device))
-    scales = [writer.scale(layer, found[name]) for layer, name in enumerate(outputs)]
+    scales = [writer.scale(layer, activations[name]) for layer, name in enumerate(outputs)]
     return Streams(resid, torch.cat(scales, dim=-1))
 
 

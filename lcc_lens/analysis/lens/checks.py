@@ -1,4 +1,4 @@
-"""What a reading refuses before it begins: vectors with nothing to read, components of another model."""
+"""Checks of the lens's inputs: zero vectors, and components of another model."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lcc_lens.models.hooked.offloading import device_of
 
 
 def checked_vector(model: HookedModel, vector: Float[Tensor, " d_head"]) -> Float[Tensor, " d_head"]:
-    """The vector in float32 on the model's device, if it is one of a head's width with something to read in it."""
+    """The vector in float32 on the model's device, checked for a head's width and a norm above 0."""
     d_head = int(model.cfg.d_head)
     if len(vector) != d_head:
         raise RequestError(f"expected a vector of d_head = {d_head} numbers, got {len(vector)}")
@@ -23,8 +23,8 @@ def checked_vector(model: HookedModel, vector: Float[Tensor, " d_head"]) -> Floa
 
 
 def check_components(model: HookedModel, components: LostComponents) -> None:
-    """Refuse components whose layers, heads or width are not the model's."""
-    wanted = tuple(int(n) for n in (model.cfg.n_layers, model.cfg.n_heads, model.cfg.d_head))
+    """Check that components have the model's layers, heads and head width."""
+    shape = tuple(int(n) for n in (model.cfg.n_layers, model.cfg.n_heads, model.cfg.d_head))
     got = (*components.directions.shape[:2], components.d_head)
-    if got != wanted:
-        raise RequestError(f"expected components of (layers, heads, d_head) {wanted}, got {got}; scan this pair")
+    if got != shape:
+        raise RequestError(f"expected components of (layers, heads, d_head) {shape}, got {got}; scan this pair")

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class DirectEffect:
-    """What a constant per head adds directly to a task's logit difference, example by example.
+    """Direct effect of a constant per head on a task's logit difference, example by example.
 
     ``pruned`` is the logit difference that the pruned model has, to hold the effects against.
     """
@@ -66,7 +66,7 @@ def direct_effect(
     max_length: int = 512,
     batch_tokens: int = 1024,
 ) -> DirectEffect:
-    r"""What constants added to head outputs do to a task's logit difference by the direct path alone.
+    r"""Direct effect of constants in head outputs on a task's logit difference.
 
     With $c$ a head's constant, $u = c W_O[h]$ in the residual stream, and the final norm's gain $g$, centring $C$ and
     scale $s_n$ at the pruned model's actual stream of example n:
@@ -77,7 +77,7 @@ def direct_effect(
     effects are of one size with both signs and their mean is about zero: look at ``effects`` themselves.
 
     Right and wrong are compared at the first token in which they differ; tokens before it that both answers share
-    belong to the context. Pairs that never differ are left out with a warning.
+    belong to the context. Pairs that never differ are skipped with a warning.
 
     Args:
         pair: the hooked models; the pruned one is read.
@@ -95,8 +95,8 @@ def direct_effect(
     chosen = tuple(Head(*head) for head in heads)
     check_heads(chosen, pair.n_layers, pair.n_heads)
     if tuple(constants.shape) != (len(chosen), pair.d_head):
-        wanted = (len(chosen), pair.d_head)
-        raise RequestError(f"expected constants of shape {wanted}, one for each head, got {tuple(constants.shape)}")
+        shape = (len(chosen), pair.d_head)
+        raise RequestError(f"expected constants of shape {shape}, one for each head, got {tuple(constants.shape)}")
     contexts, answers = contrasts(pair, data, max_length)
     readout, writer = Unembedding.of(pair.pruned), OutputProjections.of(pair.pruned)
     streams = streams_at(pair.pruned, writer, contexts, batch_tokens)

@@ -1,4 +1,4 @@
-"""The examples that excite a direction of a head most."""
+"""The examples in which a head's output has the largest component along a direction."""
 
 from __future__ import annotations
 
@@ -108,18 +108,18 @@ def _indexed(pair: Pair, data: Data, max_length: int, limit: int | None) -> tupl
         blocks = encode(data, pair.tokenizer, max_length=max_length, limit=limit)
         return list(range(len(blocks))), blocks
     encoded = [encode_pair(pair.tokenizer, e.prompt, e.response, max_length) for e in data.examples[:limit]]
-    found = [(number, sequence) for number, sequence in enumerate(encoded) if sequence is not None]
-    if not found:
+    usable = [(number, sequence) for number, sequence in enumerate(encoded) if sequence is not None]
+    if not usable:
         raise RequestError(
             f"expected sequences of up to {max_length} tokens from {data.source}, got none; raise the limit"
         )
-    return [number for number, _ in found], [sequence for _, sequence in found]
+    return [number for number, _ in usable], [sequence for _, sequence in usable]
 
 
 def _projections(
     pair: Pair, sequences: list[TokenSequence], head: Head, unit: Tensor, which: Which, batch_tokens: int
 ) -> list[Float[Tensor, " pos"]]:
-    """The head's output along a unit vector at every token; one model after the other, so that one need be loaded."""
+    """The head's output along a unit vector at every token; one model at a time in memory."""
     signs = {"pruned": (1.0, 0.0), "dense": (0.0, 1.0), "difference": (-1.0, 1.0)}
     if which not in signs:
         raise RequestError(f"expected one of {', '.join(signs)}, got {which!r}")

@@ -1,4 +1,4 @@
-"""The logit gain of a head's components, read through the head alone."""
+"""The logit gain of a head's components through its own output alone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How vectors in head outputs lie to the output projection: how much of them can come through at all."""
+"""How much of a vector in a head's output the output projection passes on."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ _WEAK = 0.01
 
 @dataclass(frozen=True)
 class OutputRelation:
-    r"""How vectors in head outputs lie to $W_O[h] = P \Sigma Q^T$, whose rows P they are read through.
+    r"""Energy of vectors in head outputs along the singular directions P of $W_O[h] = P \Sigma Q^T$.
 
-    ``energy`` is each vector's share of squared norm along each column of P, from the largest singular value to the
+    ``energy`` is each vector's fraction of squared norm along each column of P, from the largest singular value to the
     smallest; ``null_share`` the share that W_O ignores exactly (zeroed rows); ``gain`` is
     $|v W_O| / (|v|\,\sigma_{max})$ and ``gain_over_random`` $|v W_O| / |v|$ over its root mean square for random v.
     """
@@ -39,13 +39,13 @@ class OutputRelation:
     gain_over_random: Float[Tensor, " chosen"]
 
     def share_between(self, low: float, high: float) -> Float[Tensor, " chosen"]:
-        r"""The share of squared norm where $low \le \sigma / \sigma_{max} < high$ (the largest itself is 1)."""
+        r"""The fraction of squared norm where $low \le \sigma / \sigma_{max} < high$ (the largest itself is 1)."""
         relative = self.singular_values / self.singular_values[:, :1].clamp_min(torch.finfo(torch.float64).tiny)
         return (self.energy * ((relative >= low) & (relative < high))).sum(-1)
 
     @property
     def weak_share(self) -> Float[Tensor, " chosen"]:
-        """The share where W_O has less than 1 % of its largest singular value, what it ignores included."""
+        """The fraction where W_O has less than 1 % of its largest singular value, its null space included."""
         return self.share_between(0.0, _WEAK)
 
     def table(self) -> pd.DataFrame:
@@ -61,7 +61,7 @@ class OutputRelation:
 def relation_to_W_O(
     model: HookedModel, heads: Sequence[Head | tuple[int, int]], vectors: Float[Tensor, "chosen d_head"]
 ) -> OutputRelation:
-    """How vectors in head outputs lie to each head's output projection: how much of them can come through at all.
+    """How much of vectors in head outputs each head's output projection passes on.
 
     Args:
         model: the hooked model whose W_O is asked.

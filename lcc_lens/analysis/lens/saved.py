@@ -1,4 +1,4 @@
-"""What the lens said, kept beside a run for figures and pages, which run no model."""
+"""Save and load lens results in a run directory, for figures and pages that run no model."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ LENS_FILE = "lens.safetensors"
 
 
 def save_lens(run: str | Path, *, gains: Sequence[LogitGain] = (), promoted: Sequence[PromotedTokens] = ()) -> None:
-    """Write ``lens.safetensors`` into a run directory, atomically; what was there is replaced.
+    """Write ``lens.safetensors`` into a run directory, atomically; an existing file is replaced.
 
     Args:
         run: the run directory.

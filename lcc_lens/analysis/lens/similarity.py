@@ -1,4 +1,4 @@
-"""How alike the lost components of different heads are, in the residual stream and as z vectors."""
+"""Cosine similarity of different heads' lost components, in the residual stream and as z vectors."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class ComponentSimilarity:
 
 
 def component_similarity(model: HookedModel, components: LostComponents, *, rank: int = 1) -> ComponentSimilarity:
-    r"""Cosines between what the heads' lost components write into the residual stream, $c_h W_O[h]$, for all heads.
+    r"""Cosines between all heads' lost components in the residual stream, $c_h W_O[h]$.
 
     Args:
         model: the hooked model whose W_O carries them, the pruned one.

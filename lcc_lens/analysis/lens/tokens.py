@@ -56,7 +56,7 @@ class TokenReader:
 
     @classmethod
     def of(cls, model: HookedModel) -> TokenReader:
-        """Take what reads a head from a hooked model.
+        """Take the norms and unembedding from a hooked model.
 
         Raises:
             LensError: the architecture's way to the logits is not known.
@@ -64,13 +64,13 @@ class TokenReader:
         return cls(OutputProjections.of(model), Unembedding.of(model))
 
     def logits(self, written: Float[Tensor, "*vector d_model"]) -> Float[Tensor, "*vector d_vocab"]:
-        """What vectors in the residual stream say of every token alone (see :func:`promoted_tokens`); zeros nothing."""
+        """Logits of vectors in the residual stream, without a context (see :func:`promoted_tokens`); 0 for zeros."""
         return self.readout.project(self.readout.norm(written) - self.readout.norm.shift)
 
     def logits_at(
         self, written: Float[Tensor, "*vector d_model"], layer: int, at: Streams
     ) -> Float[Tensor, "*vector d_vocab"]:
-        """What vectors of a layer's heads add to every token's logit at actual streams, on average."""
+        """Mean change of every logit by vectors of a layer's heads at actual residual streams."""
         scale = self.readout.norm.scale(at.resid) * at.attention_scale[:, layer, None]
         return self.readout.project(self.readout.norm.linear(written) * (1 / scale).mean())
 

@@ -20,7 +20,7 @@ _CHUNK = 1 << 21
 
 
 class PairActivations(NamedTuple):
-    """A layer's activations of contrastive pairs: what both halves share, and each half's own."""
+    """A layer's activations of contrastive pairs: the question, and the right and wrong answers."""
 
     question: Float[Tensor, "head pair d_head"]
     right: Float[Tensor, "head pair d_head"]
@@ -72,12 +72,12 @@ def fit_pair_probes(
     Args:
         pairs: activations of the training pairs.
         ridge: $\rho$; larger where pairs are few and features many.
-        tol: stop when the gradient's norm is below this share of its norm at zero.
-        max_steps: Newton steps at most; heads that float32 does not bring to ``tol`` are solved in float64.
+        tol: stop when the gradient's norm is below this fraction of its norm at zero.
+        max_steps: maximum number of Newton steps; heads that do not reach ``tol`` in float32 are solved in float64.
 
     Raises:
         RequestError: ``ridge`` is not positive.
-        LensError: a head has no minimum that can be found.
+        LensError: the solver does not converge for a head.
     """
     if not ridge > 0:
         raise RequestError(f"expected a ridge above 0, got {ridge}; separable pairs have no minimum without one")
@@ -92,8 +92,8 @@ def fit_pair_probes(
 
 def _fit_chunk(pairs: PairActivations, ridge: float, tol: float, max_steps: int) -> LinearProbe:
     problem = _Newton(pairs, ridge)
-    found, converged = problem.solve(tol, max_steps)
-    probe = problem.unstandardised(found)
+    theta, converged = problem.solve(tol, max_steps)
+    probe = problem.unstandardised(theta)
     if bool(converged.all()):
         return probe
     if pairs.question.dtype == torch.float64:
@@ -125,7 +125,7 @@ class _Newton:
         self.curvature = new(n_heads, 2 * self.d + 1, 2 * self.d + 1)
 
     def solve(self, tol: float, max_steps: int) -> tuple[Float[Tensor, "head weight"], Bool[Tensor, " head"]]:
-        """Step until every head's gradient is small; also says which heads got there."""
+        """Step until every head's gradient is small; also returns which heads converged."""
         theta = self.question.new_zeros(self.question.shape[0], 2 * self.d + 1)
         logits = self.logits(theta)
         gradient = self.gradient(theta, logits)
@@ -188,7 +188,7 @@ class _Newton:
         return theta, self.logits(theta)  # anew, so that rounding does not add up
 
     def unstandardised(self, theta: Float[Tensor, "head weight"]) -> LinearProbe:
-        """The same probe on the features as they came."""
+        """The same probe for features that are not standardised."""
         weight = torch.cat([theta[:, : self.d] * self.inverse_q, theta[:, self.d + 1 :] * self.inverse_r], dim=-1)
         bias = theta[:, self.d] - (weight * torch.cat([self.mean_q, self.mean_r], dim=-1)).sum(-1)
         return LinearProbe(weight, bias)
@@ -197,7 +197,7 @@ class _Newton:
 def _standardise(
     parts: list[Float[Tensor, "head pair d_head"]], out: Float[Tensor, "head example d_head"]
 ) -> tuple[Float[Tensor, "head d_head"], Float[Tensor, "head d_head"]]:
-    """Write the parts below each other with mean 0 and variance 1; gives the mean and the inverse spread.
+    """Stack the parts with mean 0 and variance 1; returns the mean and the inverse standard deviation.
 
     Features that differ by no more than rounding become 0.
     """

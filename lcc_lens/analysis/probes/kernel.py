@@ -1,4 +1,4 @@
-"""Kernel probes on contrastive pairs: what an activation adds by interacting with another, without refitting."""
+"""Kernel probes on contrastive pairs: how much the interaction of two activations predicts."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def interaction_kernel(
 def leave_one_out(
     kernel: Float[Tensor, "head pair pair"], ridges: tuple[float, ...]
 ) -> Float[Tensor, "ridge head pair"]:
-    r"""Kernel ridge regression on the target 1, predicted for every pair by the fit on all the others.
+    r"""Kernel ridge regression on the target 1, predicted for every pair by the fit on all other pairs.
 
     With $G = (K + \lambda I)^{-1}$ and $\alpha = G 1$ the prediction for a pair left out is exactly
     $f_{-i}(i) = 1 - \alpha_i / G_{ii}$. Under a kernel that is odd in the difference, a pair and the same pair
@@ -51,7 +51,7 @@ def squared_loss(prediction: Float[Tensor, "*axis"]) -> Float[Tensor, "*axis"]:
 
 
 def _scaled(z: Float[Tensor, "head pair d_head"]) -> Float[Tensor, "head pair d_head"]:
-    r"""Mean square $1 / d_{head}$ per coordinate; coordinates that hold no more than rounding become 0."""
+    r"""Mean square $1 / d_{head}$ per coordinate; coordinates with only rounding errors become 0."""
     size = z.square().mean(1, keepdim=True).sqrt()
     floor = 16 * torch.finfo(z.dtype).eps * size.amax(-1, keepdim=True)
     scaled = z / size.clamp_min(torch.finfo(z.dtype).tiny) / z.shape[-1] ** 0.5

@@ -1,4 +1,4 @@
-"""Linear probes for all heads at once, trained as published."""
+"""Linear probes for all heads at once, trained as in the paper (200 steps of Adam)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class LinearProbe(NamedTuple):
     def accuracy(
         self, features: Float[Tensor, "head example feature"], labels: Bool[Tensor, " example"]
     ) -> Float[Tensor, " head"]:
-        """The share of examples that each head's probe labels correctly (probability 0.5 counts as label 1)."""
+        """The fraction of examples that each head's probe labels correctly (probability 0.5 counts as label 1)."""
         logits = torch.einsum("hnf,hf->hn", features, self.weight) + self.bias[:, None]
         return ((logits >= 0) == labels).float().mean(-1)
 
@@ -67,7 +67,7 @@ def fit_linear_probes(
 
 
 def split_pairs(n_pairs: int, held_out_share: float, seed: int) -> tuple[Int[Tensor, " train"], Int[Tensor, " test"]]:
-    """Split pairs at random so that both halves of a pair land on the same side; each side gets at least one."""
+    """Split pairs at random so that both halves of a pair are on the same side; each side has at least one pair."""
     order = torch.randperm(n_pairs, generator=torch.Generator().manual_seed(seed))
     n_test = min(max(1, math.ceil(n_pairs * held_out_share)), n_pairs - 1)
     return order[n_test:], order[:n_test]

@@ -1,4 +1,4 @@
-"""Right and wrong answers to one question: the wrong one goes on from the right one's key-value cache."""
+"""Run right and wrong answers to a question; the wrong answer reuses the right answer's KV cache."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from lcc_lens.models.hooked.kv_cache import (
 
 
 def shared_length(right: TokenSequence, wrong: TokenSequence) -> int:
-    """How many first tokens two sequences share; at least one token of the second is left over."""
+    """The number of first tokens that two sequences share, less than the length of the second."""
     longest = min(len(right), len(wrong) - 1)
     differs = (right.tokens[:longest] != wrong.tokens[:longest]).nonzero()
     return int(differs[0]) if len(differs) else longest
@@ -37,23 +37,23 @@ def visit_pairs(
     visit: SiteVisitor,
     visit_wrong: SiteVisitor,
 ) -> None:
-    """Run forward over right answers, then over the wrong ones from where they part; attention is causal.
+    """Run the right answers, then the wrong ones from their first different token on; attention is causal.
 
     Args:
-        prefix: what all of them begin with, and the model.
+        prefix: the model, and the KV cache of the tokens that all sequences start with.
         batch: the right sequences without the prefix, padded.
         right: the right sequences, whole, in the batch's order.
         wrong: their wrong counterparts, whole.
-        places: where to read in the right sequences, counted from the prefix's end.
-        visit: takes those activations.
-        visit_wrong: takes the head outputs at the last token of every wrong sequence.
+        places: positions to read in the right sequences, counted from the prefix's end.
+        visit: receives those activations.
+        visit_wrong: receives the head outputs at the last token of every wrong sequence.
     """
     model = prefix.model
     shared = torch.tensor([shared_length(r, w) for r, w in zip(right, wrong, strict=True)])
     rest = [TokenSequence(w.tokens[int(n) :], 1) for w, n in zip(wrong, shared, strict=True)]
-    span = int(shared.max()) + max(map(len, rest))  # a row that parts early has a gap, and the gap counts as distance
-    can_go_on = span <= attention_reach(model) and can_reuse_cache(model)
-    cache = prefix.visit(batch.tokens, places, visit, keep=can_go_on)
+    span = int(shared.max()) + max(map(len, rest))  # includes the gap in rows that share fewer tokens
+    can_continue = span <= attention_reach(model) and can_reuse_cache(model)
+    cache = prefix.visit(batch.tokens, places, visit, keep=can_continue)
     if cache is None:
         _visit_ends(model, wrong, visit_wrong)
     else:
@@ -67,26 +67,26 @@ def _visit_rest(
     rest: Sequence[TokenSequence],
     visit: SiteVisitor,
 ) -> None:
-    """Go on from the rows of a cache, rests of similar length together."""
+    """Run the remaining tokens from a KV cache, in batches of similar length."""
     ends = _InOrder(visit)
     for batch in batches(rest):
         index = list(batch.index)
         continue_from_cache(
             model, cache_rows(cache, index, int(shared[index].max())), shared[index], batch, ends.take(index)
         )
-    ends.hand_on()
+    ends.pass_on()
 
 
 def _visit_ends(model: HookedModel, sequences: Sequence[TokenSequence], visit: SiteVisitor) -> None:
-    """Whole forwards, for models that cannot go on from a cache."""
+    """Run whole sequences, for models that cannot reuse a KV cache."""
     ends = _InOrder(visit)
     for batch in batches(sequences):
         visit_sites(model, batch.tokens, {"z": TokenPositions.ends(batch)}, ends.take(batch.index))
-    ends.hand_on()
+    ends.pass_on()
 
 
 class _InOrder:
-    """Gathers activations that come in several batches and hands them on in the order of the rows."""
+    """Collects activations of several batches and passes them on in the order of the rows."""
 
     def __init__(self, visit: SiteVisitor) -> None:
         self.visit = visit
@@ -98,8 +98,8 @@ class _InOrder:
         self.index += index
         return lambda site, layer, z: self.layers.setdefault(layer, []).append(z)
 
-    def hand_on(self) -> None:
-        """Give everything, layer by layer."""
+    def pass_on(self) -> None:
+        """Pass the activations to the visitor, layer by layer."""
         back = torch.tensor(self.index).argsort()
-        for layer, found in self.layers.items():
-            self.visit("z", layer, torch.cat(found)[back.to(found[0].device)])
+        for layer, values in self.layers.items():
+            self.visit("z", layer, torch.cat(values)[back.to(values[0].device)])

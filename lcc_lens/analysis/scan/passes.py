@@ -1,4 +1,4 @@
-"""The passes of a scan: the dense model over a shard of the examples, then the pruned one, read at the same places."""
+"""Forward passes of a scan: run both models on one shard of examples and read the same token positions."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from lcc_lens.models.hooked.kv_cache import PrefixCache
 from lcc_lens.models.hooked.offloading import device_of
 from lcc_lens.models.pair import Pair
 
-#: Examples of one shard where few positions count: enough to sort them by length once more for the pruned model.
+#: Examples per shard if only some positions are compared: enough to sort by length again for the pruned model.
 SHARD = 128
-#: Head outputs at single places of contrastive pairs, beside the sampled ones.
+#: Last tokens of contrastive pairs at which head outputs are read besides the sampled positions.
 ENDS = ("question", "right", "wrong")
-#: Shared first tokens are read once where they are at least so many, in at least so many examples.
+#: Minimum length of a shared prefix, and minimum number of examples with it, for reusing its KV cache.
 LEAST_PREFIX, LEAST_MEMBERS = 16, 6
 
 
 @dataclass(frozen=True)
 class ScanPlan:
-    """What is read where: sequences, the positions that count, and the wrong answers where there are any."""
+    """Sequences of a scan, the wrong answers if any, and the positions and sites at which activations are read."""
 
     sequences: tuple[TokenSequence, ...]
     wrong: tuple[TokenSequence, ...] | None
@@ -39,12 +39,12 @@ class ScanPlan:
 
     @cached_property
     def prefixes(self) -> tuple[Int[Tensor, " prefix"], ...]:
-        """What groups of examples begin with, such as a task's preamble, before anything is read; number 0 is empty."""
+        """First tokens that groups of examples share before any read position; number 0 is empty."""
         return self._grouped[0]
 
     @cached_property
     def prefix_of(self) -> tuple[int, ...]:
-        """Every example's prefix, by number."""
+        """The number of every example's prefix."""
         return self._grouped[1]
 
     @cached_property
@@ -62,7 +62,7 @@ class ScanPlan:
         return tuple(prefixes), tuple(number)
 
     def _common(self, members: Sequence[int]) -> Int[Tensor, " prefix"]:
-        """What some examples all begin with, before anything is read."""
+        """The first tokens that some examples share before any read position."""
         first, n = self.sequences[members[0]].tokens, min(map(self._before_reading, members))
         for i in members:
             differs = (self.sequences[i].tokens[:n] != first[:n]).nonzero()
@@ -70,12 +70,12 @@ class ScanPlan:
         return first[:n]
 
     def _before_reading(self, example: int) -> int:
-        """How many first tokens of an example nothing is read at."""
+        """The number of tokens before an example's first read position."""
         ends = [self.question_end(example)] if self.wrong is not None else []
         return min([len(self.sequences[example]) - 1, *self.sampled(example), *ends])
 
     def shards(self) -> list[tuple[int, ...]]:
-        """The examples, longest first, in portions that are finished one by one."""
+        """The examples in shards, longest first."""
         if self.positions == "all":
             return [batch.index for batch in batches(self.sequences, max_tokens=self.batch_tokens)]
         order = sorted(range(len(self.sequences)), key=lambda i: -len(self.sequences[i]))
@@ -89,11 +89,11 @@ class ScanPlan:
         return self._batches(shard, [len(self.sequences[i]) for i in shard])
 
     def pruned_batches(self, shard: Sequence[int]) -> list[tuple[int, Batch]]:
-        """A shard's batches for the pruned model, which reads no further than an activation counts."""
+        """A shard's batches for the pruned model, cut after the last read position."""
         return self._batches(shard, [self._needed(i) for i in shard])
 
     def sampled(self, example: int) -> list[int]:
-        """The positions of one example that count."""
+        """The compared positions of one example."""
         return sampled_positions(self.sequences[example], self.positions)
 
     def question_end(self, example: int) -> int:
@@ -101,23 +101,23 @@ class ScanPlan:
         return self.sequences[example].loss_from - 1
 
     def _needed(self, example: int) -> int:
-        """How many tokens of an example the pruned model has to read."""
+        """The number of an example's tokens up to its last read position."""
         ends = [self.question_end(example)] if self.wrong is not None else []
         return 1 + max([self.n_prefix(example), *self.sampled(example), *ends])
 
     def n_prefix(self, example: int) -> int:
-        """The tokens of an example's prefix."""
+        """The number of tokens of an example's prefix."""
         return len(self.prefixes[self.prefix_of[example]])
 
     def _batches(self, shard: Sequence[int], ends: Sequence[int]) -> list[tuple[int, Batch]]:
-        """Batches of what follows the prefixes, as far as each example's end."""
-        found: list[tuple[int, Batch]] = []
+        """Batches of the tokens between each example's prefix and its end, with the prefix's number."""
+        grouped: list[tuple[int, Batch]] = []
         for number in sorted({self.prefix_of[i] for i in shard}):
             members = [k for k, i in enumerate(shard) if self.prefix_of[i] == number]
             parts = [self._part(shard[k], ends[k]) for k in members]
             for batch in batches(parts, max_tokens=self.batch_tokens):
-                found.append((number, replace(batch, index=tuple(members[k] for k in batch.index))))
-        return found
+                grouped.append((number, replace(batch, index=tuple(members[k] for k in batch.index))))
+        return grouped
 
     def _part(self, example: int, end: int) -> TokenSequence:
         """An example from its prefix to a position."""
@@ -152,7 +152,7 @@ class Rows:
 
 
 def dense_pass(pair: Pair, plan: ScanPlan, shard: Sequence[int]) -> Generator[None, None, dict[str, list[Tensor]]]:
-    """The dense model over a shard: by name a tensor ``[row, part, width]`` per layer; yields after every batch.
+    """Run the dense model over a shard; returns by name a ``[row, part, width]`` tensor per layer; yields each batch.
 
     Names are the plan's sites, at the sampled positions; for contrastive pairs also the head outputs at the ends of the
     ``question`` and of the ``right`` and ``wrong`` answers. Heads stand in the pruned model's order.
@@ -183,7 +183,7 @@ def pruned_pass(
     dense: Mapping[str, Sequence[Tensor]],
     sums: Mapping[Site, RunningDifferences],
 ) -> Generator[None, None, list[Tensor] | None]:
-    """The pruned model over a shard, added to the sums; only as far as an activation counts. Yields after every batch.
+    """Run the pruned model over a shard and add the differences to the sums; yields after every batch.
 
     Returns:
         Head outputs at the ends of the questions, ``[pair, head, d_head]`` per layer; None without wrong answers.
@@ -193,7 +193,7 @@ def pruned_pass(
     example = torch.repeat_interleave(torch.tensor(counts))
 
     def compare(site: Site, layer: int) -> None:
-        device = sums[site].device  # of a model on several devices, that of its first layer
+        device = sums[site].device  # with a model on several devices, that of its first layer
         values = rows[site].layers.pop(layer).to(device)
         sums[site].update(layer, dense[site][layer].to(device), values, example.to(device))
 
@@ -227,7 +227,7 @@ def running_sums(model: HookedModel, sites: Sequence[Site], spectra: Sequence[Si
 
 
 class _DenseReader:
-    """Sorts what one batch of the dense model gives into rows."""
+    """Writes the dense model's activations on one batch into rows."""
 
     def __init__(
         self, pair: Pair, rows: Mapping[Site, Rows], ends: Mapping[str, Rows], members: Sequence[int], n_sampled: int
@@ -249,7 +249,7 @@ class _DenseReader:
 
 
 class _PrunedReader:
-    """Sorts what one batch of the pruned model gives into rows; compares a layer once all its rows are there."""
+    """Writes the pruned model's activations on one batch into rows; compares a layer once all its rows are filled."""
 
     def __init__(
         self, rows: Mapping[Site, Rows], question: Rows, members: Sequence[int], compare: Callable[[Site, int], None]
@@ -266,7 +266,7 @@ class _PrunedReader:
 
 
 def _sampled_places(plan: ScanPlan, examples: Sequence[int]) -> TokenPositions:
-    """Where the examples of one batch are sampled, example by example, counted from the prefix's end."""
+    """The compared positions of one batch, example by example, counted from the prefix's end."""
     positions = [[p - plan.n_prefix(i) for p in plan.sampled(i)] for i in examples]
     sequence = torch.repeat_interleave(torch.tensor([len(p) for p in positions]))
     position = torch.tensor([p for example in positions for p in example], dtype=torch.long)
@@ -274,13 +274,13 @@ def _sampled_places(plan: ScanPlan, examples: Sequence[int]) -> TokenPositions:
 
 
 def _question_ends(plan: ScanPlan, examples: Sequence[int]) -> Int[Tensor, " example"]:
-    """Where the questions of one batch end, counted from the prefix's end."""
+    """The last question token of each example in a batch, counted from the prefix's end."""
     return torch.tensor([plan.question_end(i) - plan.n_prefix(i) for i in examples])
 
 
 def _joined(where: TokenPositions, question: Int[Tensor, " sequence"], batch: Batch) -> TokenPositions:
-    """The sampled places, then the questions' ends, then the sequences' ends."""
-    every = torch.arange(len(question))
+    """The sampled positions, then the questions' last tokens, then the sequences' last tokens."""
+    rows = torch.arange(len(question))
     return TokenPositions(
-        torch.cat([where.sequence, every, every]), torch.cat([where.position, question, batch.lengths - 1])
+        torch.cat([where.sequence, rows, rows]), torch.cat([where.position, question, batch.lengths - 1])
     )

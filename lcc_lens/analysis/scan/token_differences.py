@@ -1,4 +1,4 @@
-"""What pruning took at every token of a few examples, for display."""
+"""Relative difference of every head output at every token of a few examples, for display."""
 
 from __future__ import annotations
 
@@ -33,25 +33,25 @@ class TokenLoss:
 
 
 def token_losses(pair: Pair, sequences: Sequence[TokenSequence], n: int) -> tuple[TokenLoss, ...]:
-    """The loss at every token of the first ``n`` sequences.
+    """The relative difference at every token of the first ``n`` sequences.
 
     The dense model runs over all of them before the pruned one does, so a pair may hold one model at a time.
     """
     chosen = sequences[:n]
-    if not chosen:  # where one model is in memory at a time, asking for it loads it
+    if not chosen:  # avoids loading a model that is not in memory
         return ()
     parts = batches(chosen)
     places: list[dict[Site, TokenPositions]] = [{"z": TokenPositions.all_tokens(batch)} for batch in parts]
     dense: list[list[Tensor]] = [[] for _ in parts]
-    found: dict[int, Tensor] = {}
+    losses: dict[int, Tensor] = {}
     for batch, where, z_dense in zip(parts, places, dense, strict=True):
         visit_sites(pair.dense, batch.tokens, where, _keeper(pair, z_dense))
     for batch, where, z_dense in zip(parts, places, dense, strict=True):
         loss: list[Tensor] = []
         visit_sites(pair.pruned, batch.tokens, where, _comparer(z_dense, loss))
-        found.update(zip(batch.index, torch.stack(loss, dim=1).split(batch.lengths.tolist()), strict=True))
+        losses.update(zip(batch.index, torch.stack(loss, dim=1).split(batch.lengths.tolist()), strict=True))
     return tuple(
-        TokenLoss(i, pieces_of(pair.tokenizer, sequence), sequence.loss_from, found[i])
+        TokenLoss(i, pieces_of(pair.tokenizer, sequence), sequence.loss_from, losses[i])
         for i, sequence in enumerate(chosen)
     )
 

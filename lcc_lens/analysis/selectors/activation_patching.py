@@ -1,4 +1,4 @@
-"""Activation patching: the exact effect of giving the pruned model one head of the dense model."""
+"""Activation patching: the effect of replacing one head output of the pruned model by the dense model's."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _OUTCOMES = ("response", "kl")
 
 @dataclass(frozen=True)
 class PatchingEffects:
-    """What every patched head changed on every example, in nats per response token; NaN where none was patched.
+    """Effect of every patched head on every example, in nats per response token; NaN where none was patched.
 
     ``log_likelihood`` is the gain of the response's mean log-likelihood over the unpatched pruned model,
     ``divergence`` the fall of the divergence from the dense model (positive is better in both).
@@ -59,7 +59,7 @@ def score_activation_patching(
     outcome: OutcomeName = "response",
     on_done: Callable[[PatchingEffects], None] | None = None,
 ) -> HeadScores:
-    """Score heads by what the dense model's output of that one head brings the pruned model.
+    """Score heads by the gain in log-likelihood from the dense model's output of that head in the pruned model.
 
     The gold standard for other selectors: no linearisation, no probe. It costs a forward pass from the head's layer up
     for every head and example; :func:`~lcc_lens.analysis.selectors.attribution_patching.score_attribution_patching`
@@ -155,7 +155,7 @@ def _plan(batch: Batch, heads: Sequence[Head], batch_tokens: int) -> list[_Step]
 
 
 def _empty(n_examples: int, pair: Pair, chosen: Sequence[Head], divergence: bool) -> PatchingEffects:
-    """Effects that are all to come: NaN, but 0 for chosen heads whose output goes nowhere (they are not run)."""
+    """Initial effects: NaN, but 0 for chosen heads that pruning removed whole (they are not run)."""
 
     def empty() -> Tensor:
         values = torch.full((n_examples, pair.n_layers, pair.n_heads), math.nan)
@@ -168,7 +168,7 @@ def _empty(n_examples: int, pair: Pair, chosen: Sequence[Head], divergence: bool
 
 
 def _measure_step(runs: PatchedRuns, step: _Step, effects: PatchingEffects) -> None:
-    """Run one step and write what it changed into the effects."""
+    """Run one step and write its effects into the result."""
     patched, unpatched = runs.run(step.layer, step.example, step.head), runs.unpatched
     where = torch.tensor(step.batch.index)[step.example], torch.tensor(step.layer), step.head
 

@@ -1,4 +1,4 @@
-"""Attribution patching: the gradient's estimate of what the dense head would bring, for all heads at once."""
+"""Attribution patching: first-order estimate of activation patching, for all heads from one backward pass."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One backward pass through the pruned model per batch: what both gradient selectors need of it."""
+"""One backward pass through the pruned model per batch, shared by both gradient selectors."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class ResponseGradients:
 
     @property
     def n_examples(self) -> int:
-        """How many examples the gradients come from."""
+        """The number of examples."""
         return int(self.attribution.shape[0])
 
     @property
@@ -104,18 +104,18 @@ def _batch_gradients(pair: Pair, batch: Batch) -> list[tuple[Tensor, Tensor]]:
     """By layer, the attribution ``[example head]`` and the constant's gradient ``[example head d_head]``."""
     device = device_of(pair.pruned)
     z_dense = [z.to(device) for z in dense_run(pair, batch)[0]]
-    found: dict[int, tuple[Tensor, Tensor]] = {}
-    hooks = _gradient_readers(z_dense, found)
+    reduced: dict[int, tuple[Tensor, Tensor]] = {}
+    hooks = _gradient_readers(z_dense, reduced)
     with torch.enable_grad():
         narrow = logits_at(pair.pruned, batch.is_target().to(device))
         logits = forward(pair.pruned, batch.tokens.to(device), [*hooks, *narrow])
         # Examples do not meet in a batch, so the gradient of the sum holds every example's own.
         response_log_likelihood(logits[0], batch).sum().backward()
-    return [found[layer] for layer in range(pair.n_layers)]
+    return [reduced[layer] for layer in range(pair.n_layers)]
 
 
-def _gradient_readers(z_dense: Sequence[Tensor], found: dict[int, tuple[Tensor, Tensor]]) -> list[NamedHook]:
-    """Hooks that put every head output on the tape and, on the way back, reduce its gradient into ``found``."""
+def _gradient_readers(z_dense: Sequence[Tensor], reduced: dict[int, tuple[Tensor, Tensor]]) -> list[NamedHook]:
+    """Hooks that record head outputs for autograd and, in the backward pass, reduce the gradient into ``reduced``."""
 
     def reader(layer: int) -> HookFunction:
         def record(z: Tensor, hook: object) -> Tensor:
@@ -125,7 +125,7 @@ def _gradient_readers(z_dense: Sequence[Tensor], found: dict[int, tuple[Tensor, 
             z_pruned = z.detach()
 
             def reduce(gradient: Tensor) -> None:
-                found[layer] = _reduced(gradient.float(), z_dense[layer].float() - z_pruned.float(), layer)
+                reduced[layer] = _reduced(gradient.float(), z_dense[layer].float() - z_pruned.float(), layer)
 
             z.register_hook(reduce)
             return z

@@ -1,4 +1,4 @@
-"""The selector nearest to training: how fast the response loss falls when a head's constant moves."""
+"""Gradient selector: how fast the response loss falls when a head's constant changes."""
 
 from __future__ import annotations
 
@@ -52,6 +52,6 @@ def _signed_norm(
 
 
 def _jackknife(without: list[Float[Tensor, "layer head"]]) -> Float[Tensor, "layer head"]:
-    """The standard error of a statistic from its values with one group left out at a time."""
+    """The standard error of a statistic from its values with one group left out at a time (jackknife)."""
     values = torch.stack(without)
     return ((len(values) - 1) * values.var(0, correction=0)).sqrt()

@@ -1,4 +1,4 @@
-"""Heads by KL: how differently the dense and the pruned head vote through the logit lens."""
+"""KL selector: KL divergence between the dense and the pruned head's token distribution in the logit lens."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def score_kl(
     max_examples: int = 32,
     seed: int = 0,
 ) -> HeadScores:
-    r"""How far a pruned head's vote is from the dense one's, the mean of $KL(p(z_{dense}) \| p(z_{pruned}))$, in nats.
+    r"""Mean KL divergence of a head's logit-lens distribution, $KL(p(z_{dense}) \| p(z_{pruned}))$, in nats.
 
     The vote is $p(z) = \mathrm{softmax}(\mathrm{LM\_head}(\mathrm{final\_norm}(z W_O[h])))$, the head's logit lens
     (Eq. 6), with $z$ its output at the question's last token. The final norm gives every vote the same length, so a
@@ -61,7 +61,7 @@ def _layer_divergence(
     layer: int, z_dense: Float[Tensor, "pair head d_head"], z_pruned: Float[Tensor, "pair head d_head"],
     logits: HeadLogits,
 ) -> Float[Tensor, "pair head"]:  # fmt: skip
-    """One layer's divergences, as many pairs at a time as fit into a fixed amount of memory."""
+    """One layer's KL divergences, in chunks of a fixed amount of memory."""
     parts: list[Tensor] = []
     start, size = 0, 1  # the first pair tells how large a vocabulary is
     with torch.inference_mode():

@@ -1,4 +1,4 @@
-"""The paper's selector: how well a linear probe tells right from wrong answers beside the restored activation."""
+"""The paper's selector: how well a linear probe on the restored activation tells right from wrong answers."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _Splits = list[tuple[Int[Tensor, " train"], Int[Tensor, " test"]]]
 
 
 class LayerFeatures(NamedTuple):
-    """One layer of :class:`ProbeFeatures`; the dense model's question may be missing where nothing asks for it."""
+    """One layer of :class:`ProbeFeatures`; the dense model's question is optional."""
 
     z_pruned_question: Float[Tensor, "pair head d_head"]
     z_dense_question: Float[Tensor, "pair head d_head"] | None

@@ -1,4 +1,4 @@
-"""The simplest informed selector: heads whose output pruning moved most."""
+"""MSE selector: heads whose output pruning changed most."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ PatchedPositions = Literal["all", "response"]
 
 @dataclass(frozen=True)
 class PatchedRuns:
-    """What patched runs over one batch share: both models' activations there, and the unpatched outcome.
+    """Shared state of patched runs over one batch: both models' activations there, and the unpatched outcome.
 
     Activations keep the models' number format. ``resid`` holds the pruned model's residual stream before every
     layer, which does not change below a patched one; it is empty where runs must start from the tokens.

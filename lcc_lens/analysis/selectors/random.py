@@ -1,4 +1,4 @@
-"""The control for every selector: heads in random order."""
+"""Random selector: heads in random order, the control for all others."""
 
 from __future__ import annotations
 

@@ -340,5 +340,5 @@ def test_interaction_probe_refuses_what_it_cannot_use() -> None:
         score_interaction_probe(bare.layers(), components)
     with pytest.raises(RequestError, match=r"expected ridges above 0, got \(0\.0,\)"):
         score_interaction_probe(features.layers(), components, ridges=(0.0,))
-    with pytest.raises(RequestError, match="expected max_pairs of 4 at least, got 3"):
+    with pytest.raises(RequestError, match="expected max_pairs of at least 4, got 3"):
         score_interaction_probe(features.layers(), components, max_pairs=3)

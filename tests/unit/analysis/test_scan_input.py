@@ -172,12 +172,12 @@ def test_activation_that_is_not_finite_names_its_place(
 
 def test_unknown_names_are_refused(pair: Pair, data: Data, found: Scan) -> None:
     """Users run without the type checks of these tests, which would refuse first."""
-    with pytest.raises(RequestError, match=r"expected some of the selectors probe, interaction, .*, got 'guess'"):
+    with pytest.raises(RequestError, match=r"expected a selector \(probe, interaction, .*\), got 'guess'"):
         unwrap(scan)(pair, data, selectors=("probe", "guess"))
     for options in ({"sites": ("z", "nose")}, {"spectra": ("nose",)}):
         with pytest.raises(RequestError, match="expected some of the sites z, mlp, resid, got 'nose'"):
             unwrap(scan)(pair, data, **options)
-    with pytest.raises(RequestError, match=r"expected one of the selectors probe, interaction, .*, got 'guess'"):
+    with pytest.raises(RequestError, match=r"expected a selector \(probe, interaction, .*\), got 'guess'"):
         unwrap(Scan.scores)(found, "guess")
 
 

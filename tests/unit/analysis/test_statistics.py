@@ -196,7 +196,7 @@ def test_wide_parts_keep_their_spectrum_and_first_directions(monkeypatch: pytest
     assert not torch.allclose(lost.component(3), lost.component(), atol=1e-2)
     assert torch.allclose(lost.explained_share(), whole.explained_share()[..., :3], rtol=1e-4)
     assert torch.allclose(lost.root_mean_square(), whole.root_mean_square(), rtol=1e-5)
-    with pytest.raises(RequestError, match="expected a rank between 1 and the 3 directions held, got 4"):
+    with pytest.raises(RequestError, match="expected a rank between 1 and the 3 stored directions, got 4"):
         lost.component(4)
     with pytest.raises(RequestError, match=f"expected all {WIDTH} directions to turn, got the first 3 alone"):
         lost.in_random_basis()
