@@ -108,19 +108,18 @@ def refit(
         dense: reference of the dense model.
         pruned: reference of the same model with zeros.
         out: the directory to write.
-        calibration: data whose activations are fitted (their role is ``calibration``); several in equal parts.
+        calibration: data whose activations are fitted (their role is ``calibration``); several sets in equal parts.
         n_samples: calibration sequences in all.
         seq_len: tokens per sequence.
-        follow: fit to what the dense weights give on inputs so far along the way from those that a map sees now to
-            the dense model's own.
-        ridge: pull towards the dense weights, as a share of the inputs' mean square.
-        mend: the share of what the residual stream lacks that the maps which write to it make up for; see
+        follow: interpolates the regression inputs between the pruned model's (0) and the dense model's (1).
+        ridge: strength of the pull towards the dense weights, as a fraction of the inputs' mean square.
+        mend: fraction of the residual-stream error that output projections correct; see
             :class:`~lcc_lens.pruning.refit.refit.RefitConfig`.
-        seed: of the draw of calibration data.
+        seed: seed of the draw of calibration data.
         overwrite: replace an existing directory.
 
     Returns:
-        What ``refit.json`` holds; see :func:`lcc_lens.pruning.refit.refit.refit`.
+        The contents of ``refit.json``; see :func:`lcc_lens.pruning.refit.refit.refit_checkpoint`.
 
     Raises:
         RequestError: the two are not a dense model and its zeroed version, or there is too little text; nothing is
@@ -139,15 +138,15 @@ def refit(
         )
     config = RefitConfig(follow, ridge, mend)
     paths, device = (resolve(dense), resolve(pruned)), default_device()
-    parts = [load_data(one, role="calibration", seed=seed) if isinstance(one, str) else one for one in calibration]
-    share, rest = divmod(n_samples, len(parts))
+    parts = [load_data(part, role="calibration", seed=seed) if isinstance(part, str) else part for part in calibration]
+    per_part, rest = divmod(n_samples, len(parts))
     tokens = [
-        calibration_tokens(part, paths[1], share + (place < rest), seq_len, seed) for place, part in enumerate(parts)
+        calibration_tokens(part, paths[1], per_part + (place < rest), seq_len, seed) for place, part in enumerate(parts)
     ]
     provenance = {
         "data": "+".join(part.name for part in parts),
         "source": [part.source for part in parts],
-        # the pruned model may be a refitted one itself; what fitted it still counts
+        # data that the pruned model was already refitted on count too
         "groups": sorted(recorded_groups(paths[1] / REFIT_RECORD).union(*(part.groups for part in parts))),
     }
     return refit_checkpoint(

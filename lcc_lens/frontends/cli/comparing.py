@@ -1,4 +1,4 @@
-"""The subcommand compare: methods, baselines and controls by one rule."""
+"""The subcommand compare: methods, baselines and controls under the same conditions."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from lcc_lens.frontends.cli.show import show_comparison
 
 @dataclass(frozen=True, kw_only=True)
 class Compare(Common):
-    """Train and measure several methods, baselines and controls by the same rule; finished cells are kept."""
+    """Train and measure methods, baselines and controls under the same conditions; finished runs are kept."""
 
     dense: DenseModel
     """The dense model."""
     pruned: PrunedModel
     """The model pruned from it."""
     run: RunPath
-    """A folder for the comparison; the same command goes on there."""
+    """A folder for the comparison; the same command resumes there."""
     methods: tuple[str, ...] = ("lcc", "lcc@dense", "random-basis", "offset", "mean-shift", "lora")
     """Restore's methods, lora, dora (-vo: on v and o alone), lofit, eora, flap, perp or perp-lora; refit+ before one
     starts from the refitted model; @dense, @shuffled or @random-heads after it is a control; :distillation trains
     towards the dense model; =3e-3 sets a learning rate, =tuned chooses one by a range test."""
     baselines: bool = False
-    """Also every baseline there is."""
+    """Also every baseline."""
     controls: bool = False
     """Also lcc's controls: on the dense model, with shuffled responses, over a random basis, offset alone, mean
     difference, and at random heads where not all are restored."""
@@ -42,9 +42,9 @@ class Compare(Common):
     limit: int = 200
     """Items of each task at most."""
     responses: int = 96
-    """Held-out responses for the divergence from the dense model and the response loss."""
+    """Held-out responses for the KL divergence from the dense model and the response loss."""
     heads: float = 1.0
-    """Share of heads to restore."""
+    """Fraction of heads to restore."""
     selector: str = "mse"
     """How heads are chosen: probe, interaction, attribution, patching, mse, kl, gradient, random, or a
     selector that an installed package registers."""
@@ -55,7 +55,7 @@ class Compare(Common):
     speed_rounds: int = 15
     """Rounds in which inference is timed at the end (0: not at all)."""
     part: str = "1/1"
-    """i/n: compute every n-th cell from the i-th. The same command with 1/n to n/n in n processes shares the work."""
+    """i/n: compute every n-th run, starting at the i-th; start the same command with 1/n to n/n in n processes."""
 
     def execute(self) -> None:
         from lcc_lens.evaluation.comparison.compare import COMPARISON, compare, read_part
@@ -68,7 +68,7 @@ class Compare(Common):
             epochs=self.epochs, speed_rounds=self.speed_rounds,
         )  # fmt: skip
         entries = all_entries(self.methods, baselines=self.baselines, controls=self.controls, heads=self.heads)
-        found = compare(
+        results = compare(
             self.dense, self.pruned, self.run, entries, seeds=self.seeds, config=config, part=read_part(self.part)
         )  # fmt: skip
-        show_comparison(found["bare"], found["summary"], self.run / COMPARISON)
+        show_comparison(results["bare"], results["summary"], self.run / COMPARISON)

@@ -16,7 +16,7 @@ class Demo(Common):
     folder: Path = Path("runs/demo")
     """Where everything is written."""
     seed: int = 0
-    """Of the draw of data."""
+    """Seed of the draw of data."""
 
     def execute(self) -> None:
         from lcc_lens.frontends.demo import DemoConfig, run_demo

@@ -22,8 +22,8 @@ class Doctor(Common):
     def execute(self) -> None:
         from lcc_lens.evaluation.doctor import examine
 
-        found = examine(self.model)
-        show_table(f"model: {found.reference}", ["", ""], [finding.row for finding in found.model])
-        show_table("machine", ["", ""], [finding.row for finding in found.machine])
-        if not found.is_sound:
+        diagnosis = examine(self.model)
+        show_table(f"model: {diagnosis.reference}", ["", ""], [finding.row for finding in diagnosis.model])
+        show_table("machine", ["", ""], [finding.row for finding in diagnosis.machine])
+        if not diagnosis.is_sound:
             raise LensError(f"expected a model that loads and passes its checks, got {self.model}; see ✗ above")

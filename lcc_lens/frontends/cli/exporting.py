@@ -28,7 +28,7 @@ class Export(Placed):
     push_to_hub: str | None = None
     """Upload the verified directory to this repository (owner/name), private, under your own login."""
     gguf: Path | None = None
-    """Also write this file for llama.cpp, by its converter and in the directory's format, every number compared."""
+    """Also write this file for llama.cpp, by its converter and in the directory's format, and compare every number."""
     llama_cpp: Path | None = None
     """A clone of llama.cpp, for its converter (LCC_LENS_LLAMA_CPP, if not given)."""
     overwrite: bool = False
@@ -65,7 +65,7 @@ class Export(Placed):
             console().print(push_to_hub(self.out, self.push_to_hub), soft_wrap=True)
 
     def _require_gguf(self) -> None:
-        """Refuse a GGUF file that could not be written, before the export is."""
+        """Check that the GGUF file can be written, before exporting."""
         from lcc_lens.exporters.gguf import require_converter, require_new_file
 
         if self.gguf is not None:
@@ -77,10 +77,10 @@ class Export(Placed):
     def _write_gguf(self, file: Path) -> None:
         from lcc_lens.exporters.gguf import export_gguf
 
-        written = export_gguf(self.out, file, llama_cpp=self.llama_cpp, overwrite=self.overwrite)
+        report = export_gguf(self.out, file, llama_cpp=self.llama_cpp, overwrite=self.overwrite)
         rows = [
-            ["architecture in llama.cpp", written.architecture],
-            ["format of matrices", written.number_format],
-            ["tensors equal to the directory's", str(written.n_tensors)],
+            ["architecture in llama.cpp", report.architecture],
+            ["format of matrices", report.number_format],
+            ["tensors equal to the directory's", str(report.n_tensors)],
         ]
         show_table(f"for llama.cpp: {file}", ["", ""], rows)

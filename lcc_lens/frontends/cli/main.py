@@ -1,4 +1,4 @@
-"""Parse one command, run it, and end with an exit code and at most one line of error."""
+"""Parse and run one command; ends with an exit code and at most one line of error."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ Command = (
     | Annotated[Demo, tyro.conf.subcommand("demo")]
 )
 
-#: What several processes do together.
+#: Commands that several processes may run together.
 _DIVIDED = (ScanPair, Restore)
 
 
@@ -76,7 +76,7 @@ def run(arguments: list[str] | None = None) -> int:
 
 
 def _refuse_several(command: Any) -> None:
-    """Refuse what several processes would each do, over each other's files.
+    """Refuse commands in which several processes would overwrite each other's files.
 
     Raises:
         RequestError: says what may be launched.

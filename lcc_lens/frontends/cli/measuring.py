@@ -45,7 +45,7 @@ class Report(Common):
     """See whether models are really as sparse as they say, whether they are faster, and whether they load."""
 
     models: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="MODEL [MODEL ...]")]
-    """Model references; the first, best the dense one, is what the others are held to."""
+    """Model references; the first, best the dense one, is compared with the others."""
     latency: bool = True
     """Time the models, all of them in memory at once."""
     repeats: int = 15
@@ -63,10 +63,10 @@ class Report(Common):
 
         if self.out is not None and self.out.is_dir():
             raise RequestError(f"expected a file to write the report to, got the folder {self.out}; name a .json file")
-        found = report(
+        measured = report(
             self.models, latency=self.latency, repeats=self.repeats, prompt_tokens=self.prompt_tokens,
             new_tokens=self.new_tokens,
         )  # fmt: skip
         if self.out is not None:
-            write_json(self.out, found)
-        show_report(found, str(self.out) if self.out else "report")
+            write_json(self.out, measured)
+        show_report(measured, str(self.out) if self.out else "report")

@@ -1,4 +1,4 @@
-"""Subcommands that write a smaller or a mended model: prune and refit."""
+"""Subcommands that write a pruned or a refitted model: prune and refit."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ class Prune(Placed):
     """magnitude, wanda (size times input norm) and sparsegpt (with compensation) remove single weights; slimgpt removes
     whole heads and neurons."""
     sparsity: float | None = None
-    """Share of the weights to remove (0.5 if no pattern is given; 0.2 for slimgpt)."""
+    """Fraction of the weights to remove (0.5 if no pattern is given; 0.2 for slimgpt)."""
     pattern: str | None = None
-    """N:M such as 2:4 instead of a share: N weights stay of every M."""
+    """N:M such as 2:4 instead of a fraction: N of every M weights stay."""
     calibration: str = "c4"
     """Data whose activations the method reads: a name, or a .jsonl or .txt file."""
     n_samples: int = 128
@@ -34,14 +34,14 @@ class Prune(Placed):
     seq_len: int = 512
     """Tokens per calibration sequence."""
     seed: int = 0
-    """Of the draw of calibration data."""
+    """Seed of the draw of calibration data."""
     sliced: bool = False
     """slimgpt: write a smaller model of standard configuration instead of zeros."""
     schedule: Literal["log", "linear", "uniform", "falling"] | None = None
-    """slimgpt: how the sparsity is spread over the layers (log; uniform if sliced)."""
+    """slimgpt: how the sparsity is distributed over the layers (log; uniform if sliced)."""
     split: Literal["spared", "proportional", "error"] | None = None
-    """slimgpt: how many heads go in each layer: rounded down (spared), nearest, or by error; neurons make up the
-    difference."""
+    """slimgpt: heads to remove per layer: their fraction rounded down (spared), to the nearest (proportional), or by
+    error; neurons make up the difference."""
     overwrite: bool = False
     """Replace an existing directory."""
 
@@ -73,16 +73,15 @@ class Refit(Placed):
     seq_len: int = 512
     """Tokens per calibration sequence."""
     follow: float = 0.5
-    """Fit to what the dense weights give on inputs so far along the way from those that a map sees now (0) to the dense
-    model's own (1)."""
+    """Interpolates the regression inputs between the pruned model's (0) and the dense model's (1)."""
     ridge: float = 0.03
-    """Pull towards the dense weights, as a share of the inputs' mean square."""
+    """Strength of the pull towards the dense weights, as a fraction of the inputs' mean square."""
     mend: float = 0.75
-    """Share of what the residual stream lacks that the maps which write to it make up for (0: each map by itself)."""
+    """Fraction of the residual-stream error that output projections correct."""
     seed: int = 0
-    """Of the draw of calibration data."""
+    """Seed of the draw of calibration data."""
     overwrite: bool = False
-    """Replace an existing directory. A refit that was interrupted goes on by itself."""
+    """Replace an existing directory. An interrupted refit resumes by itself."""
 
     def execute(self) -> None:
         from lcc_lens.pruning.jobs import refit

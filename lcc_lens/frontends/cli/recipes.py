@@ -14,7 +14,7 @@ from lcc_lens.frontends.cli.show import console
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe(Common):
-    """Prune, restore by every method and measure as a recipe says; the same command goes on where it stopped."""
+    """Prune, restore by every method and measure as a recipe says; the same command resumes where it stopped."""
 
     file: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RECIPE")]
     """One of recipes/*.json, or your own."""
@@ -29,7 +29,7 @@ class Recipe(Common):
     limit: int | None = None
     """Items of each task at most."""
     dry_run: str | None = None
-    """A tiny model to run every step on, with next to no data: whether it runs, not what comes of it."""
+    """A tiny model to run every step on, with hardly any data; checks that it runs, the results mean nothing."""
 
     def execute(self) -> None:
         from lcc_lens.evaluation.comparison.tables import failures

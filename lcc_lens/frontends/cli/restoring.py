@@ -38,7 +38,7 @@ class Restore(Placed):
     model. perp, perp-lora and lofit are baselines; the other baselines run in compare."""
     task: RecoveryTask | None = None
     """Recover this task: train on the right answers of its training split, choose heads on other examples of it,
-    then measure the task's held-out items and what another text's perplexity cost. Sets data, examples, epochs."""
+    then measure the task's held-out items and another text's perplexity. Sets data, examples, epochs."""
     data: str | None = None
     """Training data: instructions, questions or text (alpaca if not given)."""
     examples: int | None = None
@@ -46,9 +46,9 @@ class Restore(Placed):
     items: int = 500
     """With a task: held-out items to measure at most."""
     text: str = "wikitext"
-    """With a task: the other text."""
+    """With a task: another text, to measure perplexity on."""
     heads: float = 0.25
-    """Share of all heads to restore."""
+    """Fraction of all heads to restore."""
     selector: str = "probe"
     """How heads are chosen: probe, interaction, attribution, patching, mse, kl, gradient, random, or a
     selector that an installed package registers."""
@@ -80,13 +80,13 @@ class Restore(Placed):
     distribution (distillation) or to its head outputs (heads), or several joined by +, as in lm+3*distillation
     (response if not given; best: lm+distillation)."""
     temperature: float = 1.0
-    """Of distillation."""
+    """Temperature of distillation."""
     patience: int | None = None
-    """Stop after so many validations without a new best."""
+    """Stop after this many validations without improvement."""
     max_length: int = 512
     """Tokens per example at most."""
     shuffle_responses: bool = False
-    """A control: train on every prompt with another one's response."""
+    """A control: train on every prompt with the response of another."""
     hooks_only: bool = False
     """Restore even where the checkpoint cannot hold the result (it then works under hooks alone;
     lcc_lens.load_restored serves it)."""
@@ -96,17 +96,17 @@ class Restore(Placed):
     """Padded tokens of one backward pass; a larger batch is split and its gradients accumulated (1024 on a CPU, 4096 on
     a GPU if not given)."""
     reuse: bool = False
-    """Compute once per example what no step changes: faster over several epochs, for memory and disk."""
+    """Cache activations below the lowest trained layer: faster over several epochs, but takes memory and disk."""
     gradient_checkpointing: bool = False
-    """Keep only what enters each layer and compute the rest again for gradients: less memory, a third more time."""
+    """Keep only each layer's input and recompute the rest for gradients: less memory, a third more time."""
     one_at_a_time: bool = False
     """Hold one model in memory at a time (for methods that do not run both side by side)."""
     seed: int = 0
-    """Of the draw and order of the training data."""
+    """Seed of the draw and order of the training data."""
     resume: bool = False
-    """Go on from the run's checkpoint."""
+    """Resume from the run's checkpoint."""
     overwrite: bool = False
-    """Replace a restoration that is there."""
+    """Replace an existing restoration."""
 
     def execute(self) -> None:
         from lcc_lens.evaluation.task_recovery import note_task
@@ -136,9 +136,9 @@ class Restore(Placed):
         if is_first_process():
             show_losses(restoration.record.losses, len(restoration.record.settings["heads"]), self.run)
             if measures is not None:
-                found = measures.of(restoration, pair, bare=self.pruned if spec.preset.on_refit else None)
-                note_task(self.run, found)
-                show_recovery(found, self.run)
+                recovery = measures.of(restoration, pair, bare=self.pruned if spec.preset.on_refit else None)
+                note_task(self.run, recovery)
+                show_recovery(recovery, self.run)
 
     def _check_folder(self) -> None:
         """Refuse options that exclude each other, and a run directory with another result."""
@@ -190,7 +190,7 @@ class Restore(Placed):
         )  # fmt: skip
 
     def _measures(self) -> TaskMeasures | None:
-        """What a task is measured on, if there is one; missing data are refused before any work."""
+        """The measures of the task, if one is named; refuses missing data before any work."""
         from lcc_lens.evaluation.task_recovery import TaskMeasures
 
         if self.task is None:

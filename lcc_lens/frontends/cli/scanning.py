@@ -29,9 +29,9 @@ class ScanPair(Placed):
     """Compare at all tokens, at the question's last one as in the paper, at the end, at those that predict the
     response, or at chosen positions (-1 is the last)."""
     selectors: tuple[str, ...] | None = None
-    """Scores to compute. If not given: those that cost next to nothing (probe, interaction). attribution and gradient
-    take one backward pass, kl reads every head's vote, patching runs every head; mse and random always come. Selectors
-    that an installed package registers have their names there."""
+    """Scores to compute; by default probe and interaction. attribution and gradient take one backward pass,
+    kl reads every head's contribution, patching runs the model once per head; mse and random are always computed.
+    Selectors that an installed package registers work by their names."""
     selector_examples: int = 32
     """Examples for attribution, gradient, patching and kl."""
     probe_rank: int = 1
@@ -39,19 +39,19 @@ class ScanPair(Placed):
     probe_solver: Literal["newton", "published"] = "newton"
     """Fit the linear probe to convergence, or by the published 200 steps."""
     probe_folds: int | None = None
-    """Cross-validate the linear probe in so many parts (one split of 70/30 if not given)."""
+    """Cross-validate the linear probe in this many parts (one split of 70/30 if not given)."""
     sites: tuple[Literal["z", "mlp", "resid"], ...] = ("z", "mlp", "resid")
     """Compare head outputs, the MLP's post-activation, the residual stream."""
     spectra: tuple[Literal["z", "mlp", "resid"], ...] = ("z",)
-    """Sites whose singular values are wanted; each takes the square of the site's width in memory."""
+    """Sites to compute singular values at; memory grows with the square of the site's width."""
     max_length: int | None = None
     """Tokens per example at most (512, or the models' context where that is shorter)."""
     one_at_a_time: bool = False
     """Hold one model in memory at a time."""
     seed: int = 0
-    """Of the draw of examples and of the probes."""
+    """Seed of the draw of examples and of the probes."""
     overwrite: bool = False
-    """Replace a scan that is there. One that was interrupted goes on by itself."""
+    """Replace an existing scan. An interrupted scan resumes by itself."""
 
     def execute(self) -> None:
         from lcc_lens.analysis.scan.scan import SCAN_RECORD, scan

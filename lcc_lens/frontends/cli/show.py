@@ -34,7 +34,7 @@ def show_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
 
 
 def pruning_rows(report: dict[str, Any]) -> list[list[str]]:
-    """What a pruning report says, as rows of a name and a value."""
+    """A pruning report as rows of name and value."""
     if "share_removed" not in report:
         rows = [["sparsity", f"{report['sparsity']:.4f}"], ["pattern", report["pattern_found"]]]
         return [*rows, ["matrices", str(len(report["matrices"]))]]
@@ -48,7 +48,7 @@ def pruning_rows(report: dict[str, Any]) -> list[list[str]]:
 
 
 def refit_rows(report: dict[str, Any]) -> list[list[str]]:
-    """What a refit's report says, as rows of a name and a value."""
+    """A refit's report as rows of name and value."""
     left = sorted(report["error_left"].values())
     return [
         ["matrices refitted, zeros kept", str(len(left))],
@@ -59,7 +59,7 @@ def refit_rows(report: dict[str, Any]) -> list[list[str]]:
 
 
 def show_comparison(bare: dict[str, Any], rows: list[dict[str, Any]], out: Path) -> None:
-    """Print a comparison: what came back, what it cost, and which cells failed."""
+    """Print a comparison: what was recovered, what it cost, and which runs failed."""
     from lcc_lens.evaluation.comparison.tables import comparison_tables, failures
 
     for table in comparison_tables(bare, rows) if bare else ():
@@ -102,8 +102,8 @@ def selector_rows(found: Scan, n: int = 3) -> list[list[str]]:
             value[layer, list(removed)] = float("-inf")
         flat = value.flatten()
         best = [Head(int(i) // scores.value.shape[1], int(i) % scores.value.shape[1]) for i in flat.topk(n).indices]
-        told = [f"{head} {float(scores.value[head]):.2g} ± {float(scores.stderr[head]):.1g}" for head in best]
-        rows.append([name, "   ".join(told)])
+        scored = [f"{head} {float(scores.value[head]):.2g} ± {float(scores.stderr[head]):.1g}" for head in best]
+        rows.append([name, "   ".join(scored)])
     return rows
 
 
@@ -120,7 +120,7 @@ def show_losses(losses: dict[str, float], n_heads: int, run_dir: Path) -> None:
 
 
 def show_recovery(found: dict[str, Any], run: Path) -> None:
-    """Print what a task's recovery brought, and what it cost elsewhere."""
+    """Print how much of a task was recovered, and what it cost elsewhere."""
     from lcc_lens.evaluation.formatting import interval
 
     show_results(found["models"], f"{found['task']} on held-out items, and {found['text']}: {run}")
@@ -155,7 +155,7 @@ def show_report(found: dict[str, Any], title: str) -> None:
 
 
 def show_drawn(drawn: Drawn, out: Path) -> None:
-    """Print which figures were drawn, and what would make the others."""
+    """Print which figures were drawn, and what the others need."""
     names = list(dict.fromkeys(path.stem for path in drawn.files))
     console().print(f"{out}: {', '.join(names)}", soft_wrap=True)
     if drawn.lacking:

@@ -1,4 +1,4 @@
-"""The record of a pruning run, written beside the weights: what was asked, what came out, and from what."""
+"""The record of a pruning run (``pruning.json``): request, measured sparsity and calibration data."""
 
 from __future__ import annotations
 
@@ -23,25 +23,25 @@ def pruning_report(
     provenance: Mapping[str, Any],
     dense_sha256: str,
 ) -> dict[str, Any]:
-    """Measure pruned weights and put them beside the request.
+    """Measure pruned weights and report them with the request.
 
     Args:
-        config: what was asked.
+        config: the request.
         plan: the matrices of every layer.
         weights: all pruned weights by name, in the layout of the checkpoint.
-        tokens: the calibration sequences, where the method used any.
+        tokens: the calibration sequences, if the method uses them.
         provenance: where the calibration sequences come from.
         dense_sha256: hash of the dense model's weights.
 
     Returns:
         A JSON object.
     """
-    shares: dict[str, float] = {}
+    sparsities: dict[str, float] = {}
     patterns: set[str] = set()
     n_zeros = n_weights = 0
     for matrix in (matrix for layer in plan for matrix in layer if matrix.name in weights):
         rows = matrix.rows(weights[matrix.name])  # one at a time: they may come from disk
-        shares[matrix.name] = sparsity(rows)
+        sparsities[matrix.name] = sparsity(rows)
         patterns.add(detect_pattern(rows))
         n_zeros += int((rows == 0).sum())
         n_weights += rows.numel()
@@ -52,7 +52,7 @@ def pruning_report(
         "sparsity_asked": config.pattern.sparsity,
         "sparsity": n_zeros / n_weights,
         "pattern_found": common_pattern(patterns),
-        "matrices": shares,
+        "matrices": sparsities,
         "calibration": tokens
         if tokens is None
         else {**provenance, "sequences": len(tokens), "length": tokens.shape[1]},

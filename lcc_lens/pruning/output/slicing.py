@@ -1,4 +1,4 @@
-"""Slicing: rows and columns that pruning emptied leave the shapes, and a standard configuration says so."""
+"""Slicing: cut the rows and columns that pruning emptied out of the shapes, and change the configuration to match."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _NONE = torch.empty(0, dtype=torch.long)
 
 @dataclass(frozen=True)
 class Cut:
-    """What one matrix loses: rows (outputs) and columns (inputs)."""
+    """The rows (outputs) and columns (inputs) that one matrix loses."""
 
     matrix: Matrix
     rows: Int[Tensor, " row"]
@@ -37,17 +37,17 @@ class Cut:
         return self.matrix.stored(kept)
 
     def apply_to_bias(self, bias: Tensor) -> Tensor:
-        """The smaller bias: it has one number per row."""
+        """The smaller bias, with one entry per row."""
         return bias[_others(self.rows, len(bias))]
 
 
 def layer_cuts(anatomy: LayerAnatomy, removed: Removed) -> list[Cut]:
-    """What every matrix of a layer loses."""
+    """The cuts of all matrices of a layer."""
     return [*_block_cuts(anatomy.attention, removed.groups), *_block_cuts(anatomy.mlp, removed.neurons)]
 
 
 def sliced_config(model_dir: Path, anatomy: LayerAnatomy, quota: Quota) -> dict[str, Any]:
-    """The entries of ``config.json`` that describe the smaller model; heads keep their size, now said explicitly."""
+    """The entries of ``config.json`` that describe the smaller model; heads keep their size."""
     config = read_config(model_dir).get_text_config()
     n_groups = anatomy.attention.n_groups - quota.groups
     return {
@@ -59,9 +59,9 @@ def sliced_config(model_dir: Path, anatomy: LayerAnatomy, quota: Quota) -> dict[
 
 
 def allowed_groups(model_dir: Path, anatomy: LayerAnatomy) -> frozenset[int]:
-    """How many key-value groups may go so that the configuration still accepts the number of heads.
+    """Numbers of key-value groups that may be removed so that the configuration accepts the number of heads.
 
-    Llama's, for one, wants a number of heads that divides the model's width, whatever the size of a head.
+    Llama's, for one, requires a number of heads that divides the model's width, whatever the size of a head.
     """
     numbers = range(anatomy.attention.n_groups)
     return frozenset(n for n in numbers if _changed(model_dir, sliced_config(model_dir, anatomy, Quota(n, 0)))[0])
@@ -70,7 +70,7 @@ def allowed_groups(model_dir: Path, anatomy: LayerAnatomy) -> frozenset[int]:
 def require_sliceable(
     model_dir: Path, anatomies: Sequence[LayerAnatomy], quota: Quota, changes: Mapping[str, Any]
 ) -> None:
-    """Ask the architecture itself, before any work, whether its standard configuration holds the smaller model.
+    """Check, before any work, that the architecture's standard configuration can describe the smaller model.
 
     Raises:
         RequestError: under the changed configuration a parameter has another shape than slicing gives it.
@@ -81,20 +81,21 @@ def require_sliceable(
     if changed is None:
         raise _not_sliceable(config.model_type, reason)
     try:
-        got = {name: tuple(p.shape) for name, p in skeleton(model_dir, changed).named_parameters()}
+        changed_shapes = {name: tuple(p.shape) for name, p in skeleton(model_dir, changed).named_parameters()}
     except RequestError as error:
         raise _not_sliceable(config.model_type, str(error)) from error
-    wanted = {**dense, **_sliced_shapes(dense, anatomies, quota)}
-    for name in sorted(wanted.keys() | got.keys()):
-        if wanted.get(name) != got.get(name):
-            raise _not_sliceable(config.model_type, f"{name} would be {got.get(name)} instead of {wanted.get(name)}")
+    sliced_shapes = {**dense, **_sliced_shapes(dense, anatomies, quota)}
+    for name in sorted(sliced_shapes.keys() | changed_shapes.keys()):
+        shape, sliced = changed_shapes.get(name), sliced_shapes.get(name)
+        if shape != sliced:
+            raise _not_sliceable(config.model_type, f"{name} would be {shape} instead of {sliced}")
 
 
 class SlicedTensors(Mapping[str, Tensor]):
-    """The smaller weights, and the smaller biases where the checkpoint has any; each made when asked for.
+    """The smaller weights, and the smaller biases where the checkpoint has any; each made on access.
 
     Args:
-        cuts: what every matrix loses.
+        cuts: the cuts of all matrices.
         weights: zeroed weights by name, in the checkpoint's layout.
         dense: the dense checkpoint.
     """
@@ -126,7 +127,7 @@ def _block_cuts(block: Block, gone: Int[Tensor, " group"]) -> list[Cut]:
 def _sliced_shapes(
     dense: Mapping[str, tuple[int, ...]], anatomies: Sequence[LayerAnatomy], quota: Quota
 ) -> dict[str, tuple[int, ...]]:
-    """The shapes that slicing gives, by the parameter's name in the model."""
+    """Shapes after slicing, by the parameter's name in the model."""
     shapes: dict[str, tuple[int, ...]] = {}
     for anatomy in anatomies:
         removed = Removed(groups=torch.arange(quota.groups), neurons=torch.arange(quota.neurons))
@@ -143,7 +144,7 @@ def _sliced_shapes(
 
 
 def _changed(model_dir: Path, changes: Mapping[str, Any]) -> tuple[Any, str]:
-    """The configuration with changed entries, built anew so that its own checks run; or None and the reason."""
+    """The configuration with changed entries, rebuilt so that its own checks run; or None and the reason."""
     config = read_config(model_dir)
     if config.get_text_config() is not config:
         return None, "more than a text model"
@@ -156,13 +157,12 @@ def _changed(model_dir: Path, changes: Mapping[str, Any]) -> tuple[Any, str]:
 def _not_sliceable(model_type: str, reason: str) -> RequestError:
     return RequestError(
         f"expected an architecture whose configuration holds fewer heads of the same size, got {model_type} "
-        f"({reason}); "
-        "leave out --sliced"
+        f"({reason}); leave out --sliced"
     )
 
 
 def _others(gone: Int[Tensor, " index"], n: int) -> Tensor:
-    """Everything but some positions, as a mask."""
+    """A mask of all positions but some."""
     kept = torch.ones(n, dtype=torch.bool)
     kept[gone] = False
     return kept

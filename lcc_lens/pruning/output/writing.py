@@ -1,4 +1,4 @@
-"""The pruned checkpoint on disk: zeroed or sliced, with its report and its head map."""
+"""Write a pruned checkpoint, zeroed or sliced, with its report and its head map."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def write_pruned(
     dense_sha256: str,
     overwrite: bool,
 ) -> dict[str, Any]:
-    """Write a plain Hugging Face directory, whole or not at all; gives the report that lies beside the weights."""
+    """Write a plain Hugging Face directory, complete or not at all; gives the contents of ``pruning.json``."""
     report = pruning_report(config, plan, finished, tokens=tokens, provenance=provenance, dense_sha256=dense_sha256)
     replaced, changes = _tensors_and_config(checkpoint, config, anatomies, finished)
     with atomic_directory(out, overwrite=overwrite) as part:
@@ -69,7 +69,7 @@ def _head_map(anatomies: Sequence[LayerAnatomy], finished: FinishedLayers, *, sl
 
 
 def _structure(config: PruneConfig, anatomies: Sequence[LayerAnatomy], finished: FinishedLayers) -> dict[str, Any]:
-    """What went as a whole: the share of the layers' weights, and heads and neurons by layer (in the dense model)."""
+    """The removed fraction of the layers' weights, and removed heads and neurons by layer of the dense model."""
     gone = [finished.removed(layer) for layer in range(len(anatomies))]
     n_removed = [
         len(removed.groups) * anatomy.attention.group_size(anatomy.d_model)
