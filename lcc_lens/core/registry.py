@@ -37,6 +37,7 @@ class Registry(Mapping[str, T], Generic[T]):
         self.kind = kind
         self._entries: dict[str, T] = dict(builtin)
         self._lazy = {name: EntryPoint(name, value, kind) for name, value in (lazy or {}).items()}
+        self._own = (*builtin, *self._lazy)
         self._plugins: dict[str, EntryPoint] | None = None
 
     def register(self, name: str, entry: T, *, replace: bool = False) -> None:
@@ -76,7 +77,7 @@ class Registry(Mapping[str, T], Generic[T]):
         return name in self._entries or name in self._entry_points()
 
     def __iter__(self) -> Iterator[str]:
-        return iter(dict.fromkeys([*self._entries, *self._entry_points()]))
+        return iter(dict.fromkeys([*self._own, *self._entries, *self._entry_points()]))
 
     def __len__(self) -> int:
         return len(list(iter(self)))

@@ -49,12 +49,14 @@ def check_request(
         raise RequestError(f"expected a method that trains to shuffle responses for, got {spec.name}; leave one out")
 
 
-def check_restores(spec: MethodSpec) -> None:
-    """Refuse a baseline whose result cannot be kept as a restoration.
+def check_restores(spec: MethodSpec, *, one_at_a_time: bool = False) -> None:
+    """Refuse a baseline whose result cannot be kept as a restoration, and a refit with one model in memory.
 
     Raises:
-        RequestError: says where it runs.
+        RequestError: says where a baseline runs, or to load both models.
     """
+    if spec.preset.on_refit and one_at_a_time:
+        raise RequestError(f"expected both models in memory for {spec.name}, got one at a time; load both")
     if spec.compare_only:
         raise RequestError(f"expected a method that restores, got {spec.name}, a baseline; run it by lcc-lens compare")
 

@@ -7,7 +7,6 @@ from dataclasses import asdict
 from pathlib import Path
 
 from lcc_lens.analysis.selectors.registry import check_selectors
-from lcc_lens.core.errors import RequestError
 from lcc_lens.core.processes import first_process_first
 from lcc_lens.data.datasets import Data
 from lcc_lens.models.pair import Pair, load_pair
@@ -60,13 +59,11 @@ def restore_models(
         RequestError: see :func:`~lcc_lens.restoration.restore.restore`.
     """
     spec, run = MethodSpec.parse(method), Path(run)
-    check_restores(spec)
+    check_restores(spec, one_at_a_time=one_at_a_time)
     settings, heads = settings or RestoreSettings(), heads or HeadRequest()
     check_selectors([heads.selector])
     config, source = with_preset(config, spec), pruned
     if spec.preset.on_refit:
-        if one_at_a_time:
-            raise RequestError(f"expected both models in memory for {method}, got one at a time; load both")
         with first_process_first():
             source = refitted_model(dense, pruned, run / REFITTED, refitting)
     pair, scan = load_pair(dense, source, one_at_a_time=one_at_a_time), None

@@ -14,5 +14,5 @@ def call(*arguments: object) -> int:
 def refused(capsys: pytest.CaptureFixture[str], code: int, message: str, *arguments: object) -> None:
     assert call(*arguments) == code
     error = capsys.readouterr().err.strip()
-    assert message in error
+    assert message in error, error
     assert len(error.splitlines()) == 1

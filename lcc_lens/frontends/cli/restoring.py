@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from lcc_lens.data.datasets import Data
     from lcc_lens.evaluation.task_recovery import TaskMeasures
     from lcc_lens.restoration.injections.spec import MethodSpec
+    from lcc_lens.restoration.settings import RefitRequest
     from lcc_lens.restoration.training.config import TrainConfig
 
 
@@ -109,15 +110,17 @@ class Restore(Placed):
     """Replace an existing restoration."""
 
     def execute(self) -> None:
+        from lcc_lens.analysis.selectors.registry import check_selectors
         from lcc_lens.evaluation.task_recovery import note_task
         from lcc_lens.restoration.checks import check_restores
         from lcc_lens.restoration.injections.spec import MethodSpec
         from lcc_lens.restoration.jobs import restore_models
-        from lcc_lens.restoration.settings import HeadRequest, RefitRequest, RestoreSettings
+        from lcc_lens.restoration.settings import HeadRequest, RestoreSettings
 
         self._check_folder()
         spec = MethodSpec.parse(self.method)
-        check_restores(spec)
+        check_restores(spec, one_at_a_time=self.one_at_a_time)
+        check_selectors([self.selector])
         measures = self._measures()
         data, validation = self._examples()
         settings = RestoreSettings(
@@ -131,7 +134,7 @@ class Restore(Placed):
         restoration, pair = restore_models(
             self.dense, self.pruned, self.run, data, method=self.method, config=self._config(spec),
             validation=validation, settings=settings, heads=heads, one_at_a_time=self.one_at_a_time,
-            refitting=RefitRequest(n_samples=self.refit_samples or RefitRequest.n_samples), resume=self.resume,
+            refitting=self._refitting(), resume=self.resume,
         )  # fmt: skip
         if is_first_process():
             show_losses(restoration.record.losses, len(restoration.record.settings["heads"]), self.run)
@@ -157,12 +160,19 @@ class Restore(Placed):
         if scanned != self.task:
             raise RequestError(f"expected a scan of {self.task} in {self.run}, got one of {scanned}; name another run")
 
+    def _refitting(self) -> RefitRequest:
+        from lcc_lens.restoration.settings import RefitRequest
+
+        return RefitRequest() if self.refit_samples is None else RefitRequest(n_samples=self.refit_samples)
+
     @property
     def _n_examples(self) -> int:
         from lcc_lens.evaluation.task_recovery import TASK_EXAMPLES
         from lcc_lens.restoration.settings import TRAIN_EXAMPLES
 
-        return self.examples or (TRAIN_EXAMPLES if self.task is None else TASK_EXAMPLES)
+        if self.examples is not None:
+            return self.examples
+        return TRAIN_EXAMPLES if self.task is None else TASK_EXAMPLES
 
     def _examples(self) -> tuple[Data, Data]:
         """Training and validation data."""

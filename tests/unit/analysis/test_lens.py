@@ -331,7 +331,7 @@ def test_wrong_requests_are_refused(pair, found, data: Data) -> None:
 
 def test_activations_that_are_not_finite_are_named(pair, data: Data) -> None:
     def poison(z, hook):
-        return z * float("nan") if z.shape[1] > 9 else z  # not on the short sequence that models are checked with
+        return z * float("nan") if z.shape[1] > 16 else z  # not on the short sequence that models are checked with
 
     named = pytest.raises(LensError, match=r"got NaN or infinity at blocks\.2\.hook_resid_post")
     with pair.pruned.hooks(fwd_hooks=[("blocks.1.attn.hook_z", poison)]), named:
