@@ -128,8 +128,7 @@ def load_pair(
     Args:
         dense: reference of the dense model (see :func:`resolve`), or a model of transformers or a HookedTransformer in
             memory (see :func:`load_hooked`).
-        pruned: the pruned model, likewise.
-        tokenizer: of models in memory.
+        pruned: the pruned model, likewise; ``tokenizer``: of models in memory.
         device: where to compute.
         dtype: compute format of both models.
         one_at_a_time: never hold both in memory; a scan then runs the dense model over everything first.
@@ -147,12 +146,11 @@ def load_pair(
         return load_hooked(reference, device=device, dtype=dtype, device_map=device_map, hooks=hooks)
 
     first = load(dense)
-    described = _Description.of(first)
-    kept = None if one_at_a_time else first.model
+    described, kept = _Description.of(first), None if one_at_a_time else first.model
     del first
     release_memory()
     second = load(pruned)
-    other = _Description.of(second)
+    other, cfg = _Description.of(second), second.model.cfg
     check_pair(described, other)
     models: BothModels | OneAtATime
     if kept is None:
@@ -166,12 +164,12 @@ def load_pair(
         dense_id=described.identity,
         pruned_id=second.identity,
         head_map=match_heads(described.n_heads, second),
-        n_layers=int(second.model.cfg.n_layers),
-        n_heads=int(second.model.cfg.n_heads),
-        d_head=int(second.model.cfg.d_head),
+        n_layers=int(cfg.n_layers),
+        n_heads=int(cfg.n_heads),
+        d_head=int(cfg.d_head),
         sites=described.shared_sites(other),
-        context=int(second.model.cfg.n_ctx),
-        dtype=second.model.cfg.dtype,
+        context=int(cfg.n_ctx),
+        dtype=cfg.dtype,
         output_projections=second.output_projections,
     )
 

@@ -113,17 +113,14 @@ def refit(
         seq_len: tokens per sequence.
         follow: interpolates the regression inputs between the pruned model's (0) and the dense model's (1).
         ridge: strength of the pull towards the dense weights, as a fraction of the inputs' mean square.
-        mend: fraction of the residual-stream error that output projections correct; see
-            :class:`~lcc_lens.pruning.refit.refit.RefitConfig`.
-        seed: seed of the draw of calibration data.
-        overwrite: replace an existing directory.
+        mend: fraction of the residual-stream error that output projections correct.
+        seed: seed of the draw of calibration data; ``overwrite``: replace an existing directory.
 
     Returns:
         The contents of ``refit.json``; see :func:`lcc_lens.pruning.refit.refit.refit_checkpoint`.
 
     Raises:
-        RequestError: the two are not a dense model and its zeroed version, or there is too little text; nothing is
-            written.
+        RequestError: the two are not a dense model and its zeroed version, or too little text; nothing is written.
 
     Example:
         >>> refit("smollm2", "out/wanda50", "out/wanda50-refit")  # doctest: +SKIP
@@ -143,12 +140,10 @@ def refit(
     tokens = [
         calibration_tokens(part, paths[1], per_part + (place < rest), seq_len, seed) for place, part in enumerate(parts)
     ]
-    provenance = {
-        "data": "+".join(part.name for part in parts),
-        "source": [part.source for part in parts],
-        # data that the pruned model was already refitted on count too
-        "groups": sorted(recorded_groups(paths[1] / REFIT_RECORD).union(*(part.groups for part in parts))),
-    }
+    # data that the pruned model was already refitted on count too
+    groups = recorded_groups(paths[1] / REFIT_RECORD).union(*(part.groups for part in parts))
+    names, sources = "+".join(part.name for part in parts), [part.source for part in parts]
+    provenance = {"data": names, "source": sources, "groups": sorted(groups)}
     return refit_checkpoint(
         *paths, Path(out), tokens=torch.cat(tokens), config=config, device=device, dtype=compute_dtype(device),
         overwrite=overwrite, provenance={**provenance, "dense": str(dense), "pruned": str(pruned), "seed": seed},

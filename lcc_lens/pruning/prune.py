@@ -49,25 +49,23 @@ def prune_checkpoint(
     """Prune the linear layers inside a model's decoder layers and write a plain Hugging Face directory.
 
     Decoder layers are pruned in order, each from inputs computed by the already pruned layers before it. Tensors that
-    the method does not change keep their bits. Finished layers are kept in a hidden folder beside ``out``: after an
-    interruption the same call continues at the first unfinished layer and gives the same result.
+    the method does not change keep their bits. Finished layers are kept beside ``out``: after an interruption the same
+    call continues at the first unfinished layer and gives the same result.
 
     Args:
         model_dir: Hugging Face directory of the dense model.
         out: directory to write; it appears complete or not at all.
         config: how to prune.
         calibration: token ids of equally long sequences without padding; None for methods that use no inputs.
-        device: where to compute.
-        dtype: format to run the model in; statistics are float32 or wider, and weights are always read from disk.
+        device: where to compute; ``dtype``: in which format (statistics are float32 or wider).
         overwrite: whether ``out`` may replace an existing directory.
         provenance: where the calibration sequences come from, for the report.
 
     Returns:
-        The report that ``pruning.json`` holds: the request, the sparsity in total and per linear layer, the detected
-        pattern, the calibration data and the hash of the dense weights.
+        The contents of ``pruning.json``: request, sparsity (total, per linear layer), pattern, calibration, hash.
 
     Raises:
-        RequestError: the request does not fit the model, the data or the disk; nothing is written.
+        RequestError: the request does not fit the model, data or disk; nothing is written.
         LensError: a weight or an activation is not finite, or the disk is full; no output is written.
 
     Reference:
@@ -84,14 +82,12 @@ def prune_checkpoint(
     require_free(out, overwrite=overwrite)
     # Twice: the finished layers lie beside the output until it is whole.
     require_space(out, 2 * checkpoint.n_bytes + _SIDE_FILES_BYTES)
-
-    digest = checkpoint.sha256
-    finished = FinishedLayers(out, fingerprint(config, tokens, digest, dtype, package_version()))
+    finished = FinishedLayers(out, fingerprint(config, tokens, checkpoint.sha256, dtype, package_version()))
     try:
         _prune_layers(model_dir, plan, config, tasks, tokens, device, dtype, finished)
         report = write_pruned(
             checkpoint, out, config, plan, anatomies, finished, tokens=tokens, provenance=provenance,
-            dense_sha256=digest, overwrite=overwrite,
+            dense_sha256=checkpoint.sha256, overwrite=overwrite,
         )  # fmt: skip
     except LensError as error:
         if not isinstance(error, DiskFullError) or finished.n_layers == 0:  # another attempt would fail the same way

@@ -178,6 +178,20 @@ def test_the_house_stays_small_enough_to_see() -> None:
     assert len(entries) <= MAX_ENTRIES, f"more than {MAX_ENTRIES} entries in lcc_lens: {', '.join(sorted(entries))}"
 
 
+def test_modules_and_functions_fit_on_a_screen_or_two() -> None:
+    texts = {name or "lcc_lens": path.read_text(encoding="utf-8") for name, path in FILES.items()}
+    long = [name for name, text in texts.items() if text.count("\n") > MAX_LINES_OF_A_MODULE]
+    assert not long, f"more than {MAX_LINES_OF_A_MODULE} lines in {', '.join(long)}"
+    functions = {
+        f"{name}.{node.name}": (node.end_lineno or 0) - node.lineno + 1
+        for name, text in texts.items()
+        for node in ast.walk(ast.parse(text))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+    }
+    long = [name for name, lines in functions.items() if lines > MAX_LINES_OF_A_FUNCTION]
+    assert not long, f"more than {MAX_LINES_OF_A_FUNCTION} lines in {', '.join(long)}"
+
+
 def test_a_folder_opens_with_what_it_is_for_and_imports_nothing() -> None:
     for name, path in FILES.items():
         if path.name == "__init__.py" and name:

@@ -75,10 +75,8 @@ def score_interaction_probe(
         predicted, ridge = _predict(pruned, restored, difference, ridges)
         loss_pruned, loss_restored = squared_loss(predicted)
         improvement.append((loss_pruned - loss_restored).T.cpu())
-        accuracy_pruned, accuracy_restored = _order_accuracy(predicted).tolist()
-        report["ridge"].append(ridge)
-        report["accuracy_pruned"].append(accuracy_pruned)
-        report["accuracy_restored"].append(accuracy_restored)
+        for values, value in zip(report.values(), (ridge, *_order_accuracy(predicted).tolist()), strict=True):
+            values.append(value)
     settings = {"rank": rank, "max_pairs": max_pairs, "seed": seed, "ridges": list(ridges), **report}
     return HeadScores.from_examples("interaction", torch.stack(improvement, dim=1), settings)
 

@@ -100,8 +100,7 @@ def load_hooked(
 
     A model of transformers that is in memory is stored in the cache first (see
     :func:`lcc_lens.models.loading.in_memory.stored_model`): artefacts name weights on disk, and hooks would rename
-    its keys. A
-    HookedTransformer (TransformerLens 3) that is in memory is taken as it is, if it has its checkpoint's weights
+    its keys. A HookedTransformer (TransformerLens 3) in memory is used as it is, if its weights are its checkpoint's,
     unprocessed (see :mod:`lcc_lens.models.hooked.hooked_transformer`).
 
     Checked at once: the hooked logits equal plain transformers', ``hook_z`` has the promised shape, and a change at
@@ -144,14 +143,9 @@ def load_hooked(
     _check_hooked(model, tokens, expected, str(reference))
     modules = _output_projections(model, plain)
     identity = _IDENTITIES[model] = ModelIdentity(str(reference), path, Checkpoint(path).sha256)
-    return LoadedModel(
-        cast("HookedModel", model),
-        tokenizer,
-        identity,
-        tuple(names[id(module)] for module in modules),
-        is_transposed(modules[0]),
-        tuple(_removed_heads(module, int(model.cfg.n_heads)) for module in modules),
-    )
+    projections = tuple(names[id(module)] for module in modules)
+    removed = tuple(_removed_heads(module, int(model.cfg.n_heads)) for module in modules)
+    return LoadedModel(cast("HookedModel", model), tokenizer, identity, projections, is_transposed(modules[0]), removed)
 
 
 def as_reference(

@@ -108,8 +108,7 @@ def refit_checkpoint(
         LensError: an activation or a weight is not finite, or a zero was lost; nothing is written.
 
     Reference:
-        SparseGPT's compensation with a fixed mask (Frantar & Alistarh 2023); layer-wise reconstruction after pruning as
-        in arXiv 2510.14444.
+        SparseGPT's compensation with a fixed mask (Frantar & Alistarh 2023); reconstruction as in arXiv 2510.14444.
     """
     config = config or RefitConfig()
     checkpoints = Checkpoint(dense), Checkpoint(pruned)
