@@ -102,11 +102,11 @@ def test_the_best_method_recovers_a_task_too(
     sets: Path, text_file: Path, dense_dir: Path, pruned_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its pair is the refitted model's, but the pruned one is measured as it was."""
-    from lcc_lens.restoration import best
+    from lcc_lens.restoration import refitted
 
-    real = best.refit
+    real = refitted.refit
     monkeypatch.setattr(
-        best, "refit", lambda *pair, **_: real(*pair, calibration=str(text_file), n_samples=3, seq_len=48)
+        refitted, "refit", lambda *pair, **_: real(*pair, calibration=str(text_file), n_samples=3, seq_len=48)
     )
     few = ("--task", "arc_easy", "--examples", 30, "--items", 12, "--method", "best", "--quiet")
     assert call("restore", dense_dir, pruned_dir, tmp_path / "run", *few) == 0
