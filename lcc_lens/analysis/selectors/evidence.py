@@ -75,7 +75,7 @@ class Evidence:
             RequestError: the data have no right and wrong answers.
         """
         if self.layers is None:
-            raise RequestError("expected questions with right and wrong answers, got data without; name such a task")
+            raise RequestError("expected questions with right and wrong answers, got none in data; name such a task")
         return self.layers()
 
     def require_models(self) -> None:
