@@ -58,14 +58,14 @@ def flap(
 
     $b = (W_{dense} - W) \bar x$ with the mean $\bar x$ of a map's inputs in the dense model: the removed weights times
     the mean input, where pruning left the others as they were; where it changed them to make up for some of the loss,
-    that is not given back twice. As in the paper, the two maps that end attention and MLP have one, in one pass and in
+    that is not counted twice. As in the paper, output and down projections get one each, in one pass and in
     closed form. (The paper removes whole input channels, and proposes a score to choose them; this is its compensation
     alone, on zeros of any kind.)
 
     Args:
         pair: the hooked models.
         sequences: calibration data.
-        model: what to mend, the pair's pruned model if not given.
+        model: the model to correct; the pair's pruned model if not given.
         max_tokens: padded tokens per forward pass.
 
     Raises:
@@ -74,15 +74,15 @@ def flap(
     Reference:
         FLAP (An et al., AAAI 2024, arXiv 2312.11983), bias compensation; from the paper alone.
     """
-    dense, mended = pair.dense, pair.pruned if model is None else model
-    plain_modules(mended)  # its maps have hook points of their own, which a HookedTransformer's have not
-    maps = {site: (projection_names(dense, site), projection_names(mended, site)) for site in CONSTANT_SITES}
+    dense, corrected = pair.dense, pair.pruned if model is None else model
+    plain_modules(corrected)  # its maps have hook points of their own, which a HookedTransformer's have not
+    maps = {site: (projection_names(dense, site), projection_names(corrected, site)) for site in CONSTANT_SITES}
     means = mean_inputs(dense, sequences, max_tokens)
     biases: dict[ConstantSite, Tensor] = {}
     for site, by_layer in maps.items():
         rows = []
         for layer, (original, name) in enumerate(zip(*by_layer, strict=True)):
-            weights = linear_weight(dense, original), linear_weight(mended, name)
+            weights = linear_weight(dense, original), linear_weight(corrected, name)
             if weights[0].shape != weights[1].shape:
                 raise RequestError(
                     "expected models whose layers have the same shapes, got a sliced one; leave flap out"
@@ -90,7 +90,7 @@ def flap(
             lost = weights[0].double().cpu() - weights[1].double().cpu()
             rows.append(lost @ means[site][layer])
         biases[site] = torch.stack(rows).float()
-    return BiasInjection(biases).to(device_of(mended))
+    return BiasInjection(biases).to(device_of(corrected))
 
 
 def mean_inputs(
