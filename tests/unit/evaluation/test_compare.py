@@ -380,7 +380,7 @@ def test_dense_control_of_a_sliced_model_is_reported(text_file: Path, config: Co
 def test_random_heads_are_others_and_want_a_choice(
     dense_dir: Path, pruned_dir: Path, config: CompareConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(RequestError, match="expected a share of heads below 1 for random heads, got all"):
+    with pytest.raises(RequestError, match="expected a share of heads below 1 for random heads, got 1; lower it"):
         compare(dense_dir, pruned_dir, tmp_path, ["lcc@random-heads"], config=config)
     chosen, real = [], MethodSpec.build
 
