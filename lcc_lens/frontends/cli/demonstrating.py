@@ -25,7 +25,7 @@ class Demo(Common):
 
         def stage(title: str) -> None:
             if not self.quiet:
-                console().print(f"[bold]{next(stages)}/5[/bold] {title}")
+                console().print(f"{next(stages)}/5 {title}", style="bold")
 
         result = run_demo(DemoConfig(folder=self.folder, seed=self.seed), stage=stage)
         show_results(result.results["models"], "dense, pruned, restored on held-out data")

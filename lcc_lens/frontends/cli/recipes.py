@@ -41,8 +41,8 @@ class Recipe(Common):
             recipe, out, model=self.model, seeds=self.seeds, examples=self.examples, limit=self.limit,
             dry_run=self.dry_run,
         )  # fmt: skip
-        console().print((out / RECIPE_TABLE).read_text(encoding="utf-8"), highlight=False, markup=False, soft_wrap=True)
+        console().print((out / RECIPE_TABLE).read_text(encoding="utf-8"), soft_wrap=True)
         for comparison in results["comparisons"].values():
             for line in failures(comparison["rows"]):
-                console().print(line, highlight=False, markup=False, soft_wrap=True)
+                console().print(line, soft_wrap=True)
         console().print(f"table {out / RECIPE_TABLE}", soft_wrap=True)

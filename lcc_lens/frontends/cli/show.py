@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from lcc_lens.analysis.scan.scan import Scan
@@ -15,22 +16,28 @@ _SITE_NAMES = {"z": "head outputs", "mlp": "MLP after its activation", "resid": 
 
 
 def console() -> Any:
-    """The terminal, as wide as it is now."""
+    """The terminal, as wide as it is now; brackets in a message are text, not markup."""
     from rich.console import Console
 
-    return Console()
+    return Console(markup=False, highlight=False)
 
 
 def show_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
-    """Print a table; the first column is text, the others are numbers."""
+    """Print a table: columns of numbers to the right, text to the left."""
     from rich.table import Table
 
     table = Table(title=title, title_justify="left", show_header=any(columns))
     for number, column in enumerate(columns):
-        table.add_column(column, justify="left" if number == 0 else "right", overflow="fold")
+        table.add_column(column, justify=_side([row[number] for row in rows]), overflow="fold")
     for row in rows:
         table.add_row(*row)
     console().print(table)
+
+
+def _side(cells: list[str]) -> Literal["left", "right"]:
+    """The side of a column: numbers begin with a digit, perhaps behind a sign; empty cells and dashes fit either."""
+    told = [cell for cell in cells if cell.strip(" –-")]
+    return "right" if told and all(re.match(r"[+\-−<>~]?[\d.]", cell) for cell in told) else "left"
 
 
 def pruning_rows(report: dict[str, Any]) -> list[list[str]]:
@@ -65,7 +72,7 @@ def show_comparison(bare: dict[str, Any], rows: list[dict[str, Any]], out: Path)
     for table in comparison_tables(bare, rows) if bare else ():
         show_table(table.title, table.columns, table.rows)
     for line in failures(rows):
-        console().print(line, highlight=False, markup=False)
+        console().print(line)
     console().print(f"comparison {out}", soft_wrap=True)
 
 
@@ -132,7 +139,7 @@ def show_recovery(found: dict[str, Any], run: Path) -> None:
         sentence += f"; {found['share_recovered']:.0%} of a loss that may be none on so few items"
     else:
         sentence += f"; {found['share_recovered']:.0%} {interval(found['share_interval'], '.0%')} of what pruning lost"
-    console().print(sentence, highlight=False, markup=False, soft_wrap=True)
+    console().print(sentence, soft_wrap=True)
 
 
 def show_results(models: dict[str, Any], title: str) -> None:
@@ -151,7 +158,7 @@ def show_report(found: dict[str, Any], title: str) -> None:
     if found["ratios"]:
         show_table("median and interval of interleaved rounds", *time_table(found))
     for sentence in findings(found):
-        console().print(sentence, highlight=False, markup=False)
+        console().print(sentence)
 
 
 def show_drawn(drawn: Drawn, out: Path) -> None:
