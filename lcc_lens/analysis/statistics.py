@@ -164,8 +164,6 @@ class RunningDifferences:
         """Add one layer's activations on a batch.
 
         Args:
-            layer: which layer.
-            dense: the dense model's.
             pruned: the pruned model's on the same tokens.
             example: the example that each sample belongs to, from 0 within the batch; samples of one example are not
                 independent. :meth:`count` takes the same, once per batch.

@@ -56,11 +56,7 @@ class Checkpoint:
 
     @cached_property
     def weight_files(self) -> tuple[Path, ...]:
-        """The safetensors files that hold the weights, in name order.
-
-        Raises:
-            RequestError: there are none, or an index names a shard that is missing.
-        """
+        """The safetensors files that hold the weights, in name order."""
         index = self.path / WEIGHTS_INDEX
         if index.exists():
             files = [self.path / name for name in sorted(set(read_json(index)["weight_map"].values()))]
@@ -85,11 +81,7 @@ class Checkpoint:
 
     @cached_property
     def tensors(self) -> Mapping[str, StoredTensor]:
-        """Every stored tensor by name, from the headers of the weight files alone.
-
-        Raises:
-            RequestError: a weight file is damaged.
-        """
+        """Every stored tensor by name, from the headers of the weight files alone."""
         from safetensors import SafetensorError, safe_open
 
         tensors: dict[str, StoredTensor] = {}
@@ -134,11 +126,7 @@ class Checkpoint:
         return short if name not in self.tensors and short in self.tensors else name
 
     def read(self, name: str) -> Tensor:
-        """Read one tensor, in its stored layout and format.
-
-        Raises:
-            RequestError: there is no such tensor.
-        """
+        """Read one tensor, in its stored layout and format."""
         from safetensors import safe_open
 
         if name not in self.tensors:

@@ -116,9 +116,6 @@ def hook_kind() -> HookKind:
     """The kind of hooked model to make: ``LCC_LENS_HOOKS``, else ``bridge``.
 
     ``hooked-transformer`` needs TransformerLens 3.
-
-    Raises:
-        RequestError: the variable holds another word.
     """
     kind = os.environ.get("LCC_LENS_HOOKS") or "bridge"
     if kind not in get_args(HookKind):

@@ -83,21 +83,13 @@ def atomic_directory(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
 
 
 def require_free(path: Path, *, overwrite: bool) -> None:
-    """Refuse an existing folder that is not empty, unless it may be replaced.
-
-    Raises:
-        RequestError: ``path`` is a file or a folder that is not empty, and ``overwrite`` is false.
-    """
+    """Refuse an existing folder that is not empty, unless it may be replaced."""
     if path.exists() and not overwrite and (not path.is_dir() or any(path.iterdir())):
         raise RequestError(f"{path} exists already; name another folder or pass --overwrite")
 
 
 def require_space(path: Path, n_bytes: int) -> None:
-    """Refuse, before any work, a disk with fewer than ``n_bytes`` free.
-
-    Raises:
-        RequestError: there is too little space.
-    """
+    """Refuse, before any work, a disk with fewer than ``n_bytes`` free."""
     folder = path
     while not folder.exists():
         folder = folder.parent
@@ -121,11 +113,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Read JSON.
-
-    Raises:
-        RequestError: the file is missing or is not JSON.
-    """
+    """Read JSON."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
@@ -147,11 +135,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Read a safetensors file and its metadata.
-
-    Raises:
-        RequestError: the file is missing, truncated or not in safetensors format.
-    """
+    """Read a safetensors file and its metadata."""
     from safetensors import SafetensorError, safe_open
 
     try:

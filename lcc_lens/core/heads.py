@@ -49,11 +49,7 @@ def all_heads(n_layers: int, n_heads: int) -> list[Head]:
 
 
 def check_heads(heads: Iterable[Head | tuple[int, int]], n_layers: int, n_heads: int) -> list[Head]:
-    """Sort heads, and refuse those that the model does not have.
-
-    Raises:
-        RequestError: there is no head, the same head twice, or a head outside the model.
-    """
+    """Sort heads, and refuse those that the model does not have."""
     checked = sorted(Head(*head) for head in heads)
     if not checked:
         raise RequestError("expected at least one head, got none; raise the share of heads")
@@ -110,11 +106,7 @@ class HeadMap:
 
 
 def read_head_map(model_dir: Path) -> HeadMap | None:
-    """Read the head map beside a model's weights; None if there is none.
-
-    Raises:
-        RequestError: the file has another layout.
-    """
+    """Read the head map beside a model's weights; None if there is none."""
     path = model_dir / HEAD_MAP
     if not path.exists():
         return None

@@ -44,7 +44,6 @@ def peak_memory(device: torch.device, every: float = 0.02) -> Iterator[PeakMemor
     """Measure a block's peak memory: the allocator's on a GPU, else the process's resident pages, sampled.
 
     Args:
-        device: where the block computes.
         every: seconds between two samples of the process.
     """
     peak = PeakMemory()

@@ -71,14 +71,8 @@ def bootstrap_interval(
     With differences of two models on the same items as ``numerators`` the interval is a paired one.
 
     Args:
-        numerators: a, one per item.
         denominators: b; ones if not given, so that the statistic is a mean.
         level: fraction of the resamples inside the interval.
-        n_samples: number of resamples.
-        seed: of the resampling.
-
-    Raises:
-        ValueError: there are no items, or lists of different length.
     """
     a = torch.tensor(numerators, dtype=torch.float64)
     b = torch.ones_like(a) if denominators is None else torch.tensor(denominators, dtype=torch.float64)
@@ -106,18 +100,12 @@ def stratified_interval(
     ``denominators`` it is the interval of the recovered fraction.
 
     Args:
-        numerators: a, one list per stratum.
         denominators: b, as long as a; ones if not given.
         level: fraction of the resamples inside the interval.
-        n_samples: number of resamples.
-        seed: of the resampling.
 
     Returns:
         None if the interval of the denominator includes 0: the ratio is then unbounded (Fieller 1954). Single resamples
         whose denominator is not positive are left out.
-
-    Raises:
-        ValueError: there are no strata, an empty one, or lists of different length.
     """
     shapes = [len(stratum) for stratum in numerators]
     if not shapes or not all(shapes) or (denominators is not None and [len(b) for b in denominators] != shapes):

@@ -24,13 +24,7 @@ _tracker: ContextVar[Tracker] = ContextVar("lcc_lens_tracker", default=_silent)
 
 
 def track(items: Iterable[T], total: int, description: str) -> Iterator[T]:
-    """Yield the items while the current front end shows progress.
-
-    Args:
-        items: the items to work through.
-        total: how many there are.
-        description: a few words beside the bar.
-    """
+    """Yield the items while the current front end shows progress."""
     yield from _tracker.get()(items, total, description)
 
 

@@ -45,11 +45,6 @@ class Registry(Mapping[str, T], Generic[T]):
 
         Args:
             name: lower-case letters, digits, ``-`` and ``_``.
-            entry: what the name stands for.
-            replace: allow a name that is taken.
-
-        Raises:
-            RequestError: the name has another form, or is taken.
         """
         if not _NAME.fullmatch(name):
             raise RequestError(
@@ -60,11 +55,7 @@ class Registry(Mapping[str, T], Generic[T]):
         self._entries[name] = entry
 
     def __getitem__(self, name: str) -> T:
-        """The entry of a name.
-
-        Raises:
-            RequestError: there is none; the message names the closest and all others.
-        """
+        """The entry of a name."""
         if name not in self._entries and name in self._entry_points():
             return cast("T", self._entry_points()[name].load())
         if name not in self._entries:

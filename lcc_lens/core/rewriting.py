@@ -23,11 +23,7 @@ _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
 def parse_size(size: int | str) -> int:
-    """Bytes from a number or a text such as ``5GB``.
-
-    Raises:
-        RequestError: the text has another form, or the size is 0.
-    """
+    """Bytes from a number or a text such as ``5GB``."""
     match = re.fullmatch(r"(\d+)\s*(|KB|MB|GB)", str(size).strip(), flags=re.IGNORECASE)
     if match is None or int(match[1]) == 0:
         raise RequestError(f"expected a size such as 5GB or a number of bytes, got {size!r}")
@@ -52,16 +48,11 @@ def copy_checkpoint(
     """Copy a checkpoint, replacing and adding tensors; every other tensor stays bit-identical.
 
     Args:
-        source: the checkpoint to copy.
-        target: an existing, empty folder.
         replaced: new values by tensor name, of the stored shape; cast to the stored dtype. They are looked up one at a
             time, so a mapping that reads from disk keeps little in memory.
         added: tensors that the source does not have; they go into the first shard.
         config: entries of ``config.json`` to set.
         resize: whether replaced tensors may have other shapes.
-
-    Raises:
-        RequestError: a replaced tensor is not in the checkpoint or has another shape.
     """
     if unknown := set(replaced) - source.tensors.keys():
         raise RequestError(
@@ -111,11 +102,7 @@ class _Piece:
     rows: slice | None
 
     def read(self, checkpoint: Checkpoint, dtype: torch.dtype | None) -> Tensor:
-        """The tensor in the new format.
-
-        Raises:
-            LensError: a number is too large for the format.
-        """
+        """The tensor in the new format."""
         tensor = checkpoint.read(self.source)
         tensor = tensor if self.rows is None else tensor[self.rows].clone()
         if dtype is None or not tensor.is_floating_point():
@@ -138,7 +125,6 @@ def rewrite_weights(
     """Replace the weight files of a folder that nobody reads yet, with one file in memory at a time.
 
     Args:
-        directory: a Hugging Face directory.
         splits: tensors to split into rows under other names; every bit of them stays.
         dtype: the format of floating-point tensors; as they are if not given.
         max_shard_size: bytes per file at most (one tensor may be larger); the same files as before if not given.

@@ -48,7 +48,6 @@ def evaluate_model(
     """Score one model: perplexity on text, response loss on instructions, accuracy on lm-eval's tasks.
 
     Args:
-        reference: a model reference.
         tasks: names of data sets or lm-eval tasks, or ``.jsonl``/``.txt`` files.
         limit: maximum of blocks, responses or items per task.
         length: tokens per block of text (perplexity depends on it).
@@ -88,11 +87,7 @@ def unique_names(references: Sequence[str | Path]) -> list[str]:
 
 
 def check_tasks(tasks: Sequence[str]) -> None:
-    """Refuse unknown tasks and tasks without data.
-
-    Raises:
-        RequestError: names the task and the known ones.
-    """
+    """Refuse unknown tasks and tasks without data."""
     if not tasks:
         raise RequestError(f"expected at least one task, got none; name some of {', '.join(DATASETS)}")
     unknown = [task for task in tasks if not _is_loss_task(task) and task not in HARNESS_FOLDERS]

@@ -40,11 +40,7 @@ class AnswerScorer(HFLM):  # type: ignore[misc]  # lm-eval is not typed
     def _loglikelihood_tokens(
         self, requests: Sequence[Request], disable_tqdm: bool = False, override_bs: int | None = None
     ) -> list[tuple[float, bool]]:
-        """Log-likelihood of every request's answer in nats, and whether greedy decoding would give the answer.
-
-        Raises:
-            RequestError: an answer alone is longer than the limit.
-        """
+        """Log-likelihood of every request's answer in nats, and whether greedy decoding would give the answer."""
         longest = max((len(answer) for _, _, answer in requests), default=0)
         if longest > self.max_length:
             raise RequestError(

@@ -46,10 +46,7 @@ def evaluate_task(
     """Zero-shot accuracy on one of lm-eval's tasks, with its prompts, scoring and standard error.
 
     Args:
-        model: a plain model.
-        tokenizer: its tokenizer.
         task: a named data set, or any task that lm-eval knows (needs the hub).
-        limit: items at most, the first ones.
         records: the items to use instead of the task's own evaluation split.
         batch_tokens: padded tokens per forward pass; 1024 on a CPU and 4096 on a GPU if not given.
         with_items: also return whether each item was right, for paired comparisons.
@@ -57,9 +54,6 @@ def evaluate_task(
     Returns:
         ``acc``, ``stderr``, ``n``, and ``acc_norm`` if the task has it; ``items``, if requested, as a string of 1
         (right) and 0 (wrong).
-
-    Raises:
-        RequestError: unknown task, or no data for it.
     """
     from lm_eval import evaluate as run_lm_eval
 

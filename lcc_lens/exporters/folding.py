@@ -22,11 +22,7 @@ from lcc_lens.restoration.result import Restoration
 
 
 def require_same_weights(restoration: Restoration, pruned: Checkpoint) -> None:
-    """Refuse a model other than the one that was restored.
-
-    Raises:
-        RequestError: the hashes differ.
-    """
+    """Refuse a model other than the one that was restored."""
     expected = restoration.record.pruned_sha256
     if expected != pruned.sha256:
         raise RequestError(
@@ -45,8 +41,6 @@ def fold(
     Constants at an MLP, as head 0 of its layer, become the down projection's bias the same way.
 
     Args:
-        constants: the learned constants.
-        heads: their heads.
         weights: by layer the output projection as ``nn.Linear`` stores it; head h owns columns h*d_head on.
     """
     d_head = constants.shape[-1]
@@ -65,13 +59,7 @@ def fold_values(
     A query's attention weights sum to one, so $\sum_j a_j (v_j + b) = z + b$: the bias is the constant itself.
 
     Args:
-        constants: the learned constants.
-        heads: their heads.
-        n_heads: query heads per layer.
         heads_per_bias: query heads that share a value head.
-
-    Raises:
-        RequestError: heads that share a value head have different constants.
     """
     d_head = constants.shape[-1]
     by_head = {layer: torch.zeros(n_heads, d_head, dtype=torch.float64) for layer, _ in heads}

@@ -75,11 +75,7 @@ def export_gguf(
 
 
 def require_converter(llama_cpp: str | Path | None) -> Path:
-    """The converter in a clone of llama.cpp; the clone is ``llama_cpp``, else ``LCC_LENS_LLAMA_CPP``.
-
-    Raises:
-        RequestError: no clone is named, or it has no converter.
-    """
+    """The converter in a clone of llama.cpp; the clone is ``llama_cpp``, else ``LCC_LENS_LLAMA_CPP``."""
     folder = llama_cpp or os.environ.get(FOLDER_VARIABLE)
     advice = "git clone https://github.com/ggml-org/llama.cpp (nothing to build)"
     if not folder:
@@ -94,11 +90,7 @@ def require_converter(llama_cpp: str | Path | None) -> Path:
 
 
 def require_new_file(file: Path, *, overwrite: bool) -> None:
-    """Refuse a file that is there already, unless it may be replaced.
-
-    Raises:
-        RequestError: it is there and ``overwrite`` is false, or it is a folder.
-    """
+    """Refuse a file that is there already, unless it may be replaced."""
     if file.is_dir():
         raise RequestError(f"expected a file name for the GGUF, got the folder {file}; name a file in it")
     if file.exists() and not overwrite:
@@ -111,11 +103,7 @@ def _number_format(checkpoint: Checkpoint) -> str:
 
 
 def _convert(converter: Path, directory: Path, file: Path, number_format: str) -> None:
-    """Run the converter.
-
-    Raises:
-        LensError: it fails; the message quotes its last line.
-    """
+    """Run the converter."""
     command = [sys.executable, str(converter), str(directory), "--outfile", str(file), "--outtype", number_format]
     # The converter would run code that a tokenizer's settings name; offline it cannot fetch any.
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
@@ -173,14 +161,10 @@ def compare_gguf(file: Path, checkpoint: Checkpoint) -> tuple[str, int]:
     """Compare every tensor of a GGUF file with an exported directory's, in llama.cpp's layout.
 
     Args:
-        file: the GGUF file.
         checkpoint: the exported directory that it was made from.
 
     Returns:
         llama.cpp's name of the architecture, and how many tensors are equal.
-
-    Raises:
-        LensError: a tensor is missing, differs or is not the directory's, or llama.cpp does not read the biases.
     """
     from gguf import dequantize
 
@@ -222,11 +206,7 @@ def _field(reader: GGUFReader, key: str) -> Any:
 
 
 def _names(architecture: str, n_layers: int, stored: Iterable[str]) -> dict[str, str]:
-    """Hugging Face's names by llama.cpp's names.
-
-    Raises:
-        LensError: llama.cpp has no name for a stored tensor, or the same name for two.
-    """
+    """Hugging Face's names by llama.cpp's names."""
     from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
 
     name_map = get_tensor_name_map(

@@ -53,10 +53,6 @@ def push_to_hub(directory: str | Path, repository: str, *, private: bool = True)
 
 
 def require_repository(repository: str) -> None:
-    """Refuse what is not ``owner/name``, before anything is written.
-
-    Raises:
-        RequestError: the name has another form.
-    """
+    """Refuse what is not ``owner/name``, before anything is written."""
     if not _REPOSITORY.fullmatch(repository):
         raise RequestError(f"expected a repository owner/name to upload to, got {repository!r}; write me/my-model")

@@ -135,11 +135,7 @@ def _rewrite(part: Path, dtype: torch.dtype | None, max_shard_size: int | str | 
 def _count_identical(
     source: Checkpoint, target: Checkpoint, edited: set[str], splits: Splits, dtype: torch.dtype | None
 ) -> int:
-    """Compare every untouched tensor bit for bit, zeros included; with another ``dtype``, after rounding.
-
-    Raises:
-        LensError: a tensor differs.
-    """
+    """Compare every untouched tensor bit for bit, zeros included; with another ``dtype``, after rounding."""
     untouched = [name for name in source.tensors if name not in edited]
     for name in untouched:
         before = source.read(name)
@@ -185,11 +181,7 @@ class _Expected:
 
 
 def _reload(expected: _Expected, exported: Path) -> tuple[float, int]:
-    """Load the export with plain transformers; gives its largest difference to the hooked model, and its zeros.
-
-    Raises:
-        LensError: the reloaded model does not compute what the hooked one does.
-    """
+    """Load the export with plain transformers; gives its largest difference to the hooked model, and its zeros."""
     plain = load_plain(exported, dtype=torch.float32, attention="eager")
     if load_tokenizer(exported)(_PROBE_TEXT)["input_ids"] != expected.text_ids:
         raise LensError(f"expected the tokenizer of {expected.reference} kept, got another; nothing was kept")

@@ -87,7 +87,6 @@ def run_demo(config: DemoConfig, *, stage: Callable[[str], None] | None = None) 
     """Prune, scan, restore, export and evaluate; every step runs again, only the converted model is cached.
 
     Args:
-        config: model, folder and sizes.
         stage: called with the title of each step.
     """
     timer = _Timer(stage)

@@ -201,15 +201,13 @@ def check_pair(dense: _Description, pruned: _Description) -> None:
         wanted, got = dense.shapes[name], pruned.shapes[name]
         if wanted != got:
             raise RequestError(
-                f"expected two models of the same shape, got {name} {wanted} in {dense.identity.reference} and "
-                f"{got} in "
-                f"{pruned.identity.reference}; name the model that this one was pruned from"
+                f"expected two models of the same shape, got {name} {wanted} in {dense.identity.reference} and {got} "
+                f"in {pruned.identity.reference}; name the model that this one was pruned from"
             )
     if dense.vocabulary != pruned.vocabulary:
         raise RequestError(
-            f"expected two models with the same tokenizer, got different vocabularies in "
-            f"{dense.identity.reference} and "
-            f"{pruned.identity.reference}; name the model that this one was pruned from"
+            f"expected two models with the same tokenizer, got different vocabularies in {dense.identity.reference} "
+            f"and {pruned.identity.reference}; name the model that this one was pruned from"
         )
 
 
@@ -217,9 +215,6 @@ def match_heads(n_dense: int, pruned: LoadedModel) -> HeadMap:
     """Which dense head every pruned head is: from the head map beside the weights, else head for head.
 
     Heads that are there in shape only are found in the weights themselves, whoever pruned them.
-
-    Raises:
-        RequestError: fewer heads and no head map, or a head map that does not fit the two models.
     """
     n_layers, n_heads = int(pruned.model.cfg.n_layers), int(pruned.model.cfg.n_heads)
     found = read_head_map(pruned.identity.path)

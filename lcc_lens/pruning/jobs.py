@@ -151,11 +151,7 @@ def refit(
 
 
 def calibration_tokens(data: Data, model: Path, n_samples: int, seq_len: int, seed: int) -> torch.Tensor:
-    """Equally long token blocks ``[sequence, pos]`` from shuffled documents.
-
-    Raises:
-        RequestError: too little text for ``n_samples`` blocks.
-    """
+    """Equally long token blocks ``[sequence, pos]`` from shuffled documents."""
     order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed)).tolist()
     text = "\n\n".join(data.examples[i].prompt + data.examples[i].response for i in order)
     blocks = text_blocks(text, load_tokenizer(model), seq_len, n_samples)

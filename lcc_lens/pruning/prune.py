@@ -55,7 +55,6 @@ def prune_checkpoint(
     Args:
         model_dir: Hugging Face directory of the dense model.
         out: directory to write; it appears complete or not at all.
-        config: how to prune.
         calibration: token ids of equally long sequences without padding; None for methods that use no inputs.
         device: where to compute; ``dtype``: in which format (statistics are float32 or wider).
         overwrite: whether ``out`` may replace an existing directory.

@@ -24,11 +24,7 @@ def check_request(
     config: TrainConfig,
     settings: RestoreSettings,
 ) -> None:
-    """Refuse a method that lacks what it acts on, and models, a scan or heads that do not fit it.
-
-    Raises:
-        RequestError: says what is missing, or which of them is another model's.
-    """
+    """Refuse a method that lacks what it acts on, and models, a scan or heads that do not fit it."""
     check_restores(spec)
     if scan is not None:
         check_scan(scan, pair)
@@ -50,11 +46,7 @@ def check_request(
 
 
 def check_restores(spec: MethodSpec, *, one_at_a_time: bool = False) -> None:
-    """Refuse a baseline whose result cannot be kept as a restoration, and a refit with one model in memory.
-
-    Raises:
-        RequestError: says where a baseline runs, or to load both models.
-    """
+    """Refuse a baseline whose result cannot be kept as a restoration, and a refit with one model in memory."""
     if spec.preset.on_refit and one_at_a_time:
         raise RequestError(f"expected both models in memory for {spec.name}, got one at a time; load both")
     if spec.compare_only:
@@ -72,11 +64,7 @@ def require_slots(pair: Pair, spec: MethodSpec) -> None:
 
 
 def refuse_removed(heads: Sequence[Head], pair: Pair) -> None:
-    """Refuse heads that pruning removed whole: nothing put there reaches the output.
-
-    Raises:
-        RequestError: names the first such head.
-    """
+    """Refuse heads that pruning removed whole: nothing put there reaches the output."""
     removed = {Head(layer, head) for layer, gone in enumerate(pair.head_map.removed) for head in gone}
     gone = sorted(removed.intersection(heads))
     if gone:

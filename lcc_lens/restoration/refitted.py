@@ -23,11 +23,7 @@ def pair_hashes(dense: str | Path, pruned: str | Path) -> dict[str, str]:
 
 
 def check_refitted(folder: Path, hashes: Mapping[str, str]) -> None:
-    """Refuse a folder that holds the refitted model of another pair.
-
-    Raises:
-        RequestError: names the folder.
-    """
+    """Refuse a folder that holds the refitted model of another pair."""
     record = folder / REFIT_RECORD
     if record.exists() and {name: read_json(record).get(name) for name in hashes} != hashes:
         raise RequestError(f"expected a refit of this pair in {folder}, got another's; name another run")

@@ -202,11 +202,7 @@ class Restoration:
 
 
 def _fitting_parts(found: SiteConstants, model: HookedModel) -> int:
-    """The parts per layer of a model that the constants fit.
-
-    Raises:
-        RequestError: they do not.
-    """
+    """The parts per layer of a model that the constants fit."""
     n_parts, width = parts_of(model, found.site)
     check_heads(found.parts, int(model.cfg.n_layers), n_parts)
     if found.values.shape[-1] != width:

@@ -13,11 +13,7 @@ from lcc_lens.restoration.injections.spec import MethodSpec
 
 
 def check_scan(scan: Scan, pair: Pair) -> None:
-    """Refuse a scan of other weights.
-
-    Raises:
-        RequestError: names the model whose hash differs.
-    """
+    """Refuse a scan of other weights."""
     for name, recorded, identity in (
         ("dense", scan.record.dense_sha256, pair.dense_id),
         ("pruned", scan.record.pruned_sha256, pair.pruned_id),
@@ -44,14 +40,8 @@ def scan_for(
     """Load the scan in a folder, or scan the pair and save it there.
 
     Args:
-        spec: the method that needs it.
-        pair: the hooked models.
-        run: the folder.
         load: gives the data for a new scan.
         selector: the score that heads are chosen by.
-        max_length: tokens per example at most.
-        limit: sequences at most.
-        seed: of the probes.
         only_needed: compute nothing beyond what the method and the selector need (for comparisons), and replace a scan
             that lacks any of it.
 

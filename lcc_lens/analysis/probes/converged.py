@@ -70,7 +70,6 @@ def fit_pair_probes(
     $C = 1 / (2 N \rho)$ on the standardised features.
 
     Args:
-        pairs: activations of the training pairs.
         ridge: $\rho$; larger where pairs are few and features many.
         tol: stop when the gradient's norm is below this fraction of its norm at zero.
         max_steps: maximum number of Newton steps; heads that do not reach ``tol`` in float32 are solved in float64.
@@ -99,8 +98,7 @@ def _fit_chunk(pairs: PairActivations, ridge: float, tol: float, max_steps: int)
     if pairs.question.dtype == torch.float64:
         raise LensError(
             f"expected probes that converge within {max_steps} steps, got {int((~converged).sum())} of "
-            f"{len(converged)} "
-            "heads that do not; raise the ridge or check the activations"
+            f"{len(converged)} heads that do not; raise the ridge or check the activations"
         )
     # On the processor: not every device has float64
     hard = pairs.heads(~converged).to(torch.empty(0, dtype=torch.float64))

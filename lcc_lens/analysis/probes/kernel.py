@@ -34,7 +34,6 @@ def leave_one_out(
     exchanged (target -1) are one observation, so both are left out together.
 
     Args:
-        kernel: positive semi-definite.
         ridges: values of $\lambda$, above 0.
     """
     identity = torch.eye(kernel.shape[-1], dtype=kernel.dtype, device=kernel.device)

@@ -40,10 +40,6 @@ def fit_linear_probes(
     :func:`lcc_lens.analysis.probes.converged.fit_pair_probes` for the minimum itself.
 
     Args:
-        features: one row per example and head.
-        labels: true for the right answer.
-        epochs: full-batch steps.
-        lr: Adam's learning rate.
         seed: of the random start, or the generator it is drawn from.
     """
     n_heads, n_examples, n_features = features.shape

@@ -43,9 +43,7 @@ def visit_pairs(
         prefix: the model, and the KV cache of the tokens that all sequences start with.
         batch: the right sequences without the prefix, padded.
         right: the right sequences, whole, in the batch's order.
-        wrong: their wrong counterparts, whole.
         places: positions to read in the right sequences, counted from the prefix's end.
-        visit: receives those activations.
         visit_wrong: receives the head outputs at the last token of every wrong sequence.
     """
     model = prefix.model

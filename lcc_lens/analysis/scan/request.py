@@ -26,9 +26,6 @@ def pair_sequences(
     """The sequences to scan, with the wrong answers of contrastive pairs (None without).
 
     Answers are cut at ``length`` tokens; pairs that no longer differ then are skipped.
-
-    Raises:
-        RequestError: no pair is left.
     """
     if any(example.wrong is None for example in data.examples):
         return encode(data, pair.tokenizer, max_length=length, limit=limit), None
@@ -65,11 +62,7 @@ def _no_pairs(data: Data, pair: Pair, length: int, limit: int | None) -> str:
 
 
 def checked_length(pair: Pair, max_length: int | None) -> int:
-    """The limit of tokens per sequence.
-
-    Raises:
-        RequestError: the limit exceeds the models' context.
-    """
+    """The limit of tokens per sequence."""
     context = pair.context
     if max_length is not None and max_length > context:
         raise RequestError(
@@ -81,11 +74,7 @@ def checked_length(pair: Pair, max_length: int | None) -> int:
 def possible_selectors(
     named: Sequence[str] | None, pair: Pair, data: Data, wrong: Sequence[TokenSequence] | None
 ) -> list[str]:
-    """The selectors to compute.
-
-    Raises:
-        RequestError: a named selector cannot be computed on these data or models.
-    """
+    """The selectors to compute."""
     names = [name for name in (CHEAP if named is None else named) if name not in ALWAYS_SCORED]
     reason = None
     label = one_class(data)

@@ -135,11 +135,7 @@ def _run(
 def _result(
     work: ScanWork, data: Data, selectors: Sequence[str], settings: ScoreSettings, max_length: int, display: int
 ) -> Scan:
-    """Statistics, lost components and scores from the sums over all shards.
-
-    Raises:
-        RequestError: fewer than two samples.
-    """
+    """Statistics, lost components and scores from the sums over all shards."""
     pair, plan, sums = work.pair, work.plan, work.whole_sums()
     heads, *others = (sums.pop(site).finish() for site in plan.sites)  # pop frees the large sums one by one
     if heads.n_samples < 2:
@@ -181,11 +177,7 @@ def _result_of_first_process(run: str | Path | None) -> Scan:
 
 @contextmanager
 def _interruptible(*, can_resume: bool) -> Iterator[None]:
-    """Name the way to resume after Ctrl-C.
-
-    Raises:
-        InterruptedRun: Ctrl-C, if finished shards are kept.
-    """
+    """Name the way to resume after Ctrl-C."""
     try:
         yield
     except KeyboardInterrupt as stop:

@@ -93,11 +93,7 @@ class ScanState:
             file.unlink()
 
     def require_done(self, n_shards: int) -> None:
-        """Check that all shards are finished.
-
-        Raises:
-            LensError: shards that another process finished are not visible here.
-        """
+        """Check that all shards are finished."""
         if self.n_done < n_shards:
             raise LensError(
                 f"expected {n_shards} finished parts of the scan in {self.folder}, got {self.n_done}; put the run on a "
@@ -126,10 +122,6 @@ class ScanState:
 
         Args:
             order: the example of every row, in the order in which shards were finished.
-            n_layers: number of layers.
-
-        Raises:
-            LensError: a file is missing or damaged.
         """
         from safetensors import SafetensorError, safe_open
 

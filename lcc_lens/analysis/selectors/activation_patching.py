@@ -36,11 +36,7 @@ class PatchingEffects:
     divergence: Float[Tensor, "example layer head"] | None
 
     def scores(self, outcome: OutcomeName = "response", settings: dict[str, object] | None = None) -> HeadScores:
-        """The mean effect of each head with its standard error over examples.
-
-        Raises:
-            RequestError: the divergence was not measured, or the outcome has another name.
-        """
+        """The mean effect of each head with its standard error over examples."""
         if outcome not in _OUTCOMES:
             raise RequestError(f"expected an outcome of {', '.join(_OUTCOMES)}, got {outcome!r}")
         effects = self.log_likelihood if outcome == "response" else self.divergence
@@ -66,8 +62,6 @@ def score_activation_patching(
     estimates the same from one backward pass.
 
     Args:
-        pair: the hooked models.
-        sequences: questions with their right answers.
         heads: which to patch (all if not given); the others score NaN.
         positions: patch at ``all`` positions, or in the ``response`` only: from the question's last token on.
         batch_tokens: padded tokens per forward pass at most; decides speed and memory.

@@ -16,7 +16,6 @@ def score_attribution_patching(gradients: ResponseGradients) -> HeadScores:
 
     Args:
         gradients: from :func:`~lcc_lens.analysis.selectors.backward.response_gradients`.
-
     Reference: Nanda, "Attribution Patching: Activation Patching At Industrial Scale", 2023,
     https://www.neelnanda.io/mechanistic-interpretability/attribution-patching
     """

@@ -56,7 +56,6 @@ def response_gradients(
     is reduced before the next one comes, so memory is that of a training step.
 
     Args:
-        pair: the hooked models.
         sequences: questions with their right answers; the answers' likelihood is what is differentiated.
         batch_tokens: padded tokens per pass at most; decides speed and memory.
         n_groups: groups of examples for the jackknife, fewer where there are fewer examples.

@@ -28,7 +28,6 @@ def score_gradient(gradients: ResponseGradients, components: LostComponents) -> 
 
     Args:
         gradients: from :func:`~lcc_lens.analysis.selectors.backward.response_gradients`.
-        components: lost components of the same heads.
     """
     total, square, n = gradients.group_gradient.sum(0), gradients.group_square.sum(0), gradients.n_examples
     unit = components.root_mean_square().double()

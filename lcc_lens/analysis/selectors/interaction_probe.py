@@ -46,11 +46,8 @@ def score_interaction_probe(
 
     Args:
         layers: activations of the pairs, layer by layer, with the dense model's questions.
-        components: lost components of the same heads.
-        rank: K.
         ridges: values of the ridge to choose from, head by head.
         max_pairs: maximum number of pairs; of more, a sample drawn with ``seed``.
-        seed: of the sample.
 
     Returns:
         Scores "interaction", around or slightly below 0 where the edit adds nothing. The settings have, by layer and

@@ -35,7 +35,6 @@ def score_kl(
         logits: ``logits(layer, z[pair head d_head]) -> [pair head d_vocab]``, the logit lens of every head.
         max_examples: as many pairs as are read through the lens, drawn with ``seed`` (each costs
             ``4 n_layers n_heads d_model d_vocab`` operations).
-        seed: of the draw.
 
     Raises:
         RequestError: no layer, no pair, or no example to read.

@@ -72,7 +72,6 @@ def linear_probe_scores(
 
     Args:
         layers: activations of the pairs, layer by layer (any iterable).
-        components: lost components of the same heads.
         rank: K, the number of directions in the edit (the paper's text says 1, its code 10).
         solver: ``newton`` finds the minimum of the penalised loss (:func:`fit_pair_probes`); ``published`` takes the
             paper's 200 steps of Adam and depends on its random start.
@@ -137,12 +136,7 @@ def score_linear_probe(
 
 
 def checked_layers(layers: Iterable[LayerFeatures], components: LostComponents) -> Iterator[LayerFeatures]:
-    """The same layers, after a check that each fits the components and is finite.
-
-    Raises:
-        RequestError: fewer than 4 pairs, or other layers, heads or widths than the components'.
-        LensError: an activation is not finite.
-    """
+    """The same layers, after a check that each fits the components and is finite."""
     n_layers, n_heads, _, d_head = components.directions.shape
     count, n_pairs = 0, None
     for features in layers:

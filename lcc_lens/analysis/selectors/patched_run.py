@@ -69,9 +69,7 @@ class PatchedRuns:
         """The pruned model's outcome on each row's example with the dense output of that row's head.
 
         Args:
-            layer: of all rows' heads.
             example: row by row, the example's place in the batch.
-            head: row by row, the head.
         """
         rows = Batch(
             self.batch.tokens[example], self.batch.lengths[example], self.batch.loss_from[example],

@@ -89,14 +89,9 @@ def adapters(
     """Build peft's LoRA or DoRA for linear layers of the decoder; the model itself does not change.
 
     Args:
-        model: the hooked model.
         kind: ``lora`` (arXiv 2106.09685) or ``dora`` (arXiv 2402.09353).
         rank: of the adapters; alpha is twice the rank.
         targets: last parts of the linear layers' names.
-        seed: of the adapters' initial values.
-
-    Raises:
-        RequestError: no linear layer of such a name, rows of zeros for DoRA, or peft is not installed.
     """
     original = plain_model(model)
     chosen = {id(m): name for name, m in layer_maps(model).items() if name.rsplit(".", 1)[-1] in targets}
@@ -134,11 +129,7 @@ def _refuse_zero_rows(maps: Mapping[str, nn.Module]) -> None:
 
 
 def adapted(model: nn.Module, paths: Sequence[str], *, kind: AdapterKind, rank: int, seed: int) -> None:
-    """Let peft add adapters to a plain model's linear layers, in place; alpha is twice the rank.
-
-    Raises:
-        RequestError: peft is not installed.
-    """
+    """Let peft add adapters to a plain model's linear layers, in place; alpha is twice the rank."""
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError as error:

@@ -79,17 +79,6 @@ def eora(
     $\Delta W Q \Lambda^{1/2}$ gives $B = U S$ and $A = V^\top \Lambda^{-1/2} Q^\top$, which minimises
     $\lVert (\Delta W - B A) X \rVert$. It adds parameters and inference time; merging it would fill the zeros.
 
-    Args:
-        model: the hooked pruned model.
-        dense: the hooked dense model.
-        sequences: calibration data.
-        rank: r.
-        max_tokens: padded tokens per forward pass.
-
-    Raises:
-        RequestError: a rank below 1, models whose layers differ in shape, or a hooked model that computes with copies
-            of the weights.
-
     Reference:
         EoRA (arXiv 2410.21271), from the paper alone.
     """

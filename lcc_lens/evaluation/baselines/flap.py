@@ -63,13 +63,7 @@ def flap(
     alone, on zeros of any kind.)
 
     Args:
-        pair: the hooked models.
-        sequences: calibration data.
         model: the model to correct; the pair's pruned model if not given.
-        max_tokens: padded tokens per forward pass.
-
-    Raises:
-        RequestError: maps of other shapes (a sliced model), layers without such maps, or a HookedTransformer.
 
     Reference:
         FLAP (An et al., AAAI 2024, arXiv 2312.11983), bias compensation; from the paper alone.

@@ -52,18 +52,8 @@ def lofit_heads(
     """LoFiT's first stage: the heads whose trained gains are largest (Euclidean norm), best first.
 
     Args:
-        model: the hooked pruned model.
-        projections: its output projections by layer.
-        heads: the heads to choose from.
-        sequences: training data.
-        validation: held-out data of the same kind.
         config: settings of the training; its learning rate is the gains'.
         share: fraction of the heads to choose; the published code takes 10 to 30 %.
-        l1: weight of the penalty.
-        teacher: the dense model, for distillation.
-
-    Raises:
-        RequestError: a share outside (0, 1], or no gain made the held-out objective better.
     """
     if not 0 < share <= 1:
         raise RequestError(f"expected a share of heads above 0 and up to 1, got {share}; correct it")

@@ -16,12 +16,7 @@ Tasks = Mapping[str, Mapping[str, Any]]
 
 
 def task_rows(pruned: Tasks, runs: Sequence[Tasks]) -> dict[str, dict[str, Any]]:
-    """By task one entry's accuracy over its seeds, and the interval of its gain over the pruned model.
-
-    Args:
-        pruned: the pruned model's scores.
-        runs: the scores of every seed.
-    """
+    """By task one entry's accuracy over its seeds, and the interval of its gain over the pruned model."""
     rows = {}
     for task, before in pruned.items():
         scores = [run[task] for run in runs]
@@ -92,8 +87,6 @@ def accuracy_difference(
 
     Args:
         first: the scores of one entry, by seed, with ``items``.
-        second: those of the other.
-        tasks: all count alike.
     """
     gained = _gained(second, first, tasks)
     return statistics.fmean(statistics.fmean(items) for items in gained), stratified_interval(gained)

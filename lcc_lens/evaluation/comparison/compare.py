@@ -96,11 +96,7 @@ def _check(entries: Sequence[Entry], config: CompareConfig, part: tuple[int, int
 
 
 def read_part(text: str) -> tuple[int, int]:
-    """Read ``i/n``, counted from 1, as the ``part`` of :func:`compare`.
-
-    Raises:
-        RequestError: another text, or no such part.
-    """
+    """Read ``i/n``, counted from 1, as the ``part`` of :func:`compare`."""
     i, slash, n = text.partition("/")
     if not (slash and i.isdecimal() and n.isdecimal() and 1 <= int(i) <= int(n)):
         raise RequestError(f"expected a part i/n with i of 1 to n, got {text!r}; correct it")

@@ -59,11 +59,8 @@ def inference_costs(
     """Time plain models in interleaved rounds. Times depend on shapes, not values, so added parameters are zeros.
 
     Args:
-        path: the pruned model's directory.
         maps: names in the plain model of the output projections that read each site; sites without any are left out.
         kinds: results of :func:`served_as`; ``pruned`` is always timed.
-        rank: of the adapters.
-        config: what is timed.
 
     Returns:
         By kind ``prefill_ms`` and ``decode_ms`` (per token), and ``prefill_ratio`` and ``decode_ratio`` to the pruned

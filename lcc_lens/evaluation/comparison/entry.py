@@ -55,11 +55,7 @@ class Entry:
 
     @classmethod
     def parse(cls, text: str) -> Entry:
-        """Read an entry.
-
-        Raises:
-            RequestError: an unknown method, control or objective.
-        """
+        """Read an entry."""
         whole, _, rate = text.partition("=")
         whole, _, objective = whole.partition(":")
         whole, _, control = whole.partition("@")
@@ -92,10 +88,8 @@ def all_entries(
     """Methods with every baseline and the controls of ``lcc``, each once.
 
     Args:
-        methods: the requested entries.
         baselines: add :data:`BASELINES`.
         controls: add :data:`CONTROL_ENTRIES`, and random heads where not all are restored.
-        heads: the fraction of heads to restore.
     """
     added: list[str] = list(BASELINES) if baselines else []
     if controls:

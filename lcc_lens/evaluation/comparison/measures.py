@@ -40,8 +40,6 @@ class Measures:
         """Measure one of a pair's models.
 
         Args:
-            pair: the models.
-            model: the one to measure.
             injection: attached to it while it is measured.
             teacher: the dense model with its cached logits; the pair's own if not given.
 

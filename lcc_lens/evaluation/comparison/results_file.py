@@ -42,7 +42,6 @@ class ComparisonFile:
         """Write everything; the file's values replace ours except where named here.
 
         Args:
-            new_run: the run that was just computed.
             own: other entries of the file that were just computed.
             finish: called with everything just before it is written.
         """

@@ -82,8 +82,6 @@ class Runner:
         """Train and measure one entry with one seed.
 
         Args:
-            entry: the entry.
-            seed: the seed.
             results: the comparison, in which a refit's seconds are noted.
             before: an earlier result of the run that lacks some tasks: only those are measured, unless its trained
                 weights are gone.

@@ -47,8 +47,6 @@ class TrainedWeights:
 
         Args:
             injection: as built for the run, on any device.
-            entry: the run's entry.
-            seed: its seed.
             request: what else the training depends on: models, learning rates.
 
         Returns:
@@ -83,9 +81,6 @@ class TrainedWeights:
 
         Args:
             entry: the run's entry, without the parts that the first stage does not depend on.
-            seed: its seed.
-            request: what else the choice depends on.
-            choose: the first stage.
         """
         path, key = self._path(entry, seed).with_suffix(".json"), self._request(request)
         try:

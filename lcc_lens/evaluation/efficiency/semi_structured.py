@@ -31,10 +31,6 @@ def to_semi_structured(model: nn.Module) -> int:
 
     Returns:
         How many matrices were converted.
-
-    Raises:
-        RequestError: no CUDA device with sparse tensor cores, another format, a matrix that is not exactly 2:4, or no
-            matrix of a shape that the kernels take.
     """
     linears = _linear_layers(model)
     first = next(iter(linears.values())).weight
@@ -60,11 +56,7 @@ def to_semi_structured(model: nn.Module) -> int:
 
 
 def require_kernels(device: torch.device, dtype: torch.dtype) -> None:
-    """Refuse a device or format for which PyTorch has no 2:4 kernels.
-
-    Raises:
-        RequestError: says what is missing.
-    """
+    """Refuse a device or format for which PyTorch has no 2:4 kernels."""
     if device.type != "cuda":
         raise RequestError(
             f"expected a CUDA device for 2:4 kernels, got {device}; run on an NVIDIA GPU, Ampere or newer"

@@ -73,11 +73,7 @@ class Speed:
 
 
 def require_context(paths: Mapping[str, Path], n_tokens: int) -> None:
-    """Refuse sequences longer than a model's position table.
-
-    Raises:
-        RequestError: a model takes fewer tokens.
-    """
+    """Refuse sequences longer than a model's position table."""
     for name, path in paths.items():
         longest = getattr(read_config(path).get_text_config(), "max_position_embeddings", None)
         if longest is not None and n_tokens > longest:
@@ -89,7 +85,6 @@ def measure_speed(paths: Mapping[str, Path], config: SpeedConfig, *, semi_struct
 
     Args:
         paths: local Hugging Face directories by name; the first is the reference of the ratios.
-        config: what is timed.
         semi_structured: names of exactly 2:4 models, timed once more on the GPU's sparse kernels where it has them.
 
     Raises:
@@ -130,9 +125,7 @@ def interleaved(jobs: Mapping[str, Callable[[], float]], repeats: int, descripti
     """Run every job once per round in rotating order, so that a drift of the machine affects all alike.
 
     Args:
-        jobs: by name; each returns its duration.
         repeats: timed rounds, after :data:`WARM_UP` others.
-        description: label of the progress bar.
 
     Returns:
         Durations by name, the i-th of every job from the same round.
@@ -154,9 +147,6 @@ def median_interval(values: Sequence[float]) -> dict[str, float]:
     For sorted values $x_1 \le \dots \le x_n$, $[x_k, x_{n+1-k}]$ covers the median of any continuous distribution with
     probability $1 - 2 P(B \le k - 1)$, $B$ binomial with $n$ trials of one half. $k$ is the largest for which that is
     at least 95 %. Fewer than six values have none: the interval is the whole range, with a lower ``coverage``.
-
-    Args:
-        values: independent measurements, at least one.
 
     Returns:
         ``median``, ``low``, ``high`` in the values' unit, and ``coverage``, a probability.

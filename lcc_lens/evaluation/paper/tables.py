@@ -55,7 +55,6 @@ def paper_page(recipes: Mapping[str, PaperRecipe], results: Mapping[str, Results
     """All recipes' tables as one page; results of dry runs count as none.
 
     Args:
-        recipes: by the name of their file.
         results: those of :func:`~lcc_lens.evaluation.paper.run.run_recipe`, by the same names.
     """
     tables = []

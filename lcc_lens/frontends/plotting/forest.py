@@ -42,8 +42,6 @@ def forest(
     """Draw panels side by side over the same rows, the first row at the top.
 
     Args:
-        labels: of the rows.
-        panels: from left to right.
         looks: colour and marker of every kind, in the legend's order.
         title: see :func:`~lcc_lens.frontends.plotting.theme.styled`, as for the rest.
         caption: see there.

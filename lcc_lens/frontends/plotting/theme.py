@@ -52,11 +52,8 @@ def styled(
     """Apply the common style in place; title and caption are plain text, wrapped to the width.
 
     Args:
-        figure: the figure.
-        title: what it shows.
         caption: data, sample sizes, seeds, and the meaning of the bars.
         width: of the whole figure, in pixels (see :data:`COLUMN`).
-        plot_height: of the plotting area, in pixels.
         above: pixels between caption and plot, for a legend or panel titles.
         below: pixels under the plot, for ticks and axis titles.
         legend: whether to show a legend; Plotly decides if not given.

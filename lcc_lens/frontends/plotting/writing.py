@@ -52,12 +52,7 @@ def write_image(figure: go.Figure, path: str | Path) -> None:
 
 
 def write_images(figures: Mapping[Path, go.Figure]) -> None:
-    """Write several images with one browser; a PNG also stores the hash of its figure.
-
-    Raises:
-        RequestError: a suffix that is not PNG, SVG or PDF.
-        LensError: kaleido or a Chromium browser is missing; nothing is written.
-    """
+    """Write several images with one browser; a PNG also stores the hash of its figure."""
     import plotly.io
 
     for path in figures:

@@ -33,9 +33,6 @@ def next_tokens(
 
     Returns:
         One row per token, with the columns ``token``, ``dense``, ``pruned`` and ``restored``.
-
-    Raises:
-        RequestError: an empty prompt, or fewer than one token requested.
     """
     import pandas as pd
 
@@ -58,11 +55,7 @@ def generate(
     *,
     cache: dict[str, str] | None = None,
 ) -> dict[str, str]:
-    """Greedy continuations of ``dense``, ``pruned`` and ``restored``; ``cache`` as in :func:`next_tokens`.
-
-    Raises:
-        RequestError: an empty prompt, or fewer than one token requested.
-    """
+    """Greedy continuations of ``dense``, ``pruned`` and ``restored``; ``cache`` as in :func:`next_tokens`."""
     if max_new_tokens < 1:
         raise RequestError(f"expected at least 1 new token, got {max_new_tokens}")
     tokens = _tokens(pair, prompt)

@@ -33,11 +33,7 @@ class SessionState:
     held_out: float | None = None
 
     def trained(self) -> Injection:
-        """The injection as it was trained, without the scale.
-
-        Raises:
-            RequestError: no heads are chosen yet.
-        """
+        """The injection as it was trained, without the scale."""
         if self.injection is None:
             raise RequestError("expected heads to restore, got none; choose some first")
         return self.injection
@@ -94,21 +90,13 @@ class Timeline:
         self.state = state
 
     def undo(self) -> None:
-        """Return to the state before the last action.
-
-        Raises:
-            RequestError: there is no action.
-        """
+        """Return to the state before the last action."""
         if not self._done:
             raise RequestError("expected an action to undo, got none; this is where the session began")
         self._move(self._done, self._undone)
 
     def redo(self) -> None:
-        """Repeat the last undone action.
-
-        Raises:
-            RequestError: no action was undone since the last new one.
-        """
+        """Repeat the last undone action."""
         if not self._undone:
             raise RequestError("expected an undone action to redo, got none; nothing was undone since the last action")
         self._move(self._undone, self._done)

@@ -63,11 +63,7 @@ class Workbench:
         cls, pair: Pair, scan: Scan | None, data: Data, validation: Data | None, *, method: str, config: TrainConfig,
         max_length: int, low_rank: int, exportable: bool,
     ) -> Workbench:  # fmt: skip
-        """Check a session's request and encode its data.
-
-        Raises:
-            RequestError: see :class:`~lcc_lens.frontends.session.session.RestoreSession`.
-        """
+        """Check a session's request and encode its data."""
         spec = MethodSpec.parse(method)
         if spec.compare_only or spec.preset.on_refit or spec.preset.choose_heads:
             raise RequestError(f"expected a method for a session, got {method}; run it by compare or restore")
@@ -104,8 +100,6 @@ class Workbench:
 
         Args:
             injection: a copy of the state's injection, trained in place.
-            state: where to start.
-            n_steps: how many steps to plan.
             lr: see :class:`~lcc_lens.restoration.training.loop.TrainConfig`.
             is_over: called after every step; whether to stop there.
         """

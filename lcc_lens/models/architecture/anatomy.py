@@ -82,8 +82,6 @@ def find_anatomy(layer: nn.Module, matrices: Sequence[Matrix], config: Any) -> L
 
     Args:
         layer: the layer, on any device (also ``meta``).
-        matrices: its matrices.
-        config: transformers' configuration of the (text) model.
 
     Raises:
         RequestError: the layout is unknown, or its heads cannot be removed one by one.

@@ -94,13 +94,8 @@ def find_slots(
     stored bias are tested on a tiny random model of the architecture, so no list of families can be out of date.
 
     Args:
-        checkpoint: the model on disk.
         projections: the linear layers that read the site, by layer: output projections or down projections.
-        site: where the constants are.
         shared_values: whether the heads that share a value head have the same constant.
-
-    Raises:
-        RequestError: no bias holds the constants exactly.
     """
     biases = tuple(checkpoint.stored_name(f"{name}.bias") for name in projections)
     if all(bias in checkpoint.tensors for bias in biases):

@@ -55,12 +55,8 @@ def find_joint_slots(
     :func:`~lcc_lens.models.architecture.bias_slots.find_slots`.
 
     Args:
-        checkpoint: the model on disk.
         projections: by site, the linear layers that read it, by layer.
         shared_values: whether the heads that share a value head have the same constant.
-
-    Raises:
-        RequestError: no bias holds a site's constants exactly, or two sites need different configurations.
     """
     by_site = {
         site: find_slots(checkpoint, names, site, shared_values=shared_values) for site, names in projections.items()

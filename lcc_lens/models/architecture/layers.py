@@ -13,11 +13,7 @@ from lcc_lens.core.errors import RequestError
 
 
 def read_config(model_dir: Path) -> Any:
-    """The transformers configuration of a checkpoint.
-
-    Raises:
-        RequestError: the folder holds no ``config.json`` that transformers reads.
-    """
+    """The transformers configuration of a checkpoint."""
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
@@ -51,9 +47,6 @@ def decoder_layers(model: nn.Module, config: Any) -> tuple[str, nn.ModuleList]:
 
     Returns:
         The list's name within the model, and the list.
-
-    Raises:
-        RequestError: no such list, or more than one.
     """
     n_layers = getattr(config.get_text_config(), "num_hidden_layers", None)
     lists = {name: m for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == n_layers}

@@ -75,11 +75,7 @@ class StoredWeights(Mapping[str, Tensor]):
 
 
 def find_matrices(checkpoint: Checkpoint) -> list[list[Matrix]]:
-    """List the matrices of every decoder layer, from names and shapes alone: no weight is read.
-
-    Raises:
-        RequestError: the checkpoint is unreadable, its architecture is not supported, or it is quantised.
-    """
+    """List the matrices of every decoder layer, from names and shapes alone: no weight is read."""
     config = read_config(checkpoint.path)
     prefix, layers = decoder_layers(skeleton(checkpoint.path, config), config)
     matrices: list[list[Matrix]] = []

@@ -24,7 +24,6 @@ def retyped_configs(config: Any, switches: Sequence[str] = ("attention_bias",)) 
     in chosen layers. The caller must test whether a candidate really computes the same.
 
     Args:
-        config: the model's own configuration.
         switches: settings of the other architecture to turn on: ``attention_bias``, ``mlp_bias``.
     """
     from transformers import LlamaConfig, SmolLM3Config
@@ -52,12 +51,7 @@ def config_entries(config: Any) -> dict[str, Any]:
 
 
 def split_names(name: str, shapes: Mapping[str, tuple[int, ...]]) -> tuple[str, ...]:
-    """The names of a stored tensor in another architecture: its own, or those of the layers that are fused in it.
-
-    Args:
-        name: the tensor's name.
-        shapes: the parameters of the other architecture.
-    """
+    """The names of a stored tensor in another architecture: its own, or those of the layers that are fused in it."""
     for fused, parts in _FUSED.items():
         names = tuple(name.replace(f".{fused}.", f".{part}.") for part in parts)
         if name not in shapes and f".{fused}." in name and all(part in shapes for part in names):

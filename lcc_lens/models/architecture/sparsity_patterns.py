@@ -88,9 +88,6 @@ Pattern = Unstructured | NofM
 def parse_pattern(text: str) -> NofM:
     """Read a pattern such as ``2:4``.
 
-    Raises:
-        RequestError: the text has another form, or not 0 < N < M.
-
     Example:
         >>> parse_pattern("2:4")
         NofM(n=2, m=4)
@@ -105,12 +102,7 @@ def require_fit(pattern: Pattern, width: int, name: str) -> None:
     """Refuse a pattern whose groups do not fill the rows of a matrix.
 
     Args:
-        pattern: the requested pattern.
         width: number of input features of the matrix.
-        name: what the message calls the matrix.
-
-    Raises:
-        RequestError: M of an N:M pattern does not divide the width.
     """
     if isinstance(pattern, NofM) and width % pattern.m:
         raise RequestError(

@@ -160,11 +160,7 @@ def compare_zeros(first: Path, second: Path) -> ZeroComparison:
     """Compare the zeros of two checkpoints position by position, two tensors in memory at a time.
 
     Args:
-        first: a local Hugging Face directory.
         second: another one, with matrices of the same names and shapes.
-
-    Raises:
-        RequestError: a checkpoint is unreadable, or their matrices differ in name or shape, as a sliced model's do.
     """
     ours, theirs = ({m.name: m for layer in find_matrices(Checkpoint(path)) for m in layer} for path in (first, second))
     alone = sorted(ours.keys() ^ theirs.keys())

@@ -104,10 +104,6 @@ def visit_sites(
     are computed and nothing is kept.
 
     Args:
-        model: a hooked model.
-        tokens: a right-padded batch.
-        places: by site, where to read.
-        visit: called once per site and layer.
         options: for the model: ``past_key_values``, ``attention_mask``, ``position_ids``.
 
     Raises:
@@ -133,11 +129,7 @@ def visit_sites(
 
 
 def refuse_non_finite(activation: Tensor, site: Site, layer: int) -> None:
-    """Refuse ``[sample, part, width]`` activations that are NaN or infinite.
-
-    Raises:
-        LensError: names the head, or the layer and site.
-    """
+    """Refuse ``[sample, part, width]`` activations that are NaN or infinite."""
     bad = (~torch.isfinite(activation)).any(-1).any(0).nonzero()
     if len(bad):
         where = f"head L{layer}H{int(bad[0])}" if site == "z" else f"{_WORDS[site]} {layer}"
@@ -145,11 +137,7 @@ def refuse_non_finite(activation: Tensor, site: Site, layer: int) -> None:
 
 
 def check_sites(sites: Iterable[str]) -> None:
-    """Refuse unknown names.
-
-    Raises:
-        RequestError: names the sites that there are.
-    """
+    """Refuse unknown names."""
     for site in sites:
         if site not in SITES:
             raise RequestError(f"expected some of the sites {', '.join(SITES)}, got {site!r}")

@@ -63,11 +63,7 @@ def remember_copied_projections(model: Any, plain: Any) -> None:
     """Note which modules of the plain model HookedTransformer's output and down projections are copies of.
 
     Args:
-        model: the HookedTransformer.
         plain: the model of transformers that it was made from.
-
-    Raises:
-        RequestError: a layer's output projection is not found.
     """
     where, layers = decoder_layers(plain, plain.config)
     found: dict[_Site, tuple[str, ...]] = {}
@@ -84,11 +80,7 @@ def remember_copied_projections(model: Any, plain: Any) -> None:
 
 
 def copied_projection_names(model: Any, site: _Site) -> tuple[str, ...]:
-    """The plain names of the maps that read a site of a HookedTransformer, by layer; none where a layer has none.
-
-    Raises:
-        RequestError: the model was not loaded here.
-    """
+    """The plain names of the maps that read a site of a HookedTransformer, by layer; none where a layer has none."""
     if model not in _COPIED:
         raise RequestError(
             "expected a HookedTransformer from load_pair or load_hooked, got one that was not checked against its "

@@ -110,9 +110,7 @@ class Unembedding:
         soft cap, which comes after, is left out, and so are the bias and the norm's shift, which no component makes.
 
         Args:
-            components: vectors in the residual stream.
             at: the actual residual stream before the final norm.
-            tokens: every example's tokens.
         """
         rows = self.weight[tokens].float()
         return (

@@ -29,9 +29,6 @@ def forward(
     """Run forward under hooks outside attention (``hook_z`` included); gives what ``run_with_hooks`` gives.
 
     Args:
-        model: a hooked model.
-        tokens: its input.
-        hooks: temporary ones.
         checkpoint_layers: gradient checkpointing (arXiv 1604.06174): keep only each layer's input for the backward pass
             and compute the rest again there; the same gradients for less memory and a third more time.
         **options: go to the model (a mask, positions, a cache).

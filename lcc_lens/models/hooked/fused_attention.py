@@ -118,9 +118,7 @@ def _sample(model: Any, inputs: Sequence[Tensor] = (), **options: Any) -> _Sampl
     """Run a few tokens with edited head outputs.
 
     Args:
-        model: the model.
         inputs: feed every layer this, as a damaged model may magnify rounding in earlier layers without bounds.
-        **options: go to the model.
     """
     n_layers = int(model.cfg.n_layers)
     before, z, out = ([torch.empty(0)] * n_layers for _ in range(3))

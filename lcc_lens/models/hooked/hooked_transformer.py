@@ -49,11 +49,7 @@ def is_hooked_transformer(model: Any) -> bool:
 
 
 def checkpoint_of(model: Any) -> str:
-    """What a HookedTransformer in memory was loaded from: a directory or a hub id.
-
-    Raises:
-        RequestError: its weights were processed, or it was not loaded from anywhere.
-    """
+    """What a HookedTransformer in memory was loaded from: a directory or a hub id."""
     norm, name = model.cfg.normalization_type, model.cfg.tokenizer_name
     if norm not in ("LN", "RMS"):
         raise RequestError(f"expected a HookedTransformer as its checkpoint is, got folded norms ({norm}); {_HOW}")
@@ -72,11 +68,7 @@ def make_hooked_transformer(plain: PreTrainedModel, tokenizer: PreTrainedTokeniz
 
     Args:
         plain: the model of transformers; its device and format are taken over.
-        tokenizer: its tokenizer.
         path: the checkpoint, for error messages and for ``cfg.tokenizer_name``.
-
-    Raises:
-        RequestError: TransformerLens has no HookedTransformer, or none for this architecture.
     """
     try:
         from transformer_lens import HookedTransformer
@@ -113,10 +105,6 @@ def check_weights(model: Any, plain: PreTrainedModel, path: Path) -> Any:
     Args:
         model: the model; it comes back in evaluation mode, without gradients of its weights.
         plain: the checkpoint's model of transformers, in the same format.
-        path: where it lies.
-
-    Raises:
-        RequestError: names the first parameter that differs.
     """
     try:
         wanted = _converted(plain, model.cfg)

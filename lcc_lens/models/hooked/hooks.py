@@ -80,7 +80,6 @@ def adders(name: Callable[[int], str], constants: Mapping[int, Tensor]) -> list[
     """Hooks that add a constant at the hook point ``name(layer)``, the same at every position.
 
     Args:
-        name: gives a layer's hook point.
         constants: what to add by layer, of the activation's shape without batch and position.
     """
 
@@ -103,11 +102,7 @@ def z_adders(constants: dict[int, Float[Tensor, "head d_head"]]) -> list[NamedHo
 
 
 def before_unembed(model: HookedModel) -> str:
-    """The hook point at which the residual stream enters the unembedding.
-
-    Raises:
-        RequestError: the model has none.
-    """
+    """The hook point at which the residual stream enters the unembedding."""
     name = next((name for name in _BEFORE_UNEMBED if name in model.hook_dict), None)
     if name is None:
         raise RequestError(

@@ -46,8 +46,6 @@ class PrefixCache:
 
         Args:
             tokens: right-padded, without the prefix; positions in ``places`` count from its end.
-            places: where to read.
-            visit: takes the activations.
             keep: also give the key-value cache of the whole, prefix included.
 
         Returns:

@@ -33,8 +33,6 @@ def token_kl_divergence(
     r"""$T^2\, KL(p_T \Vert q_T)$ of each token in nats, in float32 at least; gradients flow into ``got`` alone.
 
     Args:
-        wanted: logits of p, the dense model's.
-        got: logits of q.
         temperature: T, by which both distributions are flattened; the factor keeps the size of gradients (Hinton et
             al., arXiv 1503.02531).
     """
@@ -114,7 +112,6 @@ def response_log_likelihood(logits: Float[Tensor, "target d_vocab"], batch: Batc
 
     Args:
         logits: at the batch's targets, in row-major order (see :func:`lcc_lens.models.hooked.hooks.logits_at`).
-        batch: the examples.
     """
     return _mean_by_example(-token_nll(logits, batch.targets().to(logits.device)), batch)
 
@@ -132,7 +129,6 @@ def measure(
 
     Args:
         logits: at the batch's targets, in row-major order.
-        batch: the examples.
         dense_logits: the dense model's logits; the divergence is left out where they are not given.
         dense_row: which row of ``dense_logits`` belongs to each target, if not its own.
     """
@@ -160,13 +156,7 @@ def _mean_by_example(values: Float[Tensor, " target"], batch: Batch) -> Float[Te
 def logits_where(
     model: PreTrainedModel, tokens: Int[Tensor, "batch pos"], mask: Bool[Tensor, "batch pos"]
 ) -> Float[Tensor, "target vocab"]:
-    """A plain model's logits at chosen positions, in row-major order; no others reach the unembedding.
-
-    Args:
-        model: the model; hooks on it act.
-        tokens: right-padded sequences, on the model's device.
-        mask: the positions, on the same device.
-    """
+    """A plain model's logits at chosen positions, in row-major order; no others reach the unembedding."""
     unembedding = model.get_output_embeddings()
     handle = unembedding.register_forward_pre_hook(lambda module, inputs: (inputs[0][mask][None],))
     try:

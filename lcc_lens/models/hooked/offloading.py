@@ -23,8 +23,6 @@ def placement(path: Path, device: torch.device, device_map: DeviceMap | None) ->
     """What ``from_pretrained`` is told about where weights go; nothing if all go to one device.
 
     Args:
-        path: a Hugging Face directory.
-        device: where to compute.
         device_map: ``auto`` lets accelerate spread the model over all GPUs, memory and disk as it fits; ``disk`` leaves
             every decoder layer on disk.
     """
@@ -82,11 +80,7 @@ def weight_in_memory(module: nn.Module) -> Tensor:
 
 
 def require_in_memory(model: nn.Module, purpose: str) -> None:
-    """Refuse what reads or changes weights outside a forward pass where layers lie on disk.
-
-    Raises:
-        RequestError: names the purpose.
-    """
+    """Refuse what reads or changes weights outside a forward pass where layers lie on disk."""
     if any(parameter.is_meta for parameter in model.parameters()):
         raise RequestError(
             f"expected all weights in memory for {purpose}, got layers on disk; load the model without a device map"
@@ -117,9 +111,6 @@ def shard_layers(model: HookedModel) -> None:
 
     Args:
         model: a hooked model, loaded on the CPU; it ends up on the device of this process.
-
-    Raises:
-        RequestError: one process alone, or layers on disk.
 
     Reference:
         Zhao et al. 2023, PyTorch FSDP (arXiv 2304.11277).

@@ -77,9 +77,6 @@ def is_close(
     """Whether a result is what a model gives, up to rounding.
 
     Args:
-        result: what the shortcut gives.
-        expected: what the model gives.
-        tolerance: how far they may lie apart.
         dtype: the number format that the model computes in; a result in a coarser one counts as that.
         by_norm: compare Euclidean norms instead of the largest deviation, where single values round badly.
     """

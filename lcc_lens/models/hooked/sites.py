@@ -29,11 +29,7 @@ _WORDS: Mapping[ConstantSite, str] = {
 
 
 def projection_names(model: HookedModel, site: ConstantSite) -> tuple[str, ...]:
-    """The plain names of the maps that read a site, by layer, such as ``model.layers.0.mlp.down_proj``.
-
-    Raises:
-        RequestError: a layer has none (mixtures of experts), or the model was not loaded here.
-    """
+    """The plain names of the maps that read a site, by layer, such as ``model.layers.0.mlp.down_proj``."""
     if is_hooked_transformer(model):
         copied = copied_projection_names(model, site)
         if not copied:

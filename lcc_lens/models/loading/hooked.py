@@ -68,12 +68,7 @@ class LoadedModel:
 
 
 def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a local model directory.
-
-    Raises:
-        RequestError: none that loads, or none at all: transformers then builds one without words, for which every text
-            is empty.
-    """
+    """The tokenizer of a local model directory."""
     from transformers import AutoTokenizer
 
     try:
@@ -231,9 +226,8 @@ def _refuse_map(device: torch.device, device_map: DeviceMap | None, *, is_bridge
         )
     if device_map == "disk" and device.type != "cpu":
         raise RequestError(
-            f"expected the CPU for a model with its layers on disk, got {device}; set LCC_LENS_DEVICE=cpu, or "
-            f"spread the "
-            "model over GPUs by the device map auto"
+            f"expected the CPU for a model with its layers on disk, got {device}; set LCC_LENS_DEVICE=cpu, or spread "
+            "the model over GPUs by the device map auto"
         )
 
 
@@ -242,9 +236,8 @@ def _refuse_quantised(path: Path) -> None:
     if found:
         kind = found.get("quant_method", "unnamed")
         raise RequestError(
-            f"expected weights in float32, bfloat16 or float16, got {kind} quantisation in {path}; name the "
-            f"original, or "
-            "save a dequantised copy (model.dequantize(), save_pretrained)"
+            f"expected weights in float32, bfloat16 or float16, got {kind} quantisation in {path}; name the original, "
+            "or save a dequantised copy (model.dequantize(), save_pretrained)"
         )
 
 

@@ -33,7 +33,6 @@ def load_plain(
     """Load a local directory with plain transformers, in evaluation mode, without gradients.
 
     Args:
-        path: a Hugging Face directory.
         device: see :func:`lcc_lens.core.config.default_device`.
         dtype: see :func:`lcc_lens.core.config.compute_dtype`.
         attention: transformers' attention implementation; its own choice for the architecture if not given.
@@ -93,9 +92,8 @@ def _refuse_other_tensors(path: Path, report: Mapping[str, Any]) -> None:
     unread = {n for n in unread if n.endswith(".weight") or f"{n.removesuffix('.bias')}.weight" in stored}
     if unread:
         raise RequestError(
-            f"expected weights that the model in {path} reads, got {min(unread)}, which it passes over "
-            f"({len(unread)} in "
-            "all); name the directory with the right config.json"
+            f"expected weights that the model in {path} reads, got {min(unread)}, which it passes over ({len(unread)} "
+            "in all); name the directory with the right config.json"
         )
 
 

@@ -26,9 +26,6 @@ def resolve(reference: str | Path) -> Path:
     Args:
         reference: ``smollm2``, a local directory, a ``.gguf`` file, or a hub id (``owner/name`` with an
             optional ``@revision``).
-
-    Raises:
-        RequestError: nothing is there, or it holds no safetensors.
     """
     name, path = str(reference), Path(reference)
     if name == EMBEDDED_NAME and not path.exists():
@@ -73,11 +70,7 @@ def _from_hub(name: str) -> Path:
 
 
 def _require_model(path: Path) -> None:
-    """Refuse a directory without a model of transformers in safetensors.
-
-    Raises:
-        RequestError: says what is there instead.
-    """
+    """Refuse a directory without a model of transformers in safetensors."""
     if (path / "adapter_config.json").exists() and not list(path.glob("model*.safetensors")):
         raise RequestError(
             f"expected a whole model in {path}, got a PEFT adapter; merge it into its base (merge_and_unload), "

@@ -58,11 +58,6 @@ class AttentionCache:
     def recording(self, layer: nn.Module, path: str, n_batches: int) -> Iterator[Callable[[int], None]]:
         """Cache a projection's inputs while the layer runs inside the block.
 
-        Args:
-            layer: the layer.
-            path: the projection's name within it.
-            n_batches: how many passes there will be.
-
         Yields:
             A function to call after every pass, with the first sequence of its batch. The first pass must run the whole
             layer: it shows which module ends in the projection. Without one, or if it takes too much memory, nothing is

@@ -50,16 +50,10 @@ def record_calls(
     """Run a model on tokens and record the calls of its first decoder layers; the unembedding never runs.
 
     Args:
-        model: a causal language model.
-        layers: its decoder layers.
-        tokens: one batch.
         n_calls: how many layers; the pass ends where the last of them would begin.
 
     Returns:
         The hidden states at the input of the first layer, and the call of each layer.
-
-    Raises:
-        RequestError: the model does not run its layers.
     """
     hidden_in: list[Tensor] = []
     calls: list[LayerCall] = []

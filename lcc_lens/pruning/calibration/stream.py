@@ -85,8 +85,6 @@ class LayerStream:
         If each matrix ran once in the first batch, later passes end after the last of them.
 
         Args:
-            matrices: matrices of the layer.
-            observe: receives their inputs.
             settled: one of them, whose inputs will not change while this layer is the current one: they are cached
                 where possible (see :class:`~lcc_lens.pruning.calibration.attention_cache.AttentionCache`).
 
@@ -169,9 +167,6 @@ class LayerStream:
 
         Args:
             outputs: its outputs by batch, if they are known; the layer then does not run.
-
-        Raises:
-            LensError: an output is not finite.
         """
         if self._index + 1 < len(self._layers):  # the last layer's outputs are not used
             for place, start in enumerate(range(0, len(self._hidden), self._batch_size)):

@@ -25,7 +25,6 @@ def keep_mask(score: Float[Tensor, "out in"], pattern: Pattern, scope: Scope = "
     is always exact and the result reproducible.
 
     Args:
-        score: finite scores, one row per output.
         pattern: how many weights to remove and where.
         scope: whether unstructured scores are compared within a row or the whole matrix.
 

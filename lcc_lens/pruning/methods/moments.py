@@ -36,11 +36,7 @@ class InputMoments:
         _add_lower_blocks(self._sums[name], inputs)
 
     def __getitem__(self, name: str) -> Float[Tensor, "in in"]:
-        """The sum over all inputs of a matrix.
-
-        Raises:
-            LensError: no input was seen, or one was not finite.
-        """
+        """The sum over all inputs of a matrix."""
         if name not in self._leader:
             raise LensError(f"expected calibration inputs of {name}, got none; the architecture is not supported")
         self._last = None

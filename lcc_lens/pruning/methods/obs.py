@@ -43,9 +43,6 @@ def damped(second_moment: Float[Tensor, "in in"], damping: float = DAMPING) -> D
     Args:
         second_moment: symmetric and finite; its scale does not matter.
         damping: fraction of the mean diagonal to begin with; ten times as much after every failure.
-
-    Raises:
-        LensError: the matrix is not finite, or no damping up to 10,000 helps.
     """
     precise = second_moment.to(torch.float32 if second_moment.device.type == "mps" else torch.float64)
     if not bool(torch.isfinite(precise).all()):
@@ -85,7 +82,6 @@ def sparsegpt(
 
     Args:
         weight: one row per output, float32 or wider.
-        inputs: damped second moment of the inputs.
         pattern: how many weights to remove and where.
         block_size: columns per block (rounded down to whole groups of an N:M pattern).
 

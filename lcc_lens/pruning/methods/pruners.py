@@ -142,11 +142,7 @@ class WandaPruner(MaskPruner):
         self._sum_of_squares[name] = self._sum_of_squares[name] + squares if name in self._sum_of_squares else squares
 
     def score(self, name: str, weight: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
-        """The weights' sizes times their inputs' norms.
-
-        Raises:
-            LensError: no input of the linear layer was observed, or one was not finite.
-        """
+        """The weights' sizes times their inputs' norms."""
         if name not in self._sum_of_squares:
             raise LensError(f"expected calibration inputs of {name}, got none; the architecture is not supported")
         norm = self._sum_of_squares[name].sqrt()

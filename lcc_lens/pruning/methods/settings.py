@@ -120,7 +120,6 @@ class PruneConfig:
         """The task of each layer.
 
         Args:
-            n_layers: number of layers.
             anatomies: the layers' heads and neurons, for structured methods.
             allowed_groups: numbers of key-value groups that may be removed from a layer; any number if None.
         """

@@ -36,13 +36,9 @@ def possible_quotas(
     one neuron (or one ``multiple``, rounded up). At least one group and one neuron stay.
 
     Args:
-        anatomy: the layer's heads and neurons.
         ratio: fraction of the layer's weights to remove.
         multiple: neurons are removed in multiples of this.
         allowed_groups: numbers of groups that may be removed; any number if None.
-
-    Raises:
-        RequestError: whole heads and neurons cannot make up this fraction.
     """
     group, neuron = (block.group_size(anatomy.d_model) for block in (anatomy.attention, anatomy.mlp))
     target = ratio * anatomy.n_weights

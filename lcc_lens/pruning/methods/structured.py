@@ -34,12 +34,7 @@ def layer_ratios(schedule: Schedule, ratio: float, n_layers: int, spread: float 
     Args:
         schedule: ``log`` rises logarithmically, ``linear`` evenly, ``uniform`` not at all; ``falling`` is ``log`` from
             last to first.
-        ratio: the mean fraction.
-        n_layers: number of layers.
         spread: how far the smallest fraction lies below the mean, as a fraction of the mean.
-
-    Raises:
-        RequestError: the mean exceeds what a layer may lose, or the schedule is unknown.
 
     Example:
         >>> [round(r, 3) for r in layer_ratios("linear", 0.2, 3)]
@@ -99,9 +94,7 @@ def group_errors(
     sum over columns of $(w_j / U_{jj})^2$, with $w_j$ after the columns before it are removed, is a triangular solve.
 
     Args:
-        weight: one row per output.
         inverse: $H^{-1}$.
-        groups: the columns of every group.
 
     Reference:
         Ling et al. 2024 (SlimGPT), section 3.2, batched greedy pruning.
@@ -120,9 +113,7 @@ def cheapest_groups(
 
     Args:
         weight: weight of the output projection, one row per output.
-        inputs: damped second moment of its inputs.
         groups: the columns of every group, such as those of a head; groups do not overlap.
-        n_remove: how many to remove.
 
     Returns:
         Positions in ``groups``, one per step.
@@ -146,8 +137,6 @@ def cheapest_columns(
 
     Args:
         weight: weight of the output projection, one row per output.
-        inputs: damped second moment of its inputs.
-        n_remove: how many columns to remove.
         group_share: size of a step as a fraction of the columns still to remove; 0 removes one column at a time.
 
     Returns:
@@ -182,8 +171,6 @@ def refitted(
 
     Args:
         weight: weight of the output projection, one row per output.
-        inputs: damped second moment of its inputs.
-        removed: the columns to remove.
 
     Returns:
         The new weight, in the format of ``inputs``.

@@ -26,12 +26,8 @@ def pruning_report(
     """Measure pruned weights and report them with the request.
 
     Args:
-        config: the request.
-        plan: the matrices of every layer.
         weights: all pruned weights by name, in the layout of the checkpoint.
         tokens: the calibration sequences, if the method uses them.
-        provenance: where the calibration sequences come from.
-        dense_sha256: hash of the dense model's weights.
 
     Returns:
         A JSON object.

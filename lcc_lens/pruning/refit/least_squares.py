@@ -45,9 +45,6 @@ class NormalEquations:
             cross_moment: $X_{dense}^T X$, to fit the dense outputs $Y = X_{dense} T^T$ on other inputs; $X$ if None.
             product: $Y^T X$ itself, for targets other than dense outputs.
             ridge: $\lambda$ as a fraction of the mean diagonal of $X^T X$.
-
-        Raises:
-            LensError: a moment is not finite.
         """
         moments = [second_moment, *(moment for moment in (cross_moment, product) if moment is not None)]
         if not all(bool(torch.isfinite(moment).all()) for moment in moments):
@@ -79,11 +76,8 @@ def masked_least_squares(
     product a step), preconditioned by the diagonal; a row whose error would grow keeps its start.
 
     Args:
-        equations: the rows' normal equations.
-        keep: the weights that survive.
         start: initial weights, such as the pruned ones; those outside the mask count as zero.
         tolerance: conjugate gradients end at this norm of the residual relative to the right-hand side's.
-        max_iterations: limit of their steps.
 
     Returns:
         Weights with zeros wherever ``keep`` is false.

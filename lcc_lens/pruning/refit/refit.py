@@ -89,11 +89,8 @@ def refit_checkpoint(
 
     Args:
         dense: Hugging Face directory of the dense model.
-        pruned: the same model with zeros.
         out: directory to write; it appears complete or not at all.
         tokens: calibration sequences of equal length, without padding.
-        config: how to refit.
-        device: where to compute.
         dtype: format to run both models in; moments and solutions are float32.
         overwrite: whether ``out`` may replace an existing directory.
         provenance: where the tokens come from, for the record.

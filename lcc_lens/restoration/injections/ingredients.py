@@ -62,17 +62,11 @@ class Ingredients:
         """Collect the inputs from a pair and its scan.
 
         Args:
-            pair: the hooked models.
             scan: their scan, where the method needs one.
-            heads: the heads to act on.
             model: the model to act on; the pair's pruned one if not given.
-            sequences: training data.
             rank: directions per head; all if not given.
             mlp_rank: directions per MLP; those that the scan holds if not given.
-            low_rank: rank of low-rank changes of weights.
-            adapter_rank: rank of the baselines' adapters.
             start: see :class:`~lcc_lens.restoration.injections.constants.LccInjection`.
-            seed: of initial values.
         """
         return cls(
             pair.pruned if model is None else model, None if scan is None else scan.components, heads,
@@ -81,11 +75,7 @@ class Ingredients:
         )  # fmt: skip
 
     def lost(self) -> LostComponents:
-        """The lost components of the heads.
-
-        Raises:
-            RequestError: there is no scan.
-        """
+        """The lost components of the heads."""
         if self.components is None:
             raise RequestError("expected a scan of the pair for a method of constants, got none; scan it first")
         return self.components
@@ -95,9 +85,6 @@ class Ingredients:
 
         Args:
             directions: whether any are needed; the mean and the size come with every scan of the site.
-
-        Raises:
-            RequestError: the scan has none, or lacks directions.
         """
         if self.mlp is None:
             raise RequestError(
@@ -117,11 +104,7 @@ class Ingredients:
         return [Head(layer, 0) for layer in range(int(self.model.cfg.n_layers))]
 
     def both(self) -> Pair:
-        """The pair.
-
-        Raises:
-            RequestError: none was given.
-        """
+        """The pair."""
         if self.pair is None:
             raise RequestError(
                 "expected both models to measure in, got the pruned one; build from Ingredients.of(pair, ...)"

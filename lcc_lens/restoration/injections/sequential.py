@@ -38,8 +38,6 @@ def sequential_means(
     Both models run layer by layer, with the hidden states of all tokens in memory.
 
     Args:
-        pair: the hooked models, both in memory.
-        sequences: what to measure on.
         heads: the heads to correct; may be empty with ``mlp``, which also corrects the MLPs of all layers.
         model: the model to correct, by default the pruned one; ``max_tokens``: padded tokens per forward pass at most.
 

@@ -28,12 +28,7 @@ class MethodSpec:
 
     @classmethod
     def parse(cls, text: str | MethodSpec) -> MethodSpec:
-        """Read the name of a method or preset, or several methods joined by ``+``.
-
-        Raises:
-            RequestError: an unknown name, a name twice, one that stands alone, or two constants for the same heads or
-                MLPs.
-        """
+        """Read the name of a method or preset, or several methods joined by ``+``."""
         if isinstance(text, MethodSpec):
             return text
         names = [name.strip() for name in text.split("+")]

@@ -46,16 +46,7 @@ class WeightInjection(Injection):
 
 
 def masked_low_rank(model: HookedModel, *, rank: int = 8, seed: int = 0) -> WeightInjection:
-    r"""$W + M \odot BA$ on every linear layer of the decoder layers, initially the identity.
-
-    Args:
-        model: the hooked pruned model.
-        rank: of every change.
-        seed: of the draw of A.
-
-    Raises:
-        RequestError: a rank below 1.
-    """
+    r"""$W + M \odot BA$ on every linear layer of the decoder layers, initially the identity."""
     if rank < 1:
         raise RequestError(f"expected a rank of at least 1 for a masked low rank, got {rank}")
     generator = torch.Generator().manual_seed(seed)
@@ -70,11 +61,7 @@ def masked_weights(model: HookedModel) -> WeightInjection:
 
 
 def norm_gains(model: HookedModel) -> WeightInjection:
-    """The weight of every norm, as in PERP (arXiv 2312.15230).
-
-    Raises:
-        RequestError: the model's norms have no weights.
-    """
+    """The weight of every norm, as in PERP (arXiv 2312.15230)."""
     changes = {
         name: Shift(torch.zeros_like(module.get_parameter("weight"), dtype=torch.float32, device="cpu"))
         for name, module in plain_modules(model).items()
@@ -87,11 +74,6 @@ def norm_gains(model: HookedModel) -> WeightInjection:
 
 def output_gains(model: HookedModel, projections: Sequence[str], heads: Sequence[Head]) -> WeightInjection:
     """LoFiT's scaling of ``hook_z``, one parameter per head and dimension, as gains of the output projections' columns.
-
-    Args:
-        model: the hooked pruned model.
-        projections: its output projections by layer.
-        heads: the heads to scale.
 
     Raises:
         RequestError: a head twice, or outside the model.
@@ -108,9 +90,6 @@ def output_gains(model: HookedModel, projections: Sequence[str], heads: Sequence
 
 def mlp_gains(model: HookedModel) -> WeightInjection:
     """The same at every MLP's post-activation: one parameter per neuron, as gains of the down projections' columns.
-
-    Args:
-        model: the hooked pruned model.
 
     Raises:
         RequestError: no down projections.
@@ -136,9 +115,6 @@ def check_reached(model: HookedModel, injection: Injection) -> None:
 
     TransformerLens computes joint query-key-value layers (gpt2, gpt_neox) from copies, so that changing the original
     has no effect.
-
-    Raises:
-        RequestError: names the first such weight.
     """
     changes = {name: change for part in injection.parts for name, change in part.changes().items()}
     if not changes:

@@ -64,13 +64,8 @@ def range_test(
     """Train a few steps at several learning rates, each from the same start; the injection is unchanged afterwards.
 
     Args:
-        model: the hooked pruned model.
-        injection: the injection to be trained.
         sequences: training data, of which the first few are used.
-        validation: held-out data.
         config: settings of the run to come; rates are multiples of its rate, or of the method's own.
-        teacher: the dense model, for distillation.
-        factors: the multiples.
         n_steps: steps at each rate, with the decay of a whole run.
     """
     middle = config.lr if config.lr is not None else injection.default_lr

@@ -205,12 +205,8 @@ def run_model(
     """Run a model over a batch.
 
     Args:
-        model: a hooked model.
-        batch: the tokens.
         mask: the counted positions, those before a counted token.
-        hooks: of an injection.
         with_logits: whether to compute logits, at the counted positions only.
-        with_z: whether to keep head outputs there.
         checkpoint_layers: see :func:`~lcc_lens.models.hooked.forward.forward`.
     """
     device = device_of(model)

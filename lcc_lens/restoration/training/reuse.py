@@ -97,8 +97,6 @@ def reused(
     """The model; started at the first layer that the injection acts on where that leaves something out.
 
     Args:
-        model: the hooked model.
-        injection: what will act on it.
         kept: what an earlier call gave for this model, which is used again where it starts at the same layer.
         checkpoint_layers: see :func:`~lcc_lens.models.hooked.forward.forward`.
     """
@@ -170,8 +168,6 @@ class KeptStates:
         """A batch's tensors, zero where it is padded.
 
         Args:
-            batch: the sequences.
-            device: where the tensors are wanted.
             compute: gives the tensor of one sequence's tokens, which lie there.
         """
         rows = zip(batch.tokens, batch.lengths.tolist(), strict=True)
