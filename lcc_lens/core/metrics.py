@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from hashlib import sha256
 from typing import ParamSpec, TypeVar
 
@@ -41,6 +41,30 @@ def share_recovered(dense: float, pruned: float, restored: float) -> float | Non
     if not math.isfinite(lost) or lost <= 0:
         return None
     return round((pruned - restored) / lost, 12)
+
+
+def learned_warning(losses: Mapping[str, float]) -> str | None:
+    """Say that training taught the task rather than restored the model, where the held-out losses show it.
+
+    Args:
+        losses: nats per token of the ``dense``, the ``pruned`` and the ``restored`` model.
+
+    Returns:
+        A sentence if the dense model is no better than the pruned one, or the restored one better than the dense one;
+        None otherwise, and where a loss is missing.
+
+    Example:
+        >>> learned_warning({"dense": 2.0, "pruned": 3.0, "restored": 2.4}) is None
+        True
+    """
+    dense, pruned, restored = (losses.get(name, math.nan) for name in ("dense", "pruned", "restored"))
+    if dense >= pruned:
+        fact = f"the dense model's held-out loss ({dense:.3f}) is not below the pruned one's ({pruned:.3f})"
+        return f"{fact}: pruning lost nothing there, so a gain is the task learned, not restored; name other data"
+    if restored < dense:
+        fact = f"the restored model's held-out loss ({restored:.3f}) is below the dense one's ({dense:.3f})"
+        return f"{fact}: training also taught the task, which is not restoring; measure on other text"
+    return None
 
 
 def _remembered(interval: Callable[_P, _R]) -> Callable[_P, _R]:

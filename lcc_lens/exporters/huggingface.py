@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lcc_lens.core.checkpoint import Checkpoint
-from lcc_lens.core.errors import LensError
+from lcc_lens.core.errors import LensError, RequestError
 from lcc_lens.core.files import atomic_directory, read_json, require_space, write_json, write_text
 from lcc_lens.core.memory import release_memory
 from lcc_lens.core.rewriting import Splits, copy_checkpoint, parse_size, rewrite_weights
@@ -73,8 +73,8 @@ def export(
         overwrite: replace an existing directory.
 
     Raises:
-        RequestError: the restoration belongs to other weights (by hash), no bias can hold its constants, or ``out``
-            exists.
+        RequestError: the restoration belongs to other weights (by hash) or changes no logit, no bias can hold its
+            constants, or ``out`` exists.
         LensError: the reloaded model computes something else; nothing is kept.
 
     Example:
@@ -86,13 +86,14 @@ def export(
     require_same_weights(restoration, checkpoint)
     loaded = load_hooked(pruned, dtype=torch.float32)
     slots = _joint_slots(restoration, loaded, checkpoint)
+    expected = _Expected.of(restoration, loaded, checkpoint)
+    expected.require_effect()
     require_space(out, 2 * checkpoint.n_bytes)
     with atomic_directory(out, overwrite=overwrite) as part:
         replaced, added = edited_tensors(restoration, checkpoint, slots, loaded)
         copy_checkpoint(checkpoint, part, replaced=replaced, added=added, config=slots.config)
         if slots.retyped_as:
             _retype(part, slots, tokenizer_class=type(loaded.tokenizer).__name__)
-        expected = _Expected.of(restoration, loaded, checkpoint)
         del loaded
         release_memory()  # before the copy is loaded: memory may not hold a large model twice
         difference, zeros = _reload(expected, part)
@@ -178,6 +179,18 @@ class _Expected:
     def effect(self) -> float:
         """The largest change of a logit that the restoration makes."""
         return float((self.restored - self.unrestored).abs().max())
+
+    def require_effect(self) -> None:
+        """Refuse a restoration that changes nothing: its export would be the pruned model once more.
+
+        Raises:
+            RequestError: says what to do.
+        """
+        if self.effect == 0:
+            raise RequestError(
+                "expected a restoration that changes the pruned model's logits, got one without effect; train it "
+                "first (in a session: session.train()), or set a scale other than 0"
+            )
 
 
 def _reload(expected: _Expected, exported: Path) -> tuple[float, int]:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from lcc_lens.core.metrics import learned_warning
 from lcc_lens.restoration.result import Restoration
 
 
@@ -31,6 +32,8 @@ def model_card(restoration: Restoration, metrics: Mapping[str, Any], difference:
     if record.losses:
         lines += ["", "Loss on held-out responses while training, nats per token:", "", "| model | loss |", "|---|---|"]
         lines += [f"| {name} | {value:.4f} |" for name, value in record.losses.items()]
+        if record.n_trained != 0 and (warning := learned_warning(record.losses)):
+            lines += ["", f"**Read with care**: {warning}."]
     for name, values in metrics.items():
         lines += ["", f"## {name}", "", "| | " + " | ".join(values) + " |", "|---|" + "---|" * len(values)]
         lines.append("| | " + " | ".join(str(value) for value in values.values()) + " |")

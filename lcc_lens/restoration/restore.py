@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -10,6 +11,7 @@ from lcc_lens.analysis.scan.scan import Scan
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.fingerprint import fingerprint
 from lcc_lens.core.heads import Head
+from lcc_lens.core.metrics import learned_warning
 from lcc_lens.core.processes import wait_for_all
 from lcc_lens.core.progress import track
 from lcc_lens.data.datasets import Data
@@ -30,6 +32,8 @@ from lcc_lens.restoration.settings import LOW_RANK, RestoreSettings, with_preset
 from lcc_lens.restoration.training.loop import Step, TrainConfig, learning_rates, train, validation_loss
 from lcc_lens.restoration.training.lr_range import range_test
 from lcc_lens.restoration.training_data import training_sequences
+
+logger = logging.getLogger(__name__)
 
 
 def restore(
@@ -201,6 +205,8 @@ class _Steps:
             self.config.seed, self.kept, self.losses, n_trained=n_trained,
         )  # fmt: skip
         restoration = Restoration.of(self.injection, record)
+        if self.injection.n_trained and (warning := learned_warning(self.losses)):
+            logger.warning("%s", warning)
         self.folder.finish(restoration, len(self.held_out))
         wait_for_all()
         return restoration

@@ -116,11 +116,12 @@ def selector_rows(found: Scan, n: int = 3) -> list[list[str]]:
 
 def show_losses(losses: dict[str, float], n_heads: int, run_dir: Path) -> None:
     """Print held-out losses and the share of the loss that was recovered."""
-    from lcc_lens.core.metrics import share_recovered
+    from lcc_lens.core.metrics import learned_warning, share_recovered
 
     rows = [[name, f"{value:.4f}"] for name, value in losses.items()]
     share = share_recovered(losses["dense"], losses["pruned"], losses["restored"])
-    rows.append(["share recovered", "nothing was lost" if share is None else f"{share:.1%}"])
+    learned = ", the task learned" if share is not None and learned_warning(losses) else ""
+    rows.append(["share recovered", "nothing was lost" if share is None else f"{share:.1%}{learned}"])
     title = "held-out response loss" + (f", {n_heads} heads" if n_heads else "")
     show_table(title, ["model", "nats per token"], rows)
     console().print(f"restoration {run_dir}", soft_wrap=True)

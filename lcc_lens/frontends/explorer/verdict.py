@@ -8,6 +8,7 @@ from typing import Any
 
 from lcc_lens.analysis.scan.scan import Scan
 from lcc_lens.core.heads import Head
+from lcc_lens.core.metrics import learned_warning
 from lcc_lens.frontends.explorer.run_contents import RunContents
 from lcc_lens.frontends.explorer.views import present
 from lcc_lens.restoration.result import Restoration
@@ -96,17 +97,16 @@ def _restored(run: RunContents, restoration: Restoration) -> str:
     parameters = "" if record.n_trained is None else f" with {record.n_trained:,} trained parameters"
     where = f" in {len(restoration.heads)} heads" if restoration.heads else ""
     what = f"{record.method}{parameters}{where}"
-    if run.share_recovered is None:
+    if not {"dense", "pruned", "restored"} <= losses.keys():
         return f"Restored by {what}; the held-out losses do not say how much was recovered."
+    warning = learned_warning(losses)
     values = ", ".join(f"{name} {losses[name]:.3f}" for name in ("dense", "pruned", "restored"))
     count = f" ({run.sequences} sequences)" if run.sequences is not None else ""
     sentence = (
         f"Restored by {what} on {record.n_examples} examples of {Path(record.data).name}: held-out loss {values} nats "
         f"per response token{count}."
     )
-    if losses["restored"] < losses["dense"]:
-        sentence += " This is below the dense model's loss: training also taught the task, which is not restoring."
-    return sentence
+    return f"{sentence} Read with care: {warning}." if warning else sentence
 
 
 def _median(scan: Scan) -> float:

@@ -16,6 +16,7 @@ from lcc_lens.core.errors import LensError, RequestError
 from lcc_lens.core.files import sha256_file
 from lcc_lens.core.heads import Head
 from lcc_lens.exporters.huggingface import export
+from lcc_lens.exporters.model_card import model_card
 from lcc_lens.models.loading.hooked import load_hooked
 
 
@@ -51,6 +52,28 @@ def test_fold_equals_hook(name: str, tmp_path: Path) -> None:
     assert float((got - expected).abs().max()) < 1e-5 * max(1.0, float(expected.abs().max()))
     assert report.logit_effect > 0.1
     assert sha256_file(pruned / "model.safetensors") == before
+
+
+def test_a_restoration_without_effect_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    pruned = save_model(build_model(), tmp_path / "pruned")
+    with pytest.raises(RequestError, match="got one without effect; train it first"):
+        export(restoration_of(pruned, size=0.0), pruned, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir() if path.name != "cache"] == ["pruned"]
+
+
+@pytest.mark.parametrize(
+    ("losses", "warning"),
+    [((2.0, 3.0, 2.4), None), ((2.0, 3.0, 1.5), "also taught the task"), ((3.1, 3.0, 1.5), "pruning lost nothing")],
+)
+def test_the_card_says_where_the_task_was_learned(losses, warning: str | None, tmp_path: Path) -> None:
+    pruned = save_model(build_model(), tmp_path / "pruned")
+    restoration = restoration_of(pruned)
+    named = dict(zip(("dense", "pruned", "restored"), losses, strict=True))
+    card = model_card(
+        dataclasses.replace(restoration, record=dataclasses.replace(restoration.record, losses=named)), {}, 0.0
+    )
+    assert ("Read with care" in card) == (warning is not None)
+    assert warning is None or warning in card
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])

@@ -435,3 +435,15 @@ def test_diverged_run_resumes_to_the_same_end(
 def test_mean_shift_has_no_training_to_shuffle(pair, found: Scan, question_file: Path) -> None:
     with pytest.raises(RequestError, match="expected a method that trains to shuffle responses for, got mean-shift"):
         run_restore(pair, found, question_file, None, method="mean-shift", shuffle_responses=True)
+
+
+def test_a_restoration_that_learned_the_task_says_so(
+    pair, found: Scan, question_file: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    data = load_data(str(question_file))  # one-word answers, which are learned from a few examples
+    losses = restore(pair, found, found.select("mse", share=1.0), data, config=FAST).record.losses
+    assert losses["restored"] < losses["dense"]
+    assert "training also taught the task" in caplog.text or "the task learned, not restored" in caplog.text
+    caplog.clear()
+    restore(pair, found, found.select("mse", share=0.2), data, method="mean-shift")  # trains nothing
+    assert "task" not in caplog.text
