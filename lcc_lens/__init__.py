@@ -114,6 +114,9 @@ if TYPE_CHECKING:
     from lcc_lens.restoration.training.objectives import Objective as Objective
 
 
+__version__: str  # read when it is asked for, as the public names are
+
+
 def _public_names() -> dict[str, str]:
     """Maps each public name to the module that defines it, read from the ``TYPE_CHECKING`` block above."""
     source = pkgutil.get_data(__name__, "__init__.py")
@@ -131,6 +134,8 @@ __all__ = sorted(_MODULE_OF)
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return importlib.import_module("lcc_lens.core.config").package_version()
     if name not in _MODULE_OF:
         raise AttributeError(f"module 'lcc_lens' has no attribute {name!r}")
     value = getattr(importlib.import_module(_MODULE_OF[name]), name)

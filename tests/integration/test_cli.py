@@ -16,9 +16,11 @@ from support.tiers import mostly_slow
 from support.tiny import build_model, save_model
 from transformers import AutoModelForCausalLM
 
+import lcc_lens
+from lcc_lens.core.config import package_version
 from lcc_lens.core.files import sha256_file
 from lcc_lens.core.heads import Head
-from lcc_lens.frontends.cli.main import run
+from lcc_lens.frontends.cli.main import COMMANDS, parse, run
 
 
 def test_whole_method_from_the_command_line(
@@ -147,14 +149,31 @@ def test_wrong_usage_ends_with_2(arguments: list[str], capsys: pytest.CaptureFix
     assert run(arguments) == 2
 
 
-@pytest.mark.parametrize(
-    "command", ["prune", "refit", "scan", "restore", "compare", "recipe", "export", "eval", "report", "doctor", "demo"]
-)
-def test_help_explains_every_option(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_is_plain_and_ends_with_an_example_that_parses(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run([command, "--help"]) == 0
     text = capsys.readouterr().out
     assert "--quiet" in text
     assert "usage: lcc-lens" in text
+    assert "None" not in text
+    example = text.strip().splitlines()[-1].removeprefix("Example: lcc-lens ")
+    assert type(parse(example.split())) is COMMANDS[command]
+
+
+def test_help_groups_options_and_pairs_what_is_on(capsys: pytest.CaptureFixture[str]) -> None:
+    run(["restore", "--help"])
+    text = capsys.readouterr().out
+    places = [text.index(option) for option in ("--method", "data options", "training options", "memory options")]
+    assert places == sorted(places)
+    run(["report", "--help"])
+    assert "--latency, --no-latency" in capsys.readouterr().out
+    assert parse(["report", "smollm2", "--no-latency"]).timing.latency is False
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["--version"]) == 0
+    assert capsys.readouterr().out == f"lcc-lens {lcc_lens.__version__}\n"
+    assert lcc_lens.__version__ == package_version() != "0+unknown"
 
 
 def test_unexpected_failure_is_one_line(

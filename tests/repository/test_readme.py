@@ -5,18 +5,17 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
-from typing import get_args
 
 import pytest
 from support.places import ROOT
 
 import lcc_lens
 from lcc_lens.data.registry import DATASETS
-from lcc_lens.frontends.cli.main import Command, run
+from lcc_lens.frontends.cli.main import COMMANDS, run
 
 README = (ROOT / "README.md").read_text()
 RESULTS = {path.stem: path.read_text() for path in (ROOT / "docs" / "results").glob("*.md")}
-COMMANDS = (ROOT / "docs" / "cli.md").read_text()
+CLI_PAGE = (ROOT / "docs" / "cli.md").read_text()
 
 
 def benchmark(name: str):
@@ -114,7 +113,7 @@ def test_python_example_uses_public_names() -> None:
     assert used <= set(lcc_lens.__all__)
 
 
-@pytest.mark.parametrize("page", [README, COMMANDS])
+@pytest.mark.parametrize("page", [README, CLI_PAGE])
 def test_commands_of_a_page_exist(page: str, capsys: pytest.CaptureFixture[str]) -> None:
     commands = set(re.findall(r"^lcc-lens ([a-z]+)", page, flags=re.MULTILINE))
     assert commands >= {"prune", "scan", "restore", "export", "eval"}
@@ -126,6 +125,5 @@ def test_commands_of_a_page_exist(page: str, capsys: pytest.CaptureFixture[str])
 
 
 def test_every_command_and_data_set_is_listed() -> None:
-    names = {command.__metadata__[0].name for command in get_args(Command)}
-    assert names == set(re.findall(r"^lcc-lens ([a-z]+)", COMMANDS, flags=re.MULTILINE))
-    assert all(name in README and name in COMMANDS for name in DATASETS)
+    assert set(COMMANDS) == set(re.findall(r"^lcc-lens ([a-z]+)", CLI_PAGE, flags=re.MULTILINE))
+    assert all(name in README and name in CLI_PAGE for name in DATASETS)

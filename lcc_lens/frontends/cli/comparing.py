@@ -3,14 +3,61 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated, ClassVar
 
-from lcc_lens.frontends.cli.options import Common, DenseModel, PrunedModel, RunPath
+import tyro
+
+from lcc_lens.frontends.cli.options import Common, DenseModel, PrunedModel, RunPath, Switch
 from lcc_lens.frontends.cli.show import show_comparison
+
+_METHODS = (
+    "Restore's methods, lora, dora (-vo: on v and o alone), lofit, eora, flap, perp or perp-lora; refit+ before one "
+    "starts from the refitted model; @dense, @shuffled or @random-heads after it is a control; :distillation trains "
+    "towards the dense model; =3e-3 sets a learning rate, =tuned chooses one by a range test."
+)
+_CONTROLS = (
+    "Also lcc's controls: on the dense model, with shuffled responses, over a random basis, offset alone, mean "
+    "difference, and at random heads where not all are restored."
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareData:
+    """What methods are trained on, and how."""
+
+    data: str = "alpaca"
+    """Training data."""
+    examples: int = 480
+    """Training examples."""
+    max_length: int = 256
+    """Tokens per example at most."""
+    epochs: int = 1
+    """Passes over the training data."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measures:
+    """What is measured."""
+
+    texts: Annotated[tuple[str, ...], tyro.conf.arg(metavar="DATA [DATA ...]")] = ("wikitext", "c4")
+    """Texts of another kind, for perplexity; the first is the main figure."""
+    blocks: int = 16
+    """Blocks of 512 tokens of each."""
+    tasks: Annotated[tuple[str, ...], tyro.conf.arg(metavar="TASK [TASK ...]")] = ()
+    """Zero-shot tasks of lm-eval."""
+    limit: int = 200
+    """Items of each task at most."""
+    responses: int = 96
+    """Held-out responses for the KL divergence from the dense model and the response loss."""
+    speed_rounds: int = 15
+    """Rounds in which inference is timed at the end (0: not at all)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Compare(Common):
     """Train and measure methods, baselines and controls under the same conditions; finished runs are kept."""
+
+    example: ClassVar[str] = "smollm2 out/wanda50 runs/compared --methods lcc lcc@dense lora refit+low-rank --seeds 3"
 
     dense: DenseModel
     """The dense model."""
@@ -18,54 +65,33 @@ class Compare(Common):
     """The model pruned from it."""
     run: RunPath
     """A folder for the comparison; the same command resumes there."""
-    methods: tuple[str, ...] = ("lcc", "lcc@dense", "random-basis", "offset", "mean-shift", "lora")
-    """Restore's methods, lora, dora (-vo: on v and o alone), lofit, eora, flap, perp or perp-lora; refit+ before one
-    starts from the refitted model; @dense, @shuffled or @random-heads after it is a control; :distillation trains
-    towards the dense model; =3e-3 sets a learning rate, =tuned chooses one by a range test."""
-    baselines: bool = False
+    methods: Annotated[tuple[str, ...], tyro.conf.arg(help=_METHODS, metavar="METHOD [METHOD ...]")] = (
+        "lcc", "lcc@dense", "random-basis", "offset", "mean-shift", "lora",
+    )  # fmt: skip
+    baselines: Switch = False
     """Also every baseline."""
-    controls: bool = False
-    """Also lcc's controls: on the dense model, with shuffled responses, over a random basis, offset alone, mean
-    difference, and at random heads where not all are restored."""
+    controls: Annotated[Switch, tyro.conf.arg(help=_CONTROLS)] = False
     seeds: int = 3
     """How many seeds (the draw of examples, their order, initial values)."""
-    data: str = "alpaca"
-    """Training data."""
-    examples: int = 480
-    """Training examples."""
-    texts: tuple[str, ...] = ("wikitext", "c4")
-    """Texts of another kind, for perplexity; the first is the main figure."""
-    blocks: int = 16
-    """Blocks of 512 tokens of each."""
-    tasks: tuple[str, ...] = ()
-    """Zero-shot tasks of lm-eval."""
-    limit: int = 200
-    """Items of each task at most."""
-    responses: int = 96
-    """Held-out responses for the KL divergence from the dense model and the response loss."""
     heads: float = 1.0
     """Fraction of heads to restore."""
     selector: str = "mse"
-    """How heads are chosen: probe, interaction, attribution, patching, mse, kl, gradient, random, or a
-    selector that an installed package registers."""
-    epochs: int = 1
-    """Passes over the training data."""
-    max_length: int = 256
-    """Tokens per example at most."""
-    speed_rounds: int = 15
-    """Rounds in which inference is timed at the end (0: not at all)."""
+    """Score that heads are chosen by: probe, interaction, attribution, patching, mse, kl, gradient or random."""
     part: str = "1/1"
     """i/n: compute every n-th run, starting at the i-th; start the same command with 1/n to n/n in n processes."""
+    data: CompareData = CompareData()
+    measures: Measures = Measures()
 
     def execute(self) -> None:
         from lcc_lens.evaluation.comparison.compare import COMPARISON, compare, read_part
         from lcc_lens.evaluation.comparison.config import CompareConfig
         from lcc_lens.evaluation.comparison.entry import all_entries
 
+        data, measures = self.data, self.measures
         config = CompareConfig(
-            data=self.data, examples=self.examples, texts=self.texts, blocks=self.blocks, responses=self.responses,
-            tasks=self.tasks, limit=self.limit, heads=self.heads, selector=self.selector, max_length=self.max_length,
-            epochs=self.epochs, speed_rounds=self.speed_rounds,
+            data=data.data, examples=data.examples, max_length=data.max_length, epochs=data.epochs, heads=self.heads,
+            selector=self.selector, texts=measures.texts, blocks=measures.blocks, responses=measures.responses,
+            tasks=measures.tasks, limit=measures.limit, speed_rounds=measures.speed_rounds,
         )  # fmt: skip
         entries = all_entries(self.methods, baselines=self.baselines, controls=self.controls, heads=self.heads)
         results = compare(

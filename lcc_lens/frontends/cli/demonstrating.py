@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 from lcc_lens.frontends.cli.options import Common
 from lcc_lens.frontends.cli.show import console, show_results, show_table
@@ -12,6 +13,8 @@ from lcc_lens.frontends.cli.show import console, show_results, show_table
 @dataclass(frozen=True, kw_only=True)
 class Demo(Common):
     """Prune the embedded model, see what its heads lost, restore it, export it, and open a page."""
+
+    example: ClassVar[str] = "--folder runs/demo"
 
     folder: Path = Path("runs/demo")
     """Where everything is written."""

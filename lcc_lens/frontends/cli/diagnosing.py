@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import tyro
 
@@ -15,6 +15,8 @@ from lcc_lens.frontends.cli.show import show_table
 @dataclass(frozen=True, kw_only=True)
 class Doctor(Common):
     """See whether a model loads as it should, what works for it, and what this machine offers."""
+
+    example: ClassVar[str] = "smollm2"
 
     model: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODEL")]
     """smollm2, a directory, a .gguf file, or a hub id (owner/name@revision)."""

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import tyro
 
 from lcc_lens.core.errors import RequestError
-from lcc_lens.frontends.cli.options import Common
+from lcc_lens.frontends.cli.options import Common, Maybe
 from lcc_lens.frontends.cli.show import console
 
 
@@ -17,11 +17,15 @@ from lcc_lens.frontends.cli.show import console
 class Explore(Common):
     """Write a page to explore a run by layer and head; it opens in any browser with no network."""
 
-    runs: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="RUN [RUN2]")]
+    example: ClassVar[str] = "runs/mine"
+
+    runs: Annotated[
+        tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="RUN [RUN2]", help_behavior_hint="(required)")
+    ]
     """A run directory, and a second one of the same dense model to compare with."""
-    out: Path | None = None
+    out: Maybe[Path] = None
     """The page to write (explorer.html in RUN if not given)."""
-    results: Path | None = None
+    results: Maybe[Path] = None
     """A results.json of lcc-lens eval to show as a table."""
     tokens: bool = True
     """Read the pruned model, once, for the tokens that components promote; they are kept in RUN."""

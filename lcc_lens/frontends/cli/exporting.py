@@ -2,37 +2,47 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 from lcc_lens.core.errors import RequestError
-from lcc_lens.frontends.cli.options import Out, Placed, RunPath
+from lcc_lens.frontends.cli.options import Common, Maybe, Out, Placement, RunPath, Switch
 from lcc_lens.frontends.cli.show import console, show_table
 
 
 @dataclass(frozen=True, kw_only=True)
-class Export(Placed):
+class Files:
+    """How the weights are written, and where else."""
+
+    dtype: Maybe[Literal["float32", "bfloat16", "float16"]] = None
+    """Round the weights to this format (the pruned model's, if not given)."""
+    max_shard_size: Maybe[str] = None
+    """Bytes per weight file at most, such as 5GB (the pruned model's files, if not given)."""
+    push_to_hub: Maybe[str] = None
+    """Upload the verified directory to this repository (owner/name), private, under your own login."""
+    gguf: Maybe[Path] = None
+    """Also write this file for llama.cpp, by its converter, and compare every number."""
+    llama_cpp: Maybe[Path] = None
+    """A clone of llama.cpp, for its converter (LCC_LENS_LLAMA_CPP, if not given)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Export(Common):
     """Fold a restoration into a plain Hugging Face directory and verify it."""
+
+    example: ClassVar[str] = "runs/mine out/restored"
 
     run: RunPath
     """The run directory with the restoration."""
     out: Out
     """The directory to write."""
-    pruned: str | None = None
+    pruned: Maybe[str] = None
     """Where the pruned model lies now (where the run found it, if not given)."""
-    dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """Round the weights to this format (the pruned model's, if not given)."""
-    max_shard_size: str | None = None
-    """Bytes per weight file at most, such as 5GB (the pruned model's files, if not given)."""
-    push_to_hub: str | None = None
-    """Upload the verified directory to this repository (owner/name), private, under your own login."""
-    gguf: Path | None = None
-    """Also write this file for llama.cpp, by its converter and in the directory's format, and compare every number."""
-    llama_cpp: Path | None = None
-    """A clone of llama.cpp, for its converter (LCC_LENS_LLAMA_CPP, if not given)."""
-    overwrite: bool = False
+    overwrite: Switch = False
     """Replace an existing directory and GGUF file."""
+    files: Files = Files()
+    memory: Placement = field(default_factory=Placement)
 
     def execute(self) -> None:
         import torch
@@ -41,14 +51,14 @@ class Export(Placed):
         from lcc_lens.exporters.huggingface import export
         from lcc_lens.restoration.result import Restoration
 
-        if self.push_to_hub is not None:
-            require_repository(self.push_to_hub)
+        if self.files.push_to_hub is not None:
+            require_repository(self.files.push_to_hub)
         self._require_gguf()
         restoration = Restoration.load(self.run)
+        dtype = None if self.files.dtype is None else getattr(torch, self.files.dtype)
         report = export(
-            restoration, self.pruned or restoration.record.pruned, self.out,
-            dtype=None if self.dtype is None else getattr(torch, self.dtype), max_shard_size=self.max_shard_size,
-            overwrite=self.overwrite,
+            restoration, self.pruned or restoration.record.pruned, self.out, dtype=dtype,
+            max_shard_size=self.files.max_shard_size, overwrite=self.overwrite,
         )  # fmt: skip
         rows = [
             ["biases added", str(len(report.added))],
@@ -59,25 +69,25 @@ class Export(Placed):
             ["largest effect on the logits", f"{report.logit_effect:.2g}"],
         ]
         show_table(f"exported and verified: {self.out}", ["", ""], rows)
-        if self.gguf is not None:
-            self._write_gguf(self.gguf)
-        if self.push_to_hub is not None:
-            console().print(push_to_hub(self.out, self.push_to_hub), soft_wrap=True)
+        if self.files.gguf is not None:
+            self._write_gguf(self.files.gguf)
+        if self.files.push_to_hub is not None:
+            console().print(push_to_hub(self.out, self.files.push_to_hub), soft_wrap=True)
 
     def _require_gguf(self) -> None:
         """Check that the GGUF file can be written, before exporting."""
         from lcc_lens.exporters.gguf import require_converter, require_new_file
 
-        if self.gguf is not None:
-            require_converter(self.llama_cpp)
-            require_new_file(self.gguf, overwrite=self.overwrite)
-        elif self.llama_cpp is not None:
+        if self.files.gguf is not None:
+            require_converter(self.files.llama_cpp)
+            require_new_file(self.files.gguf, overwrite=self.overwrite)
+        elif self.files.llama_cpp is not None:
             raise RequestError("expected the GGUF file to write beside --llama-cpp, got none; name it by --gguf FILE")
 
     def _write_gguf(self, file: Path) -> None:
         from lcc_lens.exporters.gguf import export_gguf
 
-        report = export_gguf(self.out, file, llama_cpp=self.llama_cpp, overwrite=self.overwrite)
+        report = export_gguf(self.out, file, llama_cpp=self.files.llama_cpp, overwrite=self.overwrite)
         rows = [
             ["architecture in llama.cpp", report.architecture],
             ["format of matrices", report.number_format],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from lcc_lens.frontends.cli.options import Common, Out, RunPath
 from lcc_lens.frontends.cli.show import show_drawn
@@ -12,6 +12,8 @@ from lcc_lens.frontends.cli.show import show_drawn
 @dataclass(frozen=True, kw_only=True)
 class Figures(Common):
     """Draw every figure that a run has the data for, and name what would produce the others."""
+
+    example: ClassVar[str] = "runs/mine figures/mine --formats png html"
 
     run: RunPath
     """A directory of scan, restore or compare."""

@@ -6,12 +6,13 @@ import logging
 import os
 import sys
 import warnings
+from collections.abc import Sequence
 from contextlib import nullcontext
-from typing import Annotated, Any
+from typing import Any
 
 import tyro
 
-from lcc_lens.core.config import bound_kernel_cache, placed
+from lcc_lens.core.config import bound_kernel_cache, package_version, placed
 from lcc_lens.core.errors import LensError, RequestError
 from lcc_lens.core.processes import is_first_process, n_processes
 from lcc_lens.core.progress import shown
@@ -22,26 +23,17 @@ from lcc_lens.frontends.cli.exploring import Explore
 from lcc_lens.frontends.cli.exporting import Export
 from lcc_lens.frontends.cli.figures import Figures
 from lcc_lens.frontends.cli.measuring import Eval, Report
+from lcc_lens.frontends.cli.options import device_map_of
 from lcc_lens.frontends.cli.pruning import Prune, Refit
 from lcc_lens.frontends.cli.recipes import Recipe
 from lcc_lens.frontends.cli.restoring import Restore
 from lcc_lens.frontends.cli.scanning import ScanPair
 
-Command = (
-    Annotated[Prune, tyro.conf.subcommand("prune")]
-    | Annotated[Refit, tyro.conf.subcommand("refit")]
-    | Annotated[ScanPair, tyro.conf.subcommand("scan")]
-    | Annotated[Restore, tyro.conf.subcommand("restore")]
-    | Annotated[Compare, tyro.conf.subcommand("compare")]
-    | Annotated[Recipe, tyro.conf.subcommand("recipe")]
-    | Annotated[Export, tyro.conf.subcommand("export")]
-    | Annotated[Eval, tyro.conf.subcommand("eval")]
-    | Annotated[Report, tyro.conf.subcommand("report")]
-    | Annotated[Figures, tyro.conf.subcommand("figures")]
-    | Annotated[Explore, tyro.conf.subcommand("explore")]
-    | Annotated[Doctor, tyro.conf.subcommand("doctor")]
-    | Annotated[Demo, tyro.conf.subcommand("demo")]
-)
+COMMANDS: dict[str, Any] = {
+    "prune": Prune, "refit": Refit, "scan": ScanPair, "restore": Restore, "compare": Compare,
+    "recipe": Recipe, "export": Export, "eval": Eval, "report": Report, "figures": Figures,
+    "explore": Explore, "doctor": Doctor, "demo": Demo,
+}  # fmt: skip
 
 #: Commands that several processes may run together.
 _DIVIDED = (ScanPair, Restore)
@@ -49,19 +41,22 @@ _DIVIDED = (ScanPair, Restore)
 
 def run(arguments: list[str] | None = None) -> int:
     """Parse and run one command; gives the exit code: 0 done, 1 failed, 2 cannot be served, 130 interrupted."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments == ["--version"]:
+        print(f"lcc-lens {package_version()}")
+        return 0
     try:
-        command: Any = tyro.cli(
-            Command, args=arguments, prog="lcc-lens", description="See what pruning took, and put it back.",
-            config=(tyro.conf.FlagCreatePairsOff,),
-        )  # fmt: skip
+        command = parse(arguments)
     except SystemExit as stop:
+        if stop.code == 0:
+            _print_example(arguments)
         return stop.code if isinstance(stop.code, int) else 2
     quiet = command.quiet or not is_first_process()
     _set_up_logging(quiet)
     bound_kernel_cache()
     try:
         _refuse_several(command)
-        with placed(getattr(command, "device_map", None)), nullcontext() if quiet else shown():
+        with placed(device_map_of(command)), nullcontext() if quiet else shown():
             command.execute()
     except LensError as error:
         return _fail(str(error), error.exit_code)
@@ -73,6 +68,21 @@ def run(arguments: list[str] | None = None) -> int:
         first = (str(error).strip().splitlines() or [""])[0]
         return _fail(f"{type(error).__name__}: {first} (LCC_LENS_DEBUG=1 shows where)", 1)
     return 0
+
+
+def parse(arguments: Sequence[str]) -> Any:
+    """The command that a command line asks for; prints help or what is wrong, and exits, where it asks for none."""
+    return tyro.extras.subcommand_cli_from_dict(
+        COMMANDS, args=arguments, prog="lcc-lens", config=(tyro.conf.OmitArgPrefixes, tyro.conf.DisallowNone),
+        description="See what pruning took, and put it back. --version prints the version.",
+    )  # fmt: skip
+
+
+def _print_example(arguments: Sequence[str]) -> None:
+    """End the help of a command with an example."""
+    name = arguments[0] if arguments else ""
+    if name in COMMANDS:
+        print(f"Example: lcc-lens {name} {COMMANDS[name].example}")
 
 
 def _refuse_several(command: Any) -> None:

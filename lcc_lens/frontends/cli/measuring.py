@@ -2,30 +2,37 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import tyro
 
 from lcc_lens.core.errors import RequestError
-from lcc_lens.frontends.cli.options import Common
+from lcc_lens.frontends.cli.options import Common, Maybe
 from lcc_lens.frontends.cli.show import show_report, show_results
+
+Models = Annotated[
+    tyro.conf.Positional[tuple[str, ...]],
+    tyro.conf.arg(metavar="MODEL [MODEL ...]", help_behavior_hint="(required)"),
+]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Eval(Common):
     """Measure models side by side."""
 
-    models: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="MODEL [MODEL ...]")]
+    example: ClassVar[str] = "smollm2 out/wanda50 out/restored --tasks boolq arc_easy --limit 200"
+
+    models: Models
     """Model references."""
-    tasks: tuple[str, ...] = ("wikitext", "boolq", "arc_easy")
+    tasks: Annotated[tuple[str, ...], tyro.conf.arg(metavar="TASK [TASK ...]")] = ("wikitext", "boolq", "arc_easy")
     """Text (perplexity), instructions (response loss), or lm-eval's tasks (accuracy)."""
-    limit: int | None = None
+    limit: Maybe[int] = None
     """Blocks, responses or items per task at most."""
     length: int = 512
     """Tokens per block of text."""
-    out: Path | None = None
+    out: Maybe[Path] = None
     """A results.json to write."""
 
     def execute(self) -> None:
@@ -41,11 +48,9 @@ class Eval(Common):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Report(Common):
-    """See whether models are really as sparse as they say, whether they are faster, and whether they load."""
+class Timing:
+    """How the models are timed."""
 
-    models: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="MODEL [MODEL ...]")]
-    """Model references; the first, best the dense one, is compared with the others."""
     latency: bool = True
     """Time the models, all of them in memory at once."""
     repeats: int = 15
@@ -54,8 +59,19 @@ class Report(Common):
     """Tokens of the timed forward pass."""
     new_tokens: int = 24
     """Tokens generated one by one."""
-    out: Path | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report(Common):
+    """See whether models are really as sparse as they say, whether they are faster, and whether they load."""
+
+    example: ClassVar[str] = "smollm2 out/wanda50 out/restored --out report.json"
+
+    models: Models
+    """Model references; the first, best the dense one, is compared with the others."""
+    out: Maybe[Path] = None
     """A report.json to write."""
+    timing: Timing = Timing()
 
     def execute(self) -> None:
         from lcc_lens.core.files import write_json
@@ -63,10 +79,7 @@ class Report(Common):
 
         if self.out is not None and self.out.is_dir():
             raise RequestError(f"expected a file to write the report to, got the folder {self.out}; name a .json file")
-        measured = report(
-            self.models, latency=self.latency, repeats=self.repeats, prompt_tokens=self.prompt_tokens,
-            new_tokens=self.new_tokens,
-        )  # fmt: skip
+        measured = report(self.models, **asdict(self.timing))
         if self.out is not None:
             write_json(self.out, measured)
         show_report(measured, str(self.out) if self.out else "report")

@@ -1,10 +1,10 @@
-"""What subcommands share: positional arguments, --quiet and --device-map."""
+"""What subcommands share: positional arguments, --quiet, and the options that spare memory."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import tyro
 
@@ -12,16 +12,42 @@ Out = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="OUT")]
 RunPath = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
 DenseModel = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="DENSE")]
 PrunedModel = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="PRUNED")]
+#: A switch that is off unless it is given; one that is on by default is a plain ``bool``, shown as ``--x, --no-x``.
+Switch = tyro.conf.FlagCreatePairsOff[bool]
+
+_T = TypeVar("_T")
+#: An option that need not be given; its help says what holds then.
+Maybe = Annotated[_T | None, tyro.conf.arg(help_behavior_hint="")]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Common:
-    quiet: bool = False
+    """A subcommand: its fields are its options, a field that is a dataclass is a group of them in the help."""
+
+    example: ClassVar[str]
+    """A command line that the help ends with."""
+
+    quiet: Switch = False
     """No progress bars and no notes; errors and results still show."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Placed(Common):
-    device_map: Literal["auto", "disk"] | None = None
-    """For models larger than a device: spread over all GPUs, memory and disk as it fits (auto), or with every decoder
-    layer on disk until its turn (disk)."""
+class Placement:
+    """For models larger than the memory."""
+
+    device_map: Maybe[Literal["auto", "disk"]] = None
+    """Spread a model over all GPUs, memory and disk (auto), or keep each layer on disk until its turn (disk)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Memory(Placement):
+    """For models larger than the memory."""
+
+    one_at_a_time: Switch = False
+    """Hold one model in memory at a time."""
+
+
+def device_map_of(command: Any) -> Literal["auto", "disk"] | None:
+    """The device map that a command asks for."""
+    memory = getattr(command, "memory", None)
+    return memory.device_map if isinstance(memory, Placement) else None

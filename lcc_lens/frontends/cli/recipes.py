@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import tyro
 
-from lcc_lens.frontends.cli.options import Common
+from lcc_lens.frontends.cli.options import Common, Maybe
 from lcc_lens.frontends.cli.show import console
 
 
@@ -16,19 +16,21 @@ from lcc_lens.frontends.cli.show import console
 class Recipe(Common):
     """Prune, restore by every method and measure as a recipe says; the same command resumes where it stopped."""
 
+    example: ClassVar[str] = "recipes/unstructured50.json --out runs/unstructured50"
+
     file: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RECIPE")]
     """One of recipes/*.json, or your own."""
-    out: Path | None = None
+    out: Maybe[Path] = None
     """Where everything is written (runs/ and the recipe's name, if not given)."""
-    model: str | None = None
+    model: Maybe[str] = None
     """Another model than the recipe's."""
-    seeds: int | None = None
+    seeds: Maybe[int] = None
     """Another number of seeds."""
-    examples: int | None = None
+    examples: Maybe[int] = None
     """Another number of training examples."""
-    limit: int | None = None
+    limit: Maybe[int] = None
     """Items of each task at most."""
-    dry_run: str | None = None
+    dry_run: Maybe[str] = None
     """A tiny model to run every step on, with hardly any data; checks that it runs, the results mean nothing."""
 
     def execute(self) -> None:
