@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lcc_lens.core.files import read_json
+from lcc_lens.core.reading import read_json
 from lcc_lens.evaluation.paper.recipes import read_recipe
 from lcc_lens.evaluation.paper.tables import paper_page
 

@@ -27,7 +27,8 @@ import torch
 from run import describe, timed
 from transformers.utils import logging as transformers_logging
 
-from lcc_lens.core.files import read_json, write_json
+from lcc_lens.core.files import write_json
+from lcc_lens.core.reading import read_json
 from lcc_lens.data.datasets import encode, load_data
 from lcc_lens.models.hooked.losses import sequence_loss
 from lcc_lens.models.loading.hooked import load_tokenizer

@@ -43,7 +43,8 @@ from transformers.utils import logging as transformers_logging
 from lcc_lens.analysis.components import LostComponents
 from lcc_lens.analysis.scan.scan import Scan, scan
 from lcc_lens.core.config import compute_dtype, default_device
-from lcc_lens.core.files import read_json, read_tensors, write_json
+from lcc_lens.core.files import read_tensors, write_json
+from lcc_lens.core.reading import read_json
 from lcc_lens.data.batches import encode_pair
 from lcc_lens.data.datasets import Data, load_data
 from lcc_lens.models.loading.hooked import load_tokenizer

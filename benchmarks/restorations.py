@@ -31,7 +31,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 from run import describe
 from transformers.utils import logging as transformers_logging
 
-from lcc_lens.core.files import locked, read_json, write_json
+from lcc_lens.core.files import locked, write_json
+from lcc_lens.core.reading import read_json
 from lcc_lens.evaluation.comparison.compare import MEASURES, compare, read_part
 from lcc_lens.evaluation.comparison.config import CompareConfig
 from lcc_lens.evaluation.comparison.entry import Entry

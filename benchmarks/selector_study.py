@@ -33,8 +33,9 @@ from transformers.utils import logging as transformers_logging
 from lcc_lens.analysis.head_scores import HeadScores
 from lcc_lens.analysis.scan.scan import Scan, scan
 from lcc_lens.analysis.selectors.names import SELECTORS
-from lcc_lens.core.files import read_json, write_json
+from lcc_lens.core.files import write_json
 from lcc_lens.core.metrics import share_recovered
+from lcc_lens.core.reading import read_json
 from lcc_lens.data.batches import Batch, TokenSequence, batches
 from lcc_lens.data.datasets import Data, encode, load_data
 from lcc_lens.models.hooked.forward import forward

@@ -25,7 +25,8 @@ import plotly.graph_objects as go
 import plotly.io
 
 from lcc_lens.core.errors import RequestError
-from lcc_lens.core.files import read_json, write_text
+from lcc_lens.core.files import write_text
+from lcc_lens.core.reading import read_json
 from lcc_lens.frontends.plotting.comparisons import plot_comparison, plot_inference_cost, plot_tasks
 from lcc_lens.frontends.plotting.recoveries import plot_recovery, recovery_by_selector, recovery_points
 from lcc_lens.frontends.plotting.reports import plot_report

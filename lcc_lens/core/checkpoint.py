@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lcc_lens.core.errors import RequestError
-from lcc_lens.core.files import read_json, sha256_file
+from lcc_lens.core.files import sha256_file
+from lcc_lens.core.reading import read_json
 
 if TYPE_CHECKING:
     from torch import Tensor

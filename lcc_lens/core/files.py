@@ -112,18 +112,6 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def read_json(path: Path) -> Any:
-    """Read JSON."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise RequestError(f"expected the file {path}, got nothing there; check the path") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise RequestError(
-            f"expected JSON in {path}, got something else ({error}); restore or rebuild the file"
-        ) from error
-
-
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """Write a safetensors file atomically."""
     from safetensors.torch import save_file

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lcc_lens.core.errors import RequestError
-from lcc_lens.core.files import read_json
+from lcc_lens.core.reading import read_json
 
 _LABEL = re.compile(r"^L(\d+)H(\d+)$")
 

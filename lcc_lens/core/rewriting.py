@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from lcc_lens.core.checkpoint import WEIGHTS_INDEX, Checkpoint
 from lcc_lens.core.errors import LensError, RequestError
-from lcc_lens.core.files import read_json, write_json
+from lcc_lens.core.files import write_json
+from lcc_lens.core.reading import read_json
 
 if TYPE_CHECKING:
     import torch

@@ -15,8 +15,8 @@ from torch import Tensor
 from lcc_lens.core.checkpoint import Checkpoint
 from lcc_lens.core.config import compute_dtype, default_device
 from lcc_lens.core.errors import LensError, RequestError, first_line
-from lcc_lens.core.files import read_json
 from lcc_lens.core.progress import loading_models, track
+from lcc_lens.core.reading import read_json
 from lcc_lens.data.batches import Batch, TokenSequence, batches
 
 if TYPE_CHECKING:

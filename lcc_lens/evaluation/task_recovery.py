@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any, get_args
 
 from lcc_lens.core.errors import RequestError
-from lcc_lens.core.files import read_json, write_json
+from lcc_lens.core.files import write_json
 from lcc_lens.core.metrics import bootstrap_interval, share_recovered, stratified_interval
+from lcc_lens.core.reading import read_json
 from lcc_lens.data.batches import TokenSequence
 from lcc_lens.data.datasets import Data, encode, load_data, load_records, split_examples
 from lcc_lens.data.prompts import Record, RecoveryTask

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from lcc_lens.core.checkpoint import Checkpoint
 from lcc_lens.core.errors import LensError, RequestError
-from lcc_lens.core.files import atomic_directory, read_json, require_space, write_json, write_text
+from lcc_lens.core.files import atomic_directory, require_space, write_json, write_text
 from lcc_lens.core.memory import release_memory
+from lcc_lens.core.reading import read_json
 from lcc_lens.core.rewriting import Splits, copy_checkpoint, parse_size, rewrite_weights
 from lcc_lens.exporters.folding import edited_tensors, require_same_weights, shares_values
 from lcc_lens.exporters.model_card import model_card

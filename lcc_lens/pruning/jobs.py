@@ -10,7 +10,7 @@ import torch
 
 from lcc_lens.core.config import compute_dtype, default_device
 from lcc_lens.core.errors import RequestError
-from lcc_lens.core.files import read_json
+from lcc_lens.core.reading import read_json
 from lcc_lens.data.batches import text_blocks
 from lcc_lens.data.datasets import Data, load_data
 from lcc_lens.models.architecture.sparsity_patterns import Pattern, Unstructured, parse_pattern

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from lcc_lens.core.checkpoint import Checkpoint
 from lcc_lens.core.errors import RequestError
-from lcc_lens.core.files import read_json
+from lcc_lens.core.reading import read_json
 from lcc_lens.models.loading.references import resolve
 from lcc_lens.pruning.jobs import refit
 from lcc_lens.pruning.refit.refit import REFIT_RECORD

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from lcc_lens.core.config import package_version
-from lcc_lens.core.files import disk_errors, read_json, write_json, write_text
+from lcc_lens.core.files import disk_errors, write_json, write_text
 from lcc_lens.core.metrics import share_recovered
 from lcc_lens.core.processes import is_first_process
+from lcc_lens.core.reading import read_json
 from lcc_lens.models.pair import Pair
 from lcc_lens.restoration.result import Restoration
 from lcc_lens.restoration.training.loop import Step

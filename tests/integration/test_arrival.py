@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 import lcc_lens as lcc
 from lcc_lens.core.errors import RequestError
-from lcc_lens.core.files import read_json, write_json
+from lcc_lens.core.files import write_json
+from lcc_lens.core.reading import read_json
 from lcc_lens.exporters.huggingface import export
 from lcc_lens.models.loading.hooked import load_hooked
 from lcc_lens.models.loading.plain import load_plain

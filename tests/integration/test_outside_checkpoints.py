@@ -10,7 +10,7 @@ from support.tiny import build_model, save_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
 from lcc_lens.analysis.scan.scan import scan
-from lcc_lens.core.files import read_json
+from lcc_lens.core.reading import read_json
 from lcc_lens.data.datasets import load_data
 from lcc_lens.exporters.huggingface import export
 from lcc_lens.frontends.cli.main import run as main_of

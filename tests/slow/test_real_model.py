@@ -13,7 +13,8 @@ from support.places import ROOT
 
 from lcc_lens.analysis.scan.scan import scan
 from lcc_lens.core.config import compute_dtype
-from lcc_lens.core.files import read_json, sha256_file
+from lcc_lens.core.files import sha256_file
+from lcc_lens.core.reading import read_json
 from lcc_lens.data.datasets import encode, load_data
 from lcc_lens.exporters.huggingface import export
 from lcc_lens.frontends.demo import DemoConfig, DemoResult, run_demo, texts

@@ -21,8 +21,9 @@ from lcc_lens.analysis.selectors.random import score_random
 from lcc_lens.analysis.selectors.registry import check_selectors
 from lcc_lens.analysis.statistics import DifferenceStatistics
 from lcc_lens.core.errors import RequestError
-from lcc_lens.core.files import read_json, read_tensors, sha256_file, write_json, write_tensors
+from lcc_lens.core.files import read_tensors, sha256_file, write_json, write_tensors
 from lcc_lens.core.heads import Head, HeadMap, all_heads, check_heads, head_indices
+from lcc_lens.core.reading import read_json
 from lcc_lens.models.hooked.activations import Site
 
 if TYPE_CHECKING:

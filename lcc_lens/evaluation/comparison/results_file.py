@@ -10,7 +10,8 @@ from typing import Any
 
 from lcc_lens.core.config import package_version
 from lcc_lens.core.errors import RequestError
-from lcc_lens.core.files import locked, read_json, write_json
+from lcc_lens.core.files import locked, write_json
+from lcc_lens.core.reading import read_json
 from lcc_lens.evaluation.comparison.config import CompareConfig
 
 Finish = Callable[[dict[str, Any]], None]

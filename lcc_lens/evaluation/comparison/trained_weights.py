@@ -14,9 +14,10 @@ import torch
 
 from lcc_lens.core.config import package_version
 from lcc_lens.core.errors import RequestError
-from lcc_lens.core.files import read_json, read_tensors, write_json, write_tensors
+from lcc_lens.core.files import read_tensors, write_json, write_tensors
 from lcc_lens.core.fingerprint import fingerprint
 from lcc_lens.core.heads import Head
+from lcc_lens.core.reading import read_json
 from lcc_lens.restoration.injections.base import Injection
 
 logger = logging.getLogger(__name__)

@@ -10,7 +10,7 @@ from types import UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from lcc_lens.core.errors import RequestError
-from lcc_lens.core.files import read_json
+from lcc_lens.core.reading import read_json
 from lcc_lens.evaluation.comparison.config import CompareConfig
 from lcc_lens.evaluation.comparison.entry import Entry
 from lcc_lens.models.architecture.sparsity_patterns import Unstructured, parse_pattern

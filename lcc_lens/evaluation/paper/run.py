@@ -10,7 +10,8 @@ from typing import Any
 
 from lcc_lens.core.config import package_version
 from lcc_lens.core.errors import RequestError
-from lcc_lens.core.files import read_json, require_free, write_json, write_text
+from lcc_lens.core.files import require_free, write_json, write_text
+from lcc_lens.core.reading import read_json
 from lcc_lens.evaluation.comparison.accuracies import mean_accuracy
 from lcc_lens.evaluation.comparison.compare import compare
 from lcc_lens.evaluation.evaluate import check_tasks

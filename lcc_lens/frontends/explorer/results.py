@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from lcc_lens.core.errors import RequestError
-from lcc_lens.core.files import read_json
+from lcc_lens.core.reading import read_json
 from lcc_lens.evaluation.evaluate import format_scores
 
 

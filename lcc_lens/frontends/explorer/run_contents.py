@@ -10,8 +10,8 @@ from typing import Any
 
 from lcc_lens.analysis.scan.scan import SCAN_RECORD, Scan
 from lcc_lens.core.errors import RequestError
-from lcc_lens.core.files import read_json
 from lcc_lens.core.metrics import share_recovered
+from lcc_lens.core.reading import read_json
 from lcc_lens.restoration.result import RESTORATION_TENSORS, Restoration
 from lcc_lens.restoration.run_folder import RUN_LOG, RUN_METRICS
 

@@ -15,9 +15,10 @@ from torch import Tensor
 from lcc_lens.analysis.lens.tokens import TokenReader
 from lcc_lens.analysis.scan.scan import SCAN_TENSORS, Scan
 from lcc_lens.core.errors import LensError, RequestError
-from lcc_lens.core.files import read_json, read_tensors, sha256_file, write_json, write_tensors
+from lcc_lens.core.files import read_tensors, sha256_file, write_json, write_tensors
 from lcc_lens.core.heads import Head
 from lcc_lens.core.progress import track
+from lcc_lens.core.reading import read_json
 from lcc_lens.frontends.explorer.run_contents import RunContents
 from lcc_lens.models.hooked.hooks import HookedModel
 from lcc_lens.models.loading.hooked import load_hooked

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from lcc_lens.analysis.lens.saved import load_lens
 from lcc_lens.analysis.scan.result import SCAN_RECORD, Scan
 from lcc_lens.core.errors import LensError, RequestError
-from lcc_lens.core.files import read_json
 from lcc_lens.core.heads import Head
+from lcc_lens.core.reading import read_json
 from lcc_lens.evaluation.comparison.compare import COMPARISON
 from lcc_lens.frontends.plotting.comparisons import plot_comparison, plot_inference_cost, plot_tasks
 from lcc_lens.frontends.plotting.components import plot_logit_gain, plot_promoted_tokens, plot_spectra

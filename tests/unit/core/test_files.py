@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from lcc_lens.core.errors import LensError, RequestError
-from lcc_lens.core.files import atomic_directory, atomic_path, read_json, require_space, write_json, write_tensors
+from lcc_lens.core.files import atomic_directory, atomic_path, require_space, write_json, write_tensors
 from lcc_lens.core.heads import Head, check_heads
+from lcc_lens.core.reading import read_json
 
 
 def full_disk(*args: object, **kwargs: object) -> None:

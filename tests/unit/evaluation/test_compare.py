@@ -12,7 +12,7 @@ from support.tiny import build_model, save_model
 
 from lcc_lens.analysis.scan.scan import Scan
 from lcc_lens.core.errors import InterruptedRun, LensError, RequestError
-from lcc_lens.core.files import read_json
+from lcc_lens.core.reading import read_json
 from lcc_lens.data.datasets import encode, load_data
 from lcc_lens.evaluation.baselines import methods as baselines
 from lcc_lens.evaluation.comparison import runner as module

@@ -15,8 +15,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, GemmaConfig, Qwen2Con
 
 from lcc_lens.core.checkpoint import Checkpoint
 from lcc_lens.core.errors import RequestError
-from lcc_lens.core.files import read_json
 from lcc_lens.core.heads import Head
+from lcc_lens.core.reading import read_json
 from lcc_lens.exporters.huggingface import export
 from lcc_lens.models.architecture.bias_slots import BiasSlots, find_slots
 from lcc_lens.models.architecture.joint_bias_slots import JointSlots, find_joint_slots

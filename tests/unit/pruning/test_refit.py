@@ -13,7 +13,8 @@ from support.tiny import build_model, save_model
 from transformers import AutoModelForCausalLM
 
 from lcc_lens.core.errors import RequestError
-from lcc_lens.core.files import read_json, read_tensors
+from lcc_lens.core.files import read_tensors
+from lcc_lens.core.reading import read_json
 from lcc_lens.data.datasets import load_data
 from lcc_lens.frontends.cli.pruning import Refit
 from lcc_lens.models.architecture.zeros import compare_zeros

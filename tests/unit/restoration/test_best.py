@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lcc_lens.core.errors import RequestError
-from lcc_lens.core.files import read_json
+from lcc_lens.core.reading import read_json
 from lcc_lens.data.datasets import encode, load_data
 from lcc_lens.exporters.huggingface import export
 from lcc_lens.frontends.cli.main import run as main
