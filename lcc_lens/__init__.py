@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from lcc_lens.analysis.lens.exciting import exciting_examples as exciting_examples
     from lcc_lens.analysis.lens.gain import logit_gain as logit_gain
     from lcc_lens.analysis.lens.output_relation import relation_to_W_O as relation_to_W_O
+    from lcc_lens.analysis.lens.prompt import PromptComparison as PromptComparison
+    from lcc_lens.analysis.lens.prompt import compare_prompt as compare_prompt
     from lcc_lens.analysis.lens.saved import load_lens as load_lens
     from lcc_lens.analysis.lens.saved import save_lens as save_lens
     from lcc_lens.analysis.lens.similarity import component_similarity as component_similarity
@@ -73,6 +75,8 @@ if TYPE_CHECKING:
     from lcc_lens.frontends.plotting.components import plot_spectra as plot_spectra
     from lcc_lens.frontends.plotting.head_maps import plot_loss_map as plot_loss_map
     from lcc_lens.frontends.plotting.head_maps import plot_selectors as plot_selectors
+    from lcc_lens.frontends.plotting.prompts import plot_attention as plot_attention
+    from lcc_lens.frontends.plotting.prompts import plot_prompt as plot_prompt
     from lcc_lens.frontends.plotting.recoveries import plot_recovery as plot_recovery
     from lcc_lens.frontends.plotting.recoveries import recovery_by_selector as recovery_by_selector
     from lcc_lens.frontends.plotting.recoveries import recovery_points as recovery_points

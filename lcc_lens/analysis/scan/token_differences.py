@@ -23,13 +23,15 @@ class TokenLoss:
     r"""One example's tokens with $|\delta| / |z_{dense}|$ of every head at each of them.
 
     ``example`` is the example's place in the data, ``pieces`` are its tokens as text, and the response starts at token
-    ``loss_from``. A head whose dense output is zero counts 0.
+    ``loss_from``. A head whose dense output is zero counts 0. ``ids`` are the tokens' numbers; a scan of an earlier
+    version has none.
     """
 
     example: int
     pieces: tuple[str, ...]
     loss_from: int
     loss: Float[Tensor, "token layer head"]
+    ids: tuple[int, ...] = ()
 
 
 def token_losses(pair: Pair, sequences: Sequence[TokenSequence], n: int) -> tuple[TokenLoss, ...]:
@@ -51,7 +53,9 @@ def token_losses(pair: Pair, sequences: Sequence[TokenSequence], n: int) -> tupl
         visit_sites(pair.pruned, batch.tokens, where, _comparer(z_dense, loss))
         losses.update(zip(batch.index, torch.stack(loss, dim=1).split(batch.lengths.tolist()), strict=True))
     return tuple(
-        TokenLoss(i, pieces_of(pair.tokenizer, sequence), sequence.loss_from, losses[i])
+        TokenLoss(
+            i, pieces_of(pair.tokenizer, sequence), sequence.loss_from, losses[i], tuple(sequence.tokens.tolist())
+        )
         for i, sequence in enumerate(chosen)
     )
 

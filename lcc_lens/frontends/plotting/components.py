@@ -111,7 +111,7 @@ def plot_promoted_tokens(promoted: PromotedTokens) -> go.Figure:
     sides = {side: [t for t in promoted.tokens if t.side == side] for side in ("promoted", "suppressed")}
     columns = [
         column for side in sides.values()
-        for column in ([_visible(t.text) for t in side], [f"{t.logit:+.2f}" for t in side])
+        for column in ([visible(t.text) for t in side], [f"{t.logit:+.2f}" for t in side])
     ]  # fmt: skip
     colors = [COLORS["restored"], COLORS["restored"], COLORS["pruned"], COLORS["pruned"]]
     rows = max(len(column) for column in columns)
@@ -140,7 +140,7 @@ def plot_promoted_tokens(promoted: PromotedTokens) -> go.Figure:
     return figure
 
 
-def _visible(text: str) -> str:
+def visible(text: str) -> str:
     """A token as it can be read: spaces and line ends marked, other signs that print nothing escaped."""
     marked = text.replace(" ", "␣")
     return escape("".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in marked)) or "(nothing)"

@@ -44,6 +44,11 @@ def z_name(layer: int) -> str:
     return f"blocks.{layer}.attn.hook_z"
 
 
+def pattern_name(layer: int) -> str:
+    """The hook point of a layer's attention patterns, ``[batch, n_heads, query, key]``."""
+    return f"blocks.{layer}.attn.hook_pattern"
+
+
 def mlp_name(layer: int) -> str:
     """The hook point of a layer's MLP after its activation, before the down projection, ``[batch, pos, d_mlp]``."""
     return f"blocks.{layer}.mlp.hook_post"

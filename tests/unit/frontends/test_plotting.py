@@ -15,6 +15,7 @@ import torch
 from support.places import ROOT
 
 from lcc_lens.analysis.lens.gain import LogitGain
+from lcc_lens.analysis.lens.prompt import compare_prompt
 from lcc_lens.analysis.lens.saved import load_lens, save_lens
 from lcc_lens.analysis.lens.tokens import PromotedTokens, TokenScore
 from lcc_lens.analysis.scan.scan import Scan
@@ -25,6 +26,7 @@ from lcc_lens.frontends.plotting.comparisons import plot_comparison, plot_infere
 from lcc_lens.frontends.plotting.components import plot_logit_gain, plot_promoted_tokens, plot_spectra
 from lcc_lens.frontends.plotting.head_maps import plot_loss_map, plot_selectors
 from lcc_lens.frontends.plotting.labels import entry_kind, entry_label
+from lcc_lens.frontends.plotting.prompts import plot_attention, plot_prompt
 from lcc_lens.frontends.plotting.recoveries import Recovery, plot_recovery, recovery_by_selector, recovery_points
 from lcc_lens.frontends.plotting.reports import plot_report
 from lcc_lens.frontends.plotting.run_figures import Drawn, draw_figures, run_figures
@@ -32,6 +34,7 @@ from lcc_lens.frontends.plotting.studies import plot_selector_study
 from lcc_lens.frontends.plotting.theme import COLORS, styled
 from lcc_lens.frontends.plotting.writing import drawn_from, figure_json, figure_sha256, write_image, write_images
 from lcc_lens.restoration.best import BEST_ENTRY
+from lcc_lens.restoration.injections.constants import MeanShift
 
 PNG = b"\x89PNG\r\n\x1a\n" + b"".join(
     struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
@@ -355,3 +358,18 @@ def test_a_png_names_its_figure(found: Scan, tmp_path: Path, monkeypatch: pytest
     assert drawn_from(tmp_path / "b.svg") is None
     with pytest.raises(RequestError, match=r"expected a file name that ends in \.png"):
         write_image(first, tmp_path / "a.gif")
+
+
+def test_a_prompt_is_drawn_in_every_model(pair, found: Scan) -> None:
+    seen = compare_prompt(pair, "is 3 plus 2", restoration=MeanShift(found.components, [Head(2, 1)]))
+    figure = plot_prompt(seen, k=4)
+    bars = {trace.name: list(trace.x) for trace in figure.data if trace.type == "bar"}
+    assert bars.keys() == {"dense", "pruned", "restored"}
+    assert bars["dense"][::-1] == pytest.approx([100 * p for p in seen.next_tokens(4)["dense"][:4]], rel=1e-3)
+    maps = {trace.name: trace.z for trace in figure.data if trace.type == "heatmap"}
+    assert maps["restored"][2][1] == pytest.approx(100 * float(seen.change("restored")[2, 1]), rel=1e-3)
+    attention = plot_attention(seen, (2, 1))
+    assert [trace.name for trace in attention.data] == list(seen.models)
+    assert attention.data[1].z[3][1] == pytest.approx(float(seen.patterns[1, 2, 1, 3, 1]), abs=1e-3)
+    with pytest.raises(RequestError, match="expected attention patterns, got none"):
+        plot_attention(dataclasses.replace(seen, patterns=None), (0, 0))
