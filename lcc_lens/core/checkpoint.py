@@ -4,23 +4,51 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from lcc_lens.core.errors import RequestError
+from lcc_lens.core.errors import LensError, RequestError
 from lcc_lens.core.files import sha256_file
 from lcc_lens.core.reading import read_json
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-WEIGHTS_INDEX = "model.safetensors.index.json"
+WEIGHTS = "model.safetensors"
+WEIGHTS_INDEX = f"{WEIGHTS}.index.json"
 #: Notes about a checkpoint that would be untrue of a copy with other weights.
 _NOTES = ("README.md", "pruning.json", "converted.json")
-_SIDE_FILES = (".json", ".jinja", ".txt", ".model")
+_SIDE_FILES = re.compile(
+    r".*\.(json|jinja|txt|model|tiktoken|bpe|spm|vocab)|(LICEN[SC]E|NOTICE|COPYING|USE_POLICY).*", re.IGNORECASE
+)
+#: Folders whose templates belong to the tokenizer.
+_SIDE_FOLDERS = ("additional_chat_templates", "chat_templates")
+#: What transformers would read before ``model.safetensors``: one process's part of a divided model.
+_DIVIDED = re.compile(r"shard-\d+-model-\d+-of-\d+\.safetensors")
+#: Files beside the weights that say these are quantised, whatever ``config.json`` says.
+_QUANTISED = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
+#: Entries of ``config.json`` that say the weights are quantised.
+_QUANTISED_ENTRIES = ("quantization_config", "compression_config")
+
+#: Entries of a configuration that would let a checkpoint choose code to run: neither obeyed nor handed on.
+UNTRUSTED_ENTRIES = (
+    "auto_map", "attn_implementation", "_attn_implementation", "_attn_implementation_internal",
+    "experts_implementation", "_experts_implementation", "_experts_implementation_internal", "fusion_config",
+)  # fmt: skip
+
+
+_FETCH = "fetch the checkpoint again"
+
+
+@dataclass(frozen=True)
+class _Index:
+    """What of ``model.safetensors.index.json`` counts: the shard of every tensor."""
+
+    weight_map: dict[str, str]
 
 
 class StoredTensor(NamedTuple):
@@ -50,53 +78,122 @@ class Checkpoint:
         """The entries of ``config.json``.
 
         Raises:
-            RequestError: the file is missing or is not JSON.
+            RequestError: the file is missing or holds no JSON object.
         """
-        config: Mapping[str, Any] = read_json(self.path / "config.json")
+        config = read_json(self.path / "config.json", advice=_FETCH)
+        if not isinstance(config, dict):
+            raise RequestError(f"expected an object in {self.path / 'config.json'}, got another value; {_FETCH}")
         return config
 
     @cached_property
     def weight_files(self) -> tuple[Path, ...]:
-        """The safetensors files that hold the weights, in name order."""
-        index = self.path / WEIGHTS_INDEX
-        if index.exists():
-            files = [self.path / name for name in sorted(set(read_json(index)["weight_map"].values()))]
-        else:
-            files = sorted(self.path.glob("model*.safetensors"))
-        missing = [file.name for file in files if not file.exists()]
+        """The safetensors files that hold the weights, as transformers chooses them: one file, or an index's shards.
+
+        Raises:
+            RequestError: none, one missing, one named by a path, or two models of which one would have to be chosen.
+        """
+        shards = tuple(sorted(set(self._index.values())))
+        if any(_DIVIDED.fullmatch(file.name) for file in self.path.iterdir()):
+            raise RequestError(f"expected a whole model in {self.path}, got the parts of a divided one; save it whole")
+        if (self.path / WEIGHTS).is_file():
+            if any(name != WEIGHTS and (self.path / name).exists() for name in shards):
+                raise RequestError(
+                    f"expected one model in {self.path}, got {WEIGHTS} and an index with shards of its own; "
+                    "delete what does not belong"
+                )
+            return (self.path / WEIGHTS,)
+        missing = [name for name in shards if not (self.path / name).is_file()]
         if missing:
             raise RequestError(
                 f"expected every shard of {self.path}, got none named {missing[0]}; fetch the checkpoint again"
             )
-        if not files:
-            pickles = sorted(file.name for file in self.path.glob("*.bin"))
-            hint = f"got the pickle {pickles[0]}; convert it to safetensors first" if pickles else "got none"
-            raise RequestError(f"expected model.safetensors in {self.path}, {hint}")
-        return tuple(files)
+        if not shards:
+            raise RequestError(f"expected {WEIGHTS} in {self.path}, {self._other_weights()}")
+        return tuple(self.path / name for name in shards)
+
+    @cached_property
+    def _index(self) -> Mapping[str, str]:
+        """The shard of every tensor, as the index says; empty if there is none."""
+        file = self.path / WEIGHTS_INDEX
+        weight_map = read_json(file, _Index, _FETCH).weight_map if file.exists() else {}
+        for name in weight_map.values():
+            if re.search(r"[/\\\0]", name) or not name.endswith(".safetensors"):
+                raise RequestError(
+                    f"expected names of safetensors files beside {file}, got {name!r}; correct the index"
+                )
+        return weight_map
+
+    def _other_weights(self) -> str:
+        """What lies there in place of the weights, in words."""
+        pickles, others = (sorted(self.path.glob(pattern)) for pattern in ("*.bin", "*.safetensors"))
+        if pickles:
+            return f"got the pickle {pickles[0].name}; convert it to safetensors first"
+        if others:
+            return f"got {others[0].name} and no index; rename it, or fetch {WEIGHTS_INDEX}"
+        return "got none"
 
     @property
     def side_files(self) -> tuple[Path, ...]:
-        """Tokenizer, templates and configuration: what belongs to a copy, without weights, code and our own notes."""
-        files = (file for file in sorted(self.path.iterdir()) if file.suffix in _SIDE_FILES and file.is_file())
-        return tuple(file for file in files if file.name not in _NOTES)
+        """Tokenizer, templates, licence and configuration: what belongs to a copy, without weights, code and notes.
+
+        Raises:
+            RequestError: one is a link to a file elsewhere, which a copy would hand on.
+        """
+        folders = (self.path, *(self.path / name for name in _SIDE_FOLDERS))
+        files = [file for folder in folders if folder.is_dir() for file in sorted(folder.iterdir())]
+        chosen = [file for file in files if self._is_side_file(file)]
+        for file in chosen:
+            if not _is_inside(file, self.path):
+                raise RequestError(
+                    f"expected files of its own in {self.path}, got the link {file.name} to {file.resolve()}; "
+                    "put a copy in its place, or delete it"
+                )
+        return tuple(chosen)
+
+    @staticmethod
+    def _is_side_file(file: Path) -> bool:
+        if file.name in _NOTES or file.name.endswith(".index.json") or not file.is_file():
+            return False
+        return _SIDE_FILES.fullmatch(file.name) is not None
 
     @cached_property
     def tensors(self) -> Mapping[str, StoredTensor]:
-        """Every stored tensor by name, from the headers of the weight files alone."""
+        """Every stored tensor by name, from the headers of the weight files alone.
+
+        Raises:
+            RequestError: a damaged file, a name in two files, or an index that lists other tensors.
+        """
+        tensors: dict[str, StoredTensor] = {}
+        for name, stored in self._headers():
+            if name in tensors:
+                raise RequestError(
+                    f"expected every tensor once in {self.path}, got {name} in {tensors[name].file.name} and "
+                    f"{stored.file.name}; fetch the checkpoint again"
+                )
+            tensors[name] = stored
+        if self.weight_files[0].name != WEIGHTS:
+            listed, held = set(self._index.items()), {(name, stored.file.name) for name, stored in tensors.items()}
+            for name, file in sorted(listed ^ held):
+                place = "in the index alone" if (name, file) in listed else f"in {file}, unknown to the index"
+                raise RequestError(
+                    f"expected the tensors that {self.path / WEIGHTS_INDEX} lists, got {name} {place}; "
+                    "fetch the checkpoint again"
+                )
+        return tensors
+
+    def _headers(self) -> Iterator[tuple[str, StoredTensor]]:
         from safetensors import SafetensorError, safe_open
 
-        tensors: dict[str, StoredTensor] = {}
         for file in self.weight_files:
             try:
                 with safe_open(file, framework="pt") as handle:
                     for name in handle.keys():
                         header = handle.get_slice(name)
-                        tensors[name] = StoredTensor(file, tuple(header.get_shape()), header.get_dtype())
-            except SafetensorError as error:
+                        yield name, StoredTensor(file, tuple(header.get_shape()), header.get_dtype())
+            except (SafetensorError, OSError) as error:
                 raise RequestError(
                     f"expected a safetensors file in {file}, got a damaged one ({error}); fetch it again"
                 ) from error
-        return tensors
 
     @property
     def sha256(self) -> str:
@@ -105,8 +202,27 @@ class Checkpoint:
         For a single ``model.safetensors`` it is that file's own hash; for shards, the hash of their hashes in name
         order.
         """
-        stats = [(file, file.stat()) for file in self.weight_files]
-        return _sha256_of_state(tuple((file, stat.st_mtime_ns, stat.st_size) for file, stat in stats))
+        return _sha256_of_state(tuple(self.weight_files), self.state)
+
+    @property
+    def state(self) -> tuple[tuple[int, ...], ...]:
+        """Identity, times and size of the weight files and ``config.json``: what changes when any of them does."""
+        config = self.path / "config.json"
+        stats = (file.stat() for file in (*self.weight_files, *((config,) if config.exists() else ())))
+        return tuple((stat.st_dev, stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_size) for stat in stats)
+
+    def require_unchanged(self, sha256: str) -> None:
+        """Read the weights again at the end of a long job, and refuse them if they were replaced meanwhile.
+
+        Args:
+            sha256: their hash when the job began.
+        """
+        now = sha256_files(Checkpoint(self.path).weight_files)
+        if now != sha256:
+            raise LensError(
+                f"expected the weights of {self.path} as they were at the start ({sha256[:12]}…), got {now[:12]}…; "
+                "they were replaced meanwhile, so run again"
+            )
 
     @property
     def n_bytes(self) -> int:
@@ -114,12 +230,40 @@ class Checkpoint:
         return sum(file.stat().st_size for file in self.weight_files)
 
     def require_whole(self) -> None:
-        """Refuse a directory without a configuration or with a weight file missing.
+        """Refuse a directory whose files are not one plain model: from names and headers alone.
 
         Raises:
-            RequestError: says what is missing.
+            RequestError: says what is missing, ambiguous or of another kind.
         """
-        _ = self.config, self.weight_files
+        self.refuse_adapter()
+        self._refuse_quantised()
+        named = self.config.get("transformers_weights")
+        if named not in (None, WEIGHTS, WEIGHTS_INDEX):
+            raise RequestError(
+                f"expected weights in {WEIGHTS} or its shards, got transformers_weights {named!r} in "
+                f"{self.path / 'config.json'}; rename the file and remove the entry"
+            )
+        _ = self.tensors
+
+    def refuse_adapter(self) -> None:
+        """Refuse an adapter, alone or beside weights: transformers would load the model that it names as its base."""
+        if (self.path / "adapter_config.json").exists():
+            raise RequestError(
+                f"expected a whole model in {self.path}, got a PEFT adapter; merge it into its base "
+                "(merge_and_unload), save that, and remove adapter_config.json"
+            )
+
+    def _refuse_quantised(self) -> None:
+        parts = [self.config, *(part for part in self.config.values() if isinstance(part, dict))]
+        entries = [part[name] for part in parts for name in _QUANTISED_ENTRIES if part.get(name)]
+        kinds = [str(entry.get("quant_method", "unnamed")) for entry in entries if isinstance(entry, dict)]
+        kinds += ["unnamed"] * (len(entries) - len(kinds))
+        kinds += [name for name in _QUANTISED if (self.path / name).exists()]
+        if kinds:
+            raise RequestError(
+                f"expected weights in float32, bfloat16 or float16, got {kinds[0]} quantisation in {self.path}; name "
+                "the original, or save a dequantised copy (model.dequantize(), save_pretrained)"
+            )
 
     def stored_name(self, name: str) -> str:
         """A tensor's name in the files: as the model has it, or without the base model's prefix (original GPT-2)."""
@@ -139,8 +283,20 @@ class Checkpoint:
         return tensor
 
 
-@functools.cache
-def _sha256_of_state(state: tuple[tuple[Path, int, int], ...]) -> str:
-    """The hash of weight files, by path, time of change and size."""
-    digests = [sha256_file(file) for file, _, _ in state]
+def sha256_files(files: Sequence[Path]) -> str:
+    """The hash of a single file, or the hash of several files' hashes in their order."""
+    digests = [sha256_file(file) for file in files]
     return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
+
+
+@functools.cache
+def _sha256_of_state(files: tuple[Path, ...], state: tuple[tuple[int, ...], ...]) -> str:
+    """The hash of weight files, computed once per state of theirs."""
+    return sha256_files(files)
+
+
+def _is_inside(file: Path, folder: Path) -> bool:
+    """Whether a file, its links followed, lies in a folder or in the blobs of the hub's cache that it is part of."""
+    folder, target = folder.resolve(), file.resolve()
+    cached = folder.parent.name == "snapshots" and target.is_relative_to(folder.parent.parent / "blobs")
+    return cached or target.is_relative_to(folder)

@@ -82,6 +82,13 @@ def atomic_directory(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
             shutil.rmtree(part, ignore_errors=True)
 
 
+def give_mode(path: Path) -> None:
+    """Give a new file or folder the permissions that the user's umask leaves, whatever wrote it."""
+    umask = os.umask(0o077)
+    os.umask(umask)
+    path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
+
+
 def require_free(path: Path, *, overwrite: bool) -> None:
     """Refuse an existing folder that is not empty, unless it may be replaced."""
     if path.exists() and not overwrite and (not path.is_dir() or any(path.iterdir())):

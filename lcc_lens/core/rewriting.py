@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -9,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lcc_lens.core.checkpoint import WEIGHTS_INDEX, Checkpoint
+from lcc_lens.core.checkpoint import UNTRUSTED_ENTRIES, WEIGHTS_INDEX, Checkpoint
 from lcc_lens.core.errors import LensError, RequestError
-from lcc_lens.core.files import write_json
+from lcc_lens.core.files import give_mode, write_json
 from lcc_lens.core.reading import read_json
 
 if TYPE_CHECKING:
@@ -62,15 +63,28 @@ def copy_checkpoint(
     for number, file in enumerate(source.weight_files):
         _copy_weights(file, target / file.name, replaced, (added or {}) if number == 0 else {}, resize=resize)
     for file in source.side_files:
-        shutil.copyfile(file, target / file.name)
-    write_json(target / "config.json", {**source.config, **(config or {})})
-    if (target / WEIGHTS_INDEX).exists() and (added or resize):
-        files = [target / file.name for file in source.weight_files]
-        index = read_json(target / WEIGHTS_INDEX)
-        index["weight_map"].update(dict.fromkeys(added or (), files[0].name))
-        if "total_size" in index.get("metadata", {}):
-            index["metadata"]["total_size"] = sum(map(tensor_bytes, files))
-        write_json(target / WEIGHTS_INDEX, index)
+        place = target / file.relative_to(source.path)
+        place.parent.mkdir(exist_ok=True)
+        _copy_side_file(file, place)
+    write_json(target / "config.json", without_untrusted({**source.config, **(config or {})}))
+    _write_index(target, [file.name for file in source.weight_files])
+
+
+def _copy_side_file(source: Path, target: Path) -> None:
+    """Copy a file; a configuration without what would let it choose code to run."""
+    entries = read_json(source) if source.name.endswith("config.json") else None
+    cleaned = without_untrusted(entries)
+    if cleaned == entries:
+        shutil.copyfile(source, target)
+    else:
+        write_json(target, cleaned)
+
+
+def without_untrusted(entries: Any) -> Any:
+    """A configuration, its parts included, without :data:`~lcc_lens.core.checkpoint.UNTRUSTED_ENTRIES`."""
+    if not isinstance(entries, dict):
+        return entries
+    return {name: without_untrusted(value) for name, value in entries.items() if name not in UNTRUSTED_ENTRIES}
 
 
 def _copy_weights(
@@ -90,7 +104,7 @@ def _copy_weights(
         tensors[name] = new.to(device="cpu", dtype=old.dtype).contiguous()
     tensors.update({name: tensor.detach().cpu().contiguous() for name, tensor in added.items()})
     save_file(tensors, target, metadata=metadata)
-    target.chmod(0o644)
+    give_mode(target)
 
 
 @dataclass(frozen=True)
@@ -148,8 +162,8 @@ def rewrite_weights(
         file.unlink()
     for name in shards:
         (directory / f"{name}.new").rename(directory / name)
-        (directory / name).chmod(0o644)
-    _write_index(directory, shards)
+        give_mode(directory / name)
+    _write_index(directory, list(shards))
 
 
 def _pieces(checkpoint: Checkpoint, splits: Splits) -> Iterator[_Piece]:
@@ -180,10 +194,18 @@ def _packed(
     return {f"model-{i:05d}-of-{len(shards):05d}.safetensors": shard for i, shard in enumerate(shards, 1)}
 
 
-def _write_index(directory: Path, shards: Mapping[str, Sequence[_Piece]]) -> None:
+def _write_index(directory: Path, files: Sequence[str]) -> None:
+    """Write the index of several shards, from their headers; a single file needs none."""
+    from safetensors import safe_open
+
     (directory / WEIGHTS_INDEX).unlink(missing_ok=True)
-    if len(shards) == 1:
+    if len(files) == 1:
         return
-    weight_map = {piece.name: name for name, shard in shards.items() for piece in shard}
-    total = sum(tensor_bytes(directory / name) for name in shards)
-    write_json(directory / WEIGHTS_INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    weight_map: dict[str, str] = {}
+    n_parameters = 0
+    for file in files:
+        with safe_open(directory / file, framework="pt") as handle:
+            weight_map.update(dict.fromkeys(handle.keys(), file))
+            n_parameters += sum(math.prod(handle.get_slice(name).get_shape()) for name in handle.keys())
+    sizes = {"total_size": sum(tensor_bytes(directory / file) for file in files), "total_parameters": n_parameters}
+    write_json(directory / WEIGHTS_INDEX, {"metadata": sizes, "weight_map": weight_map})

@@ -59,7 +59,7 @@ def test_revision_of_a_hub_model_is_asked_for(hub: list[dict], dense_dir: Path) 
     assert (hub[0]["repository"], hub[0]["revision"]) == ("owner/name", "refs/pr/3")
     assert load_hooked("owner/name").identity.reference == "owner/name"
     assert hub[1]["revision"] is None
-    assert not any(pattern.endswith((".bin", ".pt", ".py", "*")) for pattern in hub[0]["allow_patterns"])
+    assert not any(pattern.endswith((".bin", ".pt", ".py")) for pattern in hub[0]["allow_patterns"])
 
 
 def test_hub_model_without_safetensors_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -220,5 +220,5 @@ def test_damaged_headers_are_refused(dense_dir: Path, tmp_path: Path) -> None:
     content = bytearray((damaged / "model.safetensors").read_bytes())
     content[8:40] = 32 * b"x"
     (damaged / "model.safetensors").write_bytes(bytes(content))
-    with pytest.raises(RequestError, match="got none that loads"):
+    with pytest.raises(RequestError, match="got a damaged one"):
         load_hooked(damaged)

@@ -93,7 +93,7 @@ def measure_speed(paths: Mapping[str, Path], config: SpeedConfig, *, semi_struct
     """
     device = default_device()
     models: dict[str, nn.Module] = {
-        name: load_plain(path, strict=False) for name, path in track(paths.items(), len(paths), "loading")
+        name: load_plain(path) for name, path in track(paths.items(), len(paths), "loading")
     }
     sparse: dict[str, nn.Module] = {}
     notes: dict[str, str] = {}
@@ -212,7 +212,7 @@ def _on_sparse_kernels(path: Path) -> tuple[nn.Module, str]:
     """A second copy of a 2:4 model on sparse kernels, and a note on it."""
     device = default_device()
     require_kernels(device, compute_dtype(device))
-    model = load_plain(path, strict=False)
+    model = load_plain(path)
     return model, f"{to_semi_structured(model)} matrices on semi-structured kernels"
 
 

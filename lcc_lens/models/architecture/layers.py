@@ -9,20 +9,30 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lcc_lens.core.errors import RequestError
+from lcc_lens.core.checkpoint import UNTRUSTED_ENTRIES
+from lcc_lens.core.errors import RequestError, first_line
 
 
 def read_config(model_dir: Path) -> Any:
     """The transformers configuration of a checkpoint."""
-    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     if not (model_dir / "config.json").is_file():
         raise RequestError(f"expected a Hugging Face model in {model_dir}, got no config.json there; check the path")
     try:
-        return AutoConfig.from_pretrained(model_dir, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, StrictDataclassError) as error:
+        config = AutoConfig.from_pretrained(model_dir, trust_remote_code=False)
+    except Exception as error:  # every family has checks and errors of its own
         raise _unknown_model(model_dir, error) from error
+    _forget_choices(config)
+    return config
+
+
+def _forget_choices(config: Any) -> None:
+    """Leave code and kernels to transformers: a configuration may name some that would be fetched from the hub."""
+    for part in (config, *(getattr(config, name, None) for name in getattr(config, "sub_configs", ()))):
+        for name in UNTRUSTED_ENTRIES:
+            if getattr(part, name, None) is not None:
+                delattr(part, name) if name in vars(part) else setattr(part, name, None)
 
 
 def skeleton(model_dir: Path, config: Any) -> nn.Module:
@@ -37,7 +47,7 @@ def skeleton(model_dir: Path, config: Any) -> nn.Module:
     try:
         with torch.device("meta"):
             model: nn.Module = factory.from_config(config)
-    except ValueError as error:
+    except Exception as error:  # sizes that do not fit fail within a family's own code
         raise _unknown_model(model_dir, error) from error
     return model
 
@@ -79,5 +89,7 @@ def linear_weight(module: nn.Module) -> Float[Tensor, "d_out d_in"]:
 
 def _unknown_model(model_dir: Path, error: Exception) -> RequestError:
     """One line for an error of transformers, whose messages run over many lines."""
-    reason = str(error).strip().partition("\n")[0]
-    return RequestError(f"expected a causal language model in {model_dir}, got {reason!r}; name another model")
+    return RequestError(
+        f"expected a causal language model in {model_dir}, got none that loads ({first_line(error)}); "
+        "name another model"
+    )

@@ -13,7 +13,7 @@ from typing import Any
 
 from lcc_lens.core.config import cache_dir
 from lcc_lens.core.errors import RequestError
-from lcc_lens.core.files import atomic_directory, require_space, sha256_file, write_json
+from lcc_lens.core.files import atomic_directory, give_mode, require_space, sha256_file, write_json
 from lcc_lens.core.progress import loading_models
 from lcc_lens.core.reading import read_json
 
@@ -116,4 +116,4 @@ def _convert(file: Path, target: Path) -> None:
     config.pop("_model_name_or_path", None)  # the GGUF's free-text title
     write_json(target / "config.json", config)
     for written in target.iterdir():
-        written.chmod(0o644)
+        give_mode(written)

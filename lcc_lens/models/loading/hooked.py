@@ -118,7 +118,6 @@ def load_hooked(
         reference, device, dtype = checkpoint_of(given), device_of(given), given.cfg.dtype
     reference = as_reference(reference, tokenizer)
     path = resolve(reference)
-    _refuse_quantised(path)
     is_bridge = given is None and (hooks or hook_kind()) == "bridge"
     _refuse_map(device or default_device(), device_map or default_device_map(), is_bridge=is_bridge)
     plain = load_plain(path, device=device, dtype=dtype, attention="eager", device_map=device_map)
@@ -228,16 +227,6 @@ def _refuse_map(device: torch.device, device_map: DeviceMap | None, *, is_bridge
         raise RequestError(
             f"expected the CPU for a model with its layers on disk, got {device}; set LCC_LENS_DEVICE=cpu, or spread "
             "the model over GPUs by the device map auto"
-        )
-
-
-def _refuse_quantised(path: Path) -> None:
-    found = Checkpoint(path).config.get("quantization_config")
-    if found:
-        kind = found.get("quant_method", "unnamed")
-        raise RequestError(
-            f"expected weights in float32, bfloat16 or float16, got {kind} quantisation in {path}; name the original, "
-            "or save a dequantised copy (model.dequantize(), save_pretrained)"
         )
 
 

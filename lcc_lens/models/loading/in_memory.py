@@ -12,7 +12,7 @@ from torch import nn
 
 from lcc_lens.core.config import cache_dir
 from lcc_lens.core.errors import RequestError
-from lcc_lens.core.files import disk_errors, sha256_file
+from lcc_lens.core.files import disk_errors, give_mode, sha256_file
 from lcc_lens.core.progress import loading_models
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def stored_model(model: nn.Module, tokenizer: PreTrainedTokenizerBase | None) ->
             target = folder / f"in-memory-{hashlib.sha256(listed.encode()).hexdigest()[:12]}"
             if not target.exists():
                 part.rename(target)
-                target.chmod(0o755)
+                give_mode(target)
         finally:
             shutil.rmtree(part, ignore_errors=True)
     return target

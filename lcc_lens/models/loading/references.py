@@ -7,10 +7,13 @@ from pathlib import Path
 
 from lcc_lens.core.checkpoint import Checkpoint
 from lcc_lens.core.errors import RequestError, first_line
+from lcc_lens.models.architecture.whole_weights import require_complete
 from lcc_lens.models.loading.gguf import EMBEDDED_NAME, embedded_model, gguf_model
 
 _HUB_ID = re.compile(r"^[\w.-]+(/[\w.-]+)?(@[\w./-]+)?$")
-_WANTED_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.model", "*.txt"]
+_WANTED_FILES = [
+    "*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "*.bpe", "*.spm", "LICENSE*", "NOTICE*",
+]  # fmt: skip
 #: The same weights a second time, as their authors' own code reads them.
 _UNWANTED_FILES = ["original/*", "consolidated*", "*/*.safetensors"]
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
@@ -71,14 +74,10 @@ def _from_hub(name: str) -> Path:
 
 def _require_model(path: Path) -> None:
     """Refuse a directory without a model of transformers in safetensors."""
-    if (path / "adapter_config.json").exists() and not list(path.glob("model*.safetensors")):
-        raise RequestError(
-            f"expected a whole model in {path}, got a PEFT adapter; merge it into its base (merge_and_unload), "
-            f"save that"
-        )
+    Checkpoint(path).refuse_adapter()
     if not (path / "config.json").exists():
         raise RequestError(f"expected a Hugging Face directory in {path}, got one without config.json")
     try:
-        Checkpoint(path).require_whole()
+        require_complete(Checkpoint(path))
     except RequestError as error:
         raise RequestError(f"{error}; {_CONVERT}" if "pickle" in str(error) else str(error)) from error
