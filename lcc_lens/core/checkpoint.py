@@ -20,26 +20,12 @@ if TYPE_CHECKING:
 
 WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = f"{WEIGHTS}.index.json"
-#: Notes about a checkpoint that would be untrue of a copy with other weights.
-_NOTES = ("README.md", "pruning.json", "converted.json")
-_SIDE_FILES = re.compile(
-    r".*\.(json|jinja|txt|model|tiktoken|bpe|spm|vocab)|(LICEN[SC]E|NOTICE|COPYING|USE_POLICY).*", re.IGNORECASE
-)
-#: Folders whose templates belong to the tokenizer.
-_SIDE_FOLDERS = ("additional_chat_templates", "chat_templates")
 #: What transformers would read before ``model.safetensors``: one process's part of a divided model.
 _DIVIDED = re.compile(r"shard-\d+-model-\d+-of-\d+\.safetensors")
 #: Files beside the weights that say these are quantised, whatever ``config.json`` says.
 _QUANTISED = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
 #: Entries of ``config.json`` that say the weights are quantised.
 _QUANTISED_ENTRIES = ("quantization_config", "compression_config")
-
-#: Entries of a configuration that would let a checkpoint choose code to run: neither obeyed nor handed on.
-UNTRUSTED_ENTRIES = (
-    "auto_map", "attn_implementation", "_attn_implementation", "_attn_implementation_internal",
-    "experts_implementation", "_experts_implementation", "_experts_implementation_internal", "fusion_config",
-)  # fmt: skip
-
 
 _FETCH = "fetch the checkpoint again"
 
@@ -131,30 +117,6 @@ class Checkpoint:
         if others:
             return f"got {others[0].name} and no index; rename it, or fetch {WEIGHTS_INDEX}"
         return "got none"
-
-    @property
-    def side_files(self) -> tuple[Path, ...]:
-        """Tokenizer, templates, licence and configuration: what belongs to a copy, without weights, code and notes.
-
-        Raises:
-            RequestError: one is a link to a file elsewhere, which a copy would hand on.
-        """
-        folders = (self.path, *(self.path / name for name in _SIDE_FOLDERS))
-        files = [file for folder in folders if folder.is_dir() for file in sorted(folder.iterdir())]
-        chosen = [file for file in files if self._is_side_file(file)]
-        for file in chosen:
-            if not _is_inside(file, self.path):
-                raise RequestError(
-                    f"expected files of its own in {self.path}, got the link {file.name} to {file.resolve()}; "
-                    "put a copy in its place, or delete it"
-                )
-        return tuple(chosen)
-
-    @staticmethod
-    def _is_side_file(file: Path) -> bool:
-        if file.name in _NOTES or file.name.endswith(".index.json") or not file.is_file():
-            return False
-        return _SIDE_FILES.fullmatch(file.name) is not None
 
     @cached_property
     def tensors(self) -> Mapping[str, StoredTensor]:
@@ -293,10 +255,3 @@ def sha256_files(files: Sequence[Path]) -> str:
 def _sha256_of_state(files: tuple[Path, ...], state: tuple[tuple[int, ...], ...]) -> str:
     """The hash of weight files, computed once per state of theirs."""
     return sha256_files(files)
-
-
-def _is_inside(file: Path, folder: Path) -> bool:
-    """Whether a file, its links followed, lies in a folder or in the blobs of the hub's cache that it is part of."""
-    folder, target = folder.resolve(), file.resolve()
-    cached = folder.parent.name == "snapshots" and target.is_relative_to(folder.parent.parent / "blobs")
-    return cached or target.is_relative_to(folder)

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import math
 import re
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lcc_lens.core.checkpoint import UNTRUSTED_ENTRIES, WEIGHTS_INDEX, Checkpoint
+from lcc_lens.core.checkpoint import WEIGHTS_INDEX, Checkpoint
 from lcc_lens.core.errors import LensError, RequestError
 from lcc_lens.core.files import give_mode, write_json
-from lcc_lens.core.reading import read_json
+from lcc_lens.core.side_files import copy_side_files, without_untrusted
 
 if TYPE_CHECKING:
     import torch
@@ -62,29 +61,9 @@ def copy_checkpoint(
         )
     for number, file in enumerate(source.weight_files):
         _copy_weights(file, target / file.name, replaced, (added or {}) if number == 0 else {}, resize=resize)
-    for file in source.side_files:
-        place = target / file.relative_to(source.path)
-        place.parent.mkdir(exist_ok=True)
-        _copy_side_file(file, place)
+    copy_side_files(source.path, target)
     write_json(target / "config.json", without_untrusted({**source.config, **(config or {})}))
     _write_index(target, [file.name for file in source.weight_files])
-
-
-def _copy_side_file(source: Path, target: Path) -> None:
-    """Copy a file; a configuration without what would let it choose code to run."""
-    entries = read_json(source) if source.name.endswith("config.json") else None
-    cleaned = without_untrusted(entries)
-    if cleaned == entries:
-        shutil.copyfile(source, target)
-    else:
-        write_json(target, cleaned)
-
-
-def without_untrusted(entries: Any) -> Any:
-    """A configuration, its parts included, without :data:`~lcc_lens.core.checkpoint.UNTRUSTED_ENTRIES`."""
-    if not isinstance(entries, dict):
-        return entries
-    return {name: without_untrusted(value) for name, value in entries.items() if name not in UNTRUSTED_ENTRIES}
 
 
 def _copy_weights(

@@ -9,8 +9,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lcc_lens.core.checkpoint import UNTRUSTED_ENTRIES
 from lcc_lens.core.errors import RequestError, first_line
+from lcc_lens.core.side_files import UNTRUSTED_ENTRIES
 
 
 def read_config(model_dir: Path) -> Any:

@@ -1,0 +1,76 @@
+"""What belongs to a copy of a checkpoint beside its weights: tokenizer, templates, licence and settings."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+from lcc_lens.core.errors import RequestError
+from lcc_lens.core.files import write_json
+from lcc_lens.core.reading import read_json
+
+#: Notes about a checkpoint that would be untrue of a copy with other weights.
+_NOTES = ("README.md", "pruning.json", "converted.json")
+_COPIED = re.compile(
+    r".*\.(json|jinja|txt|model|tiktoken|bpe|spm|vocab)|(LICEN[SC]E|NOTICE|COPYING|USE_POLICY).*", re.IGNORECASE
+)
+#: Folders whose templates belong to the tokenizer.
+_FOLDERS = ("additional_chat_templates", "chat_templates")
+#: Entries of a configuration that would let a checkpoint choose code to run: neither obeyed nor handed on.
+UNTRUSTED_ENTRIES = (
+    "auto_map", "attn_implementation", "_attn_implementation", "_attn_implementation_internal",
+    "experts_implementation", "_experts_implementation", "_experts_implementation_internal", "fusion_config",
+)  # fmt: skip
+
+
+def side_files(path: Path) -> tuple[Path, ...]:
+    """The files of a checkpoint's folder that belong to a copy: no weights, no code, no notes.
+
+    Raises:
+        RequestError: one is a link to a file elsewhere, which a copy would hand on.
+    """
+    folders = (path, *(path / name for name in _FOLDERS))
+    files = [file for folder in folders if folder.is_dir() for file in sorted(folder.iterdir())]
+    chosen = tuple(file for file in files if _is_copied(file))
+    for file in chosen:
+        if not _is_inside(file, path):
+            raise RequestError(
+                f"expected files of its own in {path}, got the link {file.name} to {file.resolve()}; put a copy in its "
+                "place, or delete it"
+            )
+    return chosen
+
+
+def copy_side_files(source: Path, target: Path) -> None:
+    """Copy the side files of a checkpoint; settings lose the entries that would let them choose code to run."""
+    for file in side_files(source):
+        place = target / file.relative_to(source)
+        place.parent.mkdir(exist_ok=True)
+        entries = read_json(file) if file.name.endswith("config.json") else None
+        cleaned = without_untrusted(entries)
+        if cleaned == entries:
+            shutil.copyfile(file, place)
+        else:
+            write_json(place, cleaned)
+
+
+def without_untrusted(entries: Any) -> Any:
+    """A configuration, its parts included, without :data:`UNTRUSTED_ENTRIES`."""
+    if not isinstance(entries, dict):
+        return entries
+    return {name: without_untrusted(value) for name, value in entries.items() if name not in UNTRUSTED_ENTRIES}
+
+
+def _is_copied(file: Path) -> bool:
+    if file.name in _NOTES or file.name.endswith(".index.json") or not file.is_file():
+        return False
+    return _COPIED.fullmatch(file.name) is not None
+
+
+def _is_inside(file: Path, folder: Path) -> bool:
+    """Whether a file, its links followed, lies in a folder or in the blobs of the hub's cache that it is part of."""
+    folder, target = folder.resolve(), file.resolve()
+    cached = folder.parent.name == "snapshots" and target.is_relative_to(folder.parent.parent / "blobs")
+    return cached or target.is_relative_to(folder)
