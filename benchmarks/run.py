@@ -45,7 +45,8 @@ from lcc_lens.restoration.injections.base import Injection
 from lcc_lens.restoration.injections.constants import LccInjection
 from lcc_lens.restoration.injections.ingredients import Ingredients
 from lcc_lens.restoration.injections.spec import MethodSpec
-from lcc_lens.restoration.result import Restoration, RestorationRecord
+from lcc_lens.restoration.record import RestorationRecord
+from lcc_lens.restoration.result import Restoration
 from lcc_lens.restoration.training.loop import TrainConfig, TrainingState, optimise
 
 #: Methods whose training step is timed; the first also against LoRA's.

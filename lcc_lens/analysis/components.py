@@ -9,10 +9,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lcc_lens.core.errors import RequestError
+from lcc_lens.core.showing import Shown
 
 
-@dataclass(frozen=True)
-class LostComponents:
+@dataclass(frozen=True, repr=False)
+class LostComponents(Shown):
     r"""Differences of every head output along orthogonal directions, largest direction first.
 
     With the differences $\Delta = Z_{dense} - Z_{pruned} = U S V^T$ of one head (not centred: the mean is the

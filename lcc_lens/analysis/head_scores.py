@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from lcc_lens.core.showing import Shown
 
-@dataclass(frozen=True)
-class HeadScores:
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+@dataclass(frozen=True, repr=False)
+class HeadScores(Shown):
     """One score per head, higher for heads to restore first, each with a standard error.
 
     ``stderr`` is the standard error over examples, in the score's own unit; NaN where the data do not determine it (a
@@ -24,6 +29,17 @@ class HeadScores:
     stderr: Float[Tensor, "layer head"]
     n_examples: int
     settings: dict[str, Any] = field(default_factory=dict)
+
+    def table(self) -> pd.DataFrame:
+        """One row per head: layer, head, value, stderr."""
+        import pandas as pd
+
+        rows = [
+            (layer, head, value, error)
+            for layer, parts in enumerate(zip(self.value.tolist(), self.stderr.tolist(), strict=True))
+            for head, (value, error) in enumerate(zip(*parts, strict=True))
+        ]
+        return pd.DataFrame(rows, columns=["layer", "head", "value", "stderr"])
 
     @classmethod
     def from_examples(

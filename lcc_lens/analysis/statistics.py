@@ -16,6 +16,7 @@ from lcc_lens.analysis.components import (
     effective_rank,
     explained_share,
 )
+from lcc_lens.core.showing import Shown
 
 #: A part wider than this has its outer products summed in float32 below the diagonal; kept are their spectrum and the
 #: first directions.
@@ -27,8 +28,8 @@ _BLOCK = 256
 WIDE_DIRECTIONS = 64
 
 
-@dataclass(frozen=True)
-class DifferenceStatistics:
+@dataclass(frozen=True, repr=False)
+class DifferenceStatistics(Shown):
     r"""Differences between both models at one site of every layer: heads, MLP post-activation, or residual stream.
 
     A *part* is a head where the site has heads, else the layer as a whole (one part). With the differences

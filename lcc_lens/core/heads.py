@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import re
+import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.reading import read_json
+from lcc_lens.core.showing import Shown
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 _LABEL = re.compile(r"^L(\d+)H(\d+)$")
 
@@ -43,6 +48,30 @@ class Head(NamedTuple):
         return cls(int(match[1]), int(match[2]))
 
 
+class _HeadSet(Shown):
+    """Heads in a row, shown by their labels."""
+
+    def table(self) -> pd.DataFrame:
+        """One row per head, in order: layer, head, label."""
+        import pandas as pd
+
+        heads: list[Head] = list(self)  # type: ignore[call-overload]
+        return pd.DataFrame([(*head, str(head)) for head in heads], columns=["layer", "head", "label"])
+
+    def _rows(self) -> list[tuple[str, str]]:
+        labels = self.table()["label"]
+        lines = textwrap.wrap(" ".join(labels), 90, max_lines=14, placeholder=" …")
+        return [(f"{len(labels)} heads" if number == 0 else "", line) for number, line in enumerate(lines or ["none"])]
+
+
+class HeadList(_HeadSet, list[Head]):
+    """A list of heads with a short representation."""
+
+
+class HeadTuple(_HeadSet, tuple[Head, ...]):
+    """A tuple of heads with a short representation."""
+
+
 def all_heads(n_layers: int, n_heads: int) -> list[Head]:
     """Every head of a model, layer by layer."""
     return [Head(layer, head) for layer in range(n_layers) for head in range(n_heads)]
@@ -73,8 +102,8 @@ def head_indices(heads: Sequence[Head]) -> tuple[list[int], list[int]]:
 HEAD_MAP = "head_map.json"
 
 
-@dataclass(frozen=True)
-class HeadMap:
+@dataclass(frozen=True, repr=False)
+class HeadMap(Shown):
     """The dense model's head for every head of a pruned model, and the heads that were removed.
 
     Example:

@@ -6,11 +6,12 @@ import hashlib
 import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from lcc_lens.core.errors import RequestError
+from lcc_lens.core.showing import Shown
 from lcc_lens.data.batches import TokenSequence, encode_pair, text_blocks
 from lcc_lens.data.negatives import contrast, distinct_wrongs, with_other_answers
 from lcc_lens.data.prompts import Example, Item, Kind, Record
@@ -19,6 +20,7 @@ from lcc_lens.data.sources import Role, available_splits, choose_split, read_nam
 from lcc_lens.data.user_files import is_data_file, read_file
 
 if TYPE_CHECKING:
+    import pandas as pd
     from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
@@ -35,8 +37,8 @@ _HASH_RANGES: dict[bool, dict[Role, tuple[int, int]]] = {
 _Pairs = list[tuple[Record, Item | Example]]
 
 
-@dataclass(frozen=True)
-class Data:
+@dataclass(frozen=True, repr=False)
+class Data(Shown):
     """Examples of one kind with their origin.
 
     ``role`` is what they may be used for, None for any use. Two roles of one data set never share a group (an article,
@@ -55,6 +57,23 @@ class Data:
 
     def __len__(self) -> int:
         return len(self.examples)
+
+    def table(self) -> pd.DataFrame:
+        """One row per example: prompt, response, wrong answer (missing where there is none)."""
+        import pandas as pd
+
+        rows = [(example.prompt, example.response, example.wrong) for example in self.examples]
+        return pd.DataFrame(rows, columns=["prompt", "response", "wrong"])
+
+    def _facts(self) -> dict[str, Any]:
+        facts = {
+            "name": self.name, "kind": self.kind, "examples": len(self), "role": self.role or "any",
+            "source": self.source, "wrong answers": self.negatives or "none",
+        }  # fmt: skip
+        if self.examples:
+            first = self.examples[0]
+            facts |= {"first prompt": first.prompt, "first response": first.response}
+        return facts
 
     @property
     def groups(self) -> frozenset[str]:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -17,6 +17,7 @@ from lcc_lens.core.checkpoint import Checkpoint
 from lcc_lens.core.config import compute_dtype, default_device, package_version
 from lcc_lens.core.errors import LensError
 from lcc_lens.core.memory import release_memory
+from lcc_lens.core.showing import Shown
 from lcc_lens.models.architecture.anatomy import LayerAnatomy, find_anatomies
 from lcc_lens.models.architecture.bias_slots import find_slots
 from lcc_lens.models.architecture.linear_maps import find_matrices
@@ -27,6 +28,10 @@ from lcc_lens.models.hooked.sites import projection_names
 from lcc_lens.models.loading.hooked import LoadedModel, load_hooked
 from lcc_lens.models.loading.references import resolve
 from lcc_lens.pruning.methods.slimgpt import Quota
+
+if TYPE_CHECKING:
+    import pandas as pd
+
 from lcc_lens.pruning.output.slicing import allowed_groups, require_sliceable, sliced_config
 
 #: ``no`` is a feature that does not work but can be replaced; ``failed`` a model that nothing here can use.
@@ -54,13 +59,23 @@ class Finding:
         return [f"{_MARK[self.verdict]} {self.name}", text]
 
 
-@dataclass(frozen=True)
-class Examination:
+@dataclass(frozen=True, repr=False)
+class Examination(Shown):
     """All findings on a model and a machine."""
 
     reference: str
     model: tuple[Finding, ...]
     machine: tuple[Finding, ...]
+
+    def table(self) -> pd.DataFrame:
+        """One row per finding: subject (model or machine), name, verdict, found, advice."""
+        import pandas as pd
+
+        parts = {"model": self.model, "machine": self.machine}
+        return pd.DataFrame({"subject": name, **vars(finding)} for name, part in parts.items() for finding in part)
+
+    def _facts(self) -> dict[str, Any]:
+        return dict(finding.row for finding in (*self.model, *self.machine))
 
     @property
     def is_sound(self) -> bool:

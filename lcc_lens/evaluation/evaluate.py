@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from lcc_lens.core.config import package_version
 from lcc_lens.core.errors import RequestError
+from lcc_lens.core.showing import Record
 from lcc_lens.data.datasets import Data, encode, load_data
 from lcc_lens.data.registry import DATASETS, named_kind
 from lcc_lens.data.sources import available_splits
@@ -21,12 +22,35 @@ from lcc_lens.models.loading.hooked import load_tokenizer
 from lcc_lens.models.loading.plain import load_plain
 from lcc_lens.models.loading.references import resolve
 
+if TYPE_CHECKING:
+    import pandas as pd
+
 Scores = dict[str, Any]
+
+
+class Evaluation(Record):
+    """Scores of models by name, the contents of ``results.json`` or a part of them."""
+
+    def table(self) -> pd.DataFrame:
+        """One row per model and task: the scores that the task has (perplexity, loss, accuracy, standard error)."""
+        import pandas as pd
+
+        return pd.DataFrame(
+            {"model": name, "task": task, **{key: value for key, value in scores.items() if key != "items"}}
+            for name, model in self["models"].items()
+            for task, scores in model["tasks"].items()
+        )
+
+    def _facts(self) -> dict[str, Any]:
+        return {
+            name: ", ".join(f"{column} {score}" for column, score in format_scores(model["tasks"]).items())
+            for name, model in self["models"].items()
+        }
 
 
 def evaluate(
     references: Sequence[str | Path], tasks: Sequence[str], *, limit: int | None = None, length: int = 512
-) -> Scores:
+) -> Evaluation:
     """The contents of ``results.json``: the scores of every model on every task, by the model's name."""
     check_tasks(tasks)
     paths = [resolve(reference) for reference in references]
@@ -34,7 +58,8 @@ def evaluate(
         name: evaluate_model(reference, tasks, limit=limit, length=length)
         for name, reference, _ in zip(unique_names(references), references, paths, strict=True)
     }
-    return {"models": models, "settings": {"limit": limit, "length": length}, "version": package_version()}
+    settings = {"limit": limit, "length": length}
+    return Evaluation(models=models, settings=settings, version=package_version())
 
 
 def evaluate_model(

@@ -15,7 +15,7 @@ from lcc_lens.data.batches import TokenSequence
 from lcc_lens.data.datasets import Data, encode, load_data, load_records, split_examples
 from lcc_lens.data.prompts import Record, RecoveryTask
 from lcc_lens.data.registry import named_kind
-from lcc_lens.evaluation.evaluate import check_tasks
+from lcc_lens.evaluation.evaluate import Evaluation, check_tasks
 from lcc_lens.evaluation.lm_eval_tasks import evaluate_task
 from lcc_lens.models.hooked.fused_attention import fused_attention
 from lcc_lens.models.hooked.hooks import HookedModel
@@ -95,7 +95,7 @@ class TaskMeasures:
             )
         check_tasks((self.task, self.text))
 
-    def of(self, restoration: Restoration, pair: Pair, *, bare: str | Path | None = None) -> dict[str, Any]:
+    def of(self, restoration: Restoration, pair: Pair, *, bare: str | Path | None = None) -> Evaluation:
         """Score the dense, the pruned and the restored model on the same held-out items and text.
 
         Args:
@@ -121,7 +121,7 @@ class TaskMeasures:
             models["pruned"] = {"tasks": self._scores(load_plain(path), load_tokenizer(path), records, blocks)}
         with restoration.applied_to(pair.pruned) as restored:
             models["restored"] = {"tasks": self._hooked(restored, pair, records, blocks)}
-        return {"task": self.task, "text": self.text, "models": models, **self._gain(models)}
+        return Evaluation(task=self.task, text=self.text, models=models, **self._gain(models))
 
     def _hooked(
         self, model: HookedModel, pair: Pair, records: Sequence[Record], blocks: Sequence[TokenSequence]

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from lcc_lens.core.checkpoint import Checkpoint
 from lcc_lens.core.errors import LensError, RequestError
 from lcc_lens.core.files import atomic_path, require_space
+from lcc_lens.core.showing import Shown
 
 if TYPE_CHECKING:
     import numpy as np
@@ -26,8 +27,8 @@ FOLDER_VARIABLE = "LCC_LENS_LLAMA_CPP"
 _FORMATS = {frozenset({"F16"}): "f16", frozenset({"BF16"}): "bf16"}
 
 
-@dataclass(frozen=True)
-class GgufReport:
+@dataclass(frozen=True, repr=False)
+class GgufReport(Shown):
     """The file, llama.cpp's name of the architecture, the format of matrices, and how many tensors were compared."""
 
     path: Path

@@ -16,6 +16,7 @@ from lcc_lens.core.files import atomic_directory, require_space, write_json, wri
 from lcc_lens.core.memory import release_memory
 from lcc_lens.core.reading import read_json
 from lcc_lens.core.rewriting import Splits, copy_checkpoint, parse_size, rewrite_weights
+from lcc_lens.core.showing import Shown
 from lcc_lens.exporters.folding import edited_tensors, require_same_weights, shares_values
 from lcc_lens.exporters.model_card import model_card
 from lcc_lens.models.architecture.joint_bias_slots import JointSlots, find_joint_slots
@@ -29,8 +30,8 @@ from lcc_lens.restoration.result import Restoration
 _PROBE_TEXT = "A tokenizer reads 12 words, and\n  a line; déjà vu."
 
 
-@dataclass(frozen=True)
-class ExportReport:
+@dataclass(frozen=True, repr=False)
+class ExportReport(Shown):
     """What an export changed, and how the reloaded export compares with the hooked model.
 
     ``logit_difference`` is the largest difference between the logits of the two, in float32; ``logit_effect`` is the

@@ -14,6 +14,7 @@ from lcc_lens.analysis.scan.scan import scan
 from lcc_lens.core.config import package_version
 from lcc_lens.core.files import write_json, write_text
 from lcc_lens.core.metrics import share_recovered
+from lcc_lens.core.showing import Shown
 from lcc_lens.data.datasets import Data, assert_disjoint, encode, load_data, load_records, split_examples
 from lcc_lens.data.prompts import Example
 from lcc_lens.data.sources import Role
@@ -55,8 +56,8 @@ class DemoConfig:
     seed: int = 0
 
 
-@dataclass(frozen=True)
-class DemoResult:
+@dataclass(frozen=True, repr=False)
+class DemoResult(Shown):
     """Folders and page of the demo, the content of ``results.json``, and seconds per step."""
 
     pruned: Path

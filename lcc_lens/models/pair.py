@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
@@ -15,6 +15,7 @@ from lcc_lens.core.config import DeviceMap, HookKind
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.heads import HEAD_MAP, HeadMap, read_head_map
 from lcc_lens.core.memory import release_memory
+from lcc_lens.core.showing import Shown
 from lcc_lens.models.hooked.activations import Site, site_widths
 from lcc_lens.models.hooked.hooked_transformer import is_hooked_transformer
 from lcc_lens.models.hooked.hooks import HookedModel
@@ -27,8 +28,8 @@ if TYPE_CHECKING:
 _SHAPES = ("n_layers", "d_head", "d_model", "d_vocab")
 
 
-@dataclass(frozen=True)
-class BothModels:
+@dataclass(frozen=True, repr=False)
+class BothModels(Shown):
     """Both models in memory."""
 
     dense: HookedModel
@@ -58,8 +59,8 @@ class OneAtATime:
         return self._loaded[1]
 
 
-@dataclass(frozen=True)
-class Pair:
+@dataclass(frozen=True, repr=False)
+class Pair(Shown):
     """A dense and a pruned model with the same tokenizer and shapes, both hooked.
 
     Where whole heads were sliced off, the pruned model has fewer; ``head_map`` tells which are which. A pair that is
@@ -89,6 +90,18 @@ class Pair:
     output_projections: tuple[str, ...]
     """The pruned model's output projections by layer, as its checkpoint names them."""
 
+    def _facts(self) -> dict[str, Any]:
+        heads = f"{self.n_heads} of width {self.d_head} in each of {self.n_layers} layers"
+        return {
+            "dense": _named(self.dense_id),
+            "pruned": _named(self.pruned_id),
+            "heads": f"{heads}, {sum(map(len, self.head_map.removed))} removed whole",
+            "context": f"{self.context} tokens",
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "compared at": self.sites,
+            "in memory": "one model at a time" if self.one_at_a_time else "both models",
+        }
+
     @property
     def dense(self) -> HookedModel:
         """The dense model."""
@@ -110,6 +123,10 @@ class Pair:
         """A layer's dense head outputs in the order of the pruned model's heads."""
         heads = self.head_map.dense_heads[layer]
         return z if heads == tuple(range(z.shape[-2])) else z[..., list(heads), :]
+
+
+def _named(identity: ModelIdentity) -> str:
+    return f"{identity.reference} (SHA-256 {identity.sha256[:12]}…)"
 
 
 def load_pair(

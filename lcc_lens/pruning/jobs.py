@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -19,8 +18,10 @@ from lcc_lens.models.loading.references import resolve
 from lcc_lens.pruning.methods.pruners import Choice, Split
 from lcc_lens.pruning.methods.settings import PruneConfig
 from lcc_lens.pruning.methods.structured import Schedule
+from lcc_lens.pruning.output.report import PruningReport
 from lcc_lens.pruning.prune import prune_checkpoint
 from lcc_lens.pruning.refit.refit import REFIT_RECORD, RefitConfig, refit_checkpoint
+from lcc_lens.pruning.refit.report import RefitReport
 
 #: What a refit is calibrated on: instructions, web text and an encyclopedia.
 REFIT_DATA = ("alpaca", "c4", "wikitext")
@@ -43,7 +44,7 @@ def prune(
     choice: Choice = "error",
     split: Split | None = None,
     overwrite: bool = False,
-) -> dict[str, Any]:
+) -> PruningReport:
     """Prune a model into a plain Hugging Face directory with ``pruning.json`` beside the weights.
 
     Args:
@@ -82,10 +83,11 @@ def prune(
         data = load_data(calibration, role="calibration") if isinstance(calibration, str) else calibration
         tokens = calibration_tokens(data, path, n_samples, seq_len, seed)
         provenance = {"data": data.name, "source": data.source, "groups": sorted(data.groups)}
-    return prune_checkpoint(
+    report = prune_checkpoint(
         path, Path(out), config, calibration=tokens, device=device, dtype=compute_dtype(device), overwrite=overwrite,
         provenance={"dense": str(model), **provenance},
     )  # fmt: skip
+    return PruningReport(report)
 
 
 def refit(
@@ -101,7 +103,7 @@ def refit(
     mend: float = RefitConfig.mend,
     seed: int = 0,
     overwrite: bool = False,
-) -> dict[str, Any]:
+) -> RefitReport:
     """Fit the surviving weights of a pruned model by least squares; nothing is trained, and all zeros stay.
 
     Args:
@@ -126,13 +128,7 @@ def refit(
         >>> refit("smollm2", "out/wanda50", "out/wanda50-refit")  # doctest: +SKIP
     """
     calibration = [calibration] if isinstance(calibration, str | Data) else calibration
-    if not calibration:
-        raise RequestError("expected data to calibrate on, got none; name some")
-    if n_samples < len(calibration):
-        raise RequestError(
-            f"expected at least one calibration sequence of each data set, got {n_samples} for {len(calibration)}; "
-            "raise n_samples"
-        )
+    _check_calibration(len(calibration), n_samples)
     config = RefitConfig(follow, ridge, mend)
     paths, device = (resolve(dense), resolve(pruned)), default_device()
     parts = [load_data(part, role="calibration", seed=seed) if isinstance(part, str) else part for part in calibration]
@@ -144,10 +140,22 @@ def refit(
     groups = recorded_groups(paths[1] / REFIT_RECORD).union(*(part.groups for part in parts))
     names, sources = "+".join(part.name for part in parts), [part.source for part in parts]
     provenance = {"data": names, "source": sources, "groups": sorted(groups)}
-    return refit_checkpoint(
+    report = refit_checkpoint(
         *paths, Path(out), tokens=torch.cat(tokens), config=config, device=device, dtype=compute_dtype(device),
         overwrite=overwrite, provenance={**provenance, "dense": str(dense), "pruned": str(pruned), "seed": seed},
     )  # fmt: skip
+    return RefitReport(report)
+
+
+def _check_calibration(n_sets: int, n_samples: int) -> None:
+    """Refuse a refit without data, or with too few sequences for each set."""
+    if not n_sets:
+        raise RequestError("expected data to calibrate on, got none; name some")
+    if n_samples < n_sets:
+        raise RequestError(
+            f"expected at least one calibration sequence of each data set, got {n_samples} for {n_sets}; "
+            "raise n_samples"
+        )
 
 
 def calibration_tokens(data: Data, model: Path, n_samples: int, seq_len: int, seed: int) -> torch.Tensor:

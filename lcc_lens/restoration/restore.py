@@ -26,7 +26,8 @@ from lcc_lens.restoration.injections.constants import Start
 from lcc_lens.restoration.injections.ingredients import Ingredients
 from lcc_lens.restoration.injections.methods import HeadSearch
 from lcc_lens.restoration.injections.spec import MethodSpec
-from lcc_lens.restoration.result import Restoration, RestorationRecord
+from lcc_lens.restoration.record import RestorationRecord
+from lcc_lens.restoration.result import Restoration
 from lcc_lens.restoration.run_folder import RunFolder
 from lcc_lens.restoration.settings import LOW_RANK, RestoreSettings, with_preset
 from lcc_lens.restoration.training.loop import Step, TrainConfig, learning_rates, train, validation_loss

@@ -6,18 +6,18 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lcc_lens.core.config import package_version
 from lcc_lens.core.errors import LensError, RequestError
 from lcc_lens.core.files import read_tensors, write_tensors
-from lcc_lens.core.heads import Head, check_heads, head_indices
+from lcc_lens.core.heads import Head, HeadTuple, check_heads, head_indices
+from lcc_lens.core.showing import Shown
 from lcc_lens.models.hooked.activations import parts_of
 from lcc_lens.models.hooked.hooks import HookedModel, kept_hooks
 from lcc_lens.models.hooked.sites import ConstantSite
@@ -27,6 +27,10 @@ from lcc_lens.restoration.injections.base import Injection
 from lcc_lens.restoration.injections.changes import Change, merged, read_change
 from lcc_lens.restoration.injections.constants import ConstantInjection, SiteConstants
 from lcc_lens.restoration.injections.footprint import Footprint
+from lcc_lens.restoration.record import RestorationRecord, parts_table
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 RESTORATION_TENSORS = "restoration.safetensors"
 #: In the names of the tensors of constants at the MLP.
@@ -35,30 +39,8 @@ _MLP = "mlp."
 _SEPARATOR = "|"
 
 
-@dataclass(frozen=True)
-class RestorationRecord:
-    """Where a restoration comes from: weights, data, settings, and its losses in nats per response token.
-
-    ``data`` and ``n_examples`` are what its numbers were learned from: the training data, or the scan's where nothing
-    was trained. ``n_trained`` counts the trained numbers (None where an earlier version did not say).
-    """
-
-    dense: str
-    pruned: str
-    dense_sha256: str
-    pruned_sha256: str
-    method: str
-    data: str
-    n_examples: int
-    seed: int
-    settings: dict[str, Any] = field(default_factory=dict)
-    losses: dict[str, float] = field(default_factory=dict)
-    version: str = field(default_factory=package_version)
-    n_trained: int | None = None
-
-
-@dataclass(frozen=True)
-class Restoration:
+@dataclass(frozen=True, repr=False)
+class Restoration(Shown):
     """A constant per chosen head, with the magnitudes and offset it is made of, and changed weights. Frozen.
 
     Either may be empty. ``changes`` are pairs of a module's plain name and what makes its new weight of the old one, in
@@ -76,6 +58,14 @@ class Restoration:
     offset: Float[Tensor, "chosen d_head"]
     changes: tuple[tuple[str, Change], ...] = ()
     mlp: SiteConstants | None = None
+
+    def _facts(self) -> dict[str, Any]:
+        n_mlps = 0 if self.mlp is None else len(self.mlp.parts)
+        return self.record.facts(self.heads, n_mlps, len(dict(self.changes)))
+
+    def table(self) -> pd.DataFrame:
+        """One row per head, MLP or changed weight: part, kind, how many numbers it holds, the norm of a constant."""
+        return parts_table(self.constant_sites, self.changes)
 
     @property
     def constant_sites(self) -> tuple[SiteConstants, ...]:
@@ -111,7 +101,9 @@ class Restoration:
             )
         none = torch.zeros(0, 0)
         z = by_site.get("z", SiteConstants("z", (), none, none, none))
-        restoration = cls(record, z.parts, z.values, z.magnitudes, z.offset, tuple(changes), by_site.get("mlp"))
+        restoration = cls(
+            record, HeadTuple(z.parts), z.values, z.magnitudes, z.offset, tuple(changes), by_site.get("mlp")
+        )
         if not all(bool(torch.isfinite(tensor).all()) for tensor in restoration._tensors().values()):
             raise LensError("expected finite numbers, got NaN or infinity; lower the learning rate")
         return restoration
@@ -172,7 +164,7 @@ class Restoration:
         if metadata.get("content_sha256") != _content_hash(tensors):
             raise RequestError(f"expected {path} as the restoration wrote it, got a changed file; restore again")
         try:
-            heads = tuple(Head(int(layer), int(head)) for layer, head in tensors.pop("heads"))
+            heads = HeadTuple(Head(int(layer), int(head)) for layer, head in tensors.pop("heads"))
             changes = _read_changes({name: tensors.pop(name) for name in list(tensors) if _SEPARATOR in name})
             mlp = _read_mlp({name: tensors.pop(name) for name in list(tensors) if name.startswith(_MLP)})
             return cls(RestorationRecord(**json.loads(metadata["record"])), heads, **tensors, changes=changes, mlp=mlp)

@@ -12,7 +12,8 @@ from lcc_lens.analysis.scan.scan import Scan
 from lcc_lens.core.files import write_json
 from lcc_lens.core.heads import Head, head_indices
 from lcc_lens.frontends.explorer.token_tables import TokenTables
-from lcc_lens.restoration.result import Restoration, RestorationRecord
+from lcc_lens.restoration.record import RestorationRecord
+from lcc_lens.restoration.result import Restoration
 
 HOSTILE = "</script><img src=x onerror=\"document.title='owned'\"><!--"
 HEADS = (Head(0, 4), Head(2, 1))

@@ -11,7 +11,8 @@ from lcc_lens.core.heads import Head, all_heads
 from lcc_lens.models.hooked.sites import mlp_width
 from lcc_lens.models.loading.hooked import load_hooked
 from lcc_lens.restoration.injections.constants import SiteConstants
-from lcc_lens.restoration.result import Restoration, RestorationRecord
+from lcc_lens.restoration.record import RestorationRecord
+from lcc_lens.restoration.result import Restoration
 
 TOKENS = torch.arange(3, 60)[None]
 

@@ -12,6 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from lcc_lens.core.errors import LensError, RequestError
+from lcc_lens.core.showing import Shown
 from lcc_lens.data.batches import TokenSequence, batches, encode_pair
 from lcc_lens.data.datasets import Data
 from lcc_lens.models.hooked.activations import TokenPositions
@@ -24,8 +25,8 @@ from lcc_lens.models.pair import Pair
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Streams:
+@dataclass(frozen=True, repr=False)
+class Streams(Shown):
     """A model's last residual stream at chosen positions, and the scale of each layer's attention output there.
 
     ``attention_scale`` is one in all architectures without a norm between attention and residual stream.

@@ -13,6 +13,7 @@ from torch import Tensor
 from lcc_lens.analysis.lens.answers import contrasts, difference, stderr, streams_at
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.heads import Head, check_heads
+from lcc_lens.core.showing import Shown
 from lcc_lens.data.datasets import Data
 from lcc_lens.models.hooked.direct_path import OutputProjections, Unembedding
 from lcc_lens.models.pair import Pair
@@ -21,8 +22,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
-@dataclass(frozen=True)
-class DirectEffect:
+@dataclass(frozen=True, repr=False)
+class DirectEffect(Shown):
     """Direct effect of a constant per head on a task's logit difference, example by example.
 
     ``pruned`` is the logit difference that the pruned model has, to hold the effects against.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -12,6 +12,7 @@ from torch import Tensor
 from lcc_lens.analysis.lens.checks import checked_vector
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.heads import Head, check_heads
+from lcc_lens.core.showing import Shown
 from lcc_lens.data.batches import TokenSequence, batches, encode_pair
 from lcc_lens.data.datasets import Data, encode
 from lcc_lens.models.hooked.activations import Site, TokenPositions, visit_sites
@@ -35,13 +36,17 @@ class ExcitingToken:
     after: str
 
 
-@dataclass(frozen=True)
-class ExcitingExamples:
+@dataclass(frozen=True, repr=False)
+class ExcitingExamples(Shown):
     """The examples that excite a direction of a head most, each with its best token."""
 
     head: Head
     model: Which
     tokens: tuple[ExcitingToken, ...]
+
+    def _facts(self) -> dict[str, Any]:
+        lines = {f"{t.score:.3g}": f"{t.before}[{t.token}]{t.after}" for t in self.tokens}
+        return {"head": self.head, "model": self.model, **lines}
 
     def table(self) -> pd.DataFrame:
         """One row per example, highest score first: score, example, position, before, token, after."""

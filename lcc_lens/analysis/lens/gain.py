@@ -13,6 +13,7 @@ from lcc_lens.analysis.components import LostComponents
 from lcc_lens.analysis.lens.answers import at_last, contrasts, difference, stderr
 from lcc_lens.analysis.lens.checks import check_components
 from lcc_lens.core.heads import Head, check_heads
+from lcc_lens.core.showing import Shown
 from lcc_lens.data.datasets import Data
 from lcc_lens.models.hooked.direct_path import OutputProjections, Unembedding
 from lcc_lens.models.hooked.hooks import z_name
@@ -22,8 +23,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
-@dataclass(frozen=True)
-class LogitGain:
+@dataclass(frozen=True, repr=False)
+class LogitGain(Shown):
     """The logit gain of a head's components, example by example (Eq. 6); cumulative gains are of the first K."""
 
     head: Head

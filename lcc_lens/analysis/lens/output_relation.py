@@ -13,6 +13,7 @@ from torch import Tensor
 from lcc_lens.analysis.lens.checks import checked_vector
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.heads import Head, check_heads
+from lcc_lens.core.showing import Shown
 from lcc_lens.models.hooked.direct_path import OutputProjections
 from lcc_lens.models.hooked.hooks import HookedModel
 
@@ -22,8 +23,8 @@ if TYPE_CHECKING:
 _WEAK = 0.01
 
 
-@dataclass(frozen=True)
-class OutputRelation:
+@dataclass(frozen=True, repr=False)
+class OutputRelation(Shown):
     r"""Energy of vectors in head outputs along the singular directions P of $W_O[h] = P \Sigma Q^T$.
 
     ``energy`` is each vector's fraction of squared norm along each column of P, from the largest singular value to the

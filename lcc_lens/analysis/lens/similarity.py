@@ -13,6 +13,7 @@ from torch import Tensor
 from lcc_lens.analysis.components import LostComponents
 from lcc_lens.analysis.lens.checks import check_components
 from lcc_lens.core.heads import Head, all_heads
+from lcc_lens.core.showing import Shown
 from lcc_lens.models.hooked.direct_path import OutputProjections
 from lcc_lens.models.hooked.hooks import HookedModel
 
@@ -20,8 +21,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
-@dataclass(frozen=True)
-class ComponentSimilarity:
+@dataclass(frozen=True, repr=False)
+class ComponentSimilarity(Shown):
     """Cosines between the lost components of all heads.
 
     ``resid`` compares what they write into the residual stream; ``raw`` compares them as z vectors, which has a meaning

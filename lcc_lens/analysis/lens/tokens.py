@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from jaxtyping import Float
 from torch import Tensor
@@ -12,6 +12,7 @@ from lcc_lens.analysis.lens.answers import Streams
 from lcc_lens.analysis.lens.checks import checked_vector
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.heads import Head
+from lcc_lens.core.showing import Shown
 from lcc_lens.models.hooked.direct_path import OutputProjections, Unembedding
 from lcc_lens.models.hooked.hooks import HookedModel
 
@@ -32,13 +33,18 @@ class TokenScore:
     logit: float
 
 
-@dataclass(frozen=True)
-class PromotedTokens:
+@dataclass(frozen=True, repr=False)
+class PromotedTokens(Shown):
     """The tokens that a vector in a head's output promotes and suppresses most; ``reading`` says how it was read."""
 
     head: Head
     reading: Literal["alone", "direct"]
     tokens: tuple[TokenScore, ...]
+
+    def _facts(self) -> dict[str, Any]:
+        sides = ("promoted", "suppressed")
+        listed = {side: [f"{t.text!r} {t.logit:+.2f}" for t in self.tokens if t.side == side] for side in sides}
+        return {"head": self.head, "reading": self.reading, **listed}
 
     def table(self) -> pd.DataFrame:
         """One row per token, strongest first on either side: side, token, text, logit."""

@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from lcc_lens.core.config import package_version
+from lcc_lens.core.showing import Shown
 from lcc_lens.models.hooked.activations import Positions
 
 
-@dataclass(frozen=True)
-class ScanRecord:
+@dataclass(frozen=True, repr=False)
+class ScanRecord(Shown):
     """The weights, data and settings of a scan.
 
     ``negatives`` says how wrong answers were chosen (see :class:`~lcc_lens.data.datasets.Data`). ``pattern`` and

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lcc_lens.analysis.components import LostComponents
 from lcc_lens.analysis.head_scores import HeadScores
+from lcc_lens.analysis.scan.overview import scan_facts
 from lcc_lens.analysis.scan.record import ScanRecord
 from lcc_lens.analysis.scan.token_differences import TokenLoss
 from lcc_lens.analysis.selectors.mse import score_mse
@@ -22,8 +23,9 @@ from lcc_lens.analysis.selectors.registry import check_selectors
 from lcc_lens.analysis.statistics import DifferenceStatistics
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.files import read_tensors, sha256_file, write_json, write_tensors
-from lcc_lens.core.heads import Head, HeadMap, all_heads, check_heads, head_indices
+from lcc_lens.core.heads import Head, HeadList, HeadMap, all_heads, check_heads, head_indices
 from lcc_lens.core.reading import read_json
+from lcc_lens.core.showing import Shown
 from lcc_lens.models.hooked.activations import Site
 
 if TYPE_CHECKING:
@@ -33,8 +35,8 @@ SCAN_TENSORS = "scan.safetensors"
 SCAN_RECORD = "scan.json"
 
 
-@dataclass(frozen=True)
-class Scan:
+@dataclass(frozen=True, repr=False)
+class Scan(Shown):
     r"""How pruning changed the output of every head of one model on one data set. Saved without loss.
 
     ``heads`` are the statistics of the head outputs (site ``z``), ``others`` those of the MLP's post-activation
@@ -48,6 +50,10 @@ class Scan:
     others: Mapping[Site, DifferenceStatistics] = field(default_factory=dict)
     selected_by: Mapping[str, HeadScores] = field(default_factory=dict)
     tokens: tuple[TokenLoss, ...] = ()
+
+    def _facts(self) -> dict[str, Any]:
+        facts = scan_facts(self.record, self.relative_loss, self.ranking("mse"), self.mendable_share())
+        return facts | {"also at": tuple(self.others), "scores": (*self.selected_by, *ALWAYS_SCORED)}
 
     @property
     def mean_difference(self) -> Float[Tensor, "layer head d_head"]:
@@ -130,7 +136,7 @@ class Scan:
         """The same scan with more selectors' scores."""
         return replace(self, selected_by={**self.selected_by, **{s.selector: s for s in scores}})
 
-    def select(self, selector: str = "probe", *, share: float = 0.25, seed: int | None = None) -> list[Head]:
+    def select(self, selector: str = "probe", *, share: float = 0.25, seed: int | None = None) -> HeadList:
         """The heads with the highest scores, as many as ``share`` of all heads (rounded up), in model order.
 
         Heads that pruning removed whole are neither counted nor selected, since their output is not used.
@@ -147,9 +153,9 @@ class Scan:
         if not 0 < share <= 1:
             raise RequestError(f"expected a share of heads above 0 and up to 1, got {share}")
         alive = self.ranking(selector, seed=seed)
-        return sorted(alive[: math.ceil(share * len(alive))])
+        return HeadList(sorted(alive[: math.ceil(share * len(alive))]))
 
-    def ranking(self, selector: str = "probe", *, seed: int | None = None) -> list[Head]:
+    def ranking(self, selector: str = "probe", *, seed: int | None = None) -> HeadList:
         """All heads that pruning did not remove, highest score first.
 
         Args:
@@ -165,7 +171,7 @@ class Scan:
         order = sorted(range(len(scores)), key=lambda i: (-scores[i], -loss[i], i))
         heads = all_heads(n_layers, n_heads)
         removed = self.head_map.removed
-        return [heads[i] for i in order if heads[i].head not in removed[heads[i].layer]]
+        return HeadList(heads[i] for i in order if heads[i].head not in removed[heads[i].layer])
 
     def table(self) -> pd.DataFrame:
         """One row per head: layer, head, and every scalar statistic."""

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from lcc_lens.core.showing import Shown
 from lcc_lens.data.batches import TokenSequence, batches
 from lcc_lens.models.hooked.activations import Site, SiteVisitor, TokenPositions, visit_sites
 from lcc_lens.models.pair import Pair
@@ -18,8 +19,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-@dataclass(frozen=True)
-class TokenLoss:
+@dataclass(frozen=True, repr=False)
+class TokenLoss(Shown):
     r"""One example's tokens with $|\delta| / |z_{dense}|$ of every head at each of them.
 
     ``example`` is the example's place in the data, ``pieces`` are its tokens as text, and the response starts at token

@@ -19,6 +19,7 @@ from lcc_lens.evaluation.comparison.costs import served_as
 from lcc_lens.evaluation.comparison.entry import Entry
 from lcc_lens.evaluation.comparison.results_file import ComparisonFile
 from lcc_lens.evaluation.comparison.runner import Runner
+from lcc_lens.evaluation.comparison.tables import Comparison
 
 logger = logging.getLogger(__name__)
 COMPARISON = "comparison.json"
@@ -38,7 +39,7 @@ def compare(
     deadline: float = math.inf,
     part: tuple[int, int] = (0, 1),
     on_cell: Callable[[str, dict[str, Any]], None] | None = None,
-) -> dict[str, Any]:
+) -> Comparison:
     """Train and measure every entry with every seed; finished runs are kept, failed ones are reported and tried again.
 
     A run is one entry with one seed, which draws the examples, their order and the initial values. Trained parameters
@@ -122,10 +123,10 @@ def _run(runner: Runner, entry: Entry, seed: int, kept: ComparisonFile, before: 
         return {**done, "error": first_line(error)}
 
 
-def _summarised(kept: ComparisonFile, new_run: str | None = None) -> dict[str, Any]:
+def _summarised(kept: ComparisonFile, new_run: str | None = None) -> Comparison:
     """Write the results with a row per entry, so that the file is complete at any time."""
     kept.keep(new_run=new_run, own=["summary"], finish=lambda results: results.update(summary=summary(results)))
-    return kept.results
+    return Comparison(kept.results)
 
 
 def summary(results: dict[str, Any]) -> list[dict[str, Any]]:

@@ -4,12 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from lcc_lens.core.showing import Record
 from lcc_lens.evaluation.comparison.accuracies import mean_accuracy, tasks_made_worse
 from lcc_lens.evaluation.formatting import count, interval, number, with_spread
 
+if TYPE_CHECKING:
+    import pandas as pd
+
 Row = Mapping[str, Any]
+#: Figures of :func:`results_table`, beside the accuracies of single tasks.
+_FIGURES = (
+    "perplexity", "recovered", "kl", "response_loss", "accuracy", "n_trained", "n_added", "zeros_kept",
+    "training_seconds", "memory_mib",
+)  # fmt: skip
 #: Measures of the ``dense`` and the ``pruned`` model, without restoration.
 Unrestored = Mapping[str, Mapping[str, Any]]
 
@@ -21,6 +30,38 @@ class Table:
     title: str
     columns: list[str]
     rows: list[list[str]]
+
+
+class Comparison(Record):
+    """The contents of ``comparison.json``: runs, and a row per entry in ``summary``."""
+
+    def table(self) -> pd.DataFrame:
+        """One row for the dense and the pruned model and for every entry; see :func:`results_table`."""
+        return results_table(self["bare"], self["summary"])
+
+    def _facts(self) -> dict[str, Any]:
+        return result_facts(self["bare"], self["summary"])
+
+
+def results_table(unrestored: Unrestored, rows: Sequence[Row]) -> pd.DataFrame:
+    """The figures of a comparison as columns of numbers: means and standard deviations (``_sd``) over seeds."""
+    import pandas as pd
+
+    names = ["seeds", "failed", *(f"{name}{end}" for name in _FIGURES for end in ("", "_sd"))]
+    entries = [{"entry": name, **{key: model.get(key) for key in _FIGURES}} for name, model in unrestored.items()]
+    for row in rows:
+        tasks = {f"accuracy_{task}": scores["acc"] for task, scores in row["tasks"].items()}
+        entries.append({"entry": row["entry"], **{name: row.get(name) for name in names}, **tasks})
+    return pd.DataFrame(entries)
+
+
+def result_facts(unrestored: Unrestored, rows: Sequence[Row]) -> dict[str, str]:
+    """A line per model and entry: its perplexity, what it recovered, or that all of its runs failed."""
+    facts = {name: f"perplexity {number(model['perplexity'])}" for name, model in unrestored.items()}
+    for row in rows:
+        recovered = "" if row["recovered"] is None else f", recovered {_spread(row, 'recovered', '.1%')}"
+        facts[row["entry"]] = f"perplexity {_spread(row, 'perplexity')}{recovered}" if row["seeds"] else "failed"
+    return facts
 
 
 def comparison_tables(unrestored: Unrestored, rows: Sequence[Row]) -> list[Table]:

@@ -4,19 +4,49 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from lcc_lens.core.config import compute_dtype, default_device, package_version
 from lcc_lens.core.errors import RequestError
+from lcc_lens.core.showing import Record
 from lcc_lens.evaluation.efficiency.compression import compressed_size, matrix_sizes
 from lcc_lens.evaluation.efficiency.timing import DECODE_PROMPT, SpeedConfig, measure_speed, require_context
 from lcc_lens.evaluation.evaluate import unique_names
 from lcc_lens.models.architecture.zeros import ZeroPattern, compare_zeros, zero_pattern
 from lcc_lens.models.loading.references import resolve
 
+if TYPE_CHECKING:
+    import pandas as pd
+
 Entry = dict[str, Any]
+#: Entries of a model that are columns of the table, and times, whose medians are.
+_COLUMNS = ("sparsity", "pattern", "parameters", "nonzero_parameters", "bytes", "bytes_zstd", "dtype")
+_TIMES = ("prefill_ms", "decode_ms")
+
+
+class EfficiencyReport(Record):
+    """The contents of ``report.json``."""
+
+    def table(self) -> pd.DataFrame:
+        """One row per model: sparsity, pattern, parameters, bytes and, where it was timed, the median milliseconds."""
+        import pandas as pd
+
+        return pd.DataFrame(
+            {
+                "model": name, **{key: model[key] for key in _COLUMNS},
+                **{key: None if model[key] is None else model[key]["median"] for key in _TIMES},
+            }
+            for name, model in self["models"].items()
+        )  # fmt: skip
+
+    def _facts(self) -> dict[str, Any]:
+        return {
+            name: f"{model['sparsity']:.1%} zeros ({model['pattern']}), {model['parameters']:,} parameters, "
+            f"{model['bytes'] / 1e6:.1f} MB, {model['bytes_zstd'] / 1e6:.1f} MB compressed"
+            for name, model in self["models"].items()
+        }
 
 
 def report(
@@ -26,7 +56,7 @@ def report(
     repeats: int = 15,
     prompt_tokens: int = 256,
     new_tokens: int = 24,
-) -> Entry:
+) -> EfficiencyReport:
     """The contents of ``report.json``: zeros, sizes and times of models, compared with the first one.
 
     Zeros and sizes are read from the files, one tensor at a time. To measure times in interleaved rounds, all models
@@ -64,14 +94,14 @@ def report(
         name: {"reference": str(reference), **_file_entry(zeros[name])}
         for name, reference in zip(paths, references, strict=True)
     }
-    return {
-        "models": models,
-        "ratios": _add_times(models, paths, config) if latency else {},
-        "zero_patterns": compare_patterns(zeros),
-        "settings": {"latency": latency, **vars(config), "decode_prompt_tokens": DECODE_PROMPT},
-        "machine": _machine(),
-        "version": package_version(),
-    }
+    return EfficiencyReport(
+        models=models,
+        ratios=_add_times(models, paths, config) if latency else {},
+        zero_patterns=compare_patterns(zeros),
+        settings={"latency": latency, **vars(config), "decode_prompt_tokens": DECODE_PROMPT},
+        machine=_machine(),
+        version=package_version(),
+    )
 
 
 def compare_patterns(zeros: Mapping[str, ZeroPattern]) -> Entry:

@@ -6,20 +6,43 @@ import json
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lcc_lens.core.config import package_version
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.files import require_free, write_json, write_text
 from lcc_lens.core.reading import read_json
+from lcc_lens.core.showing import Record
 from lcc_lens.evaluation.comparison.accuracies import mean_accuracy
 from lcc_lens.evaluation.comparison.compare import compare
+from lcc_lens.evaluation.comparison.tables import result_facts, results_table
 from lcc_lens.evaluation.evaluate import check_tasks
 from lcc_lens.evaluation.paper.recipes import PaperRecipe, dry
 from lcc_lens.evaluation.paper.tables import recipe_table
 from lcc_lens.pruning.jobs import prune
 
+if TYPE_CHECKING:
+    import pandas as pd
+
 RECIPE_SETTINGS, RECIPE_RESULTS, RECIPE_TABLE = "recipe.json", "results.json", "table.md"
+
+
+class RecipeResults(Record):
+    """The contents of a recipe's ``results.json``: a comparison per data set."""
+
+    def table(self) -> pd.DataFrame:
+        """The rows of every comparison (see :func:`~lcc_lens.evaluation.comparison.tables.results_table`), by data."""
+        import pandas as pd
+
+        parts = {data: results_table(part["bare"], part["rows"]) for data, part in self["comparisons"].items()}
+        return pd.concat(parts, names=["data"]).reset_index("data").reset_index(drop=True)
+
+    def _facts(self) -> dict[str, Any]:
+        return {
+            f"{data}: {name}": line
+            for data, part in self["comparisons"].items()
+            for name, line in result_facts(part["bare"], part["rows"]).items()
+        }
 
 
 def run_recipe(
@@ -32,7 +55,7 @@ def run_recipe(
     limit: int | None = None,
     dry_run: str | Path | None = None,
     on_cell: Callable[[str, dict[str, Any]], None] | None = None,
-) -> dict[str, Any]:
+) -> RecipeResults:
     """Prune, compare on every data set, and write ``results.json`` and ``table.md`` as they come.
 
     Args:
@@ -59,10 +82,10 @@ def run_recipe(
     pruned = out / "pruned"
     if not pruned.exists():
         prune(recipe.model, pruned, **asdict(recipe.prune))
-    results: dict[str, Any] = {
-        "title": recipe.title, "paper": recipe.paper, "model": recipe.model, "dry_run": dry_run is not None,
-        "version": package_version(), "comparisons": {},
-    }  # fmt: skip
+    results = RecipeResults(
+        title=recipe.title, paper=recipe.paper, model=recipe.model, dry_run=dry_run is not None,
+        version=package_version(), comparisons={},
+    )  # fmt: skip
     for data in recipe.data:
         compared = compare(
             recipe.model, pruned, out / data, recipe.entries, seeds=recipe.seeds, config=recipe.comparison(data),

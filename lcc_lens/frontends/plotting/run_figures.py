@@ -13,6 +13,7 @@ from lcc_lens.analysis.scan.result import SCAN_RECORD, Scan
 from lcc_lens.core.errors import LensError, RequestError
 from lcc_lens.core.heads import Head
 from lcc_lens.core.reading import read_json
+from lcc_lens.core.showing import Shown
 from lcc_lens.evaluation.comparison.compare import COMPARISON
 from lcc_lens.frontends.plotting.comparisons import plot_comparison, plot_inference_cost, plot_tasks
 from lcc_lens.frontends.plotting.components import plot_logit_gain, plot_promoted_tokens, plot_spectra
@@ -26,6 +27,7 @@ from lcc_lens.restoration.run_folder import RUN_LOG
 from lcc_lens.restoration.training.loop import Step
 
 if TYPE_CHECKING:
+    import pandas as pd
     import plotly.graph_objects as go
 
 Format = Literal["html", "png", "svg", "pdf"]
@@ -34,12 +36,20 @@ REPORT = "report.json"
 _N_SPECTRA = 3  # heads with a line of their own
 
 
-@dataclass(frozen=True)
-class Drawn:
+@dataclass(frozen=True, repr=False)
+class Drawn(Shown):
     """The written files, and the missing figures by name, with what they lack and the command that makes it."""
 
     files: tuple[Path, ...]
     lacking: dict[str, str]
+
+    def table(self) -> pd.DataFrame:
+        """One row per figure: its name, the file or None, and what it lacks or None."""
+        import pandas as pd
+
+        rows: list[tuple[str, str | None, str | None]] = [(file.stem, str(file), None) for file in self.files]
+        rows += [(name, None, what) for name, what in self.lacking.items()]
+        return pd.DataFrame(rows, columns=["figure", "file", "lacking"])
 
 
 def draw_figures(run: str | Path, out: str | Path, *, formats: Sequence[Format] = FORMATS) -> Drawn:

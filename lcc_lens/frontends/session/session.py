@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from lcc_lens.analysis.scan.scan import Scan
 from lcc_lens.core.errors import RequestError
-from lcc_lens.core.heads import Head, check_heads
+from lcc_lens.core.heads import Head, HeadTuple, check_heads
 from lcc_lens.data.datasets import Data
 from lcc_lens.exporters.huggingface import ExportReport, export
 from lcc_lens.frontends.session.side_by_side import generate, next_tokens
@@ -25,7 +25,7 @@ from lcc_lens.models.pair import Pair
 from lcc_lens.restoration.checks import refuse_removed
 from lcc_lens.restoration.injections.base import Injection
 from lcc_lens.restoration.result import Restoration
-from lcc_lens.restoration.training.loop import Step, TrainConfig
+from lcc_lens.restoration.training.config import Step, Steps, TrainConfig
 from lcc_lens.restoration.training.objectives import Objective
 
 if TYPE_CHECKING:
@@ -98,7 +98,7 @@ class RestoreSession(SessionView):
         self._stop = threading.Event()
         self._cache_of = lru_cache(_CACHED_PROMPTS)(_empty_cache)
 
-    def choose(self, heads: Sequence[Head] | str, *, share: float = 0.25) -> tuple[Head, ...]:
+    def choose(self, heads: Sequence[Head] | str, *, share: float = 0.25) -> HeadTuple:
         """Restore these heads, or the share with the highest scores; heads that stay keep their trained parameters.
 
         Args:
@@ -157,7 +157,7 @@ class RestoreSession(SessionView):
         *,
         stop_after: int | None = None,
         on_step: Callable[[Step], None] | None = None,
-    ) -> tuple[Step, ...]:
+    ) -> Steps:
         """Train further and keep the parameters with the lowest held-out loss, the starting ones included.
 
         The learning rate falls to zero over the steps; the held-out loss is measured every few steps. :meth:`stop` or
@@ -193,7 +193,7 @@ class RestoreSession(SessionView):
                 steps = (*self.steps, *result.steps)
                 state = replace(self._state, injection=injection, steps=steps, held_out=result.held_out)
                 self._timeline.record(state, f"session.train({n_steps}{options})")
-            return result.steps
+            return Steps(result.steps)
 
     def stop(self) -> None:
         """End a running :meth:`train` after its current step, keeping the best so far; otherwise do nothing."""

@@ -3,29 +3,39 @@
 from __future__ import annotations
 
 import threading
+from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor
 
-from lcc_lens.core.heads import Head
+from lcc_lens.core.heads import HeadTuple
+from lcc_lens.core.showing import Shown
 from lcc_lens.frontends.session.state import SessionState, Timeline
-from lcc_lens.restoration.training.loop import Step
+from lcc_lens.restoration.training.config import Steps
 
 
-class SessionView:
+class SessionView(Shown):
     """Properties of a session; any thread may read them at any time."""
 
     def __init__(self, timeline: Timeline) -> None:
         self._timeline, self._lock = timeline, threading.Lock()
+
+    def _facts(self) -> dict[str, Any]:
+        held_out = self._state.held_out
+        return {
+            "heads": self.heads, "rank": "all" if self.rank is None else self.rank, "scale": self.scale,
+            "steps": len(self.steps), "held-out objective": "not measured" if held_out is None else held_out,
+            "last actions": "; ".join(self.history[-3:]) or "none", "undone": len(self.undone),
+        }  # fmt: skip
 
     @property
     def _state(self) -> SessionState:
         return self._timeline.state
 
     @property
-    def heads(self) -> tuple[Head, ...]:
+    def heads(self) -> HeadTuple:
         """The chosen heads."""
-        return self._state.heads
+        return HeadTuple(self._state.heads)
 
     @property
     def rank(self) -> int | None:
@@ -38,9 +48,9 @@ class SessionView:
         return self._state.scale
 
     @property
-    def steps(self) -> tuple[Step, ...]:
+    def steps(self) -> Steps:
         """All optimiser steps so far, numbered within their call of :meth:`train`."""
-        return self._state.steps
+        return Steps(self._state.steps)
 
     @property
     def magnitudes(self) -> Float[Tensor, "chosen component"]:

@@ -18,7 +18,7 @@ from lcc_lens.restoration.checks import require_slots
 from lcc_lens.restoration.injections.base import Injection
 from lcc_lens.restoration.injections.ingredients import Ingredients
 from lcc_lens.restoration.injections.spec import MethodSpec
-from lcc_lens.restoration.result import RestorationRecord
+from lcc_lens.restoration.record import RestorationRecord
 from lcc_lens.restoration.scans import check_scan
 from lcc_lens.restoration.training.loop import Step, TrainConfig, train, validation_loss
 from lcc_lens.restoration.training.objectives import Source

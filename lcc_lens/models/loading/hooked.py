@@ -14,6 +14,7 @@ from torch import Tensor
 from lcc_lens.core.checkpoint import Checkpoint
 from lcc_lens.core.config import DeviceMap, HookKind, default_device, default_device_map, hook_kind
 from lcc_lens.core.errors import LensError, RequestError, first_line
+from lcc_lens.core.showing import Shown
 from lcc_lens.models.architecture.layers import is_transposed
 from lcc_lens.models.hooked.copied_weights import copied_projection_names, remember_copied_projections
 from lcc_lens.models.hooked.hooked_transformer import (
@@ -51,8 +52,8 @@ class ModelIdentity:
         return Checkpoint(self.path)
 
 
-@dataclass(frozen=True)
-class LoadedModel:
+@dataclass(frozen=True, repr=False)
+class LoadedModel(Shown):
     """A hooked model with its tokenizer, identity, and the plain names of its output projections by layer.
 
     ``is_transposed`` says that the output projections hold ``[in, out]``, as GPT-2's do; ``removed_heads`` are, by

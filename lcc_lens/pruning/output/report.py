@@ -3,15 +3,44 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jaxtyping import Int
 from torch import Tensor
 
 from lcc_lens.core.config import package_version
+from lcc_lens.core.showing import Record
 from lcc_lens.models.architecture.linear_maps import Matrix
 from lcc_lens.models.architecture.sparsity_patterns import common_pattern, detect_pattern, sparsity
 from lcc_lens.pruning.methods.settings import PruneConfig
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+class PruningReport(Record):
+    """The contents of ``pruning.json``."""
+
+    def table(self) -> pd.DataFrame:
+        """One row per matrix with its sparsity; of whole heads and neurons one row per layer with how many went."""
+        import pandas as pd
+
+        if "share_removed" not in self:
+            return pd.DataFrame(self["matrices"].items(), columns=["matrix", "sparsity"])
+        removed = zip(map(len, self["removed_heads"]), self["removed_neurons"], strict=True)
+        rows = [(layer, *counts) for layer, counts in enumerate(removed)]
+        return pd.DataFrame(rows, columns=["layer", "removed_heads", "removed_neurons"])
+
+    def _facts(self) -> dict[str, Any]:
+        if "share_removed" not in self:
+            pattern, n_matrices = self["pattern_found"], len(self["matrices"])
+            return {"sparsity": f"{self['sparsity']:.4f}", "pattern": pattern, "matrices": n_matrices}
+        form = "out of the shapes" if self["sliced"] else "zero"
+        return {
+            f"share of the layers' weights now {form}": f"{self['share_removed']:.4f}",
+            "heads removed": sum(map(len, self["removed_heads"])),
+            "neurons removed": sum(self["removed_neurons"]),
+        }
 
 
 def pruning_report(

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any
 
 from lcc_lens.core.errors import RequestError
+from lcc_lens.core.showing import Shown
 from lcc_lens.restoration.training.objectives import Objective
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 @dataclass(frozen=True)
@@ -62,3 +67,28 @@ class Step:
     n_targets: int
     seconds: float
     validation_loss: float | None = None
+
+
+class Steps(Shown, tuple[Step, ...]):
+    """Optimiser steps with a short representation."""
+
+    def table(self) -> pd.DataFrame:
+        """One row per step: the fields of :class:`Step`."""
+        import pandas as pd
+
+        return pd.DataFrame([vars(step) for step in self], columns=[field.name for field in fields(Step)])
+
+    def _facts(self) -> dict[str, Any]:
+        if not self:
+            return {"steps": 0}
+        measured = [step for step in self if step.validation_loss is not None]
+        facts: dict[str, Any] = {
+            "steps": len(self), "loss": f"{self[0].loss:.4f} first, {self[-1].loss:.4f} last",
+            "learning rate": f"{self[0].lr:.2g} first, {self[-1].lr:.2g} last",
+            "seconds": f"{sum(step.seconds for step in self):.1f}",
+        }  # fmt: skip
+        if measured:
+            best = min(measured, key=lambda step: step.validation_loss or 0.0)
+            facts["held-out loss"] = ", ".join(f"{step.validation_loss:.4f} ({step.step})" for step in measured[-8:])
+            facts["best"] = f"{best.validation_loss:.4f} after step {best.step}"
+        return facts

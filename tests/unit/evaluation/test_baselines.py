@@ -24,7 +24,8 @@ from lcc_lens.pruning.jobs import prune
 from lcc_lens.restoration.injections.base import Composite
 from lcc_lens.restoration.injections.ingredients import Ingredients
 from lcc_lens.restoration.injections.spec import MethodSpec
-from lcc_lens.restoration.result import Restoration, RestorationRecord
+from lcc_lens.restoration.record import RestorationRecord
+from lcc_lens.restoration.result import Restoration
 from lcc_lens.restoration.training.loop import TrainConfig, train, validation_loss
 from lcc_lens.restoration.training.objectives import Objective
 

@@ -280,7 +280,8 @@ def test_run_with_everything_lacks_nothing_but_variation(
     found: Scan, tmp_path: Path, comparison: dict[str, Any], gain: LogitGain, promoted: PromotedTokens
 ) -> None:
     from lcc_lens.core.files import write_json
-    from lcc_lens.restoration.result import Restoration, RestorationRecord
+    from lcc_lens.restoration.record import RestorationRecord
+    from lcc_lens.restoration.result import Restoration
 
     found.save(tmp_path)
     losses = {"dense": 1.0, "pruned": 2.0}
@@ -308,7 +309,8 @@ def test_drawn_and_lacking_are_shown(tmp_path: Path, capsys: pytest.CaptureFixtu
 
 
 def test_a_damaged_log_is_named(found: Scan, tmp_path: Path) -> None:
-    from lcc_lens.restoration.result import Restoration, RestorationRecord
+    from lcc_lens.restoration.record import RestorationRecord
+    from lcc_lens.restoration.result import Restoration
 
     record = RestorationRecord("d", "p", "", "", "lcc", "alpaca", 7, 4)
     Restoration(record, (Head(0, 1),), *(found.mean_difference[0, :1].clone() for _ in range(3))).save(tmp_path)

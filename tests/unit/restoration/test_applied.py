@@ -14,7 +14,8 @@ from lcc_lens.evaluation.baselines.lofit import SparseGains
 from lcc_lens.restoration.injections.ingredients import Ingredients
 from lcc_lens.restoration.injections.methods import METHODS
 from lcc_lens.restoration.injections.spec import MethodSpec
-from lcc_lens.restoration.result import Restoration, RestorationRecord
+from lcc_lens.restoration.record import RestorationRecord
+from lcc_lens.restoration.result import Restoration
 
 TOKENS = torch.arange(1, 25)[None]
 GAINS = "sparse gains"

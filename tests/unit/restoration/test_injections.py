@@ -28,8 +28,9 @@ from lcc_lens.restoration.injections.ingredients import Ingredients
 from lcc_lens.restoration.injections.methods import METHODS
 from lcc_lens.restoration.injections.spec import MethodSpec
 from lcc_lens.restoration.injections.weights import check_reached
+from lcc_lens.restoration.record import RestorationRecord
 from lcc_lens.restoration.restore import restore
-from lcc_lens.restoration.result import Restoration, RestorationRecord
+from lcc_lens.restoration.result import Restoration
 from lcc_lens.restoration.training.loop import TrainConfig, learning_rates, train, validation_loss, validation_terms
 from lcc_lens.restoration.training.lr_range import range_test
 from lcc_lens.restoration.training.objectives import Objective

@@ -33,8 +33,9 @@ from lcc_lens.restoration.injections.footprint import Footprint
 from lcc_lens.restoration.injections.ingredients import Ingredients
 from lcc_lens.restoration.injections.methods import METHODS
 from lcc_lens.restoration.injections.spec import MethodSpec, describe_methods
+from lcc_lens.restoration.record import RestorationRecord
 from lcc_lens.restoration.restore import restore
-from lcc_lens.restoration.result import Restoration, RestorationRecord
+from lcc_lens.restoration.result import Restoration
 from lcc_lens.restoration.training.loop import TrainConfig
 
 TOKENS = torch.arange(12)[None]

@@ -44,7 +44,7 @@ def z_of(model, tokens: torch.Tensor) -> torch.Tensor:
 
 
 def finished(injection: LccInjection, found: Scan) -> Restoration:
-    from lcc_lens.restoration.result import RestorationRecord
+    from lcc_lens.restoration.record import RestorationRecord
 
     return Restoration.of(injection, RestorationRecord("d", "p", "", "", "lcc", "none", 0, 0))
 
