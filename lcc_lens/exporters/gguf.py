@@ -36,6 +36,13 @@ class GgufReport(Shown):
     number_format: str
     n_tensors: int
 
+    def _facts(self) -> dict[str, Any]:
+        return {
+            "architecture in llama.cpp": self.architecture,
+            "format of matrices": self.number_format,
+            "tensors equal to the directory's": self.n_tensors,
+        }
+
 
 def export_gguf(
     directory: str | Path, file: str | Path, *, llama_cpp: str | Path | None = None, overwrite: bool = False

@@ -46,6 +46,16 @@ class ExportReport(Shown):
     logit_difference: float
     logit_effect: float
 
+    def _facts(self) -> dict[str, Any]:
+        return {
+            "biases added": len(self.added),
+            "tensors changed": len(self.changed),
+            "tensors bit-identical": self.identical_tensors,
+            "zeros in matrices": f"{self.zeros:,}",
+            "largest logit difference to the hooked model": f"{self.logit_difference:.2g}",
+            "largest effect on the logits": f"{self.logit_effect:.2g}",
+        }
+
 
 def export(
     restoration: Restoration,

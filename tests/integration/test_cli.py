@@ -27,14 +27,17 @@ def test_whole_method_from_the_command_line(
     dense_dir: Path, text_file: Path, question_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pruned, work, out = tmp_path / "pruned", tmp_path / "run", tmp_path / "out"
-    assert call("prune", dense_dir, pruned, "--calibration", text_file, "--n-samples", 4, "--seq-len", 40) == 0
-    assert call("scan", dense_dir, pruned, work, "--data", question_file, "--examples", 8) == 0
+    tables = {name: tmp_path / f"{name}.csv" for name in ("prune", "scan", "restore", "export", "figures")}
+    few = ("--calibration", text_file, "--n-samples", 4, "--seq-len", 40, "--out", tables["prune"])
+    assert call("prune", dense_dir, pruned, *few) == 0
+    data = ("--data", question_file, "--examples", 8, "--out", tables["scan"])
+    assert call("scan", dense_dir, pruned, work, *data) == 0
     settings = ("--data", question_file, "--heads", 0.5, "--selector", "mse", "--lr", 0.1, "--checkpoint-every", 1)
-    assert call("restore", dense_dir, pruned, work, *settings) == 0
-    assert call("export", work, out) == 0
+    assert call("restore", dense_dir, pruned, work, *settings, "--out", tables["restore"]) == 0
+    assert call("export", work, out, "--out", tables["export"]) == 0
     assert call("explore", work) == 0
     assert "<script" in (work / "explorer.html").read_text()
-    assert call("figures", work, tmp_path / "figures", "--formats", "html") == 0
+    assert call("figures", work, tmp_path / "figures", "--formats", "html", "--out", tables["figures"]) == 0
     assert {path.suffix for path in (tmp_path / "figures").iterdir()} == {".html", ".js"}
     tasks = ("--tasks", text_file, question_file, "--length", 50, "--limit", 4)
     assert call("eval", dense_dir, pruned, out, *tasks, "--out", tmp_path / "results.json") == 0
@@ -56,6 +59,33 @@ def test_whole_method_from_the_command_line(
     assert results["out"]["tasks"][str(text_file)]["tokens"] == 4 * 49
     assert AutoModelForCausalLM.from_pretrained(out).config.attention_bias is True
     assert "share recovered" in capsys.readouterr().out
+    heads = {name: [line.split(",") for line in file.read_text().splitlines()] for name, file in tables.items()}
+    assert {name: rows[0][0] for name, rows in heads.items()} == {
+        "prune": "matrix", "scan": "layer", "restore": "model", "export": "name", "figures": "figure",
+    }  # fmt: skip
+    assert {name: len(rows) for name, rows in heads.items() if name in ("prune", "scan", "restore")} == {
+        "prune": 1 + 3 * 7, "scan": 1 + 3 * 5, "restore": 1 + 3,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("command", [name for name in COMMANDS if name != "explore"])
+def test_a_table_of_another_kind_is_refused_before_anything_runs(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    arguments = COMMANDS[command].example.split()
+    option = "--table" if command == "recipe" else "--out"
+    refused(capsys, 2, "expected a file ending in .csv or .json, got t.xlsx", command, *arguments, option, "t.xlsx")
+    assert not list(tmp_path.iterdir())
+
+
+def test_doctor_writes_its_findings(pruned_dir: Path, tmp_path: Path) -> None:
+    assert call("doctor", pruned_dir, "--out", tmp_path / "doctor.json", "--quiet") == 0
+    rows = json.loads((tmp_path / "doctor.json").read_text())
+    assert {row["subject"] for row in rows} == {"model", "machine"}
+    assert call("eval", pruned_dir, "--tasks", pruned_dir.parent / "text.txt", "--limit", 2, "--length", 20,
+                "--out", tmp_path / "scores.csv") == 0  # fmt: skip
+    assert (tmp_path / "scores.csv").read_text().startswith("model,task,perplexity,")
 
 
 def test_magnitude_and_pattern(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar
 
 import tyro
 
-from lcc_lens.frontends.cli.options import Common, DenseModel, PrunedModel, RunPath, Switch
+from lcc_lens.frontends.cli.options import DenseModel, PrunedModel, RunPath, Switch, Tabled
 from lcc_lens.frontends.cli.show import show_comparison
 
 _METHODS = (
@@ -54,7 +54,7 @@ class Measures:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Compare(Common):
+class Compare(Tabled):
     """Train and measure methods, baselines and controls under the same conditions; finished runs are kept."""
 
     example: ClassVar[str] = "smollm2 out/wanda50 runs/compared --methods lcc lcc@dense lora refit+low-rank --seeds 3"
@@ -98,3 +98,4 @@ class Compare(Common):
             self.dense, self.pruned, self.run, entries, seeds=self.seeds, config=config, part=read_part(self.part)
         )  # fmt: skip
         show_comparison(results["bare"], results["summary"], self.run / COMPARISON)
+        self.write(results.table)

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from lcc_lens.frontends.cli.options import Common
+from lcc_lens.frontends.cli.options import Tabled
 from lcc_lens.frontends.cli.show import console, show_results, show_table
 
 
 @dataclass(frozen=True, kw_only=True)
-class Demo(Common):
+class Demo(Tabled):
     """Prune the embedded model, see what its heads lost, restore it, export it, and open a page."""
 
     example: ClassVar[str] = "--folder runs/demo"
@@ -22,6 +22,7 @@ class Demo(Common):
     """Seed of the draw of data."""
 
     def execute(self) -> None:
+        from lcc_lens.evaluation.evaluate import Evaluation
         from lcc_lens.frontends.demo import DemoConfig, run_demo
 
         stages = iter(range(1, 10))
@@ -37,5 +38,6 @@ class Demo(Common):
             "share of the lost log-likelihood recovered", ["data", "share"],
             [[name, f"{value:.1%}"] for name, value in shares.items()],
         )  # fmt: skip
+        self.write(Evaluation(result.results).table)
         console().print(f"model  {result.restored}")
         console().print(f"page   {result.page}", soft_wrap=True)

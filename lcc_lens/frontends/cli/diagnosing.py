@@ -8,12 +8,12 @@ from typing import Annotated, ClassVar
 import tyro
 
 from lcc_lens.core.errors import LensError
-from lcc_lens.frontends.cli.options import Common
+from lcc_lens.frontends.cli.options import Tabled
 from lcc_lens.frontends.cli.show import show_table
 
 
 @dataclass(frozen=True, kw_only=True)
-class Doctor(Common):
+class Doctor(Tabled):
     """See whether a model loads as it should, what works for it, and what this machine offers."""
 
     example: ClassVar[str] = "smollm2"
@@ -27,5 +27,6 @@ class Doctor(Common):
         diagnosis = examine(self.model)
         show_table(f"model: {diagnosis.reference}", ["", ""], [finding.row for finding in diagnosis.model])
         show_table("machine", ["", ""], [finding.row for finding in diagnosis.machine])
+        self.write(diagnosis.table)
         if not diagnosis.is_sound:
             raise LensError(f"expected a model that loads and passes its checks, got {self.model}; see ✗ above")

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 from lcc_lens.core.errors import RequestError
-from lcc_lens.frontends.cli.options import Common, Maybe, Out, Placement, RunPath, Switch
-from lcc_lens.frontends.cli.show import console, show_table
+from lcc_lens.frontends.cli.options import Maybe, Out, Placement, RunPath, Switch, Tabled
+from lcc_lens.frontends.cli.show import console, show_facts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +28,7 @@ class Files:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Export(Common):
+class Export(Tabled):
     """Fold a restoration into a plain Hugging Face directory and verify it."""
 
     example: ClassVar[str] = "runs/mine out/restored"
@@ -60,15 +60,8 @@ class Export(Common):
             restoration, self.pruned or restoration.record.pruned, self.out, dtype=dtype,
             max_shard_size=self.files.max_shard_size, overwrite=self.overwrite,
         )  # fmt: skip
-        rows = [
-            ["biases added", str(len(report.added))],
-            ["tensors changed", str(len(report.changed))],
-            ["tensors bit-identical", str(report.identical_tensors)],
-            ["zeros in matrices", f"{report.zeros:,}"],
-            ["largest logit difference to the hooked model", f"{report.logit_difference:.2g}"],
-            ["largest effect on the logits", f"{report.logit_effect:.2g}"],
-        ]
-        show_table(f"exported and verified: {self.out}", ["", ""], rows)
+        show_facts(f"exported and verified: {self.out}", report)
+        self.write(report.table)
         if self.files.gguf is not None:
             self._write_gguf(self.files.gguf)
         if self.files.push_to_hub is not None:
@@ -88,9 +81,4 @@ class Export(Common):
         from lcc_lens.exporters.gguf import export_gguf
 
         report = export_gguf(self.out, file, llama_cpp=self.files.llama_cpp, overwrite=self.overwrite)
-        rows = [
-            ["architecture in llama.cpp", report.architecture],
-            ["format of matrices", report.number_format],
-            ["tensors equal to the directory's", str(report.n_tensors)],
-        ]
-        show_table(f"for llama.cpp: {file}", ["", ""], rows)
+        show_facts(f"for llama.cpp: {file}", report)

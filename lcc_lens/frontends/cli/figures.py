@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from lcc_lens.frontends.cli.options import Common, Out, RunPath
+from lcc_lens.frontends.cli.options import Out, RunPath, Tabled
 from lcc_lens.frontends.cli.show import show_drawn
 
 
 @dataclass(frozen=True, kw_only=True)
-class Figures(Common):
+class Figures(Tabled):
     """Draw every figure that a run has the data for, and name what would produce the others."""
 
     example: ClassVar[str] = "runs/mine figures/mine --formats png html"
@@ -25,4 +25,6 @@ class Figures(Common):
     def execute(self) -> None:
         from lcc_lens.frontends.plotting.run_figures import draw_figures
 
-        show_drawn(draw_figures(self.run, self.out, formats=self.formats), self.out)
+        drawn = draw_figures(self.run, self.out, formats=self.formats)
+        show_drawn(drawn, self.out)
+        self.write(drawn.table)

@@ -16,6 +16,7 @@ from lcc_lens.core.config import bound_kernel_cache, package_version, placed
 from lcc_lens.core.errors import LensError, RequestError
 from lcc_lens.core.processes import is_first_process, n_processes
 from lcc_lens.core.progress import shown
+from lcc_lens.core.showing import require_table_file
 from lcc_lens.frontends.cli.comparing import Compare
 from lcc_lens.frontends.cli.demonstrating import Demo
 from lcc_lens.frontends.cli.diagnosing import Doctor
@@ -56,6 +57,8 @@ def run(arguments: list[str] | None = None) -> int:
     bound_kernel_cache()
     try:
         _refuse_several(command)
+        if getattr(command, "table", None) is not None:
+            require_table_file(command.table)
         with placed(device_map_of(command)), nullcontext() if quiet else shown():
             command.execute()
     except LensError as error:

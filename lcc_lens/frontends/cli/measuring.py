@@ -9,6 +9,8 @@ from typing import Annotated, ClassVar
 import tyro
 
 from lcc_lens.core.errors import RequestError
+from lcc_lens.core.files import write_json
+from lcc_lens.core.showing import Record, require_table_file, write_table
 from lcc_lens.frontends.cli.options import Common, Maybe
 from lcc_lens.frontends.cli.show import show_report, show_results
 
@@ -33,17 +35,16 @@ class Eval(Common):
     length: int = 512
     """Tokens per block of text."""
     out: Maybe[Path] = None
-    """A results.json to write."""
+    """A file to write: results.json, or .csv for the table alone."""
 
     def execute(self) -> None:
-        from lcc_lens.core.files import write_json
         from lcc_lens.evaluation.evaluate import evaluate
 
+        _require(self.out)
         if not self.models:
             raise RequestError("expected at least one model, got none; name some")
         results = evaluate(self.models, self.tasks, limit=self.limit, length=self.length)
-        if self.out is not None:
-            write_json(self.out, results)
+        _write(self.out, results)
         show_results(results["models"], str(self.out) if self.out else "results")
 
 
@@ -70,16 +71,27 @@ class Report(Common):
     models: Models
     """Model references; the first, best the dense one, is compared with the others."""
     out: Maybe[Path] = None
-    """A report.json to write."""
+    """A file to write: report.json, or .csv for the table alone."""
     timing: Timing = Timing()
 
     def execute(self) -> None:
-        from lcc_lens.core.files import write_json
         from lcc_lens.evaluation.efficiency.report import report
 
-        if self.out is not None and self.out.is_dir():
-            raise RequestError(f"expected a file to write the report to, got the folder {self.out}; name a .json file")
+        _require(self.out)
         measured = report(self.models, **asdict(self.timing))
-        if self.out is not None:
-            write_json(self.out, measured)
+        _write(self.out, measured)
         show_report(measured, str(self.out) if self.out else "report")
+
+
+def _require(out: Path | None) -> None:
+    """Refuse a file of another kind before anything runs."""
+    if out is not None:
+        require_table_file(out)
+
+
+def _write(out: Path | None, results: Record) -> None:
+    """Write all results as JSON, or their table as CSV."""
+    if out is not None and out.suffix == ".json":
+        write_json(out, results)
+    elif out is not None:
+        write_table(out, results.table())

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar
 
 import tyro
+
+from lcc_lens.core.showing import write_table
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 Out = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="OUT")]
 RunPath = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
@@ -29,6 +35,19 @@ class Common:
 
     quiet: Switch = False
     """No progress bars and no notes; errors and results still show."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tabled(Common):
+    """A subcommand that prints a table, and writes its figures where it is told to."""
+
+    table: Annotated[Maybe[Path], tyro.conf.arg(name="out", metavar="TABLE")] = None
+    """Also write the table to this file, .csv or .json."""
+
+    def write(self, table: Callable[[], pd.DataFrame]) -> None:
+        """Write a table that is made if a file was named."""
+        if self.table is not None:
+            write_table(self.table, table())
 
 
 @dataclass(frozen=True, kw_only=True)

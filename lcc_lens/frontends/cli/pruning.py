@@ -7,8 +7,8 @@ from typing import Annotated, ClassVar, Literal
 
 import tyro
 
-from lcc_lens.frontends.cli.options import Common, DenseModel, Maybe, Out, Placement, PrunedModel, Switch
-from lcc_lens.frontends.cli.show import pruning_rows, refit_rows, show_table
+from lcc_lens.frontends.cli.options import DenseModel, Maybe, Out, Placement, PrunedModel, Switch, Tabled
+from lcc_lens.frontends.cli.show import show_facts
 from lcc_lens.pruning.methods.registry import PRUNERS
 
 _PRUNERS = (
@@ -45,7 +45,7 @@ class Slimgpt:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Prune(Common):
+class Prune(Tabled):
     """Remove weights and write a plain Hugging Face directory."""
 
     example: ClassVar[str] = "smollm2 out/wanda50 --method wanda --sparsity 0.5 --calibration boolq"
@@ -74,7 +74,8 @@ class Prune(Common):
             self.model, self.out, method=self.method, sparsity=self.sparsity, pattern=self.pattern, seed=self.seed,
             overwrite=self.overwrite, **asdict(self.data), **asdict(self.slimgpt),
         )  # fmt: skip
-        show_table(f"{self.method}: {self.out}", ["", ""], pruning_rows(report))
+        show_facts(f"{self.method}: {self.out}", report)
+        self.write(report.table)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +103,7 @@ class LeastSquares:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Refit(Common):
+class Refit(Tabled):
     """Fit the surviving weights of a pruned model by least squares: no training, all zeros stay."""
 
     example: ClassVar[str] = "smollm2 out/wanda50 out/refit --calibration boolq"
@@ -128,4 +129,5 @@ class Refit(Common):
             self.dense, self.pruned, self.out, seed=self.seed, overwrite=self.overwrite, **asdict(self.data),
             **asdict(self.fit),
         )  # fmt: skip
-        show_table(f"refitted: {self.out}", ["", ""], refit_rows(report))
+        show_facts(f"refitted: {self.out}", report)
+        self.write(report.table)

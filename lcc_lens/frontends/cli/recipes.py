@@ -8,18 +8,20 @@ from typing import Annotated, ClassVar
 
 import tyro
 
-from lcc_lens.frontends.cli.options import Common, Maybe
+from lcc_lens.frontends.cli.options import Maybe, Tabled
 from lcc_lens.frontends.cli.show import console
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recipe(Common):
+class Recipe(Tabled):
     """Prune, restore by every method and measure as a recipe says; the same command resumes where it stopped."""
 
     example: ClassVar[str] = "recipes/unstructured50.json --out runs/unstructured50"
 
     file: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RECIPE")]
     """One of recipes/*.json, or your own."""
+    table: Annotated[Maybe[Path], tyro.conf.arg(metavar="TABLE")] = None
+    """Also write the rows of all comparisons to this file, .csv or .json."""
     out: Maybe[Path] = None
     """Where everything is written (runs/ and the recipe's name, if not given)."""
     model: Maybe[str] = None
@@ -47,4 +49,5 @@ class Recipe(Common):
         for comparison in results["comparisons"].values():
             for line in failures(comparison["rows"]):
                 console().print(line, soft_wrap=True)
+        self.write(results.table)
         console().print(f"table {out / RECIPE_TABLE}", soft_wrap=True)

@@ -10,8 +10,8 @@ import tyro
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.processes import is_first_process
 from lcc_lens.data.prompts import RecoveryTask
-from lcc_lens.frontends.cli.options import Common, DenseModel, Maybe, Memory, PrunedModel, RunPath, Switch
-from lcc_lens.frontends.cli.show import show_losses, show_recovery
+from lcc_lens.frontends.cli.options import DenseModel, Maybe, Memory, PrunedModel, RunPath, Switch, Tabled
+from lcc_lens.frontends.cli.show import loss_table, show_losses, show_recovery
 
 if TYPE_CHECKING:
     from lcc_lens.data.datasets import Data
@@ -107,7 +107,7 @@ class TrainingMemory(Memory):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Restore(Common):
+class Restore(Tabled):
     """Train a constant per head that recovers what pruning took (scans first where RUN holds no scan)."""
 
     example: ClassVar[str] = "smollm2 out/wanda50 runs/mine --data alpaca --heads 0.25"
@@ -166,10 +166,13 @@ class Restore(Common):
         )  # fmt: skip
         if is_first_process():
             show_losses(restoration.record.losses, len(restoration.record.settings["heads"]), self.run)
-            if measures is not None:
-                recovery = measures.of(restoration, pair, bare=self.pruned if spec.preset.on_refit else None)
-                note_task(self.run, recovery)
-                show_recovery(recovery, self.run)
+            if measures is None:
+                self.write(lambda: loss_table(restoration.record.losses))
+                return
+            recovery = measures.of(restoration, pair, bare=self.pruned if spec.preset.on_refit else None)
+            note_task(self.run, recovery)
+            show_recovery(recovery, self.run)
+            self.write(recovery.table)
 
     def _check_folder(self) -> None:
         """Refuse options that exclude each other, and a run directory with another result."""

@@ -9,7 +9,7 @@ import tyro
 
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.processes import is_first_process
-from lcc_lens.frontends.cli.options import Common, DenseModel, Maybe, Memory, PrunedModel, RunPath, Switch
+from lcc_lens.frontends.cli.options import DenseModel, Maybe, Memory, PrunedModel, RunPath, Switch, Tabled
 from lcc_lens.frontends.cli.show import show_scan
 
 Sites = tuple[Literal["z", "mlp", "resid"], ...]
@@ -60,7 +60,7 @@ class ScanMemory(Memory):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScanPair(Common):
+class ScanPair(Tabled):
     """See what pruning took from every attention head."""
 
     example: ClassVar[str] = "smollm2 out/wanda50 runs/mine --data boolq --selectors attribution"
@@ -104,3 +104,4 @@ class ScanPair(Common):
         )  # fmt: skip
         if is_first_process():
             show_scan(result, self.run)
+            self.write(result.table)

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from statistics import median
 from typing import TYPE_CHECKING, Any, Literal
 
+from lcc_lens.core.showing import Shown
+
 if TYPE_CHECKING:
+    import pandas as pd
+
     from lcc_lens.analysis.scan.scan import Scan
     from lcc_lens.frontends.plotting.run_figures import Drawn
 
@@ -40,29 +43,9 @@ def _side(cells: list[str]) -> Literal["left", "right"]:
     return "right" if told and all(re.match(r"[+\-−<>~]?[\d.]", cell) for cell in told) else "left"
 
 
-def pruning_rows(report: dict[str, Any]) -> list[list[str]]:
-    """A pruning report as rows of name and value."""
-    if "share_removed" not in report:
-        rows = [["sparsity", f"{report['sparsity']:.4f}"], ["pattern", report["pattern_found"]]]
-        return [*rows, ["matrices", str(len(report["matrices"]))]]
-    heads, neurons = sum(map(len, report["removed_heads"])), sum(report["removed_neurons"])
-    form = "out of the shapes" if report["sliced"] else "zero"
-    return [
-        [f"share of the layers' weights now {form}", f"{report['share_removed']:.4f}"],
-        ["heads removed", str(heads)],
-        ["neurons removed", str(neurons)],
-    ]
-
-
-def refit_rows(report: dict[str, Any]) -> list[list[str]]:
-    """A refit's report as rows of name and value."""
-    left = sorted(report["error_left"].values())
-    return [
-        ["matrices refitted, zeros kept", str(len(left))],
-        ["squared error left on the calibration inputs, median", f"{median(left):.3f}"],
-        ["least and most", f"{left[0]:.3f} and {left[-1]:.3f}"],
-        ["calibration", f"{report['calibration']['data']}, {report['calibration']['sequences']} sequences"],
-    ]
+def show_facts(title: str, result: Shown) -> None:
+    """Print what the representation of a result lists."""
+    show_table(title, ["", ""], [list(row) for row in Shown.table(result).itertuples(index=False)])
 
 
 def show_comparison(bare: dict[str, Any], rows: list[dict[str, Any]], out: Path) -> None:
@@ -125,6 +108,18 @@ def show_losses(losses: dict[str, float], n_heads: int, run_dir: Path) -> None:
     title = "held-out response loss" + (f", {n_heads} heads" if n_heads else "")
     show_table(title, ["model", "nats per token"], rows)
     console().print(f"restoration {run_dir}", soft_wrap=True)
+
+
+def loss_table(losses: dict[str, float]) -> pd.DataFrame:
+    """The losses of :func:`show_losses` as numbers: model, nats per token, share recovered."""
+    import pandas as pd
+
+    from lcc_lens.core.metrics import share_recovered
+
+    table = pd.DataFrame(losses.items(), columns=["model", "nats_per_token"])
+    share = share_recovered(losses["dense"], losses["pruned"], losses["restored"])
+    table["share_recovered"] = [share if name == "restored" else None for name in losses]
+    return table
 
 
 def show_recovery(found: dict[str, Any], run: Path) -> None:
