@@ -123,6 +123,13 @@ class HeadMap(Shown):
         removed = removed if removed is not None else [()] * n_layers
         return cls((tuple(range(n_heads)),) * n_layers, tuple(map(tuple, removed)))
 
+    def fits(self, n_layers: int, n_heads: int) -> bool:
+        """Whether it is the map of a pruned model of this shape: every head once, from one dense head."""
+        return len(self.dense_heads) == len(self.removed) == n_layers and all(
+            len(set(heads)) == len(heads) == n_heads and min(heads) >= 0 and {*gone} <= {*range(n_heads)}
+            for heads, gone in zip(self.dense_heads, self.removed, strict=True)
+        )
+
     @property
     def is_identity(self) -> bool:
         """Whether every head keeps its position and none is removed."""
@@ -134,22 +141,16 @@ class HeadMap(Shown):
         return {"dense_heads": self.dense_heads, "removed_heads": self.removed}
 
 
+@dataclass(frozen=True)
+class _HeadMapFile:
+    dense_heads: tuple[tuple[int, ...], ...]
+    removed_heads: tuple[tuple[int, ...], ...]
+
+
 def read_head_map(model_dir: Path) -> HeadMap | None:
     """Read the head map beside a model's weights; None if there is none."""
     path = model_dir / HEAD_MAP
     if not path.exists():
         return None
-    fields = read_json(path)
-    try:
-        dense_heads, removed = (
-            tuple(tuple(int(head) for head in heads) for heads in fields[name])
-            for name in ("dense_heads", "removed_heads")
-        )
-    except (KeyError, TypeError, ValueError) as error:
-        raise RequestError(f"expected a head map in {path}, got another layout ({error!r}); prune again") from error
-    if len(dense_heads) != len(removed):
-        raise RequestError(
-            f"expected as many layers in dense_heads as in removed_heads of {path}, got {len(dense_heads)} and "
-            f"{len(removed)}; prune again"
-        )
-    return HeadMap(dense_heads, removed)
+    fields = read_json(path, _HeadMapFile, "prune again")
+    return HeadMap(fields.dense_heads, fields.removed_heads)

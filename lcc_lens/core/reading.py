@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar, overload
+from typing import Any, TypeVar, cast, overload
 
 import msgspec
 
@@ -16,9 +15,16 @@ from lcc_lens.core.files import write_json
 from lcc_lens.core.fingerprint import fingerprint
 
 T = TypeVar("T")
+#: A dataclass, or a type such as ``dict[str, int]``, which only calls as a class does.
+Kind = Callable[..., T]
 #: The field of a record that holds the hash of all others.
 CONTENT_HASH = "content_sha256"
 _REBUILD = "restore or rebuild the file"
+#: Of msgspec's messages in ours.
+_WORDS = {
+    "Expected": "expected", "Object missing required field": "no field", "Invalid enum value": "unknown word",
+    "array": "list",
+}  # fmt: skip
 
 
 def read_text(path: Path) -> str:
@@ -41,8 +47,11 @@ def read_text(path: Path) -> str:
         ) from error
 
 
-def parse_json(text: str, where: str, advice: str = _REBUILD) -> Any:
+def parse_json(text: str, where: str, advice: str = _REBUILD, *, finite: bool = False) -> Any:
     """The value of a JSON text.
+
+    Args:
+        finite: refuse NaN and infinity, which are no JSON but which other programs write.
 
     Raises:
         RequestError: no JSON, or JSON that cannot be kept: nested too deeply, a number of thousands of digits, half of
@@ -50,8 +59,8 @@ def parse_json(text: str, where: str, advice: str = _REBUILD) -> Any:
     """
     try:
         value = json.loads(text)
-        if "\\u" in text:
-            json.dumps(value, ensure_ascii=False).encode()  # half of a surrogate pair has no UTF-8
+        if finite or "\\u" in text:
+            json.dumps(value, ensure_ascii=False, allow_nan=not finite).encode()  # half a surrogate pair has no UTF-8
     except json.JSONDecodeError as error:
         raise RequestError(f"expected JSON in {where}, got something else ({error}); {advice}") from error
     except RecursionError as error:
@@ -59,11 +68,11 @@ def parse_json(text: str, where: str, advice: str = _REBUILD) -> Any:
     except UnicodeEncodeError as error:
         raise RequestError(f"expected text in {where}, got half of a surrogate pair; {advice}") from error
     except ValueError as error:
-        raise RequestError(f"expected JSON in {where}, got a number of too many digits; {advice}") from error
+        raise RequestError(f"expected finite numbers of usual length in {where}, got another; {advice}") from error
     return value
 
 
-def convert(value: Any, kind: type[T], where: str, advice: str = _REBUILD, *, closed: bool = False) -> T:
+def convert(value: Any, kind: Kind[T], where: str, advice: str = _REBUILD, *, closed: bool = False) -> T:
     """A JSON value as a dataclass or another type; fields that the type lacks are passed over.
 
     Args:
@@ -75,7 +84,7 @@ def convert(value: Any, kind: type[T], where: str, advice: str = _REBUILD, *, cl
         RequestError: names the first place that does not fit.
     """
     try:
-        read = msgspec.convert(value, kind)
+        read: T = msgspec.convert(value, cast("type[T]", kind), str_keys=True)
     except (msgspec.ValidationError, RecursionError) as error:
         raise RequestError(
             f"expected {where} as lcc-lens reads it, got another layout ({_sentence(error)}); {advice}"
@@ -88,10 +97,21 @@ def convert(value: Any, kind: type[T], where: str, advice: str = _REBUILD, *, cl
 @overload
 def read_json(path: Path, *, advice: str = ...) -> Any: ...
 @overload
-def read_json(path: Path, kind: type[T], advice: str = ..., *, closed: bool = ...) -> T: ...
+def read_json(path: Path, kind: Kind[T], advice: str = ..., *, closed: bool = ...) -> T: ...
 def read_json(path: Path, kind: Any = object, advice: str = _REBUILD, *, closed: bool = False) -> Any:
     """Read a JSON file as a type; see :func:`convert`."""
     return convert(parse_json(read_text(path), str(path), advice), kind, str(path), advice, closed=closed)
+
+
+def read_json_lines(path: Path, kind: Kind[T], advice: str = _REBUILD, *, torn: bool = False) -> list[T]:
+    """The lines of a log as a type.
+
+    Args:
+        torn: pass over a last line that was not written to its end.
+    """
+    lines = read_text(path).split("\n")
+    parsed = ((f"line {n} of {path}", line) for n, line in enumerate(lines[:-1] if torn else lines, 1) if line)
+    return [convert(parse_json(line, where, advice, finite=True), kind, where, advice) for where, line in parsed]
 
 
 def write_record(path: Path, value: Mapping[str, Any]) -> None:
@@ -99,13 +119,13 @@ def write_record(path: Path, value: Mapping[str, Any]) -> None:
     write_json(path, {**value, CONTENT_HASH: _content_hash(value)})
 
 
-def read_record(path: Path, kind: type[T], advice: str = _REBUILD) -> T:
+def read_record(path: Path, kind: Kind[T], advice: str = _REBUILD) -> T:
     """Read what :func:`write_record` wrote; a record without a hash, as version 0.1.0 wrote it, is read too.
 
     Raises:
         RequestError: another layout, or a changed record.
     """
-    fields = read_json(path, dict[str, Any], advice)
+    fields = convert(parse_json(read_text(path), str(path), advice, finite=True), dict[str, Any], str(path), advice)
     expected = fields.pop(CONTENT_HASH, None)
     if expected is not None and expected != _content_hash(fields):
         raise RequestError(
@@ -120,7 +140,7 @@ def reading(where: str | Path, advice: str = _REBUILD) -> Iterator[None]:
     """Report what a file of another layout raises inside the block in one line."""
     try:
         yield
-    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as error:
         raise RequestError(
             f"expected {where} as lcc-lens reads it, got another layout ({error!r}); {advice}"
         ) from error
@@ -136,7 +156,9 @@ def _sentence(error: Exception) -> str:
         return "it is nested too deeply"
     message, _, place = str(error).replace("`", "").partition(" - at ")
     place = place.removeprefix("$").removeprefix(".")
-    return re.sub("^[A-Z]", lambda first: first[0].lower(), message) + (f" at {place}" if place else "")
+    for theirs, ours in _WORDS.items():
+        message = message.replace(theirs, ours)
+    return message + (f" at {place}" if place else "")
 
 
 def _unknown_field(given: Any, known: Any) -> str | None:

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from lcc_lens.core.errors import RequestError
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+#: By tokenizer, how many tokens its model has embeddings for.
+_N_EMBEDDINGS: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
 #: Fixed cost of a forward pass, in tokens: padding fewer tokens than this is cheaper than another batch.
 _COST_OF_A_BATCH = 64
 
@@ -55,6 +61,39 @@ class Batch:
         return self.tokens[:, 1:][self.is_target()[:, :-1]]
 
 
+def limit_tokens(tokenizer: PreTrainedTokenizerBase, n_embeddings: int) -> None:
+    """Note how many tokens a tokenizer's model knows."""
+    _N_EMBEDDINGS[tokenizer] = n_embeddings
+
+
+def token_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """The tokens of a text, without the special ones around it.
+
+    A special token that the model has no embedding for, such as a literal ``[PAD]``, is read letter by letter.
+
+    Raises:
+        RequestError: the tokenizer makes of it what the model does not know.
+    """
+    settings: dict[str, Any] = {"add_special_tokens": False, "verbose": False}
+    ids: list[int] = tokenizer(text, **settings)["input_ids"]
+    n_known = _N_EMBEDDINGS.get(tokenizer, sys.maxsize)
+    if max(ids, default=0) >= n_known:
+        ids = tokenizer(text, **settings, split_special_tokens=True)["input_ids"]
+    if max(ids, default=0) >= n_known:
+        raise RequestError(
+            f"expected tokens up to {n_known - 1}, got {max(ids)} from the tokenizer; copy the model's own tokenizer"
+        )
+    return ids
+
+
+def require_tokens(tokenizer: PreTrainedTokenizerBase, text: str, source: str) -> None:
+    """Refuse a tokenizer that makes nothing of a text."""
+    if text.strip() and not token_ids(tokenizer, text):
+        raise RequestError(
+            f"expected tokens of {source}, got none: the tokenizer makes nothing of it; copy the model's own tokenizer"
+        )
+
+
 def text_blocks(
     text: str, tokenizer: PreTrainedTokenizerBase, length: int, limit: int | None = None
 ) -> list[TokenSequence]:
@@ -63,7 +102,7 @@ def text_blocks(
     step = length - len(lead)
     if limit is not None:  # a token is rarely longer than 20 characters; tokenising a whole corpus takes long
         text = text[: limit * length * 20]
-    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    ids = token_ids(tokenizer, text)
     starts = range(0, len(ids) - step + 1, step)[:limit]
     return [
         TokenSequence(torch.tensor(lead + ids[start : start + step]), loss_from=max(1, len(lead))) for start in starts
@@ -80,8 +119,8 @@ def encode_pair(
     """
     stripped = prompt.rstrip(" ")
     lead = special_prefix(tokenizer)
-    whole = lead + tokenizer(prompt + response, add_special_tokens=False, verbose=False)["input_ids"]
-    n_prompt = len(lead) + len(tokenizer(stripped, add_special_tokens=False, verbose=False)["input_ids"])
+    whole = lead + token_ids(tokenizer, prompt + response)
+    n_prompt = len(lead) + len(token_ids(tokenizer, stripped))
     loss_from = max(n_prompt, 1)
     tokens = whole[:max_length]
     return TokenSequence(torch.tensor(tokens), loss_from) if loss_from < len(tokens) else None

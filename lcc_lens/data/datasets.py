@@ -12,7 +12,7 @@ import torch
 
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.showing import Shown
-from lcc_lens.data.batches import TokenSequence, encode_pair, text_blocks
+from lcc_lens.data.batches import TokenSequence, encode_pair, require_tokens, text_blocks
 from lcc_lens.data.negatives import contrast, distinct_wrongs, with_other_answers
 from lcc_lens.data.prompts import Example, Item, Kind, Record
 from lcc_lens.data.registry import DATASETS, require_dataset
@@ -161,13 +161,16 @@ def _draw(name: str, n: int | None, role: Role | None, seed: int) -> tuple[Kind,
     else:
         kind, pairs, source = _read_named(name, role)
     pairs = _with_a_wrong_answer(pairs, source)
+    if role is not None and not pairs:
+        raise RequestError(
+            f"expected examples for the role {role} in {source}, got none: its examples (of a .txt, its "
+            "paragraphs) are divided among the roles by their text; add more"
+        )
     if n is not None:
         order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(seed)).tolist()
         pairs = [pairs[i] for i in order[:n]]
     if not pairs:
-        raise RequestError(
-            f"expected examples in {source}{f' for the role {role}' if role else ''}, got none; add some"
-        )
+        raise RequestError(f"expected examples in {source}, got none; add some")
     return kind, pairs, source
 
 
@@ -217,15 +220,20 @@ def encode(
     else:
         encoded = (encode_pair(tokenizer, e.prompt, e.response, max_length) for e in data.examples[:limit])
         sequences = [s for s in encoded if s is not None]
-        n_cut = min(len(data.examples), limit or len(data.examples)) - len(sequences)
-        if n_cut and not sequences:
+        n_empty = sum(not e.response for e in data.examples[:limit])
+        n_cut = len(data.examples[:limit]) - len(sequences) - n_empty
+        if n_cut > 0 and not sequences:
+            require_tokens(tokenizer, data.examples[0].response, data.source)
             raise RequestError(
                 f"expected responses that begin within {max_length} tokens from {data.source}, got none: all {n_cut} "
                 "are cut off; raise the length limit"
             )
-        if n_cut:
+        if n_empty and not sequences:
+            raise RequestError(f"expected responses in {data.source}, got {n_empty} empty ones; fill them in")
+        if n_cut > 0:
             logger.warning("skipped %d examples without a response within %d tokens", n_cut, max_length)
     if not sequences:
+        require_tokens(tokenizer, data.examples[0].response, data.source)
         raise RequestError(
             f"expected sequences of up to {max_length} tokens from {data.source}, got none long enough; add data"
         )

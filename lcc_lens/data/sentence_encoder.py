@@ -6,7 +6,7 @@ import os
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -122,11 +122,21 @@ def _embed(embedder: Embedder, batch: Batch) -> Float[Tensor, "text d_embed"]:
         return torch.nn.functional.normalize(pooled, dim=1).cpu()
 
 
+@dataclass(frozen=True)
+class _Stage:
+    type: str
+
+
+@dataclass(frozen=True)
+class _Limits:
+    max_seq_length: int | None = None
+
+
 def _pooling(path: Path) -> Pooling:
     """The pooling that sentence-transformers' files ask for; any other stage would change the embeddings."""
     file, modules = path / "1_Pooling" / "config.json", path / "modules.json"
-    settings = read_json(file) if file.exists() else {"pooling_mode": "mean"}
-    stages = [stage["type"].rpartition(".")[2] for stage in (read_json(modules) if modules.exists() else [])]
+    settings = read_json(file, dict[str, Any]) if file.exists() else {"pooling_mode": "mean"}
+    stages = [stage.type.rpartition(".")[2] for stage in (read_json(modules, list[_Stage]) if modules.exists() else ())]
     mode = settings.get("pooling_mode")  # newer versions name it, older ones have a switch for each
     modes = [mode] if isinstance(mode, str) else []
     if not modes:
@@ -158,6 +168,6 @@ def _problem(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, missing
 def _max_length(path: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
     """The longest input in tokens; two less than the position table, since RoBERTa's positions begin at 2."""
     settings = path / "sentence_bert_config.json"
-    limit = read_json(settings).get("max_seq_length") if settings.exists() else None
+    limit = read_json(settings, _Limits).max_seq_length if settings.exists() else None
     n_positions = int(getattr(model.config, "max_position_embeddings", 514))
     return min(int(tokenizer.model_max_length), max(n_positions - 2, 1), int(limit or n_positions))

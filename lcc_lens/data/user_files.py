@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
 from lcc_lens.core.errors import RequestError
+from lcc_lens.core.reading import parse_json, read_text
 from lcc_lens.data.negatives import distinct_wrongs
 from lcc_lens.data.prompts import Example, Item, Kind, Record, read_alpaca
 
@@ -24,10 +25,8 @@ def read_file(path: Path) -> tuple[Kind, list[tuple[Record, Item | Example]], st
     Raises:
         RequestError: no such file, or a line that cannot be used; names the line.
     """
-    if not path.exists():
-        raise RequestError(f"expected the data file {path}, got nothing there; check the path")
     if path.suffix == ".txt":
-        paragraphs = [p.strip() for p in read_text(path).split("\n\n")]
+        paragraphs = [p.strip() for p in re.split(r"\n\s*\n", read_text(path))]
         return "text", [({"text": p}, Example("", p, group=p)) for p in paragraphs if p], str(path)
     lines = read_lines(path)
     if not lines:
@@ -58,32 +57,13 @@ def read_lines(path: Path) -> list[tuple[int, Record]]:
     for number, line in enumerate(read_text(path).split("\n"), 1):
         if not line.strip():
             continue
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise RequestError(
-                f"expected JSON on line {number} of {path}, got {line[:40]!r}; correct the line"
-            ) from error
+        record = parse_json(line, f"line {number} of {path}", "correct the line")
         if not isinstance(record, dict):
             raise RequestError(
                 f"expected an object with fields on line {number} of {path}, got {line[:40]!r}; correct it"
             )
         records.append((number, record))
     return records
-
-
-def read_text(path: Path) -> str:
-    """The text of a UTF-8 file.
-
-    Raises:
-        RequestError: other bytes.
-    """
-    try:
-        return path.read_text(encoding="utf-8-sig")  # some editors begin a file with a byte order mark
-    except UnicodeDecodeError as error:
-        raise RequestError(
-            f"expected UTF-8 text in {path}, got other bytes ({error.reason}); save it as UTF-8"
-        ) from error
 
 
 def _file_layout(record: Record, path: Path) -> tuple[tuple[str, ...], Kind, _Reader]:

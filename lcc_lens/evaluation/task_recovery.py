@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any, get_args
 
 from lcc_lens.core.errors import RequestError
-from lcc_lens.core.files import write_json
 from lcc_lens.core.metrics import bootstrap_interval, share_recovered, stratified_interval
-from lcc_lens.core.reading import read_json
+from lcc_lens.core.reading import read_record, write_record
 from lcc_lens.data.batches import TokenSequence
 from lcc_lens.data.datasets import Data, encode, load_data, load_records, split_examples
 from lcc_lens.data.prompts import Record, RecoveryTask
@@ -153,4 +152,4 @@ class TaskMeasures:
 
 def note_task(run: Path, measured: dict[str, Any]) -> None:
     """Add the measured recovery to the run's ``metrics.json``."""
-    write_json(run / RUN_METRICS, {**read_json(run / RUN_METRICS), "recovery": measured})
+    write_record(run / RUN_METRICS, {**read_record(run / RUN_METRICS, dict[str, Any]), "recovery": measured})

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from lcc_lens.core.checkpoint import Checkpoint
 from lcc_lens.core.errors import LensError, RequestError
-from lcc_lens.core.files import atomic_path, require_space
+from lcc_lens.core.files import atomic_path, require_space, sha256_file
 from lcc_lens.core.showing import Shown
 
 if TYPE_CHECKING:
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     Array = np.ndarray[Any, np.dtype[Any]]
 
 CONVERTER = "convert_hf_to_gguf.py"
+#: Seconds in which the converter has to end: it writes even large models in minutes.
+_TIME_LIMIT = 3600
 FOLDER_VARIABLE = "LCC_LENS_LLAMA_CPP"
 #: By the stored formats of the matrices, the converter's name of a format that holds them exactly; else float32.
 _FORMATS = {frozenset({"F16"}): "f16", frozenset({"BF16"}): "bf16"}
@@ -73,8 +75,14 @@ def export_gguf(
     checkpoint.require_whole()
     number_format = _number_format(checkpoint)
     require_space(target, 2 * checkpoint.n_bytes)
+    verified = _hashes(checkpoint.path)
     with atomic_path(target) as part:
         _convert(converter, checkpoint.path, part, number_format)
+        if _hashes(checkpoint.path) != verified:
+            raise LensError(
+                f"expected {checkpoint.path} as it was verified, got files that {converter} altered; export again, and "
+                "use another clone of llama.cpp; no GGUF was kept"
+            )
         try:
             architecture, n_tensors = compare_gguf(part, checkpoint)
         except LensError as error:
@@ -105,6 +113,11 @@ def require_new_file(file: Path, *, overwrite: bool) -> None:
         raise RequestError(f"{file} exists already; name another file or pass --overwrite")
 
 
+def _hashes(directory: Path) -> dict[str, str]:
+    """The hash of every file in a directory, read anew."""
+    return {str(file): sha256_file(file) for file in sorted(directory.rglob("*")) if file.is_file()}
+
+
 def _number_format(checkpoint: Checkpoint) -> str:
     formats = frozenset(stored.dtype for stored in checkpoint.tensors.values() if len(stored.shape) > 1)
     return _FORMATS.get(formats, "f32")
@@ -115,7 +128,15 @@ def _convert(converter: Path, directory: Path, file: Path, number_format: str) -
     command = [sys.executable, str(converter), str(directory), "--outfile", str(file), "--outtype", number_format]
     # The converter would run code that a tokenizer's settings name; offline it cannot fetch any.
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    process = subprocess.run(command, check=False, capture_output=True, text=True, errors="replace", env=environment)
+    try:
+        process = subprocess.run(
+            command, check=False, capture_output=True, text=True, errors="replace", env=environment,
+            stdin=subprocess.DEVNULL, timeout=_TIME_LIMIT,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired as error:
+        raise LensError(
+            f"expected {converter} to convert {directory} within {_TIME_LIMIT} seconds, got no end; no GGUF was kept"
+        ) from error
     if process.returncode != 0:
         lines = [line.strip() for line in process.stderr.splitlines() if line.strip()] or ["no message"]
         raise LensError(

@@ -131,7 +131,7 @@ def _retype(part: Path, slots: JointSlots, *, tokenizer_class: str) -> None:
     if slots.splits:
         rewrite_weights(part, splits=slots.splits)
     settings = part / "tokenizer_config.json"
-    entries = read_json(settings) if settings.exists() else {}
+    entries = read_json(settings, dict[str, Any]) if settings.exists() else {}
     write_json(settings, {"tokenizer_class": tokenizer_class, **entries})
 
 
@@ -139,7 +139,7 @@ def _rewrite(part: Path, dtype: torch.dtype | None, max_shard_size: int | str | 
     """Write a verified export in another format or other shards, and check that it loads."""
     rewrite_weights(part, dtype=dtype, max_shard_size=max_shard_size)
     if dtype is not None:
-        config = read_json(part / "config.json")
+        config = read_json(part / "config.json", dict[str, Any])
         names = [name for name in ("dtype", "torch_dtype") if name in config] or ["dtype"]
         write_json(part / "config.json", {**config, **dict.fromkeys(names, str(dtype).removeprefix("torch."))})
     load_plain(part)

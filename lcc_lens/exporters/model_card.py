@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lcc_lens.core.metrics import learned_warning
+from lcc_lens.core.text import code, markdown
 from lcc_lens.restoration.result import Restoration
 
 
@@ -15,28 +16,34 @@ def model_card(restoration: Restoration, metrics: Mapping[str, Any], difference:
     record = restoration.record
     lines = [
         "---", "library_name: transformers", "tags: [pruned, restorelcc, lcc-lens]", "---", "",
-        f"# {Path(record.pruned).name}, restored", "",
-        f"`{record.pruned}` (pruned from `{record.dense}`) with {_what_is_folded(restoration)}. Loads with plain "
-        "transformers; every other tensor is bit-identical to the pruned model, and its zeros stay.", "",
+        f"# {markdown(Path(record.pruned).name)}, restored", "",
+        f"{code(record.pruned)} (pruned from {code(record.dense)}) with {_what_is_folded(restoration)}. Loads with "
+        "plain transformers; every other tensor is bit-identical to the pruned model, and its zeros stay.", "",
         "| | |", "|---|---|",
-        f"| method | {record.method} |",
+        f"| method | {markdown(record.method)} |",
         *([f"| heads | {len(restoration.heads)} |"] if restoration.heads else []),
         *([f"| MLPs | {len(restoration.mlp.parts)} |"] if restoration.mlp is not None else []),
         *([f"| weights changed | {len(dict(restoration.changes))} |"] if restoration.changes else []),
         *([f"| trained parameters | {record.n_trained} |"] if record.n_trained is not None else []),
-        f"| learned from | {record.data}, {record.n_examples} examples, seed {record.seed} |",
+        f"| learned from | {markdown(record.data)}, {record.n_examples} examples, seed {record.seed} |",
         f"| largest logit difference to the hooked model | {difference:.2g} |",
-        f"| pruned weights (SHA-256) | `{record.pruned_sha256}` |",
-        f"| lcc_lens | {record.version} |",
+        f"| pruned weights (SHA-256) | {markdown(record.pruned_sha256)} |",
+        f"| lcc_lens | {markdown(record.version)} |",
     ]  # fmt: skip
     if record.losses:
         lines += ["", "Loss on held-out responses while training, nats per token:", "", "| model | loss |", "|---|---|"]
-        lines += [f"| {name} | {value:.4f} |" for name, value in record.losses.items()]
+        lines += [f"| {markdown(name)} | {value:.4f} |" for name, value in record.losses.items()]
         if record.n_trained != 0 and (warning := learned_warning(record.losses)):
             lines += ["", f"**Read with care**: {warning}."]
     for name, values in metrics.items():
-        lines += ["", f"## {name}", "", "| | " + " | ".join(values) + " |", "|---|" + "---|" * len(values)]
-        lines.append("| | " + " | ".join(str(value) for value in values.values()) + " |")
+        lines += [
+            "",
+            f"## {markdown(name)}",
+            "",
+            "| | " + " | ".join(map(markdown, values)) + " |",
+            "|---|" + "---|" * len(values),
+        ]
+        lines.append("| | " + " | ".join(map(markdown, values.values())) + " |")
     return "\n".join(lines) + "\n"
 
 

@@ -242,8 +242,7 @@ def match_heads(n_dense: int, pruned: LoadedModel) -> HeadMap:
                 f"{n_dense}, got none; write which dense head each one is, or prune with lcc-lens"
             )
         return HeadMap.identity(n_layers, n_heads, pruned.removed_heads)
-    fits = all(len(heads) == n_heads and set(heads) <= set(range(n_dense)) for heads in found.dense_heads)
-    if len(found.dense_heads) != n_layers or not fits:
+    if not found.fits(n_layers, n_heads) or max(map(max, found.dense_heads)) >= n_dense:
         raise RequestError(
             f"expected a head map of {n_layers} layers with {n_heads} of {n_dense} heads beside "
             f"{pruned.identity.reference}, got another; name the model that this one was pruned from"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -10,7 +11,7 @@ import torch
 from lcc_lens.core.config import compute_dtype, default_device
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.reading import read_json
-from lcc_lens.data.batches import text_blocks
+from lcc_lens.data.batches import require_tokens, text_blocks
 from lcc_lens.data.datasets import Data, load_data
 from lcc_lens.models.architecture.sparsity_patterns import Pattern, Unstructured, parse_pattern
 from lcc_lens.models.loading.hooked import load_tokenizer
@@ -162,8 +163,10 @@ def calibration_tokens(data: Data, model: Path, n_samples: int, seq_len: int, se
     """Equally long token blocks ``[sequence, pos]`` from shuffled documents."""
     order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed)).tolist()
     text = "\n\n".join(data.examples[i].prompt + data.examples[i].response for i in order)
-    blocks = text_blocks(text, load_tokenizer(model), seq_len, n_samples)
+    tokenizer = load_tokenizer(model)
+    blocks = text_blocks(text, tokenizer, seq_len, n_samples)
     if len(blocks) < n_samples:
+        require_tokens(tokenizer, text[:1000], data.source)
         raise RequestError(
             f"expected {n_samples} calibration sequences of {seq_len} tokens from {data.source}, got text for "
             f"{len(blocks)}; name more data or lower --n-samples or --seq-len"
@@ -171,7 +174,17 @@ def calibration_tokens(data: Data, model: Path, n_samples: int, seq_len: int, se
     return torch.stack([block.tokens for block in blocks])
 
 
+@dataclass(frozen=True)
+class _Calibration:
+    groups: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class _Record:
+    calibration: _Calibration | None = None
+
+
 def recorded_groups(file: Path) -> frozenset[str]:
     """The groups of the calibration data in a record beside the weights; none where there is no record."""
-    calibration = read_json(file).get("calibration") if file.exists() else None
-    return frozenset((calibration or {}).get("groups", ()))
+    record = read_json(file, _Record, "prune or refit again") if file.exists() else _Record()
+    return frozenset(record.calibration.groups if record.calibration else ())

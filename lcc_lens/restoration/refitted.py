@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from lcc_lens.core.checkpoint import Checkpoint
 from lcc_lens.core.errors import RequestError
@@ -24,8 +25,9 @@ def pair_hashes(dense: str | Path, pruned: str | Path) -> dict[str, str]:
 
 def check_refitted(folder: Path, hashes: Mapping[str, str]) -> None:
     """Refuse a folder that holds the refitted model of another pair."""
-    record = folder / REFIT_RECORD
-    if record.exists() and {name: read_json(record).get(name) for name in hashes} != hashes:
+    file = folder / REFIT_RECORD
+    record = read_json(file, dict[str, Any], "name another run") if file.exists() else None
+    if record is not None and {name: record.get(name) for name in hashes} != hashes:
         raise RequestError(f"expected a refit of this pair in {folder}, got another's; name another run")
 
 

@@ -16,7 +16,9 @@ from torch import Tensor
 
 from lcc_lens.core.errors import LensError, RequestError
 from lcc_lens.core.files import read_tensors, write_tensors
+from lcc_lens.core.fingerprint import fingerprint
 from lcc_lens.core.heads import Head, HeadTuple, check_heads, head_indices
+from lcc_lens.core.reading import convert, parse_json, reading
 from lcc_lens.core.showing import Shown
 from lcc_lens.models.hooked.activations import parts_of
 from lcc_lens.models.hooked.hooks import HookedModel, kept_hooks
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 RESTORATION_TENSORS = "restoration.safetensors"
+_AGAIN = "restore again"
 #: In the names of the tensors of constants at the MLP.
 _MLP = "mlp."
 #: In the names of a change's tensors: its place, kind, module and number; no module name holds this sign.
@@ -149,8 +152,9 @@ class Restoration(Shown):
     def save(self, run: str | Path) -> None:
         """Write ``restoration.safetensors`` into a run directory, atomically; its metadata hold the record."""
         tensors = self._tensors()
-        record = {"record": json.dumps(asdict(self.record)), "content_sha256": _content_hash(tensors)}
-        write_tensors(Path(run) / RESTORATION_TENSORS, tensors, record)
+        record = json.dumps(asdict(self.record))
+        hashes = {"content_sha256": _content_hash(tensors), "record_sha256": fingerprint(record)}
+        write_tensors(Path(run) / RESTORATION_TENSORS, tensors, {"record": record, **hashes})
 
     @classmethod
     def load(cls, run: str | Path) -> Restoration:
@@ -161,17 +165,16 @@ class Restoration(Shown):
         """
         path = Path(run) / RESTORATION_TENSORS
         tensors, metadata = read_tensors(path)
-        if metadata.get("content_sha256") != _content_hash(tensors):
-            raise RequestError(f"expected {path} as the restoration wrote it, got a changed file; restore again")
-        try:
+        text = metadata.get("record", "")
+        is_changed = metadata.get("record_sha256", fingerprint(text)) != fingerprint(text)  # 0.1.0 wrote no such hash
+        if is_changed or metadata.get("content_sha256") != _content_hash(tensors):
+            raise RequestError(f"expected {path} as the restoration wrote it, got a changed file; {_AGAIN}")
+        record = convert(parse_json(text, str(path), _AGAIN, finite=True), RestorationRecord, str(path), _AGAIN)
+        with reading(path, _AGAIN):
             heads = HeadTuple(Head(int(layer), int(head)) for layer, head in tensors.pop("heads"))
             changes = _read_changes({name: tensors.pop(name) for name in list(tensors) if _SEPARATOR in name})
             mlp = _read_mlp({name: tensors.pop(name) for name in list(tensors) if name.startswith(_MLP)})
-            return cls(RestorationRecord(**json.loads(metadata["record"])), heads, **tensors, changes=changes, mlp=mlp)
-        except (KeyError, TypeError, ValueError) as error:
-            raise RequestError(
-                f"expected a restoration of this version in {path}, got another layout ({error})"
-            ) from error
+            return cls(record, heads, **tensors, changes=changes, mlp=mlp)
 
     def _tensors(self) -> dict[str, Tensor]:
         tensors = {

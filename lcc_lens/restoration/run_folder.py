@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from lcc_lens.core.config import package_version
-from lcc_lens.core.files import disk_errors, write_json, write_text
+from lcc_lens.core.files import disk_errors, write_text
 from lcc_lens.core.metrics import share_recovered
 from lcc_lens.core.processes import is_first_process
-from lcc_lens.core.reading import read_json
+from lcc_lens.core.reading import read_json_lines, read_record, write_record
 from lcc_lens.models.pair import Pair
 from lcc_lens.restoration.result import Restoration
 from lcc_lens.restoration.training.loop import Step
@@ -24,6 +24,22 @@ RUN_CONFIG = "config.json"
 RUN_BEGINNING = "beginning.json"
 RUN_METRICS = "metrics.json"
 RUN_LOG = "log.jsonl"
+_NO_RESUME = "start without --resume"
+
+
+@dataclass(frozen=True)
+class _RangeFile:
+    rates: tuple[float, ...]
+    losses: tuple[float | None, ...]
+    n_steps: int
+    start_loss: float
+
+
+@dataclass(frozen=True)
+class _BeginningFile:
+    request_sha256: str
+    losses: dict[str, float]
+    lr_range: _RangeFile | None
 
 
 @dataclass(frozen=True)
@@ -44,14 +60,14 @@ class Beginning:
     def read(cls, run: Path, request: str) -> Beginning:
         """What an earlier run of the same request measured; nothing if there is none."""
         file = run / RUN_BEGINNING
-        record = read_json(file) if file.exists() else {}
-        if record.get("request_sha256") != request:
+        record = read_record(file, _BeginningFile, _NO_RESUME) if file.exists() else None
+        if record is None or record.request_sha256 != request:
             return cls(request)
-        tested = record["lr_range"]
-        if tested is not None:
-            losses = tuple(math.inf if loss is None else loss for loss in tested["losses"])
-            tested = RangeTest(tuple(tested["rates"]), losses, tested["n_steps"], tested["start_loss"])
-        return cls(request, record["losses"], tested)
+        tested = record.lr_range
+        if tested is None:
+            return cls(request, record.losses)
+        losses = tuple(math.inf if loss is None else loss for loss in tested.losses)
+        return cls(request, record.losses, RangeTest(tested.rates, losses, tested.n_steps, tested.start_loss))
 
     def values(self) -> dict[str, Any]:
         """What the file holds."""
@@ -79,6 +95,8 @@ class RunFolder:
         self.root, self.resumes = None if path is None else Path(path), resume
         self._path = self.root if is_first_process() else None
         self._data, self._is_open = data, False
+        log = None if self._path is None or not resume else self._path / RUN_LOG
+        self._logged = [] if log is None or not log.exists() else read_json_lines(log, Step, _NO_RESUME, torn=True)
         self._identity = {
             "dense": pair.dense_id.reference,
             "pruned": pair.pruned_id.reference,
@@ -103,7 +121,7 @@ class RunFolder:
         self._open(self._path, before=step.step)
         log = self._path / RUN_LOG
         with disk_errors(log), log.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(asdict(step)) + "\n")
+            file.write(_line(step))
 
     def finish(self, restoration: Restoration, n_sequences: int) -> None:
         """Write the restoration, and its losses on the held-out sequences."""
@@ -122,14 +140,12 @@ class RunFolder:
             return
         self._write(path / RUN_CONFIG, self._config)
         self._write(path / RUN_BEGINNING, self._beginning.values())
-        write_text(path / RUN_LOG, "".join(line + "\n" for line in self._kept_lines(path / RUN_LOG, before)))
+        write_text(path / RUN_LOG, "".join(_line(step) for step in self._logged if step.step < before))
         self._is_open = True
 
-    def _kept_lines(self, log: Path, before: int) -> list[str]:
-        if not (self.resumes and log.exists()):
-            return []
-        lines = log.read_text(encoding="utf-8").splitlines()
-        return [line for line in lines if line.endswith("}") and json.loads(line)["step"] < before]  # one may be torn
-
     def _write(self, file: Path, values: dict[str, Any]) -> None:
-        write_json(file, {**self._identity, **values, "written": time.strftime("%Y-%m-%dT%H:%M:%S%z")})
+        write_record(file, {**self._identity, **values, "written": time.strftime("%Y-%m-%dT%H:%M:%S%z")})
+
+
+def _line(step: Step) -> str:
+    return json.dumps(asdict(step)) + "\n"

@@ -4,16 +4,34 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from lcc_lens.analysis.lens.gain import LogitGain
-from lcc_lens.analysis.lens.tokens import PromotedTokens, TokenScore
+from lcc_lens.analysis.lens.tokens import PromotedTokens
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.files import read_tensors, write_tensors
 from lcc_lens.core.heads import Head
+from lcc_lens.core.reading import convert, parse_json, reading
 
 LENS_FILE = "lens.safetensors"
+_AGAIN = "save it again"
+
+
+@dataclass(frozen=True)
+class _Gain:
+    """A logit gain without its tensors."""
+
+    head: Head
+    is_cumulative: bool
+
+
+@dataclass(frozen=True)
+class _Lens:
+    """What the file's metadata hold."""
+
+    gains: list[_Gain]
+    promoted: list[PromotedTokens]
 
 
 def save_lens(run: str | Path, *, gains: Sequence[LogitGain] = (), promoted: Sequence[PromotedTokens] = ()) -> None:
@@ -46,16 +64,10 @@ def load_lens(run: str | Path) -> tuple[list[LogitGain], list[PromotedTokens]]:
     if not path.exists():
         raise RequestError(f"expected {path}, got none; save what the lens says with save_lens")
     tensors, metadata = read_tensors(path)
-    try:
-        described = json.loads(metadata["lens"])
+    with reading(path, _AGAIN):
+        lens = convert(parse_json(metadata["lens"], str(path), _AGAIN), _Lens, str(path), _AGAIN)
         gains = [
-            LogitGain(Head(*entry["head"]), tensors[f"{i}.gains"], tensors[f"{i}.pruned"], entry["is_cumulative"])
-            for i, entry in enumerate(described["gains"])
+            LogitGain(gain.head, tensors[f"{i}.gains"], tensors[f"{i}.pruned"], gain.is_cumulative)
+            for i, gain in enumerate(lens.gains)
         ]
-        promoted = [
-            PromotedTokens(Head(*one["head"]), one["reading"], tuple(TokenScore(**token) for token in one["tokens"]))
-            for one in described["promoted"]
-        ]
-    except (KeyError, TypeError, ValueError) as error:
-        raise RequestError(f"expected {path} of this version, got another layout ({error}); save it again") from error
-    return gains, promoted
+    return gains, lens.promoted

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from lcc_lens.core.config import package_version
 from lcc_lens.core.showing import Shown
@@ -37,3 +38,30 @@ class ScanRecord(Shown):
     sparsity: float | None = None
     dense_heads: tuple[tuple[int, ...], ...] = ()
     removed_heads: tuple[tuple[int, ...], ...] = ()
+
+
+@dataclass(frozen=True)
+class StoredScores:
+    """A selector's scores without their tensors."""
+
+    selector: str
+    n_examples: int
+    settings: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class StoredTokens:
+    """An example's tokens without their losses."""
+
+    example: int
+    pieces: tuple[str, ...]
+    loss_from: int
+
+
+@dataclass(frozen=True)
+class ScanParts:
+    """What ``scan.json`` holds beside the record."""
+
+    scan_sha256: str
+    selected_by: dict[str, StoredScores]
+    tokens: tuple[StoredTokens, ...]

@@ -14,7 +14,7 @@ from torch import Tensor
 from lcc_lens.analysis.components import LostComponents
 from lcc_lens.analysis.head_scores import HeadScores
 from lcc_lens.analysis.scan.overview import scan_facts
-from lcc_lens.analysis.scan.record import ScanRecord
+from lcc_lens.analysis.scan.record import ScanParts, ScanRecord
 from lcc_lens.analysis.scan.token_differences import TokenLoss
 from lcc_lens.analysis.selectors.mse import score_mse
 from lcc_lens.analysis.selectors.names import ALWAYS_SCORED
@@ -22,9 +22,9 @@ from lcc_lens.analysis.selectors.random import score_random
 from lcc_lens.analysis.selectors.registry import check_selectors
 from lcc_lens.analysis.statistics import DifferenceStatistics
 from lcc_lens.core.errors import RequestError
-from lcc_lens.core.files import read_tensors, sha256_file, write_json, write_tensors
+from lcc_lens.core.files import read_tensors, sha256_file, write_tensors
 from lcc_lens.core.heads import Head, HeadList, HeadMap, all_heads, check_heads, head_indices
-from lcc_lens.core.reading import read_json
+from lcc_lens.core.reading import convert, read_record, reading, write_record
 from lcc_lens.core.showing import Shown
 from lcc_lens.models.hooked.activations import Site
 
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 SCAN_TENSORS = "scan.safetensors"
 SCAN_RECORD = "scan.json"
+_AGAIN = "scan again"
 
 
 @dataclass(frozen=True, repr=False)
@@ -211,7 +212,8 @@ class Scan(Shown):
             "selected_by": {name: _described(scores) for name, scores in self.selected_by.items()},
             "tokens": [{**vars(token), "loss": None} for token in self.tokens],
         }
-        write_json(run / SCAN_RECORD, {**asdict(self.record), **parts, "scan_sha256": sha256_file(run / SCAN_TENSORS)})
+        sha256 = sha256_file(run / SCAN_TENSORS)
+        write_record(run / SCAN_RECORD, {**asdict(self.record), **parts, "scan_sha256": sha256})
 
     @classmethod
     def load(cls, run: str | Path) -> Scan:
@@ -221,33 +223,30 @@ class Scan(Shown):
             RequestError: a file is missing or damaged, or the tensors are not the ones that were saved.
         """
         run = Path(run)
-        fields = read_json(run / SCAN_RECORD)
-        expected = fields.pop("scan_sha256", None)
+        fields = read_record(run / SCAN_RECORD, dict[str, Any], _AGAIN)
+        record = convert(fields, ScanRecord, str(run / SCAN_RECORD), _AGAIN)
+        parts = convert(fields, ScanParts, str(run / SCAN_RECORD), _AGAIN)
         tensors, _ = read_tensors(run / SCAN_TENSORS)
-        if sha256_file(run / SCAN_TENSORS) != expected:
+        if sha256_file(run / SCAN_TENSORS) != parts.scan_sha256:
             raise RequestError(f"expected {run / SCAN_TENSORS} as the scan wrote it, got a changed file; scan again")
-        try:
-            described, tokens = fields.pop("selected_by"), fields.pop("tokens")
-            record = ScanRecord(**{name: _tuples(value) for name, value in fields.items()})
+        with reading(run / SCAN_RECORD, _AGAIN):
             sites = {name.split(".")[0] for name in tensors} & {"mlp", "resid"}
-            return cls(
+            scan = cls(
                 record=record,
                 heads=_statistics(tensors, "z", record.n_samples),
                 components=LostComponents(**_below(tensors, "components"), n_samples=record.n_samples),
                 others={cast("Site", site): _statistics(tensors, site, record.n_samples) for site in sorted(sites)},
                 selected_by={
-                    name: HeadScores(**entry, **cast("dict[str, Any]", _below(tensors, f"scores.{name}")))
-                    for name, entry in described.items()
+                    name: HeadScores(**vars(scores), **cast("dict[str, Any]", _below(tensors, f"scores.{name}")))
+                    for name, scores in parts.selected_by.items()
                 },
                 tokens=tuple(
-                    TokenLoss(**{**_tuple_fields(token), "loss": tensors[f"tokens.{i}"]})
-                    for i, token in enumerate(tokens)
+                    TokenLoss(**vars(token), loss=tensors[f"tokens.{i}"]) for i, token in enumerate(parts.tokens)
                 ),
             )
-        except (KeyError, TypeError) as error:
-            raise RequestError(
-                f"expected a scan of this version in {run}, got another layout ({error}); scan again"
-            ) from error
+        if not scan.head_map.fits(*scan.relative_loss.shape):
+            raise RequestError(f"expected a head map of the scanned model in {run}, got another's; {_AGAIN}")
+        return scan
 
     def _tensors(self) -> dict[str, Tensor]:
         components = {name: t for name, t in vars(self.components).items() if isinstance(t, Tensor)}
@@ -282,12 +281,3 @@ def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 def _described(scores: HeadScores) -> dict[str, Any]:
     return {"selector": scores.selector, "n_examples": scores.n_examples, "settings": scores.settings}
-
-
-def _tuple_fields(fields: dict[str, Any]) -> dict[str, Any]:
-    return {name: _tuples(value) for name, value in fields.items()}
-
-
-def _tuples(value: Any) -> Any:
-    """JSON lists back to tuples, at any depth."""
-    return tuple(_tuples(item) for item in value) if isinstance(value, list) else value

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
+from lcc_lens.core.errors import RequestError
 from lcc_lens.data.batches import TokenSequence
 from lcc_lens.data.datasets import Data, check_disjoint, encode, load_data
 from lcc_lens.evaluation.comparison.config import CompareConfig
@@ -56,6 +57,11 @@ class ComparisonData:
         if config.data in config.tasks:  # what is measured item by item chooses nothing
             data = load_data(config.data, config.validation, role="calibration")
             validation, responses = encode(data, tokenizer, max_length=config.max_length), held_out
+        if not responses:
+            raise RequestError(
+                f"expected more than {config.validation} held-out responses in {config.data}, got {len(held_out)}: so "
+                "many choose the best parameters, the others are measured; add data"
+            )
         texts = {
             Path(text).stem: encode(
                 load_data(text, role="held-out"), tokenizer, max_length=config.block_length, limit=config.blocks

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from lcc_lens.core.config import package_version
 from lcc_lens.core.errors import RequestError
-from lcc_lens.core.files import locked, write_json
-from lcc_lens.core.reading import read_json
+from lcc_lens.core.files import locked
+from lcc_lens.core.reading import convert, read_record, write_record
 from lcc_lens.evaluation.comparison.config import CompareConfig
 
 Finish = Callable[[dict[str, Any]], None]
 #: Entries that every call states itself.
 _STATED = ("identity", "settings", "version")
+_AGAIN = "name another run"
 
 
 class ComparisonFile:
@@ -50,7 +51,7 @@ class ComparisonFile:
             self._merge(new_run, own)
             if finish is not None:
                 finish(self.results)
-            write_json(self.path, self.results)
+            write_record(self.path, self.results)
 
     def refresh(self) -> None:
         """Read what other processes wrote."""
@@ -58,7 +59,7 @@ class ComparisonFile:
             self._merge(None, ())
 
     def _merge(self, new_run: str | None, own: Sequence[str]) -> None:
-        theirs: dict[str, Any] = read_json(self.path) if self.path.exists() else {}
+        theirs = read_comparison(self.path) if self.path.exists() else {}
         computed = {} if new_run is None else {new_run: self.results["cells"][new_run]}
         runs = {**self.results["cells"], **theirs.get("cells", {}), **computed}
         requested = set(self._order)
@@ -68,10 +69,50 @@ class ComparisonFile:
         self.results["cells"] = {name: runs[name] for name in names}
 
 
+@dataclass(frozen=True)
+class _Text:
+    perplexity: float
+    losses: list[float] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class _Cell:
+    """What is read of a run's results, or of an unrestored model's."""
+
+    perplexity: float | None = None
+    kl: float | None = None
+    response_loss: float | None = None
+    texts: dict[str, _Text] = field(default_factory=dict)
+    tasks: dict[str, dict[str, Any]] = field(default_factory=dict)
+    error: str | None = None
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """What is read of a comparison's file."""
+
+    cells: dict[str, _Cell]
+    bare: dict[str, _Cell] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
+    identity: dict[str, str] = field(default_factory=dict)
+    inference: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
+def read_comparison(path: Path) -> dict[str, Any]:
+    """The content of a comparison's file.
+
+    Raises:
+        RequestError: it has another layout, or was changed.
+    """
+    results = read_record(path, dict[str, Any], _AGAIN)
+    convert(results, _Layout, str(path), _AGAIN)
+    return results
+
+
 def _begun(path: Path, identity: dict[str, str], config: CompareConfig) -> dict[str, Any]:
     """What the file holds already; refuses another comparison's."""
     settings = json.loads(json.dumps(asdict(config)))  # lists for tuples, as in the file
-    results: dict[str, Any] = read_json(path) if path.exists() else {"cells": {}}
+    results = read_comparison(path) if path.exists() else {"cells": {}}
     if "settings" in results:
         _extend(results, settings)
     for name, value in (("identity", identity), ("settings", settings)):

@@ -7,6 +7,7 @@ import logging
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,10 +15,10 @@ import torch
 
 from lcc_lens.core.config import package_version
 from lcc_lens.core.errors import RequestError
-from lcc_lens.core.files import read_tensors, write_json, write_tensors
+from lcc_lens.core.files import read_tensors, write_tensors
 from lcc_lens.core.fingerprint import fingerprint
 from lcc_lens.core.heads import Head
-from lcc_lens.core.reading import read_json
+from lcc_lens.core.reading import convert, parse_json, read_record, reading, write_record
 from lcc_lens.restoration.injections.base import Injection
 
 logger = logging.getLogger(__name__)
@@ -27,6 +28,13 @@ class ChosenHeads(NamedTuple):
     """Heads that a training chose, and the seconds it took."""
 
     heads: list[Head]
+    seconds: float
+
+
+@dataclass(frozen=True)
+class _KeptHeads:
+    request: str
+    heads: list[str]
     seconds: float
 
 
@@ -58,15 +66,15 @@ class TrainedWeights:
             return None
         try:
             tensors, metadata = read_tensors(path)
+            if metadata.get("request") != self._request(request):
+                return None
+            costs = convert(parse_json(metadata.get("costs", ""), str(path), finite=True), dict[str, Any], str(path))
+            with reading(path), torch.no_grad():
+                for name, parameter in _trained(injection).items():
+                    parameter.copy_(tensors[name])
         except RequestError as error:
             logger.warning("%s; training again", error)
             return None
-        if metadata.get("request") != self._request(request):
-            return None
-        with torch.no_grad():
-            for name, parameter in _trained(injection).items():
-                parameter.copy_(tensors[name])
-        costs: dict[str, Any] = json.loads(metadata["costs"])
         return costs
 
     def keep(
@@ -85,16 +93,15 @@ class TrainedWeights:
         """
         path, key = self._path(entry, seed).with_suffix(".json"), self._request(request)
         try:
-            kept = read_json(path) if path.exists() else {}
-            if kept and kept["request"] == key:
-                return ChosenHeads([Head.parse(label) for label in kept["heads"]], kept["seconds"])
-        except (RequestError, LookupError, TypeError) as error:
+            kept = read_record(path, _KeptHeads) if path.exists() else None
+            if kept is not None and kept.request == key:
+                return ChosenHeads([Head.parse(label) for label in kept.heads], kept.seconds)
+        except RequestError as error:
             logger.warning("could not read the heads in %s (%s); choosing again", path, error)
         start = time.perf_counter()
         chosen = ChosenHeads(list(choose()), time.perf_counter() - start)
         self._folder.mkdir(parents=True, exist_ok=True)
-        labels = [str(head) for head in chosen.heads]
-        write_json(path, {"request": key, "heads": labels, "seconds": chosen.seconds})
+        write_record(path, asdict(_KeptHeads(key, [str(head) for head in chosen.heads], chosen.seconds)))
         return chosen
 
     def _path(self, entry: str, seed: int) -> Path:

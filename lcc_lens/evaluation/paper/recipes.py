@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import UnionType
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Literal
 
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.reading import read_json
@@ -19,7 +16,6 @@ from lcc_lens.pruning.methods.settings import PruneConfig
 Status = Literal["not run at size", "run at size"]
 #: Rows of a table that need no training.
 UNRESTORED = ("dense", "pruned")
-_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -109,7 +105,7 @@ def read_recipe(path: str | Path) -> PaperRecipe:
     path = Path(path)
     if not path.is_file():
         raise RequestError(f"expected a recipe, got {path}, which is no file; name one of recipes/*.json")
-    return _build(PaperRecipe, read_json(path), str(path))
+    return read_json(path, PaperRecipe, "correct it", closed=True)
 
 
 def dry(recipe: PaperRecipe) -> PaperRecipe:
@@ -120,50 +116,3 @@ def dry(recipe: PaperRecipe) -> PaperRecipe:
         speed_rounds=2,
     )  # fmt: skip
     return replace(recipe, prune=replace(recipe.prune, n_samples=16, seq_len=64), seeds=1, compare=config)
-
-
-def _build(kind: type[_T], values: Any, where: str) -> _T:
-    """A dataclass from a JSON object, with every field checked against its type."""
-    if not isinstance(values, Mapping):
-        raise RequestError(f"expected an object with fields in the {where}, got {values!r}; correct it")
-    fields = {known.name: known for known in dataclasses.fields(kind)}  # type: ignore[arg-type]
-    unknown = sorted(values.keys() - fields.keys())
-    if unknown:
-        raise RequestError(f"expected {', '.join(fields)} in the {where}, got {unknown[0]!r} too; correct the name")
-    missing = [
-        n for n, f in fields.items() if n not in values and f.default is MISSING and f.default_factory is MISSING
-    ]
-    if missing:
-        raise RequestError(f"expected {missing[0]!r} in the {where}, got none; add it")
-    hints = get_type_hints(kind)
-    return kind(**{name: _typed(value, hints[name], name, where) for name, value in values.items()})
-
-
-def _typed(value: Any, hint: Any, name: str, where: str) -> Any:
-    """A JSON value as its field's type: lists become tuples, objects dataclasses, and integers floats if need be."""
-    options = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
-    for option in options:
-        kind, args = get_origin(option) or option, get_args(option)
-        if isinstance(option, type) and dataclasses.is_dataclass(option):
-            return _build(option, value, f"{name} of {where}")
-        if kind is tuple and isinstance(value, list):
-            if isinstance(args[0], type) and dataclasses.is_dataclass(args[0]):
-                return tuple(_build(args[0], item, f"{name[:-1]} {n} of {where}") for n, item in enumerate(value, 1))
-            if all(type(item) is args[0] for item in value):
-                return tuple(value)
-        elif kind is float and type(value) is int:
-            return float(value)
-        elif value in args if kind is Literal else type(value) is kind:
-            return value
-    expected = " or ".join(map(_type_name, options))
-    raise RequestError(f"expected {expected} for {name!r} in the {where}, got {value!r}; correct it")
-
-
-def _type_name(option: Any) -> str:
-    """A type as a recipe's author knows it."""
-    args = get_args(option)
-    if get_origin(option) is Literal:
-        return ", ".join(map(str, args))
-    if get_origin(option) is tuple:
-        return f"a list of {'objects' if dataclasses.is_dataclass(args[0]) else args[0].__name__}"
-    return str(getattr(option, "__name__", option))

@@ -123,7 +123,7 @@ def _settle(out: Path, settings: dict[str, Any]) -> None:
     if not file.exists():
         require_free(out, overwrite=False)
         write_json(file, rest)
-    elif read_json(file) != rest:
+    elif read_json(file, dict[str, Any]) != rest:
         raise RequestError(f"expected a folder of the same recipe, got other settings in {out}; name another folder")
 
 

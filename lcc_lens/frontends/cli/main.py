@@ -8,6 +8,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext
+from io import TextIOWrapper
 from typing import Any
 
 import tyro
@@ -17,6 +18,7 @@ from lcc_lens.core.errors import LensError, RequestError
 from lcc_lens.core.processes import is_first_process, n_processes
 from lcc_lens.core.progress import shown
 from lcc_lens.core.showing import require_table_file
+from lcc_lens.core.text import visible
 from lcc_lens.frontends.cli.comparing import Compare
 from lcc_lens.frontends.cli.demonstrating import Demo
 from lcc_lens.frontends.cli.diagnosing import Doctor
@@ -43,6 +45,9 @@ _DIVIDED = (ScanPair, Restore)
 def run(arguments: list[str] | None = None) -> int:
     """Parse and run one command; gives the exit code: 0 done, 1 failed, 2 cannot be served, 130 interrupted."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):  # a locale without our signs (LC_ALL=C) shows their numbers
+            stream.reconfigure(errors="backslashreplace")
     if arguments == ["--version"]:
         print(f"lcc-lens {package_version()}")
         return 0
@@ -102,14 +107,21 @@ def _refuse_several(command: Any) -> None:
 
 
 def _fail(message: str, code: int) -> int:
-    print(f"lcc-lens: {' '.join(message.split())}", file=sys.stderr)
+    print(f"lcc-lens: {visible(' '.join(message.split()))}", file=sys.stderr)
     return code
+
+
+class _Formatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return visible(super().format(record))
 
 
 def _set_up_logging(quiet: bool) -> None:
     from transformers.utils import logging as transformers_logging
 
-    logging.basicConfig(level=logging.ERROR if quiet else logging.WARNING, format="lcc-lens: %(message)s")
+    handler = logging.StreamHandler()
+    handler.setFormatter(_Formatter("lcc-lens: %(message)s"))
+    logging.basicConfig(level=logging.ERROR if quiet else logging.WARNING, handlers=[handler])
     logging.getLogger().setLevel(logging.ERROR)
     logging.getLogger("lcc_lens").setLevel(logging.ERROR if quiet else logging.INFO)
     transformers_logging.set_verbosity_error()

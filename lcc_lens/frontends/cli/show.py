@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from lcc_lens.core.showing import Shown
+from lcc_lens.core.text import visible
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -19,10 +20,15 @@ _SITE_NAMES = {"z": "head outputs", "mlp": "MLP after its activation", "resid": 
 
 
 def console() -> Any:
-    """The terminal, as wide as it is now; brackets in a message are text, not markup."""
+    """The terminal, as wide as it is now; it shows a text as it is, nothing in it being markup or control."""
     from rich.console import Console
+    from rich.text import Text
 
-    return Console(markup=False, highlight=False)
+    class Terminal(Console):
+        def render_str(self, text: str, **settings: Any) -> Text:
+            return super().render_str(visible(text), **settings)
+
+    return Terminal(markup=False, highlight=False, emoji=False)
 
 
 def show_table(title: str, columns: list[str], rows: list[list[str]]) -> None:

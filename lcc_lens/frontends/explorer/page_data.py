@@ -157,9 +157,9 @@ def _training(run: RunContents) -> dict[str, Any] | None:
     if not run.steps:
         return None
     stride = -(-len(run.steps) // _CURVE_POINTS)
-    kept = [step for i, step in enumerate(run.steps) if i % stride == 0 or step["validation_loss"] is not None]
+    kept = [step for i, step in enumerate(run.steps) if i % stride == 0 or step.validation_loss is not None]
     fields = {"step": "step", "loss": "loss", "validation": "validation_loss"}
-    return {name: [step[field] for step in kept] for name, field in fields.items()}
+    return {name: [getattr(step, field) for step in kept] for name, field in fields.items()}
 
 
 def _source(run: RunContents) -> dict[str, Any]:

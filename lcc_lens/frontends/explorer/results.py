@@ -5,8 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from lcc_lens.core.errors import RequestError
-from lcc_lens.core.reading import read_json
+from lcc_lens.core.reading import read_json, reading
 from lcc_lens.evaluation.evaluate import format_scores
 
 
@@ -17,14 +16,10 @@ def results_table(path: Path) -> dict[str, Any]:
         RequestError: the file is missing or has another layout.
     """
     content = read_json(path)
-    try:
+    with reading(path, "evaluate again"):
         rows = {str(name): format_scores(entry["tasks"]) for name, entry in content["models"].items()}
         shares = content.get("share_recovered") or {}
         recovered = [f"{100 * share:.0f} % on {name}" for name, share in shares.items() if share is not None]
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise RequestError(
-            f"expected results as lcc-lens eval writes them in {path}, got another layout ({error!r}); evaluate again"
-        ) from error
     columns = list(dict.fromkeys(column for cells in rows.values() for column in cells))
     return {
         "columns": columns,

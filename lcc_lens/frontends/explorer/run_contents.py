@@ -2,21 +2,39 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from lcc_lens.analysis.scan.scan import SCAN_RECORD, Scan
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.metrics import share_recovered
-from lcc_lens.core.reading import read_json
+from lcc_lens.core.reading import read_json_lines, read_record
 from lcc_lens.restoration.result import RESTORATION_TENSORS, Restoration
 from lcc_lens.restoration.run_folder import RUN_LOG, RUN_METRICS
 
-#: Fields of a logged step that the page draws.
-_STEP_FIELDS = ("step", "loss", "validation_loss")
+_AGAIN = "restore again"
+
+
+@dataclass(frozen=True)
+class DrawnStep:
+    """What the page draws of a logged step."""
+
+    step: int
+    loss: float
+    validation_loss: float | None = None
+
+
+@dataclass(frozen=True)
+class _Validation:
+    sequences: int | None = None
+
+
+@dataclass(frozen=True)
+class _Metrics:
+    dense_sha256: str | None = None
+    pruned_sha256: str | None = None
+    validation: _Validation = field(default_factory=_Validation)
 
 
 @dataclass(frozen=True)
@@ -32,7 +50,7 @@ class RunContents:
     restoration: Restoration | None
     losses: Mapping[str, float]
     sequences: int | None
-    steps: tuple[Mapping[str, Any], ...]
+    steps: tuple[DrawnStep, ...]
 
     @classmethod
     def read(cls, path: str | Path) -> RunContents:
@@ -51,16 +69,16 @@ class RunContents:
             )
         scan = Scan.load(path) if has_scan else None
         restoration = Restoration.load(path) if has_restoration else None
-        metrics = read_json(path / RUN_METRICS) if (path / RUN_METRICS).exists() else None
+        metrics = read_record(path / RUN_METRICS, _Metrics, _AGAIN) if (path / RUN_METRICS).exists() else None
         _check_weights(path, scan, restoration, metrics)
-        validation = (metrics or {}).get("validation", {})
+        log = path / RUN_LOG
         return cls(
             path=path,
             scan=scan,
             restoration=restoration,
             losses=dict(restoration.record.losses) if restoration else {},
-            sequences=validation.get("sequences"),
-            steps=_steps(path / RUN_LOG) if restoration else (),
+            sequences=metrics.validation.sequences if metrics else None,
+            steps=tuple(read_json_lines(log, DrawnStep, _AGAIN)) if restoration and log.exists() else (),
         )
 
     @property
@@ -71,14 +89,12 @@ class RunContents:
         return share_recovered(*(self.losses[name] for name in ("dense", "pruned", "restored")))
 
 
-def _check_weights(
-    path: Path, scan: Scan | None, restoration: Restoration | None, metrics: Mapping[str, Any] | None
-) -> None:
+def _check_weights(path: Path, scan: Scan | None, restoration: Restoration | None, metrics: _Metrics | None) -> None:
     """Refuse a scan, a restoration and metrics of different models."""
     hashes_of = {
         "scan": scan and (scan.record.dense_sha256, scan.record.pruned_sha256),
         "restoration": restoration and (restoration.record.dense_sha256, restoration.record.pruned_sha256),
-        "metrics": metrics and (metrics.get("dense_sha256"), metrics.get("pruned_sha256")),
+        "metrics": metrics and (metrics.dense_sha256, metrics.pruned_sha256),
     }
     present = {name: hashes for name, hashes in hashes_of.items() if hashes is not None}
     (first, expected), *others = present.items()
@@ -88,17 +104,3 @@ def _check_weights(
                 f"expected one pair of models in {path}, got a {first} and a {name} of different weights; "
                 "scan or restore again"
             )
-
-
-def _steps(log: Path) -> tuple[Mapping[str, Any], ...]:
-    """The steps of a run's log; empty if nothing was trained."""
-    if not log.exists():
-        return ()
-    steps = []
-    for number, line in enumerate(log.read_text(encoding="utf-8").splitlines(), 1):
-        try:
-            step = json.loads(line)
-            steps.append({name: step.get(name) for name in _STEP_FIELDS})
-        except (json.JSONDecodeError, AttributeError) as error:
-            raise RequestError(f"expected a step as JSON in line {number} of {log}, got {line[:40]!r}") from error
-    return tuple(steps)

@@ -15,10 +15,10 @@ from torch import Tensor
 from lcc_lens.analysis.lens.tokens import TokenReader
 from lcc_lens.analysis.scan.scan import SCAN_TENSORS, Scan
 from lcc_lens.core.errors import LensError, RequestError
-from lcc_lens.core.files import read_tensors, sha256_file, write_json, write_tensors
+from lcc_lens.core.files import read_tensors, sha256_file, write_tensors
 from lcc_lens.core.heads import Head
 from lcc_lens.core.progress import track
-from lcc_lens.core.reading import read_json
+from lcc_lens.core.reading import read_record, reading, write_record
 from lcc_lens.frontends.explorer.run_contents import RunContents
 from lcc_lens.models.hooked.hooks import HookedModel
 from lcc_lens.models.loading.hooked import load_hooked
@@ -36,6 +36,17 @@ N_COMPONENTS, N_TOKENS = 4, 8
 _VECTORS_AT_ONCE = 64
 #: Vectors after the single components: the mean difference and the trained constant.
 MEAN, LEARNED = "mean", "learned"
+
+
+@dataclass(frozen=True)
+class _Record:
+    """What ``explorer.json`` holds."""
+
+    scan_sha256: str
+    restoration_sha256: str | None
+    tables_sha256: str
+    vectors: tuple[str, ...]
+    texts: dict[int, str]
 
 
 @dataclass(frozen=True)
@@ -63,20 +74,22 @@ class TokenTables:
             "vectors": list(self.vectors),
             "texts": {str(token): text for token, text in sorted(self.texts.items())},
         }
-        write_json(run / TABLES_RECORD, record)
+        write_record(run / TABLES_RECORD, record)
 
     @classmethod
     def load(cls, run: Path) -> TokenTables | None:
         """The tables of a run; None if they are missing, damaged, or belong to another scan or restoration."""
         try:
-            record = read_json(run / TABLES_RECORD)
+            record = read_record(run / TABLES_RECORD, _Record)
             tensors, _ = read_tensors(run / TABLES_TENSORS)
             expected = {**_sources(run), "tables_sha256": sha256_file(run / TABLES_TENSORS)}
-            if any(record.get(name) != value for name, value in expected.items()):
+            if any(getattr(record, name) != value for name, value in expected.items()):
                 return None
-            texts = {int(token): str(text) for token, text in record["texts"].items()}
-            return cls(tuple(record["vectors"]), tensors["tokens"], tensors["logits"], texts)
-        except (RequestError, KeyError, AttributeError, ValueError):
+            with reading(run / TABLES_RECORD):
+                tables = cls(record.vectors, tensors["tokens"], tensors["logits"], record.texts)
+                known = {*tables.texts, -1} >= {*tables.tokens.flatten().tolist()}
+                return tables if known and len(tables.vectors) == tables.tokens.shape[2] else None
+        except RequestError:
             return None
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,9 +11,10 @@ from lcc_lens.analysis.lens.saved import load_lens
 from lcc_lens.analysis.scan.result import SCAN_RECORD, Scan
 from lcc_lens.core.errors import LensError, RequestError
 from lcc_lens.core.heads import Head
-from lcc_lens.core.reading import read_json
+from lcc_lens.core.reading import read_json, read_json_lines, reading
 from lcc_lens.core.showing import Shown
 from lcc_lens.evaluation.comparison.compare import COMPARISON
+from lcc_lens.evaluation.comparison.results_file import read_comparison
 from lcc_lens.frontends.plotting.comparisons import plot_comparison, plot_inference_cost, plot_tasks
 from lcc_lens.frontends.plotting.components import plot_logit_gain, plot_promoted_tokens, plot_spectra
 from lcc_lens.frontends.plotting.head_maps import plot_loss_map, plot_selectors
@@ -117,10 +117,7 @@ def _spectra(run: Path) -> go.Figure:
 def _training(run: Path) -> go.Figure:
     _existing(run / RESTORATION_TENSORS, "lcc-lens restore")
     log = _existing(run / RUN_LOG, "lcc-lens restore")
-    try:
-        steps = [Step(**json.loads(line)) for line in log.read_text(encoding="utf-8").splitlines()]
-    except (ValueError, TypeError) as error:
-        raise RequestError(f"expected steps in {log}, got a damaged line ({error}); restore again") from error
+    steps = read_json_lines(log, Step, "restore again")
     record = Restoration.load(run).record
     caption = f"{record.method}, {record.n_examples} examples of {Path(record.data).name}, seed {record.seed}."
     return plot_training(steps, record.losses.get("dense"), record.losses.get("pruned"), caption)
@@ -145,21 +142,33 @@ def _along(along: Along) -> Callable[[Path], go.Figure]:
 
     def draw(run: Path) -> go.Figure:
         files = sorted([*run.glob(COMPARISON), *run.glob(f"*/{COMPARISON}")])
-        comparisons = [read_json(file) for file in files] or [_comparison(run)]
-        n = len(comparisons)
+        files = files or [_existing(run / COMPARISON, "lcc-lens compare")]
+        n = len(files)
         caption = f"{n} comparison{'s' * (n > 1)}; intervals: blocks of text drawn anew."
-        return plot_recovery(recovery_points(comparisons, along), along, caption)
+        with reading(run):
+            return plot_recovery(recovery_points([read_comparison(file) for file in files], along), along, caption)
 
     return draw
 
 
+def _of_comparison(plot: Callable[[dict[str, Any]], go.Figure]) -> Callable[[Path], go.Figure]:
+    """Draws the comparison of a run."""
+    return _of_file(COMPARISON, "lcc-lens compare", lambda file: plot(read_comparison(file)))
+
+
+def _of_file(name: str, command: str, draw: Callable[[Path], go.Figure]) -> Callable[[Path], go.Figure]:
+    """Draws a file of a run; what the command wrote but another program changed is refused in one line."""
+
+    def draw_run(run: Path) -> go.Figure:
+        file = _existing(run / name, command)
+        with reading(file, f"make it again with {command}"):
+            return draw(file)
+
+    return draw_run
+
+
 def _scan(run: Path) -> Scan:
     return Scan.load(_existing(run / SCAN_RECORD, "lcc-lens scan").parent)
-
-
-def _comparison(run: Path) -> dict[str, Any]:
-    comparison: dict[str, Any] = read_json(_existing(run / COMPARISON, "lcc-lens compare"))
-    return comparison
 
 
 def _existing(file: Path, command: str) -> Path:
@@ -175,11 +184,11 @@ _FIGURES: dict[str, Callable[[Path], go.Figure]] = {
     "logit_gain": _gain,
     "promoted_tokens": _tokens,
     "training": _training,
-    "comparison": lambda run: plot_comparison(_comparison(run)),
-    "tasks": lambda run: plot_tasks(_comparison(run)),
+    "comparison": _of_comparison(plot_comparison),
+    "tasks": _of_comparison(plot_tasks),
     "recovery_by_heads": _along("heads"),
     "recovery_by_examples": _along("examples"),
     "recovery_by_learning_rate": _along("learning rate"),
-    "inference_cost": lambda run: plot_inference_cost(_comparison(run)),
-    "report": lambda run: plot_report(read_json(_existing(run / REPORT, f"lcc-lens report --out {run / REPORT}"))),
+    "inference_cost": _of_comparison(plot_inference_cost),
+    "report": _of_file(REPORT, f"lcc-lens report --out RUN/{REPORT}", lambda file: plot_report(read_json(file))),
 }

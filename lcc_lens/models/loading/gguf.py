@@ -6,8 +6,8 @@ import contextlib
 import functools
 import importlib.util
 import io
-import json
 import logging
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -62,11 +62,7 @@ def converted(file: Path, target: Path, *, expected_sha256: str) -> Path:
     """
     record = target / _RECORD
     if record.exists():
-        kept = read_json(record)
-        if (
-            _matches(target / "model.safetensors", kept["safetensors_sha256"])
-            and kept["gguf_sha256"] == expected_sha256
-        ):
+        if _is_kept(target, expected_sha256):
             return target
         logger.warning("the kept copy in %s is damaged; converting again", target)
     got = sha256_file(file)
@@ -79,8 +75,26 @@ def converted(file: Path, target: Path, *, expected_sha256: str) -> Path:
     with atomic_directory(target, overwrite=True) as part:
         _convert(file, part)
         digest = sha256_file(part / "model.safetensors")
-        write_json(part / _RECORD, {"gguf": file.name, "gguf_sha256": got, "safetensors_sha256": digest})
+        write_json(part / _RECORD, asdict(_Record(file.name, got, digest)))
     return target
+
+
+@dataclass(frozen=True)
+class _Record:
+    """What is kept of a conversion."""
+
+    gguf: str
+    gguf_sha256: str
+    safetensors_sha256: str
+
+
+def _is_kept(target: Path, expected_sha256: str) -> bool:
+    """Whether a converted copy is whole and of this file."""
+    try:
+        record = read_json(target / _RECORD, _Record)
+    except RequestError:
+        return False
+    return record.gguf_sha256 == expected_sha256 and _matches(target / "model.safetensors", record.safetensors_sha256)
 
 
 def _matches(file: Path, digest: str) -> bool:
@@ -112,7 +126,7 @@ def _convert(file: Path, target: Path) -> None:
     model.config._name_or_path = file.stem
     model.save_pretrained(target)
     tokenizer.save_pretrained(target)
-    config = json.loads((target / "config.json").read_text())
+    config = read_json(target / "config.json", dict[str, Any])
     config.pop("_model_name_or_path", None)  # the GGUF's free-text title
     write_json(target / "config.json", config)
     for written in target.iterdir():

@@ -15,6 +15,7 @@ from lcc_lens.core.checkpoint import Checkpoint
 from lcc_lens.core.config import DeviceMap, HookKind, default_device, default_device_map, hook_kind
 from lcc_lens.core.errors import LensError, RequestError, first_line
 from lcc_lens.core.showing import Shown
+from lcc_lens.data.batches import limit_tokens
 from lcc_lens.models.architecture.layers import is_transposed
 from lcc_lens.models.hooked.copied_weights import copied_projection_names, remember_copied_projections
 from lcc_lens.models.hooked.hooked_transformer import (
@@ -80,6 +81,10 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
         raise RequestError(
             f"expected a tokenizer in {path}, got none; copy tokenizer.json or its like from the model it belongs to"
         )
+    config = Checkpoint(path).config
+    n_embeddings = config.get("vocab_size") or (config.get("text_config") or {}).get("vocab_size")
+    if isinstance(n_embeddings, int):
+        limit_tokens(tokenizer, n_embeddings)
     return cast("PreTrainedTokenizerBase", tokenizer)
 
 

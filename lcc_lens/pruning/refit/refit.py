@@ -164,7 +164,9 @@ def _refit_layers(
     dense_stream: DenseStream | None = None
     if config.follow > 0 or config.mend > 0:
         dense_stream = DenseStream(LayerStream.of(dense, tokens, config.batch_size, device, dtype))
-    errors: dict[str, float] = read_json(finished.folder / _ERRORS) if finished.n_layers else {}
+    errors: dict[str, float] = (
+        read_json(finished.folder / _ERRORS, dict[str, float], f"delete {finished.folder}") if finished.n_layers else {}
+    )
     for index, matrices in enumerate(track(plans[1], len(plans[1]), "refitting layers")):
         if index < finished.n_layers:
             for matrix in matrices:

@@ -279,7 +279,7 @@ def test_bad_line_is_named(tmp_path: Path, case: str) -> None:
 BAD_FILES = {
     "missing": (None, "got nothing there"),
     "empty": ("", "expected examples"),
-    "broken": ('{"text": "a"}\n{"text": ', "expected JSON on line 2"),
+    "broken": ('{"text": "a"}\n{"text": ', "expected JSON in line 2"),
     "unknown": ('{"colour": "red"}\n', "got colour"),
     "uneven": ('{"text": "a"}\n{"prompt": "b"}\n', "expected the same fields in every line"),
 }
