@@ -9,7 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, cast, get_args
 
-from lcc_lens.core.errors import RequestError
+from lcc_lens.core.errors import RequestError, first_line
 from lcc_lens.core.processes import n_processes, process_device
 
 if TYPE_CHECKING:
@@ -48,9 +48,14 @@ def default_device() -> torch.device:
     named = os.environ.get("LCC_LENS_DEVICE")
     if named:
         try:
-            return torch.device(named)
-        except RuntimeError as error:
-            raise RequestError(f"expected LCC_LENS_DEVICE to be a torch device, got {named!r}") from error
+            device = torch.device(named)
+            torch.zeros(1, device=device).item()
+        except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:  # as torch was built
+            raise RequestError(
+                f"expected LCC_LENS_DEVICE to be a device of this machine, got {named!r} ({first_line(error)}); name "
+                "another, such as cpu"
+            ) from error
+        return device
     if n_processes() > 1:
         return process_device()
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")

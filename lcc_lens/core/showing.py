@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.files import write_json, write_text
+from lcc_lens.core.text import visible
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -36,7 +37,9 @@ class Shown:
     def __repr__(self) -> str:
         rows = self._rows()
         width = max((len(name) for name, _ in rows), default=0)
-        return "\n".join([type(self).__name__, *(f"  {name:<{width}}  {value}".rstrip() for name, value in rows)])
+        return visible(
+            "\n".join([type(self).__name__, *(f"  {name:<{width}}  {value}".rstrip() for name, value in rows)])
+        )
 
     def _repr_html_(self) -> str:
         cells = (

@@ -16,6 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support.damage import damaged
 from support.places import ROOT, TESTS
+from support.tiny import build_model, save_model
 
 from lcc_lens.analysis.lens.gain import LogitGain
 from lcc_lens.analysis.lens.saved import LENS_FILE, load_lens, save_lens
@@ -32,6 +33,8 @@ from lcc_lens.frontends.explorer.results import results_table
 from lcc_lens.frontends.explorer.run_contents import RunContents
 from lcc_lens.frontends.explorer.token_tables import TokenTables
 from lcc_lens.frontends.plotting.run_figures import run_figures
+from lcc_lens.models.loading.hooked import load_tokenizer
+from lcc_lens.models.loading.plain import load_plain
 from lcc_lens.pruning.jobs import recorded_groups
 from lcc_lens.restoration.result import Restoration
 from lcc_lens.restoration.run_folder import Beginning
@@ -64,6 +67,10 @@ def _figure(name: str) -> Callable[[Path], Any]:
     return draw
 
 
+def _model(run: Path) -> Any:
+    return load_plain(run / "model").config.model_type, load_tokenizer(run / "model").get_vocab()
+
+
 def _summary(run: Path) -> Any:
     return summary(read_comparison(run / "comparison.json"))
 
@@ -87,6 +94,8 @@ READERS: dict[str, tuple[Callable[[Path], Any], bool]] = {
     "head_map.json": (read_head_map, False),
     "recipe.json": (lambda run: read_recipe(run / "recipe.json"), False),
 }  # fmt: skip
+MODEL_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json", "model.safetensors")
+READERS |= {f"model/{name}": (_model, False) for name in MODEL_FILES}
 #: Computed anew where they do not hold: a damaged one reads as none.
 CACHES = ("explorer.json", "explorer.safetensors")
 
@@ -109,6 +118,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (run / "results.json").write_text(json.dumps(RESULTS))
     (run / "head_map.json").write_text(json.dumps({"dense_heads": [[0, 2], [1, 3]], "removed_heads": [[], [1]]}))
     shutil.copy(WRITTEN / "pruned" / "pruning.json", run)
+    save_model(build_model(num_hidden_layers=1), run / "model")
     shutil.copy(ROOT / "recipes" / "unstructured50.json", run / "recipe.json")
     return run
 

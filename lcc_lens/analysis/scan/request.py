@@ -8,11 +8,13 @@ from collections.abc import Sequence
 
 import torch
 
+from lcc_lens.analysis.selectors.evidence import ScoreSettings
 from lcc_lens.analysis.selectors.linear_probe import MIN_PAIRS
 from lcc_lens.analysis.selectors.names import ALWAYS_SCORED, CHEAP, NEED_MODELS, NEED_PAIRS
 from lcc_lens.core.errors import RequestError
 from lcc_lens.data.batches import TokenSequence, encode_pair
 from lcc_lens.data.datasets import ONE_CLASS, Data, encode, one_class
+from lcc_lens.models.hooked.activations import Positions, sampled_positions
 from lcc_lens.models.pair import Pair
 
 logger = logging.getLogger(__name__)
@@ -59,6 +61,32 @@ def _no_pairs(data: Data, pair: Pair, length: int, limit: int | None) -> str:
         f"no contrastive pairs of at most {length} tokens in {data.name}{shortest}; "
         "raise --max-length, or name other data with --scan-data"
     )
+
+
+def check_plan(
+    sequences: Sequence[TokenSequence], positions: Positions, settings: ScoreSettings, probed: int | None
+) -> None:
+    """Refuse positions that hardly any sequence has, and probes that the pairs or the heads cannot have.
+
+    Args:
+        sequences: what is scanned; with ``probed``, the right answers of the pairs.
+        probed: the heads' width where the probe is scored.
+    """
+    n = sum(len(sampled_positions(sequence, positions)) for sequence in sequences)
+    if n < 2:
+        longest = max(map(len, sequences))
+        raise RequestError(
+            f"expected at least 2 positions to compare, got {n}; scan more examples, or other positions (the longest "
+            f"example has {longest} tokens)"
+        )
+    if probed is None:
+        return
+    if settings.folds is not None and settings.folds > len(sequences):
+        raise RequestError(
+            f"expected at most {len(sequences)} folds (the number of pairs), got {settings.folds}; scan more examples"
+        )
+    if settings.rank > probed:
+        raise RequestError(f"expected a probe rank of at most d_head = {probed}, got {settings.rank}; lower it")
 
 
 def checked_length(pair: Pair, max_length: int | None) -> int:

@@ -11,7 +11,7 @@ from typing import cast
 
 from lcc_lens.analysis.scan.passes import ScanPlan
 from lcc_lens.analysis.scan.record import ScanRecord
-from lcc_lens.analysis.scan.request import checked_length, pair_sequences, possible_selectors
+from lcc_lens.analysis.scan.request import check_plan, checked_length, pair_sequences, possible_selectors
 from lcc_lens.analysis.scan.result import SCAN_RECORD, SCAN_TENSORS, Scan
 from lcc_lens.analysis.scan.shards import ScanWork
 from lcc_lens.analysis.scan.state import ScanState
@@ -96,6 +96,7 @@ def scan(
     tokens = batch_tokens or tokens_per_pass(device_of(pair.dense))
     plan = ScanPlan(tuple(right), wrong, positions, _compared_sites(pair, sites), tokens)
     settings = ScoreSettings(probe_rank, probe_solver, probe_folds, selector_examples, seed, tokens)
+    check_plan(plan.sequences, positions, settings, None if wrong is None or "probe" not in names else pair.d_head)
     return _run(pair, data, plan, spectra, names, settings, length, display, run)
 
 
@@ -138,8 +139,6 @@ def _result(
     """Statistics, lost components and scores from the sums over all shards."""
     pair, plan, sums = work.pair, work.plan, work.whole_sums()
     heads, *others = (sums.pop(site).finish() for site in plan.sites)  # pop frees the large sums one by one
-    if heads.n_samples < 2:
-        raise RequestError(f"expected at least 2 positions to compare, got {heads.n_samples}; scan more examples")
     components = heads.components()
     _warn(heads.n_samples, components.d_head, heads.is_silent.nonzero().tolist())
     layers, probe_rank = (None, None) if plan.wrong is None else (work.layers, settings.rank)

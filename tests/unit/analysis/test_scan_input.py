@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from inspect import unwrap
 from pathlib import Path
 from typing import Any
@@ -189,3 +190,17 @@ def test_heads_are_always_scanned_and_other_sites_as_asked(pair: Pair, data: Dat
         assert all(statistics.singular_values is not None for statistics in some.others.values())
         assert torch.equal(some.mean_difference, scans[0].mean_difference)
     assert found.others["mlp"].singular_values is None  # not unless asked for
+
+
+def test_what_cannot_be_scored_is_refused_before_any_pass(
+    pair: Pair, question_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.modules["lcc_lens.analysis.scan.scan"], "_run", lambda *plan: pytest.fail("it ran"))
+    data = load_data(str(question_file), n=8)
+    for request, message in (
+        ({"positions": (9999,)}, r"at least 2 positions to compare, got 0; .*the longest example has \d+ tokens"),
+        ({"probe_folds": 9}, r"at most 8 folds \(the number of pairs\), got 9"),
+        ({"probe_rank": 7}, "a probe rank of at most d_head = 6, got 7"),
+    ):
+        with pytest.raises(RequestError, match=message):
+            scan(pair, data, **request)

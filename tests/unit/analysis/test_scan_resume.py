@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import tempfile
 import weakref
 from collections.abc import Callable, Iterable, Iterator
@@ -207,8 +208,9 @@ def test_without_a_run_no_temporary_folder_stays(
         with pytest.raises(KeyboardInterrupt):
             interrupted(5, lambda: scan(pair, data, **SETTINGS))
     else:
-        with pytest.raises(RequestError, match="expected at least 2 positions to compare, got 0"):
-            scan(pair, data, **{**SETTINGS, "positions": (500,)})
+        monkeypatch.setattr(sys.modules["lcc_lens.analysis.scan.scan"], "score", lambda names, evidence: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            scan(pair, data, **SETTINGS)
     assert not list(tmp_path.glob("lcc_lens_scan_*"))
 
 

@@ -86,6 +86,32 @@ def test_a_file_holds_every_number(
     assert float((torch.from_numpy(np.array(bias.data)) - before).abs().max()) > 0.1  # the restoration is in it
 
 
+def test_a_converter_has_no_endless_time(
+    exported: Path, clone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (clone / "convert_hf_to_gguf.py").write_text("while True: pass\n")
+    monkeypatch.setattr(gguf_export, "_TIME_LIMIT", 0.05)
+    with pytest.raises(LensError, match=r"to convert .* within 0\.05 seconds, got no end; no GGUF was kept"):
+        export_gguf(exported, tmp_path / "a.gguf", llama_cpp=clone)
+    assert not (tmp_path / "a.gguf").exists()
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "modeling_new.py"])
+def test_a_converter_that_alters_the_export_is_not_believed(
+    exported: Path, clone: Path, tmp_path: Path, name: str
+) -> None:
+    out = shutil.copytree(exported, tmp_path / "out")
+    converter = clone / "convert_hf_to_gguf.py"
+    before = "import os, sys, pathlib\nfile = pathlib.Path(sys.argv[1]) / " + repr(name) + "\n"
+    touch = "state = file.stat() if file.exists() else None\n"
+    alter = "file.write_bytes((file.read_bytes() if state else b'')[:-1] + b'!')\n"
+    hide = "state and os.utime(file, ns=(state.st_atime_ns, state.st_mtime_ns))\n"
+    converter.write_text(before + touch + alter + hide + converter.read_text())
+    with pytest.raises(LensError, match=r"expected .* as it was verified, got files that .* altered"):
+        export_gguf(out, tmp_path / "a.gguf", llama_cpp=clone)
+    assert not (tmp_path / "a.gguf").exists()
+
+
 def add_to(name: str, where: tuple[int, ...], value: float) -> Callable[[Tensors], object]:
     return lambda tensors: tensors[name].__setitem__(where, tensors[name][where] + value)
 
