@@ -28,7 +28,7 @@ from transformers.utils import logging as transformers_logging
 from lcc_lens.analysis.scan.scan import Scan, scan
 from lcc_lens.core.config import compute_dtype, default_device, package_version
 from lcc_lens.core.files import write_json
-from lcc_lens.core.memory import peak_memory, release_memory
+from lcc_lens.core.machine.memory import peak_memory, release_memory
 from lcc_lens.data.batches import Batch, batches
 from lcc_lens.data.datasets import encode, load_data
 from lcc_lens.evaluation.baselines.adapters import adapters

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, cast, get_args
 
 from lcc_lens.core.errors import RequestError, first_line
-from lcc_lens.core.processes import n_processes, process_device
+from lcc_lens.core.machine.processes import n_processes, process_device
 
 if TYPE_CHECKING:
     import torch
@@ -41,7 +41,7 @@ def cache_dir() -> Path:
 def default_device() -> torch.device:
     """The device to compute on: ``LCC_LENS_DEVICE``, else CUDA if there is a GPU, else the CPU.
 
-    With several processes (see :mod:`lcc_lens.core.processes`) each has its own GPU.
+    With several processes (see :mod:`lcc_lens.core.machine.processes`) each has its own GPU.
     """
     import torch
 

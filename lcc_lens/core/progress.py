@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, TypeVar
 
-from lcc_lens.core.processes import is_first_process
+from lcc_lens.core.machine.processes import is_first_process
 
 T = TypeVar("T")
 Tracker = Callable[[Iterable[Any], int, str], Iterator[Any]]

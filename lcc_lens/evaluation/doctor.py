@@ -16,7 +16,7 @@ import torch
 from lcc_lens.core.checkpoint import Checkpoint
 from lcc_lens.core.config import compute_dtype, default_device, package_version
 from lcc_lens.core.errors import LensError
-from lcc_lens.core.memory import release_memory
+from lcc_lens.core.machine.memory import release_memory
 from lcc_lens.core.showing import Shown
 from lcc_lens.models.architecture.anatomy import LayerAnatomy, find_anatomies
 from lcc_lens.models.architecture.bias_slots import find_slots

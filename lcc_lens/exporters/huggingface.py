@@ -13,7 +13,7 @@ from torch import Tensor
 from lcc_lens.core.checkpoint import Checkpoint
 from lcc_lens.core.errors import LensError, RequestError
 from lcc_lens.core.files import atomic_directory, require_space, write_json, write_text
-from lcc_lens.core.memory import release_memory
+from lcc_lens.core.machine.memory import release_memory
 from lcc_lens.core.reading import read_json
 from lcc_lens.core.rewriting import Splits, copy_checkpoint, parse_size, rewrite_weights
 from lcc_lens.core.showing import Shown

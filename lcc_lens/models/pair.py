@@ -14,7 +14,7 @@ from torch import Tensor
 from lcc_lens.core.config import DeviceMap, HookKind
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.heads import HEAD_MAP, HeadMap, read_head_map
-from lcc_lens.core.memory import release_memory
+from lcc_lens.core.machine.memory import release_memory
 from lcc_lens.core.showing import Shown
 from lcc_lens.models.hooked.activations import Site, site_widths
 from lcc_lens.models.hooked.hooked_transformer import is_hooked_transformer

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from lcc_lens.analysis.selectors.registry import check_selectors
-from lcc_lens.core.processes import first_process_first
+from lcc_lens.core.machine.processes import first_process_first
 from lcc_lens.data.datasets import Data
 from lcc_lens.models.pair import Pair, load_pair
 from lcc_lens.restoration.checks import check_restores

@@ -11,8 +11,8 @@ from lcc_lens.analysis.scan.scan import Scan
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.fingerprint import fingerprint
 from lcc_lens.core.heads import Head
+from lcc_lens.core.machine.processes import wait_for_all
 from lcc_lens.core.metrics import learned_warning
-from lcc_lens.core.processes import wait_for_all
 from lcc_lens.core.progress import track
 from lcc_lens.data.datasets import Data
 from lcc_lens.models.hooked.hooks import HookedModel

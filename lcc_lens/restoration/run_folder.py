@@ -12,8 +12,8 @@ from typing import Any
 
 from lcc_lens.core.config import package_version
 from lcc_lens.core.files import disk_errors, write_text
+from lcc_lens.core.machine.processes import is_first_process
 from lcc_lens.core.metrics import share_recovered
-from lcc_lens.core.processes import is_first_process
 from lcc_lens.core.reading import read_json_lines, read_record, write_record
 from lcc_lens.models.pair import Pair
 from lcc_lens.restoration.result import Restoration

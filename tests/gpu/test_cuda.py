@@ -14,7 +14,7 @@ from support.tiny import build_model, save_model
 
 from lcc_lens.analysis.scan.scan import Scan, scan
 from lcc_lens.core.config import compute_dtype, default_device
-from lcc_lens.core.memory import peak_memory
+from lcc_lens.core.machine.memory import peak_memory
 from lcc_lens.data.datasets import load_data
 from lcc_lens.exporters.huggingface import export
 from lcc_lens.models.hooked.offloading import device_of

@@ -148,9 +148,11 @@ def _try(made: Path, name: str, data: st.DataObject) -> None:
     read, is_sealed = READERS[name]
     content = (made / name).read_bytes()
     expected = _outcome(read, made)
-    (made / name).write_bytes(data.draw(damaged(name, content)))
-    result = _outcome(read, made)
-    (made / name).write_bytes(content)
+    try:
+        (made / name).write_bytes(data.draw(damaged(name, content)))
+        result = _outcome(read, made)
+    finally:
+        (made / name).write_bytes(content)
     assert len(result.splitlines()) == 1
     if is_sealed and not result.startswith("refused"):
         assert result == (_digest(None) if name in CACHES and result != expected else expected)

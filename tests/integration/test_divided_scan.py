@@ -18,8 +18,8 @@ from lcc_lens.analysis.scan import passes
 from lcc_lens.analysis.scan import shards as scan_work
 from lcc_lens.analysis.scan.scan import UNFINISHED, Scan, scan
 from lcc_lens.analysis.scan.state import ScanState
-from lcc_lens.core import processes
 from lcc_lens.core.errors import LensError, RequestError
+from lcc_lens.core.machine import processes
 from lcc_lens.data.datasets import Data, load_data
 from lcc_lens.frontends.cli.main import run as run_command
 from lcc_lens.models.hooked.activations import SITES

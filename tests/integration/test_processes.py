@@ -15,9 +15,9 @@ from support import launched
 from support.places import ROOT
 
 from lcc_lens.analysis.scan.scan import Scan, scan
-from lcc_lens.core import processes
 from lcc_lens.core.errors import LensError, RequestError
 from lcc_lens.core.files import read_tensors
+from lcc_lens.core.machine import processes
 from lcc_lens.data.datasets import load_data
 from lcc_lens.models.hooked.offloading import shard_layers
 from lcc_lens.models.pair import Pair

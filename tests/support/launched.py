@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from lcc_lens.analysis.scan.scan import Scan, scan
-from lcc_lens.core.processes import is_first_process, n_processes, process_index
+from lcc_lens.core.machine.processes import is_first_process, n_processes, process_index
 from lcc_lens.core.progress import tracked_by
 from lcc_lens.data.datasets import load_data
 from lcc_lens.models.hooked.offloading import shard_layers

@@ -22,7 +22,7 @@ from lcc_lens.analysis.selectors.registry import check_selectors, score
 from lcc_lens.core.config import tokens_per_pass
 from lcc_lens.core.errors import InterruptedRun, RequestError
 from lcc_lens.core.heads import Head, HeadMap
-from lcc_lens.core.processes import first_process_first, is_first_process, n_processes, wait_for_all
+from lcc_lens.core.machine.processes import first_process_first, is_first_process, n_processes, wait_for_all
 from lcc_lens.core.progress import track
 from lcc_lens.data.datasets import Data
 from lcc_lens.models.architecture.sparsity_patterns import common_pattern

@@ -11,8 +11,8 @@ from lcc_lens.analysis.scan.passes import ScanPlan, dense_pass, pruned_pass, run
 from lcc_lens.analysis.scan.state import ScanState
 from lcc_lens.analysis.selectors.linear_probe import LayerFeatures
 from lcc_lens.analysis.statistics import RunningDifferences
-from lcc_lens.core.memory import trim_heap
-from lcc_lens.core.processes import is_first_process, own_part
+from lcc_lens.core.machine.memory import trim_heap
+from lcc_lens.core.machine.processes import is_first_process, own_part
 from lcc_lens.models.hooked.activations import Site
 from lcc_lens.models.pair import Pair
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from lcc_lens.analysis.scan.scan import Scan
 from lcc_lens.core.files import locked
-from lcc_lens.core.memory import release_memory
+from lcc_lens.core.machine.memory import release_memory
 from lcc_lens.data.datasets import load_data
 from lcc_lens.evaluation.comparison.config import CompareConfig
 from lcc_lens.models.loading.hooked import load_hooked

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from lcc_lens.analysis.scan.scan import Scan
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.heads import Head
-from lcc_lens.core.memory import peak_memory
+from lcc_lens.core.machine.memory import peak_memory
 from lcc_lens.data.batches import TokenSequence
 from lcc_lens.evaluation.comparison.config import MEASURING, CompareConfig
 from lcc_lens.evaluation.comparison.costs import inference_costs, merging_costs, served_as

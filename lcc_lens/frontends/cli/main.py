@@ -15,7 +15,7 @@ import tyro
 
 from lcc_lens.core.config import bound_kernel_cache, package_version, placed
 from lcc_lens.core.errors import LensError, RequestError
-from lcc_lens.core.processes import is_first_process, n_processes
+from lcc_lens.core.machine.processes import is_first_process, n_processes
 from lcc_lens.core.progress import shown
 from lcc_lens.core.showing import require_table_file
 from lcc_lens.core.text import visible

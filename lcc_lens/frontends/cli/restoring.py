@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 import tyro
 
 from lcc_lens.core.errors import RequestError
-from lcc_lens.core.processes import is_first_process
+from lcc_lens.core.machine.processes import is_first_process
 from lcc_lens.data.prompts import RecoveryTask
 from lcc_lens.frontends.cli.options import DenseModel, Maybe, Memory, PrunedModel, RunPath, Switch, Tabled
 from lcc_lens.frontends.cli.show import loss_table, show_losses, show_recovery

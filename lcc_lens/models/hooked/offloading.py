@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lcc_lens.core.config import DeviceMap
 from lcc_lens.core.errors import RequestError
-from lcc_lens.core.processes import n_processes, process_device
+from lcc_lens.core.machine.processes import n_processes, process_device
 from lcc_lens.models.hooked.hooks import HookedModel
 
 

@@ -41,20 +41,20 @@ def load_plain(
             :func:`lcc_lens.models.architecture.whole_weights.require_complete`), or no causal language model.
         LensError: a weight is NaN or infinite.
     """
-    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     device = device or default_device()
     dtype = dtype or compute_dtype(device)
     require_complete(Checkpoint(path))
     places = placement(path, device, device_map or default_device_map())
+    config = read_config(path)
     try:
         with loading_models():
             model: Any = AutoModelForCausalLM.from_pretrained(
-                str(path), config=read_config(path), dtype=dtype, attn_implementation=attention, local_files_only=True,
+                str(path), config=config, dtype=dtype, attn_implementation=attention, local_files_only=True,
                 trust_remote_code=False, use_safetensors=True, **places,
             )  # fmt: skip
-    except (OSError, ValueError, KeyError, SafetensorError, RuntimeError, ImportError) as error:
+    except Exception as error:  # every class fails on damaged files in its own way
         raise RequestError(
             f"expected a causal language model in {path}, got none that loads ({first_line(error)})"
         ) from error

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lcc_lens.core.config import default_device_map
 from lcc_lens.core.errors import LensError, RequestError
-from lcc_lens.core.memory import trim_heap
+from lcc_lens.core.machine.memory import trim_heap
 from lcc_lens.core.progress import loading_models
 from lcc_lens.models.architecture.layers import decoder_layers, read_config
 from lcc_lens.models.architecture.linear_maps import Matrix

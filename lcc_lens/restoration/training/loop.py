@@ -10,8 +10,8 @@ from pathlib import Path
 
 from lcc_lens.core.config import tokens_per_pass
 from lcc_lens.core.errors import InterruptedRun
-from lcc_lens.core.interruption import Interruption
-from lcc_lens.core.processes import is_first_process, n_processes, own_part, summed
+from lcc_lens.core.machine.interruption import Interruption
+from lcc_lens.core.machine.processes import is_first_process, n_processes, own_part, summed
 from lcc_lens.data.batches import TokenSequence, batches
 from lcc_lens.models.hooked.hooks import HookedModel
 from lcc_lens.models.hooked.offloading import device_of

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.files import read_tensors, write_tensors
 from lcc_lens.core.fingerprint import fingerprint
-from lcc_lens.core.processes import is_first_process
+from lcc_lens.core.machine.processes import is_first_process
 from lcc_lens.data.batches import TokenSequence
 from lcc_lens.restoration.injections.base import Injection
 from lcc_lens.restoration.training.config import TrainConfig

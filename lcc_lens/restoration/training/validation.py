@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lcc_lens.core.config import tokens_per_pass
-from lcc_lens.core.processes import own_part, summed
+from lcc_lens.core.machine.processes import own_part, summed
 from lcc_lens.data.batches import Batch, TokenSequence, batches
 from lcc_lens.models.hooked.hooks import HookedModel
 from lcc_lens.models.hooked.offloading import device_of
@@ -46,7 +46,7 @@ def validation_terms(
 ) -> dict[str, float]:
     """Every loss of an objective by its name, not weighted, per counted token, all from the same passes.
 
-    Several processes (see :mod:`lcc_lens.core.processes`) divide the sequences and all get the whole.
+    Several processes (see :mod:`lcc_lens.core.machine.processes`) divide the sequences and all get the whole.
     """
     counts = objective.counts(sequences)
     totals = dict.fromkeys(counts, 0.0)

@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 
-from lcc_lens.core.processes import n_processes, summed
+from lcc_lens.core.machine.processes import n_processes, summed
 
 
 class Interruption:
     """Whether the user pressed Ctrl-C; a second Ctrl-C stops at once.
 
-    With several processes (see :mod:`lcc_lens.core.processes`) each may get the signal more than once, from the
+    With several processes (see :mod:`lcc_lens.core.machine.processes`) each may get the signal more than once, from the
     terminal and from the launcher, and at different steps. There only the first signal counts, and the processes agree
     on the step after which they stop.
     """
