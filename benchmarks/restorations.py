@@ -146,7 +146,9 @@ def fill(asked: Asked, name: str, entries: tuple[str, ...], n_seeds: int, *, fir
     """Compute this process's part of a comparison; so many cells stand before it in the whole study."""
     variant, i, n = VARIANTS[name], *read_part(asked.part)
     tasks: dict[str, Any] = {"tasks": TASKS, "limit": LIMIT} if asked.zero_shot else {}
-    config = CompareConfig(**{"speed_rounds": 15 if asked.latency else 0, **variant.settings, **tasks})
+    config = CompareConfig(
+        **{"selector": "mse", "speed_rounds": 15 if asked.latency else 0, **variant.settings, **tasks}
+    )
     run, out = asked.folder / name, HERE / f"restorations_{name}.json"
     pruned, refitting = prepared(
         asked.folder, name, needs_refit=any(Entry.parse(entry).on_refit for entry in entries)
@@ -194,7 +196,7 @@ def time_best(folder: Path, name: str, n_steps: int = 12) -> None:
     """Seconds of the refit and of training steps of LoRA and of ``best``, with nothing else at work."""
     with locked(folder, f"{name} alone"):
         pruned, refitting = prepared(folder, name, needs_refit=True)
-        runner = Runner(DENSE, pruned, folder / name, CompareConfig(speed_rounds=0))
+        runner = Runner(DENSE, pruned, folder / name, CompareConfig(selector="mse", speed_rounds=0))
         steps = {
             entry: [step.seconds for step in itertools.islice(runner.steps(Entry.parse(entry), seed=0), n_steps)]
             for entry in ("lora", BEST_ENTRY)

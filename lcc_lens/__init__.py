@@ -4,7 +4,7 @@
 
     pair = lcc.load_pair("smollm2", "out/wanda50")
     scan = lcc.scan(pair, lcc.load_data("boolq", n=256, role="probe"))
-    heads = scan.select("probe", share=0.25)
+    heads = scan.select("attribution", share=0.25)
     restoration = lcc.restore(pair, scan, heads, lcc.load_data("alpaca", n=480, role="train"))
     lcc.export(restoration, "out/wanda50", "out/restored")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from difflib import get_close_matches
 from importlib.metadata import EntryPoint, entry_points
 from typing import Generic, TypeVar, cast
@@ -12,6 +12,12 @@ from lcc_lens.core.errors import RequestError
 
 T = TypeVar("T")
 _NAME = re.compile(r"[a-z][a-z0-9_-]*")
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """What to do about an unknown name, as a message says it: the closest known one, if one is close."""
+    near = get_close_matches(name, list(known), n=1)
+    return f"did you mean {near[0]!r}?" if near else "choose one of these"
 
 
 class Registry(Mapping[str, T], Generic[T]):
@@ -59,9 +65,7 @@ class Registry(Mapping[str, T], Generic[T]):
         if name not in self._entries and name in self._entry_points():
             return cast("T", self._entry_points()[name].load())
         if name not in self._entries:
-            near = get_close_matches(name, self, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else "choose one of these"
-            raise RequestError(f"expected a {self.kind} ({', '.join(self)}), got {name!r}; {hint}")
+            raise RequestError(f"expected a {self.kind} ({', '.join(self)}), got {name!r}; {nearest(name, self)}")
         return self._entries[name]
 
     def __contains__(self, name: object) -> bool:

@@ -11,10 +11,11 @@ import torch
 
 from lcc_lens.core.config import package_version
 from lcc_lens.core.errors import RequestError
+from lcc_lens.core.ranges import COUNT, LENGTH
 from lcc_lens.core.showing import Record
+from lcc_lens.data.checks import check_data
 from lcc_lens.data.datasets import Data, encode, load_data
 from lcc_lens.data.registry import DATASETS, named_kind
-from lcc_lens.data.sources import available_splits
 from lcc_lens.data.user_files import is_data_file
 from lcc_lens.evaluation.lm_eval_tasks import HARNESS_FOLDERS, evaluate_task
 from lcc_lens.models.hooked.losses import sequence_loss
@@ -53,6 +54,8 @@ def evaluate(
 ) -> Evaluation:
     """The contents of ``results.json``: the scores of every model on every task, by the model's name."""
     check_tasks(tasks)
+    COUNT.require("limit", limit)
+    LENGTH.require("length", length)
     paths = [resolve(reference) for reference in references]
     models = {
         name: evaluate_model(reference, tasks, limit=limit, length=length)
@@ -128,11 +131,7 @@ def check_tasks(tasks: Sequence[str]) -> None:
                 f"expected a task, got {missing[0]!r}; {hint}choose one of {', '.join(DATASETS)}, a .jsonl or .txt "
                 "file, or one of lm-eval's tasks"
             )
-    for task in tasks:
-        if is_data_file(task) and not Path(task).exists():
-            raise RequestError(f"expected the data file {task}, got nothing there; check the path")
-        if task in DATASETS:
-            available_splits(task)  # refuses a missing source now rather than after hours
+    check_data(task for task in tasks if is_data_file(task) or task in DATASETS)
 
 
 def _is_loss_task(task: str) -> bool:

@@ -10,6 +10,7 @@ from typing import Any, get_args
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.metrics import bootstrap_interval, share_recovered, stratified_interval
 from lcc_lens.core.reading import read_record, write_record
+from lcc_lens.core.registry import nearest
 from lcc_lens.data.batches import TokenSequence
 from lcc_lens.data.datasets import Data, encode, load_data, load_records, split_examples
 from lcc_lens.data.prompts import Record, RecoveryTask
@@ -50,7 +51,9 @@ def load_task_data(task: str, examples: int = TASK_EXAMPLES, *, seed: int = 0) -
         Feng et al., arXiv 2510.21834: task-specific recovery.
     """
     if task not in RECOVERY_TASKS:
-        raise RequestError(f"expected a task to recover ({', '.join(RECOVERY_TASKS)}), got {task!r}; choose one")
+        raise RequestError(
+            f"expected a task to recover ({', '.join(RECOVERY_TASKS)}), got {task!r}; {nearest(task, RECOVERY_TASKS)}"
+        )
     if examples < 2:
         raise RequestError(f"expected at least 2 training examples of {task}, got {examples}; raise the number")
     n_validation = max(8, examples // 10)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lcc_lens.core.checkpoint import Checkpoint
 from lcc_lens.core.errors import LensError, RequestError
-from lcc_lens.core.files import atomic_directory, require_space, write_json, write_text
+from lcc_lens.core.files import atomic_directory, require_free, require_space, write_json, write_text
 from lcc_lens.core.machine.memory import release_memory
 from lcc_lens.core.reading import read_json
 from lcc_lens.core.rewriting import Splits, copy_checkpoint, parse_size, rewrite_weights
@@ -95,6 +95,7 @@ def export(
     checkpoint, out = Checkpoint(resolve(pruned)), Path(out)
     if max_shard_size is not None:
         parse_size(max_shard_size)
+    require_free(out, overwrite=overwrite)
     require_same_weights(restoration, checkpoint)
     loaded = load_hooked(pruned, dtype=torch.float32)
     slots = _joint_slots(restoration, loaded, checkpoint)

@@ -110,7 +110,7 @@ def run_demo(config: DemoConfig, *, stage: Callable[[str], None] | None = None) 
             batch_size=config.batch_size, lr=config.lr, micro_tokens=640, validate_every=15, seed=config.seed
         )
         restoration = restore(
-            pair, scanned, scanned.select("mse", share=1.0), data.training, validation=data.validation,
+            pair, scanned, scanned.select(share=1.0), data.training, validation=data.validation,
             config=settings, max_length=config.max_length, run=run,
         )  # fmt: skip
     read_tokens(pair.pruned, pair.tokenizer, scanned, restoration).save(run)

@@ -16,6 +16,7 @@ from lcc_lens.core.errors import RequestError
 from lcc_lens.core.heads import HEAD_MAP, HeadMap, read_head_map
 from lcc_lens.core.machine.memory import release_memory
 from lcc_lens.core.showing import Shown
+from lcc_lens.models.architecture.zeros import refuse_swapped
 from lcc_lens.models.hooked.activations import Site, site_widths
 from lcc_lens.models.hooked.hooked_transformer import is_hooked_transformer
 from lcc_lens.models.hooked.hooks import HookedModel
@@ -153,11 +154,10 @@ def load_pair(
         hooks: see :func:`lcc_lens.core.config.hook_kind`.
 
     Raises:
-        RequestError: the tokenizers or shapes differ.
+        RequestError: the tokenizers or shapes differ, or the dense model is the one with the zeros.
     """
     dense, pruned = (m if is_hooked_transformer(m) else as_reference(m, tokenizer) for m in (dense, pruned))
-    if isinstance(pruned, str | Path):
-        resolve(pruned)  # a wrong second path should not wait for the first model to load
+    _check_references(dense, pruned)
 
     def load(reference: str | Path | torch.nn.Module) -> LoadedModel:
         return load_hooked(reference, device=device, dtype=dtype, device_map=device_map, hooks=hooks)
@@ -189,6 +189,14 @@ def load_pair(
         dtype=cfg.dtype,
         output_projections=second.output_projections,
     )
+
+
+def _check_references(dense: object, pruned: object) -> None:
+    """Refuse a wrong second path, and models in the wrong order, before the first model is loaded."""
+    if isinstance(pruned, str | Path):
+        path = resolve(pruned)
+        if isinstance(dense, str | Path):
+            refuse_swapped(resolve(dense), path)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from lcc_lens.restoration.injections.spec import MethodSpec
 from lcc_lens.restoration.refitted import REFITTED, refitted_model
 from lcc_lens.restoration.restore import restore
 from lcc_lens.restoration.result import Restoration
-from lcc_lens.restoration.scans import scan_for
+from lcc_lens.restoration.scans import check_scores, scan_for
 from lcc_lens.restoration.settings import HeadRequest, RefitRequest, RestoreSettings, with_preset
 from lcc_lens.restoration.training.config import Step, TrainConfig
 from lcc_lens.restoration.training_data import load_role
@@ -62,6 +62,9 @@ def restore_models(
     check_restores(spec, one_at_a_time=one_at_a_time)
     settings, heads = settings or RestoreSettings(), heads or HeadRequest()
     check_selectors([heads.selector])
+    fraction, selector = heads.needed_by(spec)
+    if spec.needs_scan:
+        check_scores(run, selector, one_at_a_time=one_at_a_time)
     config, source = with_preset(config, spec), pruned
     if spec.preset.on_refit:
         with first_process_first():
@@ -70,10 +73,9 @@ def restore_models(
     if spec.needs_scan:
         scan = scan_for(
             spec, pair, run, lambda: load_role(heads.data, heads.examples, "probe", config.seed),
-            selector=heads.selector, max_length=settings.max_length, limit=heads.examples, seed=config.seed,
+            selector=selector, max_length=settings.max_length, limit=heads.examples, seed=config.seed,
         )  # fmt: skip
-    fraction = heads.fraction if spec.selects_heads else 1.0
-    chosen = [] if scan is None else scan.select(heads.selector, share=fraction, seed=config.seed)
+    chosen = [] if scan is None else scan.select(selector, share=fraction, seed=config.seed)
     restoration = restore(
         pair, scan, chosen, data, method=spec, config=config, validation=validation, run=run, resume=resume,
         on_step=on_step, before_refit=pruned if spec.preset.on_refit else None, **asdict(settings),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from lcc_lens.analysis.scan.request import check_in_memory
 from lcc_lens.analysis.scan.scan import SCAN_RECORD, Scan, scan
 from lcc_lens.core.errors import RequestError
 from lcc_lens.data.datasets import Data
@@ -23,6 +24,23 @@ def check_scan(scan: Scan, pair: Pair) -> None:
                 f"expected the {name} model of the scan (SHA-256 {recorded[:12]}…), got {identity.reference} "
                 f"({identity.sha256[:12]}…); scan this pair first"
             )
+
+
+def check_scores(run: Path, selector: str, *, one_at_a_time: bool) -> None:
+    """Refuse a selector that the scan in a folder, or the scan to come, will not have; before any model is loaded.
+
+    Args:
+        run: the folder.
+        selector: the score that heads are chosen by.
+        one_at_a_time: whether one model is in memory at a time.
+
+    Raises:
+        RequestError: names the scores that there are, or the selectors that serve.
+    """
+    if (run / SCAN_RECORD).exists():
+        Scan.load(run).scores(selector)
+    elif one_at_a_time:
+        check_in_memory([selector])
 
 
 def scan_for(

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from lcc_lens.analysis.selectors.names import DEFAULT_SELECTOR
+from lcc_lens.core.ranges import COUNT, LENGTH, SHARE
 from lcc_lens.data.datasets import Data
 from lcc_lens.pruning.jobs import REFIT_DATA, REFIT_SAMPLES
 from lcc_lens.restoration.injections.constants import Start
@@ -41,6 +43,11 @@ class RestoreSettings:
     """Refuse, before anything is trained, a model whose checkpoint cannot hold the result. Without it the restoration
     works under hooks alone."""
 
+    def __post_init__(self) -> None:
+        for name in ("rank", "mlp_rank", "low_rank", "limit"):
+            COUNT.require(name, getattr(self, name))
+        LENGTH.require("max_length", self.max_length)
+
     def completed(self, spec: MethodSpec) -> RestoreSettings:
         """The settings with the method's own rank where none is set."""
         return replace(self, low_rank=self.low_rank or spec.preset.low_rank or LOW_RANK)
@@ -51,9 +58,18 @@ class HeadRequest:
     """How heads are chosen, and the scan that scores them where the run directory holds none."""
 
     fraction: float = 0.25
-    selector: str = "probe"
+    selector: str = DEFAULT_SELECTOR
     data: str = SCAN_DATA
     examples: int = SCAN_EXAMPLES
+
+    def __post_init__(self) -> None:
+        SHARE.require("the fraction of heads", self.fraction)
+        COUNT.require("scan examples", self.examples)
+
+    def needed_by(self, spec: MethodSpec) -> tuple[float, str]:
+        """The fraction and the selector that a method needs; for all heads any score serves, and ``mse`` is free."""
+        fraction = self.fraction if spec.selects_heads else 1.0
+        return fraction, self.selector if fraction < 1 else "mse"
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import torch
 
 from lcc_lens.analysis.selectors.evidence import ScoreSettings
 from lcc_lens.analysis.selectors.linear_probe import MIN_PAIRS
-from lcc_lens.analysis.selectors.names import ALWAYS_SCORED, CHEAP, NEED_MODELS, NEED_PAIRS
+from lcc_lens.analysis.selectors.names import ALWAYS_SCORED, NEED_MODELS, NEED_PAIRS, SCORED_BY_DEFAULT
 from lcc_lens.core.errors import RequestError
 from lcc_lens.data.batches import TokenSequence, encode_pair
 from lcc_lens.data.datasets import ONE_CLASS, Data, encode, one_class
@@ -103,7 +103,7 @@ def possible_selectors(
     named: Sequence[str] | None, pair: Pair, data: Data, wrong: Sequence[TokenSequence] | None
 ) -> list[str]:
     """The selectors to compute."""
-    names = [name for name in (CHEAP if named is None else named) if name not in ALWAYS_SCORED]
+    names = [name for name in (SCORED_BY_DEFAULT if named is None else named) if name not in ALWAYS_SCORED]
     reason = None
     label = one_class(data)
     if wrong is None:
@@ -118,7 +118,22 @@ def possible_selectors(
         if wrong is not None:
             logger.warning("no probe scores: %s", reason)
         names = [name for name in names if name not in NEED_PAIRS]
-    if pair.one_at_a_time and any(name in NEED_MODELS for name in names):
-        both = ", ".join(name for name in names if name in NEED_MODELS)
-        raise RequestError(f"expected both models in memory for {both}, got one at a time; load both")
+    if pair.one_at_a_time:
+        if named is not None:
+            check_in_memory(named)
+        names = [name for name in names if name not in NEED_MODELS]
     return names
+
+
+def check_in_memory(names: Sequence[str]) -> None:
+    """Refuse selectors that run both models where only one fits into memory.
+
+    Raises:
+        RequestError: names them, and the selectors that serve.
+    """
+    both = ", ".join(name for name in names if name in NEED_MODELS)
+    if both:
+        raise RequestError(
+            f"expected both models in memory for the selector {both}, got one at a time; load both, or choose mse or "
+            "probe"
+        )

@@ -17,7 +17,7 @@ from lcc_lens.analysis.scan.overview import scan_facts
 from lcc_lens.analysis.scan.record import ScanParts, ScanRecord
 from lcc_lens.analysis.scan.token_differences import TokenLoss
 from lcc_lens.analysis.selectors.mse import score_mse
-from lcc_lens.analysis.selectors.names import ALWAYS_SCORED
+from lcc_lens.analysis.selectors.names import ALWAYS_SCORED, DEFAULT_SELECTOR
 from lcc_lens.analysis.selectors.random import score_random
 from lcc_lens.analysis.selectors.registry import check_selectors
 from lcc_lens.analysis.statistics import DifferenceStatistics
@@ -113,7 +113,7 @@ class Scan(Shown):
             return HeadMap.identity(n_layers, n_heads)
         return HeadMap(self.record.dense_heads, self.record.removed_heads)
 
-    def scores(self, selector: str = "probe", *, seed: int | None = None) -> HeadScores:
+    def scores(self, selector: str = DEFAULT_SELECTOR, *, seed: int | None = None) -> HeadScores:
         """Each head's score under a selector with its standard error; heads with high scores are restored first.
 
         Raises:
@@ -137,10 +137,11 @@ class Scan(Shown):
         """The same scan with more selectors' scores."""
         return replace(self, selected_by={**self.selected_by, **{s.selector: s for s in scores}})
 
-    def select(self, selector: str = "probe", *, share: float = 0.25, seed: int | None = None) -> HeadList:
-        """The heads with the highest scores, as many as ``share`` of all heads (rounded up), in model order.
+    def select(self, selector: str = DEFAULT_SELECTOR, *, share: float = 0.25, seed: int | None = None) -> HeadList:
+        """The heads with the highest scores, as many as ``share`` of all heads (rounded up), in the order of the model.
 
-        Heads that pruning removed whole are neither counted nor selected, since their output is not used.
+        The order is that of layers and heads, not of scores: :meth:`ranking` gives the heads best first. Heads that
+        pruning removed whole are neither counted nor selected, since their output is not used.
 
         Args:
             selector: how heads are scored (see :meth:`scores`); ties go to the larger mean squared difference, since
@@ -156,8 +157,8 @@ class Scan(Shown):
         alive = self.ranking(selector, seed=seed)
         return HeadList(sorted(alive[: math.ceil(share * len(alive))]))
 
-    def ranking(self, selector: str = "probe", *, seed: int | None = None) -> HeadList:
-        """All heads that pruning did not remove, highest score first.
+    def ranking(self, selector: str = DEFAULT_SELECTOR, *, seed: int | None = None) -> HeadList:
+        """All heads that pruning did not remove, best first: the highest score leads.
 
         Args:
             selector: see :meth:`select`, for ties too.

@@ -71,7 +71,8 @@ def scan(
             predict the ``response``; or chosen positions (negative ones count from the end).
         sites: compare ``mlp`` (post-activation) and ``resid`` (residual stream) too; heads always.
         spectra: sites with singular values and directions (``mlp-lcc`` needs ``mlp``'s); memory is width squared.
-        selectors: scores to compute (cheap ones if not given); ``mse`` and ``random`` always.
+        selectors: scores to compute; if not given ``attribution`` (with both models in memory), and ``probe`` and
+            ``interaction`` where the data have right and wrong answers; ``mse`` and ``random`` always.
         max_length: tokens per example at most; 512, or the models' context if shorter.
         limit: sequences at most (text is cut into many).
         probe_rank: K of the probes' activation editing.

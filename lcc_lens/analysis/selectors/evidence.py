@@ -11,6 +11,7 @@ from lcc_lens.analysis.selectors.backward import ResponseGradients, response_gra
 from lcc_lens.analysis.selectors.linear_probe import LayerFeatures, Solver
 from lcc_lens.analysis.statistics import DifferenceStatistics
 from lcc_lens.core.errors import RequestError
+from lcc_lens.core.ranges import COUNT, Range
 from lcc_lens.data.batches import TokenSequence
 from lcc_lens.models.pair import Pair
 
@@ -34,6 +35,11 @@ class ScoreSettings:
     examples: int = 32
     seed: int = 0
     batch_tokens: int = 1024
+
+    def __post_init__(self) -> None:
+        for name in ("rank", "examples", "batch_tokens"):
+            COUNT.require(name, getattr(self, name))
+        Range(2).require("folds", self.folds)
 
 
 @dataclass(frozen=True)

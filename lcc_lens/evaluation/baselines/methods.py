@@ -21,7 +21,7 @@ def _adapter(name: str, does: str) -> Method:
     def build(inputs: Ingredients) -> Injection:
         return adapters(inputs.model, kind=kind, rank=inputs.adapter_rank, targets=targets, seed=inputs.seed)
 
-    return Method(build, does, "r (n_in + n_out) per linear layer", compare_only=True)
+    return Method(build, does, "r (n_in + n_out) per linear layer", compare_only=True, package="peft")
 
 
 def _eora(inputs: Ingredients) -> Injection:

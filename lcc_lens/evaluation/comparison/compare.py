@@ -13,6 +13,8 @@ from typing import Any
 from lcc_lens.core.errors import InterruptedRun, LensError, RequestError, first_line
 from lcc_lens.core.files import locked
 from lcc_lens.core.metrics import bootstrap_interval, share_recovered
+from lcc_lens.core.ranges import COUNT
+from lcc_lens.data.checks import check_data
 from lcc_lens.evaluation.comparison.accuracies import mean_rows, task_rows
 from lcc_lens.evaluation.comparison.config import CompareConfig
 from lcc_lens.evaluation.comparison.costs import served_as
@@ -20,6 +22,7 @@ from lcc_lens.evaluation.comparison.entry import Entry
 from lcc_lens.evaluation.comparison.results_file import ComparisonFile
 from lcc_lens.evaluation.comparison.runner import Runner
 from lcc_lens.evaluation.comparison.tables import Comparison
+from lcc_lens.evaluation.evaluate import check_tasks
 
 logger = logging.getLogger(__name__)
 COMPARISON = "comparison.json"
@@ -66,7 +69,7 @@ def compare(
         InterruptedRun: Ctrl-C; finished runs are kept.
     """
     parsed, config, run = [Entry.parse(text) for text in entries], config or CompareConfig(), Path(run)
-    _check(parsed, config, part)
+    check_comparison(parsed, config, part=part, seeds=seeds)
     runner = Runner(dense, pruned, run, config)
     runs = {f"{entry.text} | {seed}": (entry, seed) for seed in range(seeds) for entry in parsed}
     kept = ComparisonFile(Path(out or run / COMPARISON), run, runner.models.hashes, config, [*runs])
@@ -83,17 +86,50 @@ def compare(
             on_cell(name, kept.results["cells"][name])
     kept.refresh()
     is_last = runs.keys() <= kept.results["cells"].keys()  # no other process disturbs the timing
-    if config.speed_rounds and is_last and time.monotonic() <= deadline:
+    if config.speed_rounds and is_last and _is_measured(kept.results) and time.monotonic() <= deadline:
         runner.time(parsed, kept.results)
         kept.keep(own=["inference"])
     return _summarised(kept)
 
 
-def _check(entries: Sequence[Entry], config: CompareConfig, part: tuple[int, int]) -> None:
+def _is_measured(results: Mapping[str, Any]) -> bool:
+    """Whether any run succeeded."""
+    return any("perplexity" in run for run in results["cells"].values())
+
+
+def require_a_measured_run(summary: Sequence[Mapping[str, Any]]) -> None:
+    """Refuse the summary of a comparison in which every run failed.
+
+    Raises:
+        LensError: names the first error.
+    """
+    errors = [f"{row['entry']}: {error}" for row in summary for error in row["errors"]]
+    if errors and not any(row["seeds"] for row in summary):
+        raise LensError(f"expected a run that succeeds, got {len(errors)} that failed; the first: {errors[0]}")
+
+
+def check_comparison(
+    entries: Sequence[Entry], config: CompareConfig, *, part: tuple[int, int] = (0, 1), seeds: int = 1
+) -> None:
+    """Refuse entries, settings, data and packages that cannot serve, before any model is loaded.
+
+    Raises:
+        RequestError: says which, and what to do.
+    """
+    COUNT.require("seeds", seeds)
+    if not entries:
+        raise RequestError("expected something to compare, got no entry; name methods")
     if config.heads >= 1 and any(entry.control == "random-heads" for entry in entries):
         raise RequestError("expected a share of heads below 1 for random heads, got 1; lower it")
     if not 0 <= part[0] < part[1]:
         raise RequestError(f"expected a part (i, n) with i of 0 to n - 1, got {part}; correct it")
+    for entry in entries:
+        for method in entry.spec.parts if entry.spec else ():
+            method.require_package(entry.text)
+    refits = any(entry.on_refit for entry in entries)
+    check_data([config.data, *config.texts, *(config.refit_data if refits else ())])
+    if config.tasks:
+        check_tasks(config.tasks)
 
 
 def read_part(text: str) -> tuple[int, int]:

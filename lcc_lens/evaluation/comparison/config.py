@@ -4,13 +4,24 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from lcc_lens.analysis.selectors.names import DEFAULT_SELECTOR
 from lcc_lens.analysis.selectors.registry import check_selectors
 from lcc_lens.core.errors import RequestError
+from lcc_lens.core.ranges import COUNT, LENGTH, NATURAL, SHARE
 from lcc_lens.data.registry import require_dataset
 from lcc_lens.pruning.jobs import REFIT_DATA, REFIT_SAMPLES
 
 #: Settings that only say what is measured; two runs that differ in nothing else share their training.
 MEASURING = ("texts", "blocks", "block_length", "tasks", "limit", "speed_rounds")
+
+_COUNTED = (
+    "examples", "validation", "responses", "blocks", "limit", "scan_examples", "batch_size", "epochs", "low_rank",
+    "lora_rank", "refit_samples",
+)  # fmt: skip
+_RANGES = {
+    **dict.fromkeys(_COUNTED, COUNT), **dict.fromkeys(("block_length", "max_length"), LENGTH),
+    **dict.fromkeys(("heads", "lofit_share"), SHARE), "speed_rounds": NATURAL,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -31,7 +42,7 @@ class CompareConfig:
         speed_rounds: timed rounds of inference at the end; 0 for none.
 
     Raises:
-        RequestError: no text, or an unknown data set.
+        RequestError: no text, an unknown data set or selector, or a number out of range.
     """
 
     data: str = "alpaca"
@@ -46,7 +57,7 @@ class CompareConfig:
     max_length: int = 256
     scan_examples: int = 96
     heads: float = 1.0
-    selector: str = "mse"
+    selector: str = DEFAULT_SELECTOR
     batch_size: int = 8
     epochs: int = 1
     low_rank: int = 16
@@ -56,7 +67,14 @@ class CompareConfig:
     refit_samples: int = REFIT_SAMPLES
     speed_rounds: int = 15
 
+    @property
+    def needed_selector(self) -> str:
+        """The selector that scans compute; for all heads any score serves, and ``mse`` is free."""
+        return self.selector if self.heads < 1 else "mse"
+
     def __post_init__(self) -> None:
+        for name, range_ in _RANGES.items():
+            range_.require(name, getattr(self, name))
         check_selectors([self.selector])
         if not self.texts:
             raise RequestError("expected at least one text to measure perplexity on, got none; name one")

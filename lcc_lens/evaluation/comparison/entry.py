@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lcc_lens.core.errors import RequestError
+from lcc_lens.core.registry import nearest
 from lcc_lens.evaluation.baselines.methods import BASELINES
 from lcc_lens.models.hooked.sites import ConstantSite
 from lcc_lens.restoration.injections.methods import Preset
@@ -62,7 +63,9 @@ class Entry:
         is_refit = whole == REFIT or whole.startswith(f"{REFIT}+")
         method = whole.removeprefix(REFIT).removeprefix("+") if is_refit else whole
         if control and control not in CONTROLS:
-            raise RequestError(f"expected a control ({', '.join(CONTROLS)}), got {control!r} in {text!r}")
+            raise RequestError(
+                f"expected a control ({', '.join(CONTROLS)}), got {control!r} in {text!r}; {nearest(control, CONTROLS)}"
+            )
         spec = MethodSpec.parse(method) if method or not is_refit else None
         preset = Preset("", "") if spec is None else spec.preset
         on_refit = is_refit or preset.on_refit

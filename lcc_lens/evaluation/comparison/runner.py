@@ -189,7 +189,7 @@ class Runner:
         """The heads of a run. Where training chooses them, the choice is kept: entries at other rates share it."""
         if job.scan is None:
             return ChosenHeads([], 0.0)
-        selector = "random" if job.entry.control == "random-heads" else self.config.selector
+        selector = "random" if job.entry.control == "random-heads" else self.config.needed_selector
         fraction, search = self.config.heads if job.spec.selects_heads else 1.0, job.spec.preset.choose_heads
         heads = job.scan.select(selector, share=fraction, seed=job.seed) if job.spec.on_heads else []
         if search is None:

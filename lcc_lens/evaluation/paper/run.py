@@ -14,7 +14,8 @@ from lcc_lens.core.files import require_free, write_json, write_text
 from lcc_lens.core.reading import read_json
 from lcc_lens.core.showing import Record
 from lcc_lens.evaluation.comparison.accuracies import mean_accuracy
-from lcc_lens.evaluation.comparison.compare import compare
+from lcc_lens.evaluation.comparison.compare import check_comparison, compare
+from lcc_lens.evaluation.comparison.entry import Entry
 from lcc_lens.evaluation.comparison.tables import result_facts, results_table
 from lcc_lens.evaluation.evaluate import check_tasks
 from lcc_lens.evaluation.paper.recipes import PaperRecipe, dry
@@ -78,6 +79,8 @@ def run_recipe(
     """
     recipe, out = _changed(recipe, model, seeds, examples, limit, dry_run), Path(out)
     check_tasks([*recipe.data, *recipe.compare.texts, *recipe.compare.tasks])
+    for data in recipe.data:
+        check_comparison([Entry.parse(text) for text in recipe.entries], recipe.comparison(data), seeds=recipe.seeds)
     _settle(out, {**asdict(recipe), "dry_run": dry_run is not None})
     pruned = out / "pruned"
     if not pruned.exists():

@@ -7,7 +7,18 @@ from typing import Annotated, ClassVar
 
 import tyro
 
-from lcc_lens.frontends.cli.options import DenseModel, PrunedModel, RunPath, Switch, Tabled
+from lcc_lens.analysis.selectors.names import DEFAULT_SELECTOR
+from lcc_lens.frontends.cli.options import (
+    Count,
+    DenseModel,
+    Length,
+    Natural,
+    PrunedModel,
+    RunPath,
+    Share,
+    Switch,
+    Tabled,
+)
 from lcc_lens.frontends.cli.show import show_comparison
 
 _METHODS = (
@@ -27,11 +38,11 @@ class CompareData:
 
     data: str = "alpaca"
     """Training data."""
-    examples: int = 480
+    examples: Count = 480
     """Training examples."""
-    max_length: int = 256
+    max_length: Length = 256
     """Tokens per example at most."""
-    epochs: int = 1
+    epochs: Count = 1
     """Passes over the training data."""
 
 
@@ -41,15 +52,15 @@ class Measures:
 
     texts: Annotated[tuple[str, ...], tyro.conf.arg(metavar="DATA [DATA ...]")] = ("wikitext", "c4")
     """Texts of another kind, for perplexity; the first is the main figure."""
-    blocks: int = 16
+    blocks: Count = 16
     """Blocks of 512 tokens of each."""
     tasks: Annotated[tuple[str, ...], tyro.conf.arg(metavar="TASK [TASK ...]")] = ()
     """Zero-shot tasks of lm-eval."""
-    limit: int = 200
+    limit: Count = 200
     """Items of each task at most."""
-    responses: int = 96
+    responses: Count = 96
     """Held-out responses for the KL divergence from the dense model and the response loss."""
-    speed_rounds: int = 15
+    speed_rounds: Natural = 15
     """Rounds in which inference is timed at the end (0: not at all)."""
 
 
@@ -71,19 +82,20 @@ class Compare(Tabled):
     baselines: Switch = False
     """Also every baseline."""
     controls: Annotated[Switch, tyro.conf.arg(help=_CONTROLS)] = False
-    seeds: int = 3
+    seeds: Count = 3
     """How many seeds (the draw of examples, their order, initial values)."""
-    heads: float = 1.0
+    heads: Share = 1.0
     """Fraction of heads to restore."""
-    selector: str = "mse"
-    """Score that heads are chosen by: probe, interaction, attribution, patching, mse, kl, gradient or random."""
+    selector: str = DEFAULT_SELECTOR
+    """Score that heads are chosen by: attribution, patching, probe (the paper's), interaction, mse, kl, gradient or
+    random."""
     part: str = "1/1"
     """i/n: compute every n-th run, starting at the i-th; start the same command with 1/n to n/n in n processes."""
     data: CompareData = CompareData()
     measures: Measures = Measures()
 
     def execute(self) -> None:
-        from lcc_lens.evaluation.comparison.compare import COMPARISON, compare, read_part
+        from lcc_lens.evaluation.comparison.compare import COMPARISON, compare, read_part, require_a_measured_run
         from lcc_lens.evaluation.comparison.config import CompareConfig
         from lcc_lens.evaluation.comparison.entry import all_entries
 
@@ -99,3 +111,4 @@ class Compare(Tabled):
         )  # fmt: skip
         show_comparison(results["bare"], results["summary"], self.run / COMPARISON)
         self.write(results.table)
+        require_a_measured_run(results["summary"])

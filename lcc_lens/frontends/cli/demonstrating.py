@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from lcc_lens.frontends.cli.options import Tabled
+from lcc_lens.frontends.cli.options import Natural, Tabled
 from lcc_lens.frontends.cli.show import console, show_results, show_table
 
 
@@ -18,7 +18,7 @@ class Demo(Tabled):
 
     folder: Path = Path("runs/demo")
     """Where everything is written."""
-    seed: int = 0
+    seed: Natural = 0
     """Seed of the draw of data."""
 
     def execute(self) -> None:

@@ -26,7 +26,7 @@ from lcc_lens.frontends.cli.exploring import Explore
 from lcc_lens.frontends.cli.exporting import Export
 from lcc_lens.frontends.cli.figures import Figures
 from lcc_lens.frontends.cli.measuring import Eval, Report
-from lcc_lens.frontends.cli.options import device_map_of
+from lcc_lens.frontends.cli.options import check_numbers, device_map_of
 from lcc_lens.frontends.cli.pruning import Prune, Refit
 from lcc_lens.frontends.cli.recipes import Recipe
 from lcc_lens.frontends.cli.restoring import Restore
@@ -61,6 +61,7 @@ def run(arguments: list[str] | None = None) -> int:
     _set_up_logging(quiet)
     bound_kernel_cache()
     try:
+        check_numbers(command)
         _refuse_several(command)
         if getattr(command, "table", None) is not None:
             require_table_file(command.table)

@@ -11,7 +11,7 @@ import tyro
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.files import write_json
 from lcc_lens.core.showing import Record, require_table_file, write_table
-from lcc_lens.frontends.cli.options import Common, Maybe
+from lcc_lens.frontends.cli.options import Common, Count, Length, Maybe
 from lcc_lens.frontends.cli.show import show_report, show_results
 
 Models = Annotated[
@@ -30,9 +30,9 @@ class Eval(Common):
     """Model references."""
     tasks: Annotated[tuple[str, ...], tyro.conf.arg(metavar="TASK [TASK ...]")] = ("wikitext", "boolq", "arc_easy")
     """Text (perplexity), instructions (response loss), or lm-eval's tasks (accuracy)."""
-    limit: Maybe[int] = None
+    limit: Maybe[Count] = None
     """Blocks, responses or items per task at most."""
-    length: int = 512
+    length: Length = 512
     """Tokens per block of text."""
     out: Maybe[Path] = None
     """A file to write: results.json, or .csv for the table alone."""
@@ -54,11 +54,11 @@ class Timing:
 
     latency: bool = True
     """Time the models, all of them in memory at once."""
-    repeats: int = 15
+    repeats: Count = 15
     """Timed rounds."""
-    prompt_tokens: int = 256
+    prompt_tokens: Count = 256
     """Tokens of the timed forward pass."""
-    new_tokens: int = 24
+    new_tokens: Count = 24
     """Tokens generated one by one."""
 
 

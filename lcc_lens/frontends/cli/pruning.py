@@ -7,7 +7,21 @@ from typing import Annotated, ClassVar, Literal
 
 import tyro
 
-from lcc_lens.frontends.cli.options import DenseModel, Maybe, Out, Placement, PrunedModel, Switch, Tabled
+from lcc_lens.core.ranges import Range
+from lcc_lens.frontends.cli.options import (
+    Count,
+    DenseModel,
+    Fraction,
+    Length,
+    Maybe,
+    Natural,
+    Out,
+    Placement,
+    Positive,
+    PrunedModel,
+    Switch,
+    Tabled,
+)
 from lcc_lens.frontends.cli.show import show_facts
 from lcc_lens.pruning.methods.registry import PRUNERS
 
@@ -27,9 +41,9 @@ class Calibration:
 
     calibration: str = "c4"
     """A data set's name, or a .jsonl or .txt file."""
-    n_samples: int = 128
+    n_samples: Count = 128
     """Calibration sequences."""
-    seq_len: int = 512
+    seq_len: Length = 512
     """Tokens per calibration sequence."""
 
 
@@ -55,11 +69,11 @@ class Prune(Tabled):
     out: Out
     """The directory to write."""
     method: Annotated[str, tyro.conf.arg(help=_PRUNERS, metavar=f"{{{','.join(PRUNERS)}}}")] = "wanda"
-    sparsity: Maybe[float] = None
+    sparsity: Maybe[Annotated[float, Range(0, 1, above=True, below=True)]] = None
     """Fraction of the weights to remove (0.5 if no pattern is given; 0.2 for slimgpt)."""
     pattern: Maybe[str] = None
     """N:M such as 2:4 instead of a fraction: N of every M weights stay."""
-    seed: int = 0
+    seed: Natural = 0
     """Seed of the draw of calibration data."""
     overwrite: Switch = False
     """Replace an existing directory."""
@@ -84,9 +98,9 @@ class RefitCalibration:
 
     calibration: Annotated[tuple[str, ...], tyro.conf.arg(metavar="DATA [DATA ...]")] = ("alpaca", "c4", "wikitext")
     """Data in equal parts: names, or .jsonl or .txt files."""
-    n_samples: int = 288
+    n_samples: Count = 288
     """Calibration sequences in all."""
-    seq_len: int = 512
+    seq_len: Length = 512
     """Tokens per calibration sequence."""
 
 
@@ -94,11 +108,11 @@ class RefitCalibration:
 class LeastSquares:
     """How the weights are fitted."""
 
-    follow: float = 0.5
+    follow: Fraction = 0.5
     """Interpolates the regression inputs between the pruned model's (0) and the dense model's (1)."""
-    ridge: float = 0.03
+    ridge: Positive = 0.03
     """Strength of the pull towards the dense weights, as a fraction of the inputs' mean square."""
-    mend: float = 0.75
+    mend: Fraction = 0.75
     """Fraction of the residual-stream error that output projections correct."""
 
 
@@ -114,7 +128,7 @@ class Refit(Tabled):
     """The model pruned from it."""
     out: Out
     """The directory to write."""
-    seed: int = 0
+    seed: Natural = 0
     """Seed of the draw of calibration data."""
     overwrite: Switch = False
     """Replace an existing directory. An interrupted refit resumes by itself."""

@@ -8,7 +8,7 @@ from typing import Annotated, ClassVar
 
 import tyro
 
-from lcc_lens.frontends.cli.options import Maybe, Tabled
+from lcc_lens.frontends.cli.options import Count, Maybe, Tabled
 from lcc_lens.frontends.cli.show import console
 
 
@@ -26,16 +26,17 @@ class Recipe(Tabled):
     """Where everything is written (runs/ and the recipe's name, if not given)."""
     model: Maybe[str] = None
     """Another model than the recipe's."""
-    seeds: Maybe[int] = None
+    seeds: Maybe[Count] = None
     """Another number of seeds."""
-    examples: Maybe[int] = None
+    examples: Maybe[Count] = None
     """Another number of training examples."""
-    limit: Maybe[int] = None
+    limit: Maybe[Count] = None
     """Items of each task at most."""
     dry_run: Maybe[str] = None
     """A tiny model to run every step on, with hardly any data; checks that it runs, the results mean nothing."""
 
     def execute(self) -> None:
+        from lcc_lens.evaluation.comparison.compare import require_a_measured_run
         from lcc_lens.evaluation.comparison.tables import failures
         from lcc_lens.evaluation.paper.recipes import read_recipe
         from lcc_lens.evaluation.paper.run import RECIPE_TABLE, run_recipe
@@ -51,3 +52,4 @@ class Recipe(Tabled):
                 console().print(line, soft_wrap=True)
         self.write(results.table)
         console().print(f"table {out / RECIPE_TABLE}", soft_wrap=True)
+        require_a_measured_run([row for comparison in results["comparisons"].values() for row in comparison["rows"]])

@@ -7,10 +7,24 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 import tyro
 
+from lcc_lens.analysis.selectors.names import DEFAULT_SELECTOR
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.machine.processes import is_first_process
 from lcc_lens.data.prompts import RecoveryTask
-from lcc_lens.frontends.cli.options import DenseModel, Maybe, Memory, PrunedModel, RunPath, Switch, Tabled
+from lcc_lens.frontends.cli.options import (
+    Count,
+    DenseModel,
+    Length,
+    Maybe,
+    Memory,
+    Natural,
+    Positive,
+    PrunedModel,
+    RunPath,
+    Share,
+    Switch,
+    Tabled,
+)
 from lcc_lens.frontends.cli.show import loss_table, show_losses, show_recovery
 
 if TYPE_CHECKING:
@@ -47,15 +61,15 @@ class RestoreData:
 
     data: Maybe[str] = None
     """Training data: instructions, questions or text (alpaca if not given)."""
-    examples: Maybe[int] = None
+    examples: Maybe[Count] = None
     """Training examples at most (480 if not given; 200 of a task, no fewer)."""
-    max_length: int = 512
+    max_length: Length = 512
     """Tokens per example at most."""
     scan_data: Maybe[str] = None
     """Data for the scan where RUN holds none (boolq, or the task)."""
-    scan_examples: int = 256
+    scan_examples: Count = 256
     """Examples for that scan."""
-    items: int = 500
+    items: Count = 500
     """With a task: held-out items to measure at most."""
     text: str = "wikitext"
     """With a task: another text, to measure perplexity on."""
@@ -67,30 +81,30 @@ class RestoreData:
 class Training:
     """How it is trained."""
 
-    epochs: Maybe[int] = None
+    epochs: Maybe[Count] = None
     """Passes over the training data (1 if not given; 3 over a task)."""
-    lr: Maybe[float] = None
+    lr: Maybe[Positive] = None
     """Learning rate of the method's first part (its own if not given; best: 5e-3); decays linearly to zero."""
     tune_lr: Switch = False
     """Choose the learning rate by a few steps at each of five first."""
-    batch_size: int = 8
+    batch_size: Count = 8
     """Examples per optimiser step."""
     objective: Annotated[Maybe[str], tyro.conf.arg(help=_OBJECTIVE)] = None
-    temperature: float = 1.0
+    temperature: Positive = 1.0
     """Temperature of distillation."""
-    rank: Maybe[int] = None
+    rank: Maybe[Count] = None
     """Directions per head (all if not given)."""
-    mlp_rank: Maybe[int] = None
+    mlp_rank: Maybe[Count] = None
     """Directions per MLP (those that the scan holds if not given)."""
-    low_rank: Maybe[int] = None
+    low_rank: Maybe[Count] = None
     """Rank of low-rank (8 if not given; best: 16)."""
-    refit_samples: Maybe[int] = None
+    refit_samples: Maybe[Count] = None
     """Calibration sequences of best's refit (288 if not given); fewer take less time and recover less."""
     start: Literal["zero", "mean"] = "zero"
     """Where the magnitudes start: at the pruned model, or at the mean difference."""
-    patience: Maybe[int] = None
+    patience: Maybe[Count] = None
     """Stop after this many validations without improvement."""
-    checkpoint_every: int = 20
+    checkpoint_every: Count = 20
     """Optimiser steps between checkpoints."""
 
 
@@ -98,7 +112,7 @@ class Training:
 class TrainingMemory(Memory):
     """What takes less memory, and more time."""
 
-    micro_tokens: Maybe[int] = None
+    micro_tokens: Maybe[Count] = None
     """Padded tokens of one backward pass; larger batches are split (1024 on a CPU, 4096 on a GPU if not given)."""
     gradient_checkpointing: Switch = False
     """Keep only each layer's input and recompute the rest for gradients: less memory, a third more time."""
@@ -120,13 +134,14 @@ class Restore(Tabled):
     """The run directory: holds the scan, receives the restoration."""
     method: Annotated[str, tyro.conf.arg(help=_METHODS)] = "lcc"
     task: Annotated[Maybe[RecoveryTask], tyro.conf.arg(help=_TASK)] = None
-    heads: float = 0.25
+    heads: Share = 0.25
     """Fraction of all heads to restore."""
-    selector: str = "probe"
-    """Score that heads are chosen by: probe, interaction, attribution, patching, mse, kl, gradient or random."""
+    selector: str = DEFAULT_SELECTOR
+    """Score that heads are chosen by: attribution, patching, probe (the paper's), interaction, mse, kl, gradient or
+    random."""
     hooks_only: Switch = False
     """Restore even where no checkpoint can hold the result (for lcc_lens.load_restored)."""
-    seed: int = 0
+    seed: Natural = 0
     """Seed of the draw and order of the training data."""
     resume: Switch = False
     """Resume from the run's checkpoint."""
@@ -138,6 +153,7 @@ class Restore(Tabled):
 
     def execute(self) -> None:
         from lcc_lens.analysis.selectors.registry import check_selectors
+        from lcc_lens.data.checks import check_data
         from lcc_lens.evaluation.task_recovery import note_task
         from lcc_lens.restoration.checks import check_restores
         from lcc_lens.restoration.injections.spec import MethodSpec
@@ -148,7 +164,8 @@ class Restore(Tabled):
         spec = MethodSpec.parse(self.method)
         check_restores(spec, one_at_a_time=self.memory.one_at_a_time)
         check_selectors([self.selector])
-        measures = self._measures()
+        config, measures = self._config(spec), self._measures()
+        check_data([self._train_data, self._scan_data])
         data, validation = self._examples()
         training = self.training
         settings = RestoreSettings(
@@ -157,10 +174,10 @@ class Restore(Tabled):
             tune_lr=training.tune_lr, exportable=not self.hooks_only,
         )  # fmt: skip
         heads = HeadRequest(
-            self.heads, self.selector, self.task or self.data.scan_data or HeadRequest.data, self.data.scan_examples
+            self.heads, self.selector, self._scan_data, self.data.scan_examples
         )  # fmt: skip
         restoration, pair = restore_models(
-            self.dense, self.pruned, self.run, data, method=self.method, config=self._config(spec),
+            self.dense, self.pruned, self.run, data, method=self.method, config=config,
             validation=validation, settings=settings, heads=heads, one_at_a_time=self.memory.one_at_a_time,
             refitting=self._refitting(), resume=self.resume,
         )  # fmt: skip
@@ -209,16 +226,27 @@ class Restore(Tabled):
             return self.data.examples
         return TRAIN_EXAMPLES if self.task is None else TASK_EXAMPLES
 
+    @property
+    def _train_data(self) -> str:
+        from lcc_lens.restoration.settings import TRAIN_DATA
+
+        return self.task or self.data.data or TRAIN_DATA
+
+    @property
+    def _scan_data(self) -> str:
+        from lcc_lens.restoration.settings import HeadRequest
+
+        return self.task or self.data.scan_data or HeadRequest.data
+
     def _examples(self) -> tuple[Data, Data]:
         """Training and validation data."""
         from lcc_lens.evaluation.task_recovery import load_task_data
-        from lcc_lens.restoration.settings import TRAIN_DATA
         from lcc_lens.restoration.training_data import load_role
 
         n = self._n_examples
         if self.task is not None:
             return load_task_data(self.task, n, seed=self.seed)
-        name = self.data.data or TRAIN_DATA
+        name = self._train_data
         return load_role(name, n, "train", self.seed), load_role(name, max(8, n // 10), "held-out", self.seed)
 
     def _config(self, spec: MethodSpec) -> TrainConfig:

@@ -9,7 +9,19 @@ import tyro
 
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.machine.processes import is_first_process
-from lcc_lens.frontends.cli.options import DenseModel, Maybe, Memory, PrunedModel, RunPath, Switch, Tabled
+from lcc_lens.core.ranges import Range
+from lcc_lens.frontends.cli.options import (
+    Count,
+    DenseModel,
+    Length,
+    Maybe,
+    Memory,
+    Natural,
+    PrunedModel,
+    RunPath,
+    Switch,
+    Tabled,
+)
 from lcc_lens.frontends.cli.show import show_scan
 
 Sites = tuple[Literal["z", "mlp", "resid"], ...]
@@ -18,7 +30,8 @@ _POSITIONS = (
     "response, or at chosen positions (-1 is the last)."
 )
 _SELECTORS = (
-    "Scores to compute; by default probe and interaction. attribution and gradient take one backward pass, kl reads "
+    "Scores to compute; by default attribution, and probe and interaction on data with right and wrong answers. "
+    "attribution and gradient take one backward pass, kl reads "
     "every head's contribution, patching runs the model once per head; mse and random are always computed. Selectors "
     "that an installed package registers work by their names."
 )
@@ -30,9 +43,9 @@ class ScanData:
 
     data: str = "boolq"
     """Data to compare on; data with right and wrong answers also give the probe's scores."""
-    examples: int = 256
+    examples: Count = 256
     """Examples (blocks of text for a corpus)."""
-    max_length: Maybe[int] = None
+    max_length: Maybe[Length] = None
     """Tokens per example at most (512, or the models' context where that is shorter)."""
 
 
@@ -41,13 +54,13 @@ class Scores:
     """How heads are scored."""
 
     selectors: Annotated[Maybe[tuple[str, ...]], tyro.conf.arg(help=_SELECTORS, metavar="NAME [NAME ...]")] = None
-    selector_examples: int = 32
+    selector_examples: Count = 32
     """Examples for attribution, gradient, patching and kl."""
-    probe_rank: int = 1
+    probe_rank: Count = 1
     """Directions in the probes' activation editing."""
     probe_solver: Literal["newton", "published"] = "newton"
     """Fit the linear probe to convergence, or by the published 200 steps."""
-    probe_folds: Maybe[int] = None
+    probe_folds: Maybe[Annotated[int, Range(2)]] = None
     """Cross-validate the linear probe in this many parts (one split of 70/30 if not given)."""
 
 
@@ -63,7 +76,7 @@ class ScanMemory(Memory):
 class ScanPair(Tabled):
     """See what pruning took from every attention head."""
 
-    example: ClassVar[str] = "smollm2 out/wanda50 runs/mine --data boolq --selectors attribution"
+    example: ClassVar[str] = "smollm2 out/wanda50 runs/mine --data boolq"
 
     dense: DenseModel
     """The dense model."""
@@ -77,7 +90,7 @@ class ScanPair(Tabled):
     ] = "all"
     sites: Annotated[Sites, tyro.conf.arg(metavar="SITE [SITE ...]")] = ("z", "mlp", "resid")
     """Compare head outputs (z), the MLP's post-activation (mlp), the residual stream (resid)."""
-    seed: int = 0
+    seed: Natural = 0
     """Seed of the draw of examples and of the probes."""
     overwrite: Switch = False
     """Replace an existing scan. An interrupted scan resumes by itself."""
@@ -88,12 +101,14 @@ class ScanPair(Tabled):
     def execute(self) -> None:
         from lcc_lens.analysis.scan.scan import SCAN_RECORD, scan
         from lcc_lens.analysis.selectors.registry import check_selectors
+        from lcc_lens.data.checks import check_data
         from lcc_lens.models.pair import load_pair
         from lcc_lens.restoration.training_data import load_role
 
         if (self.run / SCAN_RECORD).exists() and not self.overwrite:
             raise RequestError(f"{self.run} holds a scan already; name another run or pass --overwrite")
         check_selectors(self.scores.selectors or ())
+        check_data([self.data.data])
         data = load_role(self.data.data, self.data.examples, "probe", self.seed)
         scores, memory = self.scores, self.memory
         result = scan(

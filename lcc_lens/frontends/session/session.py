@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lcc_lens.analysis.scan.scan import Scan
+from lcc_lens.analysis.selectors.names import DEFAULT_SELECTOR
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.heads import Head, HeadTuple, check_heads
 from lcc_lens.data.datasets import Data
@@ -98,7 +99,7 @@ class RestoreSession(SessionView):
         self._stop = threading.Event()
         self._cache_of = lru_cache(_CACHED_PROMPTS)(_empty_cache)
 
-    def choose(self, heads: Sequence[Head] | str, *, share: float = 0.25) -> HeadTuple:
+    def choose(self, heads: Sequence[Head] | str = DEFAULT_SELECTOR, *, share: float = 0.25) -> HeadTuple:
         """Restore these heads, or the share with the highest scores; heads that stay keep their trained parameters.
 
         Args:

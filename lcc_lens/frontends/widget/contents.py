@@ -9,7 +9,7 @@ from importlib.resources import files
 from typing import Any
 
 from lcc_lens.analysis.scan.scan import Scan
-from lcc_lens.analysis.selectors.names import ALWAYS_SCORED, SELECTORS
+from lcc_lens.analysis.selectors.names import ALWAYS_SCORED, DEFAULT_SELECTOR, SELECTORS
 from lcc_lens.frontends.explorer.views import View, removed_heads, views_of_scan
 from lcc_lens.frontends.session.session import RestoreSession
 from lcc_lens.restoration.injections.spec import MethodSpec
@@ -83,9 +83,9 @@ def _view(view: View) -> dict[str, Any]:
 
 
 def _rankings(scan: Scan, seed: int) -> dict[str, list[str]]:
-    """All heads in the order of every selector that the scan has scores for."""
+    """All heads in the order of every selector that the scan has scores for; the default one comes first."""
     scored = (*scan.selected_by, *ALWAYS_SCORED)
-    offered = [name for name in dict.fromkeys((*SELECTORS, *scored)) if name in scored]
+    offered = [name for name in dict.fromkeys((DEFAULT_SELECTOR, *SELECTORS, *scored)) if name in scored]
     return {name: [str(head) for head in scan.ranking(name, seed=seed)] for name in offered}
 
 

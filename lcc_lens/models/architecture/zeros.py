@@ -17,6 +17,9 @@ from lcc_lens.models.architecture.layers import read_config, skeleton
 from lcc_lens.models.architecture.linear_maps import Matrix, find_matrices
 from lcc_lens.models.architecture.sparsity_patterns import common_pattern, detect_pattern
 
+#: A fraction of zeros that weights may have by chance, rounding included.
+_CHANCE = 0.01
+
 
 @dataclass(frozen=True)
 class MatrixZeros:
@@ -117,6 +120,31 @@ def share_of_zeros(matrices: Sequence[MatrixZeros]) -> float:
 def matrix_zeros(path: Path) -> tuple[MatrixZeros, ...]:
     """Count the zeros of the linear layers inside a checkpoint's decoder layers (see :func:`zero_pattern`)."""
     return _counted([matrix for layer in find_matrices(Checkpoint(path)) for matrix in layer])
+
+
+def refuse_swapped(dense: Path, pruned: Path) -> None:
+    """Refuse a pair in the wrong order: the middle layer of the dense model has more zeros, or fewer weights.
+
+    Raises:
+        RequestError: says which model has the zeros.
+    """
+    try:
+        sizes, shares = zip(*(_middle_layer(Checkpoint(path)) for path in (dense, pruned)), strict=True)
+    except RequestError:  # such as fused experts, whose zeros are not counted
+        return
+    if shares[0] > shares[1] + _CHANCE or sizes[0] < sizes[1]:
+        raise RequestError(
+            f"expected the dense model before the pruned one, got {dense} with {shares[0]:.0%} zeros in "
+            f"{sizes[0]:,} weights of a layer, and {pruned} with {shares[1]:.0%} in {sizes[1]:,}; swap them"
+        )
+
+
+def _middle_layer(checkpoint: Checkpoint) -> tuple[int, float]:
+    """How many weights the middle layer's matrices have, and the fraction of them that is zero."""
+    plan = find_matrices(checkpoint)
+    weights = [matrix.read() for matrix in plan[len(plan) // 2]]
+    size = sum(weight.numel() for weight in weights)
+    return size, sum(int((weight == 0).sum()) for weight in weights) / size
 
 
 def _counted(matrices: Sequence[Matrix]) -> tuple[MatrixZeros, ...]:

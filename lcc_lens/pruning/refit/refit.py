@@ -20,7 +20,7 @@ from lcc_lens.core.progress import track
 from lcc_lens.core.reading import read_json
 from lcc_lens.core.rewriting import copy_checkpoint
 from lcc_lens.models.architecture.linear_maps import Matrix, StoredWeights, find_matrices
-from lcc_lens.models.architecture.zeros import compare_zeros
+from lcc_lens.models.architecture.zeros import compare_zeros, refuse_swapped
 from lcc_lens.pruning.calibration.finished_layers import FinishedLayers
 from lcc_lens.pruning.calibration.stream import LayerStream
 from lcc_lens.pruning.methods.moments import InputMoments, exact_products
@@ -28,11 +28,7 @@ from lcc_lens.pruning.methods.obs import output_error
 from lcc_lens.pruning.methods.pruners import Removed
 from lcc_lens.pruning.refit.dense_stream import DenseStream
 from lcc_lens.pruning.refit.least_squares import NormalEquations, masked_least_squares
-from lcc_lens.pruning.refit.residual_correction import (
-    RefittedProjection,
-    ResidualCorrection,
-    projections_to_correct,
-)
+from lcc_lens.pruning.refit.residual_correction import RefittedProjection, ResidualCorrection, projections_to_correct
 
 REFIT_RECORD = "refit.json"
 #: Errors of the finished layers, while the run is unfinished.
@@ -112,6 +108,7 @@ def refit_checkpoint(
     checkpoints = Checkpoint(dense), Checkpoint(pruned)
     plans = find_matrices(checkpoints[0]), find_matrices(checkpoints[1])
     _check_shapes(*plans)
+    refuse_swapped(dense, pruned)
     require_free(out, overwrite=overwrite)
     require_space(out, 2 * checkpoints[1].n_bytes)
     digests = {"dense_sha256": checkpoints[0].sha256, "pruned_sha256": checkpoints[1].sha256}

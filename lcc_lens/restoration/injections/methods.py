@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -16,13 +17,7 @@ from lcc_lens.restoration.injections.base import Composite, Injection
 from lcc_lens.restoration.injections.constants import FixedConstants, LccInjection, MeanShift, OffsetInjection
 from lcc_lens.restoration.injections.ingredients import Ingredients
 from lcc_lens.restoration.injections.sequential import sequential_means
-from lcc_lens.restoration.injections.weights import (
-    masked_low_rank,
-    masked_weights,
-    mlp_gains,
-    norm_gains,
-    output_gains,
-)
+from lcc_lens.restoration.injections.weights import masked_low_rank, masked_weights, mlp_gains, norm_gains, output_gains
 from lcc_lens.restoration.training.config import TrainConfig
 
 #: What a method reads, beside training data: a scan's statistics, its directions at the MLP, sequences, or nothing.
@@ -46,6 +41,19 @@ class Method:
     """What it reads beside training data."""
     compare_only: bool = False
     """Whether its result cannot be kept as a restoration, so that only comparisons run it."""
+    package: str | None = None
+    """A package that it needs beside this one's own, of the extra ``baselines``."""
+
+    def require_package(self, name: str) -> None:
+        """Refuse a method, called ``name`` in the message, whose package is not installed.
+
+        Raises:
+            RequestError: says how to install it.
+        """
+        if self.package is not None and importlib.util.find_spec(self.package) is None:
+            raise RequestError(
+                f"expected the package {self.package} for {name}, got none; pip install 'lcc-lens[baselines]'"
+            )
 
 
 @dataclass(frozen=True)

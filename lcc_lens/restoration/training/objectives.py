@@ -13,6 +13,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from lcc_lens.core.errors import RequestError
+from lcc_lens.core.registry import nearest
 from lcc_lens.data.batches import Batch, TokenSequence
 from lcc_lens.models.hooked.forward import forward
 from lcc_lens.models.hooked.hooks import HookedModel, logits_at, z_readers
@@ -116,7 +117,10 @@ class Objective:
                 known = False
             if not known or not 0 < weights[name] < math.inf:
                 names = ", ".join(_FIELDS)
-                raise RequestError(f"expected an objective ({names}, joined by +, as in 3*heads), got {text!r}")
+                raise RequestError(
+                    f"expected an objective ({names}, joined by +, as in 3*heads), got {text!r}; "
+                    f"{nearest(name, _FIELDS)}"
+                )
         shares = {name: weights.get(name, 0.0) / sum(weights.values()) for name in _FIELDS}
         return cls(shares["response"], shares["distillation"], temperature, shares["heads"], text=shares["lm"])
 

@@ -15,7 +15,14 @@ from lcc_lens.analysis.scan.scan import Scan, scan
 from lcc_lens.analysis.selectors.attribution_patching import score_attribution_patching
 from lcc_lens.analysis.selectors.backward import response_gradients
 from lcc_lens.analysis.selectors.evidence import Evidence, ScoreSettings
-from lcc_lens.analysis.selectors.names import ALWAYS_SCORED, CHEAP, NEED_MODELS, NEED_PAIRS, SELECTORS
+from lcc_lens.analysis.selectors.names import (
+    ALWAYS_SCORED,
+    DEFAULT_SELECTOR,
+    NEED_MODELS,
+    NEED_PAIRS,
+    SCORED_BY_DEFAULT,
+    SELECTORS,
+)
 from lcc_lens.analysis.selectors.registry import REGISTRY, check_selectors, register_selector, score
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.heads import Head
@@ -95,8 +102,10 @@ def test_one_backward_pass_serves_both_gradient_selectors(
         score(("probe",), evidence)
 
 
-def test_default_selectors_are_the_cheap_ones(pair, data: Data) -> None:
-    assert tuple(scan(pair, data).selected_by) == CHEAP
+def test_a_scan_has_the_scores_that_heads_are_chosen_by(pair, data: Data) -> None:
+    found = scan(pair, data)
+    assert tuple(found.selected_by) == SCORED_BY_DEFAULT
+    assert found.select() == found.select(DEFAULT_SELECTOR)
     assert not scan(pair, data, selectors=()).selected_by
     assert not scan(pair, data, selectors=("mse", "random")).selected_by
 
@@ -134,7 +143,7 @@ def test_names_count_once_and_in_order() -> None:
     assert check_selectors(["mse", "probe", "mse"]) == ("mse", "probe")
     assert tuple(REGISTRY)[: len(SELECTORS)] == SELECTORS
     assert not NEED_MODELS & NEED_PAIRS
-    assert set(CHEAP) <= NEED_PAIRS
+    assert not set(SCORED_BY_DEFAULT) & set(ALWAYS_SCORED)
 
 
 @pytest.fixture

@@ -112,7 +112,7 @@ def test_text_is_scanned_without_probe_scores(pair, text_file: Path) -> None:
     found = scan(pair, load_data(str(text_file)), max_length=64, limit=5)
     assert found.record.n_examples == 5
     assert found.record.n_samples == 5 * 64
-    assert not found.selected_by
+    assert list(found.selected_by) == ["attribution"]
     with pytest.raises(RequestError, match="expected probe scores, got a scan of 5 sequences"):
         found.select("probe")
 
@@ -162,7 +162,7 @@ def test_scan_survives_save_and_load_bit_for_bit(found: Scan, tmp_path: Path) ->
     assert again.record == found.record
     for name, tensor in found._tensors().items():
         assert torch.equal(again._tensors()[name], tensor), name
-    assert again.selected_by.keys() == found.selected_by.keys() == {"probe", "interaction"}
+    assert again.selected_by.keys() == found.selected_by.keys() == {"attribution", "probe", "interaction"}
     assert again.scores("interaction").settings == found.scores("interaction").settings
     assert [token.pieces for token in again.tokens] == [token.pieces for token in found.tokens]
     assert again.others.keys() == {"mlp", "resid"}
@@ -202,6 +202,13 @@ def test_share_outside_zero_to_one_is_refused(found: Scan, share: float) -> None
         found.select("mse", share=share)
 
 
+@pytest.mark.parametrize("selector", ["attribution", "mse"])
+def test_the_ranking_is_best_first_and_the_selection_in_the_order_of_the_model(found: Scan, selector: str) -> None:
+    scores, ranking = found.scores(selector).value, found.ranking(selector)
+    assert [float(scores[head]) for head in ranking] == sorted(scores.flatten().tolist(), reverse=True)
+    assert found.select(selector, share=0.4) == sorted(ranking[:6]) != ranking[:6]
+
+
 def test_table_has_a_row_per_head_in_order(found: Scan) -> None:
     table = found.table()
     assert len(table) == 15
@@ -209,8 +216,8 @@ def test_table_has_a_row_per_head_in_order(found: Scan) -> None:
     assert row.relative_loss == pytest.approx(float(found.relative_loss[2, 4]))
     assert row.mse == pytest.approx(float(found.scores("mse").value[2, 4]))
     names = "layer head dense_head is_removed relative_loss cosine constant_share input_share effective_rank"
-    scored = "first_direction_share probe probe_stderr interaction interaction_stderr mse mse_stderr"
-    assert table.columns.tolist() == [*names.split(), *scored.split()]
+    scored = [f"{name}{end}" for name in ("attribution", "probe", "interaction", "mse") for end in ("", "_stderr")]
+    assert table.columns.tolist() == [*names.split(), "first_direction_share", *scored]
     assert row.dense_head == 4
     assert not table.is_removed.any()
     assert row.constant_share + row.input_share == pytest.approx(1)

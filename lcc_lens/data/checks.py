@@ -1,0 +1,25 @@
+"""Checks of data sets by their names, before anything is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from lcc_lens.core.errors import RequestError
+from lcc_lens.data.registry import DATASETS, require_dataset
+from lcc_lens.data.sources import available_splits
+from lcc_lens.data.user_files import is_data_file
+
+
+def check_data(names: Iterable[str]) -> None:
+    """Refuse unknown data sets, data sets without a source, and files that are not there.
+
+    Raises:
+        RequestError: names the nearest data set, or what is missing.
+    """
+    for name in dict.fromkeys(names):
+        require_dataset(name)
+        if is_data_file(name) and not Path(name).exists():
+            raise RequestError(f"expected the data file {name}, got nothing there; check the path")
+        if name in DATASETS:
+            available_splits(name)  # refuses a missing source now rather than after hours
