@@ -30,13 +30,14 @@ def plot_prompt(seen: PromptComparison, k: int = 8) -> go.Figure:
     n_layers, n_heads = seen.norm.shape[2:]
     figure = make_subplots(
         1, 1 + len(changed), column_widths=[1.3, *[1.0] * len(changed)], horizontal_spacing=0.09,
-        subplot_titles=["next token", *(f"{name}: head outputs" for name in changed)],
+        subplot_titles=["", *(f"{name}: head outputs" for name in changed)],
     )  # fmt: skip
     rows = seen.next_tokens(k).head(k).iloc[::-1]
+    texts = [visible(token) for token in rows["token"]]
     for name in reversed(seen.models):
         figure.add_bar(
-            x=[rounded(100 * value) for value in rows[name]], y=[visible(token) for token in rows["token"]], name=name,
-            orientation="h", marker={"color": COLORS[name]}, hovertemplate="%{y}: %{x:.2f} %", row=1, col=1,
+            x=[rounded(100 * value) for value in rows[name]], y=list(range(len(texts))), customdata=texts, name=name,
+            orientation="h", marker={"color": COLORS[name]}, hovertemplate="%{customdata}: %{x:.2f} %", row=1, col=1,
         )  # fmt: skip
     most = 100 * max(float(seen.change(name).max()) for name in changed)
     for column, name in enumerate(changed, start=2):
@@ -49,11 +50,12 @@ def plot_prompt(seen: PromptComparison, k: int = 8) -> go.Figure:
     styled(
         figure, f"Next tokens and changed heads on “{seen.prompt}”",
         f"{len(seen.pieces)} tokens. Head outputs: |z − z dense| / |z dense|, root mean square over the prompt.",
-        width=PAGE, plot_height=max(220, _ROW * n_layers), above=44, legend=True,
+        width=PAGE, plot_height=max(220, _ROW * n_layers), above=30, legend=True,
     )  # fmt: skip
     figure.update_layout(barmode="group", legend={"traceorder": "reversed"})
     figure.update_annotations(font_size=12, yshift=2)
-    figure.update_xaxes(title="probability (%)", col=1)
+    figure.update_xaxes(title="probability of the next token (%)", col=1)
+    figure.update_yaxes(tickvals=list(range(len(texts))), ticktext=texts, showgrid=False, col=1)  # texts may be equal
     for column in range(2, 2 + len(changed)):
         figure.update_xaxes(title="head", dtick=4 if n_heads > 16 else 1, showgrid=False, col=column)
         figure.update_yaxes(
@@ -86,7 +88,7 @@ def plot_attention(seen: PromptComparison, head: Head | tuple[int, int]) -> go.F
     styled(
         figure, f"Where {head} attends on “{seen.prompt}”",
         "Attention pattern; every row sums to 1. Rows are the attending tokens, columns the attended ones.",
-        width=PAGE, plot_height=250, above=26, below=90,
+        width=PAGE, plot_height=250, above=26, below=64,
     )  # fmt: skip
     figure.update_annotations(font_size=12)
     step = max(1, len(labels) // _MOST_LABELS)

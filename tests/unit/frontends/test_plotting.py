@@ -368,6 +368,7 @@ def test_a_prompt_is_drawn_in_every_model(pair, found: Scan) -> None:
     bars = {trace.name: list(trace.x) for trace in figure.data if trace.type == "bar"}
     assert bars.keys() == {"dense", "pruned", "restored"}
     assert bars["dense"][::-1] == pytest.approx([100 * p for p in seen.next_tokens(4)["dense"][:4]], rel=1e-3)
+    assert len(set(figure.data[0].y)) == 4  # also where two tokens have one text
     maps = {trace.name: trace.z for trace in figure.data if trace.type == "heatmap"}
     assert maps["restored"][2][1] == pytest.approx(100 * float(seen.change("restored")[2, 1]), rel=1e-3)
     attention = plot_attention(seen, (2, 1))
