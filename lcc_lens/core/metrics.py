@@ -59,10 +59,10 @@ def learned_warning(losses: Mapping[str, float]) -> str | None:
     """
     dense, pruned, restored = (losses.get(name, math.nan) for name in ("dense", "pruned", "restored"))
     if dense >= pruned:
-        fact = f"the dense model's held-out loss ({dense:.3f}) is not below the pruned one's ({pruned:.3f})"
+        fact = f"the dense model's loss ({dense:.3f}) is not below the pruned one's ({pruned:.3f})"
         return f"{fact}: pruning lost nothing there, so a gain is the task learned, not restored; name other data"
     if restored < dense:
-        fact = f"the restored model's held-out loss ({restored:.3f}) is below the dense one's ({dense:.3f})"
+        fact = f"the restored model's loss ({restored:.3f}) is below the dense one's ({dense:.3f})"
         return f"{fact}: training also taught the task, which is not restoring; measure on other text"
     return None
 

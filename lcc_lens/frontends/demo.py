@@ -23,6 +23,7 @@ from lcc_lens.evaluation.lm_eval_tasks import evaluate_task
 from lcc_lens.exporters.huggingface import export
 from lcc_lens.exporters.model_card import model_card
 from lcc_lens.frontends.explorer.page import explore
+from lcc_lens.frontends.explorer.texts import read_texts
 from lcc_lens.frontends.explorer.token_tables import read_tokens
 from lcc_lens.models.hooked.losses import sequence_loss
 from lcc_lens.models.loading.hooked import load_tokenizer
@@ -54,6 +55,7 @@ class DemoConfig:
     batch_size: int = 4
     lr: float = 3e-2
     seed: int = 0
+    prompt: str = "The capital of France is"
 
 
 @dataclass(frozen=True, repr=False)
@@ -114,6 +116,7 @@ def run_demo(config: DemoConfig, *, stage: Callable[[str], None] | None = None) 
             config=settings, max_length=config.max_length, run=run,
         )  # fmt: skip
     read_tokens(pair.pruned, pair.tokenizer, scanned, restoration).save(run)
+    read_texts(pair, scanned, restoration, [config.prompt]).save(run)
     del pair  # frees two models for the evaluation
     with timer.step("export", "fold into a plain Hugging Face directory and verify"):
         report = export(restoration, pruned, restored, overwrite=True)

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import csv
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from support.chromium import PHONE, chromium
 from support.made_runs import HOSTILE, write_run
 from support.places import PICTURES
 from support.tiny import N_HEADS, N_LAYERS
 
+from lcc_lens.analysis.lens.prompt import compare_prompt
 from lcc_lens.analysis.scan.scan import Scan
 from lcc_lens.frontends.explorer.page import explore
+from lcc_lens.frontends.explorer.texts import read_texts
+from lcc_lens.restoration.result import Restoration
 
 pytestmark = pytest.mark.browser
+PROMPT = "is 3 plus 2 more"
 
 #: Sums what moves on its own while a page is drawn.
 WATCH_SHIFTS = """
@@ -65,8 +71,10 @@ def visit(browser) -> Iterator:
 
 
 @pytest.fixture(scope="module")
-def file(found: Scan, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return explore(write_run(found, tmp_path_factory.mktemp("explored") / "run"), read_model=False)
+def file(found: Scan, pair, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = write_run(found, tmp_path_factory.mktemp("explored") / "run")
+    read_texts(pair, found, Restoration.load(run), [PROMPT]).save(run)
+    return explore(run, read_model=False)
 
 
 def picture(page, name: str) -> None:
@@ -146,7 +154,7 @@ def test_a_deep_link_opens_its_head_and_back_returns(visit, file: Path) -> None:
     assert page.title().startswith("L0H4")
 
 
-@pytest.mark.parametrize("address", ["#L9H9", "#map", "#%E0%A4%A", "#L1"])
+@pytest.mark.parametrize("address", ["#L9H9", "#map", "#%E0%A4%A", "#L9", "#H1"])
 def test_a_wrong_link_opens_nothing(visit, file: Path, address: str) -> None:
     assert "Choose a head" in panel(visit(file, address))
 
@@ -167,6 +175,10 @@ def test_keys_alone_are_enough(visit, file: Path) -> None:
     assert page.evaluate("document.activeElement.className").startswith("cell")
     page.keyboard.press("?")
     assert page.get_by_role("dialog").is_visible()
+    help_text = page.get_by_role("dialog").inner_text()
+    assert "hook_z" in help_text
+    assert not re.search(r"null|undefined|\[object", help_text)
+    picture(page, "help")
     page.keyboard.press("Escape")
     assert not page.get_by_role("dialog").is_visible()
     page.keyboard.press("v")
@@ -189,24 +201,30 @@ def test_focus_stays_where_the_reader_is(visit, file: Path) -> None:
     assert page.locator(".cell[aria-selected]").count() == 1
 
 
-def test_heads_are_found_by_token(visit, file: Path) -> None:
+def test_heads_are_found_by_token_largest_effect_first(visit, file: Path, found: Scan) -> None:
     page = visit(file)
     page.keyboard.press("/")
     page.keyboard.type("BER")
     results = page.locator("#results li")
     assert results.count() == 1
     assert "L2H1" in results.inner_text()
-    assert "promoted by component 1" in results.inner_text()
+    change = 100 * float(found.relative_loss[2, 1])
+    assert f"promoted by component 1, changed {change:.0f}" in results.inner_text()
     assert page.locator(".cell.found").count() == 1
     page.keyboard.press("Enter")
     opens(page, "L2H1")
     page.keyboard.press("/")
     page.keyboard.type("rome")
     assert "15 heads found" in page.locator("#announcer").inner_text()
+    weight = (
+        found.relative_loss * torch.maximum(found.components.explained_share()[..., 0], found.constant_share).sqrt()
+    )
+    first, second = (f"L{place // N_HEADS}H{place % N_HEADS}" for place in weight.flatten().topk(2).indices.tolist())
+    assert results.locator("b").all_inner_texts()[:2] == [first, second]
     page.keyboard.press("ArrowDown")
     page.keyboard.press("ArrowDown")
     page.keyboard.press("Enter")
-    opens(page, "L0H1")
+    opens(page, second)
     page.keyboard.press("/")
     page.keyboard.type("l1h3")
     page.keyboard.press("Enter")
@@ -291,6 +309,102 @@ def test_a_phone_needs_no_sideways_scrolling(visit, file: Path) -> None:
     assert overflow(page) <= 0
 
 
+def pattern_pixels(page, name: str) -> list[int]:
+    """The alpha of every pixel of a model's attention pattern, row by row."""
+    return page.locator(f"#pattern-{name}").evaluate(
+        "c => [...c.getContext('2d').getImageData(0, 0, c.width, c.height).data].filter((_, i) => i % 4 === 3)"
+    )
+
+
+def test_attention_patterns_are_drawn_in_every_model(visit, file: Path, pair) -> None:
+    page = visit(file, "#L2H1")
+    seen = compare_prompt(pair, PROMPT, restoration=Restoration.load(file.parent))
+    n = len(seen.pieces)
+    for place, name in enumerate(("dense", "pruned", "restored")):
+        drawn = torch.tensor(pattern_pixels(page, name)).reshape(n, n) / 255
+        assert float((drawn - seen.patterns[place, 2, 1] ** 0.6).abs().max()) < 0.05
+    box = page.locator("#pattern-pruned").bounding_box()
+    at = {"x": box["width"] * 2.5 / n, "y": box["height"] * 7.5 / n}
+    page.locator("#pattern-pruned").hover(position=at)
+    pruned = 100 * float(seen.patterns[1, 2, 1, 7, 2])
+    assert re.search(rf"\(7\) → . ?\(2\): .*pruned {pruned:.0f}", panel(page).replace("\n", " "))
+    page.locator("#pattern-pruned").click(position=at)
+    assert "Token 7" in page.locator(".attended").inner_text()
+    assert page.evaluate("document.activeElement.id") == "pattern-pruned"
+    for key in ("ArrowUp", "ArrowUp", "Enter"):
+        page.keyboard.press(key)
+    assert "Token 5" in page.locator(".attended").inner_text()
+    page.locator("#text-choice").select_option("Example 1")
+    assert page.locator("#pattern-dense").get_attribute("width") != str(n)
+    picture(page, "patterns")
+
+
+def test_a_layer_has_a_view(visit, file: Path, found: Scan) -> None:
+    page = visit(file, "#L1")
+    opens(page, "Layer 1")
+    assert page.locator(".many-patterns canvas").count() == 3 * N_HEADS
+    row = page.locator(".ranking li", has_text="L1H3").inner_text().replace("\N{NO-BREAK SPACE}", " ")
+    assert f"{100 * float(found.relative_loss[1, 3]):.0f} %" in row
+    picture(page, "layer")
+    page.keyboard.press("]")
+    opens(page, "Layer 2")
+    page.locator(".ranking a").first.click()
+    opens(page, "L2H0")
+    page.keyboard.press("l")
+    opens(page, "Layer 2")
+    page.get_by_role("button", name="Close this layer").click()
+    assert "Choose a head" in panel(page)
+    page.locator(".axis a", has_text="1").click()
+    opens(page, "Layer 1")
+    page.go_back()
+    page.locator("#panel-title", has_text="Highest").wait_for()
+
+
+def test_a_prompt_says_what_follows_and_what_changed(visit, file: Path, pair) -> None:
+    page = visit(file)
+    seen = compare_prompt(pair, PROMPT, restoration=Restoration.load(file.parent))
+    card = page.locator(".prompts")
+    assert f"{100 * seen.next_tokens(6)['dense'][0]:.1f}" in card.locator("tbody tr").first.inner_text()
+    page.get_by_role("button", name="What changed in each head").click()
+    assert page.locator("#view").input_value() == "text-0-pruned"
+    change = 100 * float(seen.change()[1, 1])
+    assert f"{change:.0f}" in cell(page, "L1H1").get_attribute("aria-label")
+    picture(page, "prompt")
+
+
+def test_numbers_are_downloaded_as_csv(visit, file: Path, found: Scan, pair) -> None:
+    page = visit(file, "#L2H1")
+    with page.expect_download() as saved:
+        page.locator("#csv").click()
+    rows = list(csv.DictReader(saved.value.path().read_text().splitlines()))
+    assert saved.value.suggested_filename == "run_heads.csv"
+    assert len(rows) == N_LAYERS * N_HEADS
+    values = [float(row["Relative change (%)"]) for row in rows]
+    assert values == pytest.approx((100 * found.relative_loss).flatten().tolist(), rel=1e-4)
+    with page.expect_download() as saved:
+        page.locator("#tokens-csv").click()
+    rows = list(csv.DictReader(saved.value.path().read_text().splitlines()))
+    seen = compare_prompt(pair, PROMPT, restoration=Restoration.load(file.parent))
+    norms = seen.norm[1, :, 2, 1]
+    assert [float(row["norm_pruned"]) for row in rows] == pytest.approx(norms.tolist(), abs=float(norms.max()) / 100)
+
+
+@pytest.mark.parametrize(("address", "view"), [("", "changed"), ("#L2H1", "learned"), ("#L2H1", "text-0-restored")])
+def test_what_is_on_screen_is_python(visit, file: Path, address: str, view: str) -> None:
+    page = visit(file, address)
+    page.locator("#view").select_option(view)
+    page.locator("#python").click()
+    code = page.locator("#code-text").inner_text()
+    names: dict = {}
+    exec(code, names)
+    label = cell(page, "L2H1").get_attribute("aria-label")
+    value = names["value"]
+    number = float(value[-1] if view == "learned" else value[2, 1])
+    assert float(re.search(r"(-?[\d.]+)\s%", label)[1]) == pytest.approx(number, rel=0.01, abs=0.5)
+    assert ("figure" in names) == (address != "")
+    picture(page, f"code-{view}")
+
+
 @pytest.mark.parametrize("address", ["", "#L2H1"])
 def test_nothing_moves_by_itself(visit, file: Path, address: str) -> None:
     page = visit(file, address)
@@ -307,18 +421,18 @@ def test_the_map_is_a_table_too(visit, file: Path, found: Scan) -> None:
     order = found.relative_loss.flatten().argsort(descending=True).tolist()
     names = [f"L{place // N_HEADS}H{place % N_HEADS}" for place in order]
     assert page.locator("table.heads tbody th").all_inner_texts() == names
-    page.get_by_role("button", name="Changed (%)").click()
+    page.locator("th button", has_text="Relative change (%)").click()
     assert page.locator("table.heads tbody th").all_inner_texts() == names[::-1]
     assert page.locator('th[aria-sort="ascending"]').count() == 1
-    assert page.evaluate("document.activeElement.innerText") == "Changed (%)"
+    assert page.evaluate("document.activeElement.innerText") == "Relative change (%)"
     page.get_by_role("button", name="Head", exact=True).click()
     in_order = [f"L{layer}H{head}" for layer in range(N_LAYERS) for head in range(N_HEADS)]
     assert page.locator("table.heads tbody th").all_inner_texts() == in_order
     page.get_by_role("button", name="Learned constant (%)").click()
     assert set(page.locator("table.heads tbody th").all_inner_texts()[:2]) == {"L0H4", "L2H1"}
     assert rows.count() == N_LAYERS * N_HEADS
-    page.get_by_role("button", name="Changed (%)").click()
-    page.get_by_role("button", name="Changed (%)").click()
+    page.locator("th button", has_text="Relative change (%)").click()
+    page.locator("th button", has_text="Relative change (%)").click()
     rows.first.get_by_role("link").click()
     opens(page, names[-1])
     picture(page, "table")
@@ -327,7 +441,7 @@ def test_the_map_is_a_table_too(visit, file: Path, found: Scan) -> None:
 def test_every_head_has_a_name_for_screen_readers(visit, file: Path, found: Scan) -> None:
     page = visit(file)
     label = cell(page, "L0H4").get_attribute("aria-label")
-    assert re.match(r"L0H4, Changed [\d.]+\s%, restored$", label)
+    assert re.match(r"L0H4, Relative change [\d.]+\s%, restored$", label)
     assert page.locator('.cell[tabindex="0"]').count() == 1
     unnamed = "nodes => nodes.filter((n) => !(n.innerText || '').trim() && !n.getAttribute('aria-label')).length"
     assert page.locator("button, input, a, svg").evaluate_all(unnamed) == 0
@@ -361,7 +475,7 @@ def test_two_runs_are_compared(visit, found: Scan, file: Path, tmp_path: Path) -
     assert "vs" in page.locator(".numbers").inner_text()
     picture(page, "difference")
     page.get_by_role("button", name="run", exact=True).click()
-    assert re.search(rf"Changed {change:.0f}\s%", cell(page, "L1H1").get_attribute("aria-label"))
+    assert re.search(rf"Relative change {change:.0f}\s%", cell(page, "L1H1").get_attribute("aria-label"))
 
 
 def test_a_run_without_a_scan_still_opens(visit, found: Scan, tmp_path: Path) -> None:

@@ -238,7 +238,7 @@ def prompt_tokens(pair: Pair, prompt: str) -> Int[Tensor, " pos"]:
 
 def next_token_rows(
     probabilities: dict[str, Tensor], tokenizer: PreTrainedTokenizerBase, k: int
-) -> list[dict[str, object]]:
+) -> list[dict[str, str | float]]:
     """The ``k`` likeliest tokens of every model, sorted by the first one: the token's text, and its probabilities.
 
     Raises:

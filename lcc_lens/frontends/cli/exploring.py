@@ -27,8 +27,12 @@ class Explore(Common):
     """The page to write (explorer.html in RUN if not given)."""
     results: Maybe[Path] = None
     """A results.json of lcc-lens eval to show as a table."""
+    prompts: tuple[str, ...] = ()
+    """Texts of your own: their next tokens, and what changed in every head on them."""
+    docs: Maybe[str] = None
+    """Address or folder of the built documentation, which the page then links to."""
     tokens: bool = True
-    """Read the pruned model, once, for the tokens that components promote; they are kept in RUN."""
+    """Load the models, once, for promoted tokens and attention patterns; what they give is kept in RUN."""
 
     def execute(self) -> None:
         from lcc_lens.frontends.explorer.page import explore
@@ -36,5 +40,8 @@ class Explore(Common):
         if len(self.runs) not in (1, 2):
             raise RequestError(f"expected one run, or two to compare, got {len(self.runs)}; name RUN or RUN RUN2")
         other = self.runs[1] if len(self.runs) == 2 else None
-        page = explore(self.runs[0], self.out, other=other, results=self.results, read_model=self.tokens)
+        page = explore(
+            self.runs[0], self.out, other=other, results=self.results, prompts=self.prompts, docs=self.docs,
+            read_model=self.tokens,
+        )  # fmt: skip
         console().print(f"page  {page}", soft_wrap=True)

@@ -17,15 +17,17 @@ from lcc_lens.core.files import write_text
 from lcc_lens.frontends.explorer.page_data import EXAMPLE_BYTES, page_data
 from lcc_lens.frontends.explorer.results import results_table
 from lcc_lens.frontends.explorer.run_contents import RunContents
+from lcc_lens.frontends.explorer.texts import find_texts
 from lcc_lens.frontends.explorer.token_tables import find_tokens
 
 #: Largest page, in bytes.
 MOST_BYTES = 15_000_000
-_STYLES = ("base.css", "charts.css", "layout.css", "map.css", "panel.css", "phone.css")
+_STYLES = ("base.css", "charts.css", "layout.css", "map.css", "panel.css", "texts.css", "phone.css")
 #: In the order in which they run, all in one function.
 _SCRIPTS = (
-    "dom.js", "store.js", "charts.js", "head_map.js", "legend.js", "table.js", "tokens.js", "examples.js", "scores.js",
-    "panel.js", "overview.js", "search.js", "theme.js", "controls.js", "keys.js", "main.js",
+    "dom.js", "store.js", "charts.js", "head_map.js", "legend.js", "table.js", "downloads.js", "tokens.js",
+    "examples.js", "patterns.js", "texts.js", "scores.js", "panel.js", "layer.js", "overview.js", "search.js",
+    "theme.js", "controls.js", "keys.js", "main.js",
 )  # fmt: skip
 
 
@@ -35,26 +37,33 @@ def explore(
     *,
     other: str | Path | None = None,
     results: str | Path | None = None,
+    prompts: Sequence[str] = (),
+    docs: str | None = None,
     read_model: bool = True,
 ) -> Path:
     """Write an HTML page to explore a run by layer and head; it opens in any browser without a network.
 
-    The tokens that components promote are computed with the pruned model on the first call and stored in the run as
-    ``explorer.safetensors`` and ``explorer.json``. If the model cannot be loaded, the page shows everything else and
-    says what is missing.
+    The first call computes what needs the models and stores it in the run: the tokens that components promote
+    (``explorer.safetensors`` and ``.json``), and a few texts in the dense, the pruned and the restored model with their
+    attention patterns (``explorer_texts.safetensors`` and ``.json``). If a model cannot be loaded, the page shows
+    everything else and says what is missing.
 
     Args:
         run: a run folder with a scan, a restoration, or both.
         out: the file to write; ``explorer.html`` in the run if not given.
         other: a second run of the same dense model, to compare head by head.
         results: a ``results.json`` of an evaluation, shown as a table.
-        read_model: whether the pruned model may be loaded.
+        prompts: texts of your own: their next tokens, and what changed in every head on them. Those of the last call if
+            none are given.
+        docs: address or folder of the built documentation, which the page then links to.
+        read_model: whether models may be loaded.
 
     Returns:
         The file written.
 
     Raises:
-        RequestError: a run is missing or damaged, the two runs do not belong together, or the page would be too large.
+        RequestError: a run is missing or damaged, the two runs do not belong together, a prompt cannot be read, or the
+            page would be too large.
 
     Example:
         >>> explore("runs/demo/run")  # doctest: +SKIP
@@ -68,8 +77,8 @@ def explore(
         check_comparable(*runs)
     table = None if results is None else results_table(Path(results))
     budget = EXAMPLE_BYTES // len(runs)
-    data = [page_data(run, *find_tokens(run, read_model=read_model), example_bytes=budget) for run in runs]
-    text = render(data, table)
+    data = [_gathered(one, prompts, read_model, budget) for one in runs]
+    text = render(data, table, Path(docs).resolve().as_uri() if docs and Path(docs).is_dir() else docs)
     size = len(text.encode())
     if size > MOST_BYTES:
         raise RequestError(
@@ -78,6 +87,14 @@ def explore(
         )
     write_text(out, text)
     return out
+
+
+def _gathered(run: RunContents, prompts: Sequence[str], read_model: bool, example_bytes: int) -> dict[str, Any]:
+    """What the page shows of a run; what needs its models is computed if they may be loaded."""
+    tokens, no_tokens = find_tokens(run, read_model=read_model)
+    texts, no_texts = find_texts(run, prompts, read_model=read_model)
+    missing = [note for note in (no_tokens, no_texts) if note]
+    return page_data(run, tokens, missing, texts=texts, example_bytes=example_bytes)
 
 
 def check_comparable(first: RunContents, second: RunContents) -> None:
@@ -101,8 +118,8 @@ def check_comparable(first: RunContents, second: RunContents) -> None:
         )
 
 
-def render(runs: Sequence[dict[str, Any]], results: dict[str, Any] | None = None) -> str:
-    """The page of one or two runs, with the table of an evaluation.
+def render(runs: Sequence[dict[str, Any]], results: dict[str, Any] | None = None, docs: str | None = None) -> str:
+    """The page of one or two runs, with the table of an evaluation and links to a documentation.
 
     The data are a JSON script in which every ``<`` is escaped, and the scripts insert them as text only. The content
     security policy allows these scripts alone and fetches nothing.
@@ -122,7 +139,7 @@ def render(runs: Sequence[dict[str, Any]], results: dict[str, Any] | None = None
         style=style,
         boot=boot,
         script=script,
-        data=script_json({"runs": list(runs), "results": results}),
+        data=script_json({"runs": list(runs), "results": results, "docs": docs}),
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
@@ -15,6 +16,7 @@ from lcc_lens.analysis.scan.scan import Scan
 from lcc_lens.analysis.scan.token_differences import TokenLoss
 from lcc_lens.core.heads import all_heads
 from lcc_lens.frontends.explorer.run_contents import RunContents
+from lcc_lens.frontends.explorer.texts import TextReading, TextReadings
 from lcc_lens.frontends.explorer.token_tables import TokenTables
 from lcc_lens.frontends.explorer.verdict import verdict
 from lcc_lens.frontends.explorer.views import View, removed_heads, views
@@ -31,19 +33,26 @@ _SITES = {"z": "attention heads", "mlp": "MLP", "resid": "residual stream"}
 
 
 def page_data(
-    run: RunContents, tokens: TokenTables | None, missing: str | None, *, example_bytes: int = EXAMPLE_BYTES
+    run: RunContents,
+    tokens: TokenTables | None,
+    missing: str | Sequence[str] | None,
+    *,
+    texts: TextReadings | None = None,
+    example_bytes: int = EXAMPLE_BYTES,
 ) -> dict[str, Any]:
     """Everything the page shows of one run.
 
     Args:
         run: the run.
         tokens: the tokens that its components promote.
-        missing: why there are none.
+        missing: why something is missing.
+        texts: texts in all models, with their attention patterns.
         example_bytes: most bytes for the losses at the tokens of examples.
     """
     scan = run.scan
     examples = [] if scan is None else _examples(scan, example_bytes)
-    notes = [missing] if missing else []
+    notes = [missing] if isinstance(missing, str) else list(missing or ())
+    read = () if texts is None else texts.texts
     if scan is None:
         notes.append("This run holds no scan, so there is no head map; run lcc-lens scan DENSE PRUNED RUN.")
     elif not scan.tokens:
@@ -54,10 +63,12 @@ def page_data(
         "name": run.path.resolve().name,
         "verdict": asdict(verdict(run)),
         "notes": notes,
-        "views": [_view(view) for view in views(run)],
+        "path": str(run.path),
+        "views": [_view(view) for view in views(run, read)],
         "heads": None if scan is None else _heads(scan),
         "layers": None if scan is None else _layers(scan),
         "examples": [_example(example) for example in examples],
+        "texts": [_text(text) for text in read],
         "tokens": None if tokens is None else _tokens(tokens),
         "restored": _restored(run),
         "training": _training(run),
@@ -68,7 +79,8 @@ def page_data(
 def _view(view: View) -> dict[str, Any]:
     return {
         "key": view.key, "title": view.title, "unit": view.unit, "meaning": view.meaning, "value": packed(view.value),
-        "stderr": None if view.stderr is None else packed(view.stderr), "examples": view.n_examples,
+        "stderr": None if view.stderr is None else packed(view.stderr), "examples": view.n_examples, "code": view.code,
+        "prompt": view.prompt,
     }  # fmt: skip
 
 
@@ -117,6 +129,18 @@ def _example(example: TokenLoss) -> dict[str, Any]:
     """Pieces of text, and every head's relative change at each of them in whole percent, at most 255."""
     percent = (100 * example.loss).nan_to_num(posinf=255.0).clamp(0, 255).round()
     return {"pieces": list(example.pieces), "response": example.loss_from, "loss": packed(percent, "uint8")}
+
+
+def _text(text: TextReading) -> dict[str, Any]:
+    """A text: the length of every head's output and its distance from the dense one's, in 255ths of the largest."""
+    most = text.norm.amax((0, 1)).maximum(text.difference.amax((0, 1))).clamp_min(torch.finfo(torch.float32).tiny)
+    sizes = {name: 255 * getattr(text, name) / most for name in ("norm", "difference")}
+    return {
+        "title": text.title, "kind": text.kind, "pieces": list(text.pieces), "models": list(text.models),
+        "next": list(text.next_tokens), "most": packed(most),
+        **{name: packed(value.round(), "uint8") for name, value in sizes.items()},
+        "patterns": None if text.patterns is None else packed(text.patterns, "uint8"),
+    }  # fmt: skip
 
 
 def _tokens(tables: TokenTables) -> dict[str, Any]:

@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lcc_lens.analysis.scan.scan import SCAN_RECORD, Scan
+from lcc_lens.analysis.scan.scan import SCAN_RECORD, SCAN_TENSORS, Scan
 from lcc_lens.core.errors import RequestError
+from lcc_lens.core.files import sha256_file
 from lcc_lens.core.metrics import share_recovered
 from lcc_lens.core.reading import read_json_lines, read_record
 from lcc_lens.restoration.result import RESTORATION_TENSORS, Restoration
@@ -87,6 +88,15 @@ class RunContents:
         if not {"dense", "pruned", "restored"} <= set(self.losses):
             return None
         return share_recovered(*(self.losses[name] for name in ("dense", "pruned", "restored")))
+
+
+def source_hashes(run: Path) -> dict[str, str | None]:
+    """Hashes of the scan and the restoration of a run, which what is computed from them is stored with."""
+    restoration = run / RESTORATION_TENSORS
+    return {
+        "scan_sha256": sha256_file(run / SCAN_TENSORS),
+        "restoration_sha256": sha256_file(restoration) if restoration.exists() else None,
+    }
 
 
 def _check_weights(path: Path, scan: Scan | None, restoration: Restoration | None, metrics: _Metrics | None) -> None:

@@ -6,23 +6,23 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from lcc_lens.analysis.lens.tokens import TokenReader
-from lcc_lens.analysis.scan.scan import SCAN_TENSORS, Scan
+from lcc_lens.analysis.scan.scan import Scan
 from lcc_lens.core.errors import LensError, RequestError
 from lcc_lens.core.files import read_tensors, sha256_file, write_tensors
 from lcc_lens.core.heads import Head
 from lcc_lens.core.progress import track
 from lcc_lens.core.reading import read_record, reading, write_record
-from lcc_lens.frontends.explorer.run_contents import RunContents
+from lcc_lens.frontends.explorer.run_contents import RunContents, source_hashes
 from lcc_lens.models.hooked.hooks import HookedModel
 from lcc_lens.models.loading.hooked import load_hooked
-from lcc_lens.restoration.result import RESTORATION_TENSORS, Restoration
+from lcc_lens.restoration.result import Restoration
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -69,7 +69,7 @@ class TokenTables:
         """
         write_tensors(run / TABLES_TENSORS, {"tokens": self.tokens.int(), "logits": self.logits})
         record = {
-            **_sources(run),
+            **source_hashes(run),
             "tables_sha256": sha256_file(run / TABLES_TENSORS),
             "vectors": list(self.vectors),
             "texts": {str(token): text for token, text in sorted(self.texts.items())},
@@ -82,7 +82,7 @@ class TokenTables:
         try:
             record = read_record(run / TABLES_RECORD, _Record)
             tensors, _ = read_tensors(run / TABLES_TENSORS)
-            expected = {**_sources(run), "tables_sha256": sha256_file(run / TABLES_TENSORS)}
+            expected = {**source_hashes(run), "tables_sha256": sha256_file(run / TABLES_TENSORS)}
             if any(getattr(record, name) != value for name, value in expected.items()):
                 return None
             with reading(run / TABLES_RECORD):
@@ -176,15 +176,6 @@ def _vectors(
             learned[head] = constant
         parts, names = [*parts, learned[..., None, :]], [*names, LEARNED]
     return torch.cat(parts, dim=-2), tuple(names)
-
-
-def _sources(run: Path) -> dict[str, Any]:
-    """Hashes of the files that the tables are computed from."""
-    restoration = run / RESTORATION_TENSORS
-    return {
-        "scan_sha256": sha256_file(run / SCAN_TENSORS),
-        "restoration_sha256": sha256_file(restoration) if restoration.exists() else None,
-    }
 
 
 def _computed(run: RunContents) -> TokenTables:

@@ -42,7 +42,7 @@ def verdict(run: RunContents) -> Verdict:
         sentences.append(_restored(run, run.restoration))
         share = run.share_recovered
         value = "–" if share is None else f"{100 * share:.0f} %"
-        figures.append({"name": "recovered", "value": value, "note": "of the lost log-likelihood, held-out responses"})
+        figures.append({"name": "recovered", "value": value, "note": f"of the lost log-likelihood, {_validation(run)}"})
     else:
         sentences.append("Nothing has been restored in this run yet.")
     return Verdict(_unbroken(_headline(run)), tuple(map(_unbroken, sentences)), tuple(figures))
@@ -59,9 +59,9 @@ def _headline(run: RunContents) -> str:
         return f"Pruning changed half of the heads by at least {100 * _median(run.scan):.0f} %"
     share = run.share_recovered
     if share is None:
-        return "Pruning lost nothing on the held-out data"
+        return "Pruning lost nothing on the validation data"
     if share < 0:
-        return "Restoring made it worse: the held-out loss is above the pruned model's"
+        return "Restoring made it worse: the validation loss is above the pruned model's"
     words = next(words for least, words in _WORDS if share >= least)
     return f"{words}: {100 * share:.0f} % of the lost log-likelihood recovered"
 
@@ -87,7 +87,7 @@ def _scan_figures(scan: Scan) -> list[dict[str, Any]]:
          "note": f"of its output; {n_layers} layers × {n_heads} heads"},
         {"name": "changed most", "value": f"{100 * float(scan.relative_loss[worst]):.0f} %", "note": f"{worst}",
          "head": str(worst)},
-        {"name": "a constant can correct", "value": f"{100 * scan.mendable_share():.0f} %",
+        {"name": "correctable by a constant", "value": f"{100 * scan.mendable_share():.0f} %",
          "note": "of the squared difference of all heads"},
     ]  # fmt: skip
 
@@ -98,15 +98,19 @@ def _restored(run: RunContents, restoration: Restoration) -> str:
     where = f" in {len(restoration.heads)} heads" if restoration.heads else ""
     what = f"{record.method}{parameters}{where}"
     if not {"dense", "pruned", "restored"} <= losses.keys():
-        return f"Restored by {what}; the held-out losses do not say how much was recovered."
+        return f"Restored by {what}; the validation losses do not say how much was recovered."
     warning = learned_warning(losses)
     values = ", ".join(f"{name} {losses[name]:.3f}" for name in ("dense", "pruned", "restored"))
-    count = f" ({run.sequences} sequences)" if run.sequences is not None else ""
     sentence = (
-        f"Restored by {what} on {record.n_examples} examples of {Path(record.data).name}: held-out loss {values} nats "
-        f"per response token{count}."
+        f"Restored by {what} on {record.n_examples} examples of {Path(record.data).name}: loss {values} nats per "
+        f"response token, {_validation(run)}, by which training chose the parameters that it kept."
     )
     return f"{sentence} Read with care: {warning}." if warning else sentence
+
+
+def _validation(run: RunContents) -> str:
+    """The data that the recovered share is measured on."""
+    return "on the validation responses" if run.sequences is None else f"on {run.sequences} validation responses"
 
 
 def _median(scan: Scan) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 from lcc_lens.analysis.scan.scan import Scan
 from lcc_lens.core.heads import all_heads
 from lcc_lens.frontends.explorer.run_contents import RunContents
+from lcc_lens.frontends.explorer.texts import TextReading
 from lcc_lens.restoration.result import Restoration
 
 #: Title, unit, factor from the score to that unit, and meaning of every selector's score.
@@ -25,15 +26,19 @@ _SELECTORS: dict[str, tuple[str, str, float, str]] = {
     "patching": ("Activation patching", "nats", 1.0,
                  "Gain of the pruned model when the dense head's output is patched in."),
     "gradient": ("Gradient", "nats", 1.0, "Gain from one training step of length one on the head's constant."),
-    "kl": ("KL of votes", "nats", 1.0,
-           "KL divergence between the dense and the pruned head's votes, read through the logit lens."),
-    "mse": ("Squared difference", "", 1.0, "Mean squared difference per coordinate of the head's output."),
+    "kl": ("KL, logit lens", "nats", 1.0,
+           "KL divergence between what the dense and the pruned head promote, read through the logit lens."),
+    "mse": ("Mean squared difference", "", 1.0, "Mean squared difference per coordinate of the head's output."),
 }  # fmt: skip
 
 
 @dataclass(frozen=True)
 class View:
-    """One number per head, NaN where a head was removed; ``stderr`` is in the same unit."""
+    """One number per head, NaN where a head was removed; ``stderr`` is in the same unit.
+
+    ``code`` is the expression that computes ``value``, of ``scan`` and, where a run has them, of ``restoration`` and of
+    ``seen``, the comparison of a prompt.
+    """
 
     key: str
     title: str
@@ -42,16 +47,21 @@ class View:
     value: Float[Tensor, "layer head"]
     stderr: Float[Tensor, "layer head"] | None = None
     n_examples: int | None = None
+    code: str = ""
+    prompt: str | None = None
 
 
-def views(run: RunContents) -> list[View]:
-    """All views of a run, the change itself first."""
+def views(run: RunContents, texts: Sequence[TextReading] = ()) -> list[View]:
+    """All views of a run, the change itself first, the changes on prompts last."""
     if run.scan is None:
         return []
     shown = views_of_scan(run.scan)
     if run.restoration is not None and run.restoration.heads:
         learned = _learned(run.scan, run.restoration)
         shown.append(replace(learned, value=present(run.scan, learned.value)))
+    for place, text in enumerate(texts):
+        if text.kind == "prompt":
+            shown += [replace(v, value=present(run.scan, v.value)) for v in _on_prompt(place, text)]
     return shown
 
 
@@ -63,16 +73,19 @@ def views_of_scan(scan: Scan) -> list[View]:
 def _changes(scan: Scan) -> Iterator[View]:
     """Statistics of the difference."""
     first = scan.components.explained_share()[..., 0]
-    yield View("changed", "Changed", "%", "Relative change of the head's output: the root of the squared difference "
-               "over the squared output of the dense head.", 100 * scan.relative_loss)  # fmt: skip
+    yield View("changed", "Relative change", "%", "Relative change of the output z: |dense − pruned| / |dense|, "
+               "root mean square over positions.", 100 * scan.relative_loss,
+               code="100 * scan.relative_loss")  # fmt: skip
     yield View("constant", "Constant share", "%", "Share of the squared difference that is the same for every input: "
-               "the most that a constant can correct.", 100 * scan.constant_share)  # fmt: skip
-    yield View("first", "First direction", "%", "Share of the squared difference along its first direction: high "
-               "where the difference is simple.", 100 * first)  # fmt: skip
+               "the most that a constant, hence a bias, can correct.", 100 * scan.constant_share,
+               code="100 * scan.constant_share")  # fmt: skip
+    yield View("first", "First direction", "%", "Share of the squared difference along its first singular direction: "
+               "high where the difference is close to rank one.", 100 * first,
+               code="100 * scan.components.explained_share()[..., 0]")  # fmt: skip
     yield View("rank", "Effective rank", "directions", "Effective number of directions of the difference.",
-               scan.components.effective_rank)  # fmt: skip
-    yield View("turned", "Cosine distance", "", "Change in the direction of the head's output: one minus the cosine "
-               "between the dense and the pruned output.", 1 - scan.cosine)  # fmt: skip
+               scan.components.effective_rank, code="scan.components.effective_rank")  # fmt: skip
+    yield View("turned", "Cosine distance", "", "One minus the cosine between the dense and the pruned output.",
+               1 - scan.cosine, code="1 - scan.cosine")  # fmt: skip
 
 
 def _scores(scan: Scan) -> Iterator[View]:
@@ -80,7 +93,9 @@ def _scores(scan: Scan) -> Iterator[View]:
     for name, scores in {**scan.selected_by, "mse": scan.scores("mse")}.items():
         title, unit, factor, meaning = _SELECTORS.get(name, (name, "", 1.0, "Score of a selector."))
         value, stderr = factor * scores.value, factor * scores.stderr
-        yield View(f"selector-{name}", title, unit, meaning, value, stderr, scores.n_examples)
+        code = f"scan.scores({name!r}).value"
+        code = code if factor == 1 else f"{factor:g} * {code}"
+        yield View(f"selector-{name}", title, unit, meaning, value, stderr, scores.n_examples, code)
 
 
 def _learned(scan: Scan, restoration: Restoration) -> View:
@@ -89,8 +104,24 @@ def _learned(scan: Scan, restoration: Restoration) -> View:
     for head, constant in zip(restoration.heads, restoration.constants, strict=True):
         size = float(scan.mean_difference[head].norm())
         value[head] = 100 * float(constant.norm()) / size if size > 0 else math.nan
+    means = "torch.stack([scan.mean_difference[head] for head in restoration.heads])"
+    code = f"100 * restoration.constants.norm(dim=-1) / {means}.norm(dim=-1)"
     return View("learned", "Learned constant", "%", "Length of the trained constant, in percent of the length of the "
-                "mean difference; heads without a constant are blank.", value)  # fmt: skip
+                "mean difference; heads without a constant are blank.", value, code=code)  # fmt: skip
+
+
+def _on_prompt(place: int, text: TextReading) -> Iterator[View]:
+    """Relative change of every head on one prompt, in the pruned and in the restored model."""
+    for model in text.models[1:]:
+        yield View(
+            f"text-{place}-{model}", f"On “{_shortened(text.title)}”, {model}", "%",
+            f"Relative change of the head's output on this prompt, |dense − {model}| / |dense|, root mean square over "
+            "its tokens.", 100 * text.change(model), code=f"100 * seen.change({model!r})", prompt=text.title,
+        )  # fmt: skip
+
+
+def _shortened(text: str, most: int = 24) -> str:
+    return text if len(text) <= most else text[: most - 1].rstrip() + "…"
 
 
 def present(scan: Scan, value: Float[Tensor, "layer head"]) -> Float[Tensor, "layer head"]:

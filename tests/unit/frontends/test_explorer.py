@@ -15,6 +15,8 @@ import torch
 from support.made_runs import HEADS, HOSTILE, LOSSES, write_run
 from support.tiny import N_HEADS, N_LAYERS, build_model, save_model
 
+import lcc_lens as lcc
+from lcc_lens.analysis.lens.prompt import compare_prompt
 from lcc_lens.analysis.lens.tokens import promoted_tokens
 from lcc_lens.analysis.scan.scan import Scan
 from lcc_lens.core.errors import RequestError
@@ -23,9 +25,22 @@ from lcc_lens.frontends.explorer.page import _SCRIPTS, _STYLES, explore, render,
 from lcc_lens.frontends.explorer.page_data import EXAMPLE_BYTES, packed, page_data
 from lcc_lens.frontends.explorer.results import results_table
 from lcc_lens.frontends.explorer.run_contents import RunContents
+from lcc_lens.frontends.explorer.texts import (
+    PATTERN_BYTES,
+    TEXTS_TENSORS,
+    TextReading,
+    TextReadings,
+    affordable_tokens,
+    lower_triangles,
+    read_texts,
+)
 from lcc_lens.frontends.explorer.token_tables import TABLES_RECORD, TABLES_TENSORS, TokenTables, read_tokens
 from lcc_lens.frontends.explorer.verdict import verdict
+from lcc_lens.frontends.explorer.views import views
 from lcc_lens.restoration.result import Restoration
+
+PROMPT = "is 3 plus 2 more"
+MODELS = ("dense", "pruned", "restored")
 
 
 @pytest.fixture
@@ -72,6 +87,81 @@ def test_the_page_holds_what_training_found(run: Path) -> None:
     assert shown["training"]["step"] == [1, 2, 3, 4, 5, 6]
 
 
+def test_the_page_holds_texts_in_every_model(run: Path, pair) -> None:
+    (shown,) = data_of(explore(run, prompts=[PROMPT]))["runs"]
+    assert shown["notes"] == []
+    assert [text["title"] for text in shown["texts"]] == [PROMPT, "Example 1", "Example 2"]
+    seen = compare_prompt(pair, PROMPT, restoration=Restoration.load(run))
+    text = shown["texts"][0]
+    assert text["models"] == ["dense", "pruned", "restored"]
+    assert text["next"] == seen.next_tokens(6).to_dict("records")
+    most = unpacked(text["most"])
+    for name in ("norm", "difference"):
+        np.testing.assert_allclose(
+            unpacked(text[name]) * most / 255, getattr(seen, name).numpy(), atol=float(most.max()) / 500
+        )
+    queries, keys = torch.tril_indices(len(seen.pieces), len(seen.pieces))
+    whole = seen.patterns[..., queries, keys].numpy()
+    np.testing.assert_allclose(unpacked(text["patterns"]) / 255, whole, atol=1 / 500)
+    views = {view["key"]: view for view in shown["views"]}
+    changed = 100 * seen.change("restored").numpy()
+    np.testing.assert_allclose(unpacked(views["text-0-restored"]["value"]), changed, rtol=1e-5)
+    example = shown["texts"][1]["pieces"]
+    assert example == shown["examples"][0]["pieces"][: len(example)]
+
+
+def test_texts_are_read_once_and_kept(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    explore(run, prompts=[PROMPT])
+    kept = (run / TEXTS_TENSORS).read_bytes()
+    monkeypatch.setattr("lcc_lens.frontends.explorer.texts.load_pair", None)
+    (shown,) = data_of(explore(run))["runs"]
+    assert shown["texts"][0]["title"] == PROMPT
+    assert (run / TEXTS_TENSORS).read_bytes() == kept
+    (run / "restoration.safetensors").unlink()
+    assert TextReadings.load(run) is None
+
+
+def test_a_prompt_that_cannot_be_read_is_refused(run: Path) -> None:
+    with pytest.raises(RequestError, match="expected a prompt with at least one token"):
+        explore(run, prompts=[""])
+    assert not (run / "explorer.html").exists()
+
+
+def test_every_view_says_how_it_is_computed(run: Path, pair, found: Scan) -> None:
+    texts = read_texts(pair, found, Restoration.load(run), [PROMPT])
+    restoration = Restoration.load(run)
+    names = {"lcc": lcc, "torch": torch, "scan": found, "restoration": restoration}
+    names["seen"] = compare_prompt(pair, PROMPT, restoration=restoration)
+    shown = views(RunContents.read(run), texts.texts)
+    assert {"changed", "learned", "selector-probe", "text-0-pruned"} <= {view.key for view in shown}
+    for view in shown:
+        value = eval(view.code, names)
+        if view.key == "learned":
+            value = torch.full_like(view.value, torch.nan).index_put(
+                tuple(torch.tensor(list(zip(*restoration.heads, strict=True)))), value
+            )
+        torch.testing.assert_close(value.float(), view.value, equal_nan=True)
+
+
+@pytest.mark.parametrize(("heads", "n_tokens"), [(30 * 9, 60), (3 * 5, 64), (80 * 64, 13), (200 * 200, 12)])
+def test_large_models_are_read_on_shorter_texts(heads: int, n_tokens: int) -> None:
+    budget = PATTERN_BYTES / (2 * 2 * heads)  # two texts in two models
+    assert affordable_tokens(budget) == n_tokens
+    assert n_tokens == 12 or n_tokens * (n_tokens + 1) / 2 <= budget
+    assert lower_triangles(torch.tensor([[1.0, 0.0], [0.25, 0.75]])).tolist() == [255, 64, 191]
+
+
+def test_a_page_of_thirty_layers_is_small(run: Path, found: Scan) -> None:
+    """As SmolLM2's: 30 layers of 9 heads, two examples in three models."""
+    n, shape = 49, (30, 9)
+    loud = torch.randint(0, 256, (3, *shape, n * (n + 1) // 2), dtype=torch.uint8)
+    text = TextReading("Example 1", "example", ("a",) * n, MODELS, (), *[torch.rand(3, n, *shape)] * 2, loud)
+    readings = TextReadings((text, text), ())
+    shown = page_data(RunContents.read(run), None, None)
+    larger = page_data(RunContents.read(run), None, None, texts=readings)
+    assert len(render([larger])) - len(render([shown])) < 3_200_000
+
+
 def test_the_verdict_in_words_and_numbers(run: Path, found: Scan) -> None:
     said = verdict(RunContents.read(run))
     assert said.headline == "Mostly restored: 60\N{NO-BREAK SPACE}% of the lost log-likelihood recovered"
@@ -80,7 +170,7 @@ def test_the_verdict_in_words_and_numbers(run: Path, found: Scan) -> None:
     worst = Head(*divmod(int(found.relative_loss.argmax()), N_HEADS))
     assert str(worst) in said.sentences[0]
     constant = found.heads.n_samples * found.mean_difference.square().sum() / found.heads.squared_difference.sum()
-    assert figures["a constant can correct"] == f"{100 * float(constant):.0f} %"
+    assert figures["correctable by a constant"] == f"{100 * float(constant):.0f} %"
     assert all(f"{value:.3f}" in said.sentences[1] for value in LOSSES.values())
 
 

@@ -1,5 +1,8 @@
 // Controls above the map: the view, the run, map or table.
 
+/** Show a view by its key; set once the controls are there. */
+let chooseView = () => {};
+
 function buildControls(box) {
   const select = el("select", {
     id: "view",
@@ -55,7 +58,30 @@ function buildControls(box) {
     el("label", {}, el("span", { class: "quiet" }, "Show"), select),
     runButtons.length ? el("div", { class: "segments", role: "group", "aria-label": "Run" }, runButtons) : null,
     el("div", { class: "segments", role: "group", "aria-label": "Map or table" }, shows),
+    el(
+      "div",
+      { class: "segments", role: "group", "aria-label": "Take away" },
+      el(
+        "button",
+        {
+          type: "button",
+          id: "csv",
+          title: "Download the numbers of every head",
+          on: { click: () => download(`${shownRun().name}_heads.csv`, headsCsv()) },
+        },
+        "CSV",
+      ),
+      el(
+        "button",
+        { type: "button", id: "python", title: "What is on screen as code", on: { click: openCode } },
+        "Python",
+      ),
+    ),
   );
+  chooseView = (key) => {
+    select.value = key;
+    select.dispatchEvent(new Event("change"));
+  };
   const nextView = () => {
     select.selectedIndex = (select.selectedIndex + 1) % select.options.length;
     select.dispatchEvent(new Event("change"));

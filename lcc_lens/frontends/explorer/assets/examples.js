@@ -71,7 +71,7 @@ function exampleSection(run, head, redraw) {
     el(
       "div",
       { class: "bar-row" },
-      el("h3", {}, "Change by token"),
+      el("h3", {}, "Change on the examples"),
       el(
         "div",
         { class: "stepper" },

@@ -17,7 +17,15 @@ function buildMap(onOpen, onPoint) {
     el(
       "div",
       { role: "row", class: "row" },
-      el("div", { role: "rowheader", class: "axis" }, axisLabel(layer, shape.layers, 16)),
+      el(
+        "div",
+        { role: "rowheader", class: "axis" },
+        el(
+          "a",
+          { href: `#L${layer}`, tabindex: "-1", "aria-label": `Layer ${layer}` },
+          axisLabel(layer, shape.layers, 16),
+        ),
+      ),
       Array.from({ length: shape.heads }, (_, head) => {
         const cell = el("div", {
           role: "gridcell",

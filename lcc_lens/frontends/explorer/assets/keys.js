@@ -5,12 +5,32 @@ const KEYS = [
   ["Enter", "open the head"],
   ["Esc", "close it"],
   ["/", "search"],
-  ["[ ]", "previous and next head"],
+  ["[ ]", "previous and next head or layer"],
+  ["l", "open its layer"],
   ["v", "next view"],
   ["t", "map or table"],
   ["d", "dark or light"],
   ["?", "this help"],
 ];
+
+const WORDS = [
+  ["z", "A head's output before the output projection W_O (hook_z)."],
+  ["relative change", "|z dense − z pruned| / |z dense|, root mean square over positions."],
+  ["component", "A right singular vector of the difference, scaled by its mean coefficient."],
+  ["constant", "What a restoration adds to z at every position; it folds into a bias."],
+  ["recovered", "(pruned − restored) / (pruned − dense), of the loss in nats per token."],
+  ["validation responses", "Chose which parameters training kept; the evaluation uses others."],
+];
+
+const DOC_PAGES = [
+  ["guide.html", "guide"],
+  ["method.html", "method"],
+  ["api/lens.html", "the lens"],
+];
+
+/** Links to the pages of the documentation that explain this one. */
+const docLinks = () =>
+  DOC_PAGES.map(([page, title], i) => [i ? ", " : "", el("a", { href: `${docs.replace(/\/$/, "")}/${page}` }, title)]).flat();
 
 const MOVES = {
   ArrowUp: [-1, 0],
@@ -25,7 +45,7 @@ const MOVES = {
 
 function onKey(event, { searchBox, toggleTheme, controls }) {
   const target = event.target,
-    isTyping = target.matches?.("input, select, textarea") || byId("help").open;
+    isTyping = target.matches?.("input, select, textarea") || document.querySelector("dialog[open]");
   if (event.defaultPrevented || event.ctrlKey || event.metaKey || event.altKey || isTyping) return;
   const isOnMap = target.closest?.(".map"), // page keys scroll the page elsewhere
     isFree = isOnMap || (target === document.body && event.key.startsWith("Arrow")),
@@ -33,14 +53,15 @@ function onKey(event, { searchBox, toggleTheme, controls }) {
       "/": searchBox.focus,
       "?": openHelp,
       d: toggleTheme,
+      l: () => hasMap && openLayer(state.active.layer),
       v: controls?.nextView,
       t: controls?.toggleTable,
       Escape: () => {
         searchBox.clear();
-        closeHead();
+        closePanel();
       },
-      "[": () => hasMap && stepHead(-1),
-      "]": () => hasMap && stepHead(1),
+      "[": () => hasMap && stepOpen(-1),
+      "]": () => hasMap && stepOpen(1),
     };
   if (MOVES[event.key] && isFree && hasMap && !controls.isTable()) move(...MOVES[event.key]);
   else if ((event.key === "Enter" || event.key === " ") && isOnMap) openHead(state.active);
@@ -51,6 +72,7 @@ function onKey(event, { searchBox, toggleTheme, controls }) {
 
 function openHelp() {
   byId("help").showModal();
+  byId("help").scrollTop = 0;
 }
 
 function buildHelp() {
@@ -76,8 +98,15 @@ function buildHelp() {
     el(
       "p",
       { class: "quiet" },
-      "Every head has a link: add #L3H1 to the address of this page. The page is one file and fetches nothing.",
+      "Every head and layer has a link: add #L3H1 or #L3 to the address of this page. The page is one file and fetches nothing.",
     ),
+    el("h2", { class: "words" }, "Words"),
+    el(
+      "dl",
+      { class: "words" },
+      WORDS.flatMap(([word, means]) => [el("dt", {}, word), el("dd", {}, means)]),
+    ),
+    docs ? el("p", { class: "words" }, "Documentation: ", docLinks()) : "",
     el("button", { type: "button", class: "primary", on: { click: () => dialog.close() } }, "Close"),
   );
   dialog.addEventListener("click", (event) => {

@@ -5,30 +5,46 @@ function draw() {
   const view = shownView();
   paintMap(view);
   paintLegend(view);
-  if (state.open) drawHead(state.open, { onClose: closeHead, onStep: stepHead });
+  if (state.open) drawHead(state.open, { onClose: closePanel, onStep: stepHead });
+  else if (state.layer !== null) drawLayer(state.layer, { onClose: closePanel, onStep: stepLayer });
   else drawRanking(view);
 }
 
 function showHead(head) {
   state.active = head;
   state.open = head;
+  state.layer = null;
+  paintReadout(shownView(), null);
+  showPanel(nameOf(head));
+}
+
+function showLayer(layer) {
+  state.active = { layer, head: state.active.head };
+  state.open = null;
+  state.layer = layer;
+  showPanel(`Layer ${layer}`);
+}
+
+/** Draw the panel of what is open, and keep the focus in it. */
+function showPanel(title) {
   const panel = byId("panel"),
     focused = panel.contains(document.activeElement) ? document.activeElement.id || "panel-title" : null;
   markMap();
-  paintReadout(shownView(), null);
-  drawHead(head, { onClose: closeHead, onStep: stepHead });
+  draw();
   document.body.classList.add("has-head");
   shieldRest();
   panel.scrollTop = 0;
   if (focused || isNarrow.matches) byId(focused ?? "panel-title")?.focus({ preventScroll: true });
-  document.title = `${nameOf(head)} · ${runs[0].source.pruned_name}`;
-  announce(`${nameOf(head)} opened`);
+  document.title = `${title} · ${runs[0].source.pruned_name}`;
+  announce(`${title} opened`);
 }
+
+const isPanelOpen = () => state.open !== null || state.layer !== null;
 
 /** On a narrow screen the open head covers the rest, which then takes no focus. */
 function shieldRest() {
   for (const part of document.querySelectorAll(".top, .verdict, #map-side, #more"))
-    part.inert = isNarrow.matches && state.open !== null;
+    part.inert = isNarrow.matches && isPanelOpen();
 }
 
 /** Open a head by its address, so that back, forward and copied links work. */
@@ -40,16 +56,20 @@ function openHead(head, { replace = false } = {}) {
   else location.hash = address;
 }
 
-function closeHead() {
-  if (!state.open) return;
-  const head = state.open;
-  history.pushState(null, "", location.href.split("#")[0]);
-  hideHead();
-  cellOf(head).focus({ preventScroll: true });
+function openLayer(layer) {
+  location.hash = `#L${layer}`;
 }
 
-function hideHead() {
+function closePanel() {
+  if (!isPanelOpen()) return;
+  history.pushState(null, "", location.href.split("#")[0]);
+  hidePanel();
+  cellOf(state.active).focus({ preventScroll: true });
+}
+
+function hidePanel() {
   state.open = null;
+  state.layer = null;
   document.body.classList.remove("has-head");
   shieldRest();
   document.title = `${runs[0].source.pruned_name}: effect of pruning`;
@@ -63,10 +83,21 @@ function stepHead(by) {
   openHead({ layer: Math.floor(place / shape.heads), head: place % shape.heads }, { replace: true });
 }
 
+function stepLayer(by) {
+  const layer = (state.layer + by + shape.layers) % shape.layers;
+  history.replaceState(null, "", `#L${layer}`);
+  showLayer(layer);
+}
+
+const stepOpen = (by) => (state.layer === null ? stepHead(by) : stepLayer(by));
+
 function followAddress() {
-  const head = headOf(location.hash.slice(1));
+  const name = location.hash.slice(1),
+    head = headOf(name),
+    layer = layerOf(name);
   if (head && !(state.open && nameOf(state.open) === nameOf(head))) showHead(head);
-  else if (state.open && location.hash === "") hideHead();
+  else if (layer !== null && state.layer !== layer) showLayer(layer);
+  else if (isPanelOpen() && location.hash === "") hidePanel();
 }
 
 /** Move the head under the keys; an open panel follows. */
@@ -86,6 +117,7 @@ function start() {
   const toggleTheme = setUpTheme();
   buildFigures();
   buildHelp();
+  buildCode();
   let controls = null;
   if (hasMap) {
     const box = byId("map-side");

@@ -37,30 +37,34 @@ function drawRanking(view) {
         view.isDiverging ? "Heads that differ most" : `Highest: ${view.title.toLowerCase()}`,
       ),
     ),
-    el("p", { class: "quiet" }, "Choose a head here or on the map."),
+    el("p", { class: "quiet" }, "Choose a head here or on the map; a layer by its number."),
     el(
       "ol",
       { class: "ranking" },
       heads.map((head) =>
-        el(
-          "li",
-          {},
-          el(
-            "a",
-            { href: `#${nameOf(head)}` },
-            el("b", {}, nameOf(head)),
-            el("span", {
-              class: `length ${head.value < 0 ? "less" : ""}`,
-              vars: { "--v": (Math.abs(head.value) / most).toFixed(3) },
-            }),
-            el("span", { class: "value" }, formatted(view, head.value)),
-            el("span", { class: "hint" }, hintOf(head)),
-          ),
-        ),
+        rankedHead(view, head, most),
       ),
     ),
   );
 }
+
+/** A head with its value as a bar; a link that opens it. */
+const rankedHead = (view, head, most) =>
+  el(
+    "li",
+    {},
+    el(
+      "a",
+      { href: `#${nameOf(head)}` },
+      el("b", {}, nameOf(head)),
+      el("span", {
+        class: `length ${head.value < 0 ? "less" : ""}`,
+        vars: { "--v": (Number.isFinite(head.value) ? Math.abs(head.value) / most : 0).toFixed(3) },
+      }),
+      el("span", { class: "value" }, formatted(view, head.value)),
+      el("span", { class: "hint" }, hintOf(head)),
+    ),
+  );
 
 /** The first tokens of a head's first component. */
 function hintOf(head) {
@@ -95,7 +99,7 @@ function trainingCard(run) {
     curves({ width: CARD_WIDTH, series: drawn, levels, label: "Loss by optimiser step", xTitle: "optimiser step" }),
     keyOf([
       ["quiet-line", "training batches"],
-      ["restored", "held-out"],
+      ["restored", "validation"],
     ]),
     el("p", { class: "quiet" }, "Nats per response token."),
   );
@@ -103,7 +107,7 @@ function trainingCard(run) {
 
 function layerCard(run) {
   if (!run.layers) return null;
-  const kinds = ["pruned", "dense", "restored"];
+  const kinds = ["heads", "mlp", "resid"];
   const series = run.layers.map(({ value }, i) => ({
     points: [...unpack(value).values].map((v, layer) => [layer, v]),
     kind: kinds[i],
@@ -171,7 +175,7 @@ function resultsCard() {
       ),
     ),
     results.recovered.length
-      ? el("p", { class: "quiet" }, `Recovered log-likelihood: ${results.recovered.join(", ")}.`)
+      ? el("p", { class: "quiet" }, `Recovered log-likelihood on data that no step of training has seen: ${results.recovered.join(", ")}.`)
       : null,
   );
 }
@@ -216,7 +220,14 @@ function comparison() {
   );
 }
 
+/** Show on the map what changed on a prompt. */
+function showPrompt(place) {
+  state.text = place;
+  chooseView(`text-${place}-pruned`);
+  byId("explorer").scrollIntoView();
+}
+
 function drawMore() {
   const run = shownRun();
-  byId("more").replaceChildren(...[resultsCard(), layerCard(run), trainingCard(run), sourceCard(run)].filter(Boolean));
+  byId("more").replaceChildren(...[promptCard(run, showPrompt), resultsCard(), layerCard(run), trainingCard(run), sourceCard(run)].filter(Boolean));
 }

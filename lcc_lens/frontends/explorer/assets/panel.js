@@ -30,7 +30,7 @@ function spectrumSection(run, head) {
   return el(
     "section",
     {},
-    el("h3", {}, "Spectrum of the difference"),
+    el("h3", {}, "Singular spectrum of the difference"),
     bars({
       series: [{ values: share, kind: "pruned", name: "component" }],
       line: running,
@@ -136,6 +136,7 @@ function drawHead(head, { onClose, onStep }) {
     ),
     headNumbers(run, head),
     tokenSection(run, head),
+    textSection(run, head, redraw) ?? "",
     exampleSection(run, head, () => redraw(document.activeElement?.id)) ?? "",
     spectrumSection(run, head),
     trainingSection(run, head) ?? "",

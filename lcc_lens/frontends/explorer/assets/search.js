@@ -1,4 +1,4 @@
-// Search: heads whose components promote or suppress a token, strongest first; or a head by its name.
+// Search: heads whose components promote or suppress a token, largest effect first; or a head by its name.
 
 const MOST_RESULTS = 40;
 const search = { results: [], at: -1, index: new Map() };
@@ -13,7 +13,7 @@ function textsOf(run) {
 /** Match of a text: 3 equal, 2 prefix, 1 substring, 0 none. */
 const fit = (text, wanted) => (text === wanted ? 3 : text.startsWith(wanted) ? 2 : text.includes(wanted) ? 1 : 0);
 
-/** Heads whose components promote or suppress the best-matching token, each once with its best place. */
+/** Heads whose components promote or suppress the best-matching token, each once with its largest effect. */
 function findHeads(wanted) {
   const run = shownRun(),
     named = headOf(wanted);
@@ -26,6 +26,7 @@ function findHeads(wanted) {
       shape: [layers, heads, vectors, sides, k],
       values,
     } = unpack(run.tokens.index),
+    logits = unpack(run.tokens.logits).values,
     best = new Map();
   values.forEach((text, place) => {
     if (text < 0 || fits[text] < closest) return;
@@ -33,16 +34,33 @@ function findHeads(wanted) {
       side = Math.floor(place / k) % sides,
       vector = Math.floor(place / (k * sides)) % vectors;
     const headPlace = Math.floor(place / (k * sides * vectors));
-    const score = -4 * rank - 2 * vector - side;
-    if ((best.get(headPlace)?.score ?? -Infinity) < score) best.set(headPlace, { score, text, side, vector });
+    const effect = weightOf(run, headPlace, vector) * Math.abs(logits[place]);
+    if ((best.get(headPlace)?.effect ?? -Infinity) < effect) best.set(headPlace, { effect, text, side, vector });
   });
+  const changed = viewOf(run, "changed");
   return [...best.entries()]
-    .sort((a, b) => b[1].score - a[1].score || a[0] - b[0])
+    .sort((a, b) => b[1].effect - a[1].effect || a[0] - b[0])
     .map(([place, { text, side, vector }]) => ({
       head: { layer: Math.floor(place / heads), head: place % heads },
       text: run.tokens.texts[text],
-      note: `${side ? "suppressed" : "promoted"} by ${vectorTitle(run.tokens.vectors[vector]).toLowerCase()}`,
+      note:
+        `${side ? "suppressed" : "promoted"} by ${vectorTitle(run.tokens.vectors[vector]).toLowerCase()}, ` +
+        `changed ${number(unpack(changed.value).values[place], "%")}`,
     }));
+}
+
+/** Size of a head's vector beside the dense head's output: its relative change times the vector's part of that. */
+function weightOf(run, place, vector) {
+  const of = (key) => {
+      const view = viewOf(run, key),
+        value = view ? unpack(view.value).values[place] / 100 : 0;
+      return Number.isFinite(value) ? value : 0;
+    },
+    name = run.tokens.vectors[vector],
+    { shape, values } = unpack(run.heads.share);
+  if (name === "mean") return of("changed") * Math.sqrt(of("constant"));
+  if (name === "learned") return of("changed") * Math.sqrt(of("constant")) * of("learned");
+  return of("changed") * Math.sqrt(values[place * shape[2] + Number(name) - 1]);
 }
 
 function setUpSearch({ onFound, onOpen }) {

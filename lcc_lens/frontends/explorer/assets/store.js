@@ -1,6 +1,6 @@
 // The page's data, unpacked on first use, and the reader's choices.
 
-const { runs, results } = JSON.parse(byId("data").textContent);
+const { runs, results, docs } = JSON.parse(byId("data").textContent);
 const KINDS = { float32: Float32Array, uint8: Uint8Array, int32: Int32Array };
 
 /** A packed array as { shape, values }. */
@@ -26,8 +26,18 @@ function rowOf(packed, { layer, head }) {
 const shape = runs[0].heads;
 const hasMap = shape !== null;
 
-/** Current choices: run (0, 1, or "difference"), view, active head, open head, heads found by the search. */
-const state = { run: 0, view: "changed", active: { layer: 0, head: 0 }, open: null, found: null, example: 0 };
+/** Current choices: run (0, 1, or "difference"), view, active head, open head or layer, heads found by the search. */
+const state = {
+  run: 0,
+  view: "changed",
+  active: { layer: 0, head: 0 },
+  open: null,
+  layer: null,
+  found: null,
+  example: 0,
+  text: 0,
+  query: null,
+};
 
 const nameOf = ({ layer, head }) => `L${layer}H${head}`;
 
@@ -37,6 +47,12 @@ function headOf(name) {
   if (!match || !hasMap) return null;
   const head = { layer: Number(match[1]), head: Number(match[2]) };
   return head.layer < shape.layers && head.head < shape.heads ? head : null;
+}
+
+/** A layer by its name, such as L3; null if the model has none of that name. */
+function layerOf(name) {
+  const match = /^L(\d{1,4})$/i.exec(name.trim());
+  return match && hasMap && Number(match[1]) < shape.layers ? Number(match[1]) : null;
 }
 
 const isDifference = () => state.run === "difference";

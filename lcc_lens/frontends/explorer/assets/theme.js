@@ -7,6 +7,7 @@ function setUpTheme() {
   const show = (theme) => {
     root.dataset.theme = theme;
     button.textContent = theme === "dark" ? "☀\ufe0e" : "☾\ufe0e";
+    repaintPatterns();
     button.setAttribute("aria-label", theme === "dark" ? "Use the light theme" : "Use the dark theme");
   };
   const stored = () => {

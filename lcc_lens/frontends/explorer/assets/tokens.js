@@ -35,7 +35,7 @@ const chip = ({ text, logit }, kind, most) =>
   );
 
 function tokenSection(run, head) {
-  const title = el("h3", {}, "Tokens that its components promote");
+  const title = el("h3", {}, "Logit lens: tokens that its components promote");
   if (!run.tokens)
     return el("section", {}, title, el("p", { class: "quiet" }, "This run has no token tables."));
   const share = rowOf(run.heads.share, head);
