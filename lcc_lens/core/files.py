@@ -1,4 +1,4 @@
-"""Reading and writing files: atomic writes, JSON, safetensors, hashes and locks."""
+"""Reading and writing files: atomic writes, leftovers of killed processes, JSON, safetensors, hashes and locks."""
 
 from __future__ import annotations
 
@@ -6,20 +6,37 @@ import errno
 import hashlib
 import json
 import os
+import re
+import secrets
 import shutil
-import tempfile
+import socket
+import stat
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lcc_lens.core.errors import DiskFullError, RequestError
+from lcc_lens.core.fingerprint import fingerprint
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 #: Bytes read at once where a file is hashed or compressed.
 CHUNK = 1 << 22
+#: Failures of a write that another path avoids.
+_WRONG_PLACE = {
+    errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP
+}  # fmt: skip
+#: Bytes of a file's name on most disks.
+_LONGEST_NAME = 255
+#: What is being written, beside its place: the name, then host and process that write.
+_TEMPORARY = re.compile(r"\..*\.lcc-lens-(?P<host>.+)-(?P<pid>\d+)-[0-9a-f]{8}")
+#: In a sealed file: the hash of everything else in it.
+_SEAL = "sealed_sha256"
+#: Seconds after which a temporary file of another host counts as left over.
+_DAY = 86400
 
 
 @contextmanager
@@ -34,52 +51,101 @@ def disk_errors(path: Path) -> Iterator[None]:
             raise DiskFullError(
                 f"no space left on the disk of {path}; free some and run again (nothing was kept)"
             ) from error
-        if code in (errno.EACCES, errno.EROFS, errno.ENOTDIR):
+        if code in _WRONG_PLACE:
             raise RequestError(
-                f"cannot write to {path}: {os.strerror(code)}; name a folder you may write to"
+                f"cannot write to {path}: {os.strerror(code or 0)}; name a place where you may write"
             ) from error
         raise
 
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """Yield a temporary sibling file that replaces ``path`` if the block succeeds, and is deleted otherwise."""
+    """Yield a temporary sibling file that replaces ``path`` if the block succeeds, and is deleted otherwise.
+
+    Links and permissions are treated as ``cp`` does: a link is followed, a new file's mode follows the umask, and a
+    file that is replaced keeps its mode.
+
+    Raises:
+        RequestError: see :func:`file_to_write`.
+    """
     with disk_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        os.close(handle)
-        part = Path(name)
+        target = file_to_write(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(target.parent)
+        part = temporary(target)
         try:
+            part.touch(mode=0o666, exist_ok=False)
+            mode = stat.S_IMODE((target if target.exists() else part).stat().st_mode)
             yield part
-            part.chmod(0o644)
-            os.replace(part, path)
+            part.chmod(mode)
+            os.replace(part, target)
         finally:
             part.unlink(missing_ok=True)
 
 
-@contextmanager
-def atomic_directory(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
-    """Yield a temporary sibling folder that becomes ``path`` if the block succeeds, and is deleted otherwise.
+def file_to_write(path: Path) -> Path:
+    """The file that writing to ``path`` writes: the end of a link.
 
     Raises:
-        RequestError: ``path`` exists and ``overwrite`` is false.
+        RequestError: a folder, a device or a pipe, a link to nothing, or a file that may not be written.
     """
-    require_free(path, overwrite=overwrite)
-    with disk_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-        part.chmod(0o755)
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError as error:
+        if path.is_symlink():
+            raise RequestError(f"expected a file to write, got the link {path} to nothing; remove it") from error
+        return path
+    if not stat.S_ISREG(mode):
+        kind = "folder" if stat.S_ISDIR(mode) else "pipe" if stat.S_ISFIFO(mode) else "device"
+        raise RequestError(f"expected a file to write, got the {kind} {path}; name a file")
+    if not os.access(path, os.W_OK):
+        raise RequestError(f"expected a file that may be written, got the read-only {path}; name another file")
+    return path.resolve()
+
+
+def hidden_sibling(path: Path, kind: str) -> Path:
+    """The hidden file or folder of a kind beside ``path``, whose name is shortened where a disk needs that."""
+    name = path.name
+    if len(os.fsencode(f".{name}.{kind}")) > _LONGEST_NAME:
+        start = os.fsencode(name)[:100].decode("utf-8", "ignore")
+        name = f"{start}~{hashlib.sha256(os.fsencode(name)).hexdigest()[:12]}"
+    return path.with_name(f".{name}.{kind}")
+
+
+def temporary(path: Path) -> Path:
+    """A free name beside ``path`` for what will replace it, which says who writes."""
+    return hidden_sibling(path, f"lcc-lens-{_host()}-{os.getpid()}-{secrets.token_hex(4)}")
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what processes that have ended left half written in a folder."""
+    for entry in folder.iterdir():
+        found = _TEMPORARY.fullmatch(entry.name)
+        if found is None or not _is_left_over(entry, found["host"], int(found["pid"])):
+            continue
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry, ignore_errors=True)
+        else:
+            entry.unlink(missing_ok=True)
+
+
+def _host() -> str:
+    return socket.gethostname()[:64].replace("/", "_")
+
+
+def _is_left_over(entry: Path, host: str, pid: int) -> bool:
+    if host == _host() and os.name == "posix":
         try:
-            yield part
-            if path.exists():
-                old = Path(tempfile.mkdtemp(prefix=f".{path.name}.old.", dir=path.parent))
-                os.replace(path, old / path.name)
-                os.replace(part, path)
-                shutil.rmtree(old)
-            else:
-                os.replace(part, path)
-        finally:
-            shutil.rmtree(part, ignore_errors=True)
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            return True
+        except (OSError, OverflowError):  # of another user, so alive
+            return False
+        return False
+    try:
+        return time.time() - entry.lstat().st_mtime > _DAY
+    except FileNotFoundError:
+        return False
 
 
 def give_mode(path: Path) -> None:
@@ -87,12 +153,6 @@ def give_mode(path: Path) -> None:
     umask = os.umask(0o077)
     os.umask(umask)
     path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
-
-
-def require_free(path: Path, *, overwrite: bool) -> None:
-    """Refuse an existing folder that is not empty, unless it may be replaced."""
-    if path.exists() and not overwrite and (not path.is_dir() or any(path.iterdir())):
-        raise RequestError(f"{path} exists already; name another folder or pass --overwrite")
 
 
 def require_space(path: Path, n_bytes: int) -> None:
@@ -140,6 +200,23 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise RequestError(f"expected the file {path}, got nothing there; check the path") from error
     except SafetensorError as error:
         raise RequestError(f"expected a safetensors file in {path}, got a damaged one ({error}); rebuild it") from error
+
+
+def write_sealed(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file whose metadata hold a hash of all tensors and of the metadata."""
+    write_tensors(path, tensors, {**metadata, _SEAL: fingerprint(dict(tensors), dict(metadata))})
+
+
+def read_sealed(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Read what :func:`write_sealed` wrote.
+
+    Raises:
+        RequestError: the file is missing, or a byte of it has changed.
+    """
+    tensors, metadata = read_tensors(path)
+    if metadata.pop(_SEAL, None) != fingerprint(tensors, metadata):
+        raise RequestError(f"expected {path} as it was written, got a changed file; delete it")
+    return tensors, metadata
 
 
 def sha256_file(path: Path) -> str:

@@ -41,6 +41,6 @@ def _plain(value: Any) -> Any:
         import torch
 
         array = value.detach().cpu().contiguous()
-        content = array.reshape(-1).view(torch.uint8).numpy().tobytes()
+        content = array.reshape(-1).view(torch.uint8).numpy()
         return [str(array.dtype), list(array.shape), hashlib.sha256(content).hexdigest()]
     return value.as_posix() if isinstance(value, Path) else str(value)

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from lcc_lens.core.checkpoint import Checkpoint
 from lcc_lens.core.errors import LensError, RequestError
-from lcc_lens.core.files import atomic_directory, require_free, require_space, write_json, write_text
+from lcc_lens.core.files import require_space, write_json, write_text
 from lcc_lens.core.machine.memory import release_memory
+from lcc_lens.core.outputs.folders import atomic_directory, reserved
 from lcc_lens.core.reading import read_json
 from lcc_lens.core.rewriting import Splits, copy_checkpoint, parse_size, rewrite_weights
 from lcc_lens.core.showing import Shown
@@ -95,13 +96,28 @@ def export(
     checkpoint, out = Checkpoint(resolve(pruned)), Path(out)
     if max_shard_size is not None:
         parse_size(max_shard_size)
-    require_free(out, overwrite=overwrite)
     require_same_weights(restoration, checkpoint)
+    with reserved(out, overwrite=overwrite, inputs=[checkpoint.path]):
+        require_space(out, 2 * checkpoint.n_bytes)
+        return _write(restoration, pruned, checkpoint, out, metrics or {}, dtype, max_shard_size, overwrite=overwrite)
+
+
+def _write(
+    restoration: Restoration,
+    pruned: str | Path,
+    checkpoint: Checkpoint,
+    out: Path,
+    metrics: Mapping[str, Any],
+    dtype: torch.dtype | None,
+    max_shard_size: int | str | None,
+    *,
+    overwrite: bool,
+) -> ExportReport:
+    """Write the folder and verify it before it appears; one model is in memory at a time."""
     loaded = load_hooked(pruned, dtype=torch.float32)
     slots = _joint_slots(restoration, loaded, checkpoint)
     expected = _Expected.of(restoration, loaded, checkpoint)
     expected.require_effect()
-    require_space(out, 2 * checkpoint.n_bytes)
     with atomic_directory(out, overwrite=overwrite) as part:
         replaced, added = edited_tensors(restoration, checkpoint, slots, loaded)
         copy_checkpoint(checkpoint, part, replaced=replaced, added=added, config=slots.config)
@@ -113,7 +129,7 @@ def export(
         if dtype is not None or max_shard_size is not None:
             _rewrite(part, dtype, max_shard_size)
         identical = _count_identical(checkpoint, Checkpoint(part), set(replaced), slots.splits, dtype)
-        write_text(part / "README.md", model_card(restoration, metrics or {}, difference))
+        write_text(part / "README.md", model_card(restoration, metrics, difference))
     edited = tuple(sorted(added)), tuple(sorted(replaced))
     return ExportReport(out, *edited, identical, zeros, difference, expected.effect)
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from lcc_lens.core.config import compute_dtype, default_device
 from lcc_lens.core.errors import RequestError
+from lcc_lens.core.outputs.folders import reserved
 from lcc_lens.core.reading import read_json
 from lcc_lens.data.batches import require_tokens, text_blocks
 from lcc_lens.data.datasets import Data, load_data
@@ -79,15 +81,14 @@ def prune(
     target: Pattern = parse_pattern(pattern) if pattern else Unstructured(fraction)
     config = PruneConfig(method, target, seed=seed, sliced=sliced, schedule=schedule, choice=choice, split=split)
     path, device = resolve(model), default_device()
-    tokens, provenance = None, {}
-    if config.uses_inputs:
-        data = load_data(calibration, role="calibration") if isinstance(calibration, str) else calibration
-        tokens = calibration_tokens(data, path, n_samples, seq_len, seed)
-        provenance = {"data": data.name, "source": data.source, "groups": sorted(data.groups)}
-    report = prune_checkpoint(
-        path, Path(out), config, calibration=tokens, device=device, dtype=compute_dtype(device), overwrite=overwrite,
-        provenance={"dense": str(model), **provenance},
-    )  # fmt: skip
+    tokens, provenance = None, dict[str, Any]()
+    with reserved(Path(out), overwrite=overwrite, inputs=[path, *_files_of([model, calibration])]) as folder:
+        if config.uses_inputs:
+            tokens, provenance = _prune_tokens(path, calibration, n_samples, seq_len, seed)
+        report = prune_checkpoint(
+            path, folder, config, calibration=tokens, device=device, dtype=compute_dtype(device), overwrite=overwrite,
+            provenance={"dense": str(model), **provenance},
+        )  # fmt: skip
     return PruningReport(report)
 
 
@@ -131,21 +132,39 @@ def refit(
     calibration = [calibration] if isinstance(calibration, str | Data) else calibration
     _check_calibration(len(calibration), n_samples)
     config = RefitConfig(follow, ridge, mend)
-    paths, device = (resolve(dense), resolve(pruned)), default_device()
+    paths = resolve(dense), resolve(pruned)
+    with reserved(Path(out), overwrite=overwrite, inputs=[*paths, *_files_of([dense, pruned, *calibration])]) as target:
+        tokens, provenance = _refit_tokens(paths[1], calibration, n_samples, seq_len, seed)
+        device = default_device()
+        report = refit_checkpoint(
+            *paths, target, tokens=tokens, config=config, device=device, dtype=compute_dtype(device),
+            overwrite=overwrite, provenance={**provenance, "dense": str(dense), "pruned": str(pruned), "seed": seed},
+        )  # fmt: skip
+    return RefitReport(report)
+
+
+def _prune_tokens(
+    model: Path, calibration: str | Data, n_samples: int, seq_len: int, seed: int
+) -> tuple[torch.Tensor, dict[str, Any]]:
+    """Calibration tokens, and where they come from."""
+    data = load_data(calibration, role="calibration") if isinstance(calibration, str) else calibration
+    tokens = calibration_tokens(data, model, n_samples, seq_len, seed)
+    return tokens, {"data": data.name, "source": data.source, "groups": sorted(data.groups)}
+
+
+def _refit_tokens(
+    pruned: Path, calibration: Sequence[str | Data], n_samples: int, seq_len: int, seed: int
+) -> tuple[torch.Tensor, dict[str, Any]]:
+    """Calibration tokens in equal parts of several data sets, and where they come from."""
     parts = [load_data(part, role="calibration", seed=seed) if isinstance(part, str) else part for part in calibration]
     per_part, rest = divmod(n_samples, len(parts))
     tokens = [
-        calibration_tokens(part, paths[1], per_part + (place < rest), seq_len, seed) for place, part in enumerate(parts)
+        calibration_tokens(part, pruned, per_part + (place < rest), seq_len, seed) for place, part in enumerate(parts)
     ]
     # data that the pruned model was already refitted on count too
-    groups = recorded_groups(paths[1] / REFIT_RECORD).union(*(part.groups for part in parts))
+    groups = recorded_groups(pruned / REFIT_RECORD).union(*(part.groups for part in parts))
     names, sources = "+".join(part.name for part in parts), [part.source for part in parts]
-    provenance = {"data": names, "source": sources, "groups": sorted(groups)}
-    report = refit_checkpoint(
-        *paths, Path(out), tokens=torch.cat(tokens), config=config, device=device, dtype=compute_dtype(device),
-        overwrite=overwrite, provenance={**provenance, "dense": str(dense), "pruned": str(pruned), "seed": seed},
-    )  # fmt: skip
-    return RefitReport(report)
+    return torch.cat(tokens), {"data": names, "source": sources, "groups": sorted(groups)}
 
 
 def _check_calibration(n_sets: int, n_samples: int) -> None:
@@ -157,6 +176,11 @@ def _check_calibration(n_sets: int, n_samples: int) -> None:
             f"expected at least one calibration sequence of each data set, got {n_samples} for {n_sets}; "
             "raise n_samples"
         )
+
+
+def _files_of(references: Iterable[Any]) -> list[Path]:
+    """The references that are files: models of one file, and data."""
+    return [Path(name) for name in references if isinstance(name, str | Path) and Path(name).is_file()]
 
 
 def calibration_tokens(data: Data, model: Path, n_samples: int, seq_len: int, seed: int) -> torch.Tensor:

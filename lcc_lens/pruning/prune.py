@@ -14,8 +14,9 @@ from torch import Tensor
 from lcc_lens.core.checkpoint import Checkpoint
 from lcc_lens.core.config import package_version
 from lcc_lens.core.errors import DiskFullError, LensError, RequestError
-from lcc_lens.core.files import require_free, require_space
+from lcc_lens.core.files import require_space
 from lcc_lens.core.fingerprint import fingerprint
+from lcc_lens.core.outputs.folders import reserved
 from lcc_lens.core.progress import track
 from lcc_lens.models.architecture.anatomy import LayerAnatomy, find_anatomies
 from lcc_lens.models.architecture.layers import read_config
@@ -70,29 +71,28 @@ def prune_checkpoint(
     Reference:
         Sun et al. 2023 (Wanda); Frantar & Alistarh 2023 (SparseGPT); Ling et al. 2024 (SlimGPT).
     """
-    if model_dir.resolve().is_relative_to(out.resolve()):
-        raise RequestError(f"expected an output folder that does not hold the model, got {out}; name another folder")
     checkpoint = Checkpoint(model_dir)
     plan = find_matrices(checkpoint)
     for matrix in (matrix for layer in plan for matrix in layer):
         require_fit(config.pattern, matrix.d_in, matrix.name)
     tasks, anatomies = _tasks(model_dir, plan, config)
     tokens = _checked(calibration, model_dir, plan, config) if config.uses_inputs else None
-    require_free(out, overwrite=overwrite)
-    # Twice: the finished layers lie beside the output until it is whole.
-    require_space(out, 2 * checkpoint.n_bytes + _SIDE_FILES_BYTES)
-    finished = FinishedLayers(out, fingerprint(config, tokens, checkpoint.sha256, dtype, package_version()))
-    try:
-        _prune_layers(model_dir, plan, config, tasks, tokens, device, dtype, finished)
-        report = write_pruned(
-            checkpoint, out, config, plan, anatomies, finished, tokens=tokens, provenance=provenance,
-            dense_sha256=checkpoint.sha256, overwrite=overwrite,
-        )  # fmt: skip
-    except LensError as error:
-        if not isinstance(error, DiskFullError) or finished.n_layers == 0:  # another attempt would fail the same way
-            finished.discard()
-        raise
-    finished.discard()
+    with reserved(out, overwrite=overwrite, inputs=[model_dir]) as target:
+        # Twice: the finished layers lie beside the output until it is whole.
+        require_space(target, 2 * checkpoint.n_bytes + _SIDE_FILES_BYTES)
+        request = fingerprint(config, tokens, checkpoint.sha256, dtype, device.type, package_version())
+        finished = FinishedLayers(target, request)
+        try:
+            _prune_layers(model_dir, plan, config, tasks, tokens, device, dtype, finished)
+            report = write_pruned(
+                checkpoint, target, config, plan, anatomies, finished, tokens=tokens, provenance=provenance,
+                dense_sha256=checkpoint.sha256, overwrite=overwrite,
+            )  # fmt: skip
+        except LensError as error:
+            if not isinstance(error, DiskFullError) or finished.n_layers == 0:  # it would fail the same way again
+                finished.discard()
+            raise
+        finished.discard()
     return report
 
 

@@ -8,7 +8,9 @@ from pathlib import Path
 
 from lcc_lens.analysis.selectors.registry import check_selectors
 from lcc_lens.core.machine.processes import first_process_first
+from lcc_lens.core.outputs.places import writing_run
 from lcc_lens.data.datasets import Data
+from lcc_lens.models.loading.references import resolve
 from lcc_lens.models.pair import Pair, load_pair
 from lcc_lens.restoration.checks import check_restores
 from lcc_lens.restoration.injections.spec import MethodSpec
@@ -40,16 +42,14 @@ def restore_models(
     """Restore a pruned model by any method, with all that the method needs before it trains.
 
     Args:
-        dense: reference of the dense model.
-        pruned: reference of the pruned model.
+        dense: reference of the dense model; ``pruned``: of the pruned one.
         run: the run directory. A scan in it is used, otherwise one is made; a refitted model lies in ``refit``.
         data: training examples (role ``train``).
         method: one of :data:`~lcc_lens.restoration.injections.methods.METHODS`, or several joined by ``+``.
         config: training settings; the method's own if not given.
         validation: see :func:`~lcc_lens.restoration.restore.restore`.
         settings: ranks, lengths and controls; ``heads``: how heads are chosen; ``refitting``: a refit's calibration.
-        one_at_a_time: hold one model in memory at a time.
-        resume: go on from the run directory's checkpoint.
+        one_at_a_time: hold one model in memory at a time; ``resume``: go on from the run directory's checkpoint.
         on_step: called after every optimiser step.
 
     Returns:
@@ -65,19 +65,21 @@ def restore_models(
     fraction, selector = heads.needed_by(spec)
     if spec.needs_scan:
         check_scores(run, selector, one_at_a_time=one_at_a_time)
-    config, source = with_preset(config, spec), pruned
-    if spec.preset.on_refit:
-        with first_process_first():
-            source = refitted_model(dense, pruned, run / REFITTED, refitting)
-    pair, scan = load_pair(dense, source, one_at_a_time=one_at_a_time), None
-    if spec.needs_scan:
-        scan = scan_for(
-            spec, pair, run, lambda: load_role(heads.data, heads.examples, "probe", config.seed),
-            selector=selector, max_length=settings.max_length, limit=heads.examples, seed=config.seed,
+    config = with_preset(config, spec)
+    with writing_run(run, inputs=[resolve(dense), resolve(pruned)]):
+        source = pruned
+        if spec.preset.on_refit:
+            with first_process_first():
+                source = refitted_model(dense, pruned, run / REFITTED, refitting, resume=resume)
+        pair, scan = load_pair(dense, source, one_at_a_time=one_at_a_time), None
+        if spec.needs_scan:
+            scan = scan_for(
+                spec, pair, run, lambda: load_role(heads.data, heads.examples, "probe", config.seed),
+                selector=selector, max_length=settings.max_length, limit=heads.examples, seed=config.seed,
+            )  # fmt: skip
+        chosen = [] if scan is None else scan.select(selector, share=fraction, seed=config.seed)
+        restoration = restore(
+            pair, scan, chosen, data, method=spec, config=config, validation=validation, run=run, resume=resume,
+            on_step=on_step, before_refit=pruned if spec.preset.on_refit else None, **asdict(settings),
         )  # fmt: skip
-    chosen = [] if scan is None else scan.select(selector, share=fraction, seed=config.seed)
-    restoration = restore(
-        pair, scan, chosen, data, method=spec, config=config, validation=validation, run=run, resume=resume,
-        on_step=on_step, before_refit=pruned if spec.preset.on_refit else None, **asdict(settings),
-    )  # fmt: skip
     return restoration, pair

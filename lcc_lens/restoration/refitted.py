@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lcc_lens.core.checkpoint import Checkpoint
 from lcc_lens.core.errors import RequestError
+from lcc_lens.core.outputs.folders import recover
 from lcc_lens.core.reading import read_json
 from lcc_lens.models.loading.references import resolve
 from lcc_lens.pruning.jobs import refit
 from lcc_lens.pruning.refit.refit import REFIT_RECORD
 from lcc_lens.restoration.settings import RefitRequest
 
+logger = logging.getLogger(__name__)
 REFITTED = "refit"
 
 
@@ -31,15 +35,64 @@ def check_refitted(folder: Path, hashes: Mapping[str, str]) -> None:
         raise RequestError(f"expected a refit of this pair in {folder}, got another's; name another run")
 
 
-def refitted_model(dense: str | Path, pruned: str | Path, folder: Path, request: RefitRequest | None = None) -> Path:
+def refitted_model(
+    dense: str | Path,
+    pruned: str | Path,
+    folder: Path,
+    request: RefitRequest | None = None,
+    *,
+    resume: bool = False,
+) -> Path:
     """Refit the pruned model into a folder, unless that was done; gives the folder.
 
+    Args:
+        resume: refuse the refit of another request, which is replaced otherwise.
+
     Raises:
-        RequestError: the folder holds another pair's, or the model cannot be refitted.
+        RequestError: the folder holds another pair's refit, or the model cannot be refitted.
     """
+    request = request or RefitRequest()
+    recover(folder)
     if folder.exists():
         check_refitted(folder, pair_hashes(dense, pruned))
-        return folder
-    request = request or RefitRequest()
-    refit(dense, pruned, folder, calibration=request.calibration, n_samples=request.n_samples, seq_len=request.seq_len)
+        changed = _difference(folder, request)
+        if changed is None:
+            return folder
+        if resume:
+            raise RequestError(f"expected {changed}; repeat its settings or start without --resume")
+        logger.warning("refitting again: expected %s", changed)
+    refit(
+        dense, pruned, folder, calibration=request.calibration, n_samples=request.n_samples, seq_len=request.seq_len,
+        overwrite=True,
+    )  # fmt: skip
     return folder
+
+
+def _difference(folder: Path, request: RefitRequest) -> str | None:
+    """What differs between a refit on disk and the request; None where it is what was asked for."""
+    record = read_json(folder / REFIT_RECORD, _Record)
+    names = [data if isinstance(data, str) else data.name for data in request.calibration]
+    made = record.calibration
+    if (made.data, made.sequences, made.length) != ("+".join(names), request.n_samples, request.seq_len):
+        return (
+            f"a refit on {request.n_samples} sequences of {request.seq_len} tokens of {'+'.join(names)} in {folder}, "
+            f"got one on {made.sequences} of {made.length} of {made.data}"
+        )
+    if record.sha256 not in (None, Checkpoint(folder).sha256):
+        return f"the weights that the refit wrote in {folder}, got others"
+    return None
+
+
+@dataclass(frozen=True)
+class _Calibration:
+    data: str
+    sequences: int
+    length: int
+
+
+@dataclass(frozen=True)
+class _Record:
+    """What is read of ``refit.json``; version 0.1.0 noted no hash of the weights."""
+
+    calibration: _Calibration
+    sha256: str | None = None

@@ -8,11 +8,13 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from lcc_lens.analysis.scan.scan import Scan
+from lcc_lens.core.config import package_version
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.fingerprint import fingerprint
 from lcc_lens.core.heads import Head
 from lcc_lens.core.machine.processes import wait_for_all
 from lcc_lens.core.metrics import learned_warning
+from lcc_lens.core.outputs.places import writing_run
 from lcc_lens.core.progress import track
 from lcc_lens.data.datasets import Data
 from lcc_lens.models.hooked.hooks import HookedModel
@@ -89,12 +91,14 @@ def restore(
     )  # fmt: skip
     steps = _Steps(pair, scan, heads, spec, with_preset(config, spec), settings.completed(spec), before_refit)
     steps.check()
-    steps.encode(data, validation)
-    steps.open_folder(run, resume=resume)
-    steps.build_injection()
-    steps.choose_learning_rate()
-    steps.train(on_step)
-    return steps.freeze()
+    models = [pair.dense_id.path, pair.pruned_id.path]
+    with writing_run(None if run is None else Path(run), inputs=models):
+        steps.encode(data, validation)
+        steps.open_folder(run, resume=resume)
+        steps.build_injection()
+        steps.choose_learning_rate()
+        steps.train(on_step)
+        return steps.freeze()
 
 
 class _Steps:
@@ -139,8 +143,9 @@ class _Steps:
     def open_folder(self, run: str | Path | None, *, resume: bool) -> None:
         """Open the run directory; a resumed run finds there what it measured before its first step."""
         scanned = None if self.scan is None else self.scan.record
-        lengths = [len(sequence) for sequence in self.held_out]
-        self.inputs = [self.pair.pruned_id.sha256, scanned, self.data.source, self.data.groups, lengths]
+        tokens = [[(s.loss_from, s.tokens.tolist()) for s in part] for part in (self.training, self.held_out)]
+        models = [self.pair.dense_id.sha256, self.pair.pruned_id.sha256, str(self.pair.dtype)]
+        self.inputs = [models, scanned, self.data.source, self.data.groups, fingerprint(tokens), package_version()]
         self.kept = {
             "method": self.spec.text, **asdict(self.settings), "heads": [str(head) for head in self.heads]
         }  # fmt: skip

@@ -16,9 +16,10 @@ from lcc_lens.core.machine.processes import is_first_process
 from lcc_lens.core.metrics import share_recovered
 from lcc_lens.core.reading import read_json_lines, read_record, write_record
 from lcc_lens.models.pair import Pair
-from lcc_lens.restoration.result import Restoration
+from lcc_lens.restoration.result import RESTORATION_TENSORS, Restoration
 from lcc_lens.restoration.training.loop import Step
 from lcc_lens.restoration.training.lr_range import RangeTest
+from lcc_lens.restoration.training.state import CHECKPOINT
 
 RUN_CONFIG = "config.json"
 RUN_BEGINNING = "beginning.json"
@@ -81,7 +82,8 @@ class RunFolder:
     """Writes ``config.json``, one line per optimiser step in ``log.jsonl``, the restoration and ``metrics.json``.
 
     Nothing is written before the first step or the end: a request that is refused must not touch an earlier run. A
-    resumed run drops the lines of steps that it repeats. Only the first of several processes writes.
+    resumed run drops the lines of steps that it repeats. A run that starts deletes an earlier result with its first
+    write, so that an unfinished run has none. Only the first of several processes writes.
 
     Args:
         path: the folder; without one nothing is written.
@@ -138,6 +140,9 @@ class RunFolder:
         """Write the configuration, and the log up to this step if the run goes on from there; once."""
         if self._is_open:
             return
+        if not self.resumes:
+            for name in (RESTORATION_TENSORS, RUN_METRICS, CHECKPOINT):
+                (path / name).unlink(missing_ok=True)
         self._write(path / RUN_CONFIG, self._config)
         self._write(path / RUN_BEGINNING, self._beginning.values())
         write_text(path / RUN_LOG, "".join(_line(step) for step in self._logged if step.step < before))

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from lcc_lens.analysis.scan.request import check_in_memory
-from lcc_lens.analysis.scan.scan import SCAN_RECORD, Scan, scan
+from lcc_lens.analysis.scan.scan import Scan, has_scan, scan
 from lcc_lens.core.errors import RequestError
 from lcc_lens.data.datasets import Data
 from lcc_lens.models.pair import Pair
@@ -37,7 +37,7 @@ def check_scores(run: Path, selector: str, *, one_at_a_time: bool) -> None:
     Raises:
         RequestError: names the scores that there are, or the selectors that serve.
     """
-    if (run / SCAN_RECORD).exists():
+    if has_scan(run):
         Scan.load(run).scores(selector)
     elif one_at_a_time:
         check_in_memory([selector])
@@ -66,7 +66,7 @@ def scan_for(
     Raises:
         RequestError: the scan in the folder is of another pair.
     """
-    if (run / SCAN_RECORD).exists():
+    if has_scan(run):
         saved = Scan.load(run)
         check_scan(saved, pair)
         has_mlp = saved.has_mlp(directions="mlp" in spec.spectra)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -19,10 +20,11 @@ from lcc_lens.analysis.scan.token_differences import token_losses
 from lcc_lens.analysis.selectors.evidence import Evidence, ScoreSettings
 from lcc_lens.analysis.selectors.linear_probe import Solver
 from lcc_lens.analysis.selectors.registry import check_selectors, score
-from lcc_lens.core.config import tokens_per_pass
+from lcc_lens.core.config import package_version, tokens_per_pass
 from lcc_lens.core.errors import InterruptedRun, RequestError
 from lcc_lens.core.heads import Head, HeadMap
 from lcc_lens.core.machine.processes import first_process_first, is_first_process, n_processes, wait_for_all
+from lcc_lens.core.outputs.places import writing_run
 from lcc_lens.core.progress import track
 from lcc_lens.data.datasets import Data
 from lcc_lens.models.architecture.sparsity_patterns import common_pattern
@@ -101,6 +103,14 @@ def scan(
     return _run(pair, data, plan, spectra, names, settings, length, display, run)
 
 
+def has_scan(run: Path) -> bool:
+    """Whether a run directory holds a whole scan; what a process could not delete any more after it goes now."""
+    if not (run / SCAN_RECORD).exists():
+        return False
+    shutil.rmtree(run / UNFINISHED, ignore_errors=True)
+    return True
+
+
 def _compared_sites(pair: Pair, requested: Sequence[Site]) -> tuple[Site, ...]:
     """Head outputs, and the requested sites that this pair has."""
     return tuple(site for site in SITES if site == "z" or (site in requested and site in pair.sites))
@@ -118,7 +128,12 @@ def _run(
     run: str | Path | None,
 ) -> Scan:
     """Run both models over all shards, then compute the result; of several processes the first one does the latter."""
-    with _scan_work(run, pair, plan, spectra) as work, _interruptible(can_resume=run is not None):
+    models = [pair.dense_id.path, pair.pruned_id.path]
+    with (
+        writing_run(None if run is None else Path(run), inputs=models),
+        _scan_work(run, pair, plan, spectra) as work,
+        _interruptible(can_resume=run is not None),
+    ):
         for _ in track(work.batches(), work.n_batches(), "scan heads"):
             pass
         if work.is_divided:
@@ -191,11 +206,14 @@ def _state(run: str | Path | None, pair: Pair, plan: ScanPlan, spectra: Sequence
     for sequence in [*plan.sequences, *(plan.wrong or ())]:
         digest.update(f"{sequence.loss_from} {sequence.tokens.tolist()}".encode())
     identity = {
-        "models": [pair.dense_id.sha256, pair.pruned_id.sha256, str(pair.dtype)],
+        "models": [pair.dense_id.sha256, pair.pruned_id.sha256, str(pair.dtype), device_of(pair.dense).type],
+        "version": package_version(),
         "tokens": digest.hexdigest(),
         "settings": [plan.positions, plan.sites, sorted(spectra), plan.batch_tokens, pair.one_at_a_time],
     }
-    return ScanState(None if run is None else Path(run) / UNFINISHED, identity, joined=joined)
+    if run is None:
+        return ScanState(None, identity)
+    return ScanState(Path(run) / UNFINISHED, identity, joined=joined, replaces=Path(run) / SCAN_RECORD)
 
 
 def _record(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,9 +17,10 @@ from torch import Tensor
 from lcc_lens.analysis.selectors.linear_probe import LayerFeatures
 from lcc_lens.analysis.statistics import RunningDifferences
 from lcc_lens.core.errors import LensError, RequestError
-from lcc_lens.core.files import read_tensors, write_tensors
+from lcc_lens.core.files import read_sealed, write_sealed
 from lcc_lens.models.hooked.activations import Site
 
+logger = logging.getLogger(__name__)
 _STATE = "state.safetensors"
 #: Head outputs of contrastive pairs that the probes read, in the order of LayerFeatures.
 _FEATURES = ("pruned_question", "question", "right", "wrong")
@@ -29,19 +31,26 @@ class ScanState:
 
     Args:
         folder: where the state is kept; a temporary folder if not given.
-        identity: everything that decides the result; the state of a different scan is deleted.
+        identity: everything that decides the result; the state of a different scan is deleted, and so is a file whose
+            bytes have changed.
         joined: whether another process has created the state.
+        replaces: the record of an earlier scan, which goes once this one has begun: an unfinished scan has none.
 
     Raises:
         RequestError: the state that another process created is not visible here.
     """
 
-    def __init__(self, folder: Path | None, identity: Mapping[str, Any], *, joined: bool = False) -> None:
+    def __init__(
+        self, folder: Path | None, identity: Mapping[str, Any], *, joined: bool = False, replaces: Path | None = None
+    ) -> None:
         self._temporary = None if folder is not None else tempfile.TemporaryDirectory(prefix="lcc_lens_scan_")
         self.is_kept = folder is not None
         self.folder = folder if folder is not None else Path(cast("Any", self._temporary).name)
         self._identity = hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()
         self._sums: dict[str, Tensor] = {}
+        self._replaces = replaces
+        #: Files that this process wrote or checked.
+        self._whole: set[str] = set()
         self.n_done = 0
         self._load(joined=joined)
 
@@ -58,16 +67,16 @@ class ScanState:
         self._keep_features(self.n_done, features)
         self.n_done += 1
         if self.is_kept:
-            write_tensors(self.folder / _STATE, _by_name(sums), self._record())
+            self._write_state(_by_name(sums))
 
     def begin(self) -> None:
         """Write the identity, which other processes check."""
         if self.is_kept and not (self.folder / _STATE).exists():
-            write_tensors(self.folder / _STATE, {"none": torch.zeros(0)}, self._record())
+            self._write_state({"none": torch.zeros(0)})
 
     def has_part(self, shard: int) -> bool:
         """Whether the sums of a shard are saved separately."""
-        return (self.folder / self._part_file(shard)).exists()
+        return self._is_whole(self._part_file(shard))
 
     def keep_part(
         self,
@@ -77,18 +86,18 @@ class ScanState:
     ) -> None:
         """Save the sums of one shard separately, until all earlier shards are finished."""
         self._keep_features(shard, features)
-        write_tensors(self.folder / self._part_file(shard), _by_name(sums))
+        self._write(self._part_file(shard), _by_name(sums))
 
     def merge_parts(self) -> None:
         """Add separately saved sums to the total in the order of the shards, up to the first missing one."""
         merged = []
         while self.has_part(self.n_done):
             merged.append(self.folder / self._part_file(self.n_done))
-            part, _ = read_tensors(merged[-1])
+            part, _ = read_sealed(merged[-1])
             self._sums = {name: self._sums[name] + t for name, t in part.items()} if self._sums else part
             self.n_done += 1
         if merged:
-            write_tensors(self.folder / _STATE, self._sums, self._record())
+            self._write_state(self._sums)
         for file in merged:
             file.unlink()
 
@@ -102,17 +111,17 @@ class ScanState:
 
     def has_dense(self, shard: int) -> bool:
         """Whether the dense activations of a shard are saved."""
-        return (self.folder / self._dense_file(shard)).exists()
+        return self._is_whole(self._dense_file(shard))
 
     def keep_dense(self, shard: int, parts: Mapping[str, Sequence[Tensor]]) -> None:
         """Save the dense activations of a shard until the pruned model runs."""
         self.begin()
         tensors = {f"{name}.{i}": layer.cpu() for name, layers in parts.items() for i, layer in enumerate(layers)}
-        write_tensors(self.folder / self._dense_file(shard), tensors)
+        self._write(self._dense_file(shard), tensors)
 
     def dense(self, shard: int) -> dict[str, list[Tensor]]:
         """The saved dense activations of a shard: by name, a tensor per layer."""
-        tensors, _ = read_tensors(self.folder / self._dense_file(shard))
+        tensors, _ = read_sealed(self.folder / self._dense_file(shard))
         names = sorted({key.rsplit(".", 1)[0] for key in tensors})
         n_layers = 1 + max(int(key.rsplit(".", 1)[1]) for key in tensors)
         return {name: [tensors[f"{name}.{i}"] for i in range(n_layers)] for name in names}
@@ -129,7 +138,7 @@ class ScanState:
         for layer in range(n_layers):
             parts: dict[str, list[Tensor]] = {name: [] for name in _FEATURES}
             for shard in range(self.n_done):
-                file = self.folder / f"features_{shard:05d}.safetensors"
+                file = self.folder / self._features_file(shard)
                 try:
                     with safe_open(file, framework="pt") as handle:
                         for name in _FEATURES:
@@ -156,29 +165,61 @@ class ScanState:
         """Save a shard's probe activations and delete its dense activations."""
         if features is not None:
             stacked = {name: torch.stack(list(layers)).cpu() for name, layers in features.items()}
-            write_tensors(self.folder / f"features_{shard:05d}.safetensors", stacked)
+            self._write(self._features_file(shard), stacked)
         (self.folder / self._dense_file(shard)).unlink(missing_ok=True)
 
     def _load(self, *, joined: bool) -> None:
         if not self.is_kept:
             return
         try:
-            tensors, record = read_tensors(self.folder / _STATE)
-        except RequestError:  # missing or damaged: start again
+            tensors, record = read_sealed(self.folder / _STATE)
+        except RequestError as error:  # start again
             tensors, record = {}, {}
+            if (self.folder / _STATE).exists():
+                logger.warning("scanning from the start: %s", error)
         if record.get("identity") != self._identity:
             if joined:
                 raise RequestError(
                     f"expected the state of the first process's scan in {self.folder}, got none; put the run on a disk "
                     "that all machines share"
                 )
-            shutil.rmtree(self.folder, ignore_errors=True)
+            if record:
+                logger.warning("scanning from the start: the unfinished scan in %s is of another request", self.folder)
+            self.discard()
+            return
+        features = [self._features_file(shard) for shard in range(int(record["n_done"]))]
+        if any((self.folder / name).exists() and not self._is_whole(name) for name in features):
+            self.discard()
             return
         self.n_done = int(record["n_done"])
         self._sums = tensors if self.n_done else {}
 
-    def _record(self) -> dict[str, str]:
-        return {"identity": self._identity, "n_done": str(self.n_done)}
+    def _is_whole(self, name: str) -> bool:
+        """Whether a file is there as this scan wrote it; a changed one is deleted."""
+        file = self.folder / name
+        if name not in self._whole and file.exists():
+            try:
+                if read_sealed(file)[1].get("identity") == self._identity:
+                    self._whole.add(name)
+                else:
+                    file.unlink()
+            except RequestError as error:
+                logger.warning("computing a part of the scan again: %s", error)
+                file.unlink()
+        return name in self._whole and file.exists()
+
+    def _write(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        write_sealed(self.folder / name, tensors, {"identity": self._identity})
+        self._whole.add(name)
+
+    def _write_state(self, tensors: Mapping[str, Tensor]) -> None:
+        if self._replaces is not None:
+            self._replaces.unlink(missing_ok=True)
+        write_sealed(self.folder / _STATE, tensors, {"identity": self._identity, "n_done": str(self.n_done)})
+
+    @staticmethod
+    def _features_file(shard: int) -> str:
+        return f"features_{shard:05d}.safetensors"
 
     @staticmethod
     def _dense_file(shard: int) -> str:

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from lcc_lens.core.config import package_version
 from lcc_lens.core.errors import RequestError
-from lcc_lens.core.files import require_free, write_json, write_text
+from lcc_lens.core.files import write_json, write_text
+from lcc_lens.core.outputs.folders import require_free
 from lcc_lens.core.reading import read_json
 from lcc_lens.core.showing import Record
 from lcc_lens.evaluation.comparison.accuracies import mean_accuracy

@@ -99,13 +99,13 @@ class ScanPair(Tabled):
     memory: ScanMemory = ScanMemory()
 
     def execute(self) -> None:
-        from lcc_lens.analysis.scan.scan import SCAN_RECORD, scan
+        from lcc_lens.analysis.scan.scan import has_scan, scan
         from lcc_lens.analysis.selectors.registry import check_selectors
         from lcc_lens.data.checks import check_data
         from lcc_lens.models.pair import load_pair
         from lcc_lens.restoration.training_data import load_role
 
-        if (self.run / SCAN_RECORD).exists() and not self.overwrite:
+        if has_scan(self.run) and not self.overwrite:
             raise RequestError(f"{self.run} holds a scan already; name another run or pass --overwrite")
         check_selectors(self.scores.selectors or ())
         check_data([self.data.data])

@@ -13,7 +13,8 @@ from typing import Any
 
 from lcc_lens.core.config import cache_dir
 from lcc_lens.core.errors import RequestError
-from lcc_lens.core.files import atomic_directory, give_mode, require_space, sha256_file, write_json
+from lcc_lens.core.files import give_mode, locked, require_space, sha256_file, write_json
+from lcc_lens.core.outputs.folders import atomic_directory
 from lcc_lens.core.progress import loading_models
 from lcc_lens.core.reading import read_json
 
@@ -60,10 +61,16 @@ def converted(file: Path, target: Path, *, expected_sha256: str) -> Path:
     Args:
         target: where the Hugging Face directory is kept.
     """
-    record = target / _RECORD
-    if record.exists():
-        if _is_kept(target, expected_sha256):
-            return target
+    if _is_kept(target, expected_sha256):
+        return target
+    with locked(target.parent, target.name):  # another process may be converting it
+        if not _is_kept(target, expected_sha256):
+            _convert_to(file, target, expected_sha256)
+    return target
+
+
+def _convert_to(file: Path, target: Path, expected_sha256: str) -> None:
+    if (target / _RECORD).exists():
         logger.warning("the kept copy in %s is damaged; converting again", target)
     got = sha256_file(file)
     if got != expected_sha256:
@@ -76,7 +83,6 @@ def converted(file: Path, target: Path, *, expected_sha256: str) -> Path:
         _convert(file, part)
         digest = sha256_file(part / "model.safetensors")
         write_json(part / _RECORD, asdict(_Record(file.name, got, digest)))
-    return target
 
 
 @dataclass(frozen=True)

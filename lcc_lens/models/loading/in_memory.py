@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -12,7 +11,7 @@ from torch import nn
 
 from lcc_lens.core.config import cache_dir
 from lcc_lens.core.errors import RequestError
-from lcc_lens.core.files import disk_errors, give_mode, sha256_file
+from lcc_lens.core.files import disk_errors, remove_leftovers, sha256_file, temporary
 from lcc_lens.core.progress import loading_models
 
 if TYPE_CHECKING:
@@ -51,16 +50,20 @@ def stored_model(model: nn.Module, tokenizer: PreTrainedTokenizerBase | None) ->
     folder = cache_dir() / "models"
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        part = Path(tempfile.mkdtemp(prefix=".in-memory-", dir=folder))
+        remove_leftovers(folder)
+        part = temporary(folder / "in-memory")
+        part.mkdir()
         try:
             with loading_models():
                 cast("Any", model).save_pretrained(part)
             cast("Any", tokenizer).save_pretrained(part)
             listed = "".join(f"{file.name} {sha256_file(file)}\n" for file in sorted(part.iterdir()))
             target = folder / f"in-memory-{hashlib.sha256(listed.encode()).hexdigest()[:12]}"
-            if not target.exists():
+            try:
                 part.rename(target)
-                give_mode(target)
+            except OSError:  # it was stored before
+                if not target.is_dir():
+                    raise
         finally:
             shutil.rmtree(part, ignore_errors=True)
     return target

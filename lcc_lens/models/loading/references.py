@@ -7,6 +7,7 @@ from pathlib import Path
 
 from lcc_lens.core.checkpoint import Checkpoint
 from lcc_lens.core.errors import RequestError, first_line
+from lcc_lens.core.outputs.folders import recover
 from lcc_lens.models.architecture.whole_weights import require_complete
 from lcc_lens.models.loading.gguf import EMBEDDED_NAME, embedded_model, gguf_model
 
@@ -31,6 +32,7 @@ def resolve(reference: str | Path) -> Path:
             optional ``@revision``).
     """
     name, path = str(reference), Path(reference)
+    recover(path)
     if name == EMBEDDED_NAME and not path.exists():
         return embedded_model()
     if path.suffix == ".gguf":

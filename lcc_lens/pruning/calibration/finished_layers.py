@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
-import shutil
+import json
+import logging
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from torch import Tensor
 
 from lcc_lens.core.errors import RequestError
-from lcc_lens.core.files import read_tensors, write_json, write_tensors
-from lcc_lens.core.reading import read_json
+from lcc_lens.core.files import read_sealed, read_tensors, remove_leftovers, write_sealed
+from lcc_lens.core.outputs.folders import unfinished_work
 from lcc_lens.pruning.methods.pruners import Removed
 
-_IDENTITY = "run.json"
+logger = logging.getLogger(__name__)
 _REMOVED = "removed."
+_LAYERS = "layer_*.safetensors"
+#: Files of earlier versions.
+_OLD_FILES = ("run.json", "errors.json")
 
 
 class FinishedLayers(Mapping[str, Tensor]):
     """New weights by name, stored in one file per finished layer and read on access.
 
-    Hidden states are not stored: running the finished layers again gives the same ones, bit for bit.
+    Hidden states are not stored: running the finished layers again gives the same ones, bit for bit. A file whose
+    bytes have changed counts as missing.
 
     Args:
         out: the output directory; the layers lie in a hidden folder beside it.
@@ -28,17 +34,23 @@ class FinishedLayers(Mapping[str, Tensor]):
     """
 
     def __init__(self, out: Path, request: str) -> None:
-        self.folder = out.resolve().parent / f".{out.resolve().name}.unfinished"
+        self.folder = unfinished_work(out)
         self._request = request
         self._layer_of: dict[str, int] = {}
         self._n = 0
-        if not self._is_same_request():
-            self.discard()
+        #: What was noted of the finished layers, by name.
+        self.notes: dict[str, float] = {}
         while (file := self._file(self._n)).exists():
             try:
-                self._register(read_tensors(file)[0])
-            except RequestError:  # a damaged file: this layer and the later ones are computed again
+                tensors, metadata = read_sealed(file)
+            except RequestError as error:
+                logger.warning("layer %d and the later ones are computed again: %s", self._n, error)
                 break
+            if (metadata.get("request"), metadata.get("layer")) != (request, str(self._n)):
+                logger.warning("starting again: the unfinished layers in %s are of another request", self.folder)
+                self.discard()
+                break
+            self._register(tensors, json.loads(metadata["notes"]))
 
     def __len__(self) -> int:
         return len(self._layer_of)
@@ -71,28 +83,27 @@ class FinishedLayers(Mapping[str, Tensor]):
             names = [name for name in handle.keys() if name.startswith(_REMOVED)]
             return Removed(**{name.removeprefix(_REMOVED): handle.get_tensor(name) for name in names})
 
-    def add(self, weights: Mapping[str, Tensor], removed: Removed) -> None:
-        """Write the next layer; it counts as finished once its file is complete."""
-        if self._n == 0:
-            write_json(self.folder / _IDENTITY, {"identity": self._request})
+    def add(self, weights: Mapping[str, Tensor], removed: Removed, notes: Mapping[str, float] | None = None) -> None:
+        """Write the next layer, with numbers to note; it counts as finished once its file is complete."""
         tensors = {**weights, **{f"{_REMOVED}{name}": value for name, value in vars(removed).items()}}
-        write_tensors(self._file(self._n), tensors)
-        self._register(tensors)
+        metadata = {"request": self._request, "layer": str(self._n), "notes": json.dumps(notes or {})}
+        write_sealed(self._file(self._n), tensors, metadata)
+        self._register(tensors, notes or {})
 
     def discard(self) -> None:
-        """Delete all layers."""
-        shutil.rmtree(self.folder, ignore_errors=True)
-        self._layer_of, self._n = {}, 0
+        """Delete all layers, and their folder if it holds nothing else."""
+        if self.folder.is_dir():
+            remove_leftovers(self.folder)
+            for file in [*self.folder.glob(_LAYERS), *(self.folder / name for name in _OLD_FILES)]:
+                file.unlink(missing_ok=True)
+            with suppress(OSError):  # files of others
+                self.folder.rmdir()
+        self._layer_of, self._n, self.notes = {}, 0, {}
 
-    def _register(self, tensors: Mapping[str, Tensor]) -> None:
+    def _register(self, tensors: Mapping[str, Tensor], notes: Mapping[str, float]) -> None:
         self._layer_of.update({name: self._n for name in tensors if not name.startswith(_REMOVED)})
+        self.notes.update(notes)
         self._n += 1
 
     def _file(self, index: int) -> Path:
         return self.folder / f"layer_{index:04d}.safetensors"
-
-    def _is_same_request(self) -> bool:
-        try:
-            return bool(read_json(self.folder / _IDENTITY)["identity"] == self._request)
-        except (RequestError, KeyError, TypeError):
-            return False

@@ -10,8 +10,9 @@ from jaxtyping import Int
 from torch import Tensor
 
 from lcc_lens.core.checkpoint import Checkpoint
-from lcc_lens.core.files import atomic_directory, write_json
+from lcc_lens.core.files import write_json
 from lcc_lens.core.heads import HEAD_MAP, HeadMap
+from lcc_lens.core.outputs.folders import atomic_directory
 from lcc_lens.core.rewriting import copy_checkpoint
 from lcc_lens.models.architecture.anatomy import LayerAnatomy
 from lcc_lens.models.architecture.linear_maps import Matrix

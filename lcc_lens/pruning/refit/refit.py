@@ -14,10 +14,10 @@ from torch import Tensor
 from lcc_lens.core.checkpoint import Checkpoint
 from lcc_lens.core.config import package_version
 from lcc_lens.core.errors import LensError, RequestError
-from lcc_lens.core.files import atomic_directory, require_free, require_space, write_json
+from lcc_lens.core.files import require_space, write_json
 from lcc_lens.core.fingerprint import fingerprint
+from lcc_lens.core.outputs.folders import atomic_directory, reserved
 from lcc_lens.core.progress import track
-from lcc_lens.core.reading import read_json
 from lcc_lens.core.rewriting import copy_checkpoint
 from lcc_lens.models.architecture.linear_maps import Matrix, StoredWeights, find_matrices
 from lcc_lens.models.architecture.zeros import compare_zeros, refuse_swapped
@@ -31,8 +31,6 @@ from lcc_lens.pruning.refit.least_squares import NormalEquations, masked_least_s
 from lcc_lens.pruning.refit.residual_correction import RefittedProjection, ResidualCorrection, projections_to_correct
 
 REFIT_RECORD = "refit.json"
-#: Errors of the finished layers, while the run is unfinished.
-_ERRORS = "errors.json"
 
 
 @dataclass(frozen=True)
@@ -109,30 +107,34 @@ def refit_checkpoint(
     plans = find_matrices(checkpoints[0]), find_matrices(checkpoints[1])
     _check_shapes(*plans)
     refuse_swapped(dense, pruned)
-    require_free(out, overwrite=overwrite)
-    require_space(out, 2 * checkpoints[1].n_bytes)
-    digests = {"dense_sha256": checkpoints[0].sha256, "pruned_sha256": checkpoints[1].sha256}
-    finished = FinishedLayers(out, fingerprint(config, tokens, digests, dtype, package_version()))
-    errors = _refit_layers(dense, pruned, plans, tokens, config, device, dtype, finished)
-    report = {
-        "follow": config.follow, "ridge": config.ridge, "mend": config.mend, **digests,
-        "lcc_lens_version": package_version(),
-        "calibration": {**provenance, "sequences": len(tokens), "length": tokens.shape[1]}, "error_left": errors,
-    }  # fmt: skip
-    _write_refitted(checkpoints[1], out, finished, report, overwrite=overwrite)
-    finished.discard()
+    with reserved(out, overwrite=overwrite, inputs=[dense, pruned]) as target:
+        require_space(target, 2 * checkpoints[1].n_bytes)
+        digests = {"dense_sha256": checkpoints[0].sha256, "pruned_sha256": checkpoints[1].sha256}
+        finished = FinishedLayers(
+            target, fingerprint(config, tokens, digests, dtype, device.type, package_version())
+        )  # fmt: skip
+        errors = _refit_layers(dense, pruned, plans, tokens, config, device, dtype, finished)
+        report = {
+            "follow": config.follow, "ridge": config.ridge, "mend": config.mend, **digests,
+            "lcc_lens_version": package_version(),
+            "calibration": {**provenance, "sequences": len(tokens), "length": tokens.shape[1]}, "error_left": errors,
+        }  # fmt: skip
+        report = _write_refitted(checkpoints[1], target, finished, report, overwrite=overwrite)
+        finished.discard()
     return report
 
 
 def _write_refitted(
     pruned: Checkpoint, out: Path, finished: FinishedLayers, report: Mapping[str, Any], *, overwrite: bool
-) -> None:
-    """Write the refitted weights and their record; refuses if a zero was lost."""
+) -> dict[str, Any]:
+    """Write the refitted weights and their record, with their hash; refuses if a zero was lost."""
     with atomic_directory(out, overwrite=overwrite) as part:
         copy_checkpoint(pruned, part, replaced=finished)
         if not compare_zeros(pruned.path, part).is_equal:
             raise LensError("expected the pruned model's zeros in the refitted one, got others; nothing was kept")
+        report = {**report, "sha256": Checkpoint(part).sha256}
         write_json(part / REFIT_RECORD, report)
+    return report
 
 
 def _check_shapes(dense: Sequence[Sequence[Matrix]], pruned: Sequence[Sequence[Matrix]]) -> None:
@@ -161,9 +163,7 @@ def _refit_layers(
     dense_stream: DenseStream | None = None
     if config.follow > 0 or config.mend > 0:
         dense_stream = DenseStream(LayerStream.of(dense, tokens, config.batch_size, device, dtype))
-    errors: dict[str, float] = (
-        read_json(finished.folder / _ERRORS, dict[str, float], f"delete {finished.folder}") if finished.n_layers else {}
-    )
+    errors = dict(finished.notes)
     for index, matrices in enumerate(track(plans[1], len(plans[1]), "refitting layers")):
         if index < finished.n_layers:
             for matrix in matrices:
@@ -172,8 +172,7 @@ def _refit_layers(
             layer = _LayerRefit(StoredWeights(plans[0][index], device), StoredWeights(matrices, device), config)
             weights = layer.run(matrices, pruned_stream, dense_stream)
             errors |= layer.errors
-            write_json(finished.folder / _ERRORS, errors)
-            finished.add({name: weight.cpu() for name, weight in weights.items()}, Removed())
+            finished.add({name: weight.cpu() for name, weight in weights.items()}, Removed(), layer.errors)
         pruned_stream.advance()
         if dense_stream is not None:
             dense_stream.advance()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lcc_lens.core.errors import RequestError
-from lcc_lens.core.files import read_tensors, write_tensors
+from lcc_lens.core.files import read_sealed, write_sealed
 from lcc_lens.core.fingerprint import fingerprint
 from lcc_lens.core.machine.processes import is_first_process
 from lcc_lens.data.batches import TokenSequence
@@ -78,16 +78,16 @@ class TrainingState:
                 tensors[f"adam.{name}.{key}"] = value
         losses = {"first_loss": repr(self.first_loss), "best_loss": repr(self.best_loss)}
         record = {"step": str(self.step), "n_worse": str(self.n_worse), **losses, "identity": self.identity}
-        write_tensors(run / CHECKPOINT, tensors, record)
+        write_sealed(run / CHECKPOINT, tensors, record)
 
     def load(self, run: Path | None) -> None:
         """Continue from the checkpoint."""
         if run is None or not (run / CHECKPOINT).exists():
             raise RequestError(f"expected a checkpoint to resume in {run}, got none; start without --resume")
-        if is_first_process():
-            for unfinished in run.glob(f".{CHECKPOINT}.*"):  # of a process that was killed while it wrote
-                unfinished.unlink()
-        tensors, record = read_tensors(run / CHECKPOINT)
+        try:
+            tensors, record = read_sealed(run / CHECKPOINT)
+        except RequestError as error:
+            raise RequestError(f"{error}, or start without --resume") from error
         if record.get("identity") != self.identity:
             raise RequestError(
                 f"expected a checkpoint of the same models, data, heads and settings in {run}, got another run's; "

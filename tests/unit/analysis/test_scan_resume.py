@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 import tempfile
 import weakref
@@ -12,11 +13,12 @@ from typing import Any
 
 import pytest
 import torch
+from support.faults import flip_byte
 from support.tiers import mostly_slow
 
 from lcc_lens.analysis.scan import passes
 from lcc_lens.analysis.scan import shards as scan_work
-from lcc_lens.analysis.scan.scan import UNFINISHED, scan
+from lcc_lens.analysis.scan.scan import UNFINISHED, has_scan, scan
 from lcc_lens.analysis.selectors.evidence import Evidence
 from lcc_lens.analysis.selectors.names import NEED_MODELS
 from lcc_lens.core.errors import InterruptedRun, LensError, RequestError
@@ -258,10 +260,36 @@ def test_selectors_that_need_both_models_are_refused(found, data: Data, one_mode
         Evidence(single, [], found.heads, found.components).require_models()
 
 
-def test_damaged_features_of_a_finished_shard_are_named(pair: Pair, data: Data, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["state", "features_00000"])
+def test_a_flipped_byte_of_the_state_is_noticed(
+    name: str, pair: Pair, data: Data, whole: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = tmp_path / "run"
+    with pytest.raises(InterruptedRun):
+        interrupted(6, lambda: scan(pair, data, **SETTINGS, run=run))
+    flip_byte(run / UNFINISHED / f"{name}.safetensors")
+    scan(pair, data, **SETTINGS, run=run)
+    assert "got a changed file" in caplog.text
+    assert files(run) == files(whole)
+
+
+def test_a_missing_file_of_a_finished_shard_is_named(pair: Pair, data: Data, tmp_path: Path) -> None:
     with pytest.raises(InterruptedRun):
         interrupted(6, lambda: scan(pair, data, **SETTINGS, run=tmp_path))
-    damaged = next((tmp_path / UNFINISHED).glob("features_*.safetensors"))
-    damaged.write_bytes(damaged.read_bytes()[:40])
+    next((tmp_path / UNFINISHED).glob("features_*.safetensors")).unlink()
     with pytest.raises(LensError, match=r"got a missing or damaged file; delete .* and scan again"):
         scan(pair, data, **SETTINGS, run=tmp_path)
+
+
+def test_an_unfinished_scan_is_not_taken_for_the_one_that_it_replaces(
+    pair: Pair, data: Data, whole: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)
+    with pytest.raises(InterruptedRun):
+        interrupted(6, lambda: scan(pair, data, **SETTINGS, run=run))
+    assert not has_scan(run)
+    scan(pair, data, **SETTINGS, run=run)
+    (run / UNFINISHED).mkdir()  # a process killed before it could delete its state
+    assert has_scan(run)
+    assert not (run / UNFINISHED).exists()

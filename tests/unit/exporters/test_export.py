@@ -124,8 +124,16 @@ def test_existing_output_is_kept(tmp_path: Path) -> None:
     with pytest.raises(RequestError, match="exists already; name another folder or pass --overwrite"):
         export(restoration_of(pruned), pruned, tmp_path / "out")
     assert (tmp_path / "out" / "precious").read_text() == "x"
-    export(restoration_of(pruned), pruned, tmp_path / "out", overwrite=True)
-    assert not (tmp_path / "out" / "precious").exists()
+    with pytest.raises(RequestError, match="expected a folder that lcc-lens wrote"):
+        export(restoration_of(pruned), pruned, tmp_path / "out", overwrite=True)
+    assert (tmp_path / "out" / "precious").read_text() == "x"
+    with pytest.raises(RequestError, match="does not hold the input"):
+        export(restoration_of(pruned), pruned, pruned, overwrite=True)
+    (tmp_path / "out" / "precious").unlink()
+    export(restoration_of(pruned), pruned, tmp_path / "out")
+    before = (tmp_path / "out" / "model.safetensors").read_bytes()
+    export(restoration_of(pruned, size=0.2), pruned, tmp_path / "out", overwrite=True)
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() != before
 
 
 def test_export_that_computes_something_else_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

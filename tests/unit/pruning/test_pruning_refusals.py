@@ -121,7 +121,7 @@ def test_an_output_that_is_there_or_holds_the_model(dense: Path, refused: Callab
     refused("exists already")
     assert (dense.parent / "out" / "notes.txt").read_text() == "mine"
     for out in (dense, dense.parent):
-        with pytest.raises(RequestError, match="expected an output folder that does not hold the model"):
+        with pytest.raises(RequestError, match="expected an output folder that does not hold the input"):
             run(dense, out, overwrite=True)
     assert (dense / "model.safetensors").exists()
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.faults import flip_byte
 from support.places import TESTS
 from support.pruning import prune_tokens
 from transformers import AutoModelForCausalLM, LlamaConfig
@@ -97,24 +98,30 @@ def test_finished_layers_are_not_pruned_again(
 
 @pytest.mark.parametrize("change", [{"share": 0.4}, {"calibration": TOKENS + 0 * TOKENS.flip(0)[:1] - TOKENS % 2}])
 def test_another_request_starts_anew(
-    change: dict[str, Any], dense: Path, tmp_path: Path, stop_after: Callable[[int], None]
-) -> None:
+    change: dict[str, Any], dense: Path, tmp_path: Path, stop_after: Callable[[int], None],
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
     stop_after(2)
     with pytest.raises(KeyboardInterrupt):
         run(dense, tmp_path / "out", "wanda")
     run(dense, tmp_path / "out", "wanda", **change)
+    assert "are of another request" in caplog.text
     run(dense, tmp_path / "whole", "wanda", **change)
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
-def test_a_damaged_layer_is_made_again(dense: Path, tmp_path: Path, stop_after: Callable[[int], None]) -> None:
+@pytest.mark.parametrize("damage", [flip_byte, lambda layer: layer.write_bytes(layer.read_bytes()[:100])])
+def test_a_damaged_layer_is_made_again(
+    damage: Callable[[Path], Any], dense: Path, tmp_path: Path, stop_after: Callable[[int], None],
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
     run(dense, tmp_path / "whole", "sparsegpt")
     stop_after(3)
     with pytest.raises(KeyboardInterrupt):
         run(dense, tmp_path / "out", "sparsegpt")
-    layer = tmp_path / UNFINISHED / "layer_0001.safetensors"
-    layer.write_bytes(layer.read_bytes()[:100])
+    damage(tmp_path / UNFINISHED / "layer_0001.safetensors")
     run(dense, tmp_path / "out", "sparsegpt")
+    assert "layer 1 and the later ones are computed again" in caplog.text
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 

@@ -60,9 +60,9 @@ def test_by_one_command(
 ) -> None:
     real = refitted.refit
 
-    def on_own_text(*args, calibration, n_samples, seq_len):
+    def on_own_text(*args, calibration, n_samples, seq_len, overwrite):
         assert (calibration, n_samples, seq_len) == (("alpaca", "c4", "wikitext"), 9, 512)
-        return real(*args, calibration=[str(files["text"])], n_samples=4, seq_len=16)
+        return real(*args, calibration=[str(files["text"])], n_samples=4, seq_len=16, overwrite=overwrite)
 
     monkeypatch.setattr(refitted, "refit", on_own_text)
     command = ["restore", str(dense_dir), str(pruned_dir), str(tmp_path / "run"), "--data", str(files["train"])]

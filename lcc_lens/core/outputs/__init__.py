@@ -1,0 +1,1 @@
+"""What a command writes: held while it works, tried before the work, replaced only where this program wrote it."""

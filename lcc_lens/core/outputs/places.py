@@ -1,0 +1,59 @@
+"""Run directories and single files that a command writes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from lcc_lens.core.errors import RequestError
+from lcc_lens.core.files import disk_errors, file_to_write, remove_leftovers
+from lcc_lens.core.machine.processes import is_first_process
+from lcc_lens.core.outputs.folders import folder_to_write
+from lcc_lens.core.outputs.locks import LOCK, locked_alone, try_writing
+
+
+@contextmanager
+def writing_run(run: Path | None, *, inputs: Iterable[Path] = ()) -> Iterator[None]:
+    """Hold a run directory, in which files are added and replaced one by one.
+
+    Of several processes that work together the first one holds it.
+
+    Raises:
+        RequestError: the directory holds a model, cannot be written, or another command writes it.
+    """
+    if run is None or not is_first_process():
+        yield
+        return
+    target = folder_to_write(run)
+    is_input = target in {path.resolve() for path in inputs}
+    if is_input or any(target.glob("model*.safetensors")):
+        raise RequestError(f"expected a run directory, got the model in {run}; name another folder")
+    with locked_alone(target / f".{LOCK}", target):
+        remove_leftovers(target)
+        yield
+
+
+def require_file(path: Path | None, *, begins: bytes, inputs: Iterable[Path] = ()) -> None:
+    """Refuse, before the work, a file that cannot be written; one that exists may be an earlier output alone.
+
+    Args:
+        path: the file; nothing is checked without one.
+        begins: how a file of this kind begins.
+        inputs: what the job reads.
+
+    Raises:
+        RequestError: a folder, a device, an input, another kind of file, or a place where one may not write.
+    """
+    if path is None:
+        return
+    with disk_errors(path):
+        target = file_to_write(path)
+        if target.exists() and target.stat().st_size:
+            with target.open("rb") as file:
+                is_ours = file.read(len(begins)) == begins
+            if not is_ours or target in {entry.resolve() for entry in inputs}:
+                raise RequestError(
+                    f"expected a new file or an earlier output of this command, got {path}; name another file"
+                )
+        try_writing(target.parent)
