@@ -1,11 +1,20 @@
-"""Ranges of numbers that settings and options take."""
+"""Ranges of numbers, named once beside each setting and option, and checked for Python and the command line alike."""
 
 from __future__ import annotations
 
+import functools
+import inspect
 import math
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, is_dataclass
+from numbers import Integral, Real
+from typing import Annotated, Any, ParamSpec, TypeVar, get_args, get_type_hints
 
 from lcc_lens.core.errors import RequestError
+
+_LARGEST = 2**32
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 
 
 @dataclass(frozen=True)
@@ -29,32 +38,98 @@ class Range:
     below: bool = False
 
     def __str__(self) -> str:
-        low = f"{'above' if self.above else 'of at least'} {self.least:g}"
-        return low if self.most == math.inf else f"{low} and {'below' if self.below else 'at most'} {self.most:g}"
+        low = f"{'above' if self.above else 'of at least'} {self.least}"
+        return low if self.most == math.inf else f"{low} and {'below' if self.below else 'at most'} {self.most}"
 
     def __contains__(self, number: int | float) -> bool:
         is_inside = self.least < number if self.above else self.least <= number
-        return is_inside and math.isfinite(number) and (number < self.most or (number == self.most and not self.below))
+        return is_inside and number < math.inf and (number < self.most or (number == self.most and not self.below))
 
-    def require(self, name: str, number: int | float | None) -> None:
+    def require(self, name: str, number: Any) -> None:
         """Refuse a number outside the range; None, for a default that is chosen later, is inside.
 
         Raises:
             RequestError: says the range, and how to write a percentage as a fraction.
         """
-        if number is None or number in self:
+        if number is None or (_is_number(number) and number in self):
             return
-        is_percentage = self.most == 1 < number <= 100
-        advice = f"write {number / 100:g} for {number:g} %" if is_percentage else "choose another number"
-        raise RequestError(f"expected {name} {self}, got {number:g}; {advice}")
+        shown = f"{number:g}" if isinstance(number, float) else repr(number)
+        is_percentage = self.most == 1 and _is_number(number) and 1 < number <= 100
+        advice = f"write {float(number) / 100:g} for {shown} %" if is_percentage else "choose another number"
+        raise RequestError(f"expected {name} {self}, got {shown}; {advice}")
 
 
 #: How many of something there are, at least one.
-COUNT = Range(1)
+Count = Annotated[int, Range(1)]
+#: How many of something there are, perhaps none.
+Natural = Annotated[int, Range(0)]
 #: Tokens of a sequence: one to read and one to predict.
-LENGTH = Range(2)
+Length = Annotated[int, Range(2)]
+#: What every generator of random numbers takes.
+Seed = Annotated[int, Range(0, 2**32, below=True)]
 #: A fraction of which something must be there.
-SHARE = Range(0, 1, above=True)
-FRACTION = Range(0, 1)
-POSITIVE = Range(0, above=True)
-NATURAL = Range(0)
+Share = Annotated[float, Range(0, 1, above=True)]
+Fraction = Annotated[float, Range(0, 1)]
+#: A fraction of the weights to remove.
+Sparsity = Annotated[float, Range(0, 1, above=True, below=True)]
+Positive = Annotated[float, Range(0, above=True)]
+#: A learning rate; far larger ones overflow.
+Rate = Annotated[float, Range(0, 1000, above=True)]
+
+
+def check_numbers(settings: Any, spell: Callable[[str], str] = str) -> None:
+    """Refuse a number outside the range that its field's type names; groups of settings are checked too.
+
+    Args:
+        settings: a dataclass, such as ``TrainConfig`` or a subcommand.
+        spell: how a field is called in the message.
+
+    Raises:
+        RequestError: names the field and its range.
+    """
+    values = {field.name: getattr(settings, field.name) for field in fields(settings)}
+    for value in values.values():
+        if is_dataclass(value) and not isinstance(value, type):
+            check_numbers(value, spell)
+    kind: Any = type(settings)
+    _check(ranges_of(kind), values, spell)
+
+
+def ranged(function: Callable[_P, _R]) -> Callable[_P, _R]:
+    """Check the numbers that a function is called with, before it does anything; its parameters' types name ranges."""
+    signature = inspect.signature(function)
+
+    @functools.wraps(function)
+    def checked(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        _check(ranges_of(function), signature.bind(*args, **kwargs).arguments, str)
+        return function(*args, **kwargs)
+
+    return checked
+
+
+@functools.cache
+def ranges_of(declared: Any) -> Mapping[str, tuple[type, Range]]:
+    """The type and range of every number that a dataclass's fields or a function's parameters declare."""
+    hints = get_type_hints(declared, include_extras=True)
+    return {name: found for name, hint in hints.items() if (found := _range_in(hint)) is not None}
+
+
+def _range_in(hint: Any) -> tuple[type, Range] | None:
+    """The type and the range that a hint names, at any depth."""
+    own = (part for part in getattr(hint, "__metadata__", ()) if isinstance(part, Range))
+    found = next(((get_args(hint)[0], part) for part in own), None)
+    return found or next((deeper for part in get_args(hint) if (deeper := _range_in(part)) is not None), None)
+
+
+def _is_number(value: Any) -> bool:
+    return not isinstance(value, bool) and isinstance(value, Real)
+
+
+def _check(ranges: Mapping[str, tuple[type, Range]], values: Mapping[str, Any], spell: Callable[[str], str]) -> None:
+    for name, (kind, allowed) in ranges.items():
+        value = values.get(name)
+        if kind is int and _is_number(value) and not isinstance(value, Integral):
+            raise RequestError(f"expected a whole number for {spell(name)}, got {value}; round it")
+        allowed.require(spell(name), value)
+        if kind is int and value is not None and value > _LARGEST:
+            raise RequestError(f"expected {spell(name)} of at most {_LARGEST}, got a larger number; lower it")

@@ -100,6 +100,10 @@ def text_blocks(
     """Cut a text into blocks of exactly ``length`` tokens, each starting with the tokenizer's special tokens."""
     lead = special_prefix(tokenizer)
     step = length - len(lead)
+    if step < 1:
+        raise RequestError(
+            f"expected blocks longer than the {len(lead)} special tokens, got {length}; raise the length"
+        )
     if limit is not None:  # a token is rarely longer than 20 characters; tokenising a whole corpus takes long
         text = text[: limit * length * 20]
     ids = token_ids(tokenizer, text)

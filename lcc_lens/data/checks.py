@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from lcc_lens.core.errors import RequestError
 from lcc_lens.data.registry import DATASETS, require_dataset
 from lcc_lens.data.sources import available_splits
-from lcc_lens.data.user_files import is_data_file
+from lcc_lens.data.user_files import is_data_file, read_file
 
 
 def check_data(names: Iterable[str]) -> None:
@@ -19,7 +18,7 @@ def check_data(names: Iterable[str]) -> None:
     """
     for name in dict.fromkeys(names):
         require_dataset(name)
-        if is_data_file(name) and not Path(name).exists():
-            raise RequestError(f"expected the data file {name}, got nothing there; check the path")
+        if is_data_file(name):
+            read_file(Path(name))
         if name in DATASETS:
             available_splits(name)  # refuses a missing source now rather than after hours

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lcc_lens.core.errors import RequestError
+from lcc_lens.core.ranges import Count, Seed, ranged
 from lcc_lens.core.showing import Shown
 from lcc_lens.data.batches import TokenSequence, encode_pair, require_tokens, text_blocks
 from lcc_lens.data.negatives import contrast, distinct_wrongs, with_other_answers
@@ -97,7 +98,8 @@ class Data(Shown):
         return replace(self, examples=tuple(examples))
 
 
-def load_data(name: str, n: int | None = None, *, role: Role | None = None, seed: int = 0) -> Data:
+@ranged
+def load_data(name: str, n: Count | None = None, *, role: Role | None = None, seed: Seed = 0) -> Data:
     """Load a data set by name, or a ``.jsonl`` or ``.txt`` file.
 
     A name resolves to ``$LCC_LENS_DATA/<name>/<split>.jsonl``, else to the records given to
@@ -152,8 +154,6 @@ def one_class(data: Data) -> str | None:
 
 def _draw(name: str, n: int | None, role: Role | None, seed: int) -> tuple[Kind, _Pairs, str]:
     """The kind of a data set or file, the drawn records with their examples, and where they came from."""
-    if n is not None and n < 1:
-        raise RequestError(f"expected at least one example of {name}, got n = {n}; raise it")
     require_dataset(name)
     if is_data_file(name):
         kind, pairs, source = read_file(Path(name))

@@ -11,7 +11,7 @@ import torch
 
 from lcc_lens.core.config import package_version
 from lcc_lens.core.errors import RequestError
-from lcc_lens.core.ranges import COUNT, LENGTH
+from lcc_lens.core.ranges import Count, Length, ranged
 from lcc_lens.core.showing import Record
 from lcc_lens.data.checks import check_data
 from lcc_lens.data.datasets import Data, encode, load_data
@@ -49,13 +49,12 @@ class Evaluation(Record):
         }
 
 
+@ranged
 def evaluate(
-    references: Sequence[str | Path], tasks: Sequence[str], *, limit: int | None = None, length: int = 512
+    references: Sequence[str | Path], tasks: Sequence[str], *, limit: Count | None = None, length: Length = 512
 ) -> Evaluation:
     """The contents of ``results.json``: the scores of every model on every task, by the model's name."""
     check_tasks(tasks)
-    COUNT.require("limit", limit)
-    LENGTH.require("length", length)
     paths = [resolve(reference) for reference in references]
     models = {
         name: evaluate_model(reference, tasks, limit=limit, length=length)
@@ -65,12 +64,13 @@ def evaluate(
     return Evaluation(models=models, settings=settings, version=package_version())
 
 
+@ranged
 def evaluate_model(
     reference: str | Path,
     tasks: Sequence[str],
     *,
-    limit: int | None = None,
-    length: int = 512,
+    limit: Count | None = None,
+    length: Length = 512,
     dtype: torch.dtype | None = None,
 ) -> Scores:
     """Score one model: perplexity on text, response loss on instructions, accuracy on lm-eval's tasks.

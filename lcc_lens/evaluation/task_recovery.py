@@ -9,6 +9,7 @@ from typing import Any, get_args
 
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.metrics import bootstrap_interval, share_recovered, stratified_interval
+from lcc_lens.core.ranges import Count, Length, Seed, check_numbers
 from lcc_lens.core.reading import read_record, write_record
 from lcc_lens.core.registry import nearest
 from lcc_lens.data.batches import TokenSequence
@@ -83,11 +84,14 @@ class TaskMeasures:
     """
 
     task: RecoveryTask
-    items: int | None = 500
+    items: Count | None = 500
     text: str = "wikitext"
-    blocks: int = 16
-    block_length: int = 512
-    seed: int = 0
+    blocks: Count = 16
+    block_length: Length = 512
+    seed: Seed = 0
+
+    def __post_init__(self) -> None:
+        check_numbers(self)
 
     def check(self) -> None:
         """Refuse a task or text without data before anything is trained."""

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lcc_lens.analysis.scan.scan import scan
+from lcc_lens.core.ranges import Count, Length, Seed, Share, Sparsity, ranged
 from lcc_lens.evaluation.evaluate import check_tasks, evaluate
 from lcc_lens.exporters.huggingface import export
 from lcc_lens.models.pair import load_pair
@@ -16,22 +17,23 @@ from lcc_lens.restoration.settings import SCAN_DATA, SCAN_EXAMPLES, TRAIN_DATA, 
 from lcc_lens.restoration.training_data import load_role
 
 
+@ranged
 def prune_and_restore(
     model: str | Path,
     folder: str | Path,
     tasks: Sequence[str] = ("wikitext",),
     *,
-    sparsity: float = 0.5,
+    sparsity: Sparsity = 0.5,
     calibration: str = "c4",
-    n_samples: int = 128,
-    seq_len: int = 512,
+    n_samples: Count = 128,
+    seq_len: Length = 512,
     scan_data: str = SCAN_DATA,
     selector: str = HeadRequest.selector,
-    heads: float = HeadRequest.fraction,
+    heads: Share = HeadRequest.fraction,
     train_data: str = TRAIN_DATA,
     method: str = "lcc",
-    limit: int | None = None,
-    seed: int = 0,
+    limit: Count | None = None,
+    seed: Seed = 0,
 ) -> dict[str, Any]:
     """Prune a model by Wanda, restore it, export the result, and evaluate all three models.
 

@@ -12,6 +12,7 @@ import torch
 from lcc_lens.core.config import compute_dtype, default_device
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.outputs.folders import reserved
+from lcc_lens.core.ranges import Count, Fraction, Length, Positive, Seed, Sparsity, ranged
 from lcc_lens.core.reading import read_json
 from lcc_lens.data.batches import require_tokens, text_blocks
 from lcc_lens.data.datasets import Data, load_data
@@ -31,17 +32,18 @@ REFIT_DATA = ("alpaca", "c4", "wikitext")
 REFIT_SAMPLES = 288
 
 
+@ranged
 def prune(
     model: str | Path,
     out: str | Path,
     *,
     method: str = "wanda",
-    sparsity: float | None = None,
+    sparsity: Sparsity | None = None,
     pattern: str | None = None,
     calibration: str | Data = "c4",
-    n_samples: int = 128,
-    seq_len: int = 512,
-    seed: int = 0,
+    n_samples: Count = 128,
+    seq_len: Length = 512,
+    seed: Seed = 0,
     sliced: bool = False,
     schedule: Schedule | None = None,
     choice: Choice = "error",
@@ -92,18 +94,19 @@ def prune(
     return PruningReport(report)
 
 
+@ranged
 def refit(
     dense: str | Path,
     pruned: str | Path,
     out: str | Path,
     *,
     calibration: str | Data | Sequence[str | Data] = REFIT_DATA,
-    n_samples: int = REFIT_SAMPLES,
-    seq_len: int = 512,
-    follow: float = RefitConfig.follow,
-    ridge: float = RefitConfig.ridge,
-    mend: float = RefitConfig.mend,
-    seed: int = 0,
+    n_samples: Count = REFIT_SAMPLES,
+    seq_len: Length = 512,
+    follow: Fraction = RefitConfig.follow,
+    ridge: Positive = RefitConfig.ridge,
+    mend: Fraction = RefitConfig.mend,
+    seed: Seed = 0,
     overwrite: bool = False,
 ) -> RefitReport:
     """Fit the surviving weights of a pruned model by least squares; nothing is trained, and all zeros stay.

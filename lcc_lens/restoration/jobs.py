@@ -18,7 +18,7 @@ from lcc_lens.restoration.refitted import REFITTED, refitted_model
 from lcc_lens.restoration.restore import restore
 from lcc_lens.restoration.result import Restoration
 from lcc_lens.restoration.scans import check_scores, scan_for
-from lcc_lens.restoration.settings import HeadRequest, RefitRequest, RestoreSettings, with_preset
+from lcc_lens.restoration.settings import SCAN_DATA, HeadRequest, RefitRequest, RestoreSettings, with_preset
 from lcc_lens.restoration.training.config import Step, TrainConfig
 from lcc_lens.restoration.training_data import load_role
 
@@ -64,7 +64,7 @@ def restore_models(
     check_selectors([heads.selector])
     fraction, selector = heads.needed_by(spec)
     if spec.needs_scan:
-        check_scores(run, selector, one_at_a_time=one_at_a_time)
+        check_scores(run, selector, one_at_a_time=one_at_a_time, data=heads.data)
     config = with_preset(config, spec)
     with writing_run(run, inputs=[resolve(dense), resolve(pruned)]):
         source = pruned
@@ -74,7 +74,7 @@ def restore_models(
         pair, scan = load_pair(dense, source, one_at_a_time=one_at_a_time), None
         if spec.needs_scan:
             scan = scan_for(
-                spec, pair, run, lambda: load_role(heads.data, heads.examples, "probe", config.seed),
+                spec, pair, run, lambda: load_role(heads.data or SCAN_DATA, heads.examples, "probe", config.seed),
                 selector=selector, max_length=settings.max_length, limit=heads.examples, seed=config.seed,
             )  # fmt: skip
         chosen = [] if scan is None else scan.select(selector, share=fraction, seed=config.seed)

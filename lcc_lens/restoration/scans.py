@@ -26,19 +26,25 @@ def check_scan(scan: Scan, pair: Pair) -> None:
             )
 
 
-def check_scores(run: Path, selector: str, *, one_at_a_time: bool) -> None:
+def check_scores(run: Path, selector: str, *, one_at_a_time: bool, data: str | None = None) -> None:
     """Refuse a selector that the scan in a folder, or the scan to come, will not have; before any model is loaded.
 
     Args:
         run: the folder.
         selector: the score that heads are chosen by.
         one_at_a_time: whether one model is in memory at a time.
+        data: what the scan has to be of; any if None.
 
     Raises:
-        RequestError: names the scores that there are, or the selectors that serve.
+        RequestError: names the scores that there are, or the selectors that serve; or the scan is of other data.
     """
     if has_scan(run):
-        Scan.load(run).scores(selector)
+        scan = Scan.load(run)
+        if data is not None and scan.record.data != data:
+            raise RequestError(
+                f"expected a scan of {data} in {run}, got one of {scan.record.data}; name another run, or other data"
+            )
+        scan.scores(selector)
     elif one_at_a_time:
         check_in_memory([selector])
 

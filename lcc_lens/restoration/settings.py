@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from lcc_lens.analysis.selectors.names import DEFAULT_SELECTOR
-from lcc_lens.core.ranges import COUNT, LENGTH, SHARE
+from lcc_lens.core.ranges import Count, Length, Share, check_numbers
 from lcc_lens.data.datasets import Data
 from lcc_lens.pruning.jobs import REFIT_DATA, REFIT_SAMPLES
 from lcc_lens.restoration.injections.constants import Start
@@ -23,17 +23,17 @@ LOW_RANK = 8
 class RestoreSettings:
     """What decides a restoration beside models, data, heads and training."""
 
-    rank: int | None = None
+    rank: Count | None = None
     """Directions per head (K); all if None."""
-    mlp_rank: int | None = None
+    mlp_rank: Count | None = None
     """Directions per MLP; those that the scan holds if None."""
-    low_rank: int | None = None
+    low_rank: Count | None = None
     """Rank of a low-rank change of weights; the preset's, or 8, if None."""
     start: Start = "zero"
     """See :class:`~lcc_lens.restoration.injections.constants.LccInjection`."""
-    max_length: int = 512
+    max_length: Length = 512
     """Tokens per example at most."""
-    limit: int | None = None
+    limit: Count | None = None
     """Training sequences at most (text is cut into many), and a tenth of it for validation."""
     shuffle_responses: bool = False
     """A control: train on every prompt with another one's response; validation stays as it is."""
@@ -44,9 +44,7 @@ class RestoreSettings:
     works under hooks alone."""
 
     def __post_init__(self) -> None:
-        for name in ("rank", "mlp_rank", "low_rank", "limit"):
-            COUNT.require(name, getattr(self, name))
-        LENGTH.require("max_length", self.max_length)
+        check_numbers(self)
 
     def completed(self, spec: MethodSpec) -> RestoreSettings:
         """The settings with the method's own rank where none is set."""
@@ -57,14 +55,14 @@ class RestoreSettings:
 class HeadRequest:
     """How heads are chosen, and the scan that scores them where the run directory holds none."""
 
-    fraction: float = 0.25
+    fraction: Share = 0.25
     selector: str = DEFAULT_SELECTOR
-    data: str = SCAN_DATA
-    examples: int = SCAN_EXAMPLES
+    data: str | None = None
+    """What is scanned; the data of the scan that there is, or boolq, if None."""
+    examples: Count = SCAN_EXAMPLES
 
     def __post_init__(self) -> None:
-        SHARE.require("the fraction of heads", self.fraction)
-        COUNT.require("scan examples", self.examples)
+        check_numbers(self)
 
     def needed_by(self, spec: MethodSpec) -> tuple[float, str]:
         """The fraction and the selector that a method needs; for all heads any score serves, and ``mse`` is free."""
@@ -77,8 +75,11 @@ class RefitRequest:
     """What a refit is calibrated on; see :func:`~lcc_lens.pruning.jobs.refit`."""
 
     calibration: Sequence[str | Data] = REFIT_DATA
-    n_samples: int = REFIT_SAMPLES
-    seq_len: int = 512
+    n_samples: Count = REFIT_SAMPLES
+    seq_len: Length = 512
+
+    def __post_init__(self) -> None:
+        check_numbers(self)
 
 
 def with_preset(config: TrainConfig | None, spec: MethodSpec) -> TrainConfig:

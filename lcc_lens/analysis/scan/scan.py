@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import cast
+from typing import Annotated, cast
 
 from lcc_lens.analysis.scan.passes import ScanPlan
 from lcc_lens.analysis.scan.record import ScanRecord
@@ -26,6 +26,7 @@ from lcc_lens.core.heads import Head, HeadMap
 from lcc_lens.core.machine.processes import first_process_first, is_first_process, n_processes, wait_for_all
 from lcc_lens.core.outputs.places import writing_run
 from lcc_lens.core.progress import track
+from lcc_lens.core.ranges import Count, Length, Natural, Range, Seed, ranged
 from lcc_lens.data.datasets import Data
 from lcc_lens.models.architecture.sparsity_patterns import common_pattern
 from lcc_lens.models.architecture.zeros import matrix_zeros, share_of_zeros
@@ -41,6 +42,7 @@ UNFINISHED = ".scan.unfinished"
 _AGAIN = "run the same command again to go on"
 
 
+@ranged
 def scan(
     pair: Pair,
     data: Data,
@@ -49,15 +51,15 @@ def scan(
     sites: Sequence[Site] = SITES,
     spectra: Sequence[Site] = ("z",),
     selectors: Sequence[str] | None = None,
-    max_length: int | None = None,
-    limit: int | None = None,
-    probe_rank: int = 1,
+    max_length: Length | None = None,
+    limit: Count | None = None,
+    probe_rank: Count = 1,
     probe_solver: Solver = "newton",
-    probe_folds: int | None = None,
-    selector_examples: int = 32,
-    display: int = 8,
-    batch_tokens: int | None = None,
-    seed: int = 0,
+    probe_folds: Annotated[int, Range(2)] | None = None,
+    selector_examples: Count = 32,
+    display: Natural = 8,
+    batch_tokens: Count | None = None,
+    seed: Seed = 0,
     run: str | Path | None = None,
 ) -> Scan:
     """Compare the activations of both models over the same tokens and score every head.

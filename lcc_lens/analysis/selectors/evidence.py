@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Annotated
 
 from lcc_lens.analysis.components import LostComponents
 from lcc_lens.analysis.selectors.backward import ResponseGradients, response_gradients
 from lcc_lens.analysis.selectors.linear_probe import LayerFeatures, Solver
 from lcc_lens.analysis.statistics import DifferenceStatistics
 from lcc_lens.core.errors import RequestError
-from lcc_lens.core.ranges import COUNT, Range
+from lcc_lens.core.ranges import Count, Range, Seed, check_numbers
 from lcc_lens.data.batches import TokenSequence
 from lcc_lens.models.pair import Pair
 
@@ -29,17 +30,15 @@ class ScoreSettings:
         batch_tokens: maximum number of padded tokens per forward pass.
     """
 
-    rank: int = 1
+    rank: Count = 1
     solver: Solver = "newton"
-    folds: int | None = None
-    examples: int = 32
-    seed: int = 0
-    batch_tokens: int = 1024
+    folds: Annotated[int, Range(2)] | None = None
+    examples: Count = 32
+    seed: Seed = 0
+    batch_tokens: Count = 1024
 
     def __post_init__(self) -> None:
-        for name in ("rank", "examples", "batch_tokens"):
-            COUNT.require(name, getattr(self, name))
-        Range(2).require("folds", self.folds)
+        check_numbers(self)
 
 
 @dataclass(frozen=True)

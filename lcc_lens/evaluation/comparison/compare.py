@@ -13,7 +13,7 @@ from typing import Any
 from lcc_lens.core.errors import InterruptedRun, LensError, RequestError, first_line
 from lcc_lens.core.files import locked
 from lcc_lens.core.metrics import bootstrap_interval, share_recovered
-from lcc_lens.core.ranges import COUNT
+from lcc_lens.core.ranges import Count, ranged
 from lcc_lens.data.checks import check_data
 from lcc_lens.evaluation.comparison.accuracies import mean_rows, task_rows
 from lcc_lens.evaluation.comparison.config import CompareConfig
@@ -30,13 +30,14 @@ MEASURES = ("perplexity", "log_perplexity", "kl", "response_loss")
 COSTS = ("n_trained", "n_added", "zeros_kept", "training_seconds", "memory_mib", "mendable_share")
 
 
+@ranged
 def compare(
     dense: str | Path,
     pruned: str | Path,
     run: str | Path,
     entries: Sequence[str],
     *,
-    seeds: int = 3,
+    seeds: Count = 3,
     config: CompareConfig | None = None,
     out: str | Path | None = None,
     deadline: float = math.inf,
@@ -116,7 +117,6 @@ def check_comparison(
     Raises:
         RequestError: says which, and what to do.
     """
-    COUNT.require("seeds", seeds)
     if not entries:
         raise RequestError("expected something to compare, got no entry; name methods")
     if config.heads >= 1 and any(entry.control == "random-heads" for entry in entries):

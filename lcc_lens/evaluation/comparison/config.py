@@ -7,21 +7,12 @@ from dataclasses import dataclass
 from lcc_lens.analysis.selectors.names import DEFAULT_SELECTOR
 from lcc_lens.analysis.selectors.registry import check_selectors
 from lcc_lens.core.errors import RequestError
-from lcc_lens.core.ranges import COUNT, LENGTH, NATURAL, SHARE
+from lcc_lens.core.ranges import Count, Length, Natural, Share, check_numbers
 from lcc_lens.data.registry import require_dataset
 from lcc_lens.pruning.jobs import REFIT_DATA, REFIT_SAMPLES
 
 #: Settings that only say what is measured; two runs that differ in nothing else share their training.
 MEASURING = ("texts", "blocks", "block_length", "tasks", "limit", "speed_rounds")
-
-_COUNTED = (
-    "examples", "validation", "responses", "blocks", "limit", "scan_examples", "batch_size", "epochs", "low_rank",
-    "lora_rank", "refit_samples",
-)  # fmt: skip
-_RANGES = {
-    **dict.fromkeys(_COUNTED, COUNT), **dict.fromkeys(("block_length", "max_length"), LENGTH),
-    **dict.fromkeys(("heads", "lofit_share"), SHARE), "speed_rounds": NATURAL,
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -46,26 +37,26 @@ class CompareConfig:
     """
 
     data: str = "alpaca"
-    examples: int = 480
-    validation: int = 24
-    responses: int = 96
+    examples: Count = 480
+    validation: Count = 24
+    responses: Count = 96
     texts: tuple[str, ...] = ("wikitext", "c4")
-    blocks: int = 16
-    block_length: int = 512
+    blocks: Count = 16
+    block_length: Length = 512
     tasks: tuple[str, ...] = ()
-    limit: int | None = 200
-    max_length: int = 256
-    scan_examples: int = 96
-    heads: float = 1.0
+    limit: Count | None = 200
+    max_length: Length = 256
+    scan_examples: Count = 96
+    heads: Share = 1.0
     selector: str = DEFAULT_SELECTOR
-    batch_size: int = 8
-    epochs: int = 1
-    low_rank: int = 16
-    lora_rank: int = 8
-    lofit_share: float = 0.2
+    batch_size: Count = 8
+    epochs: Count = 1
+    low_rank: Count = 16
+    lora_rank: Count = 8
+    lofit_share: Share = 0.2
     refit_data: tuple[str, ...] = REFIT_DATA
-    refit_samples: int = REFIT_SAMPLES
-    speed_rounds: int = 15
+    refit_samples: Count = REFIT_SAMPLES
+    speed_rounds: Natural = 15
 
     @property
     def needed_selector(self) -> str:
@@ -73,8 +64,7 @@ class CompareConfig:
         return self.selector if self.heads < 1 else "mse"
 
     def __post_init__(self) -> None:
-        for name, range_ in _RANGES.items():
-            range_.require(name, getattr(self, name))
+        check_numbers(self)
         check_selectors([self.selector])
         if not self.texts:
             raise RequestError("expected at least one text to measure perplexity on, got none; name one")

@@ -10,6 +10,7 @@ import torch
 
 from lcc_lens.core.config import compute_dtype, default_device, package_version
 from lcc_lens.core.errors import RequestError
+from lcc_lens.core.ranges import Count, ranged
 from lcc_lens.core.showing import Record
 from lcc_lens.evaluation.efficiency.compression import compressed_size, matrix_sizes
 from lcc_lens.evaluation.efficiency.timing import DECODE_PROMPT, SpeedConfig, measure_speed, require_context
@@ -49,13 +50,14 @@ class EfficiencyReport(Record):
         }
 
 
+@ranged
 def report(
     references: Sequence[str | Path],
     *,
     latency: bool = True,
-    repeats: int = 15,
-    prompt_tokens: int = 256,
-    new_tokens: int = 24,
+    repeats: Count = 15,
+    prompt_tokens: Count = 256,
+    new_tokens: Count = 24,
 ) -> EfficiencyReport:
     """The contents of ``report.json``: zeros, sizes and times of models, compared with the first one.
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from lcc_lens.core.config import compute_dtype, default_device
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.progress import track
+from lcc_lens.core.ranges import Count, check_numbers
 from lcc_lens.evaluation.efficiency.semi_structured import require_kernels, to_semi_structured
 from lcc_lens.models.architecture.layers import read_config
 from lcc_lens.models.loading.plain import load_plain
@@ -40,19 +41,15 @@ class SpeedConfig:
         RequestError: a number is below one.
     """
 
-    repeats: int = 15
+    repeats: Count = 15
     """Timed rounds."""
-    prompt_tokens: int = 256
+    prompt_tokens: Count = 256
     """Tokens of the timed forward pass."""
-    new_tokens: int = 24
+    new_tokens: Count = 24
     """Tokens generated one by one after a short prompt."""
 
     def __post_init__(self) -> None:
-        for name, number in vars(self).items():
-            if number < 1:
-                raise RequestError(
-                    f"expected {name.replace('_', ' ')} of at least 1, got {number}; give a positive number"
-                )
+        check_numbers(self)
 
     @property
     def longest(self) -> int:

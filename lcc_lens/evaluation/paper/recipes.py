@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from lcc_lens.core.errors import RequestError
+from lcc_lens.core.ranges import Count, Length, Seed, Sparsity, check_numbers
 from lcc_lens.core.reading import read_json
 from lcc_lens.evaluation.comparison.config import CompareConfig
 from lcc_lens.evaluation.comparison.entry import Entry
@@ -38,15 +39,16 @@ class PruneStep:
     """How a recipe prunes; see :func:`~lcc_lens.pruning.jobs.prune`."""
 
     method: str
-    sparsity: float | None = None
+    sparsity: Sparsity | None = None
     pattern: str | None = None
     calibration: str = "c4"
-    n_samples: int = 128
-    seq_len: int = 2048
-    seed: int = 0
+    n_samples: Count = 128
+    seq_len: Length = 2048
+    seed: Seed = 0
     sliced: bool = False
 
     def __post_init__(self) -> None:
+        check_numbers(self)
         if (self.sparsity is None) == (self.pattern is None):
             raise RequestError(
                 f"expected a sparsity or a pattern to prune to, got {self.sparsity} and {self.pattern}; name one"

@@ -12,6 +12,7 @@ from lcc_lens.core.config import package_version
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.files import write_json, write_text
 from lcc_lens.core.outputs.folders import require_free
+from lcc_lens.core.ranges import Count, ranged
 from lcc_lens.core.reading import read_json
 from lcc_lens.core.showing import Record
 from lcc_lens.evaluation.comparison.accuracies import mean_accuracy
@@ -47,14 +48,15 @@ class RecipeResults(Record):
         }
 
 
+@ranged
 def run_recipe(
     recipe: PaperRecipe,
     out: str | Path,
     *,
     model: str | None = None,
-    seeds: int | None = None,
-    examples: int | None = None,
-    limit: int | None = None,
+    seeds: Count | None = None,
+    examples: Count | None = None,
+    limit: Count | None = None,
     dry_run: str | Path | None = None,
     on_cell: Callable[[str, dict[str, Any]], None] | None = None,
 ) -> RecipeResults:

@@ -8,17 +8,8 @@ from typing import Annotated, ClassVar
 import tyro
 
 from lcc_lens.analysis.selectors.names import DEFAULT_SELECTOR
-from lcc_lens.frontends.cli.options import (
-    Count,
-    DenseModel,
-    Length,
-    Natural,
-    PrunedModel,
-    RunPath,
-    Share,
-    Switch,
-    Tabled,
-)
+from lcc_lens.core.ranges import Count, Length, Natural, Share
+from lcc_lens.frontends.cli.options import DenseModel, PrunedModel, RunPath, Switch, Tabled
 from lcc_lens.frontends.cli.show import show_comparison
 
 _METHODS = (

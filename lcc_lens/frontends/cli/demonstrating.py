@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from lcc_lens.frontends.cli.options import Natural, Tabled
+from lcc_lens.core.ranges import Seed
+from lcc_lens.frontends.cli.options import Tabled
 from lcc_lens.frontends.cli.show import console, show_results, show_table
 
 
@@ -18,7 +19,7 @@ class Demo(Tabled):
 
     folder: Path = Path("runs/demo")
     """Where everything is written."""
-    seed: Natural = 0
+    seed: Seed = 0
     """Seed of the draw of data."""
 
     def execute(self) -> None:

@@ -17,6 +17,7 @@ from lcc_lens.core.config import bound_kernel_cache, package_version, placed
 from lcc_lens.core.errors import LensError, RequestError
 from lcc_lens.core.machine.processes import is_first_process, n_processes
 from lcc_lens.core.progress import shown
+from lcc_lens.core.ranges import check_numbers
 from lcc_lens.core.showing import require_table_file
 from lcc_lens.core.text import visible
 from lcc_lens.frontends.cli.comparing import Compare
@@ -26,7 +27,7 @@ from lcc_lens.frontends.cli.exploring import Explore
 from lcc_lens.frontends.cli.exporting import Export
 from lcc_lens.frontends.cli.figures import Figures
 from lcc_lens.frontends.cli.measuring import Eval, Report
-from lcc_lens.frontends.cli.options import check_numbers, device_map_of
+from lcc_lens.frontends.cli.options import device_map_of, option
 from lcc_lens.frontends.cli.pruning import Prune, Refit
 from lcc_lens.frontends.cli.recipes import Recipe
 from lcc_lens.frontends.cli.restoring import Restore
@@ -61,7 +62,7 @@ def run(arguments: list[str] | None = None) -> int:
     _set_up_logging(quiet)
     bound_kernel_cache()
     try:
-        check_numbers(command)
+        check_numbers(command, option)
         _refuse_several(command)
         if getattr(command, "table", None) is not None:
             require_table_file(command.table)

@@ -10,8 +10,9 @@ import tyro
 
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.files import write_json
+from lcc_lens.core.ranges import Count, Length
 from lcc_lens.core.showing import Record, require_table_file, write_table
-from lcc_lens.frontends.cli.options import Common, Count, Length, Maybe
+from lcc_lens.frontends.cli.options import Common, Maybe
 from lcc_lens.frontends.cli.show import show_report, show_results
 
 Models = Annotated[

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar, get_args, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar
 
 import tyro
 
-from lcc_lens.core.ranges import COUNT, FRACTION, LENGTH, NATURAL, POSITIVE, SHARE, Range
 from lcc_lens.core.showing import write_table
 
 if TYPE_CHECKING:
@@ -21,14 +20,6 @@ DenseModel = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="DENSE")
 PrunedModel = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="PRUNED")]
 #: A switch that is off unless it is given; one that is on by default is a plain ``bool``, shown as ``--x, --no-x``.
 Switch = tyro.conf.FlagCreatePairsOff[bool]
-
-#: Numbers with the range that :func:`check_numbers` holds them to.
-Count = Annotated[int, COUNT]
-Length = Annotated[int, LENGTH]
-Natural = Annotated[int, NATURAL]
-Share = Annotated[float, SHARE]
-Fraction = Annotated[float, FRACTION]
-Positive = Annotated[float, POSITIVE]
 
 _T = TypeVar("_T")
 #: An option that need not be given; its help says what holds then.
@@ -75,25 +66,9 @@ class Memory(Placement):
     """Hold one model in memory at a time."""
 
 
-def check_numbers(command: Any) -> None:
-    """Refuse a number outside its option's range, before anything is loaded or written.
-
-    Raises:
-        RequestError: names the option and its range.
-    """
-    hints = get_type_hints(type(command), include_extras=True)
-    for option in fields(command):
-        value = getattr(command, option.name)
-        if is_dataclass(value):
-            check_numbers(value)
-        for found in ranges_of(hints[option.name]):
-            found.require(f"--{option.name.replace('_', '-')}", value)
-
-
-def ranges_of(hint: Any) -> list[Range]:
-    """The ranges that an option's type names, at any depth."""
-    own = [part for part in getattr(hint, "__metadata__", ()) if isinstance(part, Range)]
-    return own + [found for part in get_args(hint) for found in ranges_of(part)]
+def option(name: str) -> str:
+    """How the command line calls a field."""
+    return f"--{name.replace('_', '-')}"
 
 
 def device_map_of(command: Any) -> Literal["auto", "disk"] | None:

@@ -7,21 +7,8 @@ from typing import Annotated, ClassVar, Literal
 
 import tyro
 
-from lcc_lens.core.ranges import Range
-from lcc_lens.frontends.cli.options import (
-    Count,
-    DenseModel,
-    Fraction,
-    Length,
-    Maybe,
-    Natural,
-    Out,
-    Placement,
-    Positive,
-    PrunedModel,
-    Switch,
-    Tabled,
-)
+from lcc_lens.core.ranges import Count, Fraction, Length, Positive, Seed, Sparsity
+from lcc_lens.frontends.cli.options import DenseModel, Maybe, Out, Placement, PrunedModel, Switch, Tabled
 from lcc_lens.frontends.cli.show import show_facts
 from lcc_lens.pruning.methods.registry import PRUNERS
 
@@ -69,11 +56,11 @@ class Prune(Tabled):
     out: Out
     """The directory to write."""
     method: Annotated[str, tyro.conf.arg(help=_PRUNERS, metavar=f"{{{','.join(PRUNERS)}}}")] = "wanda"
-    sparsity: Maybe[Annotated[float, Range(0, 1, above=True, below=True)]] = None
+    sparsity: Maybe[Sparsity] = None
     """Fraction of the weights to remove (0.5 if no pattern is given; 0.2 for slimgpt)."""
     pattern: Maybe[str] = None
     """N:M such as 2:4 instead of a fraction: N of every M weights stay."""
-    seed: Natural = 0
+    seed: Seed = 0
     """Seed of the draw of calibration data."""
     overwrite: Switch = False
     """Replace an existing directory."""
@@ -128,7 +115,7 @@ class Refit(Tabled):
     """The model pruned from it."""
     out: Out
     """The directory to write."""
-    seed: Natural = 0
+    seed: Seed = 0
     """Seed of the draw of calibration data."""
     overwrite: Switch = False
     """Replace an existing directory. An interrupted refit resumes by itself."""

@@ -8,7 +8,8 @@ from typing import Annotated, ClassVar
 
 import tyro
 
-from lcc_lens.frontends.cli.options import Count, Maybe, Tabled
+from lcc_lens.core.ranges import Count
+from lcc_lens.frontends.cli.options import Maybe, Tabled
 from lcc_lens.frontends.cli.show import console
 
 

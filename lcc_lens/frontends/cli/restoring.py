@@ -10,21 +10,9 @@ import tyro
 from lcc_lens.analysis.selectors.names import DEFAULT_SELECTOR
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.machine.processes import is_first_process
+from lcc_lens.core.ranges import Count, Length, Positive, Rate, Seed, Share
 from lcc_lens.data.prompts import RecoveryTask
-from lcc_lens.frontends.cli.options import (
-    Count,
-    DenseModel,
-    Length,
-    Maybe,
-    Memory,
-    Natural,
-    Positive,
-    PrunedModel,
-    RunPath,
-    Share,
-    Switch,
-    Tabled,
-)
+from lcc_lens.frontends.cli.options import DenseModel, Maybe, Memory, PrunedModel, RunPath, Switch, Tabled
 from lcc_lens.frontends.cli.show import loss_table, show_losses, show_recovery
 
 if TYPE_CHECKING:
@@ -83,7 +71,7 @@ class Training:
 
     epochs: Maybe[Count] = None
     """Passes over the training data (1 if not given; 3 over a task)."""
-    lr: Maybe[Positive] = None
+    lr: Maybe[Rate] = None
     """Learning rate of the method's first part (its own if not given; best: 5e-3); decays linearly to zero."""
     tune_lr: Switch = False
     """Choose the learning rate by a few steps at each of five first."""
@@ -141,7 +129,7 @@ class Restore(Tabled):
     random."""
     hooks_only: Switch = False
     """Restore even where no checkpoint can hold the result (for lcc_lens.load_restored)."""
-    seed: Natural = 0
+    seed: Seed = 0
     """Seed of the draw and order of the training data."""
     resume: Switch = False
     """Resume from the run's checkpoint."""
@@ -158,14 +146,14 @@ class Restore(Tabled):
         from lcc_lens.restoration.checks import check_restores
         from lcc_lens.restoration.injections.spec import MethodSpec
         from lcc_lens.restoration.jobs import restore_models
-        from lcc_lens.restoration.settings import HeadRequest, RestoreSettings
+        from lcc_lens.restoration.settings import SCAN_DATA, HeadRequest, RestoreSettings
 
         self._check_folder()
         spec = MethodSpec.parse(self.method)
         check_restores(spec, one_at_a_time=self.memory.one_at_a_time)
         check_selectors([self.selector])
         config, measures = self._config(spec), self._measures()
-        check_data([self._train_data, self._scan_data])
+        check_data([self._train_data, self._scan_data or SCAN_DATA])
         data, validation = self._examples()
         training = self.training
         settings = RestoreSettings(
@@ -193,7 +181,6 @@ class Restore(Tabled):
 
     def _check_folder(self) -> None:
         """Refuse options that exclude each other, and a run directory with another result."""
-        from lcc_lens.analysis.scan.scan import SCAN_RECORD, Scan
         from lcc_lens.restoration.result import RESTORATION_TENSORS
 
         if (self.run / RESTORATION_TENSORS).exists() and not (self.overwrite or self.resume):
@@ -204,9 +191,6 @@ class Restore(Tabled):
             raise RequestError(
                 "expected a task or data of your own, got both; leave out --task, or --data and --scan-data"
             )
-        scanned = Scan.load(self.run).record.data if (self.run / SCAN_RECORD).exists() else self.task
-        if scanned != self.task:
-            raise RequestError(f"expected a scan of {self.task} in {self.run}, got one of {scanned}; name another run")
 
     def _refitting(self) -> RefitRequest:
         from lcc_lens.restoration.settings import RefitRequest
@@ -233,10 +217,8 @@ class Restore(Tabled):
         return self.task or self.data.data or TRAIN_DATA
 
     @property
-    def _scan_data(self) -> str:
-        from lcc_lens.restoration.settings import HeadRequest
-
-        return self.task or self.data.scan_data or HeadRequest.data
+    def _scan_data(self) -> str | None:
+        return self.task or self.data.scan_data
 
     def _examples(self) -> tuple[Data, Data]:
         """Training and validation data."""

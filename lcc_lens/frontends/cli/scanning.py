@@ -9,19 +9,8 @@ import tyro
 
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.machine.processes import is_first_process
-from lcc_lens.core.ranges import Range
-from lcc_lens.frontends.cli.options import (
-    Count,
-    DenseModel,
-    Length,
-    Maybe,
-    Memory,
-    Natural,
-    PrunedModel,
-    RunPath,
-    Switch,
-    Tabled,
-)
+from lcc_lens.core.ranges import Count, Length, Range, Seed
+from lcc_lens.frontends.cli.options import DenseModel, Maybe, Memory, PrunedModel, RunPath, Switch, Tabled
 from lcc_lens.frontends.cli.show import show_scan
 
 Sites = tuple[Literal["z", "mlp", "resid"], ...]
@@ -90,7 +79,7 @@ class ScanPair(Tabled):
     ] = "all"
     sites: Annotated[Sites, tyro.conf.arg(metavar="SITE [SITE ...]")] = ("z", "mlp", "resid")
     """Compare head outputs (z), the MLP's post-activation (mlp), the residual stream (resid)."""
-    seed: Natural = 0
+    seed: Seed = 0
     """Seed of the draw of examples and of the probes."""
     overwrite: Switch = False
     """Replace an existing scan. An interrupted scan resumes by itself."""

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import get_args
 
 from lcc_lens.core.errors import RequestError
+from lcc_lens.core.ranges import Count, Seed, check_numbers
 from lcc_lens.models.architecture.anatomy import LayerAnatomy
 from lcc_lens.models.architecture.sparsity_patterns import NofM, Pattern, Unstructured
 from lcc_lens.pruning.methods.masks import Scope
@@ -50,14 +51,15 @@ class PruneConfig:
     method: str
     pattern: Pattern
     scope: Scope = "row"
-    seed: int = 0
-    batch_size: int = 8
+    seed: Seed = 0
+    batch_size: Count = 8
     sliced: bool = False
     schedule: Schedule | None = None
     choice: Choice = "error"
     split: Split | None = None
 
     def __post_init__(self) -> None:
+        check_numbers(self)
         pruner_factory(self.method)
         _one_of("scope", self.scope, ("row", "matrix"))
         _one_of("schedule", self.chosen_schedule, SCHEDULES)
@@ -65,8 +67,6 @@ class PruneConfig:
         _one_of("split", self.chosen_split, get_args(Split))
         if self.scope == "matrix" and self.method != "magnitude":
             raise RequestError(f"expected the scope row for {self.method}, got matrix; leave it out")
-        if self.batch_size < 1:
-            raise RequestError(f"expected a batch size of at least 1, got {self.batch_size}; raise it")
         self._check_structure()
 
     def _check_structure(self) -> None:

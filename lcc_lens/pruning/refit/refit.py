@@ -18,6 +18,7 @@ from lcc_lens.core.files import require_space, write_json
 from lcc_lens.core.fingerprint import fingerprint
 from lcc_lens.core.outputs.folders import atomic_directory, reserved
 from lcc_lens.core.progress import track
+from lcc_lens.core.ranges import Count, Fraction, Positive, check_numbers
 from lcc_lens.core.rewriting import copy_checkpoint
 from lcc_lens.models.architecture.linear_maps import Matrix, StoredWeights, find_matrices
 from lcc_lens.models.architecture.zeros import compare_zeros, refuse_swapped
@@ -47,19 +48,13 @@ class RefitConfig:
         batch_size: sequences per forward pass.
     """
 
-    follow: float = 0.5
-    ridge: float = 0.03
-    mend: float = 0.75
-    batch_size: int = 8
+    follow: Fraction = 0.5
+    ridge: Positive = 0.03
+    mend: Fraction = 0.75
+    batch_size: Count = 8
 
     def __post_init__(self) -> None:
-        if not 0 < self.ridge < float("inf"):
-            raise RequestError(f"expected a ridge above 0, got {self.ridge}; raise it")
-        for name, fraction in (("follow", self.follow), ("mend", self.mend)):
-            if not 0 <= fraction <= 1:
-                raise RequestError(f"expected {name} between 0 and 1, got {fraction}; choose a fraction")
-        if self.batch_size < 1:
-            raise RequestError(f"expected a batch size of at least 1, got {self.batch_size}; raise it")
+        check_numbers(self)
 
 
 def refit_checkpoint(

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from lcc_lens.core.errors import RequestError
+from lcc_lens.core.ranges import Count, Range, Rate, Seed, check_numbers
 from lcc_lens.core.showing import Shown
 from lcc_lens.restoration.training.objectives import Objective
 
@@ -21,21 +20,21 @@ class TrainConfig:
     ``micro_tokens`` and ``gradient_checkpointing`` save memory and do not change the result.
     """
 
-    epochs: int = 1
-    batch_size: int = 8
-    lr: float | None = None
+    epochs: Count = 1
+    batch_size: Count = 8
+    lr: Rate | None = None
     """Learning rate of the first injection, to which the others keep their ratio; each one's own if None. A constant's
     is in units of each head's root mean square difference (see
     :class:`~lcc_lens.restoration.injections.constants.LccInjection`), so that one rate fits all heads and models; the
     paper's 1e-3 to 1e-5 are in units of activations."""
-    weight_decay: float = 0.0
-    micro_tokens: int | None = None
+    weight_decay: Annotated[float, Range(0, 1000)] = 0.0
+    micro_tokens: Count | None = None
     """Padded tokens of one backward pass at most (1024 on a CPU, 4096 on a GPU): a larger batch is split, and
     the gradients of its parts are summed with the whole batch's token counts."""
-    validate_every: int = 20
-    checkpoint_every: int = 20
-    seed: int = 0
-    patience: int | None = None
+    validate_every: Count = 20
+    checkpoint_every: Count = 20
+    seed: Seed = 0
+    patience: Count | None = None
     """Stop after so many validations in a row without a new best."""
     objective: Objective = field(default_factory=Objective)
     reuse: bool = False
@@ -46,14 +45,7 @@ class TrainConfig:
     memory, in a third more time."""
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "micro_tokens", "validate_every", "checkpoint_every"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise RequestError(f"expected {name} of at least 1, got {value}")
-        if self.lr is not None and not (self.lr > 0 and math.isfinite(self.lr)):
-            raise RequestError(f"expected a learning rate above 0, got {self.lr}")
-        if self.patience is not None and self.patience < 1:
-            raise RequestError(f"expected a patience of at least 1 validation, got {self.patience}")
+        check_numbers(self)
 
 
 @dataclass(frozen=True)
