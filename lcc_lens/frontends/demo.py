@@ -14,6 +14,7 @@ from lcc_lens.analysis.scan.scan import scan
 from lcc_lens.core.config import package_version
 from lcc_lens.core.files import write_json, write_text
 from lcc_lens.core.metrics import share_recovered
+from lcc_lens.core.ranges import Count, Length, Rate, Seed, Sparsity, check_numbers
 from lcc_lens.core.showing import Shown
 from lcc_lens.data.datasets import Data, assert_disjoint, encode, load_data, load_records, split_examples
 from lcc_lens.data.prompts import Example
@@ -41,21 +42,24 @@ class DemoConfig:
 
     model: str = "smollm2"
     folder: Path = Path("runs/demo")
-    sparsity: float = 0.5
-    n_calibration: int = 24
-    calibration_length: int = 256
-    n_probe: int = 64
-    n_train: int = 240
-    n_validation: int = 12
-    n_held_out: int = 40
-    max_length: int = 144
-    n_text_blocks: int = 8
-    text_length: int = 512
-    n_items: int = 50
-    batch_size: int = 4
-    lr: float = 3e-2
-    seed: int = 0
+    sparsity: Sparsity = 0.5
+    n_calibration: Count = 24
+    calibration_length: Length = 256
+    n_probe: Count = 64
+    n_train: Count = 240
+    n_validation: Count = 12
+    n_held_out: Count = 40
+    max_length: Length = 144
+    n_text_blocks: Count = 8
+    text_length: Length = 512
+    n_items: Count = 50
+    batch_size: Count = 4
+    lr: Rate = 3e-2
+    seed: Seed = 0
     prompt: str = "The capital of France is"
+
+    def __post_init__(self) -> None:
+        check_numbers(self)
 
 
 @dataclass(frozen=True, repr=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -12,9 +13,13 @@ from support.commands import refused
 
 import lcc_lens as lcc
 from lcc_lens.core.errors import RequestError
-from lcc_lens.core.ranges import Range
+from lcc_lens.core.ranges import Range, ranges_of
+from lcc_lens.evaluation.comparison.config import CompareConfig
+from lcc_lens.evaluation.task_recovery import TaskMeasures
 from lcc_lens.frontends.cli.main import COMMANDS
-from lcc_lens.frontends.cli.options import ranges_of
+from lcc_lens.frontends.demo import DemoConfig
+from lcc_lens.pruning.methods.settings import PruneConfig
+from lcc_lens.pruning.refit.refit import RefitConfig
 
 #: What a command needs before its options: models, a recipe or runs that are not there.
 POSITIONALS = {
@@ -29,7 +34,7 @@ def numbers(kind: Any) -> Iterator[tuple[str, list[Range]]]:
         if dataclasses.is_dataclass(hint):
             yield from numbers(hint)
         elif {int, float} & set(leaves(hint)):
-            yield f"--{name.replace('_', '-')}", ranges_of(hint)
+            yield f"--{name.replace('_', '-')}", [found for _, found in [ranges_of(kind).get(name, (0, None))] if found]
 
 
 def leaves(hint: Any) -> Iterator[Any]:
@@ -164,3 +169,84 @@ def test_a_comparison_in_which_every_run_fails_ends_with_1_and_times_nothing(
     message = "expected a run that succeeds, got 2 that failed; the first: lcc: out of luck"
     refused(capsys, 1, message, "compare", dense_dir, pruned_dir, tmp_path / "run", *data)
     assert timed == []
+
+
+#: What serves a command's options in Python.
+SERVING = {
+    "prune": [lcc.prune, PruneConfig], "refit": [lcc.refit, RefitConfig], "scan": [lcc.scan],
+    "compare": [CompareConfig, lcc.compare],
+    "restore": [lcc.TrainConfig, lcc.RestoreSettings, TaskMeasures], "recipe": [lcc.run_recipe], "eval": [lcc.evaluate],
+    "report": [lcc.report], "demo": [DemoConfig],
+}  # fmt: skip
+
+
+def declared(kind: Any) -> dict[str, tuple[Any, Any]]:
+    """Range and default of every number that a function or a dataclass, with its groups, takes."""
+    if not dataclasses.is_dataclass(kind):
+        defaults = {name: parameter.default for name, parameter in inspect.signature(kind).parameters.items()}
+        return {name: (found, defaults[name]) for name, found in ranges_of(kind).items()}
+    own = {field.name: field for field in dataclasses.fields(kind)}
+    known = {name: (found, own[name].default) for name, found in ranges_of(kind).items()}
+    groups = [hint for hint in get_type_hints(kind).values() if dataclasses.is_dataclass(hint)]
+    return known | {name: found for group in groups for name, found in declared(group).items()}
+
+
+def test_python_and_the_command_line_share_ranges_and_defaults() -> None:
+    shared = 0
+    for command, serving in SERVING.items():
+        options = declared(COMMANDS[command])
+        for python in serving:
+            for name in options.keys() & declared(python).keys():
+                (range_, default), (python_range, python_default) = options[name], declared(python)[name]
+                assert range_ == python_range, (command, name)
+                assert default == python_default or None in (default, python_default), (command, name)
+                shared += 1
+    assert shared > 45
+
+
+WRONG: list[tuple[Any, dict[str, Any], str]] = [
+    (lcc.TrainConfig, {"lr": 1e308}, "expected lr above 0 and at most 1000, got 1e\\+308"),
+    (lcc.TrainConfig, {"lr": float("nan")}, "expected lr above 0 and at most 1000, got nan"),
+    (lcc.TrainConfig, {"seed": 2**64}, "expected seed of at least 0 and below 4294967296, got 18446744073709551616"),
+    (lcc.TrainConfig, {"epochs": 1.5}, r"expected a whole number for epochs, got 1\.5; round it"),
+    (lcc.TrainConfig, {"epochs": 10**400}, "expected epochs of at most 4294967296, got a larger number"),
+    (lcc.TrainConfig, {"patience": "two"}, "expected patience of at least 1, got 'two'"),
+    (lcc.RestoreSettings, {"low_rank": 0}, "expected low_rank of at least 1, got 0"),
+    (lcc.HeadRequest, {"fraction": 25}, "expected fraction above 0 and at most 1, got 25; write 0.25 for 25 %"),
+    (lcc.RefitRequest, {"n_samples": -1}, "expected n_samples of at least 1, got -1"),
+    (lcc.prune, {"model": "a", "out": "b", "n_samples": 0}, "expected n_samples of at least 1, got 0"),
+    (lcc.prune, {"model": "a", "out": "b", "sparsity": 1.0}, r"expected sparsity above 0 and below 1, got 1"),
+    (lcc.refit, {"dense": "a", "pruned": "b", "out": "c", "seed": -1}, "expected seed of at least 0"),
+    (lcc.evaluate, {"references": ["a"], "tasks": ["wikitext"], "length": -1}, "expected length of at least 2, got -1"),
+    (lcc.report, {"references": ["a"], "repeats": 0}, "expected repeats of at least 1, got 0"),
+    (lcc.load_data, {"name": "boolq", "seed": 2**64}, "expected seed of at least 0 and below 4294967296"),
+    (lcc.compare, {"dense": "a", "pruned": "b", "run": "c", "entries": [], "seeds": 0}, "expected seeds of at least 1"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("function", "values", "message"), WRONG)
+def test_a_python_call_is_refused_before_it_does_anything(function: Any, values: dict[str, Any], message: str) -> None:
+    with pytest.raises(RequestError, match=message):
+        function(**values)
+
+
+def test_a_bad_file_among_the_tasks_is_refused_before_any_model_is_loaded(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "good.jsonl").write_text('{"text": "a"}\n')
+    (tmp_path / "bad.jsonl").write_text('{"colour": "red"}\n')
+    tasks = ["--tasks", tmp_path / "good.jsonl", tmp_path / "bad.jsonl"]
+    refused(
+        capsys, 2, "got colour; rename the fields", "eval", tmp_path / "nowhere", *tasks, "--out", tmp_path / "r.json"
+    )
+    assert not (tmp_path / "r.json").exists()
+
+
+def test_other_scan_data_than_the_scans_are_refused(
+    found: lcc.Scan, tmp_path: Path, text_file: Path, question_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found.save(tmp_path / "run")
+    before = sorted((path.name, path.read_bytes()) for path in (tmp_path / "run").iterdir())
+    where = [tmp_path / "dense", tmp_path / "pruned", tmp_path / "run", "--data", question_file]
+    refused(capsys, 2, f"expected a scan of {text_file} in", "restore", *where, "--scan-data", text_file)
+    assert sorted((path.name, path.read_bytes()) for path in (tmp_path / "run").iterdir()) == before

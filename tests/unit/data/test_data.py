@@ -307,7 +307,7 @@ def test_unknown_name_and_empty_draw_are_refused() -> None:
         match=r"expected a dataset \(wikitext.*did you mean 'boolq'\?, or name a .jsonl or .txt file",
     ):
         load_data("boolk")
-    with pytest.raises(RequestError, match="got n = 0"):
+    with pytest.raises(RequestError, match="expected n of at least 1, got 0"):
         load_data("boolq", n=0)
 
 

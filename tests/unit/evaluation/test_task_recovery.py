@@ -89,7 +89,7 @@ def test_requests_that_contradict_a_task_are_refused(
     refused(capsys, 2, "expected 200 training examples of rte", "restore", *pair, "--task", "rte")
     refused(capsys, 2, "got nothing there", "restore", *pair, *rte, "--text", tmp_path / "gone.txt")
     refused(capsys, 2, "expected running text to measure", "restore", *pair, *rte, "--text", "boolq")
-    refused(capsys, 2, "got n = 0", "restore", *pair, "--examples", 0)
+    refused(capsys, 2, "expected --examples of at least 1, got 0", "restore", *pair, "--examples", 0)
     assert call("restore", *pair, "--task", "piqa") == 2
     capsys.readouterr()
     assert not (tmp_path / "run").exists()

@@ -342,7 +342,7 @@ def test_later_training_runs_the_lower_layers_no_more(session: RestoreSession, p
     (lambda s: (s.choose([Head(0, 0)]), s.set_rank(D_HEAD + 1)), "expected a rank between 0"),
     (lambda s: (s.choose([Head(0, 0)]), s.train(0)), "expected at least 1 step, got 0"),
     (lambda s: (s.choose([Head(0, 0)]), s.train(5, stop_after=0)), "expected at least 1 step, got 0"),
-    (lambda s: (s.choose([Head(0, 0)]), s.train(5, lr=-1.0)), "expected a learning rate above 0, got -1.0"),
+    (lambda s: (s.choose([Head(0, 0)]), s.train(5, lr=-1.0)), "expected lr above 0 and at most 1000, got -1"),
     (lambda s: s.set_scale(math.nan), "expected a finite scale, got nan"),
     (lambda s: s.next_tokens(""), "expected a prompt with at least one token"),
     (lambda s: s.next_tokens("a", k=0), "expected at least 1 token, got k = 0"),

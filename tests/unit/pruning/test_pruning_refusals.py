@@ -97,7 +97,7 @@ def test_a_scope_that_wanda_does_not_have(refused: Callable[..., None]) -> None:
 
 
 def test_an_empty_batch(refused: Callable[..., None]) -> None:
-    refused("batch size of at least 1, got 0", batch_size=0)
+    refused("batch_size of at least 1, got 0", batch_size=0)
 
 
 @pytest.mark.parametrize(
