@@ -6,6 +6,7 @@ import functools
 import hashlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -66,6 +67,10 @@ class Checkpoint:
         Raises:
             RequestError: the file is missing or holds no JSON object.
         """
+        if not (self.path / "config.json").is_file():
+            raise RequestError(
+                f"expected a Hugging Face model in {self.path}, got no config.json there; check the path"
+            )
         config = read_json(self.path / "config.json", advice=_FETCH)
         if not isinstance(config, dict):
             raise RequestError(f"expected an object in {self.path / 'config.json'}, got another value; {_FETCH}")
@@ -169,9 +174,21 @@ class Checkpoint:
     @property
     def state(self) -> tuple[tuple[int, ...], ...]:
         """Identity, times and size of the weight files and ``config.json``: what changes when any of them does."""
-        config = self.path / "config.json"
-        stats = (file.stat() for file in (*self.weight_files, *((config,) if config.exists() else ())))
+        files = (*self.weight_files, self.path / "config.json")
+        stats = (file.stat() for file in files if file.exists())
         return tuple((stat.st_dev, stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_size) for stat in stats)
+
+    @contextmanager
+    def read_at_once(self) -> Iterator[None]:
+        """Refuse weights that are replaced inside the block, which reads them.
+
+        Raises:
+            LensError: they are other files at its end.
+        """
+        before = self.state
+        yield
+        if self.state != before:
+            raise LensError(f"expected the weights of {self.path} to stay while they are read, got others; run again")
 
     def require_unchanged(self, sha256: str) -> None:
         """Read the weights again at the end of a long job, and refuse them if they were replaced meanwhile.

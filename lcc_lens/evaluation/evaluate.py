@@ -18,6 +18,8 @@ from lcc_lens.data.datasets import Data, encode, load_data
 from lcc_lens.data.registry import DATASETS, named_kind
 from lcc_lens.data.user_files import is_data_file
 from lcc_lens.evaluation.lm_eval_tasks import HARNESS_FOLDERS, evaluate_task
+from lcc_lens.models.architecture.context import context_of, fitting_length
+from lcc_lens.models.architecture.layers import read_config
 from lcc_lens.models.hooked.losses import sequence_loss
 from lcc_lens.models.loading.hooked import load_tokenizer
 from lcc_lens.models.loading.plain import load_plain
@@ -51,11 +53,13 @@ class Evaluation(Record):
 
 @ranged
 def evaluate(
-    references: Sequence[str | Path], tasks: Sequence[str], *, limit: Count | None = None, length: Length = 512
+    references: Sequence[str | Path], tasks: Sequence[str], *, limit: Count | None = None, length: Length | None = None
 ) -> Evaluation:
     """The contents of ``results.json``: the scores of every model on every task, by the model's name."""
     check_tasks(tasks)
     paths = [resolve(reference) for reference in references]
+    contexts = [context for path in paths if (context := context_of(read_config(path))) is not None]
+    length = fitting_length(length, min(contexts, default=None), option="--length")  # perplexity depends on it
     models = {
         name: evaluate_model(reference, tasks, limit=limit, length=length)
         for name, reference, _ in zip(unique_names(references), references, paths, strict=True)
@@ -70,7 +74,7 @@ def evaluate_model(
     tasks: Sequence[str],
     *,
     limit: Count | None = None,
-    length: Length = 512,
+    length: Length | None = None,
     dtype: torch.dtype | None = None,
 ) -> Scores:
     """Score one model: perplexity on text, response loss on instructions, accuracy on lm-eval's tasks.
@@ -78,7 +82,7 @@ def evaluate_model(
     Args:
         tasks: names of data sets or lm-eval tasks, or ``.jsonl``/``.txt`` files.
         limit: maximum of blocks, responses or items per task.
-        length: tokens per block of text (perplexity depends on it).
+        length: tokens per block of text (perplexity depends on it); 512, or the model's context if shorter.
         dtype: number format of the model; the device's default if not given.
 
     Raises:
@@ -86,6 +90,7 @@ def evaluate_model(
     """
     check_tasks(tasks)
     path = resolve(reference)
+    length = fitting_length(length, context_of(read_config(path)), option="--length")
     model, tokenizer = load_plain(path, dtype=dtype), load_tokenizer(path)
     scores: dict[str, Scores] = {}
     for task in tasks:

@@ -16,6 +16,7 @@ from lcc_lens.core.errors import RequestError
 from lcc_lens.core.progress import track
 from lcc_lens.data.prompts import Record
 from lcc_lens.data.sources import available_splits, read_records
+from lcc_lens.models.architecture.context import context_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -80,7 +81,7 @@ def evaluate_task(
 
 
 def _context(model: PreTrainedModel) -> int:
-    return min(int(getattr(model.config.get_text_config(), "max_position_embeddings", 2048)), 2048)
+    return min(context_of(model.config) or 2048, 2048)
 
 
 def _task_spec(task: str, folder: Path, records: Sequence[Record] | None) -> tuple[Any, Any]:

@@ -18,6 +18,7 @@ from lcc_lens.core.outputs.folders import atomic_directory, reserved
 from lcc_lens.core.reading import read_json
 from lcc_lens.core.rewriting import Splits, copy_checkpoint, parse_size, rewrite_weights
 from lcc_lens.core.showing import Shown
+from lcc_lens.core.side_files import side_files
 from lcc_lens.exporters.folding import edited_tensors, require_same_weights, shares_values
 from lcc_lens.exporters.model_card import model_card
 from lcc_lens.models.architecture.joint_bias_slots import JointSlots, find_joint_slots
@@ -96,6 +97,7 @@ def export(
     checkpoint, out = Checkpoint(resolve(pruned)), Path(out)
     if max_shard_size is not None:
         parse_size(max_shard_size)
+    side_files(checkpoint.path)
     require_same_weights(restoration, checkpoint)
     with reserved(out, overwrite=overwrite, inputs=[checkpoint.path]):
         require_space(out, 2 * checkpoint.n_bytes)
@@ -129,6 +131,7 @@ def _write(
         if dtype is not None or max_shard_size is not None:
             _rewrite(part, dtype, max_shard_size)
         identical = _count_identical(checkpoint, Checkpoint(part), set(replaced), slots.splits, dtype)
+        checkpoint.require_unchanged(restoration.record.pruned_sha256)
         write_text(part / "README.md", model_card(restoration, metrics, difference))
     edited = tuple(sorted(added)), tuple(sorted(replaced))
     return ExportReport(out, *edited, identical, zeros, difference, expected.effect)
@@ -194,7 +197,9 @@ class _Expected:
     def of(cls, restoration: Restoration, loaded: LoadedModel, checkpoint: Checkpoint) -> _Expected:
         model: Any = loaded.model
         generator = torch.Generator().manual_seed(0)
-        tokens = torch.randint(int(model.cfg.d_vocab), (2, 32), generator=generator).to(device_of(model))
+        tokens = torch.randint(int(model.cfg.d_vocab), (2, min(32, loaded.context)), generator=generator).to(
+            device_of(model)
+        )
         with torch.inference_mode():
             unrestored = model(tokens)
             with restoration.applied_to(model) as restored_model:

@@ -26,6 +26,7 @@ from lcc_lens.exporters.model_card import model_card
 from lcc_lens.frontends.explorer.page import explore
 from lcc_lens.frontends.explorer.texts import read_texts
 from lcc_lens.frontends.explorer.token_tables import read_tokens
+from lcc_lens.models.architecture.context import context_of, fitting_length
 from lcc_lens.models.hooked.losses import sequence_loss
 from lcc_lens.models.loading.hooked import load_tokenizer
 from lcc_lens.models.loading.plain import load_plain
@@ -170,7 +171,8 @@ def _demo_data(config: DemoConfig) -> _DemoData:
 def _scores(path: Path, data: _DemoData, config: DemoConfig) -> dict[str, Any]:
     """Losses on held-out text and responses, and zero-shot accuracies, of one model."""
     model, tokenizer = load_plain(path), load_tokenizer(path)
-    blocks = encode(data.text, tokenizer, max_length=config.text_length, limit=config.n_text_blocks)
+    length = fitting_length(None, context_of(model.config), default=config.text_length)
+    blocks = encode(data.text, tokenizer, max_length=length, limit=config.n_text_blocks)
     text = sequence_loss(model, blocks)
     responses = sequence_loss(model, encode(data.responses, tokenizer, max_length=config.max_length))
     boolq = load_records("boolq", config.n_items, role="held-out", seed=config.seed + 1)

@@ -26,7 +26,7 @@ def prune_and_restore(
     sparsity: Sparsity = 0.5,
     calibration: str = "c4",
     n_samples: Count = 128,
-    seq_len: Length = 512,
+    seq_len: Length | None = None,
     scan_data: str = SCAN_DATA,
     selector: str = HeadRequest.selector,
     heads: Share = HeadRequest.fraction,

@@ -21,6 +21,7 @@ from lcc_lens.models.hooked.activations import Site, site_widths
 from lcc_lens.models.hooked.hooked_transformer import is_hooked_transformer
 from lcc_lens.models.hooked.hooks import HookedModel
 from lcc_lens.models.loading.hooked import LoadedModel, ModelIdentity, as_reference, load_hooked
+from lcc_lens.models.loading.provenance import check_provenance
 from lcc_lens.models.loading.references import resolve
 
 if TYPE_CHECKING:
@@ -118,6 +119,11 @@ class Pair(Shown):
         """Whether only one of the models is in memory."""
         return isinstance(self.models, OneAtATime)
 
+    def require_unchanged(self) -> None:
+        """Refuse a result whose models were replaced on disk while it was computed; see :class:`Checkpoint`."""
+        for identity in (self.dense_id, self.pruned_id):
+            identity.checkpoint.require_unchanged(identity.sha256)
+
     def kept_heads(
         self, layer: int, z: Float[Tensor, "*sample dense_head d_head"]
     ) -> Float[Tensor, "*sample head d_head"]:
@@ -185,7 +191,7 @@ def load_pair(
         n_heads=int(cfg.n_heads),
         d_head=int(cfg.d_head),
         sites=described.shared_sites(other),
-        context=int(cfg.n_ctx),
+        context=min(described.context, second.context),
         dtype=cfg.dtype,
         output_projections=second.output_projections,
     )
@@ -208,12 +214,20 @@ class _Description:
     widths: dict[Site, int]
     n_heads: int
     vocabulary: dict[str, int]
+    context: int
 
     @classmethod
     def of(cls, loaded: LoadedModel) -> _Description:
         cfg = loaded.model.cfg
         shapes = {name: int(getattr(cfg, name)) for name in _SHAPES}
-        return cls(loaded.identity, shapes, site_widths(loaded.model), int(cfg.n_heads), loaded.tokenizer.get_vocab())
+        return cls(
+            loaded.identity,
+            shapes,
+            site_widths(loaded.model),
+            int(cfg.n_heads),
+            loaded.tokenizer.get_vocab(),
+            loaded.context,
+        )
 
     def shared_sites(self, other: _Description) -> tuple[Site, ...]:
         """The sites that both have, equally wide."""
@@ -234,6 +248,7 @@ def check_pair(dense: _Description, pruned: _Description) -> None:
             f"expected two models with the same tokenizer, got different vocabularies in {dense.identity.reference} "
             f"and {pruned.identity.reference}; name the model that this one was pruned from"
         )
+    check_provenance(dense.identity.checkpoint, pruned.identity.checkpoint)
 
 
 def match_heads(n_dense: int, pruned: LoadedModel) -> HeadMap:

@@ -16,6 +16,8 @@ from lcc_lens.core.ranges import Count, Fraction, Length, Positive, Seed, Sparsi
 from lcc_lens.core.reading import read_json
 from lcc_lens.data.batches import require_tokens, text_blocks
 from lcc_lens.data.datasets import Data, load_data
+from lcc_lens.models.architecture.context import context_of, fitting_length
+from lcc_lens.models.architecture.layers import read_config
 from lcc_lens.models.architecture.sparsity_patterns import Pattern, Unstructured, parse_pattern
 from lcc_lens.models.loading.hooked import load_tokenizer
 from lcc_lens.models.loading.references import resolve
@@ -42,7 +44,7 @@ def prune(
     pattern: str | None = None,
     calibration: str | Data = "c4",
     n_samples: Count = 128,
-    seq_len: Length = 512,
+    seq_len: Length | None = None,
     seed: Seed = 0,
     sliced: bool = False,
     schedule: Schedule | None = None,
@@ -61,7 +63,7 @@ def prune(
         pattern: N:M such as ``2:4`` instead of a fraction: N of every M weights stay.
         calibration: data whose activations the method reads (loaded in the role ``calibration``).
         n_samples: calibration sequences.
-        seq_len: tokens per calibration sequence.
+        seq_len: tokens per calibration sequence; 512, or the model's context if shorter.
         seed: seed of the draw of calibration data.
         sliced: write a smaller model of standard configuration instead of zeros (slimgpt only).
         schedule: how slimgpt distributes the sparsity over the layers; ``log`` by default, ``uniform`` if sliced.
@@ -102,7 +104,7 @@ def refit(
     *,
     calibration: str | Data | Sequence[str | Data] = REFIT_DATA,
     n_samples: Count = REFIT_SAMPLES,
-    seq_len: Length = 512,
+    seq_len: Length | None = None,
     follow: Fraction = RefitConfig.follow,
     ridge: Positive = RefitConfig.ridge,
     mend: Fraction = RefitConfig.mend,
@@ -117,7 +119,7 @@ def refit(
         out: the directory to write.
         calibration: data whose activations are fitted (their role is ``calibration``); several sets in equal parts.
         n_samples: calibration sequences in all.
-        seq_len: tokens per sequence.
+        seq_len: tokens per sequence; 512, or the model's context if shorter.
         follow: interpolates the regression inputs between the pruned model's (0) and the dense model's (1).
         ridge: strength of the pull towards the dense weights, as a fraction of the inputs' mean square.
         mend: fraction of the residual-stream error that output projections correct.
@@ -147,18 +149,20 @@ def refit(
 
 
 def _prune_tokens(
-    model: Path, calibration: str | Data, n_samples: int, seq_len: int, seed: int
+    model: Path, calibration: str | Data, n_samples: int, seq_len: int | None, seed: int
 ) -> tuple[torch.Tensor, dict[str, Any]]:
     """Calibration tokens, and where they come from."""
+    seq_len = _length(model, seq_len)
     data = load_data(calibration, role="calibration") if isinstance(calibration, str) else calibration
     tokens = calibration_tokens(data, model, n_samples, seq_len, seed)
     return tokens, {"data": data.name, "source": data.source, "groups": sorted(data.groups)}
 
 
 def _refit_tokens(
-    pruned: Path, calibration: Sequence[str | Data], n_samples: int, seq_len: int, seed: int
+    pruned: Path, calibration: Sequence[str | Data], n_samples: int, seq_len: int | None, seed: int
 ) -> tuple[torch.Tensor, dict[str, Any]]:
     """Calibration tokens in equal parts of several data sets, and where they come from."""
+    seq_len = _length(pruned, seq_len)
     parts = [load_data(part, role="calibration", seed=seed) if isinstance(part, str) else part for part in calibration]
     per_part, rest = divmod(n_samples, len(parts))
     tokens = [
@@ -184,6 +188,10 @@ def _check_calibration(n_sets: int, n_samples: int) -> None:
 def _files_of(references: Iterable[Any]) -> list[Path]:
     """The references that are files: models of one file, and data."""
     return [Path(name) for name in references if isinstance(name, str | Path) and Path(name).is_file()]
+
+
+def _length(model: Path, seq_len: int | None) -> int:
+    return fitting_length(seq_len, context_of(read_config(model)), option="--seq-len")
 
 
 def calibration_tokens(data: Data, model: Path, n_samples: int, seq_len: int, seed: int) -> torch.Tensor:

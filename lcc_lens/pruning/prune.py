@@ -18,10 +18,13 @@ from lcc_lens.core.files import require_space
 from lcc_lens.core.fingerprint import fingerprint
 from lcc_lens.core.outputs.folders import reserved
 from lcc_lens.core.progress import track
+from lcc_lens.core.side_files import side_files
 from lcc_lens.models.architecture.anatomy import LayerAnatomy, find_anatomies
+from lcc_lens.models.architecture.context import context_of
 from lcc_lens.models.architecture.layers import read_config
 from lcc_lens.models.architecture.linear_maps import Matrix, StoredWeights, find_matrices
 from lcc_lens.models.architecture.sparsity_patterns import require_fit
+from lcc_lens.models.architecture.whole_weights import require_complete
 from lcc_lens.pruning.calibration.finished_layers import FinishedLayers
 from lcc_lens.pruning.calibration.stream import LayerStream
 from lcc_lens.pruning.methods.pruners import LayerTask, Removed
@@ -71,7 +74,8 @@ def prune_checkpoint(
     Reference:
         Sun et al. 2023 (Wanda); Frantar & Alistarh 2023 (SparseGPT); Ling et al. 2024 (SlimGPT).
     """
-    checkpoint = Checkpoint(model_dir)
+    checkpoint = require_complete(Checkpoint(model_dir))
+    side_files(model_dir)
     plan = find_matrices(checkpoint)
     for matrix in (matrix for layer in plan for matrix in layer):
         require_fit(config.pattern, matrix.d_in, matrix.name)
@@ -131,7 +135,7 @@ def _checked(
             f"expected calibration tokens from 0 to {text_config.vocab_size - 1}, got {low} to {high}; "
             "use the model's own tokenizer"
         )
-    longest = getattr(text_config, "max_position_embeddings", None) or tokens.shape[1]
+    longest = context_of(text_config) or tokens.shape[1]
     if tokens.shape[1] > longest:
         raise RequestError(f"expected sequences of at most {longest} tokens, got {tokens.shape[1]}; shorten them")
     widest = max((matrix for layer in plan for matrix in layer), key=lambda matrix: matrix.d_in)

@@ -29,8 +29,8 @@ def restore_best(
     low_rank: int | None = None,
     calibration: Sequence[str | Data] = REFIT_DATA,
     n_samples: int = REFIT_SAMPLES,
-    seq_len: int = 512,
-    max_length: int = 512,
+    seq_len: int | None = None,
+    max_length: int | None = None,
     limit: int | None = None,
     resume: bool = False,
     on_step: Callable[[Step], None] | None = None,
@@ -51,8 +51,8 @@ def restore_best(
         low_rank: the rank; 16 if not given.
         calibration: data for the refit.
         n_samples: sequences of it.
-        seq_len: tokens per sequence.
-        max_length: tokens per training example at most.
+        seq_len: tokens per sequence; 512, or the model's context if shorter.
+        max_length: tokens per training example at most; 512, or the model's context if shorter.
         limit: training sequences at most.
         resume: go on from the run directory's checkpoint.
         on_step: called after every optimiser step.

@@ -10,6 +10,8 @@ from lcc_lens.analysis.selectors.registry import check_selectors
 from lcc_lens.core.machine.processes import first_process_first
 from lcc_lens.core.outputs.places import writing_run
 from lcc_lens.data.datasets import Data
+from lcc_lens.models.architecture.context import context_of
+from lcc_lens.models.architecture.layers import read_config
 from lcc_lens.models.loading.references import resolve
 from lcc_lens.models.pair import Pair, load_pair
 from lcc_lens.restoration.checks import check_restores
@@ -60,7 +62,7 @@ def restore_models(
     """
     spec, run = MethodSpec.parse(method), Path(run)
     check_restores(spec, one_at_a_time=one_at_a_time)
-    settings, heads = settings or RestoreSettings(), heads or HeadRequest()
+    settings, heads = (settings or RestoreSettings()).fitting(_context(pruned)), heads or HeadRequest()
     check_selectors([heads.selector])
     fraction, selector = heads.needed_by(spec)
     if spec.needs_scan:
@@ -83,3 +85,7 @@ def restore_models(
             on_step=on_step, before_refit=pruned if spec.preset.on_refit else None, **asdict(settings),
         )  # fmt: skip
     return restoration, pair
+
+
+def _context(pruned: str | Path) -> int | None:
+    return context_of(read_config(resolve(pruned)))

@@ -52,7 +52,7 @@ def restore(
     mlp_rank: int | None = None,
     low_rank: int | None = None,
     start: Start = "zero",
-    max_length: int = 512,
+    max_length: int | None = None,
     limit: int | None = None,
     shuffle_responses: bool = False,
     tune_lr: bool = False,
@@ -88,8 +88,8 @@ def restore(
     spec = MethodSpec.parse(method)
     settings = RestoreSettings(
         rank, mlp_rank, low_rank, start, max_length, limit, shuffle_responses, tune_lr, exportable
-    )  # fmt: skip
-    steps = _Steps(pair, scan, heads, spec, with_preset(config, spec), settings.completed(spec), before_refit)
+    ).fitting(pair.context).completed(spec)  # fmt: skip
+    steps = _Steps(pair, scan, heads, spec, with_preset(config, spec), settings, before_refit)
     steps.check()
     models = [pair.dense_id.path, pair.pruned_id.path]
     with writing_run(None if run is None else Path(run), inputs=models):
@@ -211,6 +211,7 @@ class _Steps:
             self.config.seed, self.kept, self.losses, n_trained=n_trained,
         )  # fmt: skip
         restoration = Restoration.of(self.injection, record)
+        self.pair.require_unchanged()
         if self.injection.n_trained and (warning := learned_warning(self.losses)):
             logger.warning("%s", warning)
         self.folder.finish(restoration, len(self.held_out))

@@ -56,7 +56,7 @@ def scan_for(
     load: Callable[[], Data],
     *,
     selector: str,
-    max_length: int,
+    max_length: int | None,
     limit: int | None = None,
     seed: int = 0,
     only_needed: bool = False,
@@ -79,7 +79,7 @@ def scan_for(
         if not only_needed or has_mlp or "mlp" not in spec.scan_sites or "mlp" not in pair.sites:
             return saved
     is_free = selector in ("mse", "random")  # every scan has these scores
-    max_length = min(max_length, pair.context)
+    max_length = None if max_length is None else min(max_length, pair.context)
     if only_needed:
         return scan(
             pair, load(), sites=spec.scan_sites, spectra=spec.spectra, display=0, max_length=max_length,

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from lcc_lens.analysis.selectors.names import DEFAULT_SELECTOR
 from lcc_lens.core.ranges import Count, Length, Share, check_numbers
 from lcc_lens.data.datasets import Data
+from lcc_lens.models.architecture.context import fitting_length
 from lcc_lens.pruning.jobs import REFIT_DATA, REFIT_SAMPLES
 from lcc_lens.restoration.injections.constants import Start
 from lcc_lens.restoration.injections.spec import MethodSpec
@@ -31,8 +32,8 @@ class RestoreSettings:
     """Rank of a low-rank change of weights; the preset's, or 8, if None."""
     start: Start = "zero"
     """See :class:`~lcc_lens.restoration.injections.constants.LccInjection`."""
-    max_length: Length = 512
-    """Tokens per example at most."""
+    max_length: Length | None = None
+    """Tokens per example at most; 512, or the models' context if shorter."""
     limit: Count | None = None
     """Training sequences at most (text is cut into many), and a tenth of it for validation."""
     shuffle_responses: bool = False
@@ -45,6 +46,10 @@ class RestoreSettings:
 
     def __post_init__(self) -> None:
         check_numbers(self)
+
+    def fitting(self, context: int | None) -> RestoreSettings:
+        """The settings with a length that fits the models; a longer one that was asked for is refused."""
+        return replace(self, max_length=fitting_length(self.max_length, context))
 
     def completed(self, spec: MethodSpec) -> RestoreSettings:
         """The settings with the method's own rank where none is set."""
@@ -76,7 +81,7 @@ class RefitRequest:
 
     calibration: Sequence[str | Data] = REFIT_DATA
     n_samples: Count = REFIT_SAMPLES
-    seq_len: Length = 512
+    seq_len: Length | None = None
 
     def __post_init__(self) -> None:
         check_numbers(self)

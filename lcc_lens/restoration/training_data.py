@@ -10,6 +10,7 @@ from lcc_lens.data.batches import TokenSequence
 from lcc_lens.data.datasets import Data, check_disjoint, encode, load_data
 from lcc_lens.data.registry import named_kind
 from lcc_lens.data.sources import Role
+from lcc_lens.models.architecture.context import fitting_length
 from lcc_lens.models.pair import Pair
 from lcc_lens.pruning.jobs import recorded_groups
 from lcc_lens.pruning.refit.refit import REFIT_RECORD
@@ -26,11 +27,12 @@ def training_sequences(
     scan: Scan | None,
     data: Data,
     validation: Data | None,
-    max_length: int,
+    max_length: int | None,
     limit: int | None,
     shuffle: int | None,
 ) -> tuple[list[TokenSequence], list[TokenSequence]]:
     """Training and validation sequences that share nothing with each other, the probe or the calibration data."""
+    max_length = fitting_length(max_length, pair.context)
     if validation is None:
         data, validation = _split_off(data)
     check_disjoint(data.groups, validation.groups, "training data", "validation data")

@@ -15,6 +15,7 @@ from lcc_lens.core.errors import LensError, RequestError
 from lcc_lens.core.showing import Shown
 from lcc_lens.data.batches import TokenSequence, batches, encode_pair
 from lcc_lens.data.datasets import Data
+from lcc_lens.models.architecture.context import fitting_length
 from lcc_lens.models.hooked.activations import TokenPositions
 from lcc_lens.models.hooked.direct_path import OutputProjections
 from lcc_lens.models.hooked.forward import run_without_logits
@@ -36,7 +37,7 @@ class Streams(Shown):
     attention_scale: Float[Tensor, "example layer"]
 
 
-def answer_streams(pair: Pair, data: Data, *, max_length: int = 512, batch_tokens: int = 1024) -> Streams:
+def answer_streams(pair: Pair, data: Data, *, max_length: int | None = None, batch_tokens: int = 1024) -> Streams:
     """The pruned model's last residual stream before right and wrong answers differ, one row per example.
 
     Raises:
@@ -46,8 +47,11 @@ def answer_streams(pair: Pair, data: Data, *, max_length: int = 512, batch_token
     return streams_at(pair.pruned, OutputProjections.of(pair.pruned), contexts, batch_tokens)
 
 
-def contrasts(pair: Pair, data: Data, max_length: int) -> tuple[list[TokenSequence], Int[Tensor, "example choice"]]:
+def contrasts(
+    pair: Pair, data: Data, max_length: int | None
+) -> tuple[list[TokenSequence], Int[Tensor, "example choice"]]:
     """For every example the tokens before right and wrong answers differ, and the two different tokens."""
+    max_length = fitting_length(max_length, pair.context)
     if any(example.wrong is None for example in data.examples):
         raise RequestError(
             f"expected right and wrong answers, got {data.name}, whose examples have none; use a task such as boolq"

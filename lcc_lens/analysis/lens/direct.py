@@ -64,7 +64,7 @@ def direct_effect(
     heads: Sequence[Head | tuple[int, int]],
     constants: Float[Tensor, "chosen d_head"],
     *,
-    max_length: int = 512,
+    max_length: int | None = None,
     batch_tokens: int = 1024,
 ) -> DirectEffect:
     r"""Direct effect of constants in head outputs on a task's logit difference.
@@ -86,7 +86,7 @@ def direct_effect(
         heads: the pruned model's heads.
         constants: one per head, in the same order: ``scan.components.component(1)[head_indices(heads)]`` or a
             restoration's ``constants`` with its ``heads``.
-        max_length: tokens per example at most.
+        max_length: tokens per example at most; 512, or the models' context if shorter.
         batch_tokens: tokens per forward pass at most.
 
     Raises:

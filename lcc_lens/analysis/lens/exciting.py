@@ -15,6 +15,7 @@ from lcc_lens.core.heads import Head, check_heads
 from lcc_lens.core.showing import Shown
 from lcc_lens.data.batches import TokenSequence, batches, encode_pair
 from lcc_lens.data.datasets import Data, encode
+from lcc_lens.models.architecture.context import fitting_length
 from lcc_lens.models.hooked.activations import Site, TokenPositions, visit_sites
 from lcc_lens.models.pair import Pair
 
@@ -64,7 +65,7 @@ def exciting_examples(
     k: int = 10,
     model: Which = "difference",
     context: int = 12,
-    max_length: int = 512,
+    max_length: int | None = None,
     limit: int | None = None,
     batch_tokens: int = 1024,
 ) -> ExcitingExamples:
@@ -81,7 +82,7 @@ def exciting_examples(
         k: examples.
         model: whose output.
         context: tokens of text on either side.
-        max_length: tokens per example at most.
+        max_length: tokens per example at most; 512, or the models' context if shorter.
         limit: examples at most, or blocks of text.
         batch_tokens: tokens per forward pass at most.
 
@@ -107,8 +108,11 @@ def exciting_examples(
     return ExcitingExamples(head, model, tuple(tokens))
 
 
-def _indexed(pair: Pair, data: Data, max_length: int, limit: int | None) -> tuple[list[int], list[TokenSequence]]:
+def _indexed(
+    pair: Pair, data: Data, max_length: int | None, limit: int | None
+) -> tuple[list[int], list[TokenSequence]]:
     """Sequences with the number of the example each one is (of the block, for text)."""
+    max_length = fitting_length(max_length, pair.context)
     if data.kind == "text":
         blocks = encode(data, pair.tokenizer, max_length=max_length, limit=limit)
         return list(range(len(blocks))), blocks

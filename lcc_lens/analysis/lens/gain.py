@@ -58,7 +58,7 @@ def logit_gain(
     components: LostComponents,
     *,
     cumulative: bool = False,
-    max_length: int = 512,
+    max_length: int | None = None,
     batch_tokens: int = 1024,
 ) -> LogitGain:
     r"""The logit gain of each component of a head on its own, read through the head alone.
@@ -73,7 +73,7 @@ def logit_gain(
         head: the pruned model's head.
         components: of a scan of this pair.
         cumulative: the gain of the first K components together (Eqs. 4 and 6), for every K, instead.
-        max_length: tokens per example at most.
+        max_length: tokens per example at most; 512, or the models' context if shorter.
         batch_tokens: tokens per forward pass at most.
 
     Raises:

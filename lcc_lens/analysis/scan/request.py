@@ -89,16 +89,6 @@ def check_plan(
         raise RequestError(f"expected a probe rank of at most d_head = {probed}, got {settings.rank}; lower it")
 
 
-def checked_length(pair: Pair, max_length: int | None) -> int:
-    """The limit of tokens per sequence."""
-    context = pair.context
-    if max_length is not None and max_length > context:
-        raise RequestError(
-            f"expected a limit within the models' context of {context} tokens, got {max_length}; lower --max-length"
-        )
-    return max_length if max_length is not None else min(_DEFAULT_LENGTH, context)
-
-
 def possible_selectors(
     named: Sequence[str] | None, pair: Pair, data: Data, wrong: Sequence[TokenSequence] | None
 ) -> list[str]:

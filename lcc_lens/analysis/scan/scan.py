@@ -12,7 +12,7 @@ from typing import Annotated, cast
 
 from lcc_lens.analysis.scan.passes import ScanPlan
 from lcc_lens.analysis.scan.record import ScanRecord
-from lcc_lens.analysis.scan.request import check_plan, checked_length, pair_sequences, possible_selectors
+from lcc_lens.analysis.scan.request import check_plan, pair_sequences, possible_selectors
 from lcc_lens.analysis.scan.result import SCAN_RECORD, SCAN_TENSORS, Scan
 from lcc_lens.analysis.scan.shards import ScanWork
 from lcc_lens.analysis.scan.state import ScanState
@@ -28,6 +28,7 @@ from lcc_lens.core.outputs.places import writing_run
 from lcc_lens.core.progress import track
 from lcc_lens.core.ranges import Count, Length, Natural, Range, Seed, ranged
 from lcc_lens.data.datasets import Data
+from lcc_lens.models.architecture.context import fitting_length
 from lcc_lens.models.architecture.sparsity_patterns import common_pattern
 from lcc_lens.models.architecture.zeros import matrix_zeros, share_of_zeros
 from lcc_lens.models.hooked.activations import SITES, Positions, Site, check_sites
@@ -95,7 +96,7 @@ def scan(
     """
     check_sites([*sites, *spectra])
     named = None if selectors is None else check_selectors(selectors)
-    length = checked_length(pair, max_length)
+    length = fitting_length(max_length, pair.context)
     right, wrong = pair_sequences(data, pair, length, limit)
     names = possible_selectors(named, pair, data, wrong)
     tokens = batch_tokens or tokens_per_pass(device_of(pair.dense))
@@ -143,6 +144,7 @@ def _run(
             if not is_first_process():
                 return _result_of_first_process(run)
         result = _result(work, data, selectors, settings, max_length, display)
+        pair.require_unchanged()
         if run is not None:
             result.save(run)
         work.state.discard()

@@ -23,6 +23,9 @@ from lcc_lens.evaluation.comparison.results_file import ComparisonFile
 from lcc_lens.evaluation.comparison.runner import Runner
 from lcc_lens.evaluation.comparison.tables import Comparison
 from lcc_lens.evaluation.evaluate import check_tasks
+from lcc_lens.models.architecture.context import context_of
+from lcc_lens.models.architecture.layers import read_config
+from lcc_lens.models.loading.references import resolve
 
 logger = logging.getLogger(__name__)
 COMPARISON = "comparison.json"
@@ -56,8 +59,7 @@ def compare(
         dense: reference of the dense model.
         pruned: reference of the pruned model.
         run: a folder for the scans, the refitted model and ``comparison.json``.
-        entries: what to compare; see :class:`Entry`.
-        seeds: how many.
+        entries: what to compare; see :class:`Entry`; ``seeds``: how many.
         config: what all runs share.
         out: the file for the results and their :func:`summary`; ``comparison.json`` in ``run`` if not given.
         deadline: start no run after this value of ``time.monotonic()``.
@@ -71,6 +73,7 @@ def compare(
     """
     parsed, config, run = [Entry.parse(text) for text in entries], config or CompareConfig(), Path(run)
     check_comparison(parsed, config, part=part, seeds=seeds)
+    config = config.fitting(context_of(read_config(resolve(pruned))))
     runner = Runner(dense, pruned, run, config)
     runs = {f"{entry.text} | {seed}": (entry, seed) for seed in range(seeds) for entry in parsed}
     kept = ComparisonFile(Path(out or run / COMPARISON), run, runner.models.hashes, config, [*runs])

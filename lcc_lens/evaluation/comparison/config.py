@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 from lcc_lens.analysis.selectors.names import DEFAULT_SELECTOR
 from lcc_lens.analysis.selectors.registry import check_selectors
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.ranges import Count, Length, Natural, Share, check_numbers
 from lcc_lens.data.registry import require_dataset
+from lcc_lens.models.architecture.context import fitting_length
 from lcc_lens.pruning.jobs import REFIT_DATA, REFIT_SAMPLES
 
 #: Settings that only say what is measured; two runs that differ in nothing else share their training.
@@ -62,6 +64,18 @@ class CompareConfig:
     def needed_selector(self) -> str:
         """The selector that scans compute; for all heads any score serves, and ``mse`` is free."""
         return self.selector if self.heads < 1 else "mse"
+
+    def fitting(self, context: int | None) -> CompareConfig:
+        """The same with lengths that a model reads; a default is cut to its context.
+
+        Raises:
+            RequestError: a length that is not the default is longer than the context.
+        """
+        lengths: dict[str, Any] = {}
+        for name in ("max_length", "block_length"):
+            default, length = getattr(CompareConfig, name), getattr(self, name)
+            lengths[name] = fitting_length(None if length == default else length, context, default=default)
+        return replace(self, **lengths)
 
     def __post_init__(self) -> None:
         check_numbers(self)

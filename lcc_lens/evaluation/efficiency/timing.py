@@ -21,6 +21,7 @@ from lcc_lens.core.errors import RequestError
 from lcc_lens.core.progress import track
 from lcc_lens.core.ranges import Count, check_numbers
 from lcc_lens.evaluation.efficiency.semi_structured import require_kernels, to_semi_structured
+from lcc_lens.models.architecture.context import context_of
 from lcc_lens.models.architecture.layers import read_config
 from lcc_lens.models.loading.plain import load_plain
 
@@ -72,7 +73,7 @@ class Speed:
 def require_context(paths: Mapping[str, Path], n_tokens: int) -> None:
     """Refuse sequences longer than a model's position table."""
     for name, path in paths.items():
-        longest = getattr(read_config(path).get_text_config(), "max_position_embeddings", None)
+        longest = context_of(read_config(path))
         if longest is not None and n_tokens > longest:
             raise RequestError(f"expected at most {longest} tokens for {name}, got {n_tokens}; ask for fewer tokens")
 

@@ -33,8 +33,8 @@ class Eval(Common):
     """Text (perplexity), instructions (response loss), or lm-eval's tasks (accuracy)."""
     limit: Maybe[Count] = None
     """Blocks, responses or items per task at most."""
-    length: Length = 512
-    """Tokens per block of text."""
+    length: Maybe[Length] = None
+    """Tokens per block of text (512, or the models' context if shorter)."""
     out: Maybe[Path] = None
     """A file to write: results.json, or .csv for the table alone."""
 

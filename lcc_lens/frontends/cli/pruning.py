@@ -30,8 +30,8 @@ class Calibration:
     """A data set's name, or a .jsonl or .txt file."""
     n_samples: Count = 128
     """Calibration sequences."""
-    seq_len: Length = 512
-    """Tokens per calibration sequence."""
+    seq_len: Maybe[Length] = None
+    """Tokens per calibration sequence (512, or the model's context if shorter)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,8 +87,8 @@ class RefitCalibration:
     """Data in equal parts: names, or .jsonl or .txt files."""
     n_samples: Count = 288
     """Calibration sequences in all."""
-    seq_len: Length = 512
-    """Tokens per calibration sequence."""
+    seq_len: Maybe[Length] = None
+    """Tokens per calibration sequence (512, or the model's context if shorter)."""
 
 
 @dataclass(frozen=True, kw_only=True)

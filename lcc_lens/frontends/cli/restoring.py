@@ -51,8 +51,8 @@ class RestoreData:
     """Training data: instructions, questions or text (alpaca if not given)."""
     examples: Maybe[Count] = None
     """Training examples at most (480 if not given; 200 of a task, no fewer)."""
-    max_length: Length = 512
-    """Tokens per example at most."""
+    max_length: Maybe[Length] = None
+    """Tokens per example at most (512, or the models' context if shorter)."""
     scan_data: Maybe[str] = None
     """Data for the scan where RUN holds none (boolq, or the task)."""
     scan_examples: Count = 256

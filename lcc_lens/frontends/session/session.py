@@ -21,6 +21,7 @@ from lcc_lens.frontends.session.side_by_side import generate, next_tokens
 from lcc_lens.frontends.session.state import SessionState, Timeline, copy_parameters
 from lcc_lens.frontends.session.view import SessionView
 from lcc_lens.frontends.session.workbench import Workbench
+from lcc_lens.models.architecture.context import fitting_length
 from lcc_lens.models.hooked.hooks import HookedModel
 from lcc_lens.models.pair import Pair
 from lcc_lens.restoration.checks import refuse_removed
@@ -54,7 +55,7 @@ class RestoreSession(SessionView):
         method: one of :data:`~lcc_lens.restoration.injections.METHODS`, or several joined by ``+``.
         objective: what training minimises; if not given, the loss of the response.
         batch_size: examples per optimiser step.
-        max_length: most tokens per example.
+        max_length: most tokens per example; 256, or the models' context if shorter.
         low_rank: rank of a masked low-rank update.
         seed: for the order of the examples and for random selectors.
         exportable: refuse a model whose checkpoint cannot hold the result.
@@ -80,7 +81,7 @@ class RestoreSession(SessionView):
         method: str = "lcc",
         objective: Objective | None = None,
         batch_size: int = 8,
-        max_length: int = 256,
+        max_length: int | None = None,
         low_rank: int = 8,
         seed: int = 0,
         exportable: bool = True,
@@ -90,8 +91,9 @@ class RestoreSession(SessionView):
             reuse=True,
         )  # fmt: skip
         self.pair, self.scan, self.method, self.seed = pair, scan, method, seed
+        length = fitting_length(max_length, pair.context, default=256)
         self._bench = Workbench.open(
-            pair, scan, data, validation, method=method, config=config, max_length=max_length, low_rank=low_rank,
+            pair, scan, data, validation, method=method, config=config, max_length=length, low_rank=low_rank,
             exportable=exportable,
         )  # fmt: skip
         injection = None if self._bench.spec.on_heads else self._bench.build((), None)

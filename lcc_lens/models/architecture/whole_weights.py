@@ -23,17 +23,23 @@ _FORMATS = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _COMPUTED = ("masked_bias", "position_ids", "inv_freq")
 
 
-def require_complete(checkpoint: Checkpoint) -> None:
+def require_complete(checkpoint: Checkpoint) -> Checkpoint:
     """Refuse a checkpoint whose tensors are not exactly those of the model that its configuration describes.
 
     Names and shapes are compared as transformers itself would load them, without memory for the weights; then every
     weight is read once, to see that it is a finite number. The verdict is kept per process and state of the files.
 
+    Returns:
+        The checkpoint.
+
     Raises:
         RequestError: a tensor is missing, unknown, of another shape or format, or not finite.
     """
+    checkpoint.refuse_adapter()
+    _ = checkpoint.config, read_config(checkpoint.path)  # says first where there is no such model at all
     checkpoint.require_whole()
     _require_complete(checkpoint.path, checkpoint.state)
+    return checkpoint
 
 
 @functools.cache
@@ -131,7 +137,7 @@ def _refuse_non_finite(checkpoint: Checkpoint) -> None:
         is_finite = bool(torch.isfinite(tensor.sum(dtype=torch.float32))) or bool(torch.isfinite(tensor).all())
         if not is_finite and not _is_computed(name, checkpoint.tensors):
             raise RequestError(
-                f"expected finite weights in {checkpoint.path}, got NaN or infinity in {name}; fetch the model again"
+                f"expected finite weights, got NaN or infinity in {name} of {checkpoint.path}; fetch the model again"
             )
 
 

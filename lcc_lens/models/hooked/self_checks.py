@@ -89,14 +89,15 @@ def is_close(
     return bool(size(result.to(wide) - expected.to(wide)) <= limit)
 
 
-def spread_tokens(d_vocab: int, device: torch.device) -> Int[Tensor, "batch pos"]:
-    """Two fixed short sequences spread over the vocabulary."""
-    return (torch.arange(1, 33, device=device) * 7919 % d_vocab).reshape(2, 16)
+def spread_tokens(d_vocab: int, device: torch.device, context: int | None = None) -> Int[Tensor, "batch pos"]:
+    """Two fixed short sequences spread over the vocabulary, no longer than the context."""
+    length = min(16, context or 16)
+    return (torch.arange(1, 2 * length + 1, device=device) * 7919 % d_vocab).reshape(2, length)
 
 
 def check_tokens(model: HookedModel) -> Int[Tensor, "batch pos"]:
     """The tokens that a model is checked with."""
-    return spread_tokens(int(model.cfg.d_vocab), device_of(model))
+    return spread_tokens(int(model.cfg.d_vocab), device_of(model), int(model.cfg.n_ctx))
 
 
 def run_with_activations(

@@ -16,6 +16,7 @@ from lcc_lens.core.config import DeviceMap, HookKind, default_device, default_de
 from lcc_lens.core.errors import LensError, RequestError, first_line
 from lcc_lens.core.showing import Shown
 from lcc_lens.data.batches import limit_tokens
+from lcc_lens.models.architecture.context import context_of
 from lcc_lens.models.architecture.layers import is_transposed
 from lcc_lens.models.hooked.copied_weights import copied_projection_names, remember_copied_projections
 from lcc_lens.models.hooked.hooked_transformer import (
@@ -67,6 +68,8 @@ class LoadedModel(Shown):
     output_projections: tuple[str, ...]
     is_transposed: bool
     removed_heads: tuple[tuple[int, ...], ...]
+    context: int
+    """Tokens that a sequence may have at most."""
 
 
 def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
@@ -126,10 +129,10 @@ def load_hooked(
     path = resolve(reference)
     is_bridge = given is None and (hooks or hook_kind()) == "bridge"
     _refuse_map(device or default_device(), device_map or default_device_map(), is_bridge=is_bridge)
-    plain = load_plain(path, device=device, dtype=dtype, attention="eager", device_map=device_map)
+    plain, sha256 = _read(path, device=device, dtype=dtype, device_map=device_map)
     tokenizer = load_tokenizer(path)
     _refuse_other_words(tokenizer, plain.get_input_embeddings().num_embeddings, path)
-    tokens = spread_tokens(plain.config.vocab_size, plain.device)
+    tokens = spread_tokens(plain.config.get_text_config().vocab_size, plain.device, context_of(plain.config))
     with torch.inference_mode():
         expected = plain(tokens).logits.float()
     names = {id(module): name for name, module in plain.named_modules()}
@@ -137,15 +140,24 @@ def load_hooked(
         model = _bridge(plain, tokenizer, path)
         remember_plain_names(model, names)
     else:
-        is_given = given is not None
-        model = check_weights(given, plain, path) if is_given else make_hooked_transformer(plain, tokenizer, path)
+        is_new = given is None
+        model = make_hooked_transformer(plain, tokenizer, path) if is_new else check_weights(given, plain, path)
         remember_copied_projections(model, plain)
     _check_hooked(model, tokens, expected, str(reference))
     modules = _output_projections(model, plain)
-    identity = _IDENTITIES[model] = ModelIdentity(str(reference), path, Checkpoint(path).sha256)
-    projections = tuple(names[id(module)] for module in modules)
+    identity = _IDENTITIES[model] = ModelIdentity(str(reference), path, sha256)
     removed = tuple(_removed_heads(module, int(model.cfg.n_heads)) for module in modules)
-    return LoadedModel(cast("HookedModel", model), tokenizer, identity, projections, is_transposed(modules[0]), removed)
+    return LoadedModel(
+        cast("HookedModel", model), tokenizer, identity, tuple(names[id(module)] for module in modules),
+        is_transposed(modules[0]), removed, context_of(plain.config) or int(model.cfg.n_ctx),
+    )  # fmt: skip
+
+
+def _read(path: Path, **settings: Any) -> tuple[PreTrainedModel, str]:
+    """A plain model that computes attention step by step, and the SHA-256 of its weights as they were read."""
+    checkpoint = Checkpoint(path)
+    with checkpoint.read_at_once():
+        return load_plain(path, attention="eager", **settings), checkpoint.sha256
 
 
 def as_reference(

@@ -45,11 +45,11 @@ def load_plain(
 
     device = device or default_device()
     dtype = dtype or compute_dtype(device)
-    require_complete(Checkpoint(path))
+    checkpoint = require_complete(Checkpoint(path))
     places = placement(path, device, device_map or default_device_map())
     config = read_config(path)
     try:
-        with loading_models():
+        with loading_models(), checkpoint.read_at_once():
             model: Any = AutoModelForCausalLM.from_pretrained(
                 str(path), config=config, dtype=dtype, attn_implementation=attention, local_files_only=True,
                 trust_remote_code=False, use_safetensors=True, **places,

@@ -76,9 +76,6 @@ def _from_hub(name: str) -> Path:
 
 def _require_model(path: Path) -> None:
     """Refuse a directory without a model of transformers in safetensors."""
-    Checkpoint(path).refuse_adapter()
-    if not (path / "config.json").exists():
-        raise RequestError(f"expected a Hugging Face directory in {path}, got one without config.json")
     try:
         require_complete(Checkpoint(path))
     except RequestError as error:

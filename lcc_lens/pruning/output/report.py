@@ -51,12 +51,14 @@ def pruning_report(
     tokens: Int[Tensor, "sequence pos"] | None,
     provenance: Mapping[str, Any],
     dense_sha256: str,
+    ancestors: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Measure pruned weights and report them with the request.
 
     Args:
         weights: all pruned weights by name, in the layout of the checkpoint.
         tokens: the calibration sequences, if the method uses them.
+        ancestors: SHA-256 of the models that the dense one was itself made from.
 
     Returns:
         A JSON object.
@@ -83,5 +85,6 @@ def pruning_report(
         else {**provenance, "sequences": len(tokens), "length": tokens.shape[1]},
         "seed": config.seed,
         "dense_sha256": dense_sha256,
+        "dense_ancestors": list(ancestors),
         "lcc_lens_version": package_version(),
     }

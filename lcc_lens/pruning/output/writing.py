@@ -16,6 +16,7 @@ from lcc_lens.core.outputs.folders import atomic_directory
 from lcc_lens.core.rewriting import copy_checkpoint
 from lcc_lens.models.architecture.anatomy import LayerAnatomy
 from lcc_lens.models.architecture.linear_maps import Matrix
+from lcc_lens.models.loading.provenance import ancestors
 from lcc_lens.pruning.calibration.finished_layers import FinishedLayers
 from lcc_lens.pruning.methods.settings import PruneConfig
 from lcc_lens.pruning.methods.slimgpt import Quota
@@ -37,10 +38,19 @@ def write_pruned(
     overwrite: bool,
 ) -> dict[str, Any]:
     """Write a plain Hugging Face directory, complete or not at all; gives the contents of ``pruning.json``."""
-    report = pruning_report(config, plan, finished, tokens=tokens, provenance=provenance, dense_sha256=dense_sha256)
+    report = pruning_report(
+        config,
+        plan,
+        finished,
+        tokens=tokens,
+        provenance=provenance,
+        dense_sha256=dense_sha256,
+        ancestors=ancestors(checkpoint.path),
+    )
     replaced, changes = _tensors_and_config(checkpoint, config, anatomies, finished)
     with atomic_directory(out, overwrite=overwrite) as part:
         copy_checkpoint(checkpoint, part, replaced=replaced, config=changes, resize=config.sliced)
+        checkpoint.require_unchanged(dense_sha256)
         if anatomies is not None:
             head_map = _head_map(anatomies, finished, sliced=config.sliced)
             write_json(part / HEAD_MAP, head_map.to_json())

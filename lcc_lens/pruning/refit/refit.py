@@ -20,8 +20,11 @@ from lcc_lens.core.outputs.folders import atomic_directory, reserved
 from lcc_lens.core.progress import track
 from lcc_lens.core.ranges import Count, Fraction, Positive, check_numbers
 from lcc_lens.core.rewriting import copy_checkpoint
+from lcc_lens.core.side_files import side_files
 from lcc_lens.models.architecture.linear_maps import Matrix, StoredWeights, find_matrices
+from lcc_lens.models.architecture.whole_weights import require_complete
 from lcc_lens.models.architecture.zeros import compare_zeros, refuse_swapped
+from lcc_lens.models.loading.provenance import check_provenance
 from lcc_lens.pruning.calibration.finished_layers import FinishedLayers
 from lcc_lens.pruning.calibration.stream import LayerStream
 from lcc_lens.pruning.methods.moments import InputMoments, exact_products
@@ -98,10 +101,8 @@ def refit_checkpoint(
         SparseGPT's compensation with a fixed mask (Frantar & Alistarh 2023); reconstruction as in arXiv 2510.14444.
     """
     config = config or RefitConfig()
-    checkpoints = Checkpoint(dense), Checkpoint(pruned)
-    plans = find_matrices(checkpoints[0]), find_matrices(checkpoints[1])
-    _check_shapes(*plans)
-    refuse_swapped(dense, pruned)
+    checkpoints = require_complete(Checkpoint(dense)), require_complete(Checkpoint(pruned))
+    plans = _plans(*checkpoints)
     with reserved(out, overwrite=overwrite, inputs=[dense, pruned]) as target:
         require_space(target, 2 * checkpoints[1].n_bytes)
         digests = {"dense_sha256": checkpoints[0].sha256, "pruned_sha256": checkpoints[1].sha256}
@@ -114,22 +115,39 @@ def refit_checkpoint(
             "lcc_lens_version": package_version(),
             "calibration": {**provenance, "sequences": len(tokens), "length": tokens.shape[1]}, "error_left": errors,
         }  # fmt: skip
-        report = _write_refitted(checkpoints[1], target, finished, report, overwrite=overwrite)
+        report = _write_refitted(*checkpoints, target, finished, report, overwrite=overwrite)
         finished.discard()
     return report
 
 
 def _write_refitted(
-    pruned: Checkpoint, out: Path, finished: FinishedLayers, report: Mapping[str, Any], *, overwrite: bool
+    dense: Checkpoint,
+    pruned: Checkpoint,
+    out: Path,
+    finished: FinishedLayers,
+    report: Mapping[str, Any],
+    *,
+    overwrite: bool,
 ) -> dict[str, Any]:
     """Write the refitted weights and their record, with their hash; refuses if a zero was lost."""
     with atomic_directory(out, overwrite=overwrite) as part:
         copy_checkpoint(pruned, part, replaced=finished)
+        dense.require_unchanged(report["dense_sha256"])
+        pruned.require_unchanged(report["pruned_sha256"])
         if not compare_zeros(pruned.path, part).is_equal:
             raise LensError("expected the pruned model's zeros in the refitted one, got others; nothing was kept")
         report = {**report, "sha256": Checkpoint(part).sha256}
         write_json(part / REFIT_RECORD, report)
     return report
+
+
+def _plans(dense: Checkpoint, pruned: Checkpoint) -> tuple[list[list[Matrix]], list[list[Matrix]]]:
+    """The matrices of both models, which are refused unless they are a dense model and its zeroed version."""
+    side_files(pruned.path)
+    _check_shapes(*(plans := (find_matrices(dense), find_matrices(pruned))))
+    check_provenance(dense, pruned)
+    refuse_swapped(dense.path, pruned.path)
+    return plans
 
 
 def _check_shapes(dense: Sequence[Sequence[Matrix]], pruned: Sequence[Sequence[Matrix]]) -> None:

@@ -34,7 +34,7 @@ def test_directory_is_sent_whole(dense_dir: Path, monkeypatch: pytest.MonkeyPatc
 def test_refusals_are_one_line(dense_dir: Path, tmp_path: Path) -> None:
     with pytest.raises(RequestError, match="expected a repository owner/name to upload to, got 'restored'"):
         push_to_hub(dense_dir, "restored")
-    with pytest.raises(RequestError, match=r"expected the file .*config\.json"):
+    with pytest.raises(RequestError, match=r"got no config\.json there"):
         push_to_hub(tmp_path, "me/restored")
     with pytest.raises(LensError, match=r"got a refusal .*; log in with hf auth login"):  # the tests are offline
         push_to_hub(dense_dir, "me/restored")

@@ -134,7 +134,7 @@ def test_wrong_references_are_refused(tmp_path: Path, dense_dir: Path) -> None:
     cases = {
         tmp_path / "nowhere": "which is not there; check the path",
         "smolm2": "which is not there; check the path",
-        tmp_path / "empty": "without config.json",
+        tmp_path / "empty": "no config.json there",
         tmp_path / "file": "got the file",
         tmp_path / "pickle": "got the pickle pytorch_model.bin; convert it to safetensors first",
         tmp_path / "gone.gguf": "expected the GGUF file",

@@ -6,6 +6,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,12 +17,16 @@ from lcc_lens.core.checkpoint import WEIGHTS, WEIGHTS_INDEX, Checkpoint
 from lcc_lens.core.errors import LensError, RequestError
 from lcc_lens.core.files import write_json
 from lcc_lens.core.reading import read_json
+from lcc_lens.core.rewriting import copy_checkpoint
 from lcc_lens.evaluation.doctor import examine
 from lcc_lens.frontends.cli.main import run as main_of
 from lcc_lens.models.architecture.layers import read_config
 from lcc_lens.models.architecture.whole_weights import require_complete
 from lcc_lens.models.loading.plain import load_plain
+from lcc_lens.models.loading.provenance import check_provenance
 from lcc_lens.models.loading.references import resolve
+from lcc_lens.pruning.jobs import prune
+from lcc_lens.pruning.output import writing
 
 Tensors = dict[str, torch.Tensor]
 Q = "model.layers.1.self_attn.q_proj.weight"
@@ -269,3 +274,36 @@ def test_replaced_weights_are_noticed_whatever_their_size_and_time(model: Path) 
     assert Checkpoint(model).sha256 == Checkpoint(other).sha256
     with pytest.raises(LensError, match="they were replaced meanwhile"):
         checkpoint.require_unchanged(before)
+
+
+def test_a_pair_that_its_records_deny_is_refused(dense_dir: Path, pruned_dir: Path, tmp_path: Path) -> None:
+    made, other = Checkpoint(pruned_dir), save_model(build_model(seed=1), tmp_path / "other")
+    check_provenance(Checkpoint(dense_dir), made)
+    with pytest.raises(RequestError, match=r"expected the dense model first, got .*swap the two"):
+        check_provenance(made, Checkpoint(dense_dir))
+    with pytest.raises(RequestError, match=r"expected the dense model that .* was made from .*as its record says"):
+        check_provenance(Checkpoint(other), made)
+    prune(pruned_dir, tmp_path / "again", method="magnitude", sparsity=0.7)
+    again = Checkpoint(tmp_path / "again")
+    check_provenance(made, again)
+    check_provenance(Checkpoint(dense_dir), again)  # an ancestor
+    (tmp_path / "again" / "pruning.json").write_text('{"dense_sha256": 3}')
+    with pytest.raises(RequestError, match="another layout"):
+        check_provenance(made, again)
+
+
+def test_weights_replaced_while_a_job_reads_them_leave_no_model(
+    dense_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, other = shutil.copytree(dense_dir, tmp_path / "model"), save_model(build_model(seed=1), tmp_path / "other")
+
+    def replace_weights(*args: Any, **settings: Any) -> Any:
+        shutil.copy(other / WEIGHTS, model / WEIGHTS)
+        return copy_checkpoint(*args, **settings)
+
+    monkeypatch.setattr(writing, "copy_checkpoint", replace_weights)
+    with pytest.raises(LensError, match="they were replaced meanwhile"):
+        prune(model, tmp_path / "out", method="magnitude")
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(LensError, match="to stay while they are read"), Checkpoint(model).read_at_once():
+        shutil.copy(dense_dir / WEIGHTS, model / WEIGHTS)

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from support.pruning import prune_tokens
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig, ViTConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig, ViTConfig, ViTModel
 
 from lcc_lens.core.checkpoint import Checkpoint
 from lcc_lens.core.errors import DiskFullError, LensError, RequestError
@@ -133,7 +133,8 @@ def test_a_folder_without_a_model(tmp_path: Path, refused: Callable[..., None]) 
 
 
 def test_a_model_that_writes_no_text(tmp_path: Path, refused: Callable[..., None]) -> None:
-    ViTConfig().save_pretrained(tmp_path / "vit")
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+    ViTModel(ViTConfig(**sizes, image_size=8, patch_size=4)).save_pretrained(tmp_path / "vit")
     refused("expected a causal language model in", source=tmp_path / "vit")
 
 
@@ -146,9 +147,9 @@ def test_experts_are_not_passed_over(tmp_path: Path, refused: Callable[..., None
 def test_a_quantised_or_incomplete_checkpoint(dense: Path, refused: Callable[..., None]) -> None:
     name = "model.layers.1.mlp.up_proj.weight"
     edit(dense, name, lambda tensor: tensor.to(torch.int8))
-    refused(rf"expected {name} of shape \(44, 20\) as F32, BF16, F16, got \(44, 20\) as I8")
+    refused(f"expected weights in float32, bfloat16 or float16, got I8 in {name}")
     edit(dense, name, lambda _: None)
-    refused(f"expected the tensor {name} in the checkpoint, got none")
+    refused(rf"got none named {name} \(1 are missing\)")
 
 
 def test_decoder_layers_have_to_be_unmistakable() -> None:
@@ -175,15 +176,13 @@ def test_a_list_within_a_layer_is_not_mistaken_for_the_layers() -> None:
 def test_broken_weights_are_named(value: float, dense: Path, refused: Callable[..., None]) -> None:
     name = "model.layers.1.mlp.up_proj.weight"
     edit(dense, name, filled(value))
-    refused(rf"expected finite weights, got NaN or infinity in {name}", LensError, method="magnitude")
-    refused(r"got NaN or infinity in mlp\.up_proj\.weight of layer 1", LensError)
+    for method in ("magnitude", "wanda"):
+        refused(f"expected finite weights, got NaN or infinity in {name}", method=method)
 
 
 def test_broken_activations_are_named(dense: Path, refused: Callable[..., None]) -> None:
     edit(dense, "model.layers.1.mlp.down_proj.weight", lambda tensor: tensor.sign() * 3e38)
     refused("expected finite activations, got NaN or infinity from layer 1;", LensError)
-    edit(dense, "model.embed_tokens.weight", filled(float("nan")))
-    refused(r"expected finite inputs of model\.layers\.0\.self_attn\.q_proj", LensError)
 
 
 def test_a_pruner_that_breaks_a_weight_is_caught(monkeypatch: pytest.MonkeyPatch, refused: Callable[..., None]) -> None:

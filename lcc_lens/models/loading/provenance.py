@@ -1,0 +1,48 @@
+"""What a pruned model was made from, as the records beside its weights say, and whether a dense model is that one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from lcc_lens.core.checkpoint import Checkpoint
+from lcc_lens.core.errors import RequestError
+from lcc_lens.core.reading import read_json
+
+#: Records that name the dense model, the first that is there counts.
+_RECORDS = ("pruning.json", "refit.json")
+
+
+@dataclass(frozen=True)
+class _Record:
+    """What of a record counts here; earlier versions wrote no ancestors."""
+
+    dense_sha256: str = ""
+    dense_ancestors: tuple[str, ...] = ()
+
+
+def ancestors(path: Path) -> tuple[str, ...]:
+    """The SHA-256 of the models that a pruned one was made from, the nearest first; empty without a record."""
+    for name in _RECORDS:
+        if (path / name).exists():
+            record = read_json(path / name, _Record, "prune again")
+            return tuple(digest for digest in (record.dense_sha256, *record.dense_ancestors) if digest)
+    return ()
+
+
+def check_provenance(dense: Checkpoint, pruned: Checkpoint) -> None:
+    """Refuse a dense model that the pruned one was not made from, where its records tell, and the two swapped.
+
+    Raises:
+        RequestError: names the records and what was given.
+    """
+    made_from = ancestors(pruned.path)
+    if pruned.sha256 in ancestors(dense.path):
+        raise RequestError(
+            f"expected the dense model first, got {dense.path}, which was made from {pruned.path}; swap the two"
+        )
+    if made_from and dense.sha256 not in made_from:
+        raise RequestError(
+            f"expected the dense model that {pruned.path} was made from (SHA-256 {made_from[0][:12]}…, as its record "
+            f"says), got {dense.sha256[:12]}… in {dense.path}; name that one"
+        )
