@@ -153,6 +153,7 @@ class _Steps:
         self.kept.pop("exportable")
         request = fingerprint(self.inputs, self.config, self.kept, tune_lr, self.before_refit)
         self.folder = RunFolder(run, self.pair, self.data.source, self.config.seed, resume=resume)
+        self.folder.keep_scan(self.scan)
         self.beginning = self.folder.beginning(request)
 
     def build_injection(self) -> None:

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lcc_lens.analysis.scan.result import SCAN_RECORD, Scan
 from lcc_lens.core.config import package_version
 from lcc_lens.core.files import disk_errors, write_text
 from lcc_lens.core.machine.processes import is_first_process
@@ -79,7 +80,7 @@ class Beginning:
 
 
 class RunFolder:
-    """Writes ``config.json``, one line per optimiser step in ``log.jsonl``, the restoration and ``metrics.json``.
+    """Writes the scan unless it is there, the settings, one line per optimiser step, the restoration and its losses.
 
     Nothing is written before the first step or the end: a request that is refused must not touch an earlier run. A
     resumed run drops the lines of steps that it repeats. A run that starts deletes an earlier result with its first
@@ -99,6 +100,7 @@ class RunFolder:
         self._data, self._is_open = data, False
         log = None if self._path is None or not resume else self._path / RUN_LOG
         self._logged = [] if log is None or not log.exists() else read_json_lines(log, Step, _NO_RESUME, torn=True)
+        self._scan: Scan | None = None
         self._identity = {
             "dense": pair.dense_id.reference,
             "pruned": pair.pruned_id.reference,
@@ -107,6 +109,12 @@ class RunFolder:
             "seed": seed,
             "version": package_version(),
         }
+
+    def keep_scan(self, scan: Scan | None) -> None:
+        """Note the scan that the restoration is made from: the first write replaces any other scan in the folder."""
+        has_scan = self.root is not None and (self.root / SCAN_RECORD).exists()
+        if scan is not None and not (has_scan and Scan.load(self.root or "").record == scan.record):
+            self._scan = scan
 
     def beginning(self, request: str) -> Beginning:
         """What the run that is resumed measured before its first step; nothing if this one starts."""
@@ -143,6 +151,8 @@ class RunFolder:
         if not self.resumes:
             for name in (RESTORATION_TENSORS, RUN_METRICS, CHECKPOINT):
                 (path / name).unlink(missing_ok=True)
+        if self._scan is not None:
+            self._scan.save(path)
         self._write(path / RUN_CONFIG, self._config)
         self._write(path / RUN_BEGINNING, self._beginning.values())
         write_text(path / RUN_LOG, "".join(_line(step) for step in self._logged if step.step < before))

@@ -38,7 +38,7 @@ class Export(Tabled):
     out: Out
     """The directory to write."""
     pruned: Maybe[str] = None
-    """Where the pruned model lies now (where the run found it, if not given)."""
+    """Where the pruned model lies now (where the run found it or beside the run, if not given)."""
     overwrite: Switch = False
     """Replace an existing directory and GGUF file."""
     files: Files = Files()
@@ -49,15 +49,18 @@ class Export(Tabled):
 
         from lcc_lens.exporters.hub import push_to_hub, require_repository
         from lcc_lens.exporters.huggingface import export
+        from lcc_lens.models.loading.recorded import recorded_model
         from lcc_lens.restoration.result import Restoration
 
         if self.files.push_to_hub is not None:
             require_repository(self.files.push_to_hub)
         self._require_gguf()
         restoration = Restoration.load(self.run)
+        record = restoration.record
+        pruned = self.pruned or recorded_model(record.pruned, record.pruned_sha256, self.run)
         dtype = None if self.files.dtype is None else getattr(torch, self.files.dtype)
         report = export(
-            restoration, self.pruned or restoration.record.pruned, self.out, dtype=dtype,
+            restoration, pruned, self.out, dtype=dtype,
             max_shard_size=self.files.max_shard_size, overwrite=self.overwrite,
         )  # fmt: skip
         show_facts(f"exported and verified: {self.out}", report)

@@ -22,6 +22,7 @@ from lcc_lens.core.reading import read_record, reading, write_record
 from lcc_lens.frontends.explorer.run_contents import RunContents, source_hashes
 from lcc_lens.models.hooked.hooks import HookedModel
 from lcc_lens.models.loading.hooked import load_hooked
+from lcc_lens.models.loading.recorded import recorded_model
 from lcc_lens.restoration.result import Restoration
 
 if TYPE_CHECKING:
@@ -186,7 +187,5 @@ def _computed(run: RunContents) -> TokenTables:
     """
     assert run.scan is not None
     record = run.scan.record
-    loaded = load_hooked(record.pruned)
-    if loaded.identity.sha256 != record.pruned_sha256:
-        raise LensError(f"expected the scanned weights in {record.pruned}, got different ones; scan again")
+    loaded = load_hooked(recorded_model(record.pruned, record.pruned_sha256, run.path))
     return read_tokens(loaded.model, loaded.tokenizer, run.scan, run.restoration)

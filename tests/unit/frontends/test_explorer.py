@@ -311,7 +311,7 @@ def test_tables_do_not_outlive_a_change(run: Path, damage: str) -> None:
 
 def test_without_the_model_the_page_says_so(found: Scan, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     gone = dataclasses.replace(found, record=dataclasses.replace(found.record, pruned=str(tmp_path / "gone")))
-    run = write_run(gone, tmp_path / "run")
+    run = write_run(gone, tmp_path / "far" / "away" / "run")  # from the pruned model
     (run / TABLES_RECORD).unlink()
     with caplog.at_level(logging.WARNING):
         (shown,) = data_of(explore(run))["runs"]
@@ -323,12 +323,11 @@ def test_without_the_model_the_page_says_so(found: Scan, tmp_path: Path, caplog:
 
 def test_changed_weights_are_not_read(found: Scan, tmp_path: Path) -> None:
     other = save_model(build_model(seed=5), tmp_path / "other")
-    run = write_run(
-        dataclasses.replace(found, record=dataclasses.replace(found.record, pruned=str(other))), tmp_path / "run"
-    )
+    changed = dataclasses.replace(found, record=dataclasses.replace(found.record, pruned=str(other)))
+    run = write_run(changed, tmp_path / "far" / "away" / "run")
     (run / TABLES_RECORD).unlink()
     (shown,) = data_of(explore(run))["runs"]
-    assert "expected the scanned weights" in shown["notes"][0]
+    assert "got none with these weights" in shown["notes"][0]
 
 
 def test_the_model_is_not_loaded_unasked(run: Path) -> None:
