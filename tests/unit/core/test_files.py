@@ -109,3 +109,11 @@ def test_heads_have_one_spelling() -> None:
         check_heads([], 3, 5)
     with pytest.raises(RequestError, match="got one twice"):
         check_heads([(0, 1), (0, 1)], 3, 5)
+
+
+def test_long_names_are_written_or_refused(tmp_path: Path) -> None:
+    write_json(tmp_path / ("n" * 250 + ".json"), 1)
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["1\n"]
+    with pytest.raises(RequestError, match="File name too long"):
+        write_json(tmp_path / ("n" * 256), 1)
+    assert len(list(tmp_path.iterdir())) == 1
