@@ -26,15 +26,15 @@ from lcc_lens.analysis.components import LostComponents, components_from_moments
 from lcc_lens.analysis.head_scores import HeadScores
 from lcc_lens.analysis.probes.published import split_pairs
 from lcc_lens.analysis.selectors.interaction_probe import score_interaction_probe
-from lcc_lens.analysis.selectors.linear_probe import LayerFeatures, ProbeFeatures, linear_probe_scores
+from lcc_lens.analysis.selectors.linear_probe import LayerFeatures, linear_probe_scores
 from lcc_lens.core.files import write_json
 
 LAYERS, HEADS, PAIRS, D_HEAD = 30, 9, 1000, 64
 STRONGEST = 1.0  # in standard deviations of an answer along the signal's direction
 
 
-def synthetic(seed: int) -> tuple[ProbeFeatures, torch.Tensor]:
-    """Activations of all heads, and the strength of each head's signal."""
+def synthetic(seed: int) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """Activations ``[pair, layer, head, d_head]``, in the order of LayerFeatures, and each head's signal strength."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> torch.Tensor:
@@ -49,8 +49,7 @@ def synthetic(seed: int) -> tuple[ProbeFeatures, torch.Tensor]:
     answer = (0.5 * question + answer) / 1.12
     right, wrong = (0.8 * answer + 0.6 * normal(*shape) + sign * direction / 2 for sign in (1, -1))
     pruned = 0.8 * question + 0.3 * normal(*shape)
-    z = (torch.einsum("nlhd,lhde->nlhe", part, mix) for part in (pruned, right, wrong, question + 0.2))
-    return ProbeFeatures(*z), strength
+    return [torch.einsum("nlhd,lhde->nlhe", z, mix) for z in (pruned, question + 0.2, right, wrong)], strength
 
 
 def loop_over_heads(layers: list[LayerFeatures], components: LostComponents, seed: int = 0) -> torch.Tensor:
@@ -109,10 +108,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "probes.json")
     arguments = parser.parse_args()
     features, strength = synthetic(seed=0)
-    assert features.z_dense_question is not None
-    lost = features.z_dense_question - features.z_pruned_question
+    lost = features[1] - features[0]
     components = components_from_moments(lost.sum(0), torch.einsum("nlhd,nlhe->lhde", lost, lost), PAIRS)
-    layers = list(features.layers())
+    layers = [LayerFeatures(*(z[:, layer] for z in features)) for layer in range(LAYERS)]
     scores: dict[str, HeadScores] = {}
 
     def run(name: str, **options) -> Callable[[], object]:

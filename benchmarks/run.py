@@ -47,7 +47,9 @@ from lcc_lens.restoration.injections.ingredients import Ingredients
 from lcc_lens.restoration.injections.spec import MethodSpec
 from lcc_lens.restoration.record import RestorationRecord
 from lcc_lens.restoration.result import Restoration
-from lcc_lens.restoration.training.loop import TrainConfig, TrainingState, optimise
+from lcc_lens.restoration.training.config import TrainConfig
+from lcc_lens.restoration.training.loop import optimise
+from lcc_lens.restoration.training.state import TrainingState
 
 #: Methods whose training step is timed; the first also against LoRA's.
 STEPS = ("lcc", "offset", "gain", "norms", "low-rank", "masked")

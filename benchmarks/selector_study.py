@@ -44,7 +44,8 @@ from lcc_lens.models.hooked.losses import measure
 from lcc_lens.models.pair import Pair, load_pair
 from lcc_lens.pruning.jobs import prune
 from lcc_lens.restoration.injections.constants import LccInjection
-from lcc_lens.restoration.training.loop import TrainConfig, train
+from lcc_lens.restoration.training.config import TrainConfig
+from lcc_lens.restoration.training.loop import train
 
 MODELS: dict[str, dict[str, Any]] = {"wanda 50%": {"sparsity": 0.5}, "wanda 2:4": {"pattern": "2:4"}}
 SHARES = (0.1, 0.25)

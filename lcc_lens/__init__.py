@@ -112,8 +112,8 @@ if TYPE_CHECKING:
     from lcc_lens.restoration.settings import HeadRequest as HeadRequest
     from lcc_lens.restoration.settings import RefitRequest as RefitRequest
     from lcc_lens.restoration.settings import RestoreSettings as RestoreSettings
-    from lcc_lens.restoration.training.loop import Step as Step
-    from lcc_lens.restoration.training.loop import TrainConfig as TrainConfig
+    from lcc_lens.restoration.training.config import Step as Step
+    from lcc_lens.restoration.training.config import TrainConfig as TrainConfig
     from lcc_lens.restoration.training.loop import train as train
     from lcc_lens.restoration.training.objectives import Objective as Objective
 

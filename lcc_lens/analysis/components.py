@@ -20,8 +20,8 @@ class LostComponents(Shown):
     signal), row $i$ of ``directions`` is $v_i$, ``singular_values`` holds $S_i$ and ``coefficients`` the mean
     coefficient $\alpha_i = \mathrm{mean}_n(S_i U_{n,i})$. Every $v_i$ is signed so that $\alpha_i \ge 0$.
 
-    What is wide holds its first directions alone: an MLP, as one "head" per layer. Then ``mean`` is the whole mean
-    difference and ``energy`` the sum of all squared singular values, which the stored directions do not determine.
+    An MLP, which is one wide "head" per layer, has its first directions only. Then ``mean`` is the mean difference and
+    ``energy`` the sum of all squared singular values, which the stored directions do not determine.
 
     Reference: RestoreLCC (arXiv 2510.21834), Eqs. 3 and 4.
     """
@@ -40,20 +40,20 @@ class LostComponents(Shown):
 
     @property
     def n_held(self) -> int:
-        """How many directions there are: all d_head, or the first few of what is wide."""
+        """The number of stored directions: d_head, or fewer for an MLP."""
         return self.directions.shape[-2]
 
     @property
     def n_determined(self) -> int:
-        """How many directions the samples determine; the others are arbitrary, with singular value 0."""
+        """The number of directions that the samples determine; the others are arbitrary, with singular value 0."""
         return min(self.n_samples, self.d_head)
 
     @property
     def effective_rank(self) -> Float[Tensor, "layer head"]:
-        r"""How many directions the difference really takes, $\exp(-\sum_i p_i \ln p_i)$ with $p_i = S_i^2/\sum S^2$.
+        r"""The effective number of directions of the difference, $\exp(-\sum_i p_i \ln p_i)$, $p_i = S_i^2/\sum S^2$.
 
-        Between 1 (one direction) and d_head (all alike); 0 where nothing changed. Of the directions held: for what is
-        wide ask the statistics.
+        Between 1 (one direction) and d_head (equal singular values); 0 if nothing changed. Of the stored directions;
+        for MLPs see :attr:`~lcc_lens.analysis.statistics.DifferenceStatistics.effective_rank`.
 
         Reference: Roy and Vetterli, "The effective rank" (2007), with energies for singular values.
         """
@@ -63,7 +63,7 @@ class LostComponents(Shown):
         r"""The lost component of rank $K$: $c = \sum_{i \le K} \alpha_i v_i$ (Eq. 4).
 
         Args:
-            rank: the number of directions $K$; if not given, the mean difference exactly (which all of them give).
+            rank: the number of directions $K$; if not given, all of them, which is the mean difference.
 
         Raises:
             RequestError: ``rank`` is not within 1 and ``d_head``, or the number of stored directions.
@@ -74,7 +74,7 @@ class LostComponents(Shown):
         rank = most if rank is None else rank
         if not 1 <= rank <= most:
             limit = f"d_head = {most}" if self.mean is None else f"the {most} stored directions"
-            raise RequestError(f"expected a rank between 1 and {limit}, got {rank}")
+            raise RequestError(f"expected a rank between 1 and {limit}, got {rank}; choose another")
         return torch.einsum("lhk,lhkd->lhd", self.coefficients[..., :rank], self.directions[..., :rank, :])
 
     def in_random_basis(self, seed: int = 0) -> LostComponents:
@@ -87,7 +87,9 @@ class LostComponents(Shown):
             RequestError: not all directions are stored.
         """
         if self.mean is not None:
-            raise RequestError(f"expected all {self.d_head} directions to turn, got the first {self.n_held} alone")
+            raise RequestError(
+                f"expected all {self.d_head} directions for a random basis, got the first {self.n_held}; use heads"
+            )
         generator = torch.Generator().manual_seed(seed)
         *heads, _, d_head = self.directions.shape
         normal = torch.randn(*heads, d_head, d_head, dtype=torch.float64, generator=generator)
@@ -111,13 +113,13 @@ class LostComponents(Shown):
 
 
 def explained_share(singular_values: Float[Tensor, "*part component"]) -> Float[Tensor, "*part component"]:
-    """The fraction of the squared difference within the first k directions; 0 where nothing changed."""
+    """The fraction of the squared difference within the first k directions; 0 if nothing changed."""
     energy = singular_values.square().cumsum(-1)
     return energy / energy[..., -1:].clamp_min(torch.finfo(energy.dtype).tiny)
 
 
 def effective_rank(singular_values: Float[Tensor, "*part component"]) -> Float[Tensor, "*part"]:
-    """How many directions the difference really takes (see :attr:`LostComponents.effective_rank`)."""
+    """The effective number of directions of the difference (see :attr:`LostComponents.effective_rank`)."""
     energy = singular_values.double().square()
     total = energy.sum(-1)
     share = energy / total.clamp_min(torch.finfo(torch.float64).tiny)[..., None]
@@ -129,7 +131,7 @@ def components_from_moments(
     second_moment: Float[Tensor, "layer head d_head d_head"],
     n_samples: int,
 ) -> LostComponents:
-    r"""Find the lost components from sums that stream, without the stacked differences.
+    r"""Find the lost components from sums over the differences, without storing the differences.
 
     $\Delta^T \Delta = V S^2 V^T$, so an eigendecomposition of the second moment gives the SVD's $V$ and $S$ exactly,
     and $\alpha_i = v_i \cdot \bar{\delta}$ since $S_i U_{n,i} = \delta_n \cdot v_i$. Memory does not grow with N.
@@ -156,8 +158,8 @@ def extract_lost_components(
 ) -> LostComponents:
     r"""Find the directions in which pruning moved each head's output, from stacked activations.
 
-    The same result as :func:`components_from_moments` for those who hold all activations in memory; it uses the SVD
-    of the stacked differences as the paper does (Eq. 3).
+    The same result as :func:`components_from_moments`, from all activations in memory: the SVD of the stacked
+    differences, as in the paper (Eq. 3).
 
     Args:
         z_dense: head outputs (before the output projection) of the dense model, one row per example.
@@ -180,7 +182,7 @@ def components_along(
     mean: Float[Tensor, "layer head d_head"],
     n_samples: int,
 ) -> LostComponents:
-    """Lost components from directions in any sign: each turned along the mean difference, all in float32."""
+    """Lost components from directions of any sign: each is signed along the mean difference, all in float32."""
     coefficients = torch.einsum("lhkd,lhd->lhk", directions, mean)
     sign = torch.where(coefficients < 0, -1.0, 1.0).to(directions)
     return LostComponents(

@@ -1,8 +1,7 @@
-"""What a selector says of every head: a score with its uncertainty."""
+"""A selector's score of every head, with its uncertainty."""
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from lcc_lens.core.metrics import standard_error
 from lcc_lens.core.showing import Shown
 
 if TYPE_CHECKING:
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 class HeadScores(Shown):
     """One score per head, higher for heads to restore first, each with a standard error.
 
-    ``stderr`` is the standard error over examples, in the score's own unit; NaN where the data do not determine it (a
-    single example). ``settings`` are whatever the selector was told, as JSON can hold it.
+    ``stderr`` is the standard error over examples, in the score's unit; NaN if the data do not determine it (a single
+    example). ``settings`` are the selector's, as JSON values.
     """
 
     selector: str
@@ -46,17 +46,17 @@ class HeadScores(Shown):
         cls, selector: str, scores: Float[Tensor, "example layer head"], settings: dict[str, Any] | None = None
     ) -> HeadScores:
         """The mean over examples and its standard error."""
-        scores, n = scores.double(), scores.shape[0]
-        spread = scores.std(0) / math.sqrt(n) if n > 1 else torch.full_like(scores[0], math.nan)
-        return cls(selector, scores.mean(0).float().cpu(), spread.float().cpu(), n, settings or {})
+        scores = scores.double()
+        stderr = standard_error(scores)
+        return cls(selector, scores.mean(0).float().cpu(), stderr.float().cpu(), len(scores), settings or {})
 
     def interval(self, level: float = 0.95) -> tuple[Float[Tensor, "layer head"], Float[Tensor, "layer head"]]:
-        """The lower and upper ends of the normal interval around every score."""
+        """The lower and upper bound of every score's normal confidence interval."""
         half = torch.distributions.Normal(0.0, 1.0).icdf(torch.tensor((1 + level) / 2)) * self.stderr
         return self.value - half, self.value + half
 
     def rank_correlation(self, other: HeadScores) -> float:
-        """Spearman's rank correlation with another selector's scores over all heads; NaN where one is constant."""
+        """Spearman's rank correlation with another selector's scores over all heads; NaN if either is constant."""
         first, second = (_ranks(scores.value.flatten().double()) for scores in (self, other))
         return float(torch.corrcoef(torch.stack([first, second]))[0, 1])
 

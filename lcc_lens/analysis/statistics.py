@@ -1,4 +1,4 @@
-"""Statistics of differences between two models' activations, from streaming sums; exact for any number of samples."""
+"""Statistics of the differences between two models' activations, from running sums over the samples."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from lcc_lens.analysis.components import (
 )
 from lcc_lens.core.showing import Shown
 
-#: A part wider than this has its outer products summed in float32 below the diagonal; kept are their spectrum and the
-#: first directions.
+#: The outer products of a part wider than this are summed in float32, below the diagonal only, and its statistics keep
+#: the spectrum and the first directions.
 _WIDE = 512
-#: How wide the square blocks are, at most, in which that is done.
+#: Largest size of the square blocks in which they are summed.
 _BLOCK = 256
-#: First directions kept of such a part. All of them would take its width squared per layer, as much as the MLP's own
-#: weights, and a free offset spans what they leave out.
+#: Number of first directions that are kept. All of them would take as much memory as the MLP's weights, and a free
+#: offset includes the others.
 WIDE_DIRECTIONS = 64
 
 
@@ -36,9 +36,9 @@ class DifferenceStatistics(Shown):
     $\delta_n = a_{dense} - a_{pruned}$ over N samples, ``mean_difference`` is $\bar\delta$ and ``squared_dense``,
     ``squared_pruned``, ``squared_difference``, ``dot`` are $\sum_n$ of $|a_{dense}|^2$, $|a_{pruned}|^2$,
     $|\delta_n|^2$ and $a_{dense} \cdot a_{pruned}$. ``mse_stderr`` is the standard error of the mean squared
-    difference per coordinate, clustered by example. ``singular_values`` of the stacked differences are there where the
-    spectrum was asked for, with ``second_moment``, $\sum_n \delta_n \delta_n^T$, for parts as narrow as heads, and the
-    first ``directions`` (right singular vectors) of wider ones.
+    difference per coordinate, clustered by example. With a requested spectrum there are ``singular_values`` of the
+    stacked differences and, for narrow parts such as heads, ``second_moment``, $\sum_n \delta_n \delta_n^T$; for wide
+    ones the first ``directions`` (right singular vectors).
     """
 
     n_samples: int
@@ -61,21 +61,21 @@ class DifferenceStatistics(Shown):
     def relative_loss(self) -> Float[Tensor, "layer part"]:
         r"""$\sqrt{\sum|\delta|^2 / \sum|a_{dense}|^2}$: the relative change of the activation.
 
-        Where the dense activation is zero: 0 if nothing changed, else infinite.
+        If the dense activation is zero: 0 if nothing changed, else infinite.
         """
         return torch.where(self.squared_difference == 0, 0.0, self.squared_difference / self.squared_dense).sqrt()
 
     @property
     def cosine(self) -> Float[Tensor, "layer part"]:
-        """The cosine between both models' activations over all samples; 1 where both are zero, 0 where one is."""
-        norms = self.squared_dense.sqrt() * self.squared_pruned.sqrt()  # the product of squares leaves float32's range
+        """The cosine between both models' activations over all samples; 1 if both are zero, 0 if one is."""
+        norms = self.squared_dense.sqrt() * self.squared_pruned.sqrt()  # the product of squares may overflow float32
         return torch.where(norms > 0, self.dot / norms, (self.squared_difference == 0).to(norms))
 
     @property
     def constant_share(self) -> Float[Tensor, "layer part"]:
         r"""$N|\bar\delta|^2 / \sum|\delta|^2$: the fraction of the squared difference independent of the input.
 
-        The most that a constant injection can correct. 0 where nothing changed.
+        The most that a constant injection can correct; 0 if nothing changed.
         """
         constant = self.n_samples * self.mean_difference.square().sum(-1)
         return torch.where(self.squared_difference > 0, constant / self.squared_difference, 0.0).clamp_max(1.0)
@@ -92,7 +92,7 @@ class DifferenceStatistics(Shown):
 
     @property
     def is_silent(self) -> Bool[Tensor, "layer part"]:
-        """Where the pruned model's activation is zero throughout."""
+        """Whether the pruned model's activation is zero in every sample."""
         return self.squared_pruned == 0
 
     @property
@@ -108,8 +108,7 @@ class DifferenceStatistics(Shown):
     def components(self) -> LostComponents:
         """The lost components of every part (heads, where the site has heads).
 
-        Wide parts hold their first directions alone, and none where no spectrum was asked for; the mean difference and
-        its size are whole.
+        Wide parts have their first directions only, or none without a spectrum; mean difference and energy are exact.
         """
         if self.second_moment is not None:
             return components_from_moments(self.mean_difference * self.n_samples, self.second_moment, self.n_samples)
@@ -121,7 +120,7 @@ class DifferenceStatistics(Shown):
         return replace(components, mean=self.mean_difference, energy=self.squared_difference)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Everything but the number of samples, by name."""
+        """The tensors by name: everything but the number of samples."""
         return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
 
 
@@ -129,10 +128,8 @@ class RunningDifferences:
     """Sums over the differences at one site of every layer; memory does not grow with the number of samples.
 
     Args:
-        n_layers: layers.
-        n_parts: parts per layer (heads, or 1).
-        width: coordinates per part.
-        device: where the sums are kept; float64 where the device has it.
+        n_parts: parts per layer (heads, or 1), each ``width`` wide.
+        device: of the sums, which are float64 if the device has it.
         second_moment: also sum outer products, ``width`` x ``width`` numbers per part.
     """
 
@@ -165,13 +162,13 @@ class RunningDifferences:
         """Add one layer's activations on a batch.
 
         Args:
-            pruned: the pruned model's on the same tokens.
-            example: the example that each sample belongs to, from 0 within the batch; samples of one example are not
-                independent. :meth:`count` takes the same, once per batch.
+            pruned: the pruned model's activations on the same tokens; ``dense``: the dense model's.
+            example: the example of each sample, from 0 within the batch; samples of one example are not independent.
+                Call :meth:`count` with the same, once per batch.
         """
         dense, pruned = dense.float(), pruned.float()
         difference = dense - pruned
-        squared = difference.square().sum(-1).to(self.dtype)  # its error is a small difference of large sums
+        squared = difference.square().sum(-1).to(self.dtype)  # the standard error is a small difference of large sums
         sums = self.sums
         sums["total"][layer] += difference.sum(0)
         sums["dense"][layer] += dense.square().sum((0, 2))
@@ -198,9 +195,9 @@ class RunningDifferences:
         self.squared_counts += int(counts.square().sum())
 
     def finish(self) -> DifferenceStatistics:
-        """The statistics of everything added so far."""
+        """The statistics of all samples so far."""
         n, sums = max(self.n_samples, 1), self.sums
-        ratio = sums["difference"] / n  # a ratio of sums over examples, so its error is that of a ratio estimator
+        ratio = sums["difference"] / n  # the standard error is that of a ratio of sums over examples
         residual = sums["examples"] - 2 * ratio * sums["examples_by_n"] + ratio.square() * self.squared_counts
         spread = residual.clamp_min(0).sqrt() * (self.n_examples / max(self.n_examples - 1, 1)) ** 0.5 / n
         if self.n_examples < 2:
@@ -257,7 +254,7 @@ class Triangle:
 
     @classmethod
     def of(cls, width: int) -> Triangle:
-        """Equal blocks, none wider than needed."""
+        """Equal blocks of at most the largest size."""
         n = -(-width // _BLOCK)
         return cls(width, -(-width // n))
 
@@ -273,7 +270,7 @@ class Triangle:
             view.addmm_(samples[:, rows].T, samples[:, : rows.stop])
 
     def matrix(self, kept: Float[Tensor, " kept"]) -> Float[Tensor, "width width"]:
-        """The matrix, right on and below its diagonal."""
+        """The matrix; only its entries on and below the diagonal are correct."""
         whole = kept.new_zeros(self.width, self.width)
         for rows, view in self._views(kept):
             whole[rows, : rows.stop] = view

@@ -39,7 +39,7 @@ class _Index:
 
 
 class StoredTensor(NamedTuple):
-    """Where a tensor lies, and what the header of its file says of it."""
+    """A stored tensor's file, and its shape and format from the file's header."""
 
     file: Path
     shape: tuple[int, ...]

@@ -1,4 +1,4 @@
-"""Addresses of attention heads, (layer, head), and the map from a sliced model's heads to the dense model's."""
+"""Addresses of attention heads, (layer, head), and which dense head each head of a sliced model is."""
 
 from __future__ import annotations
 

@@ -9,6 +9,8 @@ from hashlib import sha256
 from typing import ParamSpec, TypeVar
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -67,18 +69,24 @@ def learned_warning(losses: Mapping[str, float]) -> str | None:
     return None
 
 
+def standard_error(values: Float[Tensor, "example ..."]) -> Float[Tensor, ...]:
+    """The standard error of the mean over the first axis; NaN for a single example."""
+    n = len(values)
+    return values.std(0) / math.sqrt(n) if n > 1 else torch.full_like(values[0], math.nan)
+
+
 def _remembered(interval: Callable[_P, _R]) -> Callable[_P, _R]:
-    """Draw once for the same items: a comparison asks for all rows again whenever one of its runs is finished."""
+    """Cache intervals by their arguments: a comparison requests all of them again whenever a run is finished."""
     known: dict[str, _R] = {}
 
     @functools.wraps(interval)
-    def recall(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+    def cached(*args: _P.args, **kwargs: _P.kwargs) -> _R:
         key = sha256(repr((args, sorted(kwargs.items()))).encode()).hexdigest()
         if key not in known:
             known[key] = interval(*args, **kwargs)
         return known[key]
 
-    return recall
+    return cached
 
 
 @_remembered

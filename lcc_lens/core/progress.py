@@ -40,25 +40,15 @@ def tracked_by(tracker: Tracker) -> Iterator[None]:
 
 def rich_tracker(items: Iterable[T], total: int, description: str) -> Iterator[T]:
     """A progress bar with the time left, on standard error."""
+    from rich import progress as rich_progress
     from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
 
     columns = (
-        TextColumn("{task.description:<24}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True)) as progress:
+        rich_progress.TextColumn("{task.description:<24}"), rich_progress.BarColumn(),
+        rich_progress.MofNCompleteColumn(), rich_progress.TimeElapsedColumn(), rich_progress.TextColumn("left"),
+        rich_progress.TimeRemainingColumn(),
+    )  # fmt: skip
+    with rich_progress.Progress(*columns, console=Console(stderr=True)) as progress:
         task = progress.add_task(description, total=total)
         for item in items:
             yield item

@@ -130,6 +130,13 @@ def encode_pair(
     return TokenSequence(torch.tensor(tokens), loss_from) if loss_from < len(tokens) else None
 
 
+def shared_prefix(first: Int[Tensor, " first"], second: Int[Tensor, " second"]) -> int:
+    """The number of first tokens that two sequences share."""
+    n = min(len(first), len(second))
+    differs = (first[:n] != second[:n]).nonzero()
+    return int(differs[0]) if len(differs) else n
+
+
 def special_prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The special tokens that the tokenizer puts before a text: none, or beginning-of-text."""
     plain = tokenizer("a", add_special_tokens=False)["input_ids"]

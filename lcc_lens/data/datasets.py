@@ -240,6 +240,18 @@ def encode(
     return sequences
 
 
+def encode_answers(
+    data: Data, tokenizer: PreTrainedTokenizerBase, max_length: int, limit: int | None = None
+) -> list[tuple[TokenSequence, TokenSequence] | None]:
+    """The right and the wrong answer of every example, each with its question; None if one is cut off or missing."""
+    pairs: list[tuple[TokenSequence, TokenSequence] | None] = []
+    for example in data.examples[:limit]:
+        texts = (example.response, example.wrong or "")
+        right, wrong = (encode_pair(tokenizer, example.prompt, text, max_length) for text in texts)
+        pairs.append(None if right is None or wrong is None else (right, wrong))
+    return pairs
+
+
 def _read_named(name: str, role: Role | None) -> tuple[Kind, _Pairs, str]:
     dataset, splits = DATASETS[name], available_splits(name)
     split, has_own = choose_split(dataset, splits, role)

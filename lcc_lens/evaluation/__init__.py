@@ -1,1 +1,1 @@
-"""Evaluation: losses, accuracies, speed, and methods held against each other and against baselines."""
+"""Evaluation: losses, accuracies, speed, and comparisons of methods with each other and with baselines."""

@@ -1,10 +1,9 @@
-"""Check what works for a model and on this machine by trying it, and advise on what does not."""
+"""Test which features work for a model and on this machine, with advice for those that do not."""
 
 from __future__ import annotations
 
 import functools
 import platform
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -18,6 +17,7 @@ from lcc_lens.core.config import compute_dtype, default_device, package_version
 from lcc_lens.core.errors import LensError
 from lcc_lens.core.machine.memory import release_memory
 from lcc_lens.core.showing import Shown
+from lcc_lens.evaluation.efficiency.timing import now
 from lcc_lens.models.architecture.anatomy import LayerAnatomy, find_anatomies
 from lcc_lens.models.architecture.bias_slots import find_slots
 from lcc_lens.models.architecture.linear_maps import find_matrices
@@ -45,7 +45,7 @@ _MARK = {"yes": "✓", "no": "–", "failed": "✗"}
 
 @dataclass(frozen=True)
 class Finding:
-    """One check: its verdict, what was found, and advice if there is something to do."""
+    """One check: its verdict, the result, and advice if there is something to do."""
 
     name: str
     verdict: Verdict
@@ -161,19 +161,19 @@ def _hook_findings(loaded: LoadedModel, checkpoint: Checkpoint) -> Iterator[Find
     if removed:
         yield Finding("heads removed", "yes", f"{removed}, whose columns of the output projection are all zero")
     with fused_attention(loaded.model) as is_fused:
-        kernels = "the model's own kernels" if is_fused else "step by step: slower, and the same"
+        kernels = "the model's own kernels" if is_fused else "step by step: slower, same results"
     yield Finding("attention under hooks", "yes" if is_fused else "no", kernels)
     yield _tried("constants in an export", lambda: find_slots(checkpoint, loaded.output_projections).way)
     yield _tried(
         "MLP constants in an export", lambda: find_slots(checkpoint, projection_names(loaded.model, "mlp"), "mlp").way
     )
 
-    def checked(way: Callable[[HookedModel], object], name: str) -> str:
-        way(loaded.model)
+    def checked(build: Callable[[HookedModel], object], name: str) -> str:
+        build(loaded.model)
         return f"{name}, checked"
 
     yield _tried("logit lens", lambda: checked(Unembedding.of, "final norm and unembedding"))
-    yield _tried("head by head", lambda: checked(OutputProjections.of, "the way into the residual stream"))
+    yield _tried("head by head", lambda: checked(OutputProjections.of, "output projections"))
 
 
 def _pruning_findings(checkpoint: Checkpoint) -> Iterator[Finding]:
@@ -250,21 +250,14 @@ def _version(package: str) -> str | None:
 def _speed(device: torch.device, dtype: torch.dtype) -> float:
     """Billions of operations per second of a matrix product; bfloat16 is so slow on some that one product is enough."""
     matrix = torch.ones(_WIDTH, _WIDTH, device=device, dtype=dtype)
-    best, begin = float("inf"), time.perf_counter()
+    best, begin = float("inf"), now(device)
     for _ in range(_REPEATS):
-        _finish(device)
-        start = time.perf_counter()
+        start = now(device)
         torch.mm(matrix, matrix)
-        _finish(device)
-        best = min(best, time.perf_counter() - start)
-        if time.perf_counter() - begin > _SECONDS:
+        best = min(best, now(device) - start)
+        if now(device) - begin > _SECONDS:
             break
     return 2 * _WIDTH**3 / best / 1e9
-
-
-def _finish(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def _free_bytes(device: torch.device) -> int | None:

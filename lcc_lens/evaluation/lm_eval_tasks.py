@@ -63,7 +63,8 @@ def evaluate_task(
     with tempfile.TemporaryDirectory() as folder, _quiet(f"task {task}"):
         manager, name = _task_spec(task, Path(folder), records)
         max_tokens = batch_tokens or tokens_per_pass(model.device)
-        lm = AnswerScorer(model, tokenizer, max_length=_context(model), max_tokens=max_tokens)
+        max_length = min(context_of(model.config) or 2048, 2048)
+        lm = AnswerScorer(model, tokenizer, max_length=max_length, max_tokens=max_tokens)
         loaded = manager.load([name])
         results = run_lm_eval(lm, loaded, limit=limit, bootstrap_iters=0, log_samples=with_items)
     scores = next(iter(results["results"].values()))
@@ -78,10 +79,6 @@ def evaluate_task(
         samples = sorted(next(iter(results["samples"].values())), key=lambda sample: sample["doc_id"])
         scored["items"] = "".join(str(int(sample["acc"])) for sample in samples)
     return scored
-
-
-def _context(model: PreTrainedModel) -> int:
-    return min(context_of(model.config) or 2048, 2048)
 
 
 def _task_spec(task: str, folder: Path, records: Sequence[Record] | None) -> tuple[Any, Any]:

@@ -72,12 +72,12 @@ def load_task_data(task: str, examples: int = TASK_EXAMPLES, *, seed: int = 0) -
 
 @dataclass(frozen=True)
 class TaskMeasures:
-    """Data that a task's recovery is measured on.
+    """Data for measuring a task's recovery.
 
     Args:
         task: its held-out items are scored.
         items: how many of them, drawn with ``seed``; all if None.
-        text: a corpus of another kind, whose perplexity shows what the recovery cost elsewhere.
+        text: a corpus of another kind, whose perplexity shows the effect on other text.
         blocks: maximum of blocks of the corpus.
         block_length: maximum of tokens per block.
         seed: of the draw.
@@ -96,23 +96,21 @@ class TaskMeasures:
     def check(self) -> None:
         """Refuse a task or text without data before anything is trained."""
         if named_kind(self.text) not in (None, "text"):
-            raise RequestError(
-                f"expected running text to measure the cost elsewhere on, got {self.text}; name a corpus"
-            )
+            raise RequestError(f"expected running text to measure perplexity on, got {self.text}; name a corpus")
         check_tasks((self.task, self.text))
 
-    def of(self, restoration: Restoration, pair: Pair, *, bare: str | Path | None = None) -> Evaluation:
+    def of(self, restoration: Restoration, pair: Pair, *, pruned: str | Path | None = None) -> Evaluation:
         """Score the dense, the pruned and the restored model on the same held-out items and text.
 
         Args:
             restoration: what was restored.
             pair: the models it belongs to.
-            bare: the pruned model itself, where the pair's was refitted from it.
+            pruned: the pruned model, if the pair has one that was refitted from it.
 
         Returns:
             ``models`` as in ``results.json``, with ``items`` (1 for each one right), and ``gain`` in accuracy over the
-            pruned model, ``share_recovered`` of what pruning lost, and their 95 % intervals, items drawn anew (a share
-            is None where nothing was lost, its interval where nothing may have been).
+            pruned model, ``share_recovered`` of the lost accuracy, and their 95 % intervals from resampled items (None
+            if nothing was lost; the interval None if it includes no loss).
         """
         records = load_records(self.task, self.items, role="held-out", seed=self.seed)
         length = min(self.block_length, pair.context)
@@ -120,10 +118,10 @@ class TaskMeasures:
             load_data(self.text, role="held-out"), pair.tokenizer, max_length=length, limit=self.blocks
         )  # fmt: skip
         models = {"dense": {"tasks": self._hooked(pair.dense, pair, records, blocks)}}
-        if bare is None:
+        if pruned is None:
             models["pruned"] = {"tasks": self._hooked(pair.pruned, pair, records, blocks)}
         else:
-            path = resolve(bare)
+            path = resolve(pruned)
             models["pruned"] = {"tasks": self._scores(load_plain(path), load_tokenizer(path), records, blocks)}
         with restoration.applied_to(pair.pruned) as restored:
             models["restored"] = {"tasks": self._hooked(restored, pair, records, blocks)}

@@ -73,7 +73,8 @@ def export_gguf(
     converter = require_converter(llama_cpp)
     require_new_file(target, overwrite=overwrite)
     checkpoint.require_whole()
-    number_format = _number_format(checkpoint)
+    formats = frozenset(stored.dtype for stored in checkpoint.tensors.values() if len(stored.shape) > 1)
+    number_format = _FORMATS.get(formats, "f32")
     require_space(target, 2 * checkpoint.n_bytes)
     verified = _hashes(checkpoint.path)
     with atomic_path(target) as part:
@@ -116,11 +117,6 @@ def require_new_file(file: Path, *, overwrite: bool) -> None:
 def _hashes(directory: Path) -> dict[str, str]:
     """The hash of every file in a directory, read anew."""
     return {str(file): sha256_file(file) for file in sorted(directory.rglob("*")) if file.is_file()}
-
-
-def _number_format(checkpoint: Checkpoint) -> str:
-    formats = frozenset(stored.dtype for stored in checkpoint.tensors.values() if len(stored.shape) > 1)
-    return _FORMATS.get(formats, "f32")
 
 
 def _convert(converter: Path, directory: Path, file: Path, number_format: str) -> None:

@@ -34,7 +34,7 @@ from lcc_lens.models.loading.references import resolve
 from lcc_lens.models.pair import load_pair
 from lcc_lens.pruning.jobs import prune
 from lcc_lens.restoration.restore import restore
-from lcc_lens.restoration.training.loop import TrainConfig
+from lcc_lens.restoration.training.config import TrainConfig
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Pairs: a dense and a pruned model under hooks, checked against each other head by head."""
+"""A dense and a pruned model under hooks, checked to have the same shapes, tokenizer and heads."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class BothModels(Shown):
 
 
 class OneAtATime:
-    """Whichever model was asked for last; the other one's memory is free."""
+    """Holds the model that was requested last; loading it frees the other one."""
 
     def __init__(self, load: dict[str, Callable[[], HookedModel]], loaded: tuple[str, HookedModel]) -> None:
         self._load = load
@@ -55,7 +55,7 @@ class OneAtATime:
 
     def _get(self, name: str) -> HookedModel:
         if self._loaded is None or self._loaded[0] != name:
-            self._loaded = None  # before the other one is loaded: two never fit
+            self._loaded = None  # free it first: both do not fit
             release_memory()
             self._loaded = (name, self._load[name]())
         return self._loaded[1]
@@ -65,8 +65,8 @@ class OneAtATime:
 class Pair(Shown):
     """A dense and a pruned model with the same tokenizer and shapes, both hooked.
 
-    Where whole heads were sliced off, the pruned model has fewer; ``head_map`` tells which are which. A pair that is
-    ``one_at_a_time`` holds one model in memory: asking for the other loads it in the first one's place.
+    If whole heads were sliced off, the pruned model has fewer; ``head_map`` maps them to the dense model's. A pair that
+    is ``one_at_a_time`` has one model in memory: reading the other one's attribute loads it instead.
 
     Example:
         >>> pair = load_pair("smollm2", "out/wanda50")  # doctest: +SKIP
@@ -84,11 +84,11 @@ class Pair(Shown):
     """Query heads per layer of the pruned model."""
     d_head: int
     sites: tuple[Site, ...]
-    """Where the two can be compared."""
+    """Sites that can be compared: both models have them, equally wide."""
     context: int
-    """Tokens that a sequence may have at most."""
+    """Tokens of a sequence at most."""
     dtype: torch.dtype
-    """What both compute in."""
+    """Number format that both compute in."""
     output_projections: tuple[str, ...]
     """The pruned model's output projections by layer, as its checkpoint names them."""
 
@@ -155,7 +155,7 @@ def load_pair(
         pruned: the pruned model, likewise; ``tokenizer``: of models in memory.
         device: where to compute.
         dtype: compute format of both models.
-        one_at_a_time: never hold both in memory; a scan then runs the dense model over everything first.
+        one_at_a_time: hold one model in memory at a time; a scan then runs the dense model over all data first.
         device_map: for models larger than memory, see :func:`lcc_lens.models.hooked.offloading.placement`.
         hooks: see :func:`lcc_lens.core.config.hook_kind`.
 
@@ -168,30 +168,30 @@ def load_pair(
     def load(reference: str | Path | torch.nn.Module) -> LoadedModel:
         return load_hooked(reference, device=device, dtype=dtype, device_map=device_map, hooks=hooks)
 
-    first = load(dense)
-    described, kept = _Description.of(first), None if one_at_a_time else first.model
-    del first
+    loaded = load(dense)
+    dense_description, dense_model = _Description.of(loaded), None if one_at_a_time else loaded.model
+    del loaded
     release_memory()
     second = load(pruned)
-    other, cfg = _Description.of(second), second.model.cfg
-    check_pair(described, other)
+    pruned_description, cfg = _Description.of(second), second.model.cfg
+    check_pair(dense_description, pruned_description)
     models: BothModels | OneAtATime
-    if kept is None:
+    if dense_model is None:
         load_by_name = {"dense": lambda: load(dense).model, "pruned": lambda: load(pruned).model}
         models = OneAtATime(load_by_name, ("pruned", second.model))
     else:
-        models = BothModels(kept, second.model)
+        models = BothModels(dense_model, second.model)
     return Pair(
         models=models,
         tokenizer=second.tokenizer,
-        dense_id=described.identity,
+        dense_id=dense_description.identity,
         pruned_id=second.identity,
-        head_map=match_heads(described.n_heads, second),
+        head_map=match_heads(dense_description.n_heads, second),
         n_layers=int(cfg.n_layers),
         n_heads=int(cfg.n_heads),
         d_head=int(cfg.d_head),
-        sites=described.shared_sites(other),
-        context=min(described.context, second.context),
+        sites=dense_description.shared_sites(pruned_description),
+        context=min(dense_description.context, second.context),
         dtype=cfg.dtype,
         output_projections=second.output_projections,
     )
@@ -207,7 +207,7 @@ def _check_references(dense: object, pruned: object) -> None:
 
 @dataclass(frozen=True)
 class _Description:
-    """What of a model has to fit the other one."""
+    """The properties of a model that are compared with the other one's."""
 
     identity: ModelIdentity
     shapes: dict[str, int]
@@ -230,18 +230,17 @@ class _Description:
         )
 
     def shared_sites(self, other: _Description) -> tuple[Site, ...]:
-        """The sites that both have, equally wide."""
+        """The sites that both models have, equally wide."""
         return tuple(site for site, width in self.widths.items() if other.widths.get(site) == width)
 
 
 def check_pair(dense: _Description, pruned: _Description) -> None:
     """Refuse models that are not a dense and a pruned version of the same one."""
-    for name in _SHAPES:
-        wanted, got = dense.shapes[name], pruned.shapes[name]
-        if wanted != got:
+    for name, size in dense.shapes.items():
+        if size != pruned.shapes[name]:
             raise RequestError(
-                f"expected two models of the same shape, got {name} {wanted} in {dense.identity.reference} and {got} "
-                f"in {pruned.identity.reference}; name the model that this one was pruned from"
+                f"expected two models of the same shape, got {name} {size} in {dense.identity.reference} and "
+                f"{pruned.shapes[name]} in {pruned.identity.reference}; name the model that this one was pruned from"
             )
     if dense.vocabulary != pruned.vocabulary:
         raise RequestError(
@@ -252,22 +251,22 @@ def check_pair(dense: _Description, pruned: _Description) -> None:
 
 
 def match_heads(n_dense: int, pruned: LoadedModel) -> HeadMap:
-    """Which dense head every pruned head is: from the head map beside the weights, else head for head.
+    """The dense model's head for every pruned head, from the head map beside the weights; without one, the same head.
 
-    Heads that are there in shape only are found in the weights themselves, whoever pruned them.
+    Heads that pruning removed without slicing are found in the weights.
     """
     n_layers, n_heads = int(pruned.model.cfg.n_layers), int(pruned.model.cfg.n_heads)
-    found = read_head_map(pruned.identity.path)
-    if found is None:
+    stored = read_head_map(pruned.identity.path)
+    if stored is None:
         if n_heads != n_dense:
             raise RequestError(
                 f"expected {HEAD_MAP} beside {pruned.identity.reference}, which has {n_heads} heads of "
-                f"{n_dense}, got none; write which dense head each one is, or prune with lcc-lens"
+                f"{n_dense}, got none; write the file (the dense head of each one), or prune with lcc-lens"
             )
         return HeadMap.identity(n_layers, n_heads, pruned.removed_heads)
-    if not found.fits(n_layers, n_heads) or max(map(max, found.dense_heads)) >= n_dense:
+    if not stored.fits(n_layers, n_heads) or max(map(max, stored.dense_heads)) >= n_dense:
         raise RequestError(
             f"expected a head map of {n_layers} layers with {n_heads} of {n_dense} heads beside "
             f"{pruned.identity.reference}, got another; name the model that this one was pruned from"
         )
-    return HeadMap(found.dense_heads, pruned.removed_heads)
+    return HeadMap(stored.dense_heads, pruned.removed_heads)

@@ -1,1 +1,1 @@
-"""Restoration: train what the heads lost, by a method of one's choice, and freeze the result."""
+"""Restoration: train an injection by a chosen method, and freeze the result."""

@@ -11,7 +11,7 @@ from lcc_lens.restoration.injections.spec import MethodSpec
 from lcc_lens.restoration.jobs import restore_models
 from lcc_lens.restoration.result import Restoration
 from lcc_lens.restoration.settings import RefitRequest, RestoreSettings
-from lcc_lens.restoration.training.loop import Step, TrainConfig
+from lcc_lens.restoration.training.config import Step, TrainConfig
 
 _BEST = MethodSpec.parse("best")
 #: The same as an entry of a comparison, as kept files have it.

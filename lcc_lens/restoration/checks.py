@@ -1,4 +1,4 @@
-"""Checks of a restoration's request, before anything is trained."""
+"""Check a restoration's request before anything is trained."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ def check_request(
     config: TrainConfig,
     settings: RestoreSettings,
 ) -> None:
-    """Refuse a method that lacks what it acts on, and models, a scan or heads that do not fit it."""
+    """Refuse a method without the scan, heads or models that it needs, and a scan or heads of another model."""
     check_restores(spec)
     if scan is not None:
         check_scan(scan, pair)
     elif spec.needs_components:
         raise RequestError(f"expected a scan of this pair for {spec.name}, got none; scan it first")
     if spec.on_heads and not heads:
-        raise RequestError(f"expected heads to restore by {spec.name}, got none; choose some by scan.select")
+        raise RequestError(f"expected heads to restore by {spec.name}, got none; choose them by scan.select")
     refuse_removed(heads, pair)
     if pair.one_at_a_time and (spec.needs_sequences or config.objective.needs_teacher):
-        what = spec.name if spec.needs_sequences else "an objective that follows the dense model"
+        what = spec.name if spec.needs_sequences else "an objective that runs the dense model"
         raise RequestError(
             f"expected both models in memory for {what}, got one at a time; load both, or choose mean-shift or the "
             "response's loss"
@@ -42,7 +42,7 @@ def check_request(
     if settings.exportable:
         require_slots(pair, spec)
     if settings.shuffle_responses and spec.n_trained is None:
-        raise RequestError(f"expected a method that trains to shuffle responses for, got {spec.name}; leave one out")
+        raise RequestError(f"expected a method that trains for shuffled responses, got {spec.name}; leave one out")
 
 
 def check_restores(spec: MethodSpec, *, one_at_a_time: bool = False) -> None:
@@ -64,8 +64,8 @@ def require_slots(pair: Pair, spec: MethodSpec) -> None:
 
 
 def refuse_removed(heads: Sequence[Head], pair: Pair) -> None:
-    """Refuse heads that pruning removed whole: nothing put there reaches the output."""
+    """Refuse heads that pruning removed whole, since their output is not used."""
     removed = {Head(layer, head) for layer, gone in enumerate(pair.head_map.removed) for head in gone}
     gone = sorted(removed.intersection(heads))
     if gone:
-        raise RequestError(f"expected heads that are still there, got {gone[0]}, removed whole; choose by scan.select")
+        raise RequestError(f"expected heads that pruning left, got {gone[0]}, removed whole; choose by scan.select")

@@ -32,8 +32,11 @@ from lcc_lens.restoration.record import RestorationRecord
 from lcc_lens.restoration.result import Restoration
 from lcc_lens.restoration.run_folder import RunFolder
 from lcc_lens.restoration.settings import LOW_RANK, RestoreSettings, with_preset
-from lcc_lens.restoration.training.loop import Step, TrainConfig, learning_rates, train, validation_loss
+from lcc_lens.restoration.training.config import Step, TrainConfig
+from lcc_lens.restoration.training.loop import train
 from lcc_lens.restoration.training.lr_range import range_test
+from lcc_lens.restoration.training.state import learning_rates
+from lcc_lens.restoration.training.validation import validation_loss
 from lcc_lens.restoration.training_data import training_sequences
 
 logger = logging.getLogger(__name__)

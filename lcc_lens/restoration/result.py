@@ -1,4 +1,4 @@
-"""Frozen restorations, with a record of the weights that they belong to."""
+"""Frozen restorations, with a record of the weights, data and settings that they come from."""
 
 from __future__ import annotations
 
@@ -36,18 +36,18 @@ if TYPE_CHECKING:
 
 RESTORATION_TENSORS = "restoration.safetensors"
 _AGAIN = "restore again"
-#: In the names of the tensors of constants at the MLP.
+#: Prefix of the names of tensors of constants at the MLP.
 _MLP = "mlp."
-#: In the names of a change's tensors: its place, kind, module and number; no module name holds this sign.
+#: Separates place, kind, module and parameter in the names of a change's tensors; module names do not contain it.
 _SEPARATOR = "|"
 
 
 @dataclass(frozen=True, repr=False)
 class Restoration(Shown):
-    """A constant per chosen head, with the magnitudes and offset it is made of, and changed weights. Frozen.
+    """A constant per chosen head with its magnitudes and offset, and changes of weights. Frozen.
 
-    Either may be empty. ``changes`` are pairs of a module's plain name and what makes its new weight of the old one, in
-    the order in which they act. ``mlp`` are constants at the MLPs' post-activation, if there are any.
+    Either may be empty. ``changes`` are pairs of a module's plain name and the function from its old weight to the new
+    one, in the order in which they apply. ``mlp`` are constants at the MLPs' post-activation, if any.
 
     Example:
         >>> with restoration.applied_to(pair.pruned) as restored:  # doctest: +SKIP
@@ -72,59 +72,56 @@ class Restoration(Shown):
 
     @property
     def constant_sites(self) -> tuple[SiteConstants, ...]:
-        """The constants of every site that has some."""
+        """The constants of every site with constants."""
         heads = SiteConstants("z", self.heads, self.constants, self.magnitudes, self.offset)
-        return tuple(found for found in (heads, self.mlp) if found is not None and found.parts)
+        return tuple(site for site in (heads, self.mlp) if site is not None and site.parts)
 
     @property
     def footprint(self) -> Footprint:
-        """What it touches, and what a checkpoint needs to carry it."""
-        return Footprint(
-            biases=tuple(found.site for found in self.constant_sites),
-            weights=tuple(dict(self.changes)),
-            n_trained=self.record.n_trained or 0,
-        )
+        """The biases and weights that it changes."""
+        biases = tuple(constants.site for constants in self.constant_sites)
+        return Footprint(biases, tuple(dict(self.changes)), self.record.n_trained or 0)
 
     @classmethod
     def of(cls, injection: Injection, record: RestorationRecord) -> Restoration:
-        """Freeze what an injection holds now.
+        """Freeze an injection's current parameters.
 
         Raises:
-            RequestError: it does not fold, so that no checkpoint would hold it, or it is made of biases themselves.
-            LensError: a number is not finite.
+            RequestError: it does not fold into a checkpoint, or consists of biases.
+            LensError: a parameter is not finite.
         """
         if not injection.footprint.folds:
-            raise RequestError("expected an injection that folds into the checkpoint, got one that stays beside it")
-        changes = [(name, _frozen(change)) for part in injection.parts for name, change in part.changes().items()]
-        found = [part.frozen() for part in injection.parts if isinstance(part, ConstantInjection)]
-        by_site: dict[ConstantSite, SiteConstants] = {one.site: one for one in found}
-        if not set(injection.footprint.biases) <= by_site.keys():  # flap's: biases themselves, of no constants
             raise RequestError(
-                "expected constants or changed weights to keep, got biases of maps; compare them instead"
+                "expected an injection that folds into the checkpoint, got one that stays beside it; compare it instead"
             )
-        none = torch.zeros(0, 0)
-        z = by_site.get("z", SiteConstants("z", (), none, none, none))
+        changes = [(name, _frozen(change)) for part in injection.parts for name, change in part.changes().items()]
+        constants = [part.frozen() for part in injection.parts if isinstance(part, ConstantInjection)]
+        by_site: dict[ConstantSite, SiteConstants] = {site.site: site for site in constants}
+        if not set(injection.footprint.biases) <= by_site.keys():  # flap trains biases, not constants
+            raise RequestError("expected constants or changed weights, got biases of linear layers; compare it instead")
+        empty = torch.zeros(0, 0)
+        z = by_site.get("z", SiteConstants("z", (), empty, empty, empty))
         restoration = cls(
             record, HeadTuple(z.parts), z.values, z.magnitudes, z.offset, tuple(changes), by_site.get("mlp")
         )
         if not all(bool(torch.isfinite(tensor).all()) for tensor in restoration._tensors().values()):
-            raise LensError("expected finite numbers, got NaN or infinity; lower the learning rate")
+            raise LensError("expected finite parameters, got NaN or infinity; lower the learning rate")
         return restoration
 
     @contextmanager
     def applied_to(self, model: HookedModel, *, any_weights: bool = False) -> Iterator[HookedModel]:
-        """Let a hooked model compute restored inside the block; the model leaves it unchanged.
+        """Apply the restoration to a hooked model inside the block; the model is unchanged after it.
 
         Args:
             model: the pruned model that was restored.
             any_weights: accept other weights of the same shapes, such as the dense model's in a control.
 
         Raises:
-            RequestError: the model has other weights (by hash, where it was loaded here) or shapes.
+            RequestError: the model has other weights (by hash, if it was loaded here) or shapes.
         """
         if not any_weights:
             self._check_identity(model)
-        hooks = [hook for found in self.constant_sites for hook in found.hooks(_fitting_parts(found, model))]
+        hooks = [hook for constants in self.constant_sites for hook in constants.hooks(_n_parts(constants, model))]
         self._check_weights(model)
         changes = merged({name: change} for name, change in self.changes)
         weights = changed_weights(model, changes) if changes else nullcontext()
@@ -132,25 +129,27 @@ class Restoration(Shown):
             yield restored
 
     def _check_identity(self, model: HookedModel) -> None:
-        """Refuse other weights than the restored ones where both are known."""
-        identity, wanted = identity_of(model), self.record.pruned_sha256
-        if identity is not None and wanted and identity.sha256 != wanted:
+        """Refuse weights other than the restored ones, if both hashes are known."""
+        identity, sha256 = identity_of(model), self.record.pruned_sha256
+        if identity is not None and sha256 and identity.sha256 != sha256:
             raise RequestError(
-                f"expected the pruned model with SHA-256 {wanted[:12]}…, got {identity.sha256[:12]}… of "
+                f"expected the pruned model with SHA-256 {sha256[:12]}…, got {identity.sha256[:12]}… of "
                 f"{identity.reference}; name the model that was restored, or pass any_weights=True"
             )
 
     def _check_weights(self, model: HookedModel) -> None:
-        """Refuse a model whose weights the changes do not fit."""
+        """Refuse a model whose weights do not fit the changes."""
         weights = changeable_weights(model) if self.changes else {}
         for name, change in self.changes:
             shape = weights[name].shape if name in weights else None
             if shape is None or not change.fits(shape):
                 got = "none" if shape is None else f"one of shape {shape}"
-                raise RequestError(f"expected a model with the weight {name} that was restored, got {got}; wrong model")
+                raise RequestError(
+                    f"expected a model with the weight {name}, got {got}; name the model that was restored"
+                )
 
     def save(self, run: str | Path) -> None:
-        """Write ``restoration.safetensors`` into a run directory, atomically; its metadata hold the record."""
+        """Write ``restoration.safetensors`` into a run directory, atomically, with the record as its metadata."""
         tensors = self._tensors()
         record = json.dumps(asdict(self.record))
         hashes = {"content_sha256": _content_hash(tensors), "record_sha256": fingerprint(record)}
@@ -158,7 +157,7 @@ class Restoration(Shown):
 
     @classmethod
     def load(cls, run: str | Path) -> Restoration:
-        """Read a restoration, bit for bit as it was saved.
+        """Read a restoration that :meth:`save` wrote.
 
         Raises:
             RequestError: the file is missing, damaged or changed.
@@ -196,18 +195,20 @@ class Restoration(Shown):
         return tensors
 
 
-def _fitting_parts(found: SiteConstants, model: HookedModel) -> int:
-    """The parts per layer of a model that the constants fit."""
-    n_parts, width = parts_of(model, found.site)
-    check_heads(found.parts, int(model.cfg.n_layers), n_parts)
-    if found.values.shape[-1] != width:
-        name = "d_head" if found.site == "z" else "d_mlp"
-        raise RequestError(f"expected a model with {name} {found.values.shape[-1]}, got {width}; wrong model")
+def _n_parts(constants: SiteConstants, model: HookedModel) -> int:
+    """The parts per layer of a model, after a check that the constants fit it."""
+    n_parts, width = parts_of(model, constants.site)
+    check_heads(constants.parts, int(model.cfg.n_layers), n_parts)
+    if constants.values.shape[-1] != width:
+        name = "d_head" if constants.site == "z" else "d_mlp"
+        raise RequestError(
+            f"expected a model with {name} {constants.values.shape[-1]}, got {width}; name the model that was restored"
+        )
     return n_parts
 
 
 def _read_mlp(tensors: Mapping[str, Tensor]) -> SiteConstants | None:
-    """Constants at the MLP by their tensors' names; KeyError or TypeError where they are of another layout."""
+    """Constants at the MLP from their tensors; raises KeyError or TypeError for another layout."""
     if not tensors:
         return None
     fields = {name.removeprefix(_MLP): tensor for name, tensor in tensors.items()}
@@ -220,12 +221,12 @@ def _frozen(change: Change) -> Change:
 
 
 def _read_changes(tensors: Mapping[str, Tensor]) -> tuple[tuple[str, Change], ...]:
-    """Changes by their tensors' names; KeyError or ValueError where they are of another layout."""
-    numbers: dict[tuple[str, str, str], dict[str, Tensor]] = {}
+    """Changes from their tensors; raises KeyError or ValueError for another layout."""
+    by_change: dict[tuple[str, str, str], dict[str, Tensor]] = {}
     for key in sorted(tensors):
-        place, kind, name, number = key.split(_SEPARATOR)
-        numbers.setdefault((place, kind, name), {})[number] = tensors[key]
-    return tuple((name, read_change(kind, own)) for (_, kind, name), own in numbers.items())
+        place, kind, name, parameter = key.split(_SEPARATOR)
+        by_change.setdefault((place, kind, name), {})[parameter] = tensors[key]
+    return tuple((name, read_change(kind, parameters)) for (_, kind, name), parameters in by_change.items())
 
 
 def _content_hash(tensors: dict[str, Tensor]) -> str:

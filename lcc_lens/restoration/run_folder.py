@@ -18,7 +18,7 @@ from lcc_lens.core.metrics import share_recovered
 from lcc_lens.core.reading import read_json_lines, read_record, write_record
 from lcc_lens.models.pair import Pair
 from lcc_lens.restoration.result import RESTORATION_TENSORS, Restoration
-from lcc_lens.restoration.training.loop import Step
+from lcc_lens.restoration.training.config import Step
 from lcc_lens.restoration.training.lr_range import RangeTest
 from lcc_lens.restoration.training.state import CHECKPOINT
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from lcc_lens.analysis.scan.scan import Scan
@@ -38,7 +39,8 @@ def training_sequences(
     check_disjoint(data.groups, validation.groups, "training data", "validation data")
     if shuffle is not None:
         data = data.with_shuffled_responses(shuffle)
-    calibration = _calibration_groups(pair.pruned_id.path)
+    records = (pair.pruned_id.path / name for name in ("pruning.json", REFIT_RECORD))
+    calibration = frozenset[str]().union(*map(recorded_groups, records))
     for part, name in ((data, "training data"), (validation, "validation data")):
         if part.role is not None:  # data without a role are the caller's responsibility
             if scan is not None:
@@ -60,11 +62,4 @@ def _split_off(data: Data) -> tuple[Data, Data]:
         raise RequestError(
             f"expected at least 2 different examples to train and validate on, got {len(groups)}; add data"
         )
-    return Data(data.name, data.kind, kept, data.source, data.role), Data(
-        data.name, data.kind, held_out, data.source, data.role
-    )
-
-
-def _calibration_groups(pruned: Path) -> frozenset[str]:
-    """The groups that calibrated pruning and refit, as the checkpoint records them."""
-    return recorded_groups(pruned / "pruning.json") | recorded_groups(pruned / REFIT_RECORD)
+    return replace(data, examples=kept), replace(data, examples=held_out)

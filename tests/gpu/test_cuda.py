@@ -23,7 +23,7 @@ from lcc_lens.pruning.jobs import prune, refit
 from lcc_lens.restoration.restore import restore
 from lcc_lens.restoration.result import Restoration
 from lcc_lens.restoration.training.config import Step, TrainConfig
-from lcc_lens.restoration.training.loop import validation_loss
+from lcc_lens.restoration.training.validation import validation_loss
 
 GPU = "cuda"
 DEVICES = {"one": "cpu", "other": GPU}

@@ -152,14 +152,14 @@ def test_ended_process_ends_all_and_finished_shards_stay(
 
 
 def test_folder_that_is_not_shared_is_refused(tmp_path: Path) -> None:
-    ScanState(tmp_path / "here", {"models": 1}).begin()
-    ScanState(tmp_path / "here", {"models": 1}, joined=True)
-    for folder, identity in ((tmp_path / "there", {"models": 1}), (tmp_path / "here", {"models": 2})):
+    ScanState(tmp_path / "here", "one").begin()
+    ScanState(tmp_path / "here", "one", joined=True)
+    for folder, request in ((tmp_path / "there", "one"), (tmp_path / "here", "two")):
         with pytest.raises(RequestError, match=r"expected the state of the first process's scan in .* machines share"):
-            ScanState(folder, identity, joined=True)
+            ScanState(folder, request, joined=True)
     assert (tmp_path / "here").exists()
     with pytest.raises(LensError, match=r"expected 3 finished parts of the scan in .*, got 0; put the run on a disk"):
-        ScanState(tmp_path / "here", {"models": 1}).require_done(3)
+        ScanState(tmp_path / "here", "one").require_done(3)
 
 
 def test_shards_of_a_lost_folder_are_missed(pairs: list[Pair], data: Data, together: Together, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from lcc_lens.exporters.huggingface import export
 from lcc_lens.frontends.cli.main import run as main_of
 from lcc_lens.models.pair import load_pair
 from lcc_lens.restoration.restore import restore
-from lcc_lens.restoration.training.loop import TrainConfig
+from lcc_lens.restoration.training.config import TrainConfig
 
 
 @pytest.fixture(scope="module")

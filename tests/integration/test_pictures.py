@@ -17,7 +17,7 @@ from lcc_lens.frontends.demo import DemoConfig, run_demo
 from lcc_lens.frontends.plotting.head_maps import plot_loss_map
 from lcc_lens.frontends.plotting.training import plot_training
 from lcc_lens.frontends.plotting.writing import write_html, write_image
-from lcc_lens.restoration.training.loop import Step
+from lcc_lens.restoration.training.config import Step
 
 
 def test_loss_map_leaves_removed_heads_blank_and_says_where_heads_moved(found: Scan) -> None:

@@ -186,7 +186,7 @@ def test_layers_divided_among_processes_give_the_same_scan(work: Path, pair: Pai
 
 
 def test_one_process_divides_no_model(pair: Pair) -> None:
-    with pytest.raises(RequestError, match="expected several processes to divide a model among, got one"):
+    with pytest.raises(RequestError, match="expected several processes to shard a model over, got one"):
         shard_layers(pair.pruned)
 
 

@@ -26,8 +26,9 @@ from lcc_lens.models.loading.plain import load_plain
 from lcc_lens.models.pair import load_pair
 from lcc_lens.pruning.jobs import prune, refit
 from lcc_lens.restoration.restore import restore
-from lcc_lens.restoration.training.loop import TrainConfig, validation_loss
+from lcc_lens.restoration.training.config import TrainConfig
 from lcc_lens.restoration.training.objectives import Objective
+from lcc_lens.restoration.training.validation import validation_loss
 
 pytestmark = pytest.mark.slow
 

@@ -15,7 +15,7 @@ from lcc_lens.models.hooked.offloading import shard_layers
 from lcc_lens.models.pair import load_pair
 from lcc_lens.restoration.restore import restore
 from lcc_lens.restoration.result import Restoration
-from lcc_lens.restoration.training.loop import TrainConfig
+from lcc_lens.restoration.training.config import TrainConfig
 from lcc_lens.restoration.training.objectives import Objective
 
 EVERY = 3  # steps between checkpoints

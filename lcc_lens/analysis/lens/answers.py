@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,8 +12,8 @@ from torch import Tensor
 
 from lcc_lens.core.errors import LensError, RequestError
 from lcc_lens.core.showing import Shown
-from lcc_lens.data.batches import TokenSequence, batches, encode_pair
-from lcc_lens.data.datasets import Data
+from lcc_lens.data.batches import TokenSequence, batches, shared_prefix
+from lcc_lens.data.datasets import Data, encode_answers
 from lcc_lens.models.architecture.context import fitting_length
 from lcc_lens.models.hooked.activations import TokenPositions
 from lcc_lens.models.hooked.direct_path import OutputProjections
@@ -30,7 +29,7 @@ logger = logging.getLogger(__name__)
 class Streams(Shown):
     """A model's last residual stream at chosen positions, and the scale of each layer's attention output there.
 
-    ``attention_scale`` is one in all architectures without a norm between attention and residual stream.
+    ``attention_scale`` is 1 in architectures without a norm between attention and residual stream.
     """
 
     resid: Float[Tensor, "example d_model"]
@@ -57,23 +56,16 @@ def contrasts(
             f"expected right and wrong answers, got {data.name}, whose examples have none; use a task such as boolq"
         )
     contexts, answers = [], []
-    for example in data.examples:
-        right, wrong = (
-            encode_pair(pair.tokenizer, example.prompt, str(text), max_length)
-            for text in (example.response, example.wrong)
-        )
-        if right is None or wrong is None:
-            continue
-        length = min(len(right), len(wrong))
-        apart = (right.tokens[:length] != wrong.tokens[:length]).nonzero()
-        if len(apart) and int(apart[0]) > 0:
-            at = int(apart[0])
+    for right, wrong in filter(None, encode_answers(data, pair.tokenizer, max_length)):
+        at = shared_prefix(right.tokens, wrong.tokens)
+        if 0 < at < min(len(right), len(wrong)):
             contexts.append(TokenSequence(right.tokens[:at], at))
             answers.append([int(right.tokens[at]), int(wrong.tokens[at])])
-    if len(contexts) < len(data.examples):
+    n_skipped = len(data.examples) - len(contexts)
+    if n_skipped:
         logger.warning(
-            "skipped %d of %d pairs longer than %d tokens, or no token in which right and wrong differ",
-            len(data.examples) - len(contexts), len(data.examples), max_length,
+            "skipped %d of %d pairs: right and wrong answers do not differ within %d tokens",
+            n_skipped, len(data.examples), max_length,
         )  # fmt: skip
     if not contexts:
         raise RequestError(
@@ -108,25 +100,19 @@ def at_last(
 
 
 def streams_at(
-    model: HookedModel, writer: OutputProjections, contexts: list[TokenSequence], batch_tokens: int
+    model: HookedModel, projections: OutputProjections, contexts: list[TokenSequence], batch_tokens: int
 ) -> Streams:
     """The last residual stream at every context's end, and the scales of the attention outputs there."""
     n_layers = int(model.cfg.n_layers)
-    last, outputs = resid_name(n_layers - 1), [writer.hook_name(layer) for layer in range(n_layers)]
-    activations = at_last(model, contexts, [last, *(outputs if writer.norms else [])], batch_tokens)
+    last, outputs = resid_name(n_layers - 1), [projections.hook_name(layer) for layer in range(n_layers)]
+    activations = at_last(model, contexts, [last, *(outputs if projections.norms else [])], batch_tokens)
     resid = activations[last]
-    if not writer.norms:
+    if not projections.norms:
         return Streams(resid, torch.ones(len(resid), n_layers, device=resid.device))
-    scales = [writer.scale(layer, activations[name]) for layer, name in enumerate(outputs)]
+    scales = [projections.scale(layer, activations[name]) for layer, name in enumerate(outputs)]
     return Streams(resid, torch.cat(scales, dim=-1))
 
 
 def difference(logits: Float[Tensor, "*sample choice"]) -> Float[Tensor, "*sample"]:
-    """Right minus wrong."""
+    """The right answer's logit minus the wrong one's."""
     return logits[..., 0] - logits[..., 1]
-
-
-def stderr(values: Tensor) -> Tensor:
-    """The standard error of the mean over examples, the first axis; NaN for a single one."""
-    n = len(values)
-    return values.std(0) / math.sqrt(n) if n > 1 else torch.full_like(values[0], math.nan)

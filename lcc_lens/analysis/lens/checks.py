@@ -16,9 +16,9 @@ def checked_vector(model: HookedModel, vector: Float[Tensor, " d_head"]) -> Floa
     """The vector in float32 on the model's device, checked for a head's width and a norm above 0."""
     d_head = int(model.cfg.d_head)
     if len(vector) != d_head:
-        raise RequestError(f"expected a vector of d_head = {d_head} numbers, got {len(vector)}")
+        raise RequestError(f"expected a vector of d_head = {d_head} numbers, got {len(vector)}; pass a head's vector")
     if not bool(torch.isfinite(vector).all()) or not bool(vector.any()):
-        raise RequestError("expected a vector with something to read, got zeros, NaN or infinity; choose another head")
+        raise RequestError("expected a finite vector other than zero, got zeros, NaN or infinity; choose another head")
     return vector.to(device=device_of(model), dtype=torch.float32)
 
 

@@ -10,9 +10,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lcc_lens.analysis.lens.answers import contrasts, difference, stderr, streams_at
+from lcc_lens.analysis.lens.answers import contrasts, difference, streams_at
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.heads import Head, check_heads
+from lcc_lens.core.metrics import standard_error
 from lcc_lens.core.showing import Shown
 from lcc_lens.data.datasets import Data
 from lcc_lens.models.hooked.direct_path import OutputProjections, Unembedding
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 class DirectEffect(Shown):
     """Direct effect of a constant per head on a task's logit difference, example by example.
 
-    ``pruned`` is the logit difference that the pruned model has, to hold the effects against.
+    ``pruned`` is the pruned model's logit difference, for comparison.
     """
 
     heads: tuple[Head, ...]
@@ -41,13 +42,13 @@ class DirectEffect(Shown):
     @property
     def stderr(self) -> Float[Tensor, " chosen"]:
         """Its standard error over examples; NaN for a single one."""
-        return stderr(self.effects)
+        return standard_error(self.effects)
 
     @property
     def total(self) -> tuple[float, float]:
         """Mean and standard error of the sum over heads."""
         total = self.effects.sum(1)
-        return float(total.mean()), float(stderr(total))
+        return float(total.mean()), float(standard_error(total))
 
     def table(self) -> pd.DataFrame:
         """One row per head: layer, head, effect, stderr."""
@@ -71,14 +72,15 @@ def direct_effect(
 
     With $c$ a head's constant, $u = c W_O[h]$ in the residual stream, and the final norm's gain $g$, centring $C$ and
     scale $s_n$ at the pruned model's actual stream of example n:
-    $(W_U[right_n] - W_U[wrong_n]) \cdot (g \odot Cu) / s_n$. Later layers do not see the constant and the scale stays:
-    effects of heads add up, and say nothing of what later layers make of them. In logits before a soft cap.
+    $(W_U[right_n] - W_U[wrong_n]) \cdot (g \odot Cu) / s_n$. Later layers do not see the constant and the scale is
+    fixed, so effects of heads add up; indirect effects through later layers are not included. In logits before a soft
+    cap.
 
-    A constant moves every question towards the same answer. Where the same two labels are right half the time each, its
-    effects are of one size with both signs and their mean is about zero: look at ``effects`` themselves.
+    A constant changes every question's logits in the same direction. If each of two labels is right half the time, the
+    effects have both signs and a mean near zero: look at ``effects`` themselves.
 
-    Right and wrong are compared at the first token in which they differ; tokens before it that both answers share
-    belong to the context. Pairs that never differ are skipped with a warning.
+    Right and wrong answers are compared at the first token in which they differ; tokens before it belong to the
+    context. Pairs that never differ are skipped with a warning.
 
     Args:
         pair: the hooked models; the pruned one is read.
@@ -92,18 +94,20 @@ def direct_effect(
     Raises:
         RequestError: a head is not in the model, shapes differ, or the data have no usable contrast.
     """
-    # TransformerLens' direct_logit_attribution wants norms folded into the weights, which a pair never is.
+    # TransformerLens' direct_logit_attribution needs norms folded into the weights; a pair's weights are unprocessed.
     chosen = tuple(Head(*head) for head in heads)
     check_heads(chosen, pair.n_layers, pair.n_heads)
     if tuple(constants.shape) != (len(chosen), pair.d_head):
         shape = (len(chosen), pair.d_head)
-        raise RequestError(f"expected constants of shape {shape}, one for each head, got {tuple(constants.shape)}")
+        raise RequestError(
+            f"expected constants of shape {shape}, one per head, got {tuple(constants.shape)}; pass one per head"
+        )
     contexts, answers = contrasts(pair, data, max_length)
-    readout, writer = Unembedding.of(pair.pruned), OutputProjections.of(pair.pruned)
-    streams = streams_at(pair.pruned, writer, contexts, batch_tokens)
-    written = torch.stack([writer.output(head, constant) for head, constant in zip(chosen, constants, strict=True)])
+    unembedding, projections = Unembedding.of(pair.pruned), OutputProjections.of(pair.pruned)
+    streams = streams_at(pair.pruned, projections, contexts, batch_tokens)
+    outputs = torch.stack([projections.output(head, value) for head, value in zip(chosen, constants, strict=True)])
     answers = answers.to(streams.resid.device)
-    logits = readout.direct(written, streams.resid, answers)
+    logits = unembedding.direct(outputs, streams.resid, answers)
     scale = streams.attention_scale[:, [head.layer for head in chosen]]
-    pruned = readout.logits_of(streams.resid[:, None], answers)[:, 0]
+    pruned = unembedding.logits_of(streams.resid[:, None], answers)[:, 0]
     return DirectEffect(chosen, (difference(logits) / scale).cpu(), difference(pruned).cpu())

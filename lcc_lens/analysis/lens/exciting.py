@@ -27,7 +27,7 @@ Which = Literal["dense", "pruned", "difference"]
 
 @dataclass(frozen=True)
 class ExcitingToken:
-    """A token at which a head's output lies far along a direction, with the text around it."""
+    """A token at which a head's output has a large component along a direction, with the text around it."""
 
     score: float
     example: int
@@ -39,7 +39,7 @@ class ExcitingToken:
 
 @dataclass(frozen=True, repr=False)
 class ExcitingExamples(Shown):
-    """The examples that excite a direction of a head most, each with its best token."""
+    """The examples with the largest component along a direction of a head's output, each with its best token."""
 
     head: Head
     model: Which
@@ -69,10 +69,9 @@ def exciting_examples(
     limit: int | None = None,
     batch_tokens: int = 1024,
 ) -> ExcitingExamples:
-    r"""The examples whose head output lies farthest along a direction, each with its best token.
+    r"""The examples whose head output has the largest component along a direction, each with its best token.
 
-    The score is $z \cdot v / |v|$ with z the dense or the pruned model's, or dense minus pruned. Of each token only the
-    score is kept, one number.
+    The score is $z \cdot v / |v|$ with z the dense or the pruned model's output, or dense minus pruned.
 
     Args:
         pair: the hooked models.
@@ -131,7 +130,7 @@ def _projections(
     """The head's output along a unit vector at every token; one model at a time in memory."""
     signs = {"pruned": (1.0, 0.0), "dense": (0.0, 1.0), "difference": (-1.0, 1.0)}
     if which not in signs:
-        raise RequestError(f"expected one of {', '.join(signs)}, got {which!r}")
+        raise RequestError(f"expected the model {', '.join(signs)}, got {which!r}; choose one")
     scores = [torch.zeros(len(sequence)) for sequence in sequences]
     for sign, is_dense in zip(signs[which], (False, True), strict=True):
         if sign:

@@ -1,4 +1,4 @@
-"""The logit gain of a head's components through its own output alone."""
+"""The logit gain of a head's lost components, read from the head's output alone."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lcc_lens.analysis.components import LostComponents
-from lcc_lens.analysis.lens.answers import at_last, contrasts, difference, stderr
+from lcc_lens.analysis.lens.answers import at_last, contrasts, difference
 from lcc_lens.analysis.lens.checks import check_components
 from lcc_lens.core.heads import Head, check_heads
+from lcc_lens.core.metrics import standard_error
 from lcc_lens.core.showing import Shown
 from lcc_lens.data.datasets import Data
 from lcc_lens.models.hooked.direct_path import OutputProjections, Unembedding
@@ -40,7 +41,7 @@ class LogitGain(Shown):
     @property
     def stderr(self) -> Float[Tensor, " component"]:
         """Its standard error over examples; NaN for a single one."""
-        return stderr(self.gains)
+        return standard_error(self.gains)
 
     def table(self) -> pd.DataFrame:
         """One row per component (from 1) or rank K: gain, stderr."""
@@ -61,11 +62,11 @@ def logit_gain(
     max_length: int | None = None,
     batch_tokens: int = 1024,
 ) -> LogitGain:
-    r"""The logit gain of each component of a head on its own, read through the head alone.
+    r"""The logit gain of each lost component of a head, read from the head's output alone.
 
     $p_i = f(\mathrm{norm}((z_{pruned}^q + \alpha_i v_i) W_O[h]))$; the gain is $p_i[right] - p_i[wrong]$ minus the same
-    without $\alpha_i v_i$. Nothing else of the residual stream takes part, so this ranks the components of one head;
-    for the size of an effect on the model see :func:`direct_effect`. Answers are compared where they first differ.
+    without $\alpha_i v_i$. The rest of the residual stream is left out, so this ranks the components of one head; for
+    the size of an effect on the model see :func:`direct_effect`. Answers are compared where they first differ.
 
     Args:
         pair: the hooked models; the pruned one is read.
@@ -84,11 +85,11 @@ def logit_gain(
     (head,) = check_heads([head], pair.n_layers, pair.n_heads)
     check_components(pair.pruned, components)
     contexts, answers = contrasts(pair, data, max_length)
-    readout, writer = Unembedding.of(pair.pruned), OutputProjections.of(pair.pruned)
+    unembedding, projections = Unembedding.of(pair.pruned), OutputProjections.of(pair.pruned)
     z = at_last(pair.pruned, contexts, [z_name(head.layer)], batch_tokens)[z_name(head.layer)][:, head.head]
     edits = components.coefficients[head][:, None] * components.directions[head]
     edits = edits.cumsum(0) if cumulative else edits
-    edits = torch.cat([torch.zeros_like(edits[:1]), edits])  # the first row is the pruned model as it is
-    written = writer.output(head, z)[:, None] + writer.output(head, edits.to(z.device))
-    differences = difference(readout.logits_of(written, answers.to(z.device))).cpu()
+    edits = torch.cat([torch.zeros_like(edits[:1]), edits])  # the first row is the unchanged pruned model
+    outputs = projections.output(head, z)[:, None] + projections.output(head, edits.to(z.device))
+    differences = difference(unembedding.logits_of(outputs, answers.to(z.device))).cpu()
     return LogitGain(head, differences[:, 1:] - differences[:, :1], differences[:, 0], cumulative)

@@ -28,7 +28,7 @@ class OutputRelation(Shown):
     r"""Energy of vectors in head outputs along the singular directions P of $W_O[h] = P \Sigma Q^T$.
 
     ``energy`` is each vector's fraction of squared norm along each column of P, from the largest singular value to the
-    smallest; ``null_share`` the share that W_O ignores exactly (zeroed rows); ``gain`` is
+    smallest; ``null_share`` the fraction in its null space (zeroed rows); ``gain`` is
     $|v W_O| / (|v|\,\sigma_{max})$ and ``gain_over_random`` $|v W_O| / |v|$ over its root mean square for random v.
     """
 
@@ -46,7 +46,7 @@ class OutputRelation(Shown):
 
     @property
     def weak_share(self) -> Float[Tensor, " chosen"]:
-        """The fraction where W_O has less than 1 % of its largest singular value, its null space included."""
+        """The fraction along singular values below 1 % of the largest, the null space included."""
         return self.share_between(0.0, _WEAK)
 
     def table(self) -> pd.DataFrame:
@@ -65,8 +65,8 @@ def relation_to_W_O(
     """How much of vectors in head outputs each head's output projection passes on.
 
     Args:
-        model: the hooked model whose W_O is asked.
-        heads: one per vector; a head may come more than once.
+        model: the hooked model with W_O.
+        heads: one per vector; a head may occur more than once.
         vectors: for instance lost components or a restoration's constants.
 
     Raises:
@@ -75,11 +75,11 @@ def relation_to_W_O(
     chosen = tuple(Head(*head) for head in heads)
     check_heads(set(chosen), int(model.cfg.n_layers), int(model.cfg.n_heads))
     if len(chosen) != len(vectors):
-        raise RequestError(f"expected one vector per head, got {len(vectors)} for {len(chosen)} heads")
+        raise RequestError(f"expected one vector per head, got {len(vectors)} for {len(chosen)} heads; match them")
     v = torch.stack([checked_vector(model, vector).double().cpu() for vector in vectors])
     v = v / v.norm(dim=-1, keepdim=True)
-    writer = OutputProjections.of(model)
-    W_O = torch.stack([writer.W_O(head).double().cpu() for head in chosen])
+    projections = OutputProjections.of(model)
+    W_O = torch.stack([projections.W_O(head).double().cpu() for head in chosen])
     rows, sigma, _ = torch.linalg.svd(W_O, full_matrices=W_O.shape[1] > W_O.shape[2])
     sigma = torch.nn.functional.pad(sigma, (0, rows.shape[-1] - sigma.shape[-1]))
     energy = torch.einsum("cd,cdk->ck", v, rows).square()

@@ -48,7 +48,7 @@ def save_lens(run: str | Path, *, gains: Sequence[LogitGain] = (), promoted: Seq
     tensors = {f"{i}.{name}": getattr(gain, name) for i, gain in enumerate(gains) for name in ("gains", "pruned")}
     described = {
         "gains": [{"head": list(gain.head), "is_cumulative": gain.is_cumulative} for gain in gains],
-        "promoted": [asdict(one) for one in promoted],
+        "promoted": [asdict(tokens) for tokens in promoted],
     }
     contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
     write_tensors(Path(run) / LENS_FILE, contiguous, {"lens": json.dumps(described)})
@@ -62,7 +62,7 @@ def load_lens(run: str | Path) -> tuple[list[LogitGain], list[PromotedTokens]]:
     """
     path = Path(run) / LENS_FILE
     if not path.exists():
-        raise RequestError(f"expected {path}, got none; save what the lens says with save_lens")
+        raise RequestError(f"expected {path}, got none; write it by save_lens")
     tensors, metadata = read_tensors(path)
     with reading(path, _AGAIN):
         lens = convert(parse_json(metadata["lens"], str(path), _AGAIN), _Lens, str(path), _AGAIN)

@@ -25,9 +25,9 @@ if TYPE_CHECKING:
 class ComponentSimilarity(Shown):
     """Cosines between the lost components of all heads.
 
-    ``resid`` compares what they write into the residual stream; ``raw`` compares them as z vectors, which has a meaning
-    within one layer only (NaN elsewhere) and not much even there: every head has its own W_O. A head that lost
-    nothing, or whose output goes nowhere, has NaN.
+    ``resid`` compares their outputs in the residual stream; ``raw`` compares them as z vectors, within one layer only
+    (NaN elsewhere), which means little, since every head has its own W_O. A head that lost nothing, or whose output is
+    not used, has NaN.
     """
 
     heads: tuple[Head, ...]
@@ -46,7 +46,7 @@ def component_similarity(model: HookedModel, components: LostComponents, *, rank
     r"""Cosines between all heads' lost components in the residual stream, $c_h W_O[h]$.
 
     Args:
-        model: the hooked model whose W_O carries them, the pruned one.
+        model: the hooked pruned model, with W_O.
         components: of a scan of the pair.
         rank: K of the components; 1 compares the first directions.
 
@@ -54,13 +54,13 @@ def component_similarity(model: HookedModel, components: LostComponents, *, rank
         RequestError: the components are another model's, or the rank is out of range.
     """
     check_components(model, components)
-    writer, constants = OutputProjections.of(model), components.component(rank)
+    projections, constants = OutputProjections.of(model), components.component(rank)
     n_layers, n_heads, d_head = constants.shape
     heads = all_heads(n_layers, n_heads)
-    written = torch.stack([writer.output(head, constants[head]).cpu() for head in heads])
+    outputs = torch.stack([projections.output(head, constants[head]).cpu() for head in heads])
     layer = torch.arange(n_layers).repeat_interleave(n_heads)
     raw = _cosines(constants.reshape(-1, d_head)).masked_fill(layer[:, None] != layer, math.nan)
-    return ComponentSimilarity(tuple(heads), _cosines(written), raw)
+    return ComponentSimilarity(tuple(heads), _cosines(outputs), raw)
 
 
 def _cosines(vectors: Float[Tensor, "vector coordinate"]) -> Float[Tensor, "vector vector"]:

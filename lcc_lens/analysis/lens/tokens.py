@@ -35,7 +35,7 @@ class TokenScore:
 
 @dataclass(frozen=True, repr=False)
 class PromotedTokens(Shown):
-    """The tokens that a vector in a head's output promotes and suppresses most; ``reading`` says how it was read."""
+    """The tokens that a vector in a head's output promotes and suppresses most; ``reading`` names the method."""
 
     head: Head
     reading: Literal["alone", "direct"]
@@ -47,7 +47,7 @@ class PromotedTokens(Shown):
         return {"head": self.head, "reading": self.reading, **listed}
 
     def table(self) -> pd.DataFrame:
-        """One row per token, strongest first on either side: side, token, text, logit."""
+        """One row per token, the strongest of each side first: side, token, text, logit."""
         import pandas as pd
 
         return pd.DataFrame([vars(token) for token in self.tokens])
@@ -55,30 +55,27 @@ class PromotedTokens(Shown):
 
 @dataclass(frozen=True)
 class TokenReader:
-    """Reads vectors in head outputs as logits; made once, with its checks, for any number of vectors."""
+    """Converts vectors in head outputs to logits; built and checked once for any number of vectors."""
 
-    writer: OutputProjections
-    readout: Unembedding
+    projections: OutputProjections
+    unembedding: Unembedding
 
     @classmethod
     def of(cls, model: HookedModel) -> TokenReader:
-        """Take the norms and unembedding from a hooked model.
-
-        Raises:
-            LensError: the architecture's way to the logits is not known.
-        """
+        """Take the output projections, norms and unembedding from a hooked model."""
         return cls(OutputProjections.of(model), Unembedding.of(model))
 
     def logits(self, written: Float[Tensor, "*vector d_model"]) -> Float[Tensor, "*vector d_vocab"]:
         """Logits of vectors in the residual stream, without a context (see :func:`promoted_tokens`); 0 for zeros."""
-        return self.readout.project(self.readout.norm(written) - self.readout.norm.shift)
+        return self.unembedding.project(self.unembedding.norm(written) - self.unembedding.norm.shift)
 
     def logits_at(
         self, written: Float[Tensor, "*vector d_model"], layer: int, at: Streams
     ) -> Float[Tensor, "*vector d_vocab"]:
         """Mean change of every logit by vectors of a layer's heads at actual residual streams."""
-        scale = self.readout.norm.scale(at.resid) * at.attention_scale[:, layer, None]
-        return self.readout.project(self.readout.norm.linear(written) * (1 / scale).mean())
+        norm = self.unembedding.norm
+        scale = norm.scale(at.resid) * at.attention_scale[:, layer, None]
+        return self.unembedding.project(norm.linear(written) * (1 / scale).mean())
 
 
 def promoted_tokens(
@@ -92,22 +89,22 @@ def promoted_tokens(
 ) -> PromotedTokens:
     r"""The tokens that a vector in a head's output promotes and suppresses most.
 
-    Two readings. **Alone** (without ``at``): $W_U(\mathrm{norm}(v W_O[h]) - \mathrm{norm}(0))$, Eq. 6 of the vector
-    itself, which shows its direction; the norm blows any vector up to the same length. **Direct** (with ``at``): the
-    norm's scale is held at that of actual residual streams and averaged over them, which shows what adding the vector
-    really does to the logits. Both leave out what says the same whatever the vector: the unembedding's bias and the
-    norm's shift, which would put frequent tokens first; and the soft cap, which changes no order.
+    There are two readings. **Alone** (without ``at``): $W_U(\mathrm{norm}(v W_O[h]) - \mathrm{norm}(0))$, Eq. 6 of the
+    vector itself, which shows its direction; the norm scales every vector to the same length. **Direct** (with ``at``):
+    the norm's scale is that of actual residual streams, averaged over them, which shows how adding the vector changes
+    the logits. Both leave out what does not depend on the vector (the unembedding's bias and the norm's shift, which
+    would rank frequent tokens first) and the soft cap, which changes no order.
 
     Args:
-        model: the hooked model whose W_O and unembedding read the vector.
+        model: the hooked model with W_O and the unembedding.
         tokenizer: its tokenizer.
-        head: whose output the vector lives in.
+        head: the head whose output space the vector is in.
         z_vector: for instance a row of ``scan.components.component(1)[head]``.
         k: tokens per side.
         at: residual streams from :func:`answer_streams`.
 
     Raises:
-        RequestError: the head is not in the model, k is out of range, or W_O takes the vector to zero.
+        RequestError: the head is not in the model, k is out of range, or W_O maps the vector to zero.
 
     Example:
         >>> said = promoted_tokens(pair.pruned, pair.tokenizer, Head(0, 4), lost[0, 4])  # doctest: +SKIP
@@ -115,20 +112,23 @@ def promoted_tokens(
 
     Reference: RestoreLCC (arXiv 2510.21834), Eq. 6.
     """
-    # TransformerLens' logit_readout reads a vector the same way but keeps bias and soft cap in the values.
+    # TransformerLens' logit_readout includes bias and soft cap.
     d_vocab = int(model.cfg.d_vocab)
     if not 1 <= k <= d_vocab:
-        raise RequestError(f"expected between 1 and {d_vocab} tokens, got k = {k}")
+        raise RequestError(f"expected between 1 and {d_vocab} tokens, got k = {k}; choose another k")
     z_vector = checked_vector(model, z_vector)
     reader = TokenReader.of(model)
-    written = reader.writer.output(head, z_vector)
+    written = reader.projections.output(head, z_vector)
     if not bool(written.any()):
-        raise RequestError(f"expected a vector that {head}'s output projection reads, got one that it takes to zero")
+        raise RequestError(
+            f"expected a vector that {head}'s output projection uses, got one that it maps to zero; choose another"
+        )
     logits = (reader.logits(written) if at is None else reader.logits_at(written, head.layer, at)).cpu()
-    sides: tuple[tuple[Side, bool], ...] = (("promoted", True), ("suppressed", False))
+    highest, lowest = logits.topk(k).indices.tolist(), logits.topk(k, largest=False).indices.tolist()
+    sides: dict[Side, list[int]] = {"promoted": highest, "suppressed": lowest}
     tokens = [
         TokenScore(side, index, str(tokenizer.decode([index])), float(logits[index]))
-        for side, largest in sides
-        for index in logits.topk(k, largest=largest).indices.tolist()
+        for side, indices in sides.items()
+        for index in indices
     ]
     return PromotedTokens(head, "alone" if at is None else "direct", tuple(tokens))

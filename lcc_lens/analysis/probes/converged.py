@@ -1,4 +1,4 @@
-"""Linear probes on contrastive pairs for all heads at once, solved to convergence."""
+"""Linear probes on contrastive pairs for all heads at once, solved to convergence by Newton's method."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from lcc_lens.analysis.probes.published import LinearProbe
 from lcc_lens.core.errors import LensError, RequestError
 
 #: Penalty on the squared weights of standardised features, per training example: 1 % of a feature's variance. Without
-#: one, separable examples have no finite minimum.
+#: a penalty, separable examples have no finite minimum.
 RIDGE = 1e-2
-#: Numbers of one chunk's activations at most: the heads of a chunk stay near the processor's cache.
+#: Maximum number of elements in the activations of one chunk of heads, for the CPU's cache.
 _CHUNK = 1 << 21
 
 
@@ -45,7 +45,7 @@ class PairActivations(NamedTuple):
         return torch.cat(halves, dim=1), torch.arange(2 * n_pairs, device=self.question.device) < n_pairs
 
 
-def correct_share(probe: LinearProbe, pairs: PairActivations) -> Float[Tensor, "head pair"]:
+def correct_fraction(probe: LinearProbe, pairs: PairActivations) -> Float[Tensor, "head pair"]:
     """How many of a pair's two halves each head's probe labels correctly: 0, 1/2 or 1 (probability 0.5 counts as 1)."""
     d_head = pairs.question.shape[-1]
     on_question, on_answer = probe.weight[:, :d_head, None], probe.weight[:, d_head:, None]
@@ -100,7 +100,7 @@ def _fit_chunk(pairs: PairActivations, ridge: float, tol: float, max_steps: int)
             f"expected probes that converge within {max_steps} steps, got {int((~converged).sum())} of "
             f"{len(converged)} heads that do not; raise the ridge or check the activations"
         )
-    # On the processor: not every device has float64
+    # On the CPU: not every device has float64
     hard = pairs.heads(~converged).to(torch.empty(0, dtype=torch.float64))
     again = _fit_chunk(hard, ridge, tol, max_steps)
     probe.weight[~converged], probe.bias[~converged] = again.weight.to(probe.weight), again.bias.to(probe.bias)
@@ -127,7 +127,7 @@ class _Newton:
         theta = self.question.new_zeros(self.question.shape[0], 2 * self.d + 1)
         logits = self.logits(theta)
         gradient = self.gradient(theta, logits)
-        # The floor ends heads that have nothing to learn, whose gradient is rounding from the start
+        # With the lower bound, heads with nothing to learn converge: their first gradient is a rounding error
         small = tol * gradient.norm(dim=-1).clamp_min(2 * self.n / 100)
         for _ in range(max_steps):
             converged = gradient.norm(dim=-1) <= small
@@ -162,7 +162,7 @@ class _Newton:
         weighted = curvature * self.answers
         mixed = self.question.mT @ (weighted[:, : self.n] + weighted[:, self.n :])
         both = (curvature[:, : self.n] + curvature[:, self.n :]) * self.question
-        first, result = self.d + 1, self.curvature  # written in place: fresh memory costs as much as the products
+        first, result = self.d + 1, self.curvature  # in place: allocating it takes as long as the products
         result[:, :first, :first] = self.question.mT @ both
         result[:, :first, first:] = mixed
         result[:, first:, :first] = mixed.mT
@@ -173,7 +173,7 @@ class _Newton:
     def descend(
         self, theta: Float[Tensor, "head weight"], logits: Float[Tensor, "head example"], step: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Take the step, halved for heads whose loss would rise; logits are linear, so halving costs no product."""
+        """Take the step, halved while a head's loss would rise; as logits are linear, halving needs no product."""
         along, before = self.logits(step), self.value(theta, logits)
         slack = 16 * torch.finfo(before.dtype).eps * before
         length = torch.ones_like(before)
@@ -183,7 +183,7 @@ class _Newton:
                 break
             length = torch.where(rises, length / 2, length)
         theta = theta + length[:, None] * step
-        return theta, self.logits(theta)  # anew, so that rounding does not add up
+        return theta, self.logits(theta)  # computed again, so that rounding errors do not add up
 
     def unstandardised(self, theta: Float[Tensor, "head weight"]) -> LinearProbe:
         """The same probe for features that are not standardised."""
@@ -197,7 +197,7 @@ def _standardise(
 ) -> tuple[Float[Tensor, "head d_head"], Float[Tensor, "head d_head"]]:
     """Stack the parts with mean 0 and variance 1; returns the mean and the inverse standard deviation.
 
-    Features that differ by no more than rounding become 0.
+    Features that differ by rounding errors only become 0.
     """
     mean = torch.stack([part.mean(1) for part in parts]).mean(0)
     rows = out.split(parts[0].shape[1], dim=1)

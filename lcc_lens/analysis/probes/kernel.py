@@ -17,8 +17,8 @@ def interaction_kernel(
     $$k((a, d), (a', d')) = (1 + a \cdot a' / d_{head}) \, d \cdot d' / d_{head}$$
 
     where every coordinate of $a$ has mean 0 and variance 1 and every coordinate of $d$ mean square 1 over the pairs.
-    It is odd in $d$: exchanging the answers of a pair changes the sign of $f$. A constant added to the context, or a
-    scale per coordinate, changes nothing.
+    It is odd in $d$: exchanging the answers of a pair changes the sign of $f$. Adding a constant to the context, or
+    scaling a coordinate, does not change the kernel.
     """
     a, d = _scaled(context - context.mean(1, keepdim=True)), _scaled(difference)
     return (1 + a @ a.mT) * (d @ d.mT)

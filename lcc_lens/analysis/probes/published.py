@@ -16,13 +16,6 @@ class LinearProbe(NamedTuple):
     weight: Float[Tensor, "head feature"]
     bias: Float[Tensor, " head"]
 
-    def accuracy(
-        self, features: Float[Tensor, "head example feature"], labels: Bool[Tensor, " example"]
-    ) -> Float[Tensor, " head"]:
-        """The fraction of examples that each head's probe labels correctly (probability 0.5 counts as label 1)."""
-        logits = torch.einsum("hnf,hf->hn", features, self.weight) + self.bias[:, None]
-        return ((logits >= 0) == labels).float().mean(-1)
-
 
 def fit_linear_probes(
     features: Float[Tensor, "head example feature"],
@@ -34,22 +27,20 @@ def fit_linear_probes(
 ) -> LinearProbe:
     r"""Fit $\sigma(w_h \cdot x + b_h)$ to the labels for every head at once.
 
-    Full-batch Adam on the binary cross-entropy, as published (200 epochs, learning rate 1e-2, the default start of a
-    linear layer); the heads do not interact, so one batched product replaces the loop over heads and the gradient
-    is written out instead of recorded. The weights depend on the start and on where training stops; use
-    :func:`lcc_lens.analysis.probes.converged.fit_pair_probes` for the minimum itself.
+    Full-batch Adam on the binary cross-entropy, as published (200 epochs, learning rate 1e-2, the default initial
+    values of a linear layer). The heads do not interact, so one batched product replaces the loop over heads. The
+    result depends on the initial values and on the number of steps;
+    :func:`lcc_lens.analysis.probes.converged.fit_pair_probes` finds the minimum.
 
     Args:
-        seed: of the random start, or the generator it is drawn from.
+        seed: of the initial values, or the generator that they are drawn from.
     """
     n_heads, n_examples, n_features = features.shape
     generator = seed if isinstance(seed, torch.Generator) else torch.Generator().manual_seed(seed)
     bound = 1 / math.sqrt(n_features)
     start = (torch.rand(n_heads, n_features + 1, generator=generator) * 2 - 1) * bound
-    theta = start.to(features)
-    ones = features.new_ones(n_heads, n_examples, 1)
-    design = torch.cat([features, ones], dim=-1)
-    target = labels.to(features)
+    theta, target = start.to(features), labels.to(features)
+    design = torch.cat([features, features.new_ones(n_heads, n_examples, 1)], dim=-1)
     first, second = torch.zeros_like(theta), torch.zeros_like(theta)
     beta_1, beta_2, eps = 0.9, 0.999, 1e-8
     for step in range(1, epochs + 1):
@@ -63,7 +54,7 @@ def fit_linear_probes(
 
 
 def split_pairs(n_pairs: int, held_out_share: float, seed: int) -> tuple[Int[Tensor, " train"], Int[Tensor, " test"]]:
-    """Split pairs at random so that both halves of a pair are on the same side; each side has at least one pair."""
+    """Split pairs at random into training and test pairs, at least one each."""
     order = torch.randperm(n_pairs, generator=torch.Generator().manual_seed(seed))
     n_test = min(max(1, math.ceil(n_pairs * held_out_share)), n_pairs - 1)
     return order[n_test:], order[:n_test]

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from lcc_lens.data.batches import Batch, TokenSequence, batches
+from lcc_lens.data.batches import Batch, TokenSequence, batches, shared_prefix
 from lcc_lens.models.hooked.activations import Site, SiteVisitor, TokenPositions, visit_sites
 from lcc_lens.models.hooked.hooks import HookedModel
 from lcc_lens.models.hooked.kv_cache import (
@@ -23,9 +23,7 @@ from lcc_lens.models.hooked.kv_cache import (
 
 def shared_length(right: TokenSequence, wrong: TokenSequence) -> int:
     """The number of first tokens that two sequences share, less than the length of the second."""
-    longest = min(len(right), len(wrong) - 1)
-    differs = (right.tokens[:longest] != wrong.tokens[:longest]).nonzero()
-    return int(differs[0]) if len(differs) else longest
+    return shared_prefix(right.tokens, wrong.tokens[:-1])
 
 
 def visit_pairs(
@@ -42,7 +40,7 @@ def visit_pairs(
     Args:
         prefix: the model, and the KV cache of the tokens that all sequences start with.
         batch: the right sequences without the prefix, padded.
-        right: the right sequences, whole, in the batch's order.
+        right: the right sequences, whole, in the batch's order; ``wrong``: the wrong ones.
         places: positions to read in the right sequences, counted from the prefix's end.
         visit_wrong: receives the head outputs at the last token of every wrong sequence.
     """

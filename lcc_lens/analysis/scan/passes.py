@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lcc_lens.analysis.scan.contrastive import visit_pairs
 from lcc_lens.analysis.statistics import RunningDifferences
-from lcc_lens.data.batches import Batch, TokenSequence, batches
+from lcc_lens.data.batches import Batch, TokenSequence, batches, shared_prefix
 from lcc_lens.models.hooked.activations import Positions, Site, TokenPositions, parts_of, sampled_positions
 from lcc_lens.models.hooked.hooks import HookedModel
 from lcc_lens.models.hooked.kv_cache import PrefixCache
@@ -63,11 +63,10 @@ class ScanPlan:
 
     def _common(self, members: Sequence[int]) -> Int[Tensor, " prefix"]:
         """The first tokens that some examples share before any read position."""
-        first, n = self.sequences[members[0]].tokens, min(map(self._before_reading, members))
+        common = self.sequences[members[0]].tokens[: min(map(self._before_reading, members))]
         for i in members:
-            differs = (self.sequences[i].tokens[:n] != first[:n]).nonzero()
-            n = int(differs[0]) if len(differs) else n
-        return first[:n]
+            common = common[: shared_prefix(common, self.sequences[i].tokens)]
+        return common
 
     def _before_reading(self, example: int) -> int:
         """The number of tokens before an example's first read position."""

@@ -10,10 +10,11 @@ import torch
 
 from lcc_lens.analysis.selectors.evidence import ScoreSettings
 from lcc_lens.analysis.selectors.linear_probe import MIN_PAIRS
-from lcc_lens.analysis.selectors.names import ALWAYS_SCORED, NEED_MODELS, NEED_PAIRS, SCORED_BY_DEFAULT
+from lcc_lens.analysis.selectors.names import ALWAYS_SCORED, SCORED_BY_DEFAULT
+from lcc_lens.analysis.selectors.registry import named_selector
 from lcc_lens.core.errors import RequestError
-from lcc_lens.data.batches import TokenSequence, encode_pair
-from lcc_lens.data.datasets import ONE_CLASS, Data, encode, one_class
+from lcc_lens.data.batches import TokenSequence
+from lcc_lens.data.datasets import ONE_CLASS, Data, encode, encode_answers, one_class
 from lcc_lens.models.hooked.activations import Positions, sampled_positions
 from lcc_lens.models.pair import Pair
 
@@ -31,15 +32,8 @@ def pair_sequences(
     """
     if any(example.wrong is None for example in data.examples):
         return encode(data, pair.tokenizer, max_length=length, limit=limit), None
-    encoded = [
-        [encode_pair(pair.tokenizer, e.prompt, str(text), length) for text in (e.response, e.wrong)]
-        for e in data.examples[:limit]
-    ]
-    fitting = [  # answers cut to the same tokens cannot be told apart
-        (right, wrong)
-        for right, wrong in encoded
-        if right is not None and wrong is not None and not torch.equal(right.tokens, wrong.tokens)
-    ]
+    encoded = encode_answers(data, pair.tokenizer, length, limit)
+    fitting = [p for p in encoded if p is not None and not torch.equal(p[0].tokens, p[1].tokens)]
     if len(fitting) < len(encoded):
         logger.warning(
             "skipped %d of %d pairs longer than %d tokens", len(encoded) - len(fitting), len(encoded), length
@@ -50,12 +44,9 @@ def pair_sequences(
 
 
 def _no_pairs(data: Data, pair: Pair, length: int, limit: int | None) -> str:
-    """The message that no pair fits the limit, with the tokens of the shortest pair where it has any."""
-    pairs = (
-        [encode_pair(pair.tokenizer, e.prompt, str(text), sys.maxsize) for text in (e.response, e.wrong)]
-        for e in data.examples[:limit]
-    )
-    lengths = [max(len(right), len(wrong)) for right, wrong in pairs if right is not None and wrong is not None]
+    """The error message if no pair fits the limit, with the length of the shortest one."""
+    pairs = encode_answers(data, pair.tokenizer, sys.maxsize, limit)
+    lengths = [max(map(len, answers)) for answers in pairs if answers is not None]
     shortest = f" (shortest: {min(lengths)})" if lengths else ""
     return (
         f"no contrastive pairs of at most {length} tokens in {data.name}{shortest}; "
@@ -92,26 +83,27 @@ def check_plan(
 def possible_selectors(
     named: Sequence[str] | None, pair: Pair, data: Data, wrong: Sequence[TokenSequence] | None
 ) -> list[str]:
-    """The selectors to compute."""
+    """The selectors to compute; refuses a named one whose needs are not met."""
     names = [name for name in (SCORED_BY_DEFAULT if named is None else named) if name not in ALWAYS_SCORED]
-    reason = None
-    label = one_class(data)
+    on_pairs = _with_need(names, "pairs")
+    reason, label = None, one_class(data)
     if wrong is None:
         reason = f"expected questions with right and wrong answers, got none in {data.name}; scan other data"
     elif len(wrong) < MIN_PAIRS:
         reason = f"expected at least {MIN_PAIRS} pairs, got {len(wrong)}; scan more examples"
     elif label is not None:
         reason = ONE_CLASS.format(label=label, n=len(data))
-    if reason is not None and any(name in NEED_PAIRS for name in names):
+    if reason is not None and on_pairs:
         if named is not None:
             raise RequestError(reason)
         if wrong is not None:
             logger.warning("no probe scores: %s", reason)
-        names = [name for name in names if name not in NEED_PAIRS]
+        names = [name for name in names if name not in on_pairs]
     if pair.one_at_a_time:
         if named is not None:
             check_in_memory(named)
-        names = [name for name in names if name not in NEED_MODELS]
+        on_models = _with_need(names, "models")
+        names = [name for name in names if name not in on_models]
     return names
 
 
@@ -121,9 +113,13 @@ def check_in_memory(names: Sequence[str]) -> None:
     Raises:
         RequestError: names them, and the selectors that serve.
     """
-    both = ", ".join(name for name in names if name in NEED_MODELS)
+    both = ", ".join(_with_need(names, "models"))
     if both:
         raise RequestError(
             f"expected both models in memory for the selector {both}, got one at a time; load both, or choose mse or "
             "probe"
         )
+
+
+def _with_need(names: Sequence[str], need: str) -> list[str]:
+    return [name for name in names if need in named_selector(name).needs]

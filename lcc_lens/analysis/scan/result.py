@@ -134,7 +134,7 @@ class Scan(Shown):
         return self.selected_by[selector]
 
     def with_scores(self, scores: Iterable[HeadScores]) -> Scan:
-        """The same scan with more selectors' scores."""
+        """The same scan with the scores of more selectors."""
         return replace(self, selected_by={**self.selected_by, **{s.selector: s for s in scores}})
 
     def select(self, selector: str = DEFAULT_SELECTOR, *, share: float = 0.25, seed: int | None = None) -> HeadList:
@@ -210,7 +210,10 @@ class Scan(Shown):
         run = Path(run)
         write_tensors(run / SCAN_TENSORS, self._tensors())
         parts = {
-            "selected_by": {name: _described(scores) for name, scores in self.selected_by.items()},
+            "selected_by": {
+                name: {"selector": scores.selector, "n_examples": scores.n_examples, "settings": scores.settings}
+                for name, scores in self.selected_by.items()
+            },
             "tokens": [{**vars(token), "loss": None} for token in self.tokens],
         }
         sha256 = sha256_file(run / SCAN_TENSORS)
@@ -218,7 +221,7 @@ class Scan(Shown):
 
     @classmethod
     def load(cls, run: str | Path) -> Scan:
-        """Read a scan, bit for bit as it was saved.
+        """Read a scan that :meth:`save` wrote.
 
         Raises:
             RequestError: a file is missing or damaged, or the tensors are not the ones that were saved.
@@ -238,7 +241,7 @@ class Scan(Shown):
                 components=LostComponents(**_below(tensors, "components"), n_samples=record.n_samples),
                 others={cast("Site", site): _statistics(tensors, site, record.n_samples) for site in sorted(sites)},
                 selected_by={
-                    name: HeadScores(**vars(scores), **cast("dict[str, Any]", _below(tensors, f"scores.{name}")))
+                    name: HeadScores(**vars(scores), **_below(tensors, f"scores.{name}"))
                     for name, scores in parts.selected_by.items()
                 },
                 tokens=tuple(
@@ -272,13 +275,9 @@ def _pooled(statistics: DifferenceStatistics, layer: int) -> dict[str, float]:
 
 
 def _statistics(tensors: Mapping[str, Tensor], site: str, n_samples: int) -> DifferenceStatistics:
-    return DifferenceStatistics(n_samples=n_samples, **cast("dict[str, Any]", _below(tensors, site)))
+    return DifferenceStatistics(n_samples=n_samples, **_below(tensors, site))
 
 
-def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Any]:
     start = f"{prefix}."
     return {name.removeprefix(start): tensor for name, tensor in tensors.items() if name.startswith(start)}
-
-
-def _described(scores: HeadScores) -> dict[str, Any]:
-    return {"selector": scores.selector, "n_examples": scores.n_examples, "settings": scores.settings}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
@@ -22,6 +21,7 @@ from lcc_lens.analysis.selectors.linear_probe import Solver
 from lcc_lens.analysis.selectors.registry import check_selectors, score
 from lcc_lens.core.config import package_version, tokens_per_pass
 from lcc_lens.core.errors import InterruptedRun, RequestError
+from lcc_lens.core.fingerprint import fingerprint
 from lcc_lens.core.heads import Head, HeadMap
 from lcc_lens.core.machine.processes import first_process_first, is_first_process, n_processes, wait_for_all
 from lcc_lens.core.outputs.places import writing_run
@@ -30,7 +30,7 @@ from lcc_lens.core.ranges import Count, Length, Natural, Range, Seed, ranged
 from lcc_lens.data.datasets import Data
 from lcc_lens.models.architecture.context import fitting_length
 from lcc_lens.models.architecture.sparsity_patterns import common_pattern
-from lcc_lens.models.architecture.zeros import matrix_zeros, share_of_zeros
+from lcc_lens.models.architecture.zeros import fraction_of_zeros, matrix_zeros
 from lcc_lens.models.hooked.activations import SITES, Positions, Site, check_sites
 from lcc_lens.models.hooked.offloading import device_of
 from lcc_lens.models.pair import Pair
@@ -107,7 +107,7 @@ def scan(
 
 
 def has_scan(run: Path) -> bool:
-    """Whether a run directory holds a whole scan; what a process could not delete any more after it goes now."""
+    """Whether a run directory has a finished scan; leftovers of its unfinished state are deleted."""
     if not (run / SCAN_RECORD).exists():
         return False
     shutil.rmtree(run / UNFINISHED, ignore_errors=True)
@@ -142,7 +142,8 @@ def _run(
         if work.is_divided:
             wait_for_all(_AGAIN)
             if not is_first_process():
-                return _result_of_first_process(run)
+                wait_for_all(_AGAIN)  # until the first process has computed the result from all sums
+                return Scan.load(cast("str | Path", run))
         result = _result(work, data, selectors, settings, max_length, display)
         pair.require_unchanged()
         if run is not None:
@@ -188,12 +189,6 @@ def _scan_work(run: str | Path | None, pair: Pair, plan: ScanPlan, spectra: Sequ
         yield work
 
 
-def _result_of_first_process(run: str | Path | None) -> Scan:
-    """The scan that the first process computed from the sums of all processes."""
-    wait_for_all(_AGAIN)
-    return Scan.load(cast("str | Path", run))
-
-
 @contextmanager
 def _interruptible(*, can_resume: bool) -> Iterator[None]:
     """Name the way to resume after Ctrl-C."""
@@ -206,18 +201,13 @@ def _interruptible(*, can_resume: bool) -> Iterator[None]:
 
 
 def _state(run: str | Path | None, pair: Pair, plan: ScanPlan, spectra: Sequence[Site], *, joined: bool) -> ScanState:
-    digest = hashlib.sha256()
-    for sequence in [*plan.sequences, *(plan.wrong or ())]:
-        digest.update(f"{sequence.loss_from} {sequence.tokens.tolist()}".encode())
-    identity = {
-        "models": [pair.dense_id.sha256, pair.pruned_id.sha256, str(pair.dtype), device_of(pair.dense).type],
-        "version": package_version(),
-        "tokens": digest.hexdigest(),
-        "settings": [plan.positions, plan.sites, sorted(spectra), plan.batch_tokens, pair.one_at_a_time],
-    }
+    request = fingerprint(
+        package_version(), pair.dense_id.sha256, pair.pruned_id.sha256, pair.dtype, device_of(pair.dense).type,
+        pair.one_at_a_time, sorted(spectra), plan,
+    )  # fmt: skip
     if run is None:
-        return ScanState(None, identity)
-    return ScanState(Path(run) / UNFINISHED, identity, joined=joined, replaces=Path(run) / SCAN_RECORD)
+        return ScanState(None, request)
+    return ScanState(Path(run) / UNFINISHED, request, joined=joined, replaces=Path(run) / SCAN_RECORD)
 
 
 def _record(
@@ -254,7 +244,7 @@ def _zeros(pair: Pair) -> tuple[str, float | None]:
     except RequestError as error:  # such as fused experts; the scan does not need the count
         logger.info("zeros not counted: %s", error)
         return "", None
-    return common_pattern({matrix.pattern for matrix in matrices}), share_of_zeros(matrices)
+    return common_pattern({matrix.pattern for matrix in matrices}), fraction_of_zeros(matrices)
 
 
 def _warn(n_samples: int, d_head: int, silent: Iterable[Sequence[int]]) -> None:

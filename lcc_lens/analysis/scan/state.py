@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import shutil
 import tempfile
@@ -31,8 +29,8 @@ class ScanState:
 
     Args:
         folder: where the state is kept; a temporary folder if not given.
-        identity: everything that decides the result; the state of a different scan is deleted, and so is a file whose
-            bytes have changed.
+        request: fingerprint of everything that decides the result; the state of a different scan is deleted, and so is
+            a file whose bytes have changed.
         joined: whether another process has created the state.
         replaces: the record of an earlier scan, which goes once this one has begun: an unfinished scan has none.
 
@@ -41,12 +39,12 @@ class ScanState:
     """
 
     def __init__(
-        self, folder: Path | None, identity: Mapping[str, Any], *, joined: bool = False, replaces: Path | None = None
+        self, folder: Path | None, request: str, *, joined: bool = False, replaces: Path | None = None
     ) -> None:
         self._temporary = None if folder is not None else tempfile.TemporaryDirectory(prefix="lcc_lens_scan_")
         self.is_kept = folder is not None
         self.folder = folder if folder is not None else Path(cast("Any", self._temporary).name)
-        self._identity = hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()
+        self._request = request
         self._sums: dict[str, Tensor] = {}
         self._replaces = replaces
         #: Files that this process wrote or checked.
@@ -70,7 +68,7 @@ class ScanState:
             self._write_state(_by_name(sums))
 
     def begin(self) -> None:
-        """Write the identity, which other processes check."""
+        """Write the request's fingerprint, which other processes check."""
         if self.is_kept and not (self.folder / _STATE).exists():
             self._write_state({"none": torch.zeros(0)})
 
@@ -177,7 +175,7 @@ class ScanState:
             tensors, record = {}, {}
             if (self.folder / _STATE).exists():
                 logger.warning("scanning from the start: %s", error)
-        if record.get("identity") != self._identity:
+        if record.get("identity") != self._request:
             if joined:
                 raise RequestError(
                     f"expected the state of the first process's scan in {self.folder}, got none; put the run on a disk "
@@ -199,7 +197,7 @@ class ScanState:
         file = self.folder / name
         if name not in self._whole and file.exists():
             try:
-                if read_sealed(file)[1].get("identity") == self._identity:
+                if read_sealed(file)[1].get("identity") == self._request:
                     self._whole.add(name)
                 else:
                     file.unlink()
@@ -209,13 +207,13 @@ class ScanState:
         return name in self._whole and file.exists()
 
     def _write(self, name: str, tensors: Mapping[str, Tensor]) -> None:
-        write_sealed(self.folder / name, tensors, {"identity": self._identity})
+        write_sealed(self.folder / name, tensors, {"identity": self._request})
         self._whole.add(name)
 
     def _write_state(self, tensors: Mapping[str, Tensor]) -> None:
         if self._replaces is not None:
             self._replaces.unlink(missing_ok=True)
-        write_sealed(self.folder / _STATE, tensors, {"identity": self._identity, "n_done": str(self.n_done)})
+        write_sealed(self.folder / _STATE, tensors, {"identity": self._request, "n_done": str(self.n_done)})
 
     @staticmethod
     def _features_file(shard: int) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from lcc_lens.core.showing import Shown
 from lcc_lens.data.batches import TokenSequence, batches
-from lcc_lens.models.hooked.activations import Site, SiteVisitor, TokenPositions, visit_sites
+from lcc_lens.models.hooked.activations import Site, TokenPositions, visit_sites
 from lcc_lens.models.pair import Pair
 
 if TYPE_CHECKING:
@@ -48,10 +49,10 @@ def token_losses(pair: Pair, sequences: Sequence[TokenSequence], n: int) -> tupl
     dense: list[list[Tensor]] = [[] for _ in parts]
     losses: dict[int, Tensor] = {}
     for batch, where, z_dense in zip(parts, places, dense, strict=True):
-        visit_sites(pair.dense, batch.tokens, where, _keeper(pair, z_dense))
+        visit_sites(pair.dense, batch.tokens, where, partial(_keep, pair, z_dense))
     for batch, where, z_dense in zip(parts, places, dense, strict=True):
         loss: list[Tensor] = []
-        visit_sites(pair.pruned, batch.tokens, where, _comparer(z_dense, loss))
+        visit_sites(pair.pruned, batch.tokens, where, partial(_compare, z_dense, loss))
         losses.update(zip(batch.index, torch.stack(loss, dim=1).split(batch.lengths.tolist()), strict=True))
     return tuple(
         TokenLoss(
@@ -66,23 +67,13 @@ def pieces_of(tokenizer: PreTrainedTokenizerBase, sequence: TokenSequence) -> tu
     return tuple(str(tokenizer.decode([int(token)])) for token in sequence.tokens)
 
 
-def _keeper(pair: Pair, kept: list[Tensor]) -> SiteVisitor:
-    """Keeps the dense model's head outputs layer by layer."""
-    return lambda site, layer, z: kept.append(pair.kept_heads(layer, z).cpu())
+def _keep(pair: Pair, kept: list[Tensor], site: Site, layer: int, z: Float[Tensor, "token head d_head"]) -> None:
+    """Store the dense model's head outputs of a layer."""
+    kept.append(pair.kept_heads(layer, z).cpu())
 
 
-def _comparer(dense: list[Tensor], loss: list[Tensor]) -> SiteVisitor:
-    """Compares the pruned model's head outputs with the dense model's and lets those go."""
-
-    def compare(site: Site, layer: int, z: Tensor) -> None:
-        loss.append(_relative(dense[layer].float(), z.float().cpu()))
-        dense[layer] = dense[layer].new_empty(0)
-
-    return compare
-
-
-def _relative(
-    dense: Float[Tensor, "token head d_head"], pruned: Float[Tensor, "token head d_head"]
-) -> Float[Tensor, "token head"]:
-    norm = dense.norm(dim=-1)
-    return torch.where(norm > 0, (dense - pruned).norm(dim=-1) / norm, 0.0)
+def _compare(dense: list[Tensor], loss: list[Tensor], site: Site, layer: int, z: Tensor) -> None:
+    """Compare the pruned model's head outputs of a layer with the dense model's, which are freed."""
+    z_dense, dense[layer] = dense[layer].float(), dense[layer].new_empty(0)
+    norm = z_dense.norm(dim=-1)
+    loss.append(torch.where(norm > 0, (z_dense - z.float().cpu()).norm(dim=-1) / norm, 0.0))

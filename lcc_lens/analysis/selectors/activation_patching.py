@@ -26,10 +26,10 @@ _OUTCOMES = ("response", "kl")
 
 @dataclass(frozen=True)
 class PatchingEffects:
-    """Effect of every patched head on every example, in nats per response token; NaN where none was patched.
+    """Effect of every patched head on every example, in nats per response token; NaN for heads that were not patched.
 
-    ``log_likelihood`` is the gain of the response's mean log-likelihood over the unpatched pruned model,
-    ``divergence`` the fall of the divergence from the dense model (positive is better in both).
+    ``log_likelihood`` is the increase of the response's mean log-likelihood over the unpatched pruned model's,
+    ``divergence`` the decrease of the KL divergence from the dense model. Positive is better in both.
     """
 
     log_likelihood: Float[Tensor, "example layer head"]
@@ -38,10 +38,10 @@ class PatchingEffects:
     def scores(self, outcome: OutcomeName = "response", settings: dict[str, object] | None = None) -> HeadScores:
         """The mean effect of each head with its standard error over examples."""
         if outcome not in _OUTCOMES:
-            raise RequestError(f"expected an outcome of {', '.join(_OUTCOMES)}, got {outcome!r}")
+            raise RequestError(f"expected the outcome {' or '.join(_OUTCOMES)}, got {outcome!r}; choose one")
         effects = self.log_likelihood if outcome == "response" else self.divergence
         if effects is None:
-            raise RequestError("expected effects on the divergence, got none; measure them with divergence=True")
+            raise RequestError("expected effects on the KL divergence, got none; measure them with divergence=True")
         return HeadScores.from_examples("patching", effects, {"outcome": outcome, **(settings or {})})
 
 
@@ -55,22 +55,22 @@ def score_activation_patching(
     outcome: OutcomeName = "response",
     on_done: Callable[[PatchingEffects], None] | None = None,
 ) -> HeadScores:
-    """Score heads by the gain in log-likelihood from the dense model's output of that head in the pruned model.
+    """Score heads by the increase in log-likelihood when the pruned model gets the dense model's output of that head.
 
-    The gold standard for other selectors: no linearisation, no probe. It costs a forward pass from the head's layer up
+    The gold standard for other selectors: no linearisation, no probe. It takes a forward pass from the head's layer on
     for every head and example; :func:`~lcc_lens.analysis.selectors.attribution_patching.score_attribution_patching`
     estimates the same from one backward pass.
 
     Args:
-        heads: which to patch (all if not given); the others score NaN.
+        heads: the heads to patch (all if not given); the others score NaN.
         positions: patch at ``all`` positions, or in the ``response`` only: from the question's last token on.
         batch_tokens: padded tokens per forward pass at most; decides speed and memory.
-        outcome: ``response``, the gain of its mean log-likelihood, or ``kl``, the fall of the divergence from the
-            dense model at the positions that predict it; both in nats per token.
-        on_done: called after every batch of examples with the effects so far (NaN where still to come).
+        outcome: ``response``, the increase of the response's mean log-likelihood, or ``kl``, the decrease of the KL
+            divergence from the dense model at the positions that predict it; both in nats per token.
+        on_done: called after every batch of examples with the effects so far (NaN if not computed yet).
 
     Raises:
-        RequestError: no example, a head that is not there, or an unknown name.
+        RequestError: no example, a head outside the model, or an unknown name.
         LensError: an effect is NaN or infinite (names layer and head).
 
     Reference: Meng et al., "Locating and Editing Factual Associations in GPT" (arXiv 2202.05262), section 2; Zhang and
@@ -93,18 +93,18 @@ def patching_effects(
     divergence: bool = True,
     on_done: Callable[[PatchingEffects], None] | None = None,
 ) -> PatchingEffects:
-    """Patch every head on every example and keep each single effect (see :func:`score_activation_patching`).
+    """The effect of every head on every example (see :func:`score_activation_patching`).
 
-    Rows of a forward pass are (example, head) pairs of one layer. It starts at that layer, from the pruned model's
-    residual stream, wherever the model computes the same from there (checked on a few tokens first).
+    The rows of a forward pass are (example, head) pairs of one layer. It starts at that layer from the pruned model's
+    residual stream, if the model gives the same logits that way (tested on a few tokens first).
 
     Args:
-        divergence: measure the divergence from the dense model as well; it costs two more passes over the logits.
+        divergence: also measure the KL divergence from the dense model, which takes two more passes over the logits.
     """
     if not sequences:
-        raise RequestError("expected at least one example to patch, got none")
+        raise RequestError("expected at least one example to patch, got none; add data")
     if positions not in ("all", "response"):
-        raise RequestError(f"expected positions all or response, got {positions!r}")
+        raise RequestError(f"expected positions all or response, got {positions!r}; choose one")
     everything = all_heads(pair.n_layers, pair.n_heads)
     chosen = everything if heads is None else check_heads(heads, pair.n_layers, pair.n_heads)
     effects = _empty(len(sequences), pair, chosen, divergence)
@@ -117,7 +117,7 @@ def patching_effects(
         if runs is None or runs.batch is not step.batch:
             if runs is not None and on_done is not None:
                 on_done(effects)
-            runs = None  # frees the last batch's activations before the next one's are taken
+            runs = None  # frees the last batch's activations before the next one's are computed
             runs = PatchedRuns.prepare(pair, step.batch, positions, may_start=may_start, divergence=divergence)
         _measure_step(runs, step, effects)
     if on_done is not None:
@@ -126,7 +126,7 @@ def patching_effects(
 
 
 class _Step(NamedTuple):
-    """One forward pass: which examples of a batch, each with which head of one layer."""
+    """One forward pass: its rows are examples of a batch, each with a head of the layer to patch."""
 
     batch: Batch
     layer: int
@@ -140,16 +140,15 @@ def _plan(batch: Batch, heads: Sequence[Head], batch_tokens: int) -> list[_Step]
     most = max(1, batch_tokens // length)
     steps = []
     for layer in sorted({head.layer for head in heads}):
-        own = torch.tensor([head.head for head in heads if head.layer == layer])
-        example, head = (grid.flatten() for grid in torch.meshgrid(torch.arange(n_examples), own, indexing="ij"))
-        n_parts = math.ceil(len(example) / most)
-        parts = zip(example.tensor_split(n_parts), head.tensor_split(n_parts), strict=True)
-        steps += [_Step(batch, layer, *part) for part in parts]
+        in_layer = torch.tensor([head.head for head in heads if head.layer == layer])
+        rows = torch.cartesian_prod(torch.arange(n_examples), in_layer)
+        parts = rows.tensor_split(math.ceil(len(rows) / most))
+        steps += [_Step(batch, layer, example=part[:, 0], head=part[:, 1]) for part in parts]
     return steps
 
 
 def _empty(n_examples: int, pair: Pair, chosen: Sequence[Head], divergence: bool) -> PatchingEffects:
-    """Initial effects: NaN, but 0 for chosen heads that pruning removed whole (they are not run)."""
+    """Initial effects: NaN, but 0 for chosen heads that pruning removed whole, which are not run."""
 
     def empty() -> Tensor:
         values = torch.full((n_examples, pair.n_layers, pair.n_heads), math.nan)
@@ -176,4 +175,4 @@ def _measure_step(runs: PatchedRuns, step: _Step, effects: PatchingEffects) -> N
 
     effects.log_likelihood[where] = change(patched.log_likelihood, unpatched.log_likelihood)
     if effects.divergence is not None and patched.divergence is not None and unpatched.divergence is not None:
-        effects.divergence[where] = -change(patched.divergence, unpatched.divergence)  # a fall is a gain
+        effects.divergence[where] = -change(patched.divergence, unpatched.divergence)

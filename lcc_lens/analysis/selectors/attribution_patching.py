@@ -9,10 +9,10 @@ from lcc_lens.analysis.selectors.backward import ResponseGradients
 def score_attribution_patching(gradients: ResponseGradients) -> HeadScores:
     r"""The first-order estimate of activation patching, $\sum_t \nabla_{z_t} m \cdot (z_{dense,t} - z_{pruned,t})$.
 
-    To first order in the difference, this is the gain of mean response log-likelihood (nats per token) when one head
-    of the pruned model is given the dense model's output at every position. All heads cost one backward pass, where
-    patching costs a forward pass each; it errs where the models differ much (see
-    :func:`~lcc_lens.analysis.selectors.activation_patching.score_activation_patching` for the exact effect).
+    To first order in the difference, this is the increase of the mean response log-likelihood (nats per token) when one
+    head of the pruned model gets the dense model's output at every position. All heads take one backward pass, where
+    patching takes a forward pass each. It is inexact for large differences; see
+    :func:`~lcc_lens.analysis.selectors.activation_patching.score_activation_patching` for the exact effect.
 
     Args:
         gradients: from :func:`~lcc_lens.analysis.selectors.backward.response_gradients`.

@@ -25,10 +25,10 @@ _N_GROUPS = 10
 class ResponseGradients:
     r"""Gradients of each example's mean response log-likelihood $m_n$ (nats per token) at the pruned model's heads.
 
-    ``attribution`` is, per example, $\sum_t \nabla_{z_t} m_n \cdot (z_{dense,t} - z_{pruned,t})$. The gradient to a
-    constant added at every position, $g_n = \sum_t \nabla_{z_t} m_n$, is kept as sums over groups of examples
-    (``group_gradient`` $= \sum_n g_n$, ``group_square`` $= \sum_n |g_n|^2$), which is all that its mean's norm and
-    the uncertainty of it take, in memory that does not grow with the number of examples.
+    ``attribution`` is, per example, $\sum_t \nabla_{z_t} m_n \cdot (z_{dense,t} - z_{pruned,t})$. The gradient with
+    respect to a constant added at every position, $g_n = \sum_t \nabla_{z_t} m_n$, is stored as sums over groups of
+    examples (``group_gradient`` $= \sum_n g_n$, ``group_square`` $= \sum_n |g_n|^2$): enough for the norm of its mean
+    and that norm's standard error, and the memory does not grow with the number of examples.
     """
 
     attribution: Float[Tensor, "example layer head"]
@@ -41,31 +41,26 @@ class ResponseGradients:
         """The number of examples."""
         return int(self.attribution.shape[0])
 
-    @property
-    def constant_gradient(self) -> Float[Tensor, "layer head d_head"]:
-        """The mean gradient to a constant added to a head's output at every position."""
-        return self.group_gradient.sum(0) / self.n_examples
-
 
 def response_gradients(
     pair: Pair, sequences: Sequence[TokenSequence], *, batch_tokens: int = 1024, n_groups: int = _N_GROUPS
 ) -> ResponseGradients:
     """Run the dense model forward and the pruned model forward and backward once over the examples.
 
-    Gradients come in the models' number format and are summed in float32; the weights take none. One layer's gradient
-    is reduced before the next one comes, so memory is that of a training step.
+    Gradients have the models' number format and are summed in float32; the weights need none. Each layer's gradient is
+    reduced when the backward pass reaches it, so memory is that of a training step.
 
     Args:
-        sequences: questions with their right answers; the answers' likelihood is what is differentiated.
+        sequences: questions with their right answers, whose log-likelihood is differentiated.
         batch_tokens: padded tokens per pass at most; decides speed and memory.
-        n_groups: groups of examples for the jackknife, fewer where there are fewer examples.
+        n_groups: maximum number of groups of examples for the jackknife.
 
     Raises:
         RequestError: fewer than two examples.
         LensError: a gradient is NaN or infinite (names layer and head).
     """
     if len(sequences) < 2:
-        raise RequestError(f"expected at least 2 examples for gradients, got {len(sequences)}; give more")
+        raise RequestError(f"expected at least 2 examples for gradients, got {len(sequences)}; add data")
     n_groups = min(n_groups, len(sequences))
     shape = pair.n_layers, pair.n_heads
     attribution = torch.zeros(len(sequences), *shape)
@@ -87,7 +82,7 @@ def dense_run(
 ) -> tuple[list[Float[Tensor, "batch pos head d_head"]], Float[Tensor, "target d_vocab"] | None]:
     """The dense model's head outputs by layer at all positions, in the order of the pruned model's heads.
 
-    They keep the model's number format and stay on its device. With ``with_logits`` also its logits at the targets.
+    They keep the model's number format and device. With ``with_logits`` also its logits at the targets.
     """
     z_dense: list[Tensor] = []
     device = device_of(pair.dense)
@@ -108,7 +103,7 @@ def _batch_gradients(pair: Pair, batch: Batch) -> list[tuple[Tensor, Tensor]]:
     with torch.enable_grad():
         narrow = logits_at(pair.pruned, batch.is_target().to(device))
         logits = forward(pair.pruned, batch.tokens.to(device), [*hooks, *narrow])
-        # Examples do not meet in a batch, so the gradient of the sum holds every example's own.
+        # Examples of a batch are independent, so the gradient of the sum contains the gradient of each.
         response_log_likelihood(logits[0], batch).sum().backward()
     return [reduced[layer] for layer in range(pair.n_layers)]
 
@@ -118,8 +113,8 @@ def _gradient_readers(z_dense: Sequence[Tensor], reduced: dict[int, tuple[Tensor
 
     def reader(layer: int) -> HookFunction:
         def record(z: Tensor, hook: object) -> Tensor:
-            # The weights take no gradient, so the tape starts here; elsewhere z is on it. The model goes on with what
-            # a hook returns, not with what it was given, which may be a view of it.
+            # The weights need no gradient, so in the first layer autograd starts here. z must be returned: the model
+            # continues with what the hook returns, of which the hook's input may be a view.
             z = z if z.requires_grad else z.detach().requires_grad_()
             z_pruned = z.detach()
 

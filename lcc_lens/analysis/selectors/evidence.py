@@ -70,7 +70,7 @@ class Evidence:
 
     @property
     def first_sequences(self) -> Sequence[TokenSequence]:
-        """The sequences for selectors that run the models again."""
+        """The first sequences, for selectors that run the models again."""
         return self.sequences[: self.settings.examples]
 
     def features(self) -> Iterable[LayerFeatures]:
@@ -80,11 +80,11 @@ class Evidence:
             RequestError: the data have no right and wrong answers.
         """
         if self.layers is None:
-            raise RequestError("expected questions with right and wrong answers, got none in data; name such a task")
+            raise RequestError("expected questions with right and wrong answers, got none in data; scan other data")
         return self.layers()
 
     def require_models(self) -> None:
-        """Refuse a pair of which only one model fits into memory.
+        """Refuse a pair with one model in memory at a time.
 
         Raises:
             RequestError: the pair holds one model at a time.

@@ -1,4 +1,4 @@
-"""Gradient selector: how fast the response loss falls when a head's constant changes."""
+"""Gradient selector: how much the response loss decreases with a change of a head's constant, to first order."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from lcc_lens.analysis.selectors.backward import ResponseGradients
 
 
 def score_gradient(gradients: ResponseGradients, components: LostComponents) -> HeadScores:
-    r"""The gain of a training step on one head, $u \, |E g|$, in nats per token and unit of the injection.
+    r"""The first-order gain of a training step on one head, $u \, |E g|$, in nats per token and unit of the injection.
 
-    $g$ is the gradient of an example's mean response log-likelihood to a constant added to the head's output, and
-    $u$ the head's root mean square difference, the unit in which
-    :class:`~lcc_lens.injection.LccInjection` holds its numbers: to first order, a step of length 1 gains this much.
+    $g$ is the gradient of an example's mean response log-likelihood with respect to a constant added to the head's
+    output, and $u$ the head's root mean square difference, the unit of the parameters of
+    :class:`~lcc_lens.restoration.injections.constants.LccInjection`.
 
-    The norm of a mean over few examples is positive even where $E g = 0$, since the noise has a length too. So its
-    square is estimated without bias from products of different examples,
-    $\widehat{|E g|^2} = \frac{1}{N(N-1)} \sum_{n \ne m} g_n \cdot g_m$, and its root taken with the sign kept: a head
-    whose gradient is all noise scores around zero, on either side. The standard error is a jackknife over groups of
-    examples; the gradient knows nothing of the dense model except through $u$.
+    The norm of a mean over few examples is positive even if $E g = 0$, because of noise. So its square is estimated
+    without bias from products of different examples,
+    $\widehat{|E g|^2} = \frac{1}{N(N-1)} \sum_{n \ne m} g_n \cdot g_m$, and the root keeps the sign: a head whose
+    gradient is only noise scores near zero, with either sign. The standard error is a jackknife over groups of
+    examples. The score depends on the dense model through $u$ alone.
 
     Args:
         gradients: from :func:`~lcc_lens.analysis.selectors.backward.response_gradients`.
@@ -37,20 +37,15 @@ def score_gradient(gradients: ResponseGradients, components: LostComponents) -> 
                      n - int(gradients.group_size[k])) * unit
         for k in range(len(gradients.group_size))
     ]  # fmt: skip
-    return HeadScores("gradient", value.float(), _jackknife(without).float(), n, {"groups": len(without)})
+    jackknife = ((len(without) - 1) * torch.stack(without).var(0, correction=0)).sqrt()
+    return HeadScores("gradient", value.float(), jackknife.float(), n, {"groups": len(without)})
 
 
 def _signed_norm(
     total: Float[Tensor, "layer head d_head"], square: Float[Tensor, "layer head"], n: int
 ) -> Float[Tensor, "layer head"]:
-    """Root of the unbiased squared norm of the mean, with its sign; NaN for a single example."""
+    """Signed root of the unbiased estimate of the mean's squared norm; NaN for a single example."""
     if n < 2:
         return square * math.nan
     unbiased = (total.square().sum(-1) - square) / (n * (n - 1))
     return unbiased.sign() * unbiased.abs().sqrt()
-
-
-def _jackknife(without: list[Float[Tensor, "layer head"]]) -> Float[Tensor, "layer head"]:
-    """The standard error of a statistic from its values with one group left out at a time (jackknife)."""
-    values = torch.stack(without)
-    return ((len(values) - 1) * values.var(0, correction=0)).sqrt()

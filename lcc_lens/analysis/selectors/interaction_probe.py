@@ -67,21 +67,17 @@ def score_interaction_probe(
     improvement: list[Tensor] = []
     report: dict[str, list[list[float]]] = {"ridge": [], "accuracy_pruned": [], "accuracy_restored": []}
     for layer, features in enumerate(checked_layers(layers, components)):
-        chosen = _sample(len(features.z_dense_right), max_pairs, seed)
+        order = torch.randperm(len(features.z_dense_right), generator=torch.Generator().manual_seed(seed))
+        chosen = order[:max_pairs].sort().values  # the same pairs in every layer
         pruned, restored, difference = _inputs(features, components.directions[layer, :, :rank], chosen)
         predicted, ridge = _predict(pruned, restored, difference, ridges)
         loss_pruned, loss_restored = squared_loss(predicted)
         improvement.append((loss_pruned - loss_restored).T.cpu())
-        for values, value in zip(report.values(), (ridge, *_order_accuracy(predicted).tolist()), strict=True):
+        accuracy = ((predicted > 0).double() + (predicted == 0).double() / 2).mean(-1)  # a tie counts half
+        for values, value in zip(report.values(), (ridge, *accuracy.tolist()), strict=True):
             values.append(value)
     settings = {"rank": rank, "max_pairs": max_pairs, "seed": seed, "ridges": list(ridges), **report}
     return HeadScores.from_examples("interaction", torch.stack(improvement, dim=1), settings)
-
-
-def _sample(n_pairs: int, max_pairs: int, seed: int) -> Int[Tensor, " chosen"]:
-    """Indices of a random sample of pairs, the same for every layer."""
-    order = torch.randperm(n_pairs, generator=torch.Generator().manual_seed(seed))
-    return order[:max_pairs].sort().values
 
 
 def _inputs(
@@ -91,15 +87,7 @@ def _inputs(
     if features.z_dense_question is None:
         raise RequestError("expected the dense model's questions beside the pruned model's, got none; scan again")
     index = chosen.to(features.z_dense_right.device)
-    pruned, dense, right, wrong = (
-        by_head(z[index])
-        for z in (
-            features.z_pruned_question,
-            features.z_dense_question,
-            features.z_dense_right,
-            features.z_dense_wrong,
-        )
-    )
+    pruned, dense, right, wrong = (by_head(z[index]) for z in features if z is not None)
     v = directions.to(pruned)
     return pruned, pruned + (dense - pruned) @ v.mT @ v, right - wrong
 
@@ -122,8 +110,3 @@ def _predict(
         predictions.append(both[:, best, torch.arange(len(best), device=best.device)])
         chosen += [ridges[i] for i in best.tolist()]
     return torch.cat(predictions, dim=1), chosen
-
-
-def _order_accuracy(predicted: Float[Tensor, "model head pair"]) -> Float[Tensor, "model head"]:
-    """The fraction of pairs whose right answer scores higher; a tie counts half."""
-    return (predicted > 0).double().mean(-1) + (predicted == 0).double().mean(-1) / 2

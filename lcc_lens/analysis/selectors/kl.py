@@ -13,7 +13,7 @@ from lcc_lens.core.errors import LensError, RequestError
 
 HeadLogits = Callable[[int, Tensor], Tensor]
 _CHUNK_BYTES = 192 << 20
-_COPIES = 6  # float32 tensors the size of the logits that live at once
+_COPIES = 6  # float32 tensors of the logits' size that exist at the same time
 
 
 def score_kl(
@@ -25,34 +25,33 @@ def score_kl(
 ) -> HeadScores:
     r"""Mean KL divergence of a head's logit-lens distribution, $KL(p(z_{dense}) \| p(z_{pruned}))$, in nats.
 
-    The vote is $p(z) = \mathrm{softmax}(\mathrm{LM\_head}(\mathrm{final\_norm}(z W_O[h])))$, the head's logit lens
-    (Eq. 6), with $z$ its output at the question's last token. The final norm gives every vote the same length, so a
-    head counts for what it says, not for how loud it says it.
+    $p(z) = \mathrm{softmax}(\mathrm{LM\_head}(\mathrm{final\_norm}(z W_O[h])))$ is the logit lens of one head (Eq. 6),
+    with $z$ its output at the question's last token. The final norm removes the size of $z W_O[h]$, so only its
+    direction counts.
 
     Args:
-        layers: by layer from the first on, the dense and the pruned model's head outputs at the questions' last
-            tokens; any iterable, so that layers may come from disk.
+        layers: layer by layer, the dense and the pruned model's head outputs at the questions' last tokens.
         logits: ``logits(layer, z[pair head d_head]) -> [pair head d_vocab]``, the logit lens of every head.
-        max_examples: as many pairs as are read through the lens, drawn with ``seed`` (each costs
-            ``4 n_layers n_heads d_model d_vocab`` operations).
+        max_examples: maximum number of pairs, drawn with ``seed`` (each takes ``4 n_layers n_heads d_model d_vocab``
+            operations).
 
     Raises:
-        RequestError: no layer, no pair, or no example to read.
+        RequestError: no layer, no pair, or ``max_examples`` below 1.
         LensError: a divergence is NaN or infinite (names layer and head).
 
     Reference: the "heads by KL" ablation of RestoreLCC (arXiv 2510.21834).
     """
     if max_examples < 1:
-        raise RequestError(f"expected at least one example to read through the lens, got {max_examples}; raise it")
+        raise RequestError(f"expected max_examples of at least 1, got {max_examples}; raise it")
     by_layer = []
     for layer, (z_dense, z_pruned) in enumerate(layers):
         if not len(z_dense):
-            raise RequestError("expected at least one question, got none; give more data")
+            raise RequestError("expected at least one question, got none; add data")
         generator = torch.Generator().manual_seed(seed)  # the same draw for every layer
         drawn = torch.randperm(len(z_dense), generator=generator)[:max_examples].sort().values.to(z_dense.device)
         by_layer.append(_layer_divergence(layer, z_dense[drawn], z_pruned[drawn], logits))
     if not by_layer:
-        raise RequestError("expected head outputs of at least one layer, got none")
+        raise RequestError("expected head outputs of at least one layer, got none; scan again")
     return HeadScores.from_examples("kl", torch.stack(by_layer, dim=1), {"max_examples": max_examples, "seed": seed})
 
 
@@ -60,9 +59,9 @@ def _layer_divergence(
     layer: int, z_dense: Float[Tensor, "pair head d_head"], z_pruned: Float[Tensor, "pair head d_head"],
     logits: HeadLogits,
 ) -> Float[Tensor, "pair head"]:  # fmt: skip
-    """One layer's KL divergences, in chunks of a fixed amount of memory."""
+    """One layer's KL divergences, in chunks of limited memory."""
     parts: list[Tensor] = []
-    start, size = 0, 1  # the first pair tells how large a vocabulary is
+    start, size = 0, 1  # the size of the vocabulary is known after the first pair
     with torch.inference_mode():
         while start < len(z_dense):
             part = slice(start, start + size)
@@ -73,5 +72,7 @@ def _layer_divergence(
     divergence = torch.cat(parts)
     bad = (~torch.isfinite(divergence)).any(0).nonzero()
     if len(bad):
-        raise LensError(f"expected finite votes, got NaN or infinity in head L{layer}H{int(bad[0])}; check the weights")
+        raise LensError(
+            f"expected finite divergences, got NaN or infinity in head L{layer}H{int(bad[0])}; check the weights"
+        )
     return divergence.clone()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from lcc_lens.analysis.components import LostComponents
 from lcc_lens.analysis.head_scores import HeadScores
-from lcc_lens.analysis.probes.converged import RIDGE, PairActivations, correct_share, fit_pair_probes
+from lcc_lens.analysis.probes.converged import RIDGE, PairActivations, correct_fraction, fit_pair_probes
 from lcc_lens.analysis.probes.published import fit_linear_probes, split_pairs
 from lcc_lens.core.errors import LensError, RequestError
 
@@ -22,32 +21,12 @@ _Splits = list[tuple[Int[Tensor, " train"], Int[Tensor, " test"]]]
 
 
 class LayerFeatures(NamedTuple):
-    """One layer of :class:`ProbeFeatures`; the dense model's question is optional."""
+    """Head outputs of contrastive pairs in one layer, at the last tokens of the question and of both answers."""
 
     z_pruned_question: Float[Tensor, "pair head d_head"]
     z_dense_question: Float[Tensor, "pair head d_head"] | None
     z_dense_right: Float[Tensor, "pair head d_head"]
     z_dense_wrong: Float[Tensor, "pair head d_head"]
-
-
-@dataclass(frozen=True)
-class ProbeFeatures:
-    """Last-token head outputs of contrastive pairs: the question in the pruned model, both answers in the dense one."""
-
-    z_pruned_question: Float[Tensor, "pair layer head d_head"]
-    z_dense_right: Float[Tensor, "pair layer head d_head"]
-    z_dense_wrong: Float[Tensor, "pair layer head d_head"]
-    z_dense_question: Float[Tensor, "pair layer head d_head"] | None = None
-
-    def layers(self) -> Iterator[LayerFeatures]:
-        """One layer after the other."""
-        for layer in range(self.z_dense_right.shape[1]):
-            yield LayerFeatures(
-                self.z_pruned_question[:, layer],
-                None if self.z_dense_question is None else self.z_dense_question[:, layer],
-                self.z_dense_right[:, layer],
-                self.z_dense_wrong[:, layer],
-            )
 
 
 def linear_probe_scores(
@@ -103,36 +82,12 @@ def linear_probe_scores(
                 probe = fit_pair_probes(pairs.take(train), ridge=ridge)
             else:
                 probe = fit_linear_probes(*pairs.take(train).examples(), seed=generator)
-            parts.append(correct_share(probe, pairs.take(test)).T.cpu())
+            parts.append(correct_fraction(probe, pairs.take(test)).T.cpu())
         correct.append(torch.cat(parts))
     settings: dict[str, Any] = {"rank": rank, "solver": solver, "folds": folds, "seed": seed}
     settings |= {"held_out_share": held_out_share} if folds is None else {}
     settings |= {"ridge": ridge} if solver == "newton" else {}
     return HeadScores.from_examples("probe", torch.stack(correct, dim=1), settings)
-
-
-def score_linear_probe(
-    features: ProbeFeatures,
-    components: LostComponents,
-    *,
-    rank: int = 1,
-    held_out_share: float = 0.3,
-    seed: int = 0,
-) -> Float[Tensor, "layer head"]:
-    """The scores of :func:`linear_probe_scores` with the published solver; a rank above d_head means all directions.
-
-    Raises:
-        RequestError: fewer than 4 pairs.
-    """
-    scores = linear_probe_scores(
-        features.layers(),
-        components,
-        rank=min(rank, components.d_head),
-        solver="published",
-        held_out_share=held_out_share,
-        seed=seed,
-    )
-    return scores.value
 
 
 def checked_layers(layers: Iterable[LayerFeatures], components: LostComponents) -> Iterator[LayerFeatures]:
@@ -147,10 +102,9 @@ def checked_layers(layers: Iterable[LayerFeatures], components: LostComponents) 
         shape = (n_pairs, n_heads, d_head)
         wrong = next((tuple(z.shape) for z in present if z.shape != shape), None)
         if wrong is not None or count == n_layers:
-            got = f"{wrong}" if wrong is not None else "another"
             raise RequestError(
-                f"expected {n_layers} layers of activations {shape} as in the components, got {got} at layer {count}; "
-                "take both from the same scan"
+                f"expected {n_layers} layers of activations {shape} as in the components, got {wrong or 'another'} at "
+                f"layer {count}; take both from the same scan"
             )
         if not all(bool(torch.isfinite(z.sum())) for z in present):
             raise LensError(f"expected finite activations, got NaN or infinity in layer {count}; check the weights")

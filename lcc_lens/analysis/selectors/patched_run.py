@@ -31,11 +31,11 @@ PatchedPositions = Literal["all", "response"]
 
 @dataclass(frozen=True)
 class PatchedRuns:
-    """Shared state of patched runs over one batch: both models' activations there, and the unpatched outcome.
+    """Shared state of patched runs over one batch: both models' activations, and the outcome without a patch.
 
-    Activations keep the models' number format. ``resid`` holds the pruned model's residual stream before every
-    layer, which does not change below a patched one; it is empty where runs must start from the tokens.
-    ``is_patched`` says at which positions patches go in; None for all.
+    Activations keep the models' number format. ``resid`` is the pruned model's residual stream before every layer,
+    which a patch in a later layer does not change; it is empty if runs must start from the tokens. ``is_patched`` marks
+    the positions that are patched; None for all.
     """
 
     model: HookedModel
@@ -62,8 +62,8 @@ class PatchedRuns:
             unpatched = measure(logits[0], batch, dense_logits)
         position = torch.arange(batch.tokens.shape[1])
         is_patched = (position >= batch.loss_from[:, None] - 1).to(device) if positions == "response" else None
-        z_here = [z.to(device) for z in z_dense]
-        return cls(pair.pruned, batch, z_here, resid, is_patched, dense_logits, unpatched)
+        z_dense = [z.to(device) for z in z_dense]
+        return cls(pair.pruned, batch, z_dense, resid, is_patched, dense_logits, unpatched)
 
     def run(self, layer: int, example: Int[Tensor, " row"], head: Int[Tensor, " row"]) -> Outcome:
         """The pruned model's outcome on each row's example with the dense output of that row's head.
@@ -76,7 +76,7 @@ class PatchedRuns:
             tuple(self.batch.index[i] for i in example.tolist()),
         )  # fmt: skip
         device = device_of(self.model)
-        length = int(rows.lengths.max()) - 1  # nothing follows the last token that would have to be predicted
+        length = int(rows.lengths.max()) - 1  # the last token predicts nothing
         mask, place = rows.is_target()[:, :length].to(device), example.to(device)
         patch = (z_name(layer), self._patch(layer, place, head.to(device), length))
         hooks: list[NamedHook] = [patch, *logits_at(self.model, mask)]
@@ -104,7 +104,7 @@ class PatchedRuns:
         return patch
 
     def _dense_row(self, example: Int[Tensor, " row"]) -> Int[Tensor, " target"]:
-        """Which of the batch's targets each target of the rows is."""
+        """For each target of the rows, its number among the batch's targets."""
         is_target = self.batch.is_target()
         number = is_target.flatten().cumsum(0).reshape(is_target.shape) - 1
         return number[example][is_target[example]]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import replace
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -24,9 +24,28 @@ from lcc_lens.core.heads import Head
 from lcc_lens.core.registry import Registry
 from lcc_lens.models.hooked.direct_path import OutputProjections, Unembedding
 
-Selector = Callable[[Evidence], HeadScores]
+#: What a selector may need besides statistics and lost components.
+NEEDS = ("pairs", "models")
+ScoreFunction = Callable[[Evidence], HeadScores]
 #: Maximum number of questions for kl; each one unembeds the output of every head twice.
 _KL_EXAMPLES = 16
+
+
+@dataclass(frozen=True)
+class Selector:
+    """A function that scores every head, and what it needs besides statistics and lost components.
+
+    A scan refuses a selector before any forward pass if a need is not met: ``pairs``, questions with right and wrong
+    answers (at least 4, of both labels), or ``models``, both models in memory.
+    """
+
+    score: ScoreFunction
+    needs: Collection[str] = ()
+
+    def __post_init__(self) -> None:
+        for need in self.needs:
+            if need not in NEEDS:
+                raise RequestError(f"expected needs among {', '.join(NEEDS)}, got {need!r}; correct the name")
 
 
 def _probe(evidence: Evidence) -> HeadScores:
@@ -46,18 +65,10 @@ def _rank(evidence: Evidence) -> int:
     return min(evidence.settings.rank, evidence.components.d_head)
 
 
-def _attribution(evidence: Evidence) -> HeadScores:
-    return score_attribution_patching(evidence.gradients)
-
-
 def _patching(evidence: Evidence) -> HeadScores:
     evidence.require_models()
     batch_tokens = 2 * evidence.settings.batch_tokens
     return score_activation_patching(evidence.pair, evidence.first_sequences, batch_tokens=batch_tokens)
-
-
-def _mse(evidence: Evidence) -> HeadScores:
-    return score_mse(evidence.heads, len(evidence.sequences))
 
 
 def _kl(evidence: Evidence) -> HeadScores:
@@ -77,42 +88,39 @@ def _kl(evidence: Evidence) -> HeadScores:
     return score_kl(questions, logits, max_examples=n_examples, seed=evidence.settings.seed)
 
 
-def _gradient(evidence: Evidence) -> HeadScores:
-    return score_gradient(evidence.gradients, evidence.components)
-
-
-def _random(evidence: Evidence) -> HeadScores:
-    return score_random(evidence.pair.n_layers, evidence.pair.n_heads, evidence.settings.seed)
-
-
-REGISTRY: Registry[Selector] = Registry(
+REGISTRY: Registry[Selector | ScoreFunction] = Registry(
     "selector",
     {
-        "probe": _probe,
-        "interaction": _interaction,
-        "attribution": _attribution,
-        "patching": _patching,
-        "mse": _mse,
-        "kl": _kl,
-        "gradient": _gradient,
-        "random": _random,
+        "probe": Selector(_probe, ["pairs"]),
+        "interaction": Selector(_interaction, ["pairs"]),
+        "attribution": Selector(lambda evidence: score_attribution_patching(evidence.gradients), ["models"]),
+        "patching": Selector(_patching, ["models"]),
+        "mse": Selector(lambda evidence: score_mse(evidence.heads, len(evidence.sequences))),
+        "kl": Selector(_kl, ["pairs"]),
+        "gradient": Selector(lambda evidence: score_gradient(evidence.gradients, evidence.components), ["models"]),
+        "random": Selector(lambda e: score_random(e.pair.n_layers, e.pair.n_heads, e.settings.seed)),
     },
 )
 
 
-def register_selector(name: str, function: Selector, *, replace: bool = False) -> None:
+def register_selector(
+    name: str, function: ScoreFunction, *, needs: Collection[str] = (), replace: bool = False
+) -> None:
     """Add a selector, which then works like the built-in ones: ``scan(..., selectors=[name])``, ``scan.select(name)``.
 
-    An installed package adds one by an entry point of the group ``lcc_lens.selectors``; the command line knows it too.
+    An installed package adds one by an entry point of the group ``lcc_lens.selectors``, which names the function or a
+    :class:`Selector`; the command line knows it too.
 
     Args:
         name: lower-case letters, digits, ``-`` and ``_``.
         function: takes an :class:`~lcc_lens.analysis.selectors.evidence.Evidence` and returns the score and standard
             error of every head, ``[layer, head]``; heads with higher scores are restored first.
+        needs: ``pairs`` if it reads right and wrong answers (``evidence.features()``), ``models`` if it runs both
+            models or reads gradients. A scan that lacks them is refused before its passes.
         replace: allow a name that was registered before; the built-in selectors cannot be replaced.
 
     Raises:
-        RequestError: the name has another form, or is taken.
+        RequestError: the name has another form or is taken, or a need is unknown.
 
     Example:
         >>> def lost_cosine(evidence):
@@ -122,7 +130,13 @@ def register_selector(name: str, function: Selector, *, replace: bool = False) -
         >>> scan(pair, data, selectors=["cosine"]).select("cosine", share=0.1)  # doctest: +SKIP
         [Head(layer=0, head=4), Head(layer=2, head=1)]
     """
-    REGISTRY.register(name, function, replace=replace and name not in SELECTORS)
+    REGISTRY.register(name, Selector(function, frozenset(needs)), replace=replace and name not in SELECTORS)
+
+
+def named_selector(name: str) -> Selector:
+    """The selector of a name."""
+    entry = REGISTRY[name]
+    return entry if isinstance(entry, Selector) else Selector(entry)
 
 
 def check_selectors(names: Iterable[str]) -> tuple[str, ...]:
@@ -143,7 +157,7 @@ def score(names: Iterable[str], evidence: Evidence) -> dict[str, HeadScores]:
     Raises:
         RequestError: a selector returned anything but a score and a standard error per head.
     """
-    return {name: _checked(name, REGISTRY[name](evidence), evidence.heads.mse.shape) for name in names}
+    return {name: _checked(name, named_selector(name).score(evidence), evidence.heads.mse.shape) for name in names}
 
 
 def _checked(name: str, scores: HeadScores, shape: torch.Size) -> HeadScores:

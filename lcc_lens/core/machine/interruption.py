@@ -43,7 +43,7 @@ class Interruption:
             signal.signal(signal.SIGINT, previous)
 
     def is_agreed(self) -> bool:
-        """Whether any process was asked to stop; all processes must call this after the same step."""
+        """Whether any process was interrupted; all processes must call this after the same step."""
         if n_processes() == 1:
             return self.requested
         return bool(summed([torch.tensor([float(self.requested)])])[0])

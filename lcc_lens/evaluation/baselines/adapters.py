@@ -5,13 +5,13 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from lcc_lens.core.errors import RequestError
-from lcc_lens.models.architecture.layers import is_transposed
+from lcc_lens.models.architecture.layers import is_transposed, linear_weight
 from lcc_lens.models.hooked.hooks import HookedModel
 from lcc_lens.models.hooked.weights import plain_model
 from lcc_lens.restoration.injections.base import Injection
@@ -54,7 +54,6 @@ class AdapterInjection(Injection):
 
     @property
     def footprint(self) -> Footprint:
-        """See :class:`~lcc_lens.restoration.injections.footprint.Footprint`."""
         return Footprint(n_trained=self.n_trained, n_beside=self.n_beside)
 
     @contextmanager
@@ -104,26 +103,25 @@ def adapters(
     plain = {path: original.get_submodule(path) for path in paths}
     if kind == "dora":
         _refuse_zero_rows({names[path]: module for path, module in plain.items()})
-    trained = [number for number in original.parameters() if number.requires_grad]
+    trained = [parameter for parameter in original.parameters() if parameter.requires_grad]
     adapted(original, paths, kind=kind, rank=rank, seed=seed)
     layers = {path: original.get_submodule(path) for path in paths}
     for path, module in plain.items():
         _put(original, path, module)
-    for number in trained:  # peft freezes everything that is not its own
-        number.requires_grad_(True)
+    for parameter in trained:  # peft freezes all parameters but its own
+        parameter.requires_grad_(True)
     original.__dict__.pop("peft_config", None)
     for layer in layers.values():
-        for number in layer.parameters():
-            if number.requires_grad:
-                number.data = number.data.float()
+        for parameter in layer.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
     return AdapterInjection(layers, list(names.values()))
 
 
-def _refuse_zero_rows(maps: Mapping[str, nn.Module]) -> None:
+def _refuse_zero_rows(layers: Mapping[str, nn.Module]) -> None:
     """Refuse rows of zeros, since DoRA divides every row of a weight by its norm."""
-    for name, module in maps.items():
-        weight = cast("Tensor", module.weight)
-        n_zero = int((weight == 0).all(0 if is_transposed(module) else 1).sum())
+    for name, module in layers.items():
+        n_zero = int((linear_weight(module) == 0).all(1).sum())
         if n_zero:
             raise RequestError(f"expected no row of zeros for DoRA, got {n_zero} in {name}; restore by LoRA instead")
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from typing import Any
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 
 import torch
 from jaxtyping import Float
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lcc_lens.core.errors import LensError, RequestError
 from lcc_lens.data.batches import TokenSequence, batches
 from lcc_lens.evaluation.baselines.adapters import AdapterInjection
-from lcc_lens.models.architecture.layers import is_transposed
+from lcc_lens.models.architecture.layers import linear_weight
 from lcc_lens.models.hooked.forward import run_without_logits
 from lcc_lens.models.hooked.hooks import HookedModel
 from lcc_lens.models.hooked.offloading import device_of
@@ -33,7 +33,7 @@ class EoraInjection(AdapterInjection):
     @property
     def n_beside(self) -> int:
         """Number of parameters kept beside the model's weights."""
-        return sum(number.numel() for number in self.buffers())
+        return sum(buffer.numel() for buffer in self.buffers())
 
     def merged_weights(self) -> dict[str, Callable[[Tensor], Tensor]]:
         """By name of a linear layer, a function that merges the low-rank term into its weight ``[out, in]``."""
@@ -84,31 +84,31 @@ def eora(
     """
     if rank < 1:
         raise RequestError(f"expected a rank of at least 1, got {rank}; raise it")
-    maps, originals = layer_maps(model), layer_maps(dense)
-    shapes = [{name: weight_shape(module) for name, module in group.items()} for group in (maps, originals)]
+    linear, originals = layer_maps(model), layer_maps(dense)
+    shapes = [{name: weight_shape(module) for name, module in group.items()} for group in (linear, originals)]
     if shapes[0] != shapes[1]:
         raise RequestError("expected models whose layers have the same shapes, got a sliced one; leave eora out")
-    moments = _input_moments(model, maps, sequences, max_tokens)
+    moments = _input_moments(model, linear, sequences, max_tokens)
     layers: dict[str, nn.Module] = {}
-    paths = {id(module): path for path, module in _original(model).named_modules()}
-    for name, module in maps.items():
+    paths = {id(module): path for path, module in plain_model(model).named_modules()}
+    for name, module in linear.items():
         try:
             moment = moments[name]
         except LensError as error:
             raise RequestError(
                 f"expected a model that computes with {name}, got one that uses a copy of it; leave eora out"
             ) from error
-        lost = _rows(originals[name]).float().to(moment) - _rows(module).float()
+        lost = linear_weight(originals[name]).detach().float().to(moment) - linear_weight(module).detach().float()
         layers[paths[id(module)]] = _WithLowRank(module, *_low_rank(lost, moment, rank))
-    return EoraInjection(layers, list(maps))
+    return EoraInjection(layers, list(linear))
 
 
 def _low_rank(
     lost: Float[Tensor, "out in"], moment: Float[Tensor, "in in"], rank: int
 ) -> tuple[Float[Tensor, "rank in"], Float[Tensor, "out rank"]]:
     values, Q = torch.linalg.eigh(moment.double())
-    seen = values > values[-1] * 1e-9  # directions without input are left out
-    root, Q = values[seen].sqrt(), Q[:, seen]
+    is_used = values > values[-1] * 1e-9  # directions without input are left out
+    root, Q = values[is_used].sqrt(), Q[:, is_used]
     U, S, Vh = torch.linalg.svd(lost.double() @ Q * root, full_matrices=False)
     A = (Vh[:rank] / root) @ Q.T
     return A.float(), (U[:, :rank] * S[:rank]).float()
@@ -116,44 +116,21 @@ def _low_rank(
 
 @torch.inference_mode()
 def _input_moments(
-    model: HookedModel, maps: Mapping[str, nn.Module], sequences: Sequence[TokenSequence], max_tokens: int
+    model: HookedModel, layers: Mapping[str, nn.Module], sequences: Sequence[TokenSequence], max_tokens: int
 ) -> InputMoments:
     moments, device = InputMoments(), device_of(model)
-    valid = last = kept = torch.empty(0)
+    valid = last = counted = torch.empty(0)
 
-    def observe(name: str, inputs: Tensor) -> None:
-        nonlocal last, kept
-        if inputs is not last:  # q, k and v read the same inputs and share their moments
-            last, kept = inputs, inputs[valid]
-        moments.add(name, kept)
+    def observe(name: str, _: nn.Module, args: tuple[Tensor, ...]) -> None:
+        nonlocal last, counted
+        if args[0] is not last:  # q, k and v read the same inputs and share their moments
+            last, counted = args[0], args[0][valid]
+        moments.add(name, counted)
 
-    with _watched(maps, observe):
+    with ExitStack() as stack:
+        for name, module in layers.items():
+            stack.callback(module.register_forward_pre_hook(functools.partial(observe, name)).remove)
         for batch in batches(sequences, max_tokens=max_tokens):
             valid = batch.is_valid().to(device)
             run_without_logits(model, batch.tokens.to(device), [])
     return moments
-
-
-@contextmanager
-def _watched(maps: Mapping[str, nn.Module], observe: Callable[[str, Tensor], None]) -> Iterator[None]:
-    with ExitStack() as stack:
-        for name, module in maps.items():
-            stack.callback(module.register_forward_pre_hook(_shower(name, observe)).remove)
-        yield
-
-
-def _shower(name: str, observe: Callable[[str, Tensor], None]) -> Callable[..., None]:
-    def show(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-        observe(name, args[0])
-
-    return show
-
-
-def _rows(module: nn.Module) -> Tensor:
-    weight = module.get_parameter("weight").detach()
-    return weight.T if is_transposed(module) else weight
-
-
-def _original(model: Any) -> nn.Module:
-    original: nn.Module = plain_model(model)
-    return original

@@ -14,14 +14,14 @@ from lcc_lens.models.hooked.activations import Site, TokenPositions, parts_of, v
 from lcc_lens.models.hooked.hooks import HookedModel, NamedHook, adders
 from lcc_lens.models.hooked.offloading import device_of
 from lcc_lens.models.hooked.sites import CONSTANT_SITES, ConstantSite, projection_names, projection_output_name
-from lcc_lens.models.hooked.weights import linear_weight, plain_modules
+from lcc_lens.models.hooked.weights import named_weight, plain_modules
 from lcc_lens.models.pair import Pair
 from lcc_lens.restoration.injections.base import Injection
 from lcc_lens.restoration.injections.footprint import Footprint
 
 
 class BiasInjection(Injection):
-    """Constants at the outputs of the maps that read a site, which are those maps' biases; nothing is trained.
+    """Biases of the linear layers that read a site, added to their outputs; nothing is trained.
 
     Args:
         biases: by site, for every layer.
@@ -35,7 +35,6 @@ class BiasInjection(Injection):
 
     @property
     def footprint(self) -> Footprint:
-        """See :class:`~lcc_lens.restoration.injections.footprint.Footprint`."""
         return Footprint(biases=self._sites)
 
     def biases(self, site: ConstantSite) -> Float[Tensor, "layer d_model"]:
@@ -54,13 +53,13 @@ class BiasInjection(Injection):
 def flap(
     pair: Pair, sequences: Sequence[TokenSequence], *, model: HookedModel | None = None, max_tokens: int = 1024
 ) -> BiasInjection:
-    r"""Biases of the output and down projections that give back the mean of the removed weights' contribution.
+    r"""Biases of output and down projections that restore the mean of the removed weights' contribution.
 
-    $b = (W_{dense} - W) \bar x$ with the mean $\bar x$ of a map's inputs in the dense model: the removed weights times
-    the mean input, where pruning left the others as they were; where it changed them to make up for some of the loss,
-    that is not counted twice. As in the paper, output and down projections get one each, in one pass and in
-    closed form. (The paper removes whole input channels, and proposes a score to choose them; this is its compensation
-    alone, on zeros of any kind.)
+    $b = (W_{dense} - W) \bar x$ with the mean $\bar x$ of a linear layer's inputs in the dense model. If pruning left
+    the other weights unchanged, this is the removed weights times the mean input; what a pruner compensated already is
+    not counted twice. As in the paper, output and down projections get one each, in one pass and in closed form. (The
+    paper removes whole input channels, and proposes a score to choose them; this is its compensation alone, on zeros of
+    any kind.)
 
     Args:
         model: the model to correct; the pair's pruned model if not given.
@@ -69,14 +68,14 @@ def flap(
         FLAP (An et al., AAAI 2024, arXiv 2312.11983), bias compensation; from the paper alone.
     """
     dense, corrected = pair.dense, pair.pruned if model is None else model
-    plain_modules(corrected)  # its maps have hook points of their own, which a HookedTransformer's have not
-    maps = {site: (projection_names(dense, site), projection_names(corrected, site)) for site in CONSTANT_SITES}
+    plain_modules(corrected)  # refuses a HookedTransformer, which has no hook points at these layers' outputs
+    names = {site: (projection_names(dense, site), projection_names(corrected, site)) for site in CONSTANT_SITES}
     means = mean_inputs(dense, sequences, max_tokens)
     biases: dict[ConstantSite, Tensor] = {}
-    for site, by_layer in maps.items():
+    for site, by_layer in names.items():
         rows = []
         for layer, (original, name) in enumerate(zip(*by_layer, strict=True)):
-            weights = linear_weight(dense, original), linear_weight(corrected, name)
+            weights = named_weight(dense, original), named_weight(corrected, name)
             if weights[0].shape != weights[1].shape:
                 raise RequestError(
                     "expected models whose layers have the same shapes, got a sliced one; leave flap out"
@@ -90,7 +89,7 @@ def flap(
 def mean_inputs(
     model: HookedModel, sequences: Sequence[TokenSequence], max_tokens: int = 1024
 ) -> dict[ConstantSite, Float[Tensor, "layer width"]]:
-    """The mean of what every output and down projection reads, over all tokens, in float64.
+    """The mean input of every output and down projection over all tokens, in float64.
 
     Raises:
         RequestError: no sequences.

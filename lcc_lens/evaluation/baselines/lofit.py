@@ -14,7 +14,8 @@ from lcc_lens.data.batches import TokenSequence
 from lcc_lens.models.hooked.hooks import HookedModel
 from lcc_lens.restoration.injections.changes import Change, Gain
 from lcc_lens.restoration.injections.weights import WeightInjection, output_gains
-from lcc_lens.restoration.training.loop import TrainConfig, train
+from lcc_lens.restoration.training.config import TrainConfig
+from lcc_lens.restoration.training.loop import train
 
 #: Learning rate of the offsets at the chosen heads; so few parameters allow a higher one than all heads do.
 LOFIT_LR = 1e-1
@@ -45,7 +46,7 @@ def lofit_heads(
     validation: Sequence[TokenSequence],
     config: TrainConfig,
     *,
-    share: float = 0.2,
+    fraction: float = 0.2,
     l1: float = 1e-3,
     teacher: HookedModel | None = None,
 ) -> list[Head]:
@@ -53,10 +54,10 @@ def lofit_heads(
 
     Args:
         config: settings of the training; its learning rate is the gains'.
-        share: fraction of the heads to choose; the published code takes 10 to 30 %.
+        fraction: of the heads to choose; the published code takes 10 to 30 %.
     """
-    if not 0 < share <= 1:
-        raise RequestError(f"expected a share of heads above 0 and up to 1, got {share}; correct it")
+    if not 0 < fraction <= 1:
+        raise RequestError(f"expected a fraction of heads above 0 and up to 1, got {fraction}; correct it")
     gains = SparseGains(output_gains(model, projections, heads).changes(), l1=l1)
     for _ in train(model, gains, sequences, validation, config, teacher=teacher):
         pass
@@ -72,4 +73,4 @@ def lofit_heads(
         raise RequestError(
             "expected gains that lower the held-out loss to choose heads by, got none; lower the learning rate"
         )
-    return sorted(sizes, key=lambda head: -sizes[head])[: math.ceil(share * len(sizes))]
+    return sorted(sizes, key=lambda head: -sizes[head])[: math.ceil(fraction * len(sizes))]

@@ -24,20 +24,12 @@ def _adapter(name: str, does: str) -> Method:
     return Method(build, does, "r (n_in + n_out) per linear layer", compare_only=True, package="peft")
 
 
-def _eora(inputs: Ingredients) -> Injection:
-    return eora(inputs.model, inputs.both().dense, inputs.sequences, rank=inputs.adapter_rank)
-
-
-def _flap(inputs: Ingredients) -> Injection:
-    return flap(inputs.both(), inputs.sequences, model=inputs.model)
-
-
 def _lofit_heads(search: HeadSearch) -> list[Head]:
     if not search.heads:
         raise RequestError("expected heads for LoFiT to choose from, got none; scan the pair first")
     return lofit_heads(
         search.model, search.projections, search.heads, search.sequences, search.validation, search.config,
-        share=search.fraction, teacher=search.teacher,
+        fraction=search.fraction, teacher=search.teacher,
     )  # fmt: skip
 
 
@@ -45,10 +37,14 @@ LORA = _adapter("lora", "LoRA beside the attention's projections")
 DORA = _adapter("dora", "DoRA beside the attention's projections")
 LORA_VO = _adapter("lora-vo", "LoRA beside the value and output projections")
 DORA_VO = _adapter("dora-vo", "DoRA beside the value and output projections")
-EORA = Method(_eora, "EoRA beside every linear layer, in closed form", None, source="sequences", compare_only=True)
+EORA = Method(
+    lambda inputs: eora(inputs.model, inputs.both().dense, inputs.sequences, rank=inputs.adapter_rank),
+    "EoRA beside every linear layer, in closed form", None, source="sequences", compare_only=True,
+)  # fmt: skip
 FLAP = Method(
-    _flap, "FLAP's bias compensation, in closed form", None, CONSTANT_SITES, source="sequences", compare_only=True
-)
+    lambda inputs: flap(inputs.both(), inputs.sequences, model=inputs.model),
+    "FLAP's bias compensation, in closed form", None, CONSTANT_SITES, source="sequences", compare_only=True,
+)  # fmt: skip
 LOFIT = Preset("offset", "LoFiT: heads chosen by gains, then an offset at each", lr=LOFIT_LR, choose_heads=_lofit_heads)
 #: PERP (arXiv 2312.15230) trains what is cheap: biases and norms (an offset at a site is a bias of the linear layer
 #: behind it), or LoRA under the mask, here at LoRA's rank.

@@ -191,7 +191,8 @@ def _row(text: str, runs: Sequence[dict[str, Any]], results: dict[str, Any]) -> 
     done = [run for run in runs if "perplexity" in run]
     columns = {key: [run[key] for run in done if run.get(key) is not None] for key in (*MEASURES, *COSTS)}
     is_restoration = entry.control != "dense"
-    fractions = [_recovered(unrestored, run) for run in done] if is_restoration else []
+    dense, pruned = (unrestored.get(name, {}).get("log_perplexity", math.nan) for name in ("dense", "pruned"))
+    fractions = [share_recovered(dense, pruned, run["log_perplexity"]) for run in done] if is_restoration else []
     columns["recovered"] = [fraction for fraction in fractions if fraction is not None]
     for name in done[0].get("texts", {}) if done else ():
         columns[f"perplexity_{name}"] = [run["texts"][name]["perplexity"] for run in done]
@@ -217,11 +218,6 @@ def _finite(run: dict[str, Any]) -> dict[str, Any]:
         if not math.isfinite(run[name]):
             raise LensError(f"expected finite figures, got a {name} of {run[name]}; lower the learning rate")
     return run
-
-
-def _recovered(unrestored: dict[str, Any], run: dict[str, Any]) -> float | None:
-    dense, pruned = (unrestored[name]["log_perplexity"] for name in ("dense", "pruned"))
-    return share_recovered(dense, pruned, run["log_perplexity"])
 
 
 def _recovered_interval(unrestored: dict[str, Any], runs: Sequence[dict[str, Any]]) -> list[float]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
@@ -15,17 +14,9 @@ from lcc_lens.core.checkpoint import Checkpoint
 from lcc_lens.core.errors import RequestError
 from lcc_lens.evaluation.baselines.adapters import ADAPTERS, adapted
 from lcc_lens.evaluation.comparison.entry import Entry
-from lcc_lens.evaluation.efficiency.timing import (
-    DECODE_PROMPT,
-    SpeedConfig,
-    interleaved,
-    median_interval,
-    spread_tokens,
-    time_decode,
-    time_prefill,
-)
+from lcc_lens.evaluation.efficiency.timing import SpeedConfig, median_interval, median_ratio, time_models
 from lcc_lens.models.architecture.joint_bias_slots import find_joint_slots
-from lcc_lens.models.architecture.layers import is_linear, is_transposed
+from lcc_lens.models.architecture.layers import is_linear, linear_weight
 from lcc_lens.models.hooked.hooks import HookedModel
 from lcc_lens.models.hooked.sites import ConstantSite, projection_names
 from lcc_lens.models.loading.plain import load_plain
@@ -33,24 +24,24 @@ from lcc_lens.models.pair import Pair
 from lcc_lens.restoration.injections.base import Injection
 from lcc_lens.restoration.injections.weights import IN_LAYER, layer_maps
 
-#: A result that is served as the pruned model is, with changed weights at most.
+#: A result that has the pruned model's form: at most its weights are changed.
 PLAIN = "pruned"
 #: EoRA's result has LoRA's form, beside every linear layer.
-EVERY_MAP = "eora"
+EVERY_LAYER = "eora"
 #: Names of results with added biases, by the sites whose projections get them.
 BIASES: dict[tuple[ConstantSite, ...], str] = {("z",): "biases", ("mlp",): "mlp biases", ("z", "mlp"): "all biases"}
 
 
 def served_as(entry: Entry) -> str:
     """How a merged entry is served: like the ``pruned`` model (changed weights), with biases, or with an adapter."""
-    if entry.method in ADAPTERS or entry.method == EVERY_MAP:
+    if entry.method in ADAPTERS or entry.method == EVERY_LAYER:
         return entry.method
     return BIASES.get(entry.bias_sites, PLAIN)
 
 
 def inference_costs(
     path: Path,
-    maps: Mapping[ConstantSite, tuple[str, ...]],
+    projections: Mapping[ConstantSite, tuple[str, ...]],
     kinds: Collection[str],
     *,
     rank: int = 8,
@@ -59,7 +50,7 @@ def inference_costs(
     """Time plain models in interleaved rounds. Times depend on shapes, not values, so added parameters are zeros.
 
     Args:
-        maps: names in the plain model of the output projections that read each site; sites without any are left out.
+        projections: by site, the plain names of the linear layers that read it, by layer; not all sites have them.
         kinds: results of :func:`served_as`; ``pruned`` is always timed.
 
     Returns:
@@ -71,45 +62,37 @@ def inference_costs(
     models: dict[str, nn.Module] = {}
     for kind in dict.fromkeys([PLAIN, *kinds]):
         try:
-            models[kind] = _served(path, maps, kind, rank)
+            models[kind] = _served(path, projections, kind, rank)
         except RequestError:
             continue
     embedding = cast("Any", models[PLAIN]).get_input_embeddings()
-    n_vocab, device = embedding.weight.shape[0], embedding.weight.device
-    prompt, start = (spread_tokens(n, n_vocab, device) for n in (config.prompt_tokens, DECODE_PROMPT))
-    jobs: dict[str, dict[str, Callable[[], float]]] = {
-        "prefill": {kind: functools.partial(time_prefill, model, prompt) for kind, model in models.items()},
-        "decode": {
-            kind: functools.partial(time_decode, model, start, config.new_tokens) for kind, model in models.items()
-        },
-    }
+    durations = time_models(models, config, embedding.weight.shape[0], embedding.weight.device)
     costs: dict[str, dict[str, Any]] = {kind: {} for kind in models}
-    for job, timed in jobs.items():
-        durations = interleaved(timed, config.repeats, job)
-        for kind, values in durations.items():
-            ratios = [value / base for value, base in zip(values, durations[PLAIN], strict=True)]
-            costs[kind] |= {f"{job}_ms": median_interval(values), f"{job}_ratio": median_interval(ratios)}
+    for phase, by_kind in durations.items():
+        for kind, values in by_kind.items():
+            costs[kind][f"{phase}_ms"] = median_interval(values)
+            costs[kind][f"{phase}_ratio"] = median_ratio(values, by_kind[PLAIN])
     return costs
 
 
-def _served(path: Path, maps: Mapping[ConstantSite, tuple[str, ...]], kind: str, rank: int) -> Any:
+def _served(path: Path, projections: Mapping[ConstantSite, tuple[str, ...]], kind: str, rank: int) -> Any:
     sites = next((sites for sites, name in BIASES.items() if name == kind), ())
-    if not set(sites) <= maps.keys():
-        raise RequestError(f"expected maps that read {' and '.join(sites)}, got none; leave {kind} out")
+    if not set(sites) <= projections.keys():
+        raise RequestError(f"expected linear layers that read {' and '.join(sites)}, got none; leave {kind} out")
     checkpoint = Checkpoint(path)
-    slots = find_joint_slots(checkpoint, {site: maps[site] for site in sites})
+    slots = find_joint_slots(checkpoint, {site: projections[site] for site in sites})
     model = load_plain(path)
     modules = dict(model.named_modules())
     for name, shape in slots.new_biases(checkpoint.tensors).items():
         module: Any = modules.get(name.removesuffix(".bias"))  # None where the export would split a fused layer
         if module is not None:
             module.bias = nn.Parameter(torch.zeros(shape).to(module.weight), requires_grad=False)
-    if kind in ADAPTERS or kind == EVERY_MAP:
+    if kind in ADAPTERS or kind == EVERY_LAYER:
         adapter, targets = ADAPTERS.get(kind, ("lora", ()))
-        maps_in_layers = [name for name, m in model.named_modules() if is_linear(m) and IN_LAYER.search(name)]
-        names = [name for name in maps_in_layers if not targets or name.rsplit(".", 1)[-1] in targets]
+        linear = [name for name, m in model.named_modules() if is_linear(m) and IN_LAYER.search(name)]
+        names = [name for name in linear if not targets or name.rsplit(".", 1)[-1] in targets]
         adapted(model, names, kind=adapter, rank=rank, seed=0)
-        for layer in model.modules():  # served in the model's own format
+        for layer in model.modules():  # in the model's number format
             for name, parameter in layer.named_parameters(recurse=False):
                 if parameter.dtype != model.dtype:
                     setattr(layer, name, nn.Parameter(parameter.data.to(model.dtype), requires_grad=False))
@@ -147,8 +130,7 @@ def _n_biases(pair: Pair, sites: Sequence[ConstantSite]) -> int | None:
 def _zeros_kept(model: HookedModel, changes: Mapping[str, Callable[[Tensor], Tensor]]) -> float | None:
     n_zeros = n_kept = 0
     for name, module in layer_maps(model).items():
-        weight: Tensor = module.get_parameter("weight")
-        weight = weight.T if is_transposed(module) else weight
+        weight = linear_weight(module)
         is_zero = weight == 0
         n_zeros += int(is_zero.sum())
         after = changes[name](weight) if name in changes else weight

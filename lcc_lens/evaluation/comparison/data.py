@@ -1,4 +1,4 @@
-"""Data of a comparison: what its runs train on, what chooses the best parameters, and what is measured."""
+"""Data of a comparison: for training, for choosing the best parameters, and for measuring."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class ComparisonData:
         """Training examples of a run, drawn by its seed; the control ``shuffled`` gets other prompts' responses.
 
         Raises:
-            RequestError: an example is held out as well.
+            RequestError: an example is also held out.
         """
         data = load_data(self._config.data, self._config.examples, role="train", seed=seed)
         check_disjoint(data.groups, self._held_out().groups, "training data", "held-out data")
@@ -42,7 +42,7 @@ class ComparisonData:
         return self._read(tokenizer)[0]
 
     def measures(self, tokenizer: PreTrainedTokenizerBase) -> Measures:
-        """What is measured; nothing else uses these data."""
+        """The data for measuring, which nothing else uses."""
         return self._read(tokenizer)[1]
 
     def _held_out(self) -> Data:
@@ -54,7 +54,7 @@ class ComparisonData:
         config = self._config
         held_out = encode(self._held_out(), tokenizer, max_length=config.max_length)
         validation, responses = held_out[: config.validation], held_out[config.validation :]
-        if config.data in config.tasks:  # what is measured item by item chooses nothing
+        if config.data in config.tasks:  # a measured task must not choose the parameters
             data = load_data(config.data, config.validation, role="calibration")
             validation, responses = encode(data, tokenizer, max_length=config.max_length), held_out
         if not responses:

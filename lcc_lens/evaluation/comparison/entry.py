@@ -70,13 +70,17 @@ class Entry:
         preset = Preset("", "") if spec is None else spec.preset
         on_refit = is_refit or preset.on_refit
         if control == "random-heads" and not (spec is not None and spec.selects_heads):
-            raise RequestError(f"expected a method that acts on heads for random heads, got {text!r}")
+            raise RequestError(f"expected a method that acts on heads for random heads, got {text!r}; leave it out")
         if (control == "dense" and on_refit) or (control and spec is None):
-            raise RequestError(f"expected a control of something that trains on the pruned model, got {text!r}")
+            raise RequestError(
+                f"expected a control of a method that trains on the pruned model, got {text!r}; leave it out"
+            )
         try:
             lr = float(rate) if rate and rate != TUNED else preset.lr
         except ValueError:
-            raise RequestError(f"expected a learning rate or {TUNED!r} behind =, got {rate!r} in {text!r}") from None
+            raise RequestError(
+                f"expected a learning rate or {TUNED!r} after =, got {rate!r} in {text!r}; correct it"
+            ) from None
         goal = Objective.parse(objective or preset.objective or "response")
         return cls(text, spec, on_refit, control or None, goal, lr, rate == TUNED)
 

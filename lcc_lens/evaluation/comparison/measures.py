@@ -13,9 +13,9 @@ from lcc_lens.models.hooked.hooks import HookedModel
 from lcc_lens.models.hooked.weights import plain_model
 from lcc_lens.models.pair import Pair
 from lcc_lens.restoration.injections.base import Injection
-from lcc_lens.restoration.training.loop import validation_loss, validation_terms
 from lcc_lens.restoration.training.objectives import Objective
 from lcc_lens.restoration.training.reuse import CachedTeacher
+from lcc_lens.restoration.training.validation import validation_loss, validation_terms
 
 
 @dataclass(frozen=True)

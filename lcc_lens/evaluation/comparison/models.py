@@ -59,7 +59,7 @@ class ComparedModels:
         release_memory()
 
     def teacher(self, *, trains_dense: bool = False) -> CachedTeacher:
-        """The dense model to follow. Where the pair's own is trained in place, a copy that stays as it was."""
+        """The dense model as teacher; a separate copy if the pair's dense model itself is trained."""
         assert self._teacher is not None
         if not trains_dense:
             return self._teacher
@@ -68,7 +68,7 @@ class ComparedModels:
         return self._separate_teacher
 
     def scan(self, spec: MethodSpec, pair: Pair, *, on_refit: bool) -> Scan:
-        """The scan of a pair for a method: the one in the folder, or a new one where that lacks something."""
+        """The scan of a pair for a method: the one in the folder, or a new one if it lacks something."""
         config, folder = self._config, self.folder / ("scan_refit" if on_refit else "scan")
         with locked(self.folder, folder.name):
             return scan_for(

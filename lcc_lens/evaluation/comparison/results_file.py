@@ -41,11 +41,11 @@ class ComparisonFile:
         self.results = _begun(path, identity, config)
 
     def keep(self, *, new_run: str | None = None, own: Sequence[str] = (), finish: Finish | None = None) -> None:
-        """Write everything; the file's values replace ours except where named here.
+        """Write all results; the file's values replace ours except those named here.
 
         Args:
             own: other entries of the file that were just computed.
-            finish: called with everything just before it is written.
+            finish: called with the results just before they are written.
         """
         with locked(self._run, "comparison"):
             self._merge(new_run, own)
@@ -110,7 +110,7 @@ def read_comparison(path: Path) -> dict[str, Any]:
 
 
 def _begun(path: Path, identity: dict[str, str], config: CompareConfig) -> dict[str, Any]:
-    """What the file holds already; refuses another comparison's."""
+    """The results in the file, if any; refuses those of another comparison."""
     settings = json.loads(json.dumps(asdict(config)))  # lists for tuples, as in the file
     results = read_comparison(path) if path.exists() else {"cells": {}}
     if "settings" in results:

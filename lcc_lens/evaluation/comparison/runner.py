@@ -29,8 +29,10 @@ from lcc_lens.restoration.injections.base import Injection
 from lcc_lens.restoration.injections.ingredients import Ingredients
 from lcc_lens.restoration.injections.methods import HeadSearch
 from lcc_lens.restoration.injections.spec import MethodSpec
-from lcc_lens.restoration.training.loop import Step, TrainConfig, learning_rates, train
+from lcc_lens.restoration.training.config import Step, TrainConfig
+from lcc_lens.restoration.training.loop import train
 from lcc_lens.restoration.training.lr_range import tuned
+from lcc_lens.restoration.training.state import learning_rates
 
 
 class _Job(NamedTuple):
@@ -48,7 +50,7 @@ class _Job(NamedTuple):
 
 
 class _Trained(NamedTuple):
-    """The injection of a run, what it acts on, what its training cost, and whether it was trained now."""
+    """The injection of a run, its models, the costs of its training, and whether it was trained in this call."""
 
     pair: Pair
     model: HookedModel
@@ -95,12 +97,12 @@ class Runner:
         return measured if injection is None else {**measured, **merging_costs(injection, pair, model), **costs}
 
     def lacks_baselines(self, results: dict[str, Any]) -> bool:
-        """Whether something requested is not measured yet of the unrestored models."""
+        """Whether a requested measure of the unrestored models is missing."""
         baselines = [results["bare"].get(name) for name in ("dense", "pruned")]
         return any(baseline is None or self._unmeasured(baseline) for baseline in baselines)
 
     def measure_baselines(self, results: dict[str, Any]) -> None:
-        """Measure both models without an injection, on all that is requested."""
+        """Measure both models without an injection, as far as measures are missing."""
         for name in ("dense", "pruned"):
             baseline = results["bare"].get(name)
             if baseline is not None and not self._unmeasured(baseline):
@@ -113,7 +115,7 @@ class Runner:
                 baseline["tasks"] |= measures.accuracies(pair, model, None, self._unmeasured(baseline))
 
     def time(self, entries: Sequence[Entry], results: dict[str, Any]) -> None:
-        """Time inference of what is served, unless that was done."""
+        """Time inference of every kind of result, unless that was done."""
         kinds = {served_as(entry) for entry in entries if entry.control is None}
         if kinds <= set(results.get("inference", {})):
             return
@@ -128,7 +130,7 @@ class Runner:
         results["inference"] = inference_costs(path, layers, kinds, rank=self.config.lora_rank, config=speed)
 
     def steps(self, entry: Entry, seed: int) -> Iterator[Step]:
-        """The steps of an entry's training as they come, of which nothing is kept: for timing."""
+        """The steps of an entry's training, for timing; nothing is written."""
         job = self._job(entry, seed, {})
         injection = self._injection(job, self._heads(job).heads)
         yield from train(job.model, injection, job.data, job.validation, job.config, teacher=job.pair.dense)
@@ -171,7 +173,7 @@ class Runner:
         return _Trained(pair, job.model, injection, costs, is_new=bool(injection.n_trained))
 
     def _job(self, entry: Entry, seed: int, results: dict[str, Any]) -> _Job:
-        """Collect what an entry trains in and on."""
+        """Collect the models, data and settings of an entry's training."""
         assert entry.spec is not None
         pair = self.models.pair(on_refit=entry.on_refit, results=results)
         if entry.control == "dense" and pair.n_heads != int(pair.dense.cfg.n_heads):
@@ -186,7 +188,7 @@ class Runner:
         return _Job(entry, entry.spec, seed, pair, model, data, validation, config, scan)
 
     def _heads(self, job: _Job) -> ChosenHeads:
-        """The heads of a run. Where training chooses them, the choice is kept: entries at other rates share it."""
+        """The heads of a run. If training chooses them, the choice is stored, and entries at other rates reuse it."""
         if job.scan is None:
             return ChosenHeads([], 0.0)
         selector = "random" if job.entry.control == "random-heads" else self.config.needed_selector
@@ -217,7 +219,7 @@ class Runner:
         )  # fmt: skip
 
     def _fit(self, job: _Job, injection: Injection) -> tuple[TrainConfig, int, dict[str, Any]]:
-        """Train an injection; gives the settings, the steps taken and what choosing a learning rate cost."""
+        """Train an injection; returns the settings, the number of steps, and the record of a learning-rate search."""
         config, n_steps, tuning, teacher = job.config, 0, dict[str, Any](), self._teacher(job.entry).model
         if injection.n_trained:
             if job.entry.tunes_lr:

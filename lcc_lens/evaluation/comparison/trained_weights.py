@@ -44,7 +44,7 @@ class TrainedWeights:
     If a first stage chooses heads by training, a JSON file holds its choice.
 
     Args:
-        folder: created when something is kept.
+        folder: created at the first write.
         settings: all other settings that a training depends on.
     """
 
@@ -52,14 +52,14 @@ class TrainedWeights:
         self._folder, self._settings = folder, {**settings, "version": package_version()}
 
     def load(self, injection: Injection, entry: str, seed: int, request: Sequence[Any]) -> dict[str, Any] | None:
-        """Load kept parameters into a freshly built injection; None if there are none of the same training.
+        """Load stored parameters into a newly built injection; None if there are none of the same training.
 
         Args:
             injection: as built for the run, on any device.
             request: what else the training depends on: models, learning rates.
 
         Returns:
-            What :meth:`keep` was given as ``costs``.
+            The ``costs`` passed to :meth:`keep`.
         """
         path = self._path(entry, seed)
         if not path.exists():
@@ -80,13 +80,13 @@ class TrainedWeights:
     def keep(
         self, injection: Injection, entry: str, seed: int, request: Sequence[Any], costs: Mapping[str, Any]
     ) -> None:
-        """Write what a run trained; the arguments are those of :meth:`load`."""
+        """Write the trained parameters of a run; the arguments are those of :meth:`load`."""
         metadata = {"request": self._request(request), "costs": json.dumps(costs)}
         self._folder.mkdir(parents=True, exist_ok=True)
         write_tensors(self._path(entry, seed), _trained(injection), metadata)
 
     def heads(self, entry: str, seed: int, request: Sequence[Any], choose: Callable[[], Sequence[Head]]) -> ChosenHeads:
-        """The heads that a first stage chooses; it runs only if no choice of the same training is kept.
+        """The heads that a first stage chooses; it runs only if no choice of the same training is stored.
 
         Args:
             entry: the run's entry, without the parts that the first stage does not depend on.

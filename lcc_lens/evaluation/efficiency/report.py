@@ -156,11 +156,11 @@ def _file_entry(zeros: ZeroPattern) -> Entry:
         "prefill_ms": None,
         "decode_ms": None,
         "prefill_semi_structured_ms": None,
-        "semi_structured_note": "not run: times were not asked for" if zeros.pattern == "2:4" else None,
+        "semi_structured_note": "not run: times were not requested" if zeros.pattern == "2:4" else None,
         "matrices": {
             matrix.name: {
-                "shape": list(matrix.shape), "zeros": matrix.zeros, "sparsity": matrix.share, "pattern": matrix.pattern,
-                "zero_rows": matrix.zero_rows, "zero_columns": matrix.zero_columns,
+                "shape": list(matrix.shape), "zeros": matrix.zeros, "sparsity": matrix.sparsity,
+                "pattern": matrix.pattern, "zero_rows": matrix.zero_rows, "zero_columns": matrix.zero_columns,
                 "bytes": sizes[matrix.name][0], "bytes_zstd": sizes[matrix.name][1],
             }
             for matrix in zeros.matrices

@@ -1,4 +1,4 @@
-"""Tables and sentences of an efficiency report; no sentence claims what was not measured."""
+"""Tables and sentences of an efficiency report, from measured values only."""
 
 from __future__ import annotations
 

@@ -6,8 +6,7 @@ import warnings
 from typing import Any
 
 import torch
-from jaxtyping import Float
-from torch import Tensor, nn
+from torch import nn
 
 from lcc_lens.core.errors import RequestError
 from lcc_lens.models.architecture.layers import decoder_layers
@@ -41,7 +40,7 @@ def to_semi_structured(model: nn.Module) -> int:
             f"expected every linear weight exactly 2:4, got {len(others)} of {len(linears)} that are not ({others[0]} "
             "first); prune with --pattern 2:4"
         )
-    fitting = [layer for layer in linears.values() if _fits(layer.weight)]
+    fitting = [m for m in linears.values() if m.out_features % _ROWS == 0 and m.in_features % _COLUMNS == 0]
     if not fitting:
         raise RequestError(
             f"expected matrices of a multiple of {_ROWS} outputs and {_COLUMNS} inputs for 2:4 kernels, got none; "
@@ -79,7 +78,3 @@ def _linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
             f"expected linear layers for 2:4 kernels, got none in {type(model).__name__}; name another model"
         )
     return linears
-
-
-def _fits(weight: Float[Tensor, "out in"]) -> bool:
-    return weight.shape[0] % _ROWS == 0 and weight.shape[1] % _COLUMNS == 0

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Int
@@ -31,7 +31,9 @@ DECODE_PROMPT = 16
 WARM_UP = 2
 #: Probability with which an interval covers the true median.
 CONFIDENCE = 0.95
-Durations = dict[str, list[float]]
+#: Times by kind and model, one per round.
+Durations = dict[str, dict[str, list[float]]]
+K = TypeVar("K")
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,6 @@ def measure_speed(paths: Mapping[str, Path], config: SpeedConfig, *, semi_struct
         RequestError: a model does not load.
         LensError: a weight is NaN or infinite.
     """
-    device = default_device()
     models: dict[str, nn.Module] = {
         name: load_plain(path) for name, path in track(paths.items(), len(paths), "loading")
     }
@@ -101,25 +102,38 @@ def measure_speed(paths: Mapping[str, Path], config: SpeedConfig, *, semi_struct
         except RequestError as refusal:
             notes[name] = f"not run: {refusal}"
     d_vocab = min(read_config(path).get_text_config().vocab_size for path in paths.values())
+    durations = time_models(models, config, d_vocab, default_device(), sparse=sparse)
+    return _summarise(durations, config, notes)
+
+
+def time_models(
+    models: Mapping[str, nn.Module],
+    config: SpeedConfig,
+    d_vocab: int,
+    device: torch.device,
+    *,
+    sparse: Mapping[str, nn.Module] | None = None,
+) -> Durations:
+    """Milliseconds of ``prefill`` and ``decode`` (per token) by kind and name, in interleaved rounds.
+
+    Args:
+        sparse: models on 2:4 kernels, whose prefill is timed in the same rounds as ``prefill_semi_structured``.
+    """
     prompt, start = (spread_tokens(n, d_vocab, device) for n in (config.prompt_tokens, DECODE_PROMPT))
-    jobs: dict[str, Callable[[], float]] = {
-        _job(kind, name): functools.partial(time_prefill, model, prompt)
-        for kind, group in (("prefill", models), ("prefill_semi_structured", sparse))
-        for name, model in group.items()
+    prefill = {("prefill", name): functools.partial(time_prefill, m, prompt) for name, m in models.items()}
+    for name, model in (sparse or {}).items():
+        prefill["prefill_semi_structured", name] = functools.partial(time_prefill, model, prompt)
+    decode = {
+        ("decode", name): functools.partial(time_decode, m, start, config.new_tokens) for name, m in models.items()
     }
-    durations = interleaved(jobs, config.repeats, "prefill")
-    durations |= interleaved(
-        {
-            _job("decode", name): functools.partial(time_decode, model, start, config.new_tokens)
-            for name, model in models.items()
-        },
-        config.repeats,
-        "decode",
-    )
-    return _summarise(durations, list(models), config, notes)
+    durations: Durations = {}
+    for jobs, description in ((prefill, "prefill"), (decode, "decode")):
+        for (kind, name), values in interleaved(jobs, config.repeats, description).items():
+            durations.setdefault(kind, {})[name] = values
+    return durations
 
 
-def interleaved(jobs: Mapping[str, Callable[[], float]], repeats: int, description: str) -> dict[str, list[float]]:
+def interleaved(jobs: Mapping[K, Callable[[], float]], repeats: int, description: str) -> dict[K, list[float]]:
     """Run every job once per round in rotating order, so that a drift of the machine affects all alike.
 
     Args:
@@ -129,7 +143,7 @@ def interleaved(jobs: Mapping[str, Callable[[], float]], repeats: int, descripti
         Durations by name, the i-th of every job from the same round.
     """
     names = list(jobs)
-    durations: dict[str, list[float]] = {name: [] for name in names}
+    durations: dict[K, list[float]] = {name: [] for name in names}
     for number in track(range(WARM_UP + repeats), WARM_UP + repeats, description):
         first = number % len(names) if names else 0
         for name in names[first:] + names[:first]:
@@ -165,23 +179,28 @@ def median_interval(values: Sequence[float]) -> dict[str, float]:
     }
 
 
+def median_ratio(values: Sequence[float], base: Sequence[float]) -> dict[str, float]:
+    """The :func:`median_interval` of the ratios to ``base`` round by round."""
+    return median_interval([value / reference for value, reference in zip(values, base, strict=True)])
+
+
 def time_prefill(model: nn.Module, tokens: Int[Tensor, "1 pos"]) -> float:
     """Milliseconds of one forward pass over a prompt that fills the KV cache and gives the last position's logits."""
     with torch.inference_mode():
-        start = _now(tokens.device)
+        start = now(tokens.device)
         model(tokens, use_cache=True, **_last_logits(model))
-        return 1000 * (_now(tokens.device) - start)
+        return 1000 * (now(tokens.device) - start)
 
 
 def time_decode(model: nn.Module, tokens: Int[Tensor, "1 pos"], new_tokens: int) -> float:
     """Milliseconds per token of greedy decoding with the KV cache, without the pass over the prompt."""
     with torch.inference_mode():
         output: Any = model(tokens, use_cache=True, **_last_logits(model))
-        start = _now(tokens.device)
+        start = now(tokens.device)
         for _ in range(new_tokens):
             chosen = output.logits[:, -1:].argmax(dim=-1)
             output = model(chosen, past_key_values=output.past_key_values, use_cache=True)
-        return 1000 * (_now(tokens.device) - start) / new_tokens
+        return 1000 * (now(tokens.device) - start) / new_tokens
 
 
 def spread_tokens(n_tokens: int, d_vocab: int, device: torch.device) -> Int[Tensor, "1 pos"]:
@@ -189,20 +208,15 @@ def spread_tokens(n_tokens: int, d_vocab: int, device: torch.device) -> Int[Tens
     return (torch.arange(1, n_tokens + 1, device=device) * 7919 % d_vocab)[None]
 
 
-def _summarise(durations: Durations, names: list[str], config: SpeedConfig, notes: dict[str, str]) -> Speed:
+def _summarise(durations: Durations, config: SpeedConfig, notes: dict[str, str]) -> Speed:
+    names = list(durations["prefill"])
     milliseconds: dict[str, dict[str, dict[str, Any]]] = {name: {} for name in names}
     ratios: dict[str, dict[str, dict[str, float]]] = {name: {} for name in names}
-    for kind, base, n_tokens in (
-        ("prefill", "prefill", config.prompt_tokens),
-        ("prefill_semi_structured", "prefill", config.prompt_tokens),
-        ("decode", "decode", config.new_tokens),
-    ):
-        first = durations[_job(base, names[0])]
-        for name in names:
-            values = durations.get(_job(kind, name))
-            if values is not None:
-                milliseconds[name][kind] = {**median_interval(values), "repeats": len(values), "tokens": n_tokens}
-                ratios[name][kind] = median_interval([v / f for v, f in zip(values, first, strict=True)])
+    for kind, by_name in durations.items():
+        base, n_tokens = ("decode", config.new_tokens) if kind == "decode" else ("prefill", config.prompt_tokens)
+        for name, values in by_name.items():
+            milliseconds[name][kind] = {**median_interval(values), "repeats": len(values), "tokens": n_tokens}
+            ratios[name][kind] = median_ratio(values, durations[base][names[0]])
     return Speed(milliseconds, ratios, notes)
 
 
@@ -214,17 +228,13 @@ def _on_sparse_kernels(path: Path) -> tuple[nn.Module, str]:
     return model, f"{to_semi_structured(model)} matrices on semi-structured kernels"
 
 
-def _job(kind: str, name: str) -> str:
-    return f"{kind} {name}"
-
-
 def _last_logits(model: nn.Module) -> dict[str, int]:
     """The argument that computes logits at the last position only, for models that have it."""
     has = "logits_to_keep" in inspect.signature(model.forward).parameters
     return {"logits_to_keep": 1} if has else {}
 
 
-def _now(device: torch.device) -> float:
+def now(device: torch.device) -> float:
     """Seconds on the clock once the device has finished all its work."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)

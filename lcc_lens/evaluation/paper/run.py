@@ -125,18 +125,13 @@ def _changed(
 def _settle(out: Path, settings: dict[str, Any]) -> None:
     """Write the recipe's settings, or refuse a folder with other settings."""
     file = out / RECIPE_SETTINGS
-    rest = {key: value for key, value in _as_written(settings).items() if key not in ("rows", "note", "status")}
+    written = json.loads(json.dumps(settings))  # lists for tuples, as in the file
+    rest = {key: value for key, value in written.items() if key not in ("rows", "note", "status")}
     if not file.exists():
         require_free(out, overwrite=False)
         write_json(file, rest)
     elif read_json(file, dict[str, Any]) != rest:
         raise RequestError(f"expected a folder of the same recipe, got other settings in {out}; name another folder")
-
-
-def _as_written(settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings as JSON holds them: lists for tuples."""
-    written: dict[str, Any] = json.loads(json.dumps(settings))
-    return written
 
 
 def _unrestored(models: dict[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Markdown tables of the paper's figures beside ours, one per recipe, and a page of all of them."""
+"""A Markdown table of the paper's figures beside ours for every recipe."""
 
 from __future__ import annotations
 
@@ -10,27 +10,6 @@ from lcc_lens.evaluation.formatting import number, with_spread
 from lcc_lens.evaluation.paper.recipes import UNRESTORED, PaperRecipe, PaperRow
 
 Results = Mapping[str, Any]
-_HEAD = """# The paper's tables
-
-Feng et al., *Restoring Pruned Large Language Models via Lost Component Compensation* (arXiv 2510.21834), Tables 1
-and 3. The paper's figures stand beside ours; a row without the paper's is a control or a method that it does not have.
-Written by `python benchmarks/paper_tables.py` from `recipes/` and, once they are there, from `benchmarks/paper/`.
-
-**None of these recipes has been run at size** unless its table says so: each was tried in full on a tiny random model
-of the same family only, which shows that every step runs and nothing more.
-
-On one H100 with access to the hub; the same command goes on where it stopped:
-
-```
-lcc-lens recipe recipes/{first}.json --out runs/{first}
-```
-
-Every step on a tiny model, with next to no data:
-
-```
-lcc-lens recipe recipes/{first}.json --out runs/dry --dry-run path/to/tiny-llama
-```
-"""
 
 
 def recipe_table(recipe: PaperRecipe, results: Results | None = None) -> str:
@@ -49,19 +28,6 @@ def recipe_table(recipe: PaperRecipe, results: Results | None = None) -> str:
         cells += [ours["tasks"].get(task, "") for task in tasks]
         lines.append(f"| {row.name} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
-
-
-def paper_page(recipes: Mapping[str, PaperRecipe], results: Mapping[str, Results]) -> str:
-    """All recipes' tables as one page; results of dry runs count as none.
-
-    Args:
-        results: those of :func:`~lcc_lens.evaluation.paper.run.run_recipe`, by the same names.
-    """
-    tables = []
-    for name, recipe in recipes.items():
-        result = results.get(name)
-        tables.append(recipe_table(recipe, None if result is None or result["dry_run"] else result))
-    return "\n".join([_HEAD.format(first=next(iter(recipes))), *tables])
 
 
 def _status(recipe: PaperRecipe, results: Results | None) -> str:

@@ -174,7 +174,7 @@ class Restore(Tabled):
             if measures is None:
                 self.write(lambda: loss_table(restoration.record.losses))
                 return
-            recovery = measures.of(restoration, pair, bare=self.pruned if spec.preset.on_refit else None)
+            recovery = measures.of(restoration, pair, pruned=self.pruned if spec.preset.on_refit else None)
             note_task(self.run, recovery)
             show_recovery(recovery, self.run)
             self.write(recovery.table)

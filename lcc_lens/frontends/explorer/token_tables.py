@@ -142,7 +142,7 @@ def read_tokens(
     tokens = torch.full((n_layers, n_heads, len(names), 2, k), -1, dtype=torch.int32)
     logits = torch.zeros(tokens.shape)
     for layer in track(range(n_layers), n_layers, "read components"):
-        outputs = [reader.writer.output(Head(layer, head), vectors[layer, head]) for head in range(n_heads)]
+        outputs = [reader.projections.output(Head(layer, head), vectors[layer, head]) for head in range(n_heads)]
         tokens[layer], logits[layer] = _strongest(reader, torch.stack(outputs), k)
     ids = sorted(set(tokens.flatten().tolist()) - {-1})
     return TokenTables(names, tokens, logits, {i: str(tokenizer.decode([i])) for i in ids})

@@ -55,9 +55,9 @@ def plot_spectra(scan: Scan, heads: Sequence[Head] = ()) -> go.Figure:
     rank = float(lost.effective_rank.median())
     styled(
         figure, f"Directions in which pruning moved the heads of {Path(scan.record.dense).name}",
-        f"{lost.singular_values.shape[:2].numel()} heads, {Path(scan.record.data).name}: {lost.n_samples:,} samples of "
-        f"{scan.record.n_examples} sequences, seed {scan.record.seed}. Effective rank of the median head: {rank:.1f} "
-        f"of {lost.d_head}.",
+        f"{lost.singular_values.shape[:2].numel()} heads, {Path(scan.record.data).name}: {lost.n_samples:,} samples "
+        f"of {scan.record.n_examples} sequences, seed {scan.record.seed}. Effective rank of the median head: "
+        f"{rank:.1f} of {lost.d_head}.",
         width=PAGE, plot_height=230, above=30,
     )  # fmt: skip
     figure.update_xaxes(title="direction i", col=1)

@@ -24,7 +24,7 @@ from lcc_lens.frontends.plotting.training import plot_training
 from lcc_lens.frontends.plotting.writing import write_html, write_images
 from lcc_lens.restoration.result import RESTORATION_TENSORS, Restoration
 from lcc_lens.restoration.run_folder import RUN_LOG
-from lcc_lens.restoration.training.loop import Step
+from lcc_lens.restoration.training.config import Step
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import plotly.graph_objects as go
 
 from lcc_lens.frontends.plotting.theme import COLORS, COLUMN, rounded, styled
-from lcc_lens.restoration.training.loop import Step
+from lcc_lens.restoration.training.config import Step
 
 
 def plot_training(

@@ -20,9 +20,11 @@ from lcc_lens.restoration.injections.ingredients import Ingredients
 from lcc_lens.restoration.injections.spec import MethodSpec
 from lcc_lens.restoration.record import RestorationRecord
 from lcc_lens.restoration.scans import check_scan
-from lcc_lens.restoration.training.loop import Step, TrainConfig, train, validation_loss
+from lcc_lens.restoration.training.config import Step, TrainConfig
+from lcc_lens.restoration.training.loop import train
 from lcc_lens.restoration.training.objectives import Source
 from lcc_lens.restoration.training.reuse import CachedTeacher, StartedLater, reused
+from lcc_lens.restoration.training.validation import validation_loss
 from lcc_lens.restoration.training_data import training_sequences
 
 
@@ -100,7 +102,7 @@ class Workbench:
 
         Args:
             injection: a copy of the state's injection, trained in place.
-            lr: see :class:`~lcc_lens.restoration.training.loop.TrainConfig`.
+            lr: see :class:`~lcc_lens.restoration.training.config.TrainConfig`.
             is_over: called after every step; whether to stop there.
         """
         first_loss = self._objective(injection) if state.held_out is None else state.held_out

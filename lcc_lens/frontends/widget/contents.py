@@ -13,7 +13,7 @@ from lcc_lens.analysis.selectors.names import ALWAYS_SCORED, DEFAULT_SELECTOR, S
 from lcc_lens.frontends.explorer.views import View, removed_heads, views_of_scan
 from lcc_lens.frontends.session.session import RestoreSession
 from lcc_lens.restoration.injections.spec import MethodSpec
-from lcc_lens.restoration.training.loop import Step
+from lcc_lens.restoration.training.config import Step
 
 #: Number of the step, training loss, held-out loss or None.
 Point = list[int | float | None]

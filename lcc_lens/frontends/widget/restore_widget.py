@@ -23,7 +23,7 @@ from lcc_lens.frontends.widget.contents import (
     style,
 )
 from lcc_lens.frontends.widget.worker import Job, Worker, error_line
-from lcc_lens.restoration.training.loop import Step
+from lcc_lens.restoration.training.config import Step
 
 #: Likeliest next tokens shown per model, and number of tokens that each model generates.
 _NEXT_TOKENS, _GENERATED = 4, 32

@@ -16,7 +16,7 @@ from lcc_lens.core.checkpoint import Checkpoint
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.rewriting import Splits
 from lcc_lens.models.architecture.anatomy import ATTENTION_OUTPUTS, MLP_OUTPUTS
-from lcc_lens.models.architecture.layers import linear_weight, read_config, skeleton
+from lcc_lens.models.architecture.layers import head_size, linear_weight, read_config, skeleton
 from lcc_lens.models.architecture.retyping import config_entries, retyped_configs, split_names
 from lcc_lens.models.architecture.tiny_models import build_tiny, shrink, tiny_logits
 from lcc_lens.models.hooked.sites import ConstantSite
@@ -165,7 +165,7 @@ def _is_exact(config: Any, candidate: _Candidate, projections: tuple[str, ...]) 
         width, parameter = weight.shape[1], target.get_parameter(bias)
         if candidate.place == "value":
             values = torch.randn(parameter.shape, generator=generator)
-            heads = values.unflatten(0, (-1, _head_size(config)))
+            heads = values.unflatten(0, (-1, head_size(config)))
             shifts[name] = heads.repeat_interleave(width // len(values), 0).flatten()
             parameter.add_(values)
         else:
@@ -223,7 +223,3 @@ def _slots(checkpoint: Checkpoint, candidate: _Candidate, projections: tuple[str
         switches=candidate.switches,
         site=candidate.site,
     )
-
-
-def _head_size(config: Any) -> int:
-    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)

@@ -67,6 +67,11 @@ def decoder_layers(model: nn.Module, config: Any) -> tuple[str, nn.ModuleList]:
     return outermost[0], lists[outermost[0]]
 
 
+def head_size(config: Any) -> int:
+    """The width of a head by transformers' configuration of a (text) model."""
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+
+
 def is_linear(module: nn.Module) -> bool:
     """Whether a module is a linear layer with a plain weight matrix."""
     return isinstance(module, nn.Linear) or is_transposed(module)

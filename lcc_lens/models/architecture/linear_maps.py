@@ -14,7 +14,7 @@ from lcc_lens.core.errors import LensError, RequestError
 from lcc_lens.models.architecture.layers import decoder_layers, is_linear, is_transposed, read_config, skeleton
 
 # Formats that float32 holds exactly, so that a surviving weight returns to disk bit for bit.
-_STORED_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+STORED_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -108,11 +108,11 @@ def _locate(checkpoint: Checkpoint, full_name: str, path: str, module: nn.Module
         raise RequestError(f"expected the tensor {full_name} in the checkpoint, got none; the layout is not supported")
     _, shape, dtype = checkpoint.tensors[name]
     expected = tuple(module.get_parameter("weight").shape)
-    if dtype not in _STORED_DTYPES or shape != expected:
+    if dtype not in STORED_DTYPES or shape != expected:
         raise RequestError(
-            f"expected {name} of shape {expected} as {', '.join(_STORED_DTYPES)}, got {shape} as {dtype}; "
+            f"expected {name} of shape {expected} as {', '.join(STORED_DTYPES)}, got {shape} as {dtype}; "
             "use a checkpoint that is not quantised"
         )
     transposed = is_transposed(module)
     d_in, d_out = shape if transposed else shape[::-1]
-    return Matrix(name, path, d_in, d_out, transposed, checkpoint, _STORED_DTYPES[dtype])
+    return Matrix(name, path, d_in, d_out, transposed, checkpoint, STORED_DTYPES[dtype])

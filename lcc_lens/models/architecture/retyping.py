@@ -10,6 +10,8 @@ from typing import Any
 
 from torch import Tensor
 
+from lcc_lens.models.architecture.layers import head_size
+
 # Entries that name the class of a configuration, not what the model computes.
 _OF_THE_CLASS = {"model_type", "architectures", "auto_map", "transformers_version"}
 _LOCAL = "sliding_attention"
@@ -40,7 +42,7 @@ def retyped_configs(config: Any, switches: Sequence[str] = ("attention_bias",)) 
         "layer_types": entries.get("layer_types") or n_layers * ["full_attention" if window is None else _LOCAL],
     }
     for retyped in _filled(SmolLM3Config, "SmolLM3ForCausalLM", {**entries, **local}):
-        retyped.head_dim = entries.get("head_dim") or config.hidden_size // config.num_attention_heads
+        retyped.head_dim = head_size(config)
         yield retyped
 
 

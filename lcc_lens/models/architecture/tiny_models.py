@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from lcc_lens.models.architecture.layers import head_size
 from lcc_lens.models.architecture.retyping import split_tensor
 
 _N_TOKENS, _VOCABULARY, _WIDTH = 16, 61, 24
@@ -27,12 +28,11 @@ def shrink(config: Any) -> Any:
     small = copy.deepcopy(config)
     _keep_layers(small)
     n_heads = int(config.num_attention_heads)
-    d_head = int(getattr(config, "head_dim", None) or config.hidden_size // n_heads)
     names = [name for name in _KEY_VALUE_HEADS if getattr(config, name, None)]
     n_groups = int(getattr(config, names[0])) if names else n_heads
     few = min(2, n_groups)
     small.num_attention_heads = few * min(3, n_heads // n_groups)
-    small.hidden_size = small.num_attention_heads * d_head
+    small.hidden_size = small.num_attention_heads * head_size(config)
     for name in names:
         setattr(small, name, few)
     for name in _INNER_SIZES:

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -14,7 +13,7 @@ from lcc_lens.core.checkpoint import Checkpoint
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.progress import track
 from lcc_lens.models.architecture.layers import read_config, skeleton
-from lcc_lens.models.architecture.linear_maps import Matrix, find_matrices
+from lcc_lens.models.architecture.linear_maps import STORED_DTYPES, Matrix, find_matrices
 from lcc_lens.models.architecture.sparsity_patterns import common_pattern, detect_pattern
 
 #: A fraction of zeros that weights may have by chance, rounding included.
@@ -45,7 +44,7 @@ class MatrixZeros:
         return self.shape[0] * self.shape[1]
 
     @property
-    def share(self) -> float:
+    def sparsity(self) -> float:
         """The fraction of weights that are zero."""
         return self.zeros / self.parameters
 
@@ -72,7 +71,7 @@ class ZeroPattern:
     @property
     def sparsity(self) -> float:
         """The fraction of zeros among the weights of the linear layers inside the decoder layers."""
-        return share_of_zeros(self.matrices)
+        return fraction_of_zeros(self.matrices)
 
     @property
     def pattern(self) -> str:
@@ -112,14 +111,15 @@ class ZeroComparison:
         return sum(matrix.is_equal for matrix in self.matrices)
 
 
-def share_of_zeros(matrices: Sequence[MatrixZeros]) -> float:
+def fraction_of_zeros(matrices: Sequence[MatrixZeros]) -> float:
     """The fraction of zeros among the weights of some matrices."""
     return sum(matrix.zeros for matrix in matrices) / sum(matrix.parameters for matrix in matrices)
 
 
 def matrix_zeros(path: Path) -> tuple[MatrixZeros, ...]:
     """Count the zeros of the linear layers inside a checkpoint's decoder layers (see :func:`zero_pattern`)."""
-    return _counted([matrix for layer in find_matrices(Checkpoint(path)) for matrix in layer])
+    matrices = [matrix for layer in find_matrices(Checkpoint(path)) for matrix in layer]
+    return tuple(_matrix_zeros(matrix.name, matrix.read()) for matrix in track(matrices, len(matrices), "zeros"))
 
 
 def refuse_swapped(dense: Path, pruned: Path) -> None:
@@ -129,13 +129,13 @@ def refuse_swapped(dense: Path, pruned: Path) -> None:
         RequestError: says which model has the zeros.
     """
     try:
-        sizes, shares = zip(*(_middle_layer(Checkpoint(path)) for path in (dense, pruned)), strict=True)
+        sizes, fractions = zip(*(_middle_layer(Checkpoint(path)) for path in (dense, pruned)), strict=True)
     except RequestError:  # such as fused experts, whose zeros are not counted
         return
-    if shares[0] > shares[1] + _CHANCE or sizes[0] < sizes[1]:
+    if fractions[0] > fractions[1] + _CHANCE or sizes[0] < sizes[1]:
         raise RequestError(
-            f"expected the dense model before the pruned one, got {dense} with {shares[0]:.0%} zeros in "
-            f"{sizes[0]:,} weights of a layer, and {pruned} with {shares[1]:.0%} in {sizes[1]:,}; swap them"
+            f"expected the dense model before the pruned one, got {dense} with {fractions[0]:.0%} zeros in "
+            f"{sizes[0]:,} weights of a layer, and {pruned} with {fractions[1]:.0%} in {sizes[1]:,}; swap them"
         )
 
 
@@ -145,10 +145,6 @@ def _middle_layer(checkpoint: Checkpoint) -> tuple[int, float]:
     weights = [matrix.read() for matrix in plan[len(plan) // 2]]
     size = sum(weight.numel() for weight in weights)
     return size, sum(int((weight == 0).sum()) for weight in weights) / size
-
-
-def _counted(matrices: Sequence[Matrix]) -> tuple[MatrixZeros, ...]:
-    return tuple(_matrix_zeros(matrix.name, matrix.read()) for matrix in track(matrices, len(matrices), "zeros"))
 
 
 def zero_pattern(path: Path) -> ZeroPattern:
@@ -167,19 +163,20 @@ def zero_pattern(path: Path) -> ZeroPattern:
         0.5
     """
     checkpoint = Checkpoint(path)
-    stored_matrices = [matrix for layer in find_matrices(checkpoint) for matrix in layer]
-    matrices = _counted(stored_matrices)
+    matrices = matrix_zeros(path)
     stored, missing = _stored_parameters(checkpoint)
-    others = [_numel_and_zeros(checkpoint.read(name)) for name in stored - {matrix.name for matrix in matrices}]
-    parameters = sum(matrix.parameters for matrix in matrices) + sum(numel for numel, _ in others)
-    zeros = sum(matrix.zeros for matrix in matrices) + sum(zeros for _, zeros in others)
+    dtypes = {checkpoint.tensors[matrix.name].dtype for matrix in matrices}
+    parameters, zeros = (sum(getattr(matrix, name) for matrix in matrices) for name in ("parameters", "zeros"))
+    for name in stored - {matrix.name for matrix in matrices}:
+        tensor = checkpoint.read(name)
+        parameters, zeros = parameters + tensor.numel(), zeros + int((tensor == 0).sum())
     return ZeroPattern(
         path=path,
         matrices=matrices,
         parameters=parameters,
         nonzero_parameters=parameters - zeros,
         bytes=checkpoint.n_bytes,
-        dtype=", ".join(sorted({str(matrix.dtype).removeprefix("torch.") for matrix in stored_matrices})),
+        dtype=", ".join(sorted(str(STORED_DTYPES[dtype]).removeprefix("torch.") for dtype in dtypes)),
         missing=missing,
     )
 
@@ -233,7 +230,3 @@ def _stored_parameters(checkpoint: Checkpoint) -> tuple[set[str], tuple[str, ...
             stored.setdefault(id(parameter), name)
     missing = tuple(name for name, parameter in model.named_parameters() if id(parameter) not in stored)
     return set(stored.values()), missing
-
-
-def _numel_and_zeros(tensor: Tensor) -> tuple[int, int]:
-    return tensor.numel(), tensor.numel() - int(torch.count_nonzero(tensor))

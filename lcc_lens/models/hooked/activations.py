@@ -25,16 +25,13 @@ _WORDS: dict[Site, str] = {"mlp": "the MLP's post-activation of layer", "resid":
 
 
 def site_widths(model: HookedModel) -> dict[Site, int]:
-    """The sites that a model has under hooks, each with the numbers per part (d_head, d_mlp, d_model).
-
-    Mixtures of experts have no post-activation per layer.
-    """
-    found = {site: parts_of(model, site)[1] for site in SITES if _NAMES[site](0) in model.hook_dict}
-    return {site: width for site, width in found.items() if width}
+    """The sites that a model's hooks can read, with their widths; a mixture of experts has no ``mlp``."""
+    widths = {site: parts_of(model, site)[1] for site in SITES if _NAMES[site](0) in model.hook_dict}
+    return {site: width for site, width in widths.items() if width}
 
 
 def parts_of(model: HookedModel, site: Site) -> tuple[int, int]:
-    """Parts per layer (heads, or one) and coordinates per part."""
+    """Parts per layer (heads, or 1) and width of a part (d_head, d_mlp or d_model)."""
     cfg = model.cfg
     if site == "z":
         return int(cfg.n_heads), int(cfg.d_head)
@@ -63,16 +60,16 @@ class TokenPositions:
         return cls(sequence, position)
 
     def to(self, device: torch.device) -> TokenPositions:
-        """The same places on another device."""
+        """The same positions on another device."""
         return TokenPositions(self.sequence.to(device), self.position.to(device))
 
 
 def sampled_positions(sequence: TokenSequence, positions: Positions) -> list[int]:
-    """The positions of one sequence at which activations count.
+    """The positions of one sequence at which activations are read.
 
-    ``all`` tokens; ``last``, the question's last token, before the response (Eq. 7; for plain text its end); ``end``,
-    the last token of the whole sequence; ``response``, the positions that predict the response; or chosen ones, from 0,
-    negative ones from the end (those outside a sequence are left out).
+    ``all`` tokens; ``last``, the question's last token (Eq. 7; of plain text the last token); ``end``, the last token
+    of the whole sequence; ``response``, the positions that predict the response; or chosen ones, counted from 0 or, if
+    negative, from the end; those outside the sequence are skipped.
     """
     n = len(sequence)
     question_end = sequence.loss_from - 1 if sequence.loss_from > 1 else n - 1
@@ -98,32 +95,31 @@ def visit_sites(
     visit: SiteVisitor,
     **options: Any,
 ) -> None:
-    """Run forward and hand ``visit(site, layer, activation)`` each layer's activations at the places, as computed.
+    """Run forward and call ``visit(site, layer, activation)`` with each layer's activations at chosen positions.
 
-    An activation is ``[sample, part, width]`` in the order of the places, in the model's own number format. No logits
-    are computed and nothing is kept.
+    An activation is ``[sample, part, width]`` in the order of ``places``, in the model's number format. No logits are
+    computed.
 
     Args:
-        options: for the model: ``past_key_values``, ``attention_mask``, ``position_ids``.
+        options: passed to the model: ``past_key_values``, ``attention_mask``, ``position_ids``.
 
     Raises:
         LensError: an activation is NaN or infinite (names layer and head).
     """
     device = device_of(model)
-    n_layers = int(model.cfg.n_layers)
     hooks: list[NamedHook] = []
-    for site, where in places.items():
-        here = where.to(device)
+    for site, positions in places.items():
+        here = positions.to(device)
 
         def read(layer: int, activation: Tensor, site: Site = site, here: TokenPositions = here) -> None:
-            at = here.to(activation.device)  # a model may be spread over several
+            at = here.to(activation.device)  # a model may be spread over several devices
             chosen = activation[at.sequence, at.position]
             chosen = chosen if site == "z" else chosen[:, None]
             if not bool(torch.isfinite(chosen.sum(dtype=torch.float32))):
                 refuse_non_finite(chosen, site, layer)
             visit(site, layer, chosen)
 
-        hooks += readers(_NAMES[site], range(n_layers), read)
+        hooks += readers(_NAMES[site], range(int(model.cfg.n_layers)), read)
     with torch.inference_mode():
         run_without_logits(model, tokens.to(device), hooks, **options)
 
@@ -137,7 +133,7 @@ def refuse_non_finite(activation: Tensor, site: Site, layer: int) -> None:
 
 
 def check_sites(sites: Iterable[str]) -> None:
-    """Refuse unknown names."""
+    """Refuse unknown sites."""
     for site in sites:
         if site not in SITES:
-            raise RequestError(f"expected some of the sites {', '.join(SITES)}, got {site!r}")
+            raise RequestError(f"expected sites among {', '.join(SITES)}, got {site!r}; correct the name")

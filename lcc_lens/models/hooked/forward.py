@@ -1,4 +1,4 @@
-"""Forward passes of hooked models, with fused attention and gradient checkpointing where wanted."""
+"""Forward passes of hooked models, with fused attention kernels and gradient checkpointing."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def forward(
     checkpoint_layers: bool = False,
     **options: Any,
 ) -> Any:
-    """Run forward under hooks outside attention (``hook_z`` included); gives what ``run_with_hooks`` gives.
+    """Run forward under hooks; returns what ``run_with_hooks`` returns, with fused attention kernels where possible.
 
     Args:
         checkpoint_layers: gradient checkpointing (arXiv 1604.06174): keep only each layer's input for the backward pass
@@ -45,20 +45,20 @@ def forward(
 def run_without_logits(
     model: HookedModel, tokens: Int[Tensor, "batch pos"], hooks: list[NamedHook], **options: Any
 ) -> None:
-    """Run forward only for the hooks; ``options`` go to the model (a mask, positions, a cache)."""
+    """Run forward for the hooks alone; ``options`` go to the model (a mask, positions, a cache)."""
     forward(model, tokens, [*hooks, *logits_at(model, None)], **options)
 
 
 @contextmanager
 def _checkpointed_layers(model: Any, hooks: Sequence[NamedHook]) -> Iterator[None]:
-    """Let forward passes inside the block keep only each layer's input for the backward pass.
+    """Forward passes inside the block store only each layer's input for the backward pass.
 
-    Backward passes come after the block, when temporary hooks are gone, so they attach the hooks of the layer that they
-    run again. Transformers' own switch would not do: it needs a model in training mode, with its dropout.
+    A backward pass runs after the block, when temporary hooks are removed, so it attaches a layer's hooks again while
+    it recomputes the layer. Transformers' own setting needs a model in training mode, with dropout.
     """
     with ExitStack() as stack:
         for index, block in enumerate(getattr(model, "blocks", ())):
-            if is_replaced(block):  # this layer is left out
+            if is_replaced(block):  # this layer is skipped
                 continue
             in_layer = [hook for hook in hooks if hook[0].startswith(f"blocks.{index}.")]
             again = partial(
@@ -72,7 +72,7 @@ def _checkpointed_layers(model: Any, hooks: Sequence[NamedHook]) -> Iterator[Non
 def _contexts(
     model: HookedModel, hooks: list[NamedHook]
 ) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
-    """What a layer runs in during the forward pass, and during the backward pass."""
+    """The contexts that a layer runs in: in the forward pass, and in the backward pass."""
     return nullcontext(), _backward_context(model, hooks)
 
 

@@ -1,8 +1,8 @@
-"""PyTorch's fused attention kernels under hooks, where a model gives the same with them.
+"""Use PyTorch's fused attention kernels under hooks, if a model gives the same results with them.
 
-TransformerBridge computes attention step by step, so that scores and patterns can be read; that costs a tensor of every
-head's weights over all pairs of positions. The input of the output projection (``hook_z``) and everything outside
-attention can be read as well under transformers' own forward with fused kernels, which need no such tensor.
+TransformerBridge computes attention step by step, so that scores and patterns can be read, and stores every head's
+weights over all pairs of positions. Fused kernels store no such tensor; the input of the output projection (``hook_z``)
+and everything outside attention can still be read.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +21,7 @@ from lcc_lens.models.hooked.layer_skipping import is_replaced, replaced_forward
 from lcc_lens.models.hooked.self_checks import OTHER_KERNELS, check_tokens, is_close, tried_once
 
 _KERNELS = "sdpa"
-#: What architectures call the soft cap of attention scores, which fused kernels leave out.
+#: Configuration names of the soft cap of attention scores, which fused kernels do not apply.
 _SOFT_CAPS = ("attn_logit_softcapping", "attn_logit_softcap")
 #: Settings of TransformerLens under which each head's inputs or results are computed separately.
 _STEPWISE_SETTINGS = ("use_split_qkv_input", "use_attn_in", "use_attn_result")
@@ -28,15 +29,15 @@ _STEPWISE_SETTINGS = ("use_split_qkv_input", "use_attn_in", "use_attn_result")
 
 @dataclass(frozen=True)
 class _Fusion:
-    """How a model's attention is switched: its configurations, and the hook points of a layer that then are silent."""
+    """The configurations that select a model's kernels, and the hook points of a layer that fused kernels skip."""
 
     configs: tuple[Any, ...]
-    silent: frozenset[str]
+    skipped: frozenset[str]
 
 
 @contextmanager
 def fused_attention(model: HookedModel) -> Iterator[bool]:
-    """Use fused kernels inside the block where they give the same and no hook reads inside attention.
+    """Use fused kernels inside the block, if they give the same results and no hook reads inside attention.
 
     Yields:
         Whether they are used.
@@ -50,23 +51,23 @@ def fused_attention(model: HookedModel) -> Iterator[bool]:
 
 
 def can_fuse(model: HookedModel) -> bool:
-    """Whether fused kernels give the same head outputs and take the same edits; tried once per model."""
+    """Whether fused kernels give the same results, with edited head outputs too; tried once per model."""
     return _fusion(model) is not None
 
 
 def _is_watched(model: HookedModel, fusion: _Fusion) -> bool:
-    """Whether there are hooks that fused kernels would not call."""
+    """Whether there are hooks that fused kernels would skip."""
     cfg = model.cfg
     if any(getattr(cfg, name, False) for name in _STEPWISE_SETTINGS):
         return True
     points = model.hook_dict  # collected anew at every access
-    names = (_attention(layer) + name for layer in range(int(cfg.n_layers)) for name in fusion.silent)
+    names = (_attention(layer) + name for layer in range(int(cfg.n_layers)) for name in fusion.skipped)
     return any((point := points.get(name)) is not None and (point.fwd_hooks or point.bwd_hooks) for name in names)
 
 
 @contextmanager
 def _fused(model: Any, configs: Sequence[Any]) -> Iterator[None]:
-    """Let attention run as transformers computes it, with fused kernels."""
+    """Compute attention by transformers' own forward with fused kernels inside the block."""
     attentions = [block.attn for block in model.blocks]
     if any(map(is_replaced, attentions)):  # already inside such a block
         yield
@@ -86,7 +87,7 @@ def _fused(model: Any, configs: Sequence[Any]) -> Iterator[None]:
 
 @tried_once(on_failure=None)
 def _fusion(model: Any) -> _Fusion | None:
-    """Run both ways with edited head outputs and compare layer by layer, each fed what the first run's was fed."""
+    """Run both ways with edited head outputs, and compare layer by layer, both with the inputs of the first run."""
     plain = model.original_model
     by_id = {id(module.config): module.config for module in plain.modules() if hasattr(module, "config")}
     configs = tuple(config for config in by_id.values() if hasattr(config, "_attn_implementation"))
@@ -107,18 +108,18 @@ class _Sample(NamedTuple):
     """Activations of one run."""
 
     inputs: list[Tensor]
-    """Every layer's input, where none was given."""
+    """Every layer's input, if none were given."""
     results: list[Tensor]
-    """Every layer's head outputs and, with these edited, the outputs of the output projections; last the logits."""
+    """Every layer's head outputs, the outputs of the output projections with edited head outputs, and the logits."""
     fired: set[str]
-    """Which hook points of the first layer's attention fired."""
+    """The hook points of the first layer's attention that were called."""
 
 
 def _sample(model: Any, inputs: Sequence[Tensor] = (), **options: Any) -> _Sample:
     """Run a few tokens with edited head outputs.
 
     Args:
-        inputs: feed every layer this, as a damaged model may magnify rounding in earlier layers without bounds.
+        inputs: every layer's input; otherwise a damaged model may amplify rounding errors of earlier layers.
     """
     n_layers = int(model.cfg.n_layers)
     before, z, out = ([torch.empty(0)] * n_layers for _ in range(3))
@@ -142,22 +143,21 @@ def _sample(model: Any, inputs: Sequence[Tensor] = (), **options: Any) -> _Sampl
 
     hooks: list[NamedHook] = [(resid_pre_name(layer), enter(layer)) for layer in range(n_layers)]
     hooks += [(z_name(layer), edit(layer)) for layer in range(n_layers)]
-    hooks += readers(_projected, range(n_layers), lambda layer, values: out.__setitem__(layer, values.float()))
+    hooks += readers(
+        lambda layer: f"blocks.{layer}.attn.o.hook_out", range(n_layers),
+        lambda layer, values: out.__setitem__(layer, values.float()),
+    )  # fmt: skip
     with torch.inference_mode(), ExitStack() as stack:
         for name, point in model.hook_dict.items():
             if name.startswith(_attention(0)):  # by PyTorch's own hooks: TransformerLens refuses some names
-                note = _noting(fired, name.removeprefix(_attention(0)))
-                stack.callback(point.register_forward_hook(note).remove)
+                record = partial(_record, fired, name.removeprefix(_attention(0)))
+                stack.callback(point.register_forward_hook(record).remove)
         logits = model.run_with_hooks(check_tokens(model), fwd_hooks=hooks, **options).float()
     return _Sample(before, [*z, *out, logits], fired)
 
 
-def _noting(fired: set[str], name: str) -> Any:
-    return lambda *_: fired.add(name)
-
-
-def _projected(layer: int) -> str:
-    return f"blocks.{layer}.attn.o.hook_out"
+def _record(fired: set[str], name: str, *_: Any) -> None:
+    fired.add(name)
 
 
 def _attention(layer: int) -> str:

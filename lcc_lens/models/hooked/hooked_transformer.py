@@ -1,8 +1,8 @@
-"""TransformerLens' HookedTransformer (up to version 3): made from a checkpoint as it is, or checked against one.
+"""TransformerLens' HookedTransformer (up to version 3): built from a checkpoint, or checked against one.
 
-It computes with its own code and with copies of the weights. Its loading knows families by name, drops biases that a
-family rarely has, reads some sizes from elsewhere than the configuration, and by default folds and centres weights.
-Here nothing is processed, sizes and biases are the checkpoint's, and every parameter is compared with it.
+It has its own code and copies of the weights. Its loading knows families by name, drops biases that a family rarely
+has, does not read all sizes from the configuration, and by default folds and centres weights. Here the weights are not
+processed, sizes and biases are the checkpoint's, and every parameter is compared with the checkpoint.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from lcc_lens.models.architecture.layers import decoder_layers
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-#: Where a layer keeps biases, and what they are called in HookedTransformer (of grouped keys and values with ``_``).
+#: Modules of a layer with biases, and the biases' names in HookedTransformer (with ``_`` for grouped keys and values).
 _BIASES: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
     (("self_attn.q_proj",), ("attn.b_Q",)),
     (("self_attn.k_proj",), ("attn._b_K", "attn.b_K")),
@@ -33,42 +33,38 @@ _BIASES: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
     (ATTENTION_OUTPUTS, ("attn.b_O",)),
     (MLP_OUTPUTS, ("mlp.b_out",)),
 )
-#: By first word, who owns the models that TransformerLens names without an owner.
+#: By first word, the hub owners of the models that TransformerLens names without an owner.
 _OWNERS = {"gpt2": "openai-community", "distilgpt2": "distilbert"}
-#: HookedTransformer adds its one bias after the gate, where these act before it.
+#: Layers whose biases act before the gate; HookedTransformer has one bias, after the gate.
 _GATED = ("mlp.gate_proj", "mlp.up_proj")
-#: How TransformerLens' loading ends where it does not know a family or takes it for another one.
+#: Errors of TransformerLens' loading if it does not know a family or takes it for another one.
 _NOT_BUILT = (AssertionError, AttributeError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError)
 _HOW = "load it by HookedTransformer.from_pretrained_no_processing, and name its directory in cfg.tokenizer_name"
 
 
 def is_hooked_transformer(model: Any) -> bool:
-    """Whether a model is TransformerLens' HookedTransformer; nothing is imported to find out."""
+    """Whether a model is TransformerLens' HookedTransformer; imports nothing."""
     kind = getattr(sys.modules.get("transformer_lens.HookedTransformer"), "HookedTransformer", None)
     return kind is not None and isinstance(model, kind)
 
 
 def checkpoint_of(model: Any) -> str:
-    """What a HookedTransformer in memory was loaded from: a directory or a hub id."""
+    """The directory or hub id that a HookedTransformer in memory was loaded from."""
     norm, name = model.cfg.normalization_type, model.cfg.tokenizer_name
     if norm not in ("LN", "RMS"):
-        raise RequestError(f"expected a HookedTransformer as its checkpoint is, got folded norms ({norm}); {_HOW}")
+        raise RequestError(f"expected a HookedTransformer with unprocessed weights, got folded norms ({norm}); {_HOW}")
     if not name:
         raise RequestError(
-            "expected a HookedTransformer of a checkpoint, got one that names none; hand over a directory"
+            "expected a HookedTransformer of a checkpoint, got one that names none; pass its directory instead"
         )
     owner = _OWNERS.get(str(name).partition("-")[0])
     return str(name) if owner is None or Path(name).exists() else f"{owner}/{name}"
 
 
 def make_hooked_transformer(plain: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: Path) -> Any:
-    """A HookedTransformer with a plain model's weights: nothing folded or centred, all biases there.
+    """A HookedTransformer with a plain model's weights, device and format: nothing folded or centred, with all biases.
 
-    Text given to it is tokenised as the tokenizer does by itself, with no beginning-of-sequence token added.
-
-    Args:
-        plain: the model of transformers; its device and format are taken over.
-        path: the checkpoint, for error messages and for ``cfg.tokenizer_name``.
+    It tokenises text as the tokenizer does, and adds no beginning-of-sequence token. ``path`` is the checkpoint.
     """
     try:
         from transformer_lens import HookedTransformer
@@ -81,7 +77,7 @@ def make_hooked_transformer(plain: PreTrainedModel, tokenizer: PreTrainedTokeniz
     try:
         cfg = _configuration(plain)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # it says so of itself
+            warnings.simplefilter("ignore", DeprecationWarning)  # HookedTransformer itself is deprecated
             model: Any = HookedTransformer(cfg, move_to_device=False).to(plain.device, print_details=False)
         weights = fill_missing_keys(model, _converted(plain, cfg))
         with torch.no_grad():
@@ -100,25 +96,25 @@ def make_hooked_transformer(plain: PreTrainedModel, tokenizer: PreTrainedTokeniz
 def check_weights(model: Any, plain: PreTrainedModel, path: Path) -> Any:
     """Refuse a HookedTransformer in memory whose parameters are not those of its checkpoint.
 
-    Equal logits would not tell: centred writing weights and folded value biases leave them, and change head outputs.
+    Equal logits are not enough: centred weights and folded value biases change head outputs but not logits.
 
     Args:
-        model: the model; it comes back in evaluation mode, without gradients of its weights.
+        model: the model; it is returned in evaluation mode, without gradients of its weights.
         plain: the checkpoint's model of transformers, in the same format.
     """
     try:
-        wanted = _converted(plain, model.cfg)
+        expected = _converted(plain, model.cfg)
     except _NOT_BUILT as error:
         raise RequestError(
             f"expected a HookedTransformer of {path}, got another model ({first_line(error)})"
         ) from error
     for name, parameter in model.named_parameters():
-        weight = wanted.get(name)
+        weight = expected.get(name)
         if weight is None or torch.equal(parameter, weight.to(parameter).reshape(parameter.shape)):
             continue
         if ".b_" in name and not bool(parameter.any()):
             raise RequestError(
-                f"expected {name} of {path}, got zeros: TransformerLens drops it on loading; hand over the directory "
+                f"expected {name} of {path}, got zeros: TransformerLens drops it on loading; pass the directory "
                 "instead (LCC_LENS_HOOKS=hooked-transformer keeps it)"
             )
         raise RequestError(f"expected the weights of {path}, got others in {name}; {_HOW}")
@@ -126,59 +122,59 @@ def check_weights(model: Any, plain: PreTrainedModel, path: Path) -> Any:
 
 
 def plain_norm(module: Any, eps: float) -> nn.Module:
-    """PyTorch's own module for a norm of HookedTransformer, in float32."""
+    """PyTorch's module for a norm of HookedTransformer, in float32."""
     has_shift = hasattr(module, "b")
-    made: nn.Module = (nn.LayerNorm if has_shift else nn.RMSNorm)(len(module.w), eps=eps).to(module.w.device)
-    made.load_state_dict({"weight": module.w, **({"bias": module.b} if has_shift else {})})
-    return made.requires_grad_(False)
+    norm: nn.Module = (nn.LayerNorm if has_shift else nn.RMSNorm)(len(module.w), eps=eps).to(module.w.device)
+    norm.load_state_dict({"weight": module.w, **({"bias": module.b} if has_shift else {})})
+    return norm.requires_grad_(False)
 
 
 def logit_transform(model: Any) -> Callable[[Tensor], Tensor]:
-    """What HookedTransformer does to logits: its soft cap, if any."""
+    """HookedTransformer's soft cap of the logits; the identity if there is none."""
     cap = float(model.cfg.output_logits_soft_cap or 0.0)
     return (lambda logits: cap * torch.tanh(logits / cap)) if cap > 0 else (lambda logits: logits)
 
 
 def _configuration(plain: PreTrainedModel) -> Any:
-    """TransformerLens' configuration of a model, with the sizes that it takes from elsewhere put right."""
+    """TransformerLens' configuration of a model, with the sizes of transformers' configuration."""
     from transformer_lens.config.hooked_transformer_config import HookedTransformerConfig
     from transformer_lens.loading_from_pretrained import get_pretrained_model_config
 
     architecture = type(plain).__name__
-    with tempfile.TemporaryDirectory(prefix="checkpoint-") as folder:  # a path's name may stand for an architecture
+    with tempfile.TemporaryDirectory(prefix="checkpoint-") as folder:  # TransformerLens may guess from a path's name
         config = copy.deepcopy(plain.config)
         config.architectures = [architecture]
         for name, value in _older_names(config).items():
             setattr(config, name, value)
         config.save_pretrained(folder)
-        found = get_pretrained_model_config(
+        cfg = get_pretrained_model_config(
             folder, hf_cfg=config.to_dict(), device=str(plain.device), dtype=plain.dtype, default_prepend_bos=False
         )
-    if found.original_architecture != architecture:
-        raise ValueError(f"taken for {found.original_architecture}; rename the temporary folder")
-    cfg = {**found.to_dict(), "tokenizer_name": None, **_sizes(plain.config, found)}
-    return HookedTransformerConfig.from_dict(cfg)
+    if cfg.original_architecture != architecture:
+        raise ValueError(f"taken for {cfg.original_architecture}; rename the temporary folder")
+    entries = {**cfg.to_dict(), "tokenizer_name": None, **_sizes(plain.config, cfg)}
+    return HookedTransformerConfig.from_dict(entries)
 
 
 def _older_names(config: Any) -> Mapping[str, Any]:
-    """What TransformerLens reads by names that transformers has given up."""
+    """Entries under older names of transformers, which TransformerLens reads."""
     names = {"n_ctx": getattr(config, "n_positions", None)}
     names["partial_rotary_factor"] = (getattr(config, "rope_parameters", None) or {}).get("partial_rotary_factor")
     return {name: value for name, value in names.items() if value is not None and not hasattr(config, name)}
 
 
-def _sizes(config: Any, found: Any) -> Mapping[str, Any]:
-    """Sizes by the configuration of transformers."""
-    sizes: dict[str, Any] = {"n_ctx": int(getattr(config, "max_position_embeddings", found.n_ctx))}
+def _sizes(config: Any, cfg: Any) -> Mapping[str, Any]:
+    """Entries of TransformerLens' configuration ``cfg`` that must follow transformers' ``config``."""
+    sizes: dict[str, Any] = {"n_ctx": int(getattr(config, "max_position_embeddings", cfg.n_ctx))}
     d_head = getattr(config, "head_dim", None)
-    if d_head and d_head != found.d_head:
+    if d_head and d_head != cfg.d_head:
         sizes |= {"d_head": d_head, "attn_scale": -1.0}
-        if found.rotary_dim == found.d_head:
+        if cfg.rotary_dim == cfg.d_head:
             sizes["rotary_dim"] = d_head
     if getattr(config, "n_inner", None):
         sizes["d_mlp"] = config.n_inner
     theta = (getattr(config, "rope_parameters", None) or {}).get("rope_theta")
-    if theta and found.positional_embedding_type == "rotary":
+    if theta and cfg.positional_embedding_type == "rotary":
         sizes["rotary_base"] = theta
     return sizes
 
@@ -194,11 +190,11 @@ def _converted(plain: PreTrainedModel, cfg: Any) -> dict[str, Tensor]:
         for name in _GATED:
             bias = getattr(modules.get(name), "bias", None)
             if bias is not None and bool(bias.any()) and _GATED[0] in modules:
-                raise ValueError(f"biases before the gate of the MLP, {name}, which it adds after it")
+                raise ValueError(f"biases before the gate of the MLP, {name}, which HookedTransformer cannot have")
         for readers, names in _BIASES:
             bias = next((getattr(modules[name], "bias", None) for name in readers if name in modules), None)
-            wanted = next((name for name in names if f"blocks.{index}.{name}" in weights), None)
-            if bias is not None and wanted is not None:
-                place = f"blocks.{index}.{wanted}"
-                weights[place] = bias.reshape(weights[place].shape)
+            present = (f"blocks.{index}.{name}" for name in names)
+            target = next((name for name in present if name in weights), None)
+            if bias is not None and target is not None:
+                weights[target] = bias.reshape(weights[target].shape)
     return weights

@@ -1,4 +1,4 @@
-"""Hooks on a TransformerLens model: reading and changing head outputs, and logits only where they count."""
+"""Hooks that read or change activations of a TransformerLens model, or restrict the positions of its logits."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _BEFORE_UNEMBED = ("unembed.hook_in", "ln_final.hook_normalized")
 
 @runtime_checkable
 class HookedModel(Protocol):
-    """What lcc_lens asks of a model: TransformerLens' configuration, hook points and hooked runs."""
+    """A TransformerLens model: configuration, hook points and hooked runs."""
 
     cfg: Any
     hook_dict: dict[str, Any]
@@ -65,7 +65,7 @@ def resid_pre_name(layer: int) -> str:
 
 
 def readers(name: Callable[[int], str], layers: Iterable[int], visit: Callable[[int, Tensor], None]) -> list[NamedHook]:
-    """Hooks that hand every layer's activation at the hook point ``name(layer)`` to ``visit`` and change nothing."""
+    """Hooks that call ``visit(layer, activation)`` with every layer's activation at the hook point ``name(layer)``."""
 
     def reader(layer: int) -> HookFunction:
         def read(z: Tensor, hook: Any) -> None:
@@ -77,7 +77,7 @@ def readers(name: Callable[[int], str], layers: Iterable[int], visit: Callable[[
 
 
 def z_readers(layers: Iterable[int], visit: Callable[[int, Tensor], None]) -> list[NamedHook]:
-    """Hooks that hand every layer's head outputs to ``visit(layer, z)`` and change nothing."""
+    """Hooks that call ``visit(layer, z)`` with every layer's head outputs."""
     return readers(z_name, layers, visit)
 
 
@@ -85,7 +85,7 @@ def adders(name: Callable[[int], str], constants: Mapping[int, Tensor]) -> list[
     """Hooks that add a constant at the hook point ``name(layer)``, the same at every position.
 
     Args:
-        constants: what to add by layer, of the activation's shape without batch and position.
+        constants: by layer, of the activation's shape without batch and position.
     """
 
     def adder(constant: Tensor) -> HookFunction:
@@ -98,11 +98,7 @@ def adders(name: Callable[[int], str], constants: Mapping[int, Tensor]) -> list[
 
 
 def z_adders(constants: dict[int, Float[Tensor, "head d_head"]]) -> list[NamedHook]:
-    r"""Hooks that add a constant to head outputs, $z \leftarrow z + c$ at every position (Eq. 5).
-
-    Args:
-        constants: what to add by layer; zero rows leave their head alone.
-    """
+    r"""Hooks that add a constant to head outputs, $z \leftarrow z + c$ at every position (Eq. 5)."""
     return adders(z_name, constants)
 
 
@@ -111,16 +107,17 @@ def before_unembed(model: HookedModel) -> str:
     name = next((name for name in _BEFORE_UNEMBED if name in model.hook_dict), None)
     if name is None:
         raise RequestError(
-            f"expected a hook point before the unembedding ({' or '.join(_BEFORE_UNEMBED)}), got a model without"
+            f"expected a hook point before the unembedding ({' or '.join(_BEFORE_UNEMBED)}), got none; use another "
+            "model"
         )
     return name
 
 
 def logits_at(model: HookedModel, mask: Bool[Tensor, "batch pos"] | None) -> list[NamedHook]:
-    """A hook that lets only the masked positions reach the unembedding.
+    """A hook after which the unembedding computes the logits of the masked positions only; of none with ``None``.
 
-    The run then returns logits ``[1, n_masked, d_vocab]`` in row-major order of the mask; with ``None`` no logits at
-    all. The unembedding is a fifth of a small model's work and most of its memory.
+    The run returns logits ``[1, n_masked, d_vocab]`` in row-major order of the mask. The unembedding takes a fifth of a
+    small model's time and most of its memory.
     """
     name = before_unembed(model)
 
@@ -132,6 +129,6 @@ def logits_at(model: HookedModel, mask: Bool[Tensor, "batch pos"] | None) -> lis
 
 @contextmanager
 def kept_hooks(model: HookedModel, hooks: list[NamedHook]) -> Iterator[HookedModel]:
-    """Keep hooks on a model inside the block and leave the model as it was, also after an error."""
+    """Keep hooks on a model inside the block, and remove them after it, also after an error."""
     with model.hooks(fwd_hooks=hooks):
         yield model

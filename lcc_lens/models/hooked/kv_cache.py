@@ -1,4 +1,4 @@
-"""Key-value caches: going on from tokens that were read before, where a model gives the same that way."""
+"""Reuse a KV cache instead of running the same tokens again, if a model gives the same results that way."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from lcc_lens.models.hooked.hooks import HookedModel
 from lcc_lens.models.hooked.offloading import device_of
 from lcc_lens.models.hooked.self_checks import OTHER_OPERATIONS, is_close, tried_once
 
-#: What architectures call the reach of local attention in their configuration.
+#: Configuration names of the window of local attention.
 _WINDOWS = ("sliding_window", "attention_chunk_size", "window_size")
 
 
 class PrefixCache:
-    """The first tokens that many sequences share: a model reads them once, and every batch goes on from there.
+    """The KV cache of the first tokens that many sequences share, computed once and reused by every batch.
+
+    A model that gives other results from a cache runs these tokens again with every batch.
 
     Args:
         model: a hooked model.
-        tokens: the shared tokens; may be none.
-
-    A model that does not give the same from a cache reads them again with every batch.
+        tokens: the shared tokens; may be empty.
     """
 
     def __init__(self, model: HookedModel, tokens: Int[Tensor, " prefix"] | None = None) -> None:
@@ -46,24 +46,24 @@ class PrefixCache:
 
         Args:
             tokens: right-padded, without the prefix; positions in ``places`` count from its end.
-            keep: also give the key-value cache of the whole, prefix included.
+            keep: return the KV cache of all tokens, prefix included.
 
         Returns:
-            The cache; None if it was not wanted or the model cannot go on from one.
+            The cache; None without ``keep``, or if the model cannot reuse one.
         """
         n_prefix = len(self.tokens)
         fits = n_prefix + tokens.shape[1] <= attention_reach(self.model)
         if not ((keep or n_prefix) and fits and can_reuse_cache(self.model)):
             whole = torch.cat([self.tokens.expand(len(tokens), -1), tokens], dim=1)
-            moved = {site: TokenPositions(p.sequence, p.position + n_prefix) for site, p in places.items()}
-            visit_sites(self.model, whole, moved, visit)
+            shifted = {site: TokenPositions(p.sequence, p.position + n_prefix) for site, p in places.items()}
+            visit_sites(self.model, whole, shifted, visit)
             return None
         cache = self._start(len(tokens))
         visit_sites(self.model, tokens, places, visit, past_key_values=cache)
         return cache if keep else None
 
     def _start(self, n: int) -> Any:
-        """A cache that holds the prefix ``n`` times."""
+        """A cache with the prefix in each of ``n`` rows."""
         from transformers import DynamicCache
 
         if self._layers is None:
@@ -78,7 +78,7 @@ class PrefixCache:
 
 
 def cache_rows(cache: Any, rows: Sequence[int], length: int) -> Any:
-    """A new cache of some rows of another one, as far as a length."""
+    """A new cache with some rows of another one, cut to a length."""
     from transformers import DynamicCache
 
     chosen = DynamicCache()
@@ -90,28 +90,26 @@ def cache_rows(cache: Any, rows: Sequence[int], length: int) -> Any:
 def continue_from_cache(
     model: HookedModel, cache: Any, shared: Int[Tensor, " row"], rest: Batch, visit: SiteVisitor
 ) -> None:
-    """Go on from the first ``shared`` positions of each row of a cache as long as the longest of them.
+    """Run the rest of sequences whose first ``shared`` tokens are in a cache, as long as the longest of them.
 
-    What lies between a row's end and its rest is masked. ``visit`` takes the head outputs at the last token of every
-    row.
+    The gap between a row's shared tokens and its rest is masked. ``visit`` receives the head outputs at the last token
+    of every row.
     """
-    batch, n_past = rest, int(shared.max())
-    position = torch.arange(n_past + batch.tokens.shape[1])
-    is_past = position[None, :n_past] < shared[:, None]
-    mask = torch.cat([is_past, batch.is_valid()], dim=1).long()
-    positions = shared[:, None] + torch.arange(batch.tokens.shape[1])
+    is_past = torch.arange(int(shared.max())) < shared[:, None]
+    mask = torch.cat([is_past, rest.is_valid()], dim=1).long()
+    positions = shared[:, None] + torch.arange(rest.tokens.shape[1])
     device = device_of(model)
     visit_sites(
-        model, batch.tokens, {"z": TokenPositions.ends(batch)}, visit, past_key_values=cache,
+        model, rest.tokens, {"z": TokenPositions.ends(rest)}, visit, past_key_values=cache,
         attention_mask=mask.to(device), position_ids=positions.to(device),
     )  # fmt: skip
 
 
 def attention_reach(model: HookedModel) -> float:
-    """The tokens that every layer attends to at least, in sliding windows or chunks."""
+    """The smallest window of a layer's attention in tokens; infinite without local attention."""
     config: Any = getattr(getattr(model, "original_model", None), "config", None)
-    found = [getattr(getattr(config, "text_config", config), name, None) for name in _WINDOWS]
-    return min((float(window) for window in found if window), default=float("inf"))
+    windows = [getattr(getattr(config, "text_config", config), name, None) for name in _WINDOWS]
+    return min((float(window) for window in windows if window), default=float("inf"))
 
 
 @tried_once(on_failure=False)

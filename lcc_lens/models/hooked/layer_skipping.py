@@ -1,4 +1,4 @@
-"""Replace what modules compute for a while: leave layers out, or start at a later one."""
+"""Temporarily replace what modules compute: skip layers, or start at a later one."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 @contextmanager
 def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Let a module compute ``forward`` inside the block; its hooks fire all the same."""
+    """Let a module compute ``forward`` inside the block; its hooks are still called."""
     before = module.__dict__.get("forward")
-    module.__dict__["forward"] = forward  # not setattr: TransformerBridge hands that on to the module within
+    module.__dict__["forward"] = forward  # setattr of a TransformerBridge would set it on the wrapped module
     try:
         yield
     finally:
@@ -30,19 +30,19 @@ def is_replaced(module: nn.Module) -> bool:
 
 @contextmanager
 def only_layers(model: Any, layers: range, hidden: Float[Tensor, "batch pos d_model"] | None = None) -> Iterator[None]:
-    """Compute only some layers inside the block; the others pass on what they get.
+    """Compute only some layers inside the block; the others return their input.
 
-    The tokens still go in, so positions, rotations and masks are made as ever. TransformerLens' ``start_at_layer``
-    gives the same, but computes the layers below.
+    The model still takes the tokens, so positions, rotations and masks are as usual. TransformerLens'
+    ``start_at_layer`` has the same result, but computes the layers below.
 
     Args:
         model: a hooked model with ``blocks``.
-        layers: the layers that compute, one after another.
-        hidden: what enters the first of them; what the embedding gives where that is layer 0.
+        layers: a range of layers.
+        hidden: the input of the first of them; the embedding's output if that is layer 0.
     """
     with ExitStack() as stack:
         if layers.start > 0 and hidden is not None:
-            before = model.blocks[layers.start - 1]  # a copy is handed on: a layer may add to its input in place
+            before = model.blocks[layers.start - 1]  # it returns a copy: a layer may change its input in place
             stack.callback(before.register_forward_hook(lambda module, inputs, output: hidden.clone()).remove)
         for index, block in enumerate(model.blocks):
             if index not in layers:

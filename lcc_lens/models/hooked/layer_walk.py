@@ -1,4 +1,4 @@
-"""Run a hooked model one layer at a time, or from a later layer on, from hidden states that are kept."""
+"""Run a hooked model one layer at a time, or from a later layer on, from cached hidden states."""
 
 from __future__ import annotations
 
@@ -18,32 +18,32 @@ from lcc_lens.models.hooked.self_checks import SAME_OPERATIONS, check_tokens, is
 
 
 class LayerWalk:
-    """Batches on their way through a model; hooks of a finished layer act on all later ones.
+    """Runs batches through a model layer by layer; the hooks of finished layers stay in effect.
 
-    The hidden states before the current layer are kept, in the model's format, and that layer alone is computed. A
-    model whose layers see more than hidden states runs as a whole instead, with the same results.
+    The hidden states before the current layer are cached in the model's format, so that only this layer is computed. A
+    model whose layers need more than hidden states runs as a whole instead, with the same results.
 
     Args:
         model: the hooked model.
         batches: right-padded tokens.
-        alone: compute layers alone; tried out if not given.
+        alone: whether to compute layers alone; tested if not given.
     """
 
     def __init__(self, model: HookedModel, batches: Sequence[Int[Tensor, "_ _"]], *, alone: bool | None = None) -> None:
         self.model, self.layer = model, 0
         self._batches = [tokens.to(device_of(model)) for tokens in batches]
-        can_fuse(model)  # tried on whole passes once, before any layer runs alone
+        can_fuse(model)  # tested on whole passes, before any layer runs alone
         self._is_alone = can_run_layers_alone(model) if alone is None else alone
         self._hidden: list[Tensor | None] = [None] * len(self._batches)
         self._finished: list[NamedHook] = []
 
     @property
     def n_batches(self) -> int:
-        """How many batches are on their way."""
+        """The number of batches."""
         return len(self._batches)
 
     def run(self, batch: int, hooks: Sequence[NamedHook]) -> Float[Tensor, "batch pos d_model"]:
-        """The current layer's output for a batch, under hooks within that layer."""
+        """The current layer's output for a batch, under hooks in that layer."""
         tokens = self._batches[batch]
         with torch.no_grad():
             if self._is_alone:
@@ -51,13 +51,13 @@ class LayerWalk:
             return layer_output(self.model, self.layer, tokens, [*self._finished, *hooks])
 
     def advance(self, hooks: Sequence[NamedHook], watch: Callable[[int], Sequence[NamedHook]] | None = None) -> None:
-        """Go on to the next layer; the hooks of this one keep acting.
+        """Go on to the next layer.
 
         Args:
-            hooks: what is changed in the current layer from here on.
-            watch: gives, by batch, hooks that only read, in this pass alone.
+            hooks: hooks in the current layer, which stay in effect.
+            watch: returns, for a batch, hooks that only read, for this pass.
         """
-        is_last = self.layer + 1 == int(self.model.cfg.n_layers)  # nobody reads the last layer's output
+        is_last = self.layer + 1 == int(self.model.cfg.n_layers)  # the last layer's output is not needed
         for batch in range(self.n_batches):
             if watch is not None or (self._is_alone and not is_last):
                 output = self.run(batch, [*hooks, *(watch(batch) if watch is not None else ())])
@@ -90,14 +90,14 @@ def run_from_layer(
     tokens: Int[Tensor, "batch pos"],
     hooks: list[NamedHook],
 ) -> Any:
-    """Run a model from a layer on, with the hidden states that enter it; see :func:`can_start_at_layers`."""
+    """Run a model from a layer on, with that layer's input; see :func:`can_start_at_layers`."""
     with only_layers(model, range(layer, int(model.cfg.n_layers)), hidden):
         return forward(model, tokens, hooks)
 
 
 @tried_once(on_failure=False)
 def can_run_layers_alone(model: HookedModel) -> bool:
-    """Whether layers computed alone give what a whole pass gives; tried once per model, at every layer."""
+    """Whether every layer computed alone gives the same output as in a whole pass; tried once per model."""
     can_fuse(model)
     tokens = check_tokens(model)
     hidden: Tensor | None = None
@@ -111,10 +111,10 @@ def can_run_layers_alone(model: HookedModel) -> bool:
 
 @tried_once(on_failure=False)
 def can_start_at_layers(model: HookedModel) -> bool:
-    """Whether a pass from a layer's hidden states on gives the logits of a whole one; tried once per model.
+    """Whether a pass that starts at a layer gives the logits of a whole one; tried once per model.
 
-    Not so where a layer reads what another one left beside the hidden states (shared keys and values, say), or where
-    layers cannot be left out. Tried at the second, the middle and the last layer.
+    False if a layer needs more than hidden states (keys and values of another layer, for example), or if layers cannot
+    be skipped. Tested at the second, the middle and the last layer.
     """
     tokens, n_layers = check_tokens(model), int(model.cfg.n_layers)
     hidden: list[Tensor] = []

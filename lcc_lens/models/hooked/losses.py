@@ -1,4 +1,4 @@
-"""Losses token by token over large vocabularies: a few tokens at a time, with gradients from the same pass."""
+"""Losses per token and per example, computed for a few tokens at a time so that a large vocabulary fits in memory."""
 
 from __future__ import annotations
 
@@ -18,8 +18,17 @@ from lcc_lens.data.batches import Batch, TokenSequence, batches
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-#: Tokens at a time: on a processor what they make stays in its cache; elsewhere few launches count more.
+#: Tokens per chunk: few on a CPU, so that the probabilities stay in its cache; many on a GPU, for few kernel launches.
 _CPU_CHUNK, _CHUNK = 64, 1024
+#: Targets at a time whose distributions over the vocabulary are compared with the dense model's.
+_TARGET_CHUNK = 64
+
+
+class Outcome(NamedTuple):
+    """Per example of a batch, in nats per response token: the log-likelihood, and the KL divergence if requested."""
+
+    log_likelihood: Float[Tensor, " batch"]
+    divergence: Float[Tensor, " batch"] | None
 
 
 def token_nll(logits: Float[Tensor, "token vocab"], targets: Int[Tensor, " token"]) -> Float[Tensor, " token"]:
@@ -28,19 +37,20 @@ def token_nll(logits: Float[Tensor, "token vocab"], targets: Int[Tensor, " token
 
 
 def token_kl_divergence(
-    wanted: Float[Tensor, "token vocab"], got: Float[Tensor, "token vocab"], temperature: float = 1.0
+    dense: Float[Tensor, "token vocab"], logits: Float[Tensor, "token vocab"], temperature: float = 1.0
 ) -> Float[Tensor, " token"]:
-    r"""$T^2\, KL(p_T \Vert q_T)$ of each token in nats, in float32 at least; gradients flow into ``got`` alone.
+    r"""$T^2\, KL(p_T \Vert q_T)$ of each token in nats, in float32 at least; gradients flow into ``logits`` alone.
 
     Args:
+        dense: logits of p; ``logits``: of q.
         temperature: T, by which both distributions are flattened; the factor keeps the size of gradients (Hinton et
             al., arXiv 1503.02531).
     """
-    return cast("Tensor", cast("Any", _Divergence).apply(got, wanted, temperature))
+    return cast("Tensor", cast("Any", _KLDivergence).apply(logits, dense, temperature))
 
 
 class _TokenLoss(torch.autograd.Function):
-    """Keeps the loss's gradient in the logits' format instead of several float32 tensors of their size."""
+    """Computes the gradient with the loss and keeps it in the logits' format, instead of several float32 tensors."""
 
     @staticmethod
     @once_differentiable
@@ -55,7 +65,7 @@ class _TokenLoss(torch.autograd.Function):
 class _NegativeLogLikelihood(_TokenLoss):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, targets: Tensor) -> Tensor:
-        losses, kept = _begun(ctx, logits)
+        losses, kept = _allocate(ctx, logits)
         for part in _parts(logits):
             log_q, target = torch.log_softmax(_wide(logits[part]), dim=-1), targets[part, None]
             losses[part] = -log_q.gather(-1, target)[:, 0]
@@ -64,12 +74,12 @@ class _NegativeLogLikelihood(_TokenLoss):
         return losses
 
 
-class _Divergence(_TokenLoss):
+class _KLDivergence(_TokenLoss):
     @staticmethod
-    def forward(ctx: Any, got: Tensor, wanted: Tensor, temperature: float) -> Tensor:
-        losses, kept = _begun(ctx, got)
-        for part in _parts(got):
-            log_p, log_q = (torch.log_softmax(_wide(x[part]) / temperature, dim=-1) for x in (wanted, got))
+    def forward(ctx: Any, logits: Tensor, dense: Tensor, temperature: float) -> Tensor:
+        losses, kept = _allocate(ctx, logits)
+        for part in _parts(logits):
+            log_p, log_q = (torch.log_softmax(_wide(x[part]) / temperature, dim=-1) for x in (dense, logits))
             p = log_p.exp()
             losses[part] = temperature**2 * (p * log_p.sub_(log_q)).sum(-1)
             if kept is not None:
@@ -77,8 +87,8 @@ class _Divergence(_TokenLoss):
         return losses
 
 
-def _begun(ctx: Any, logits: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Room for the losses, and for the gradient where it is wanted."""
+def _allocate(ctx: Any, logits: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Empty tensors for the losses, and for the gradient if autograd needs it."""
     kept = torch.empty_like(logits) if ctx.needs_input_grad[0] else None
     if kept is not None:
         ctx.save_for_backward(kept)
@@ -92,19 +102,6 @@ def _parts(logits: Tensor) -> Iterator[slice]:
 
 def _wide(logits: Tensor) -> Tensor:
     return logits if logits.dtype == torch.float64 else logits.float()
-
-
-_MEASURED_AT_ONCE = 64  # targets whose distributions over the vocabulary are held in float32 at once
-
-
-class Outcome(NamedTuple):
-    """What a run says of every example of a batch, in nats per response token.
-
-    ``divergence`` is None where it was not asked for.
-    """
-
-    log_likelihood: Float[Tensor, " batch"]
-    divergence: Float[Tensor, " batch"] | None
 
 
 def response_log_likelihood(logits: Float[Tensor, "target d_vocab"], batch: Batch) -> Float[Tensor, " batch"]:
@@ -122,32 +119,30 @@ def measure(
     dense_logits: Float[Tensor, "dense_target d_vocab"] | None = None,
     dense_row: Int[Tensor, " target"] | None = None,
 ) -> Outcome:
-    r"""Both outcomes of a run from one pass over its logits, in float32, a few targets at a time.
+    r"""The log-likelihood of each example's response, and its KL divergence from the dense model, in float32.
 
     The divergence is $\frac{1}{|r|} \sum_t KL(p_{dense}(\cdot_t) \| p(\cdot_t))$ over the positions that predict the
-    response: unlike the likelihood it cannot gain by fitting the task instead of the dense model.
+    response; unlike the likelihood, it does not improve by fitting the task instead of the dense model.
 
     Args:
         logits: at the batch's targets, in row-major order.
-        dense_logits: the dense model's logits; the divergence is left out where they are not given.
-        dense_row: which row of ``dense_logits`` belongs to each target, if not its own.
+        dense_logits: the dense model's logits; no divergence is computed if not given.
+        dense_row: the row of ``dense_logits`` for each target; the same row if not given.
     """
     if dense_logits is None:
         return Outcome(response_log_likelihood(logits, batch), None)
     targets = batch.targets().to(logits.device)
     dense_row = torch.arange(len(targets), device=logits.device) if dense_row is None else dense_row
     likelihood, divergence = (logits.new_empty(len(targets), dtype=torch.float32) for _ in range(2))
-    for start in range(0, len(targets), _MEASURED_AT_ONCE):
-        part = slice(start, start + _MEASURED_AT_ONCE)
-        log_p = logits[part].float().log_softmax(-1)
-        log_dense = dense_logits[dense_row[part]].float().log_softmax(-1)
-        likelihood[part] = log_p.gather(-1, targets[part, None])[:, 0]
-        divergence[part] = (log_dense.exp() * (log_dense - log_p)).sum(-1)
+    for start in range(0, len(targets), _TARGET_CHUNK):
+        part = slice(start, start + _TARGET_CHUNK)
+        likelihood[part] = -token_nll(logits[part], targets[part])
+        divergence[part] = token_kl_divergence(dense_logits[dense_row[part]], logits[part])
     return Outcome(_mean_by_example(likelihood, batch), _mean_by_example(divergence, batch))
 
 
 def _mean_by_example(values: Float[Tensor, " target"], batch: Batch) -> Float[Tensor, " batch"]:
-    """The mean of each example's targets; they lie one example after another."""
+    """The mean over each example's targets, which are in the order of the examples."""
     counts = batch.is_target().sum(1)
     example = torch.repeat_interleave(torch.arange(len(counts)), counts).to(values.device)
     return values.new_zeros(len(counts)).index_add(0, example, values) / counts.to(values)
@@ -156,7 +151,7 @@ def _mean_by_example(values: Float[Tensor, " target"], batch: Batch) -> Float[Te
 def logits_where(
     model: PreTrainedModel, tokens: Int[Tensor, "batch pos"], mask: Bool[Tensor, "batch pos"]
 ) -> Float[Tensor, "target vocab"]:
-    """A plain model's logits at chosen positions, in row-major order; no others reach the unembedding."""
+    """A plain model's logits at the masked positions, in row-major order; the unembedding computes no others."""
     unembedding = model.get_output_embeddings()
     handle = unembedding.register_forward_pre_hook(lambda module, inputs: (inputs[0][mask][None],))
     try:
@@ -169,7 +164,7 @@ def logits_where(
 def sequence_loss(
     model: PreTrainedModel, sequences: Sequence[TokenSequence], *, batch_tokens: int | None = None
 ) -> dict[str, float]:
-    """Token-weighted loss of a plain model over the counted tokens of sequences.
+    """The mean loss per counted token of a plain model over sequences.
 
     Returns:
         ``loss`` in nats per token, ``perplexity``, ``tokens`` (counted) and ``sequences``.
@@ -178,14 +173,8 @@ def sequence_loss(
     grouped = batches(sequences, max_tokens=batch_tokens or tokens_per_pass(model.device))
     with torch.inference_mode():
         for batch in track(grouped, len(grouped), "loss"):
-            nll = _batch_nll(model, batch)
+            logits = logits_where(model, batch.tokens.to(model.device), batch.is_target().to(model.device))
+            nll = token_nll(logits, batch.targets().to(model.device))
             total += float(nll.double().sum())
             count += len(nll)
     return {"loss": total / count, "perplexity": perplexity(total, count), "tokens": count, "sequences": len(sequences)}
-
-
-def _batch_nll(model: PreTrainedModel, batch: Batch) -> Tensor:
-    """Loss of every counted token; only their positions reach the unembedding."""
-    device = model.device
-    logits = logits_where(model, batch.tokens.to(device), batch.is_target().to(device))
-    return token_nll(logits, batch.targets().to(device))

@@ -1,7 +1,7 @@
-"""Models larger than memory: decoder layers on disk, or divided among processes, until their turn.
+"""Models larger than memory: decoder layers on disk, or sharded over processes, and loaded when they compute.
 
-From disk, accelerate brings them in, module by module: a hook reads a module's weights from the checkpoint's own
-safetensors before its forward and lets them go after it.
+Accelerate loads layers from disk module by module: a hook reads a module's weights from the checkpoint's safetensors
+before its forward pass and frees them after it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from lcc_lens.models.hooked.hooks import HookedModel
 
 
 def placement(path: Path, device: torch.device, device_map: DeviceMap | None) -> dict[str, Any]:
-    """What ``from_pretrained`` is told about where weights go; nothing if all go to one device.
+    """The arguments of ``from_pretrained`` that place the weights; empty if all go to one device.
 
     Args:
         device_map: ``auto`` lets accelerate spread the model over all GPUs, memory and disk as it fits; ``disk`` leaves
@@ -43,7 +43,7 @@ def placement(path: Path, device: torch.device, device_map: DeviceMap | None) ->
 
 
 def _places(module: nn.Module, name: str, layers: str, device: str) -> Iterator[tuple[str, str]]:
-    """Where each module goes: what holds the layers is divided, everything else stays whole."""
+    """The place of each module: every decoder layer on disk, everything else on the device."""
     for child, part in module.named_children():
         place = f"{name}.{child}".lstrip(".")
         if place == layers:
@@ -55,13 +55,13 @@ def _places(module: nn.Module, name: str, layers: str, device: str) -> Iterator[
 
 
 def entry_device(model: nn.Module) -> torch.device:
-    """The device that a model takes its tokens on: that of its first weights in memory."""
+    """The device of a model's input tokens: that of its first weights in memory."""
     devices = (parameter.device for parameter in model.parameters() if not parameter.is_meta)
     return next(devices, torch.device("cpu"))
 
 
 def each_parameter(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Every parameter by name, once; what lies on disk is read one by one."""
+    """Every parameter by name, once; parameters on disk are read one by one."""
     seen: set[int] = set()
     for place, module in model.named_modules():
         hook = _offloading_hook(module)
@@ -73,14 +73,14 @@ def each_parameter(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def weight_in_memory(module: nn.Module) -> Tensor:
-    """A module's weight, read where it lies on disk."""
+    """A module's weight, read from disk if it is offloaded."""
     weight, hook = module.get_parameter("weight"), _offloading_hook(module)
     value: Tensor = hook.weights_map["weight"] if hook is not None and weight.is_meta else weight
     return value
 
 
 def require_in_memory(model: nn.Module, purpose: str) -> None:
-    """Refuse what reads or changes weights outside a forward pass where layers lie on disk."""
+    """Refuse a model with layers on disk, for a purpose that needs weights outside a forward pass."""
     if any(parameter.is_meta for parameter in model.parameters()):
         raise RequestError(
             f"expected all weights in memory for {purpose}, got layers on disk; load the model without a device map"
@@ -88,26 +88,25 @@ def require_in_memory(model: nn.Module, purpose: str) -> None:
 
 
 def bring_in(layer: nn.Module) -> bool:
-    """Put a layer's weights into memory for good; tells whether any lay on disk."""
+    """Load a layer's weights into memory to stay; returns whether any were on disk."""
     from accelerate.hooks import remove_hook_from_module
     from accelerate.utils import set_module_tensor_to_device
 
-    found = [(module, hook) for module in layer.modules() if (hook := _offloading_hook(module)) is not None]
-    for module, hook in found:
+    offloaded = [(module, hook) for module in layer.modules() if (hook := _offloading_hook(module)) is not None]
+    for module, hook in offloaded:
         for name, parameter in list(module.named_parameters(recurse=False)):
             if parameter.is_meta:
                 set_module_tensor_to_device(module, name, hook.execution_device, value=hook.weights_map[name])
-    if found:
+    if offloaded:
         remove_hook_from_module(layer, recurse=True)
-    return bool(found)
+    return bool(offloaded)
 
 
 def shard_layers(model: HookedModel) -> None:
-    """Divide the weights of every decoder layer among the processes that were launched together (FSDP2).
+    """Shard the weights of every decoder layer over the processes that were launched together (FSDP2).
 
-    A layer's weights are whole in every process while it computes, and a share of them otherwise. So all processes must
-    run the same passes: call :func:`lcc_lens.analysis.scan.scan.scan` without a run directory in each of them, and
-    save what one got.
+    A process holds all weights of a layer only while it computes, so all processes must run the same passes: call
+    :func:`lcc_lens.analysis.scan.scan.scan` without a run directory in each of them, and save one result.
 
     Args:
         model: a hooked model, loaded on the CPU; it ends up on the device of this process.
@@ -119,9 +118,7 @@ def shard_layers(model: HookedModel) -> None:
     from torch.distributed.fsdp import fully_shard
 
     if n_processes() == 1:
-        raise RequestError(
-            "expected several processes to divide a model among, got one; start them by accelerate launch"
-        )
+        raise RequestError("expected several processes to shard a model over, got one; start them by accelerate launch")
     bridge = cast("Any", model)
     require_in_memory(bridge.original_model, "dividing a model among processes")
     device = process_device()
@@ -132,12 +129,12 @@ def shard_layers(model: HookedModel) -> None:
 
 
 def _offloading_hook(module: nn.Module) -> Any:
-    """Accelerate's hook that brings in a module's own weights; None if they are in memory."""
+    """Accelerate's hook that loads a module's weights; None if they are in memory."""
     hook = getattr(module, "_hf_hook", None)
     hooks = getattr(hook, "hooks", (hook,))
-    return next((one for one in hooks if getattr(one, "offload", False)), None)
+    return next((hook for hook in hooks if getattr(hook, "offload", False)), None)
 
 
 def device_of(model: HookedModel) -> torch.device:
-    """The device that a hooked model takes its tokens on."""
-    return entry_device(cast("torch.nn.Module", model))
+    """The device of a hooked model's input tokens."""
+    return entry_device(cast("nn.Module", model))

@@ -1,4 +1,4 @@
-"""Checks that a shortcut gives what a model itself gives: tried on a few tokens, remembered per model."""
+"""Checks that a faster computation gives the model's own results: run once per model, on a few tokens."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lcc_lens.models.hooked.hooks import HookedModel, NamedHook
 from lcc_lens.models.hooked.offloading import device_of
 
 Verdict = TypeVar("Verdict")
-#: What a check raises where a model lacks what the shortcut needs.
+#: Errors of a check on a model that lacks what the faster computation needs.
 _FAILURES = (AttributeError, RuntimeError, TypeError, ValueError, KeyError, IndexError)
 
 
@@ -35,7 +35,7 @@ class Tolerance:
         return {torch.float32: self.float32, torch.float64: self.float64}.get(dtype, self.coarse)
 
 
-#: The same operations on the same shapes, of which some are left out.
+#: The same operations on the same shapes, some of them skipped.
 SAME_OPERATIONS = Tolerance(1e-5, 1e-10, 2e-2)
 #: The logits of the same weights by another implementation.
 SAME_LOGITS = Tolerance(1e-5, 1e-10, 5e-2)
@@ -74,11 +74,11 @@ def tried_once(*, on_failure: Any) -> Callable[[Callable[[HookedModel], Verdict]
 def is_close(
     result: Tensor, expected: Tensor, tolerance: Tolerance, dtype: torch.dtype, *, by_norm: bool = False
 ) -> bool:
-    """Whether a result is what a model gives, up to rounding.
+    """Whether a result equals the model's, up to rounding and in shape.
 
     Args:
-        dtype: the number format that the model computes in; a result in a coarser one counts as that.
-        by_norm: compare Euclidean norms instead of the largest deviation, where single values round badly.
+        dtype: the number format that the model computes in; a result in a coarser one has that one's tolerance.
+        by_norm: compare Euclidean norms instead of the largest deviation, for values with large rounding errors.
     """
     if result.shape != expected.shape:
         return False
@@ -103,27 +103,25 @@ def check_tokens(model: HookedModel) -> Int[Tensor, "batch pos"]:
 def run_with_activations(
     model: HookedModel, tokens: Tensor, names: list[str], hooks: list[NamedHook] | None = None
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Run a model, with hooks if given; its logits and the activations at named hook points.
+    """Run a model, with hooks if given; returns its logits and the activations at named hook points.
 
     Raises:
-        LensError: a hook point is not there.
+        LensError: a hook point is missing.
     """
     missing = [name for name in names if name not in model.hook_dict]
     if missing:
-        raise unsupported("of a head's output", f"no hook point {missing[0]}")
-    seen: dict[str, Tensor] = {}
+        raise unsupported("of head outputs", f"no hook point {missing[0]}")
+    activations: dict[str, Tensor] = {}
 
-    def keeper(name: str) -> NamedHook:
-        def keep(value: Tensor, hook: Any) -> None:
-            seen[name] = value.detach().clone()
+    def keep(name: str, value: Tensor, hook: Any) -> None:
+        activations[name] = value.detach().clone()
 
-        return name, keep
-
+    keepers = [(name, functools.partial(keep, name)) for name in names]
     with torch.no_grad():
-        logits = model.run_with_hooks(tokens, fwd_hooks=[*(hooks or []), *map(keeper, names)])
-    return logits, seen
+        logits = model.run_with_hooks(tokens, fwd_hooks=[*(hooks or []), *keepers])
+    return logits, activations
 
 
-def unsupported(where: str, got: str) -> LensError:
-    """The refusal of an architecture whose way somewhere is another than the one computed here."""
-    return LensError(f"this architecture's way {where} is not known: got {got}; use another model")
+def unsupported(path: str, got: str) -> LensError:
+    """The error for an architecture that computes a path (such as residual stream to logits) in an unknown way."""
+    return LensError(f"expected a known path {path} in this architecture, got {got}; use another model")

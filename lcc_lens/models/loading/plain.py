@@ -1,4 +1,4 @@
-"""Models of plain transformers, loaded from directories whose files are all of them and nothing else."""
+"""Load models of plain transformers, and check that their files are complete and of the right architecture."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def load_plain(
             )  # fmt: skip
     except Exception as error:  # every class fails on damaged files in its own way
         raise RequestError(
-            f"expected a causal language model in {path}, got none that loads ({first_line(error)})"
+            f"expected a causal language model in {path}, got none that loads ({first_line(error)}); check the files"
         ) from error
     model = (model if places else model.to(device)).eval().requires_grad_(False)
     _refuse_non_finite(model, path)

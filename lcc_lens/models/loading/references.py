@@ -1,4 +1,4 @@
-"""Model references: where the directory of what a user names lies."""
+"""Resolve a model reference (a name, directory, GGUF file or hub id) to a local directory."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from lcc_lens.models.architecture.whole_weights import require_complete
 from lcc_lens.models.loading.gguf import EMBEDDED_NAME, embedded_model, gguf_model
 
 _HUB_ID = re.compile(r"^[\w.-]+(/[\w.-]+)?(@[\w./-]+)?$")
-_WANTED_FILES = [
+_FILES = [
     "*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "*.bpe", "*.spm", "LICENSE*", "NOTICE*",
 ]  # fmt: skip
-#: The same weights a second time, as their authors' own code reads them.
-_UNWANTED_FILES = ["original/*", "consolidated*", "*/*.safetensors"]
+#: Second copies of the weights, for their authors' own code.
+_COPIES = ["original/*", "consolidated*", "*/*.safetensors"]
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _CONVERT = (
     "where you trust its source, AutoModelForCausalLM.from_pretrained(...).save_pretrained(OUT) in another process "
@@ -57,15 +57,11 @@ def _from_hub(name: str) -> Path:
 
     repo, _, revision = name.partition("@")
     try:
-        path = Path(
-            snapshot_download(
-                repo, revision=revision or None, allow_patterns=_WANTED_FILES, ignore_patterns=_UNWANTED_FILES
-            )
-        )
+        path = Path(snapshot_download(repo, revision=revision or None, allow_patterns=_FILES, ignore_patterns=_COPIES))
     except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
         raise RequestError(
-            f"expected the model {name}, got no such directory here and nothing from the hub ({first_line(error)}); "
-            "check the name or download it first"
+            f"expected the model {name}, got no such directory and nothing from the hub ({first_line(error)}); check "
+            "the name or download it first"
         ) from error
     try:
         _require_model(path)

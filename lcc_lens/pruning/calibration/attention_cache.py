@@ -65,7 +65,8 @@ class AttentionCache:
         """
         inputs: list[Tensor] = []
         outputs: dict[str, Any] = {}
-        names = _enclosing_modules(path)
+        parts = path.split(".")
+        names = [".".join(parts[:n]) for n in range(1, len(parts))]  # the enclosing modules, outermost first
         cached: _CachedModule | None = None
         is_first, projection = True, layer.get_submodule(path)
 
@@ -104,12 +105,6 @@ class AttentionCache:
             for cached in self._modules:
                 stack.enter_context(replaced_forward(cached.module, lambda *_, cached=cached, **__: cached.run(start)))
             yield
-
-
-def _enclosing_modules(path: str) -> list[str]:
-    """The modules inside the layer that hold a projection, outermost first."""
-    names = path.split(".")[:-1]
-    return [".".join(names[: n + 1]) for n in range(len(names))]
 
 
 def _cached_module(layer: nn.Module, name: str, path: str, outputs: dict[str, Any]) -> _CachedModule | None:

@@ -21,7 +21,7 @@ SPREAD = 0.5
 #: Largest fraction that a layer may lose.
 _MOST_PER_LAYER = 0.95
 #: Columns removed at once, as a fraction of those still to remove: many at first, one by one at the end.
-_GROUP_SHARE = 1 / 16
+_GROUP_FRACTION = 1 / 16
 
 
 def layer_ratios(schedule: Schedule, ratio: float, n_layers: int, spread: float = SPREAD) -> list[float]:
@@ -131,13 +131,13 @@ def cheapest_groups(
 
 
 def cheapest_columns(
-    weight: Float[Tensor, "out in"], inputs: Damped, n_remove: int, group_share: float = _GROUP_SHARE
+    weight: Float[Tensor, "out in"], inputs: Damped, n_remove: int, group_fraction: float = _GROUP_FRACTION
 ) -> Removal:
     """Choose columns by the smallest error in shrinking steps: many at first, one by one at the end.
 
     Args:
         weight: weight of the output projection, one row per output.
-        group_share: size of a step as a fraction of the columns still to remove; 0 removes one column at a time.
+        group_fraction: size of a step as a fraction of the columns still to remove; 0 removes one column at a time.
 
     Returns:
         The columns of each step.
@@ -150,7 +150,7 @@ def cheapest_columns(
     removed, after = list[Tensor](), list[float]()
     while (n_left := n_remove - sum(len(group) for group in removed)) > 0:
         errors = (precise.square().sum(dim=0) / inverse.diagonal()).masked_fill(is_gone, math.inf)
-        size = max(1, int(n_left * group_share))
+        size = max(1, int(n_left * group_fraction))
         group = torch.argsort(errors, stable=True)[:size]
         together = float(group_errors(precise, inverse, group[None]))
         after.append(together + (after[-1] if after else 0.0))

@@ -79,7 +79,6 @@ class Composite(Injection):
 
     @property
     def parts(self) -> Sequence[Injection]:
-        """The injections that this one joins."""
         return [part for member in self.members if isinstance(member, Injection) for part in member.parts]
 
     @property

@@ -53,12 +53,10 @@ class LowRank(Change):
         return cls(A, torch.zeros(n_out, rank))
 
     def forward(self, weight: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
-        """The changed weight."""
         delta = self.B.to(weight) @ self.A.to(weight)  # in the weight's dtype: several times faster in bfloat16
         return torch.addcmul(weight, delta, (weight != 0).to(weight))
 
     def fits(self, shape: tuple[int, ...]) -> bool:
-        """Whether a weight of this shape can be changed so."""
         return shape == (self.B.shape[0], self.A.shape[1])
 
 
@@ -83,12 +81,10 @@ class Gain(Change):
         self.register_buffer("columns", columns)
 
     def forward(self, weight: Tensor) -> Tensor:
-        """The changed weight."""
         scale = self.gain.new_ones(weight.shape[-1]).index_put((self.columns,), 1 + self.gain)
         return (weight * scale.to(weight.device)).to(weight.dtype)
 
     def fits(self, shape: tuple[int, ...]) -> bool:
-        """Whether a weight of this shape can be changed so."""
         return len(shape) == 2 and int(self.columns.max()) < shape[1]
 
 
@@ -106,12 +102,10 @@ class Shift(Change):
         self.shift = nn.Parameter(shift.float())
 
     def forward(self, weight: Tensor) -> Tensor:
-        """The changed weight."""
         shift = self.shift.to(weight)
         return weight + shift if weight.ndim == 1 else torch.addcmul(weight, shift, (weight != 0).to(weight))
 
     def fits(self, shape: tuple[int, ...]) -> bool:
-        """Whether a weight of this shape can be changed so."""
         return shape == tuple(self.shift.shape)
 
 

@@ -76,7 +76,6 @@ class ConstantInjection(Injection):
 
     @property
     def footprint(self) -> Footprint:
-        """See :class:`~lcc_lens.restoration.injections.footprint.Footprint`."""
         return Footprint(biases=(self.site,), n_trained=self.n_trained)
 
     @abstractmethod

@@ -1,4 +1,4 @@
-"""The inputs that injections are built from."""
+"""The inputs from which injections are built."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lcc_lens.restoration.injections.constants import Start
 
 @dataclass(frozen=True)
 class Ingredients:
-    """The inputs that injections are built from; see :meth:`of`."""
+    """The inputs from which injections are built."""
 
     model: HookedModel
     components: LostComponents | None
@@ -35,11 +35,11 @@ class Ingredients:
     mlp: DifferenceStatistics | None = None
     """A scan's statistics of the MLP's post-activation."""
     mlp_rank: int | None = None
-    """Directions per MLP; those that the scan holds if None."""
+    """Directions per MLP; all that the scan has if None."""
     pair: Pair | None = None
-    """Both models, for what is measured in both."""
+    """Both models, for methods that run both."""
     sequences: Sequence[TokenSequence] = ()
-    """Training data, for what is measured on them."""
+    """Training data, for methods that measure activations."""
     adapter_rank: int = 8
     """Rank of the baselines' adapters."""
 
@@ -59,15 +59,7 @@ class Ingredients:
         start: Start = "zero",
         seed: int = 0,
     ) -> Ingredients:
-        """Collect the inputs from a pair and its scan.
-
-        Args:
-            scan: their scan, where the method needs one.
-            model: the model to act on; the pair's pruned one if not given.
-            rank: directions per head; all if not given.
-            mlp_rank: directions per MLP; those that the scan holds if not given.
-            start: see :class:`~lcc_lens.restoration.injections.constants.LccInjection`.
-        """
+        """Collect the inputs from a pair and its scan; ``model`` is the pair's pruned one if not given."""
         return cls(
             pair.pruned if model is None else model, None if scan is None else scan.components, heads,
             pair.output_projections, rank, start, low_rank, seed, None if scan is None else scan.others.get("mlp"),
@@ -84,7 +76,7 @@ class Ingredients:
         """The lost components of the MLPs, one part per layer.
 
         Args:
-            directions: whether any are needed; the mean and the size come with every scan of the site.
+            directions: whether directions are needed; every scan of the site has the mean difference and its size.
         """
         if self.mlp is None:
             raise RequestError(
@@ -100,13 +92,11 @@ class Ingredients:
         return lost
 
     def mlps(self) -> list[Head]:
-        """The MLP of every layer as a part: head 0."""
+        """The MLP of every layer, as head 0."""
         return [Head(layer, 0) for layer in range(int(self.model.cfg.n_layers))]
 
     def both(self) -> Pair:
         """The pair."""
         if self.pair is None:
-            raise RequestError(
-                "expected both models to measure in, got the pruned one; build from Ingredients.of(pair, ...)"
-            )
+            raise RequestError("expected both models, got the pruned one; build from Ingredients.of(pair, ...)")
         return self.pair

@@ -109,10 +109,6 @@ def _mlp_lcc(inputs: Ingredients) -> Injection:
     return LccInjection(lost, inputs.mlps(), rank=inputs.mlp_rank, start=inputs.start, site="mlp")
 
 
-def _mlp_offset(inputs: Ingredients) -> Injection:
-    return OffsetInjection(inputs.lost_mlp(directions=False), inputs.mlps(), start=inputs.start, site="mlp")
-
-
 def _mlp_mean_shift(inputs: Ingredients) -> Injection:
     lost = inputs.lost_mlp(directions=inputs.mlp_rank is not None)
     return MeanShift(lost, inputs.mlps(), rank=inputs.mlp_rank, site="mlp")
@@ -156,7 +152,8 @@ METHODS: Registry[Method | Preset] = Registry(
             ("mlp",), source="scan with the mlp's directions",
         ),
         "mlp-offset": Method(
-            _mlp_offset, "an offset at the MLP's post-activation", "d_mlp per layer", ("mlp",), source="scan with mlp"
+            lambda i: OffsetInjection(i.lost_mlp(directions=False), i.mlps(), start=i.start, site="mlp"),
+            "an offset at the MLP's post-activation", "d_mlp per layer", ("mlp",), source="scan with mlp",
         ),
         "mlp-mean-shift": Method(
             _mlp_mean_shift, "the mean difference at the MLP's post-activation", None, ("mlp",),

@@ -40,7 +40,6 @@ class WeightInjection(Injection):
         self.members = nn.ModuleList(changes.values())
 
     def changes(self) -> Mapping[str, Change]:
-        """Changed weights by the plain name of their module."""
         members = [member for member in self.members if isinstance(member, Change)]
         return dict(zip(self._names, members, strict=True))
 

@@ -23,8 +23,8 @@ class TrainConfig:
     epochs: Count = 1
     batch_size: Count = 8
     lr: Rate | None = None
-    """Learning rate of the first injection, to which the others keep their ratio; each one's own if None. A constant's
-    is in units of each head's root mean square difference (see
+    """Learning rate of the first injection, with the others in proportion; each one's own if None. A constant's is in
+    units of each head's root mean square difference (see
     :class:`~lcc_lens.restoration.injections.constants.LccInjection`), so that one rate fits all heads and models; the
     paper's 1e-3 to 1e-5 are in units of activations."""
     weight_decay: Annotated[float, Range(0, 1000)] = 0.0
@@ -35,7 +35,7 @@ class TrainConfig:
     checkpoint_every: Count = 20
     seed: Seed = 0
     patience: Count | None = None
-    """Stop after so many validations in a row without a new best."""
+    """Stop after this many validations in a row without a new best."""
     objective: Objective = field(default_factory=Objective)
     reuse: bool = False
     """Cache activations below the lowest trained layer (see :mod:`lcc_lens.restoration.training.reuse`): faster over

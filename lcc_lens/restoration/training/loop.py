@@ -8,6 +8,8 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+import torch
+
 from lcc_lens.core.config import tokens_per_pass
 from lcc_lens.core.errors import InterruptedRun
 from lcc_lens.core.machine.interruption import Interruption
@@ -19,22 +21,8 @@ from lcc_lens.restoration.injections.base import Injection
 from lcc_lens.restoration.training.config import Step, TrainConfig
 from lcc_lens.restoration.training.objectives import Checkpointed, Source
 from lcc_lens.restoration.training.reuse import CachedTeacher, reused
-from lcc_lens.restoration.training.state import CHECKPOINT, TrainingState, epoch_batches, learning_rates
-from lcc_lens.restoration.training.validation import hooked_of, response_nll, validation_loss, validation_terms
-
-__all__ = [
-    "CHECKPOINT",
-    "Step",
-    "TrainConfig",
-    "TrainingState",
-    "epoch_batches",
-    "learning_rates",
-    "optimise",
-    "response_nll",
-    "train",
-    "validation_loss",
-    "validation_terms",
-]
+from lcc_lens.restoration.training.state import TrainingState
+from lcc_lens.restoration.training.validation import hooked_of, validation_loss
 
 logger = logging.getLogger(__name__)
 _DIVERGED = 2.0  # times the validation loss before the first step
@@ -55,11 +43,11 @@ def train(
 ) -> Iterator[Step]:
     """Train an injection on the objective by AdamW with linear decay; yields a record per optimiser step.
 
-    The model's weights take no gradient, and the model is unchanged between steps. At the end, and when the iteration
-    is abandoned, the injection holds the parameters with the lowest held-out objective, the start included. A run that
-    diverges (a loss that is not finite, or a held-out loss of twice the first one) stops with a warning.
+    The model's weights get no gradient, and the model is unchanged between steps. At the end, also of an abandoned
+    iteration, the injection has the parameters with the lowest held-out objective, the initial ones included. A run
+    that diverges (a loss that is not finite, or a held-out loss of twice the first one) stops with a warning.
 
-    Several processes (``accelerate launch``) divide the examples of every batch and of the held-out data; gradients are
+    Several processes (``accelerate launch``) share the examples of every batch and of the held-out data; gradients are
     summed with the whole batch's token counts, so the result is that of one process within rounding.
 
     Args:
@@ -68,10 +56,10 @@ def train(
         injection: what to train, in place.
         sequences: training data; ``validation``: held-out data of the same kind; ``config``: settings.
         teacher: the dense model, for distillation, or a source of its outputs.
-        run: where ``checkpoint.safetensors`` is kept; none if not given.
-        resume: go on from the checkpoint in ``run``; the result equals an unbroken run's.
-        identity: a text that a checkpoint must share to be resumed (weights, data, heads).
-        first_loss: the held-out objective before the first step, if it is known.
+        run: the directory of ``checkpoint.safetensors``; no checkpoint if not given.
+        resume: go on from the checkpoint in ``run``; the result equals that of a run without interruption.
+        identity: a text that the checkpoint must match to be resumed (weights, data, heads).
+        first_loss: the held-out objective before the first step, if known.
 
     Raises:
         RequestError: nothing to resume, or a checkpoint of another run.
@@ -104,7 +92,7 @@ def _steps(
     validate: Callable[[], float],
     run: Path | None,
 ) -> Iterator[Step]:
-    """The remaining steps of a run, until the last one, divergence, patience or Ctrl-C; the state is saved as due."""
+    """The remaining steps of a run, until the last one, divergence, patience or Ctrl-C; saves the state."""
     config = state.config
     with Interruption().watched() as interruption:
         for index in state.remaining_batches(sequences):
@@ -120,7 +108,7 @@ def _steps(
             yield Step(state.step, state.n_steps, loss, lr, n_targets, time.perf_counter() - start, measured)
             if measured is not None and not measured <= _DIVERGED * state.first_loss:
                 what = f"a validation loss of {measured:.3g} ({state.first_loss:.3g} at first)"
-                # before the state is saved: a resumed run meets the same end
+                # the state is not saved, so a resumed run stops here too
                 return _warn_of_divergence(state.step, state.n_steps, what, state.rates[0])
             is_due, is_interrupted = state.step % config.checkpoint_every == 0, interruption.is_agreed()
             if run is not None and (is_due or is_best or is_last or is_interrupted):
@@ -134,14 +122,14 @@ def _steps(
 
 
 def _source(model: HookedModel, injection: Injection, config: TrainConfig) -> HookedModel | Source:
-    """What gives the model's outputs under the settings."""
+    """The source of the model's outputs under the settings."""
     source = reused(model, injection, checkpoint_layers=config.gradient_checkpointing) if config.reuse else model
     return source if isinstance(source, Source) or not config.gradient_checkpointing else Checkpointed(source)
 
 
 def _warn_of_divergence(step: int, n_steps: int, got: str, lr: float) -> None:
     logger.warning(
-        "stopped at step %d of %d: training diverged, got %s; the best numbers so far are kept; lower the learning "
+        "stopped at step %d of %d: training diverged, got %s; the best parameters so far are kept; lower the learning "
         "rate (%g)", step, n_steps, got, lr,
     )  # fmt: skip
 
@@ -153,10 +141,10 @@ def optimise(
     chosen: Sequence[TokenSequence],
     teacher: HookedModel | Source | None,
 ) -> tuple[float, int]:
-    """One optimiser step over one batch, its gradients accumulated over micro-batches and processes.
+    """One optimiser step over one batch, with gradients summed over micro-batches and processes.
 
     Returns:
-        The objective, and how many tokens the responses have.
+        The objective, and the number of response tokens.
     """
     objective, n_targets = state.config.objective, sum(len(s) - s.loss_from for s in chosen)
     counts = objective.counts(chosen)
@@ -179,12 +167,12 @@ def optimise(
 
 
 def _over_processes(injection: Injection, total: float) -> float:
-    """Put the gradients' sums over all processes in their place; gives the objective's sum."""
+    """Replace the gradients by their sums over all processes; returns the sum of the objective."""
     if n_processes() == 1:
         return total
-    numbers = [number for number in injection.parameters() if number.requires_grad]
-    own = [number.new_zeros(number.shape) if number.grad is None else number.grad for number in numbers]
-    *gradients, whole = summed([*own, own[0].new_tensor([total])])
-    for number, gradient in zip(numbers, gradients, strict=True):
-        number.grad = gradient
-    return float(whole)
+    parameters = [parameter for parameter in injection.parameters() if parameter.requires_grad]
+    local = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    *gradients, objective = summed([*local, local[0].new_tensor([total])])
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        parameter.grad = gradient
+    return float(objective)

@@ -13,11 +13,13 @@ from lcc_lens.core.progress import track
 from lcc_lens.data.batches import TokenSequence
 from lcc_lens.models.hooked.hooks import HookedModel
 from lcc_lens.restoration.injections.base import Injection
-from lcc_lens.restoration.training.loop import TrainConfig, train, validation_loss
+from lcc_lens.restoration.training.config import TrainConfig
+from lcc_lens.restoration.training.loop import train
 from lcc_lens.restoration.training.reuse import CachedTeacher
+from lcc_lens.restoration.training.validation import validation_loss
 
 logger = logging.getLogger(__name__)
-#: Around the method's own rate.
+#: Multiples of the method's own rate.
 FACTORS = (0.1, 0.3, 1.0, 3.0, 10.0)
 
 
@@ -35,18 +37,18 @@ class RangeTest:
 
     @property
     def best(self) -> float:
-        """The rate with the lowest loss; of equal ones the smallest."""
+        """The rate with the lowest loss; if equal, the smallest."""
         return min(zip(self.losses, self.rates, strict=True))[1]
 
     @property
     def by_rate(self) -> dict[str, float | None]:
-        """The losses by rate as JSON holds them: None where it diverged."""
+        """The losses by rate as JSON values: None if it diverged."""
         losses = (loss if math.isfinite(loss) else None for loss in self.losses)
         return dict(zip(map(str, self.rates), losses, strict=True))
 
     @property
     def is_at_edge(self) -> bool:
-        """Whether the best rate is the smallest or largest tried, so that a better one may lie beyond."""
+        """Whether the best rate is the smallest or largest tried, so that a better one may be outside."""
         return self.best in (self.rates[0], self.rates[-1])
 
 
@@ -61,7 +63,7 @@ def range_test(
     factors: Sequence[float] = FACTORS,
     n_steps: int = 10,
 ) -> RangeTest:
-    """Train a few steps at several learning rates, each from the same start; the injection is unchanged afterwards.
+    """Train a few steps at several learning rates from the same initial values; the injection is unchanged afterwards.
 
     Args:
         sequences: training data, of which the first few are used.
@@ -72,13 +74,13 @@ def range_test(
     rates = tuple(sorted(middle * factor for factor in factors))
     start = {name: value.clone() for name, value in injection.state_dict().items()}
     few = list(sequences[: n_steps * config.batch_size])
-    kept = None if teacher is None else CachedTeacher(teacher)  # every rate sees the same sequences
-    start_loss = validation_loss(model, injection, validation, config.micro_tokens, config.objective, kept)
+    cached = None if teacher is None else CachedTeacher(teacher)  # every rate uses the same sequences
+    start_loss = validation_loss(model, injection, validation, config.micro_tokens, config.objective, cached)
     losses = []
     for rate in track(rates, len(rates), "learning rates"):
         settings = replace(config, lr=rate, epochs=1, validate_every=n_steps, patience=None)
         last = math.inf
-        for step in train(model, injection, few, validation, settings, teacher=kept, first_loss=start_loss):
+        for step in train(model, injection, few, validation, settings, teacher=cached, first_loss=start_loss):
             last = step.validation_loss if step.validation_loss is not None else math.inf
         losses.append(last if math.isfinite(last) else math.inf)
         injection.load_state_dict(start)
@@ -98,7 +100,7 @@ def tuned(
     *,
     teacher: HookedModel | None = None,
 ) -> tuple[TrainConfig, dict[str, Any]]:
-    """The settings with the rate that a :func:`range_test` chooses; with it the losses by rate, and the seconds."""
+    """The settings with the rate that a :func:`range_test` chooses; and a record of its losses by rate and seconds."""
     start = time.perf_counter()
     tested = range_test(model, injection, sequences, validation, config, teacher=teacher)
     seconds = round(time.perf_counter() - start, 1)

@@ -1,4 +1,4 @@
-"""Training objectives: the response's loss, the language-model loss, the distance to the dense model, or a sum."""
+"""Training objectives: response loss, language-model loss, distance from the dense model, or weighted sums."""
 
 from __future__ import annotations
 
@@ -22,21 +22,20 @@ from lcc_lens.models.hooked.offloading import device_of
 
 #: Names of the losses, and the fields that hold their weights.
 _FIELDS = {"response": "response", "distillation": "distillation", "heads": "heads", "lm": "text"}
-#: Older names that are still read.
+#: Older names that are still accepted.
 _ALIASES = {"text": "lm"}
 
 
 @dataclass(frozen=True)
 class Outputs:
-    """What a model gives at the counted tokens: logits, and head outputs by layer; none that nobody asked for."""
+    """A model's logits and, by layer, head outputs at the counted tokens; empty if not requested."""
 
     logits: Float[Tensor, "token vocab"]
     z: dict[int, Float[Tensor, "counted zwidth"]]
 
 
 class Source(ABC):
-    """What gives a model's outputs another way than by a whole forward pass (see
-    :mod:`lcc_lens.restoration.training.reuse`)."""
+    """Computes a model's outputs in another way than by a whole forward pass."""
 
     model: HookedModel
 
@@ -44,15 +43,11 @@ class Source(ABC):
     def outputs(
         self, batch: Batch, mask: Bool[Tensor, "batch pos"], hooks: Sequence[Any], *, with_logits: bool, with_z: bool
     ) -> Outputs:
-        """What :func:`run_model` gives."""
+        """The outputs that :func:`run_model` returns."""
 
 
 class Checkpointed(Source):
-    """A model whose backward passes compute every layer's activations again instead of keeping them.
-
-    Args:
-        model: the hooked model.
-    """
+    """A model with gradient checkpointing: backward passes recompute every layer's activations."""
 
     def __init__(self, model: HookedModel) -> None:
         self.model = model
@@ -60,7 +55,6 @@ class Checkpointed(Source):
     def outputs(
         self, batch: Batch, mask: Bool[Tensor, "batch pos"], hooks: Sequence[Any], *, with_logits: bool, with_z: bool
     ) -> Outputs:
-        """See :class:`Source`."""
         return run_model(self.model, batch, mask, hooks, with_logits=with_logits, with_z=with_z, checkpoint_layers=True)
 
 
@@ -68,17 +62,17 @@ class Checkpointed(Source):
 class Objective:
     r"""A weighted sum of losses, each per counted token.
 
-    The response's loss counts its own tokens. The dense model says more: it has an answer at every token, so what
-    follows it counts those of the prompt as well (``prompts``).
+    The response loss counts the response's tokens. Distillation and head outputs have a target at every token, so they
+    also count the prompt's (``prompts``).
 
     Args:
         response: weight of the response's cross-entropy in nats (the paper's objective).
         distillation: weight of the Kullback-Leibler divergence in nats from the dense model's next-token distribution.
-        temperature: of that divergence; both distributions are flattened by it, and the result is multiplied by its
-            square, so that gradients keep their size (Hinton et al., arXiv 1503.02531).
+        temperature: flattens both distributions; the divergence is multiplied by its square, so that gradients keep
+            their size (Hinton et al., arXiv 1503.02531).
         heads: weight of the squared distance from the dense model's head outputs (``hook_z``) relative to their squared
-            size, $\lVert \tilde z_l - z_l \rVert^2 / \lVert z_l \rVert^2$ over all heads of a layer at a token, as a
-            mean over layers: layer by layer, each behind the ones below.
+            size, $\lVert \tilde z_l - z_l \rVert^2 / \lVert z_l \rVert^2$ over all heads of a layer at a token,
+            averaged over layers.
         prompts: whether distillation and head outputs count the prompts' tokens.
         text: weight of the language-model loss (``lm``), the cross-entropy in nats of all tokens, prompts included.
     """
@@ -93,9 +87,9 @@ class Objective:
     def __post_init__(self) -> None:
         weights = tuple(self.weights.values())
         if not (all(weight >= 0 and math.isfinite(weight) for weight in weights) and sum(weights) > 0):
-            raise RequestError(f"expected weights of the objective of at least 0, one above, got {weights}")
+            raise RequestError(f"expected objective weights of at least 0, one above 0, got {weights}; change them")
         if not (self.temperature > 0 and math.isfinite(self.temperature)):
-            raise RequestError(f"expected a temperature above 0, got {self.temperature}")
+            raise RequestError(f"expected a temperature above 0, got {self.temperature}; raise it")
 
     @classmethod
     def parse(cls, text: str, *, temperature: float = 1.0) -> Objective:
@@ -118,28 +112,30 @@ class Objective:
             if not known or not 0 < weights[name] < math.inf:
                 names = ", ".join(_FIELDS)
                 raise RequestError(
-                    f"expected an objective ({names}, joined by +, as in 3*heads), got {text!r}; "
+                    f"expected an objective ({names}, joined by +, as in response+3*heads), got {text!r}; "
                     f"{nearest(name, _FIELDS)}"
                 )
-        shares = {name: weights.get(name, 0.0) / sum(weights.values()) for name in _FIELDS}
-        return cls(shares["response"], shares["distillation"], temperature, shares["heads"], text=shares["lm"])
+        fractions = {name: weights.get(name, 0.0) / sum(weights.values()) for name in _FIELDS}
+        return cls(
+            fractions["response"], fractions["distillation"], temperature, fractions["heads"], text=fractions["lm"]
+        )
 
     @property
     def weights(self) -> dict[str, float]:
-        """The weight of every loss by its name."""
+        """The weights by name of the loss."""
         return {name: getattr(self, field) for name, field in _FIELDS.items()}
 
     @property
     def needs_teacher(self) -> bool:
-        """Whether the dense model must run along."""
+        """Whether the dense model must run too."""
         return self.distillation > 0 or self.heads > 0
 
     def counts(self, sequences: Sequence[TokenSequence]) -> dict[str, int]:
-        """How many tokens of the sequences every loss that has a weight counts."""
-        response = sum(len(one) - one.loss_from for one in sequences)
-        whole = sum(len(one) - 1 for one in sequences)
-        followed = whole if self.prompts else response
-        counts = {"response": response, "distillation": followed, "heads": followed, "lm": whole}
+        """The number of tokens that every loss with a weight counts in the sequences."""
+        response = sum(len(sequence) - sequence.loss_from for sequence in sequences)
+        whole = sum(len(sequence) - 1 for sequence in sequences)
+        by_teacher = whole if self.prompts else response
+        counts = {"response": response, "distillation": by_teacher, "heads": by_teacher, "lm": whole}
         return {name: counts[name] for name, weight in self.weights.items() if weight}
 
     def loss(
@@ -150,7 +146,7 @@ class Objective:
         hooks: Sequence[Any] = (),
         teacher: HookedModel | Source | None = None,
     ) -> Tensor:
-        """A batch's part of the objective over all the sequences that ``counts`` counts (see :meth:`counts`)."""
+        """A batch's part of the objective over the sequences whose tokens ``counts`` gives (see :meth:`counts`)."""
         terms = self.terms(model, batch, hooks, teacher)
         return torch.stack([self.weights[name] * term / counts[name] for name, term in terms.items()]).sum()
 
@@ -161,32 +157,32 @@ class Objective:
         hooks: Sequence[Any] = (),
         teacher: HookedModel | Source | None = None,
     ) -> dict[str, Tensor]:
-        """The losses that have a weight, each summed over a batch's counted tokens and not weighted, from one pass.
+        """The unweighted losses with a weight, each summed over a batch's counted tokens, from one pass.
 
         Raises:
-            RequestError: no dense model to follow, or one whose heads are others.
+            RequestError: no dense model, or one with other heads.
         """
         if self.needs_teacher and teacher is None:
-            raise RequestError("expected the dense model for distillation, got none")
+            raise RequestError("expected the dense model for distillation, got none; pass teacher")
         reads = {"with_logits": bool(self.response or self.distillation or self.text), "with_z": self.heads > 0}
-        follows_prompts = self.needs_teacher and self.prompts
-        mask = batch.is_followed() if follows_prompts or self.text else batch.is_target()
-        got = _outputs(model, batch, mask, hooks, **reads)
-        in_response = batch.is_target()[mask].to(got.logits.device)
+        with_prompts = self.text > 0 or (self.needs_teacher and self.prompts)
+        mask = batch.is_followed() if with_prompts else batch.is_target()
+        outputs = _outputs(model, batch, mask, hooks, **reads)
+        in_response = batch.is_target()[mask].to(outputs.logits.device)
         terms = {}
         if self.response or self.text:
-            nll = token_nll(got.logits, batch.tokens[:, 1:][mask[:, :-1]].to(got.logits.device))
+            nll = token_nll(outputs.logits, batch.tokens[:, 1:][mask[:, :-1]].to(outputs.logits.device))
             terms = {"response": nll[in_response].sum()} if self.response else {}
             terms |= {"lm": nll.sum()} if self.text else {}
         if teacher is not None and self.needs_teacher:
             with torch.no_grad():
-                wanted = _outputs(teacher, batch, mask, (), **{**reads, "with_logits": self.distillation > 0})
+                dense = _outputs(teacher, batch, mask, (), **{**reads, "with_logits": self.distillation > 0})
             counted = slice(None) if self.prompts else in_response
             if self.distillation:
-                logits = wanted.logits.to(got.logits.device)
-                terms["distillation"] = token_kl_divergence(logits, got.logits, self.temperature)[counted].sum()
+                logits = dense.logits.to(outputs.logits.device)
+                terms["distillation"] = token_kl_divergence(logits, outputs.logits, self.temperature)[counted].sum()
             if self.heads:
-                terms["heads"] = _relative_distance(wanted.z, got.z)[counted].sum()
+                terms["heads"] = _relative_distance(dense.z, outputs.z)[counted].sum()
         return terms
 
 
@@ -225,13 +221,13 @@ def run_model(
     return Outputs(forward(model, batch.tokens.to(device), every, checkpoint_layers=checkpoint_layers)[0], z)
 
 
-def _relative_distance(wanted: dict[int, Tensor], got: dict[int, Tensor]) -> Float[Tensor, " token"]:
+def _relative_distance(dense: dict[int, Tensor], z: dict[int, Tensor]) -> Float[Tensor, " token"]:
     """The mean over layers of the squared distance relative to the squared size, in float32."""
-    if {layer: z.shape for layer, z in wanted.items()} != {layer: z.shape for layer, z in got.items()}:
+    if {layer: values.shape for layer, values in dense.items()} != {layer: values.shape for layer, values in z.items()}:
         raise RequestError("expected a model with the dense model's heads to match, got a sliced one; leave heads out")
     ratios = []
-    for layer, z in wanted.items():
-        z = z.to(got[layer].device).float()
-        size = z.square().sum(-1).clamp_min(torch.finfo(torch.float32).tiny)
-        ratios.append((got[layer].float() - z).square().sum(-1) / size)
+    for layer, values in z.items():
+        target = dense[layer].to(values.device).float()
+        size = target.square().sum(-1).clamp_min(torch.finfo(torch.float32).tiny)
+        ratios.append((values.float() - target).square().sum(-1) / size)
     return torch.stack(ratios).mean(0)

@@ -18,7 +18,7 @@ from lcc_lens.restoration.injections.base import Injection
 from lcc_lens.restoration.training.config import TrainConfig
 
 CHECKPOINT = "checkpoint.safetensors"
-_BUCKET = 8  # batches among which sequences are sorted by length: less padding, order still random
+_BUCKET = 8  # sequences are sorted by length within this many batches: less padding, still a random order
 
 
 class TrainingState:
@@ -40,7 +40,7 @@ class TrainingState:
         self.best = self._parameters()
 
     def remaining_batches(self, sequences: Sequence[TokenSequence]) -> Iterator[list[int]]:
-        """The batches of all epochs in their fixed order, without those done before."""
+        """The batches of all epochs in their fixed order, from the current step on."""
         order = [
             batch for epoch in range(self.config.epochs)
             for batch in epoch_batches(sequences, self.config.batch_size, self.config.seed + epoch)
@@ -48,13 +48,13 @@ class TrainingState:
         yield from order[self.step :]
 
     def begin_step(self) -> float:
-        """Set the learning rates of the coming step, with linear decay to zero after the last; gives the first."""
+        """Set the learning rates of the next step, with linear decay to zero after the last; returns the first."""
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * (1 - self.step / self.n_steps)
         return float(self.optimizer.param_groups[0]["lr"])
 
     def keep_best(self, loss: float) -> bool:
-        """Keep the current parameters if no earlier ones were better; returns whether it did."""
+        """Store the current parameters if their loss is the lowest so far; returns whether it is."""
         self.n_worse += 1
         if not loss < self.best_loss:
             return False
@@ -100,9 +100,10 @@ class TrainingState:
         with torch.no_grad():
             for name, parameter in self._trained():
                 parameter.copy_(tensors[f"now.{name}"])
-                keys = [key for key in tensors if key.startswith(f"adam.{name}.")]
-                self.optimizer.state[parameter] = {
-                    key.rsplit(".", 1)[1]: _beside(parameter, tensors[key]) for key in keys
+                self.optimizer.state[parameter] = {  # moments on the parameter's device, the step count on the CPU
+                    key.rsplit(".", 1)[1]: value.to(parameter.device) if value.ndim else value
+                    for key, value in tensors.items()
+                    if key.startswith(f"adam.{name}.")
                 }
 
     def _parameters(self) -> dict[str, Tensor]:
@@ -112,13 +113,8 @@ class TrainingState:
         return [(name, value) for name, value in self.injection.named_parameters() if value.requires_grad]
 
 
-def _beside(parameter: nn.Parameter, value: Tensor) -> Tensor:
-    """Move a saved optimiser value to its device: moments to the parameter's, the step count to the CPU."""
-    return value.to(parameter.device) if value.ndim else value
-
-
 def learning_rates(injection: Injection, lr: float | None) -> list[float]:
-    """The learning rate of every part that trains: its own, or scaled so that the first one's is ``lr``."""
+    """The learning rates of the parts that train: their own, or scaled so that the first one's is ``lr``."""
     rates = [part.default_lr for part in _trained_parts(injection)]
     scale = 1.0 if lr is None or not rates else lr / rates[0]
     return [rate * scale for rate in rates]

@@ -56,7 +56,8 @@ def test_attribution_is_that_of_transformer_lens(families, family: str) -> None:
             assert torch.allclose(found.attribution[example, layer], effect, atol=1e-5, rtol=1e-4)
             gradients.append(gradient.sum((0, 1)))
         constants.append(torch.stack(gradients))
-    assert torch.allclose(found.constant_gradient, torch.stack(constants).mean(0), atol=1e-5, rtol=1e-4)
+    constant_gradient = found.group_gradient.sum(0) / found.n_examples
+    assert torch.allclose(constant_gradient, torch.stack(constants).mean(0), atol=1e-5, rtol=1e-4)
     squares = torch.stack(constants).square().sum((0, -1))
     assert torch.allclose(found.group_square.sum(0), squares, atol=1e-5, rtol=1e-4)
     assert float(found.attribution.abs().max()) > 1e-2
@@ -110,7 +111,8 @@ def test_attributions_of_a_layers_heads_add_up_to_the_layers(pair: Pair) -> None
 def test_the_constants_gradient_is_the_slope_along_a_constant(pair: Pair) -> None:
     sequences = encoded(pair, 2)
     batch = pad(sequences, range(2))
-    gradient = response_gradients(pair, sequences).constant_gradient
+    gradients = response_gradients(pair, sequences)
+    gradient = gradients.group_gradient.sum(0) / gradients.n_examples
     direction = torch.randn(N_HEADS, D_HEAD, generator=torch.Generator().manual_seed(0))
     for layer in range(N_LAYERS):
 

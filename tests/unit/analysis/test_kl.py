@@ -104,7 +104,7 @@ def test_wrong_requests_are_refused() -> None:
     layers = features()
     with pytest.raises(RequestError, match="at least one layer, got none"):
         score_kl([], Lens())
-    with pytest.raises(RequestError, match="at least one example to read through the lens, got 0"):
+    with pytest.raises(RequestError, match="expected max_examples of at least 1, got 0"):
         score_kl(layers, Lens(), max_examples=0)
     with pytest.raises(RequestError, match="at least one question, got none"):
         score_kl([(z[:0], z[:0]) for z, _ in layers], Lens())

@@ -287,18 +287,18 @@ def test_random_vectors_have_the_gain_of_random_vectors(pair) -> None:
 
 def test_vectors_with_nothing_to_read_are_refused(pair, found, data: Data, dense_dir: Path) -> None:
     zero, ones, head = torch.zeros(D_HEAD), torch.ones(D_HEAD), Head(0, 0)
-    with pytest.raises(RequestError, match="expected a vector with something to read, got zeros"):
+    with pytest.raises(RequestError, match="expected a finite vector other than zero, got zeros"):
         promoted_tokens(pair.pruned, pair.tokenizer, head, zero)
-    with pytest.raises(RequestError, match="something to read"):
+    with pytest.raises(RequestError, match="other than zero"):
         exciting_examples(pair, data, head, zero)
-    with pytest.raises(RequestError, match="something to read"):
+    with pytest.raises(RequestError, match="other than zero"):
         relation_to_W_O(pair.pruned, [head], zero[None])
     with pytest.raises(RequestError, match="expected a vector of d_head = 6 numbers, got 5"):
         promoted_tokens(pair.pruned, pair.tokenizer, head, ones[:5])
     model = load_hooked(dense_dir).model
     with torch.no_grad():
         model.blocks[0].attn.o.original_component.weight.zero_()
-    with pytest.raises(RequestError, match="that L0H0's output projection reads, got one that it takes to zero"):
+    with pytest.raises(RequestError, match="that L0H0's output projection uses, got one that it maps to zero"):
         promoted_tokens(model, pair.tokenizer, head, ones)
 
 
@@ -310,7 +310,7 @@ def test_wrong_requests_are_refused(pair, found, data: Data) -> None:
         promoted_tokens(pair.pruned, pair.tokenizer, Head(0, 0), ones, k=0)
     with pytest.raises(RequestError, match="got L0H5"):
         direct_effect(pair, data, [Head(0, 5)], ones[None])
-    with pytest.raises(RequestError, match=r"expected constants of shape \(2, 6\), one for each head, got \(1, 6\)"):
+    with pytest.raises(RequestError, match=r"expected constants of shape \(2, 6\), one per head, got \(1, 6\)"):
         direct_effect(pair, data, HEADS[:2], ones[None])
     with pytest.raises(RequestError, match="got L9H0"):
         logit_gain(pair, data, Head(9, 0), components)

@@ -15,15 +15,8 @@ from lcc_lens.analysis.scan.scan import Scan, scan
 from lcc_lens.analysis.selectors.attribution_patching import score_attribution_patching
 from lcc_lens.analysis.selectors.backward import response_gradients
 from lcc_lens.analysis.selectors.evidence import Evidence, ScoreSettings
-from lcc_lens.analysis.selectors.names import (
-    ALWAYS_SCORED,
-    DEFAULT_SELECTOR,
-    NEED_MODELS,
-    NEED_PAIRS,
-    SCORED_BY_DEFAULT,
-    SELECTORS,
-)
-from lcc_lens.analysis.selectors.registry import REGISTRY, check_selectors, register_selector, score
+from lcc_lens.analysis.selectors.names import ALWAYS_SCORED, DEFAULT_SELECTOR, SCORED_BY_DEFAULT, SELECTORS
+from lcc_lens.analysis.selectors.registry import REGISTRY, check_selectors, named_selector, register_selector, score
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.heads import Head
 from lcc_lens.data.datasets import Data, encode, load_data
@@ -142,8 +135,8 @@ def test_unknown_selector_is_refused_with_the_nearest_name(names: tuple[str, ...
 def test_names_count_once_and_in_order() -> None:
     assert check_selectors(["mse", "probe", "mse"]) == ("mse", "probe")
     assert tuple(REGISTRY)[: len(SELECTORS)] == SELECTORS
-    assert not NEED_MODELS & NEED_PAIRS
     assert not set(SCORED_BY_DEFAULT) & set(ALWAYS_SCORED)
+    assert [set(named_selector(name).needs) for name in SCORED_BY_DEFAULT] == [{"models"}, {"pairs"}, {"pairs"}]
 
 
 @pytest.fixture
@@ -192,6 +185,25 @@ def test_registering_refuses_taken_names_and_scores_of_another_shape(scored: Sca
         RequestError, match=r"expected HeadScores of shape \[3, 5\] from the selector 'later', got \[1, 2\]"
     ):
         score(["later"], evidence)
+
+
+@pytest.mark.usefixtures("no_more_selectors")
+def test_a_registered_selector_whose_needs_are_not_met_is_refused_before_the_passes(
+    pair, data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "text.txt").write_text("\n\n".join(f"paragraph {i} of a text without answers" for i in range(40)))
+    text = load_data(str(tmp_path / "text.txt"))
+    register_selector("paired", score_later_heads, needs=["pairs"])
+    register_selector("running", score_later_heads, needs=["models"])
+    with pytest.raises(RequestError, match="expected needs among pairs, models, got 'gradients'"):
+        register_selector("other", score_later_heads, needs=["gradients"])
+    assert scan(pair, data, selectors=["paired", "running"], display=0).scores("paired").settings == {"by": "hand"}
+    monkeypatch.setattr("lcc_lens.analysis.scan.scan._run", lambda *_: pytest.fail("the passes began"))
+    with pytest.raises(RequestError, match="expected questions with right and wrong answers, got none"):
+        scan(pair, text, selectors=["paired"])
+    monkeypatch.setattr(type(pair), "one_at_a_time", True)
+    with pytest.raises(RequestError, match="expected both models in memory for running, got one at a time"):
+        scan(pair, data, selectors=["running"])
 
 
 def test_help_of_the_command_line_names_every_selector() -> None:

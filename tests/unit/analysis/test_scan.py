@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lcc_lens.analysis.probes.published import fit_linear_probes, split_pairs
 from lcc_lens.analysis.scan.scan import Scan, scan
-from lcc_lens.analysis.selectors.linear_probe import ProbeFeatures, score_linear_probe
+from lcc_lens.analysis.selectors.linear_probe import LayerFeatures, linear_probe_scores
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.heads import Head
 from lcc_lens.data.batches import TokenSequence
@@ -127,7 +127,9 @@ def test_probe_scores_equal_a_loop_over_heads(pair, dense_dir: Path, pruned_dir:
     z_wrong = torch.stack([z[-1] for z in head_outputs(dense_dir, [s.tokens for s in wrong], N_HEADS)])
     questions = [s.tokens[: s.loss_from] for s in right]
     z_question = torch.stack([z[-1] for z in head_outputs(pruned_dir, questions, N_HEADS)])
-    scores = score_linear_probe(ProbeFeatures(z_question, z_right, z_wrong), found.components)
+    by_layer = (z.unbind(1) for z in (z_question, z_right, z_wrong))
+    layers = [LayerFeatures(question, None, *answers) for question, *answers in zip(*by_layer, strict=True)]
+    scores = linear_probe_scores(layers, found.components, solver="published").value
     accuracy = found.scores("probe").value
     assert torch.allclose(accuracy, scores, atol=0.09)  # one answer of twelve may sit on the border
     assert float((accuracy - scores).abs().mean()) < 0.02
@@ -143,7 +145,8 @@ def test_all_heads_at_once_learn_what_one_head_learns_alone() -> None:
     for head in range(4):
         data = (features[head], labels)
         accuracy, weight = probe_accuracy(data, data, start.weight[head], start.bias[head], epochs=50)
-        assert float(probe.accuracy(features, labels)[head]) == pytest.approx(accuracy)
+        logits = features[head] @ probe.weight[head] + probe.bias[head]
+        assert float(((logits >= 0) == labels).float().mean()) == pytest.approx(accuracy)
         assert torch.allclose(probe.weight[head], weight, atol=1e-5)
     assert not torch.allclose(probe.weight, start.weight, atol=0.1)
 

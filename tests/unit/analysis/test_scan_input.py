@@ -176,7 +176,7 @@ def test_unknown_names_are_refused(pair: Pair, data: Data, found: Scan) -> None:
     with pytest.raises(RequestError, match=r"expected a selector \(probe, interaction, .*\), got 'guess'"):
         unwrap(scan)(pair, data, selectors=("probe", "guess"))
     for options in ({"sites": ("z", "nose")}, {"spectra": ("nose",)}):
-        with pytest.raises(RequestError, match="expected some of the sites z, mlp, resid, got 'nose'"):
+        with pytest.raises(RequestError, match="expected sites among z, mlp, resid, got 'nose'"):
             unwrap(scan)(pair, data, **options)
     with pytest.raises(RequestError, match=r"expected a selector \(probe, interaction, .*\), got 'guess'"):
         unwrap(Scan.scores)(found, "guess")

@@ -20,7 +20,6 @@ from lcc_lens.analysis.scan import passes
 from lcc_lens.analysis.scan import shards as scan_work
 from lcc_lens.analysis.scan.scan import UNFINISHED, has_scan, scan
 from lcc_lens.analysis.selectors.evidence import Evidence
-from lcc_lens.analysis.selectors.names import NEED_MODELS
 from lcc_lens.core.errors import InterruptedRun, LensError, RequestError
 from lcc_lens.core.progress import tracked_by
 from lcc_lens.data.datasets import Data, load_data
@@ -252,7 +251,7 @@ def test_one_model_at_a_time_goes_on_in_either_phase(
 
 def test_selectors_that_need_both_models_are_refused(found, data: Data, one_model: Any, done: Passes) -> None:
     single, _ = one_model
-    for name in NEED_MODELS:
+    for name in ("attribution", "gradient", "patching"):
         with pytest.raises(RequestError, match=f"expected both models in memory for {name}, got one at a time"):
             scan(single, data, selectors=("probe", name))
     assert not done

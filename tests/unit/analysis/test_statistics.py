@@ -198,7 +198,7 @@ def test_wide_parts_keep_their_spectrum_and_first_directions(monkeypatch: pytest
     assert torch.allclose(lost.root_mean_square(), whole.root_mean_square(), rtol=1e-5)
     with pytest.raises(RequestError, match="expected a rank between 1 and the 3 stored directions, got 4"):
         lost.component(4)
-    with pytest.raises(RequestError, match=f"expected all {WIDTH} directions to turn, got the first 3 alone"):
+    with pytest.raises(RequestError, match=f"expected all {WIDTH} directions for a random basis, got the first 3;"):
         lost.in_random_basis()
     without = fed(dense, pruned, second_moment=False).finish()
     assert without.components().n_held == 0

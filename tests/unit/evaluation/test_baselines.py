@@ -26,8 +26,10 @@ from lcc_lens.restoration.injections.ingredients import Ingredients
 from lcc_lens.restoration.injections.spec import MethodSpec
 from lcc_lens.restoration.record import RestorationRecord
 from lcc_lens.restoration.result import Restoration
-from lcc_lens.restoration.training.loop import TrainConfig, train, validation_loss
+from lcc_lens.restoration.training.config import TrainConfig
+from lcc_lens.restoration.training.loop import train
 from lcc_lens.restoration.training.objectives import Objective
+from lcc_lens.restoration.training.validation import validation_loss
 
 TOKENS = torch.arange(12)[None]
 
@@ -131,12 +133,12 @@ def test_lofit_finds_the_head_that_was_weakened(question_file: Path, tmp_path: P
     distillation = Objective.parse("distillation")
     config = TrainConfig(batch_size=4, validate_every=4, lr=3e-2, objective=distillation)
     given = pair.output_projections, heads, sequences, sequences, config
-    assert lofit_heads(pair.pruned, *given, share=0.05, teacher=pair.dense) == [Head(1, 2)]
-    assert len(lofit_heads(pair.pruned, *given, share=0.2, teacher=pair.dense)) == 3
+    assert lofit_heads(pair.pruned, *given, fraction=0.05, teacher=pair.dense) == [Head(1, 2)]
+    assert len(lofit_heads(pair.pruned, *given, fraction=0.2, teacher=pair.dense)) == 3
     with pytest.raises(RequestError, match="expected gains that lower the held-out loss"):
         lofit_heads(pair.dense, *given, teacher=pair.dense)
-    with pytest.raises(RequestError, match="expected a share of heads above 0"):
-        lofit_heads(pair.pruned, *given, share=0.0)
+    with pytest.raises(RequestError, match="expected a fraction of heads above 0"):
+        lofit_heads(pair.pruned, *given, fraction=0.0)
 
 
 def test_eora_is_the_best_low_rank_on_the_inputs(pair, question_file: Path) -> None:
@@ -219,7 +221,7 @@ def test_flap_gives_back_the_mean_of_what_was_removed(pair, question_file: Path)
 def test_flap_is_not_kept_as_an_empty_restoration(pair, question_file: Path) -> None:
     injection = flap(pair, encode(load_data(str(question_file), n=4), pair.tokenizer))
     record = RestorationRecord("d", "p", "", "", "flap", "none", 0, 0)
-    with pytest.raises(RequestError, match="got biases of maps; compare them instead"):
+    with pytest.raises(RequestError, match="got biases of linear layers; compare it instead"):
         Restoration.of(injection, record)
 
 

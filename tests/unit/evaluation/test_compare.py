@@ -25,8 +25,8 @@ from lcc_lens.models.loading.plain import load_plain
 from lcc_lens.pruning.jobs import prune
 from lcc_lens.restoration import refitted as refitted_module
 from lcc_lens.restoration.injections.spec import MethodSpec
-from lcc_lens.restoration.training.loop import validation_loss, validation_terms
 from lcc_lens.restoration.training.objectives import Objective
+from lcc_lens.restoration.training.validation import validation_loss, validation_terms
 
 SMALL = {
     "examples": 24, "validation": 4, "responses": 4, "blocks": 2, "block_length": 16, "scan_examples": 24,
@@ -59,9 +59,9 @@ def test_entries_are_read(text: str, expected: tuple) -> None:
 
 @pytest.mark.parametrize(("text", "message"), [
     ("magic", "expected a method"), ("lcc@nothing", "expected a control"), ("lcc:joy", "expected an objective"),
-    ("refit@dense", "expected a control of something that trains"),
+    ("refit@dense", "expected a control of a method that trains"),
     ("refit+lcc@dense", "that trains on the pruned model"),
-    ("lcc=fast", "expected a learning rate or 'tuned' behind =, got 'fast'"),
+    ("lcc=fast", "expected a learning rate or 'tuned' after =, got 'fast'"),
     ("norms@random-heads", "expected a method that acts on heads"), ("lora@random-heads", "that acts on heads"),
     ("mlp-lcc@random-heads", "expected a method that acts on heads"), ("flap+lcc", "expected a method"),
 ])  # fmt: skip

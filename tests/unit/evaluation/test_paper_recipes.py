@@ -18,7 +18,7 @@ from lcc_lens.evaluation.comparison import data as comparison_data
 from lcc_lens.evaluation.comparison import runner as bench
 from lcc_lens.evaluation.paper.recipes import dry, read_recipe
 from lcc_lens.evaluation.paper.run import run_recipe
-from lcc_lens.evaluation.paper.tables import paper_page, recipe_table
+from lcc_lens.evaluation.paper.tables import recipe_table
 from lcc_lens.restoration.best import BEST_ENTRY
 
 RECIPES = sorted((ROOT / "recipes").glob("*.json"))
@@ -203,15 +203,21 @@ def test_missing_files_and_data_are_refused(
     assert not out.exists()
 
 
-def test_the_page_is_drawn_from_the_recipes_and_results() -> None:
+@pytest.fixture(scope="module")
+def module() -> Any:
+    """The script that writes the page of all tables."""
     spec = importlib.util.spec_from_file_location("paper_tables_script", ROOT / "benchmarks" / "paper_tables.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    return module
+
+
+def test_the_page_is_drawn_from_the_recipes_and_results(module) -> None:
     assert set(module.ORDER) == set(NAMES)
     assert module.PAGE.read_text(encoding="utf-8") == module.page()
 
 
-def test_results_fill_the_empty_column() -> None:
+def test_results_fill_the_empty_column(module) -> None:
     recipe = read_recipe(ROOT / "recipes" / "structured20.json")
     bare = {"perplexity": 5.5, "accuracy": 0.6, "accuracy_stderr": 0.01, "tasks": {"rte": {"acc": 0.7}}}
     row = {
@@ -228,5 +234,5 @@ def test_results_fill_the_empty_column() -> None:
     assert "| LoRA | 58.45 |  | 7.66 |  |" in filled
     assert "*Run on m (lcc_lens 1).*" in filled
     assert "*Not run at size.*" in recipe_table(recipe)
-    assert filled in paper_page({"structured20": recipe}, {"structured20": results})
-    assert "60.00" not in paper_page({"structured20": recipe}, {"structured20": {**results, "dry_run": True}})
+    assert filled in module.paper_page({"structured20": recipe}, {"structured20": results})
+    assert "60.00" not in module.paper_page({"structured20": recipe}, {"structured20": {**results, "dry_run": True}})

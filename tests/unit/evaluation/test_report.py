@@ -109,7 +109,7 @@ def test_without_latency_nothing_is_loaded(checkpoints: dict[str, Path], monkeyp
     assert found["ratios"] == {}
     for entry in found["models"].values():
         assert entry["prefill_ms"] is entry["decode_ms"] is entry["loads_in_transformers"] is None
-        assert entry["semi_structured_note"] == "not run: times were not asked for"
+        assert entry["semi_structured_note"] == "not run: times were not requested"
     same = next(iter(found["zero_patterns"]["models"].values()))
     assert (same["is_equal"], same["different"]) == (True, {})
     assert time_table(found)[1] == []

@@ -156,7 +156,7 @@ def test_tokens_are_readable_and_escaped(promoted: PromotedTokens) -> None:
 
 
 def test_lens_is_read_as_it_was_saved(tmp_path: Path, gain: LogitGain, promoted: PromotedTokens) -> None:
-    with pytest.raises(RequestError, match="save what the lens says"):
+    with pytest.raises(RequestError, match="write it by save_lens"):
         load_lens(tmp_path)
     save_lens(tmp_path, gains=[gain], promoted=[promoted])
     gains, tokens = load_lens(tmp_path)

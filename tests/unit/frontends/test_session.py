@@ -24,8 +24,8 @@ from lcc_lens.frontends.session.session import RestoreSession
 from lcc_lens.models.loading.plain import load_plain
 from lcc_lens.models.pair import load_pair
 from lcc_lens.restoration.result import Restoration
-from lcc_lens.restoration.training.loop import validation_loss
 from lcc_lens.restoration.training.objectives import Objective
+from lcc_lens.restoration.training.validation import validation_loss
 from lcc_lens.restoration.training_data import training_sequences
 
 PROMPT = "is 3 plus 2 more than"

@@ -21,7 +21,8 @@ from lcc_lens.models.loading.hooked import load_hooked
 from lcc_lens.restoration.injections.constants import LccInjection
 from lcc_lens.restoration.injections.ingredients import Ingredients
 from lcc_lens.restoration.injections.spec import MethodSpec
-from lcc_lens.restoration.training.loop import TrainConfig, train
+from lcc_lens.restoration.training.config import TrainConfig
+from lcc_lens.restoration.training.loop import train
 from lcc_lens.restoration.training.objectives import Checkpointed, Objective
 from lcc_lens.restoration.training.reuse import StartedLater, first_layer
 

@@ -30,7 +30,7 @@ from lcc_lens.models.hooked.offloading import (
     require_in_memory,
     weight_in_memory,
 )
-from lcc_lens.models.hooked.weights import linear_weight
+from lcc_lens.models.hooked.weights import named_weight
 from lcc_lens.models.loading.hooked import load_hooked
 from lcc_lens.models.loading.plain import load_plain
 from lcc_lens.models.pair import Pair, load_pair
@@ -69,7 +69,7 @@ def test_layers_stay_on_disk_and_logits_are_the_same(dense_dir: Path) -> None:
     assert device_of(kept.model) == torch.device("cpu")
     assert kept.removed_heads == whole.removed_heads
     for name in whole.output_projections:
-        assert torch.equal(linear_weight(kept.model, name), linear_weight(whole.model, name))
+        assert torch.equal(named_weight(kept.model, name), named_weight(whole.model, name))
     head = Head(2, 4)
     assert torch.equal(OutputProjections.of(kept.model).W_O(head), OutputProjections.of(whole.model).W_O(head))
 
@@ -221,7 +221,7 @@ def test_what_needs_more_is_refused(
     ):
         restore(on_disk, streamed, heads, data, method="mean-shift-sequential")
     follows = TrainConfig(objective=Objective.parse("distillation"))
-    with pytest.raises(RequestError, match="for an objective that follows the dense model, got one at a time"):
+    with pytest.raises(RequestError, match="for an objective that runs the dense model, got one at a time"):
         restore(on_disk, streamed, heads, data, config=follows)
     with pytest.raises(RequestError, match="expected the CPU for a model with its layers on disk, got cuda"):
         load_hooked(dense_dir, device=torch.device("cuda"), device_map="disk")

@@ -49,7 +49,7 @@ def test_counts_are_those_of_a_plain_count(tmp_path: Path) -> None:
     assert found.bytes == (path / "model.safetensors").stat().st_size
     one = next(m for m in found.matrices if m.name == "model.layers.1.mlp.up_proj.weight")
     assert (one.zero_rows, one.zero_columns) == (2, 1)
-    assert one.share == one.zeros / (44 * 40)
+    assert one.sparsity == one.zeros / (44 * 40)
 
 
 def test_one_violation_ends_a_pattern(sparse_dir: Path, tmp_path: Path) -> None:

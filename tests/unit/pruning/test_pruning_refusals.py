@@ -41,7 +41,7 @@ def dense(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def refused(dense: Path) -> Callable[..., None]:
+def assert_refused(dense: Path) -> Callable[..., None]:
     """Check that pruning fails with a one-line error and leaves nothing behind."""
 
     def check(match: str, kind: type[LensError] = RequestError, *, source: Path = dense, **options: Any) -> None:
@@ -71,9 +71,9 @@ def filled(value: float) -> Callable[[Tensor], Tensor]:
 
 
 @pytest.mark.parametrize("method", ["magnitude", "wanda"])
-def test_a_pattern_that_does_not_divide_a_matrix(method: str, refused: Callable[..., None]) -> None:
+def test_a_pattern_that_does_not_divide_a_matrix(method: str, assert_refused: Callable[..., None]) -> None:
     match = r"expected an input width that 4 divides for pattern 2:4, got 30 in model\.layers\.0\.self_attn\.o_proj"
-    refused(match, method=method, pattern=NofM(2, 4))
+    assert_refused(match, method=method, pattern=NofM(2, 4))
 
 
 @pytest.mark.parametrize(
@@ -87,17 +87,17 @@ def test_a_pattern_that_does_not_divide_a_matrix(method: str, refused: Callable[
     ],
 )
 def test_calibration_that_the_model_cannot_read(
-    tokens: Tensor | None, match: str, refused: Callable[..., None]
+    tokens: Tensor | None, match: str, assert_refused: Callable[..., None]
 ) -> None:
-    refused(match, calibration=tokens)
+    assert_refused(match, calibration=tokens)
 
 
-def test_a_scope_that_wanda_does_not_have(refused: Callable[..., None]) -> None:
-    refused("expected the scope row for wanda, got matrix", scope="matrix")
+def test_a_scope_that_wanda_does_not_have(assert_refused: Callable[..., None]) -> None:
+    assert_refused("expected the scope row for wanda, got matrix", scope="matrix")
 
 
-def test_an_empty_batch(refused: Callable[..., None]) -> None:
-    refused("batch_size of at least 1, got 0", batch_size=0)
+def test_an_empty_batch(assert_refused: Callable[..., None]) -> None:
+    assert_refused("batch_size of at least 1, got 0", batch_size=0)
 
 
 @pytest.mark.parametrize(
@@ -115,10 +115,10 @@ def test_words_that_only_a_type_checker_would_catch(wrong: dict[str, str], match
         config.__post_init__()
 
 
-def test_an_output_that_is_there_or_holds_the_model(dense: Path, refused: Callable[..., None]) -> None:
+def test_an_output_that_is_there_or_holds_the_model(dense: Path, assert_refused: Callable[..., None]) -> None:
     (dense.parent / "out").mkdir()
     (dense.parent / "out" / "notes.txt").write_text("mine")
-    refused("exists already")
+    assert_refused("exists already")
     assert (dense.parent / "out" / "notes.txt").read_text() == "mine"
     for out in (dense, dense.parent):
         with pytest.raises(RequestError, match="expected an output folder that does not hold the input"):
@@ -126,30 +126,30 @@ def test_an_output_that_is_there_or_holds_the_model(dense: Path, refused: Callab
     assert (dense / "model.safetensors").exists()
 
 
-def test_a_folder_without_a_model(tmp_path: Path, refused: Callable[..., None]) -> None:
-    refused(r"got no config\.json there", source=tmp_path)
+def test_a_folder_without_a_model(tmp_path: Path, assert_refused: Callable[..., None]) -> None:
+    assert_refused(r"got no config\.json there", source=tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "no_such_model"}')
-    refused("expected a causal language model in", source=tmp_path)
+    assert_refused("expected a causal language model in", source=tmp_path)
 
 
-def test_a_model_that_writes_no_text(tmp_path: Path, refused: Callable[..., None]) -> None:
+def test_a_model_that_writes_no_text(tmp_path: Path, assert_refused: Callable[..., None]) -> None:
     sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
     ViTModel(ViTConfig(**sizes, image_size=8, patch_size=4)).save_pretrained(tmp_path / "vit")
-    refused("expected a causal language model in", source=tmp_path / "vit")
+    assert_refused("expected a causal language model in", source=tmp_path / "vit")
 
 
-def test_experts_are_not_passed_over(tmp_path: Path, refused: Callable[..., None]) -> None:
+def test_experts_are_not_passed_over(tmp_path: Path, assert_refused: Callable[..., None]) -> None:
     config = MixtralConfig(**SIZES, **HEADS, num_local_experts=2)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "experts")
-    refused("expected decoder layers of plain matrices, got .*experts", source=tmp_path / "experts")
+    assert_refused("expected decoder layers of plain matrices, got .*experts", source=tmp_path / "experts")
 
 
-def test_a_quantised_or_incomplete_checkpoint(dense: Path, refused: Callable[..., None]) -> None:
+def test_a_quantised_or_incomplete_checkpoint(dense: Path, assert_refused: Callable[..., None]) -> None:
     name = "model.layers.1.mlp.up_proj.weight"
     edit(dense, name, lambda tensor: tensor.to(torch.int8))
-    refused(f"expected weights in float32, bfloat16 or float16, got I8 in {name}")
+    assert_refused(f"expected weights in float32, bfloat16 or float16, got I8 in {name}")
     edit(dense, name, lambda _: None)
-    refused(rf"got none named {name} \(1 are missing\)")
+    assert_refused(rf"got none named {name} \(1 are missing\)")
 
 
 def test_decoder_layers_have_to_be_unmistakable() -> None:
@@ -173,19 +173,21 @@ def test_a_list_within_a_layer_is_not_mistaken_for_the_layers() -> None:
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_broken_weights_are_named(value: float, dense: Path, refused: Callable[..., None]) -> None:
+def test_broken_weights_are_named(value: float, dense: Path, assert_refused: Callable[..., None]) -> None:
     name = "model.layers.1.mlp.up_proj.weight"
     edit(dense, name, filled(value))
     for method in ("magnitude", "wanda"):
-        refused(f"expected finite weights, got NaN or infinity in {name}", method=method)
+        assert_refused(f"expected finite weights, got NaN or infinity in {name}", method=method)
 
 
-def test_broken_activations_are_named(dense: Path, refused: Callable[..., None]) -> None:
+def test_broken_activations_are_named(dense: Path, assert_refused: Callable[..., None]) -> None:
     edit(dense, "model.layers.1.mlp.down_proj.weight", lambda tensor: tensor.sign() * 3e38)
-    refused("expected finite activations, got NaN or infinity from layer 1;", LensError)
+    assert_refused("expected finite activations, got NaN or infinity from layer 1;", LensError)
 
 
-def test_a_pruner_that_breaks_a_weight_is_caught(monkeypatch: pytest.MonkeyPatch, refused: Callable[..., None]) -> None:
+def test_a_pruner_that_breaks_a_weight_is_caught(
+    monkeypatch: pytest.MonkeyPatch, assert_refused: Callable[..., None]
+) -> None:
     class Breaking(MagnitudePruner):
         uses_inputs: ClassVar[bool] = True
 
@@ -194,7 +196,9 @@ def test_a_pruner_that_breaks_a_weight_is_caught(monkeypatch: pytest.MonkeyPatch
                 yield name, weight / 0
 
     monkeypatch.setitem(PRUNERS._entries, "magnitude", Breaking)
-    refused(r"expected finite pruned weights, got NaN or infinity in model\.layers\.0", LensError, method="magnitude")
+    assert_refused(
+        r"expected finite pruned weights, got NaN or infinity in model\.layers\.0", LensError, method="magnitude"
+    )
 
 
 def test_a_matrix_that_never_saw_an_input_is_named() -> None:
@@ -202,18 +206,18 @@ def test_a_matrix_that_never_saw_an_input_is_named() -> None:
         WandaPruner(LayerTask(Unstructured(0.5))).score("mlp.gate", torch.ones(2, 3))
 
 
-def test_a_disk_that_is_too_small(monkeypatch: pytest.MonkeyPatch, refused: Callable[..., None]) -> None:
+def test_a_disk_that_is_too_small(monkeypatch: pytest.MonkeyPatch, assert_refused: Callable[..., None]) -> None:
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**9, 10**9, 1000))
-    refused("MB of disk for .*out, got 0 MB free")
+    assert_refused("MB of disk for .*out, got 0 MB free")
 
 
-def test_a_disk_that_fills_up(monkeypatch: pytest.MonkeyPatch, refused: Callable[..., None]) -> None:
+def test_a_disk_that_fills_up(monkeypatch: pytest.MonkeyPatch, assert_refused: Callable[..., None]) -> None:
     def fail(*_: Any, **__: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr("safetensors.torch.save_file", fail)
-    refused("no space left on the disk of .*out", DiskFullError)
+    assert_refused("no space left on the disk of .*out", DiskFullError)
 
 
 class Toy(nn.Module):

@@ -39,7 +39,7 @@ from lcc_lens.models.pair import load_pair
 from lcc_lens.pruning.methods.settings import PruneConfig
 from lcc_lens.pruning.methods.slimgpt import Quota, fixed_quota, possible_quotas
 from lcc_lens.restoration.restore import restore
-from lcc_lens.restoration.training.loop import TrainConfig
+from lcc_lens.restoration.training.config import TrainConfig
 
 SHAPE = {"hidden_size": 24, "intermediate_size": 44, "num_hidden_layers": 3, "vocab_size": 60}
 GROUPED = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 6, "initializer_range": 0.4}
@@ -298,7 +298,7 @@ def test_a_removed_head_cannot_be_chosen(
     found = scan(pair, load_data(str(question_file)))
     layer = next(i for i, gone in enumerate(pair.head_map.removed) if gone)
     gone = Head(layer, pair.head_map.removed[layer][0])
-    with pytest.raises(RequestError, match=f"expected heads that are still there, got {gone}, removed whole"):
+    with pytest.raises(RequestError, match=f"expected heads that pruning left, got {gone}, removed whole"):
         restore(pair, found, [gone], load_data(str(question_file)))
 
 

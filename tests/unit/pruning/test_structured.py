@@ -67,7 +67,7 @@ def test_greedy_choice_of_heads_is_brute_force(seed: int, width: int) -> None:
 @settings(max_examples=10, deadline=None)
 def test_choice_of_single_columns_is_brute_force(seed: int) -> None:
     weight, X = case(seed)
-    found = cheapest_columns(weight, damped(X.T @ X), 4, group_share=0.0)
+    found = cheapest_columns(weight, damped(X.T @ X), 4, group_fraction=0.0)
     assert found.order.tolist() == brute_force(weight, X, torch.arange(12)[:, None], 4)
 
 
@@ -98,7 +98,7 @@ def test_groups_of_columns_shrink_and_none_goes_twice() -> None:
     assert sizes == sorted(sizes, reverse=True)
     assert sizes[0] > 5 > sizes[-1]
     assert len(cheapest_columns(weight, damped(X.T @ X), 0).order) == 0
-    one_by_one = cheapest_columns(weight, damped(X.T @ X), 150, group_share=0.0)
+    one_by_one = cheapest_columns(weight, damped(X.T @ X), 150, group_fraction=0.0)
     _, grouped_cost = least_squares(weight, X, [c for c in range(200) if c not in set(found.order.tolist())])
     _, single_cost = least_squares(weight, X, [c for c in range(200) if c not in set(one_by_one.order.tolist())])
     assert grouped_cost <= 1.1 * single_cost  # what the speed costs
@@ -110,7 +110,7 @@ def test_errors_along_the_way_are_what_least_squares_leaves(seed: int, width: in
     weight, X = case(seed)
     groups = torch.arange(12).reshape(-1, width)
     found = cheapest_groups(weight, damped(X.T @ X), groups, 3)
-    columns = cheapest_columns(weight, damped(X.T @ X), 7, group_share=0.3)
+    columns = cheapest_columns(weight, damped(X.T @ X), 7, group_fraction=0.3)
     for removal, members in ((found, groups), (columns, torch.arange(12)[:, None])):
         gone: list[int] = []
         for step, error in zip(removal.steps, removal.errors, strict=True):

@@ -17,9 +17,11 @@ from lcc_lens.restoration.restore import restore
 from lcc_lens.restoration.run_folder import RUN_BEGINNING, Beginning
 from lcc_lens.restoration.training import loop as training
 from lcc_lens.restoration.training import lr_range
-from lcc_lens.restoration.training.loop import TrainConfig, TrainingState, optimise
+from lcc_lens.restoration.training.config import TrainConfig
+from lcc_lens.restoration.training.loop import optimise
 from lcc_lens.restoration.training.lr_range import RangeTest, range_test
 from lcc_lens.restoration.training.objectives import Objective
+from lcc_lens.restoration.training.state import TrainingState
 
 
 def counted(monkeypatch: pytest.MonkeyPatch, module, name: str) -> list[int]:

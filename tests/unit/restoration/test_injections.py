@@ -31,9 +31,12 @@ from lcc_lens.restoration.injections.weights import check_reached
 from lcc_lens.restoration.record import RestorationRecord
 from lcc_lens.restoration.restore import restore
 from lcc_lens.restoration.result import Restoration
-from lcc_lens.restoration.training.loop import TrainConfig, learning_rates, train, validation_loss, validation_terms
+from lcc_lens.restoration.training.config import TrainConfig
+from lcc_lens.restoration.training.loop import train
 from lcc_lens.restoration.training.lr_range import range_test
 from lcc_lens.restoration.training.objectives import Objective
+from lcc_lens.restoration.training.state import learning_rates
+from lcc_lens.restoration.training.validation import validation_loss, validation_terms
 from lcc_lens.restoration.training_data import training_sequences
 
 #: Joint query-key-value maps, which TransformerLens computes from copies.
@@ -95,7 +98,10 @@ def test_changed_weights_come_back_after_an_error(pair) -> None:
     with pytest.raises(ValueError, match="no"), changed_weights(pair.pruned, {name: fail}) as model:
         model(TOKENS)
     assert plain_modules(pair.pruned)[name].weight is weight
-    with pytest.raises(RequestError, match="got one without; wrong model"), changed_weights(pair.pruned, {"x": fail}):
+    with (
+        pytest.raises(RequestError, match="got one without; name the model"),
+        changed_weights(pair.pruned, {"x": fail}),
+    ):
         pass
 
 
@@ -327,7 +333,7 @@ def test_another_model_is_refused(pair, found: Scan, tmp_path: Path, method: str
     restoration = Restoration.of(build(pair, found, method), RestorationRecord("d", "p", "", "", method, "none", 0, 0))
     shape = {"hidden_size": 20, "num_attention_heads": 5, "head_dim": 4, "intermediate_size": 24}
     other = load_hooked(save_model(build_model(**shape), tmp_path / "other"), dtype=torch.float32).model
-    message = r"expected a model with the weight .* got one of shape .*; wrong model"
+    message = r"expected a model with the weight .* got one of shape .*; name the model"
     with pytest.raises(RequestError, match=message), restoration.applied_to(other):
         pass
 

@@ -36,7 +36,7 @@ from lcc_lens.restoration.injections.spec import MethodSpec, describe_methods
 from lcc_lens.restoration.record import RestorationRecord
 from lcc_lens.restoration.restore import restore
 from lcc_lens.restoration.result import Restoration
-from lcc_lens.restoration.training.loop import TrainConfig
+from lcc_lens.restoration.training.config import TrainConfig
 
 TOKENS = torch.arange(12)[None]
 D_MLP = 44
@@ -286,7 +286,7 @@ def test_another_width_is_refused(pair, wide: Scan, tmp_path: Path) -> None:
     injection = MethodSpec.parse("mlp-mean-shift").build(given(pair, wide))
     restoration = Restoration.of(injection, RestorationRecord("d", "p", "", "", "mlp-mean-shift", "none", 0, 0))
     other = load_hooked(save_model(build_model(intermediate_size=24), tmp_path / "other")).model
-    message = "expected a model with d_mlp 44, got 24; wrong model"
+    message = "expected a model with d_mlp 44, got 24; name the model"
     with pytest.raises(RequestError, match=message), restoration.applied_to(other):
         pass
 

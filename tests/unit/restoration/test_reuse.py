@@ -20,17 +20,19 @@ from lcc_lens.models.loading.hooked import load_hooked
 from lcc_lens.restoration.injections.constants import LccInjection
 from lcc_lens.restoration.injections.ingredients import Ingredients
 from lcc_lens.restoration.injections.spec import MethodSpec
-from lcc_lens.restoration.training.loop import TrainConfig, train, validation_loss
+from lcc_lens.restoration.training.config import TrainConfig
+from lcc_lens.restoration.training.loop import train
 from lcc_lens.restoration.training.objectives import Objective
 from lcc_lens.restoration.training.reuse import (
     CachedTeacher,
-    KeptStates,
     StartedLater,
-    _is_product,
+    StateCache,
+    _can_unembed,
     can_start_at_layers,
     first_layer,
     reused,
 )
+from lcc_lens.restoration.training.validation import validation_loss
 
 
 @torch.no_grad()
@@ -50,7 +52,7 @@ def test_every_family_starts_later_or_runs_as_a_whole(family: str, tmp_path: Pat
         assert abs(float(terms["distillation"])) < 1e-4
     assert can_start_at_layers(model)
     if family in ("llama", "gpt2"):
-        assert _is_product(model)
+        assert _can_unembed(model)
 
 
 def test_lower_layers_run_once_per_sequence(pair, found, question_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -101,7 +103,7 @@ def test_what_does_not_fit_goes_to_disk_or_is_computed_again(pair, question_file
     )
     results = set()
     for memory, disk in ((whole, 0), (0, whole), (whole // 3, whole // 3), (0, None), (0, 0)):
-        kept = KeptStates(max_bytes=memory, max_disk_bytes=disk)
+        kept = StateCache(max_bytes=memory, max_disk_bytes=disk)
         teacher = CachedTeacher(pair.dense, kept)
         for _ in range(2):
             results.add(validation_loss(pair.pruned, None, sequences, 1024, distillation, teacher))
@@ -122,10 +124,10 @@ def test_states_are_read_from_disk_bit_for_bit(dtype: torch.dtype) -> None:
         computed.append(tokens.shape[1])
         return torch.randn(1, tokens.shape[1], 7, generator=torch.Generator().manual_seed(len(computed))).to(dtype)
 
-    kept = KeptStates(max_bytes=0)
+    kept = StateCache(max_bytes=0)
     with torch.inference_mode():
-        first = kept.of(batch, torch.device("cpu"), compute)
-    again = kept.of(batch, torch.device("cpu"), compute)
+        first = kept.get(batch, torch.device("cpu"), compute)
+    again = kept.get(batch, torch.device("cpu"), compute)
     assert torch.equal(again, first)
     assert again.dtype == dtype
     assert computed == [9, 5]
@@ -140,13 +142,13 @@ def test_full_disk_is_no_failure(monkeypatch: pytest.MonkeyPatch, caplog) -> Non
 
     monkeypatch.setattr("lcc_lens.restoration.training.reuse._mapped", full)
     batch = next(iter(batches([TokenSequence(torch.arange(5), 1)], max_tokens=99)))
-    kept = KeptStates(max_bytes=0)
+    kept = StateCache(max_bytes=0)
     for _ in range(2):
         assert torch.equal(
-            kept.of(batch, torch.device("cpu"), lambda t: t[..., None].float())[0, :, 0], batch.tokens[0]
+            kept.get(batch, torch.device("cpu"), lambda t: t[..., None].float())[0, :, 0], batch.tokens[0]
         )
     assert kept.n_disk_bytes == 0
-    assert caplog.text.count("nothing more is kept on disk (No space left on device)") == 1
+    assert caplog.text.count("no more activations are cached on disk (No space left on device)") == 1
 
 
 @pytest.mark.slow

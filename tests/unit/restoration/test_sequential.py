@@ -161,9 +161,7 @@ def test_restore_and_export(
     report = export(restoration, pruned_dir, tmp_path / "out")
     assert report.logit_effect > 1e-3
     assert restore(pair, None, heads, data, method=method).heads == tuple(heads)  # no scan is needed
-    with pytest.raises(
-        RequestError, match="expected a method that trains to shuffle responses for, got mean-shift-seq"
-    ):
+    with pytest.raises(RequestError, match="expected a method that trains for shuffled responses, got mean-shift-seq"):
         restore(pair, found, heads, data, method=method, shuffle_responses=True)
 
 
@@ -178,7 +176,7 @@ def test_what_cannot_be_measured_is_refused(
         sequential_means(replace(pair, sites=("z",)), sequences, HEADS, mlp=True)
     with pytest.raises(RequestError, match="expected both models in memory for a sequential mean shift"):
         sequential_means(load_pair(dense_dir, pruned_dir, one_at_a_time=True), sequences, HEADS)
-    with pytest.raises(RequestError, match="expected both models to measure in, got the pruned one"):
+    with pytest.raises(RequestError, match="expected both models, got the pruned one"):
         MethodSpec.parse("mean-shift-sequential").build(Ingredients(pair.pruned, None, HEADS, pair.output_projections))
     weight = dict(pair.pruned.original_model.named_parameters())
     name = next(name for name in weight if "v_proj" in name)

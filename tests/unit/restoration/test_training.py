@@ -26,7 +26,10 @@ from lcc_lens.models.pair import load_pair
 from lcc_lens.restoration.injections.constants import LccInjection, OffsetInjection, constants_by_layer
 from lcc_lens.restoration.restore import restore
 from lcc_lens.restoration.result import Restoration
-from lcc_lens.restoration.training.loop import TrainConfig, epoch_batches, response_nll, train, validation_loss
+from lcc_lens.restoration.training.config import TrainConfig
+from lcc_lens.restoration.training.loop import train
+from lcc_lens.restoration.training.state import epoch_batches
+from lcc_lens.restoration.training.validation import response_nll, validation_loss
 
 FAST = TrainConfig(lr=0.1, batch_size=4, validate_every=2, checkpoint_every=2, seed=1)
 
@@ -433,7 +436,7 @@ def test_diverged_run_resumes_to_the_same_end(
 
 
 def test_mean_shift_has_no_training_to_shuffle(pair, found: Scan, question_file: Path) -> None:
-    with pytest.raises(RequestError, match="expected a method that trains to shuffle responses for, got mean-shift"):
+    with pytest.raises(RequestError, match="expected a method that trains for shuffled responses, got mean-shift"):
         run_restore(pair, found, question_file, None, method="mean-shift", shuffle_responses=True)
 
 
