@@ -129,7 +129,7 @@ def test_a_whole_file_is_read(made: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", READERS)
-@settings(max_examples=12, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=6, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_a_damaged_file_is_refused_or_read_alike(made: Path, name: str, data: st.DataObject) -> None:
     _try(made, name, data)
