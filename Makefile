@@ -28,7 +28,7 @@ INSTALLED_DOCS := $(VENV)/.installed-docs
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-tl3 browser slow check fix figures tour families docs notebooks bench clean chromium
+.PHONY: help setup demo test test-tl3 browser faults slow check fix figures tour families docs notebooks bench clean chromium
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -81,6 +81,9 @@ chromium:
 		"chromium, brew install --cask google-chrome) and run this again" >&2; exit 1; }
 	@echo "Installing Chromium"
 	@$(SUDO) apt-get update -qq && $(SUDO) apt-get install -y -qq --no-install-recommends chromium
+
+faults: $(INSTALLED)  ## Kill commands, fill their disk, damage their files; they go on to the same bytes (10 minutes)
+	HF_HUB_OFFLINE=1 timeout 600 $(BIN)/python -m pytest tests/faults -m faults --durations=5 $(ARGS)
 
 slow: $(INSTALLED)  ## Run the slow tests: the real model, all families, killed processes
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m slow -n 0 --durations=10 $(ARGS)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 import html
 import json
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Iterable, Mapping, Sequence, Set
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.files import write_json, write_text
+from lcc_lens.core.outputs.places import require_file
 from lcc_lens.core.text import visible
 
 if TYPE_CHECKING:
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 #: Lines of a representation, its title included, and characters of a value.
 _LINES, _WIDTH = 15, 96
 _TABLE_SUFFIXES = (".csv", ".json")
+#: How JSON tables and results begin, as they are written here.
+_TABLE_STARTS = (b"[", b'{\n  "models"')
 
 
 class Shown:
@@ -89,12 +92,18 @@ def _listed(value: Mapping[Any, Any] | Sequence[Any] | Set[Any], items: str) -> 
     return items or "none" if len(value) <= 8 and len(items) <= _WIDTH else f"{len(value)}: {items}, …"
 
 
-def require_table_file(path: Path) -> None:
-    """Refuse a file that no table is written to.
+def require_table_file(path: Path, inputs: Iterable[Path] = ()) -> None:
+    """Refuse, before the work, a file that no table can be written to.
 
     Raises:
-        RequestError: the suffix is neither ``.csv`` nor ``.json``, or a folder has the name.
+        RequestError: the suffix is neither ``.csv`` nor ``.json``, or see
+            :func:`~lcc_lens.core.outputs.places.require_file`.
     """
+    _require_suffix(path)
+    require_file(path, begins=_TABLE_STARTS if path.suffix == ".json" else (b"",), inputs=inputs)
+
+
+def _require_suffix(path: Path) -> None:
     if path.suffix not in _TABLE_SUFFIXES or path.is_dir():
         got = f"the folder {path}" if path.is_dir() else str(path)
         raise RequestError(f"expected a file ending in {' or '.join(_TABLE_SUFFIXES)}, got {got}; name one")
@@ -107,7 +116,7 @@ def write_table(path: str | Path, table: pd.DataFrame) -> None:
         RequestError: another suffix.
     """
     path = Path(path)
-    require_table_file(path)
+    _require_suffix(path)
     if path.suffix == ".csv":
         write_text(path, table.to_csv(index=False, lineterminator="\n"))
     else:

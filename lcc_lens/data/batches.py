@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
@@ -13,6 +13,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from lcc_lens.core.errors import RequestError
+from lcc_lens.core.fingerprint import fingerprint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -32,6 +33,11 @@ class TokenSequence:
 
     def __len__(self) -> int:
         return len(self.tokens)
+
+
+def sequences_sha256(sequences: Iterable[TokenSequence]) -> str:
+    """A hash of all tokens, and of where the loss counts."""
+    return fingerprint([(sequence.loss_from, sequence.tokens.tolist()) for sequence in sequences])
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 from lcc_lens.core.checkpoint import Checkpoint
 from lcc_lens.core.errors import LensError, RequestError
 from lcc_lens.core.files import atomic_path, require_space, sha256_file
+from lcc_lens.core.outputs.folders import note_written
+from lcc_lens.core.outputs.places import require_file
 from lcc_lens.core.showing import Shown
 
 if TYPE_CHECKING:
@@ -88,6 +90,7 @@ def export_gguf(
             architecture, n_tensors = compare_gguf(part, checkpoint)
         except LensError as error:
             raise LensError(f"{error}; no GGUF was kept") from error
+    note_written(target)
     return GgufReport(target, architecture, number_format, n_tensors)
 
 
@@ -106,10 +109,9 @@ def require_converter(llama_cpp: str | Path | None) -> Path:
     return converter
 
 
-def require_new_file(file: Path, *, overwrite: bool) -> None:
-    """Refuse a file that is there already, unless it may be replaced."""
-    if file.is_dir():
-        raise RequestError(f"expected a file name for the GGUF, got the folder {file}; name a file in it")
+def require_new_file(file: Path, *, overwrite: bool, inputs: Iterable[Path] = ()) -> None:
+    """Refuse a file that is there already, unless it is a GGUF file that may be replaced."""
+    require_file(file, begins=(b"GGUF",), inputs=inputs)
     if file.exists() and not overwrite:
         raise RequestError(f"{file} exists already; name another file or pass --overwrite")
 

@@ -16,6 +16,7 @@ from lcc_lens.core.machine.processes import wait_for_all
 from lcc_lens.core.metrics import learned_warning
 from lcc_lens.core.outputs.places import writing_run
 from lcc_lens.core.progress import track
+from lcc_lens.data.batches import sequences_sha256
 from lcc_lens.data.datasets import Data
 from lcc_lens.models.hooked.hooks import HookedModel
 from lcc_lens.models.hooked.losses import sequence_loss
@@ -146,9 +147,9 @@ class _Steps:
     def open_folder(self, run: str | Path | None, *, resume: bool) -> None:
         """Open the run directory; a resumed run finds there what it measured before its first step."""
         scanned = None if self.scan is None else self.scan.record
-        tokens = [[(s.loss_from, s.tokens.tolist()) for s in part] for part in (self.training, self.held_out)]
+        tokens = [sequences_sha256(part) for part in (self.training, self.held_out)]
         models = [self.pair.dense_id.sha256, self.pair.pruned_id.sha256, str(self.pair.dtype)]
-        self.inputs = [models, scanned, self.data.source, self.data.groups, fingerprint(tokens), package_version()]
+        self.inputs = [models, scanned, self.data.source, self.data.groups, tokens, package_version()]
         self.kept = {
             "method": self.spec.text, **asdict(self.settings), "heads": [str(head) for head in self.heads]
         }  # fmt: skip

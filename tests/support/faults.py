@@ -5,13 +5,16 @@ This process imports everything once and runs no model itself, so that a fork co
 
 from __future__ import annotations
 
+import gc
 import hashlib
+import importlib
 import json
 import os
 import random
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,7 +71,14 @@ def start(
 def wait(pid: int, folder: Path) -> Ended:
     """How a started command ended."""
     _, status = os.waitpid(pid, 0)
-    notes = beside(folder, "changes")
+    notes, modules = beside(folder, "changes"), beside(folder, "modules")
+    if modules.exists():  # the next processes find them imported
+        for name in set(modules.read_text().split()) - sys.modules.keys():
+            with suppress(Exception):
+                importlib.import_module(name)
+        modules.unlink()
+        gc.collect()
+        gc.freeze()
     changes = int(notes.read_text()) if notes.exists() else 0
     return Ended(os.waitstatus_to_exitcode(status), beside(folder, "errors").read_text().strip(), changes)
 
@@ -105,6 +115,7 @@ def _command(arguments: list[str], folder: Path, at: Callable[[int], None], limi
     code = run_command([*arguments, "--quiet"])
     sys.stderr.flush()
     beside(folder, "changes").write_text(str(count))
+    beside(folder, "modules").write_text("\n".join(name for name in sys.modules if not name.startswith("_")))
     return code
 
 

@@ -34,12 +34,12 @@ def writing_run(run: Path | None, *, inputs: Iterable[Path] = ()) -> Iterator[No
         yield
 
 
-def require_file(path: Path | None, *, begins: bytes, inputs: Iterable[Path] = ()) -> None:
+def require_file(path: Path | None, *, begins: tuple[bytes, ...] = (b"",), inputs: Iterable[Path] = ()) -> None:
     """Refuse, before the work, a file that cannot be written; one that exists may be an earlier output alone.
 
     Args:
         path: the file; nothing is checked without one.
-        begins: how a file of this kind begins.
+        begins: how files of this kind begin.
         inputs: what the job reads.
 
     Raises:
@@ -51,7 +51,7 @@ def require_file(path: Path | None, *, begins: bytes, inputs: Iterable[Path] = (
         target = file_to_write(path)
         if target.exists() and target.stat().st_size:
             with target.open("rb") as file:
-                is_ours = file.read(len(begins)) == begins
+                is_ours = file.read(max(map(len, begins))).startswith(begins)
             if not is_ours or target in {entry.resolve() for entry in inputs}:
                 raise RequestError(
                     f"expected a new file or an earlier output of this command, got {path}; name another file"

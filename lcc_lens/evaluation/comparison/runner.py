@@ -13,7 +13,7 @@ from lcc_lens.analysis.scan.scan import Scan
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.heads import Head
 from lcc_lens.core.machine.memory import peak_memory
-from lcc_lens.data.batches import TokenSequence
+from lcc_lens.data.batches import TokenSequence, sequences_sha256
 from lcc_lens.evaluation.comparison.config import MEASURING, CompareConfig
 from lcc_lens.evaluation.comparison.costs import inference_costs, merging_costs, served_as
 from lcc_lens.evaluation.comparison.data import ComparisonData
@@ -153,7 +153,8 @@ class Runner:
             start = time.perf_counter() - chosen.seconds
             injection = self._injection(job, chosen.heads)
             rates = learning_rates(injection, job.config.lr)
-            request = [entry.text, seed, pair.dense_id.sha256, pair.pruned_id.sha256, rates, *map(str, chosen.heads)]
+            models, data = [pair.dense_id.sha256, pair.pruned_id.sha256], sequences_sha256([*job.data, *job.validation])
+            request = [entry.text, seed, *models, data, rates, *map(str, chosen.heads)]
             costs = self._kept.load(injection, entry.text, seed, request) if injection.n_trained else None
             if costs is not None:
                 return _Trained(pair, job.model, injection, costs, is_new=False)

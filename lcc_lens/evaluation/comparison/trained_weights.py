@@ -15,7 +15,7 @@ import torch
 
 from lcc_lens.core.config import package_version
 from lcc_lens.core.errors import RequestError
-from lcc_lens.core.files import read_tensors, write_tensors
+from lcc_lens.core.files import read_sealed, write_sealed
 from lcc_lens.core.fingerprint import fingerprint
 from lcc_lens.core.heads import Head
 from lcc_lens.core.reading import convert, parse_json, read_record, reading, write_record
@@ -65,7 +65,7 @@ class TrainedWeights:
         if not path.exists():
             return None
         try:
-            tensors, metadata = read_tensors(path)
+            tensors, metadata = read_sealed(path)
             if metadata.get("request") != self._request(request):
                 return None
             costs = convert(parse_json(metadata.get("costs", ""), str(path), finite=True), dict[str, Any], str(path))
@@ -83,7 +83,7 @@ class TrainedWeights:
         """Write the trained parameters of a run; the arguments are those of :meth:`load`."""
         metadata = {"request": self._request(request), "costs": json.dumps(costs)}
         self._folder.mkdir(parents=True, exist_ok=True)
-        write_tensors(self._path(entry, seed), _trained(injection), metadata)
+        write_sealed(self._path(entry, seed), _trained(injection), metadata)
 
     def heads(self, entry: str, seed: int, request: Sequence[Any], choose: Callable[[], Sequence[Head]]) -> ChosenHeads:
         """The heads that a first stage chooses; it runs only if no choice of the same training is stored.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, ClassVar
@@ -41,12 +42,14 @@ class Eval(Common):
     def execute(self) -> None:
         from lcc_lens.evaluation.evaluate import evaluate
 
-        _require(self.out)
+        _require(self.out, [*self.models, *self.tasks])
         if not self.models:
             raise RequestError("expected at least one model, got none; name some")
         results = evaluate(self.models, self.tasks, limit=self.limit, length=self.length)
-        _write(self.out, results)
-        show_results(results["models"], str(self.out) if self.out else "results")
+        try:
+            _write(self.out, results)
+        finally:  # shown even where the disk is full by now
+            show_results(results["models"], str(self.out) if self.out else "results")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,16 +81,18 @@ class Report(Common):
     def execute(self) -> None:
         from lcc_lens.evaluation.efficiency.report import report
 
-        _require(self.out)
+        _require(self.out, self.models)
         measured = report(self.models, **asdict(self.timing))
-        _write(self.out, measured)
-        show_report(measured, str(self.out) if self.out else "report")
+        try:
+            _write(self.out, measured)
+        finally:
+            show_report(measured, str(self.out) if self.out else "report")
 
 
-def _require(out: Path | None) -> None:
-    """Refuse a file of another kind before anything runs."""
+def _require(out: Path | None, inputs: Sequence[str]) -> None:
+    """Refuse a file of another kind, or one that cannot be written, before anything runs."""
     if out is not None:
-        require_table_file(out)
+        require_table_file(out, map(Path, inputs))
 
 
 def _write(out: Path | None, results: Record) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.files import write_text
+from lcc_lens.core.outputs.places import require_file
 from lcc_lens.frontends.explorer.page_data import EXAMPLE_BYTES, page_data
 from lcc_lens.frontends.explorer.results import results_table
 from lcc_lens.frontends.explorer.run_contents import RunContents
@@ -70,8 +71,7 @@ def explore(
         PosixPath('runs/demo/run/explorer.html')
     """
     out = Path(run) / "explorer.html" if out is None else Path(out)
-    if out.is_dir():
-        raise RequestError(f"expected an .html file for the page, got the folder {out}; name a file in it")
+    require_file(out, begins=(b"<!doctype html>",))
     runs = [RunContents.read(path) for path in ([run] if other is None else [run, other])]
     if len(runs) == 2:
         check_comparable(*runs)

@@ -134,7 +134,7 @@ def test_files_and_broken_links_are_refused_before_the_work(tmp_path: Path) -> N
         ("file/below", "cannot write to"), ("n" * 300, "File name too long"), ("file", "an earlier output"),
     ):  # fmt: skip
         with pytest.raises(RequestError, match=message):
-            require_file(tmp_path / name, begins=b"{")
+            require_file(tmp_path / name, begins=(b"{",))
     assert names(tmp_path) == ["broken", "file", "folder", "loop"]
 
 
@@ -142,7 +142,7 @@ def test_a_device_or_a_pipe_stays_what_it_is(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     for path, kind in ((tmp_path / "pipe", "pipe"), (Path("/dev/null"), "device"), (Path("/dev/full"), "device")):
         with pytest.raises(RequestError, match=f"got the {kind} {path}"):
-            require_file(path, begins=b"")
+            require_file(path, begins=(b"",))
         with pytest.raises(RequestError, match=f"got the {kind} {path}"):
             write_text(path, "x")
     assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)
@@ -151,13 +151,13 @@ def test_a_device_or_a_pipe_stays_what_it_is(tmp_path: Path) -> None:
 
 def test_a_file_is_replaced_only_by_its_own_kind_and_never_an_input(tmp_path: Path) -> None:
     results = tmp_path / "results.json"
-    require_file(results, begins=b"{")
+    require_file(results, begins=(b"{",))
     write_json(results, {"models": {}})
-    require_file(results, begins=b'{\n  "models"')
+    require_file(results, begins=(b'{\n  "models"',))
     with pytest.raises(RequestError, match="an earlier output of this command"):
-        require_file(results, begins=b"<!doctype")
+        require_file(results, begins=(b"<!doctype",))
     with pytest.raises(RequestError, match="an earlier output of this command"):
-        require_file(results, begins=b"{", inputs=[results])
+        require_file(results, begins=(b"{",), inputs=[results])
     assert names(tmp_path) == ["results.json"]
 
 
@@ -171,7 +171,7 @@ def test_a_full_disk_is_noticed_before_the_work(tmp_path: Path, monkeypatch: pyt
     with pytest.raises(DiskFullError, match="no space left"), writing_run(tmp_path / "run"):
         raise AssertionError
     with pytest.raises(DiskFullError, match="no space left"):
-        require_file(tmp_path / "results.json", begins=b"")
+        require_file(tmp_path / "results.json", begins=(b"",))
     assert names(tmp_path) == []
 
 

@@ -394,10 +394,11 @@ def test_a_damaged_log_is_refused(run: Path) -> None:
 
 
 def test_a_folder_is_no_page(run: Path, tmp_path: Path) -> None:
-    with pytest.raises(
-        RequestError, match=r"expected an \.html file for the page, got the folder .*; name a file in it"
-    ):
+    with pytest.raises(RequestError, match=r"expected a file to write, got the folder .*; name a file"):
         explore(run, tmp_path)
+    (tmp_path / "notes").write_text("mine")
+    with pytest.raises(RequestError, match="an earlier output of this command"):
+        explore(run, tmp_path / "notes")
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,109 @@
+"""Unfinished restorations: none is taken for the one it replaces, and a changed byte, file or setting is noticed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.commands import call, refused
+from support.faults import flip_byte
+
+from lcc_lens.analysis.scan.scan import Scan
+from lcc_lens.core.errors import RequestError
+from lcc_lens.core.fingerprint import fingerprint
+from lcc_lens.data.datasets import load_data
+from lcc_lens.models.pair import Pair
+from lcc_lens.restoration.refitted import refitted_model
+from lcc_lens.restoration.restore import restore
+from lcc_lens.restoration.result import Restoration
+from lcc_lens.restoration.settings import RefitRequest
+from lcc_lens.restoration.training.config import Step, TrainConfig
+
+
+class Stopped(Exception):
+    pass
+
+
+def stop(step: Step) -> None:
+    if step.step == 2:
+        raise Stopped
+
+
+def begin(pair: Pair, found: Scan, file: Path, run: Path, *, seed: int = 0, **options: Any) -> Restoration:
+    config = TrainConfig(batch_size=8, checkpoint_every=1, seed=seed)
+    heads = found.select("mse", share=0.5)
+    return restore(pair, found, heads, load_data(str(file)), config=config, run=run, **options)
+
+
+@pytest.fixture
+def own_file(question_file: Path, tmp_path: Path) -> Path:
+    file = tmp_path / "questions.jsonl"
+    file.write_text(question_file.read_text())
+    return file
+
+
+def test_an_unfinished_overwrite_is_not_exported_as_the_old_one(
+    pair: Pair, found: Scan, own_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, out = tmp_path / "run", tmp_path / "out"
+    begin(pair, found, own_file, run)
+    with pytest.raises(Stopped):
+        begin(pair, found, own_file, run, seed=1, on_step=stop)
+    refused(capsys, 2, "expected the file", "export", run, out)
+    assert not out.exists()
+    resumed = begin(pair, found, own_file, run, seed=1, resume=True)
+    assert resumed.record.seed == 1
+    assert call("export", run, out, "--quiet") == 0
+
+
+def test_a_refused_request_leaves_the_old_restoration(pair: Pair, found: Scan, own_file: Path, tmp_path: Path) -> None:
+    begin(pair, found, own_file, tmp_path / "run")
+    with pytest.raises(RequestError):
+        begin(pair, found, own_file, tmp_path / "run", method="unknown")
+    assert Restoration.load(tmp_path / "run").record.seed == 0
+
+
+@pytest.mark.parametrize("changed", ["checkpoint", "data"])
+def test_a_change_is_refused_where_resuming_was_asked_for(
+    changed: str, pair: Pair, found: Scan, own_file: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    with pytest.raises(Stopped):
+        begin(pair, found, own_file, run, on_step=stop)
+    if changed == "checkpoint":
+        flip_byte(run / "checkpoint.safetensors")
+        message = "got a changed file; delete it, or start without --resume"
+    else:
+        lines = own_file.read_text().splitlines()
+        question = json.loads(lines[0])
+        own_file.write_text("\n".join([json.dumps({**question, "right": question["right"] + "!"}), *lines[1:]]))
+        message = "got another run's; repeat its settings or start without --resume"
+    with pytest.raises(RequestError, match=message):
+        begin(pair, found, own_file, run, resume=True)
+    begin(pair, found, own_file, run)
+    assert Restoration.load(run).record.seed == 0
+
+
+def test_a_refit_of_another_request_is_not_used_again(
+    dense_dir: Path, pruned_dir: Path, text_file: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder, models = tmp_path / "refit", (dense_dir, pruned_dir)
+
+    def made(n_samples: int, *, resume: bool = False) -> str:
+        refitted_model(*models, folder, RefitRequest([str(text_file)], n_samples, 16), resume=resume)
+        return fingerprint((folder / "model.safetensors").read_bytes())
+
+    first = made(6)
+    assert made(6, resume=True) == first
+    assert not caplog.messages
+    with pytest.raises(RequestError, match=r"expected a refit on 12 sequences of 16 tokens .* got one on 6 of 16"):
+        made(12, resume=True)
+    assert made(12) != first
+    assert "refitting again: expected a refit on 12 sequences" in caplog.text
+    assert made(6) == first
+    flip_byte(folder / "model.safetensors")
+    with pytest.raises(RequestError, match=r"expected the weights that the refit wrote in .* got others"):
+        made(6, resume=True)
+    assert made(6) == first
