@@ -55,14 +55,19 @@ CASES = {
 
 
 @pytest.fixture(scope="module")
-def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Path]]:
+def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Iterator[_Prepared]:
     """By case, a folder with all that a command needs, made by the commands before it, and its result beside it."""
     root = tmp_path_factory.mktemp("faults")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LCC_LENS_CACHE", str(root / "cache"))
         patch.setenv("TOKENIZERS_PARALLELISM", "false")
-        patch.setenv("LCC_LENS_DATA", str(_data(root / "data")))
+        _data(root / "data")
         yield _Prepared(root)
+
+
+@pytest.fixture(autouse=True)
+def own_data(unbroken: _Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LCC_LENS_DATA", str(unbroken.root / "data"))
 
 
 class _Prepared(dict):
@@ -86,7 +91,7 @@ class _Prepared(dict):
         return folder
 
 
-def _data(folder: Path) -> Path:
+def _data(folder: Path) -> None:
     """Small data sets under the names that comparisons take."""
     for name, records in (
         ("wikitext", [{"text": text} for text in PARAGRAPHS]),
@@ -95,7 +100,6 @@ def _data(folder: Path) -> Path:
         (folder / name).mkdir(parents=True)
         for split in ("train", "test", "validation"):
             (folder / name / f"{split}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    return folder
 
 
 def finished(case: Case, folder: Path) -> Ended:
@@ -113,7 +117,7 @@ def assert_as_unbroken(case: Case, folder: Path, whole: Path, what: str) -> None
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_a_killed_command_goes_on_to_the_same_bytes(name: str, unbroken: dict[str, Path], tmp_path: Path) -> None:
+def test_a_killed_command_goes_on_to_the_same_bytes(name: str, unbroken: _Prepared, tmp_path: Path) -> None:
     case, start_folder = CASES[name], unbroken[name]
     whole = start_folder.with_name(f"{name}-whole")
     counted = shutil.copytree(start_folder, tmp_path / "counted")
@@ -133,7 +137,7 @@ def test_a_killed_command_goes_on_to_the_same_bytes(name: str, unbroken: dict[st
 
 
 @pytest.mark.parametrize("name", ["prune", "scan", "restore", "export"])
-def test_a_second_command_on_the_same_output_is_refused(name: str, unbroken: dict[str, Path], tmp_path: Path) -> None:
+def test_a_second_command_on_the_same_output_is_refused(name: str, unbroken: _Prepared, tmp_path: Path) -> None:
     case, folder = CASES[name], shutil.copytree(unbroken[name], tmp_path / "shared")
     waits, goes = os.pipe()
     reached, tells = os.pipe()
@@ -157,7 +161,7 @@ def test_a_second_command_on_the_same_output_is_refused(name: str, unbroken: dic
 
 
 @pytest.mark.parametrize("name", ["prune", "refit", "scan", "restore"])
-def test_a_flipped_byte_of_unfinished_work_is_noticed(name: str, unbroken: dict[str, Path], tmp_path: Path) -> None:
+def test_a_flipped_byte_of_unfinished_work_is_noticed(name: str, unbroken: _Prepared, tmp_path: Path) -> None:
     case, start_folder = CASES[name], unbroken[name]
     whole = start_folder.with_name(f"{name}-whole")
     n_changes = run(case.arguments, shutil.copytree(start_folder, tmp_path / "counted")).changes
@@ -191,7 +195,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 @pytest.mark.parametrize("name", ["prune", "scan", "restore", "export", "compare"])
-def test_a_full_disk_is_one_line_and_loses_nothing(name: str, unbroken: dict[str, Path], small_disk: Path) -> None:
+def test_a_full_disk_is_one_line_and_loses_nothing(name: str, unbroken: _Prepared, small_disk: Path) -> None:
     case = CASES[name]
     folder = shutil.copytree(unbroken[name], small_disk / "work")
     ballast = small_disk / "ballast"

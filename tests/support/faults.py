@@ -11,6 +11,7 @@ import importlib
 import json
 import os
 import random
+import re
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -25,6 +26,8 @@ from lcc_lens.core.outputs.folders import MARK
 
 #: Python's audit events of operations that change a disk; "open" counts where it writes.
 _CHANGES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.chmod", "shutil.copyfile", "shutil.rmtree"}
+#: Names that Plotly draws at random for the parts of a page.
+_DRAWN = re.compile(rb"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 #: What differs between two runs of the same request.
 _OF_THE_MOMENT = {"written", "seconds", "training_seconds", "refit_seconds", "memory_mib", "content_sha256"}
 
@@ -169,7 +172,7 @@ def _content(path: Path) -> Any:
         }
     if path.suffix in (".json", ".jsonl"):
         return [_timeless(json.loads(line)) for line in _texts(path)]
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    return hashlib.sha256(_DRAWN.sub(b"", path.read_bytes())).hexdigest()
 
 
 def _texts(path: Path) -> list[str]:
