@@ -45,6 +45,16 @@ def test_names_of_a_page_exist(page: str) -> None:
     assert [link for link in links if not ((DOCS / page).parent / link).exists()] == []
 
 
+def test_the_site_shows_every_notebook_and_fetches_nothing() -> None:
+    site = (ROOT / "mkdocs.yml").read_text()
+    assert re.findall(r"notebooks/(\w+)\.md", site) == sorted(
+        path.stem for path in (ROOT / "notebooks").glob("*.ipynb")
+    )
+    assert "- offline" in site
+    assert "font: false" in site
+    assert "IFrameWorker" in (DOCS / "frame_worker.js").read_text()  # the search's worker for pages opened from disk
+
+
 def test_equations_carry_the_papers_numbers() -> None:
     assert re.findall(r"\\tag\{(\d)\}", PAGES["method.md"]) == list("12345678")
     assert PAGES["method.md"].count("$$") % 2 == 0
