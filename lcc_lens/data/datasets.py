@@ -14,6 +14,7 @@ from lcc_lens.core.errors import RequestError
 from lcc_lens.core.ranges import Count, Seed, ranged
 from lcc_lens.core.showing import Shown
 from lcc_lens.data.batches import TokenSequence, encode_pair, require_tokens, text_blocks
+from lcc_lens.data.checks import check_role
 from lcc_lens.data.negatives import contrast, distinct_wrongs, with_other_answers
 from lcc_lens.data.prompts import Example, Item, Kind, Record
 from lcc_lens.data.registry import DATASETS, require_dataset
@@ -154,6 +155,7 @@ def one_class(data: Data) -> str | None:
 
 def _draw(name: str, n: int | None, role: Role | None, seed: int) -> tuple[Kind, _Pairs, str]:
     """The kind of a data set or file, the drawn records with their examples, and where they came from."""
+    check_role(role)
     require_dataset(name)
     if is_data_file(name):
         kind, pairs, source = read_file(Path(name))

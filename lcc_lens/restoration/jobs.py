@@ -67,9 +67,8 @@ def restore_models(
     fraction, selector = heads.needed_by(spec)
     if spec.needs_scan:
         check_scores(run, selector, one_at_a_time=one_at_a_time, data=heads.data)
-    config = with_preset(config, spec)
+    config, source = with_preset(config, spec), pruned
     with writing_run(run, inputs=[resolve(dense), resolve(pruned)]):
-        source = pruned
         if spec.preset.on_refit:
             with first_process_first():
                 source = refitted_model(dense, pruned, run / REFITTED, refitting, resume=resume)
@@ -78,6 +77,7 @@ def restore_models(
             scan = scan_for(
                 spec, pair, run, lambda: load_role(heads.data or SCAN_DATA, heads.examples, "probe", config.seed),
                 selector=selector, max_length=settings.max_length, limit=heads.examples, seed=config.seed,
+                probe_solver=heads.probe_solver,
             )  # fmt: skip
         chosen = [] if scan is None else scan.select(selector, share=fraction, seed=config.seed)
         restoration = restore(

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from lcc_lens.analysis.scan.request import check_in_memory
 from lcc_lens.analysis.scan.scan import Scan, has_scan, scan
+from lcc_lens.analysis.selectors.linear_probe import Solver
 from lcc_lens.core.errors import RequestError
 from lcc_lens.data.datasets import Data
 from lcc_lens.models.pair import Pair
@@ -60,6 +61,7 @@ def scan_for(
     limit: int | None = None,
     seed: int = 0,
     only_needed: bool = False,
+    probe_solver: Solver = "newton",
 ) -> Scan:
     """Load the scan in a folder, or scan the pair and save it there.
 
@@ -68,6 +70,7 @@ def scan_for(
         selector: the score that heads are chosen by.
         only_needed: compute nothing beyond what the method and the selector need (for comparisons), and replace a scan
             that lacks any of it.
+        probe_solver: of the linear probe, see :func:`~lcc_lens.analysis.scan.scan.scan`.
 
     Raises:
         RequestError: the scan in the folder is of another pair.
@@ -87,5 +90,5 @@ def scan_for(
         )  # fmt: skip
     return scan(
         pair, load(), spectra=spec.spectra, max_length=max_length, selectors=None if is_free else (selector,),
-        limit=limit, seed=seed, run=run,
+        limit=limit, seed=seed, run=run, probe_solver=probe_solver,
     )  # fmt: skip

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
+from lcc_lens.analysis.selectors.linear_probe import Solver
 from lcc_lens.analysis.selectors.names import DEFAULT_SELECTOR
 from lcc_lens.core.ranges import Count, Length, Share, check_numbers
 from lcc_lens.data.datasets import Data
@@ -18,6 +20,11 @@ from lcc_lens.restoration.training.objectives import Objective
 TRAIN_DATA, TRAIN_EXAMPLES = "alpaca", 480
 SCAN_DATA, SCAN_EXAMPLES = "boolq", 256
 LOW_RANK = 8
+
+#: The paper's own settings: its probe with its solver, share of heads and epochs, and the
+#: largest of its learning rates (1e-3 to 1e-5), here in units of each head's difference.
+PAPER_HEADS: dict[str, Any] = {"selector": "probe", "probe_solver": "published", "fraction": 0.25}
+PAPER_TRAINING: dict[str, Any] = {"epochs": 3, "lr": 1e-3}
 
 
 @dataclass(frozen=True)
@@ -65,6 +72,7 @@ class HeadRequest:
     data: str | None = None
     """What is scanned; the data of the scan that there is, or boolq, if None."""
     examples: Count = SCAN_EXAMPLES
+    probe_solver: Solver = "newton"
 
     def __post_init__(self) -> None:
         check_numbers(self)

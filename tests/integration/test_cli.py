@@ -237,6 +237,18 @@ def test_text_is_scanned_and_trained_in_as_many_blocks_as_asked(
     assert (tmp_path / "run" / "log.jsonl").read_text().count("\n") == 2
 
 
+def test_the_papers_settings_at_once_and_options_that_go_before_them(
+    dense_dir: Path, pruned_dir: Path, question_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = ("--data", question_file, "--scan-data", question_file, "--paper")
+    assert call("restore", dense_dir, pruned_dir, tmp_path / "run", *data, "--epochs", 1) == 0
+    settings = json.loads((tmp_path / "run" / "config.json").read_text())["restore"]
+    scanned = json.loads((tmp_path / "run" / "scan.json").read_text())["selected_by"]
+    assert (settings["epochs"], settings["lr"], settings["batch_size"], len(settings["heads"])) == (1, 1e-3, 8, 4)
+    assert scanned["probe"]["settings"]["solver"] == "published"
+    assert "--method best recovers most in the committed study" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("method", mostly_slow(["offset", "mean-shift", "random-basis"], "mean-shift"))
 def test_controls_of_the_method_export_like_it(
     method: str, dense_dir: Path, pruned_dir: Path, question_file: Path, tmp_path: Path

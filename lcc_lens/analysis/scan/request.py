@@ -81,9 +81,9 @@ def check_plan(
 
 
 def possible_selectors(
-    named: Sequence[str] | None, pair: Pair, data: Data, wrong: Sequence[TokenSequence] | None
+    named: Sequence[str] | None, pair: Pair, data: Data, n_sequences: int, wrong: Sequence[TokenSequence] | None
 ) -> list[str]:
-    """The selectors to compute; refuses a named one whose needs are not met."""
+    """The selectors to compute, by default those that the inputs allow; refuses a named one whose needs are not met."""
     names = [name for name in (SCORED_BY_DEFAULT if named is None else named) if name not in ALWAYS_SCORED]
     on_pairs = _with_need(names, "pairs")
     reason, label = None, one_class(data)
@@ -99,9 +99,9 @@ def possible_selectors(
         if wrong is not None:
             logger.warning("no probe scores: %s", reason)
         names = [name for name in names if name not in on_pairs]
-    if pair.one_at_a_time:
-        if named is not None:
-            check_in_memory(named)
+    if pair.one_at_a_time and named is not None:
+        check_in_memory(named)
+    if named is None and (pair.one_at_a_time or n_sequences < 2):
         on_models = _with_need(names, "models")
         names = [name for name in names if name not in on_models]
     return names

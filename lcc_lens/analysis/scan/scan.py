@@ -28,6 +28,7 @@ from lcc_lens.core.outputs.places import writing_run
 from lcc_lens.core.progress import track
 from lcc_lens.core.ranges import Count, Length, Natural, Range, Seed, ranged
 from lcc_lens.data.datasets import Data
+from lcc_lens.data.in_memory import as_data
 from lcc_lens.models.architecture.context import fitting_length
 from lcc_lens.models.architecture.sparsity_patterns import common_pattern
 from lcc_lens.models.architecture.zeros import fraction_of_zeros, matrix_zeros
@@ -46,7 +47,7 @@ _AGAIN = "run the same command again to go on"
 @ranged
 def scan(
     pair: Pair,
-    data: Data,
+    data: Data | str | Sequence[str],
     *,
     positions: Positions = "all",
     sites: Sequence[Site] = SITES,
@@ -71,7 +72,7 @@ def scan(
 
     Args:
         pair: the hooked models.
-        data: examples; use the role ``probe`` to keep them apart from training.
+        data: examples (the role ``probe`` keeps them apart from training), a prompt, or a list of prompts.
         positions: tokens to compare: ``all``; the question's ``last`` (as in the paper); the ``end``; those that
             predict the ``response``; or chosen positions (negative ones count from the end).
         sites: compare ``mlp`` (post-activation) and ``resid`` (residual stream) too; heads always.
@@ -86,8 +87,7 @@ def scan(
         selector_examples: examples for selectors that run the models again.
         display: examples whose differences are kept token by token.
         batch_tokens: tokens per forward pass at most (1024 on a CPU, 4096 on a GPU if not given).
-        seed: of the probes.
-        run: directory to save the scan in, and to resume it from.
+        seed: of the probes; ``run``: directory to save the scan in, and to resume it from.
 
     Raises:
         RequestError: no usable example, fewer than two samples, an unknown name, or a selector unfit for these inputs.
@@ -95,10 +95,11 @@ def scan(
         InterruptedRun: Ctrl-C, after the state was saved.
     """
     check_sites([*sites, *spectra])
+    data = as_data(data)
     named = None if selectors is None else check_selectors(selectors)
     length = fitting_length(max_length, pair.context)
     right, wrong = pair_sequences(data, pair, length, limit)
-    names = possible_selectors(named, pair, data, wrong)
+    names = possible_selectors(named, pair, data, len(right), wrong)
     tokens = batch_tokens or tokens_per_pass(device_of(pair.dense))
     plan = ScanPlan(tuple(right), wrong, positions, _compared_sites(pair, sites), tokens)
     settings = ScoreSettings(probe_rank, probe_solver, probe_folds, selector_examples, seed, tokens)

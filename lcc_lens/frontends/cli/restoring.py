@@ -7,19 +7,18 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 import tyro
 
-from lcc_lens.analysis.selectors.names import DEFAULT_SELECTOR
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.machine.processes import is_first_process
 from lcc_lens.core.ranges import Count, Length, Positive, Rate, Seed, Share
 from lcc_lens.data.prompts import RecoveryTask
 from lcc_lens.frontends.cli.options import DenseModel, Maybe, Memory, PrunedModel, RunPath, Switch, Tabled
-from lcc_lens.frontends.cli.show import loss_table, show_losses, show_recovery
+from lcc_lens.frontends.cli.show import console, loss_table, show_losses, show_recovery
 
 if TYPE_CHECKING:
     from lcc_lens.data.datasets import Data
     from lcc_lens.evaluation.task_recovery import TaskMeasures
     from lcc_lens.restoration.injections.spec import MethodSpec
-    from lcc_lens.restoration.settings import RefitRequest
+    from lcc_lens.restoration.settings import HeadRequest, RefitRequest
     from lcc_lens.restoration.training.config import TrainConfig
 
 
@@ -31,6 +30,10 @@ _METHODS = (
     "gain (of head outputs), norms, low-rank (on every linear layer), masked (all remaining weights). Joined by + they "
     "train together: lcc+low-rank. best recovers most: a refit by least squares, then a low-rank change that follows "
     "the dense model. perp, perp-lora and lofit are baselines; the other baselines run in compare."
+)
+_PAPER = (
+    "The paper's own settings at once: its probe (200 steps, K = 1) on a quarter of the heads, 3 epochs, a learning "
+    "rate of 1e-3, batches of 8. An option that you give beside it goes first."
 )
 _TASK = (
     "Recover this task: train on the right answers of its training split, choose heads on other examples of it, then "
@@ -122,11 +125,12 @@ class Restore(Tabled):
     """The run directory: holds the scan, receives the restoration."""
     method: Annotated[str, tyro.conf.arg(help=_METHODS)] = "lcc"
     task: Annotated[Maybe[RecoveryTask], tyro.conf.arg(help=_TASK)] = None
-    heads: Share = 0.25
-    """Fraction of all heads to restore."""
-    selector: str = DEFAULT_SELECTOR
-    """Score that heads are chosen by: attribution, patching, probe (the paper's), interaction, mse, kl, gradient or
-    random."""
+    heads: Maybe[Share] = None
+    """Fraction of all heads to restore (0.25 if not given)."""
+    selector: Maybe[str] = None
+    """Score that heads are chosen by: attribution (if not given), patching, probe (the paper's), interaction, mse, kl,
+    gradient or random."""
+    paper: Annotated[Switch, tyro.conf.arg(help=_PAPER)] = False
     hooks_only: Switch = False
     """Restore even where no checkpoint can hold the result (for lcc_lens.load_restored)."""
     seed: Seed = 0
@@ -143,15 +147,17 @@ class Restore(Tabled):
         from lcc_lens.analysis.selectors.registry import check_selectors
         from lcc_lens.data.checks import check_data
         from lcc_lens.evaluation.task_recovery import note_task
+        from lcc_lens.restoration.advice import better_method
         from lcc_lens.restoration.checks import check_restores
         from lcc_lens.restoration.injections.spec import MethodSpec
         from lcc_lens.restoration.jobs import restore_models
-        from lcc_lens.restoration.settings import SCAN_DATA, HeadRequest, RestoreSettings
+        from lcc_lens.restoration.settings import SCAN_DATA, RestoreSettings
 
         self._check_folder()
         spec = MethodSpec.parse(self.method)
         check_restores(spec, one_at_a_time=self.memory.one_at_a_time)
-        check_selectors([self.selector])
+        heads = self._heads()
+        check_selectors([heads.selector])
         config, measures = self._config(spec), self._measures()
         check_data([self._train_data, self._scan_data or SCAN_DATA])
         data, validation = self._examples()
@@ -161,9 +167,6 @@ class Restore(Tabled):
             max_length=self.data.max_length, limit=self._n_examples, shuffle_responses=self.data.shuffle_responses,
             tune_lr=training.tune_lr, exportable=not self.hooks_only,
         )  # fmt: skip
-        heads = HeadRequest(
-            self.heads, self.selector, self._scan_data, self.data.scan_examples
-        )  # fmt: skip
         restoration, pair = restore_models(
             self.dense, self.pruned, self.run, data, method=self.method, config=config,
             validation=validation, settings=settings, heads=heads, one_at_a_time=self.memory.one_at_a_time,
@@ -171,6 +174,8 @@ class Restore(Tabled):
         )  # fmt: skip
         if is_first_process():
             show_losses(restoration.record.losses, len(restoration.record.settings["heads"]), self.run)
+            if not self.quiet and (advice := better_method(self.method, self.run, epochs=config.epochs)):
+                console().print(advice, soft_wrap=True)
             if measures is None:
                 self.write(lambda: loss_table(restoration.record.losses))
                 return
@@ -178,6 +183,14 @@ class Restore(Tabled):
             note_task(self.run, recovery)
             show_recovery(recovery, self.run)
             self.write(recovery.table)
+
+    def _heads(self) -> HeadRequest:
+        """How heads are chosen: as named, else as in the paper if asked for, else by default."""
+        from lcc_lens.restoration.settings import PAPER_HEADS, HeadRequest
+
+        named = {"fraction": self.heads, "selector": self.selector}
+        chosen = (PAPER_HEADS if self.paper else {}) | {key: value for key, value in named.items() if value is not None}
+        return HeadRequest(data=self._scan_data, examples=self.data.scan_examples, **chosen)
 
     def _check_folder(self) -> None:
         """Refuse options that exclude each other, and a run directory with another result."""
@@ -233,14 +246,16 @@ class Restore(Tabled):
 
     def _config(self, spec: MethodSpec) -> TrainConfig:
         from lcc_lens.evaluation.task_recovery import TASK_EPOCHS
+        from lcc_lens.restoration.settings import PAPER_TRAINING
         from lcc_lens.restoration.training.config import TrainConfig
         from lcc_lens.restoration.training.objectives import Objective
 
-        training, memory = self.training, self.memory
+        training, memory, paper = self.training, self.memory, PAPER_TRAINING if self.paper else {}
         objective = training.objective or spec.preset.objective or "response"
         return TrainConfig(
-            epochs=training.epochs or (1 if self.task is None else TASK_EPOCHS), batch_size=training.batch_size,
-            lr=training.lr, checkpoint_every=training.checkpoint_every, seed=self.seed, patience=training.patience,
+            epochs=training.epochs or paper.get("epochs") or (1 if self.task is None else TASK_EPOCHS),
+            batch_size=training.batch_size, lr=training.lr or paper.get("lr"),
+            checkpoint_every=training.checkpoint_every, seed=self.seed, patience=training.patience,
             micro_tokens=memory.micro_tokens, reuse=memory.reuse, gradient_checkpointing=memory.gradient_checkpointing,
             objective=Objective.parse(objective, temperature=training.temperature),
         )  # fmt: skip

@@ -14,6 +14,7 @@ from support.tiny import D_HEAD, N_HEADS, N_LAYERS, build_model, save_model
 
 from lcc_lens.analysis.scan.scan import Scan, scan
 from lcc_lens.core.errors import LensError, RequestError
+from lcc_lens.data.checks import check_role
 from lcc_lens.data.datasets import Data, load_data
 from lcc_lens.data.prompts import Example
 from lcc_lens.models.hooked.activations import SITES
@@ -53,7 +54,7 @@ def test_one_class_costs_the_probe_scores(pair: Pair, data: Data, caplog: pytest
     same = tuple(dataclasses.replace(e, response=" true", wrong=" false") for e in data.examples)
     one_sided = dataclasses.replace(data, examples=same)
     found = scan(pair, one_sided)
-    assert not found.selected_by
+    assert list(found.selected_by) == ["attribution"]
     assert found.record.n_examples == 8
     assert "no probe scores: expected questions of both labels, got only ' true' in 8" in caplog.text
     with pytest.raises(RequestError, match="expected questions of both labels, got only ' true' in 8"):
@@ -64,7 +65,7 @@ def test_one_class_costs_the_probe_scores(pair: Pair, data: Data, caplog: pytest
 def test_too_few_pairs_cost_only_the_probe(pair: Pair, question_file: Path, caplog: pytest.LogCaptureFixture) -> None:
     few = load_data(str(question_file), n=3)
     found = scan(pair, few)
-    assert not found.selected_by
+    assert list(found.selected_by) == ["attribution"]
     assert found.record.n_examples == 3
     assert "no probe scores: expected at least 4 pairs, got 3" in caplog.text
     assert float(found.relative_loss.max()) > 0
@@ -204,3 +205,30 @@ def test_what_cannot_be_scored_is_refused_before_any_pass(
     ):
         with pytest.raises(RequestError, match=message):
             scan(pair, data, **request)
+
+
+def test_prompts_are_scanned_as_they_are_given(pair) -> None:
+    prompts = ["The capital of France is", "two and two make four"]
+    found = scan(pair, prompts)
+    assert found.record.n_examples == 2
+    assert found.record.n_samples == sum(len(pair.tokenizer(prompt)["input_ids"]) for prompt in prompts)
+    assert len(found.ranking("attribution")) == 15
+    assert scan(pair, prompts[0]).record.n_examples == 1
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ([], "name some prompts"),
+        (["a", ""], "name some prompts"),
+        ("boolq", r"pass load_data\('boolq', role='probe'\)"),
+    ],
+)
+def test_what_is_no_prompt_is_refused(pair, given: list[str] | str, message: str) -> None:
+    with pytest.raises(RequestError, match=message):
+        scan(pair, given)
+
+
+def test_a_wrong_role_names_the_right_ones() -> None:
+    with pytest.raises(RequestError, match=r"expected a role \(calibration, probe, train, held-out\), .* 'train'"):
+        check_role("training")
