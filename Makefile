@@ -30,10 +30,10 @@ INSTALLED_DOCS := $(VENV)/.installed-docs
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-tl3 browser faults slow check fix figures tour families docs notebooks bench clean chromium
+.PHONY: help setup demo test test-tl3 browser faults slow check fix figures tour families docs notebooks notebook-outputs bench clean chromium
 
 help:  ## Show this list
-	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 $(INSTALLED): pyproject.toml constraints.txt Makefile
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "expected Python 3.10 or newer, got %d.%d; name one with PYTHON=..." % sys.version_info[:2])'
@@ -114,6 +114,9 @@ docs: $(INSTALLED_DOCS)  ## Build the documentation into build/site; any warning
 
 notebooks: $(INSTALLED_NOTEBOOK)  ## Open the notebooks in JupyterLab
 	$(BIN)/jupyter lab notebooks
+
+notebook-outputs: $(INSTALLED_NOTEBOOK)  ## Run the notebooks anew and keep their outputs
+	HF_HUB_OFFLINE=1 $(BIN)/python tests/support/notebooks.py
 
 bench: $(INSTALLED)  ## Time the hot paths
 	$(BIN)/python benchmarks/run.py
