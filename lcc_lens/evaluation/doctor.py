@@ -17,13 +17,16 @@ from lcc_lens.core.config import compute_dtype, default_device, package_version
 from lcc_lens.core.errors import LensError
 from lcc_lens.core.machine.memory import release_memory
 from lcc_lens.core.showing import Shown
+from lcc_lens.data.batches import Batch
 from lcc_lens.evaluation.efficiency.timing import now
 from lcc_lens.models.architecture.anatomy import LayerAnatomy, find_anatomies
 from lcc_lens.models.architecture.bias_slots import find_slots
 from lcc_lens.models.architecture.linear_maps import find_matrices
+from lcc_lens.models.hooked.activations import Site, TokenPositions, site_widths, visit_sites
 from lcc_lens.models.hooked.direct_path import OutputProjections, Unembedding
-from lcc_lens.models.hooked.fused_attention import fused_attention
+from lcc_lens.models.hooked.fused_attention import default_attention_gap, fused_attention
 from lcc_lens.models.hooked.hooks import HookedModel
+from lcc_lens.models.hooked.self_checks import check_tokens
 from lcc_lens.models.hooked.sites import projection_names
 from lcc_lens.models.loading.hooked import LoadedModel, load_hooked
 from lcc_lens.models.loading.references import resolve
@@ -162,6 +165,9 @@ def _hook_findings(loaded: LoadedModel, checkpoint: Checkpoint) -> Iterator[Find
         yield Finding("heads removed", "yes", f"{removed}, whose columns of the output projection are all zero")
     with fused_attention(loaded.model) as is_fused:
         kernels = "the model's own kernels" if is_fused else "step by step: slower, same results"
+    if gap := default_attention_gap(loaded.model):
+        kernels = f"step by step; transformers' default attention gives other logits, by up to {gap:.2g}"
+    yield _tried("scan", lambda: _scanned(loaded.model))
     yield Finding("attention under hooks", "yes" if is_fused else "no", kernels)
     yield _tried("constants in an export", lambda: find_slots(checkpoint, loaded.output_projections).way)
     yield _tried(
@@ -174,6 +180,20 @@ def _hook_findings(loaded: LoadedModel, checkpoint: Checkpoint) -> Iterator[Find
 
     yield _tried("logit lens", lambda: checked(Unembedding.of, "final norm and unembedding"))
     yield _tried("head by head", lambda: checked(OutputProjections.of, "output projections"))
+
+
+def _scanned(model: HookedModel) -> str:
+    """Read every site of every layer, as a scan does."""
+    widths, tokens = site_widths(model), check_tokens(model)
+    lengths = torch.tensor([tokens.shape[1]] * len(tokens))
+    batch = Batch(tokens.cpu(), lengths, torch.ones_like(lengths), tuple(range(len(tokens))))
+    read: list[tuple[Site, int]] = []
+    places = dict.fromkeys(widths, TokenPositions.all_tokens(batch))
+    visit_sites(model, tokens, places, lambda site, layer, activation: read.append((site, layer)))
+    expected = len(widths) * int(model.cfg.n_layers)
+    if len(read) != expected:
+        raise LensError(f"expected {expected} activations, got {len(read)}; this architecture is not supported")
+    return ", ".join(f"{site} ({width} wide)" for site, width in widths.items())
 
 
 def _pruning_findings(checkpoint: Checkpoint) -> Iterator[Finding]:

@@ -87,8 +87,8 @@ def find_anatomy(layer: nn.Module, matrices: Sequence[Matrix], config: Any) -> L
         RequestError: the layout is unknown, or its heads cannot be removed one by one.
     """
     by_path = {matrix.path: matrix for matrix in matrices}
-    _refuse_joint_norms(layer)
     attention, heads_per_group = _attention(by_path, layer, config)
+    _refuse_joint_norms(layer, attention.output.d_in // int(config.num_attention_heads))
     d_model = _n_rows(layer, attention.output)
     return LayerAnatomy(attention, _mlp(by_path, layer), heads_per_group, d_model)
 
@@ -181,14 +181,13 @@ def _n_rows(layer: nn.Module, matrix: Matrix) -> int:
     return int(shape[1 if matrix.is_transposed else 0])
 
 
-def _refuse_joint_norms(layer: nn.Module) -> None:
+def _refuse_joint_norms(layer: nn.Module, d_head: int) -> None:
     """Refuse norms over the queries or keys of all heads at once (OLMo 2): removing a head would change the others."""
     for name, parameter in layer.named_parameters():
         module = name.split(".")[-2] if "." in name else ""
         if module not in ("q_norm", "k_norm"):
             continue
-        projection = layer.get_submodule(".".join([*name.split(".")[:-2], f"{module[0]}_proj"]))
-        if parameter.numel() == projection.get_parameter("weight").shape[0]:
+        if parameter.numel() > d_head:
             raise RequestError(
                 f"expected heads that can be removed one by one, got {name}, a norm over all heads together; "
                 "use wanda or sparsegpt"

@@ -35,8 +35,6 @@ def require_complete(checkpoint: Checkpoint) -> Checkpoint:
     Raises:
         RequestError: a tensor is missing, unknown, of another shape or format, or not finite.
     """
-    checkpoint.refuse_adapter()
-    _ = checkpoint.config, read_config(checkpoint.path)  # says first where there is no such model at all
     checkpoint.require_whole()
     _require_complete(checkpoint.path, checkpoint.state)
     return checkpoint

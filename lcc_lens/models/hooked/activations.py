@@ -15,7 +15,7 @@ from lcc_lens.data.batches import Batch, TokenSequence
 from lcc_lens.models.hooked.forward import run_without_logits
 from lcc_lens.models.hooked.hooks import HookedModel, NamedHook, mlp_name, readers, resid_name, z_name
 from lcc_lens.models.hooked.offloading import device_of
-from lcc_lens.models.hooked.sites import mlp_width
+from lcc_lens.models.hooked.sites import has_mlp_site, mlp_width
 
 Site = Literal["z", "mlp", "resid"]
 Positions = Literal["all", "last", "end", "response"] | tuple[int, ...]
@@ -27,6 +27,8 @@ _WORDS: dict[Site, str] = {"mlp": "the MLP's post-activation of layer", "resid":
 def site_widths(model: HookedModel) -> dict[Site, int]:
     """The sites that a model's hooks can read, with their widths; a mixture of experts has no ``mlp``."""
     widths = {site: parts_of(model, site)[1] for site in SITES if _NAMES[site](0) in model.hook_dict}
+    if not has_mlp_site(model):
+        widths.pop("mlp", None)
     return {site: width for site, width in widths.items() if width}
 
 

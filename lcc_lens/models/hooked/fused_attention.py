@@ -14,11 +14,12 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from lcc_lens.models.hooked.hooked_transformer import is_hooked_transformer
 from lcc_lens.models.hooked.hooks import HookedModel, HookFunction, NamedHook, readers, resid_pre_name, z_name
 from lcc_lens.models.hooked.layer_skipping import is_replaced, replaced_forward
-from lcc_lens.models.hooked.self_checks import OTHER_KERNELS, check_tokens, is_close, tried_once
+from lcc_lens.models.hooked.self_checks import OTHER_KERNELS, OTHER_OPERATIONS, check_tokens, is_close, tried_once
 
 _KERNELS = "sdpa"
 #: Configuration names of the soft cap of attention scores, which fused kernels do not apply.
@@ -55,6 +56,26 @@ def can_fuse(model: HookedModel) -> bool:
     return _fusion(model) is not None
 
 
+@tried_once(on_failure=0.0)
+def default_attention_gap(model: Any) -> float:
+    """How far the logits of transformers' default attention are from those of attention step by step; 0 if equal."""
+    plain: Any = getattr(model, "original_model", None)
+    if is_hooked_transformer(model) or not getattr(plain, "_supports_sdpa", False):
+        return 0.0
+    tokens = check_tokens(model)
+    stepwise = model.run_with_hooks(tokens).float()
+    with _fused(model, _configs(plain)):
+        default = model.run_with_hooks(tokens, use_cache=False).float()
+    is_same = is_close(default, stepwise, OTHER_OPERATIONS, model.cfg.dtype)
+    return 0.0 if is_same else float((default - stepwise).abs().max())
+
+
+def _configs(plain: nn.Module) -> tuple[Any, ...]:
+    """The configurations of a plain model's modules that choose attention kernels."""
+    by_id = {id(module.config): module.config for module in plain.modules() if hasattr(module, "config")}
+    return tuple(config for config in by_id.values() if hasattr(config, "_attn_implementation"))
+
+
 def _is_watched(model: HookedModel, fusion: _Fusion) -> bool:
     """Whether there are hooks that fused kernels would skip."""
     cfg = model.cfg
@@ -89,8 +110,7 @@ def _fused(model: Any, configs: Sequence[Any]) -> Iterator[None]:
 def _fusion(model: Any) -> _Fusion | None:
     """Run both ways with edited head outputs, and compare layer by layer, both with the inputs of the first run."""
     plain = model.original_model
-    by_id = {id(module.config): module.config for module in plain.modules() if hasattr(module, "config")}
-    configs = tuple(config for config in by_id.values() if hasattr(config, "_attn_implementation"))
+    configs = _configs(plain)
     capped = any(getattr(config, name, None) for config in configs for name in _SOFT_CAPS)
     if capped or not getattr(plain, "_supports_sdpa", False):
         return None

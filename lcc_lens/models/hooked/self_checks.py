@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 from weakref import WeakKeyDictionary
 
 import torch
@@ -96,8 +96,14 @@ def spread_tokens(d_vocab: int, device: torch.device, context: int | None = None
 
 
 def check_tokens(model: HookedModel) -> Int[Tensor, "batch pos"]:
-    """The tokens that a model is checked with."""
-    return spread_tokens(int(model.cfg.d_vocab), device_of(model), int(model.cfg.n_ctx))
+    """The tokens that a model is checked with; none whose embedding is zero, as that of padding often is."""
+    tokens = spread_tokens(int(model.cfg.d_vocab), device_of(model), int(model.cfg.n_ctx))
+    for module in cast("torch.nn.Module", model).modules():
+        weight = getattr(module, "weight", None) if isinstance(module, torch.nn.Embedding) else None
+        if weight is not None and len(weight) > int(tokens.max()):
+            known = weight.any(dim=1).nonzero().flatten()
+            return known[tokens % len(known)] if len(known) < len(weight) else tokens
+    return tokens
 
 
 def run_with_activations(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
 from typing import Any, Literal, cast, get_args
 
 import torch
@@ -13,6 +14,7 @@ from lcc_lens.core.errors import RequestError
 from lcc_lens.models.hooked.copied_weights import copied_projection_names
 from lcc_lens.models.hooked.hooked_transformer import is_hooked_transformer
 from lcc_lens.models.hooked.hooks import HookedModel, NamedHook, adders, mlp_name, readers, z_name
+from lcc_lens.models.hooked.self_checks import check_tokens, run_with_activations, tried_once
 from lcc_lens.models.hooked.weights import plain_modules, weight_shape
 
 #: Sites whose activation is read by one linear layer alone: head outputs (output projection), and the MLP's
@@ -48,6 +50,28 @@ def mlp_width(model: HookedModel) -> int:
     module = _reader(blocks[0], "mlp") if blocks else None
     # for some architectures TransformerLens sets cfg.d_mlp to four times d_model, whatever the weights
     return weight_shape(module)[1] if module is not None else int(model.cfg.d_mlp or 0)
+
+
+@tried_once(on_failure=False)
+def has_mlp_site(model: HookedModel) -> bool:
+    """Whether the MLP's hook point holds the inputs of one down projection in every layer; mixtures have several."""
+    bridge = cast("Any", model)
+    if is_hooked_transformer(model):
+        return bool(bridge.cfg.d_mlp) and not bridge.cfg.num_experts
+    modules = [_reader(block, "mlp") for block in bridge.blocks]
+    inputs: dict[int, Tensor] = {}
+
+    def keeper(layer: int) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        return lambda module, args: inputs.__setitem__(layer, args[0].detach().clone())
+
+    names = [mlp_name(layer) for layer in range(len(modules))]
+    with ExitStack() as stack:
+        for layer, module in enumerate(modules):
+            if module is None:
+                return False
+            stack.callback(module.register_forward_pre_hook(keeper(layer)).remove)
+        _, seen = run_with_activations(model, check_tokens(model), names)
+    return all(torch.equal(seen[name], inputs[layer].reshape(seen[name].shape)) for layer, name in enumerate(names))
 
 
 def site_adders(site: ConstantSite, constants: Mapping[int, Float[Tensor, "part width"]]) -> list[NamedHook]:

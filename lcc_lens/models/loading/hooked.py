@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -19,15 +20,16 @@ from lcc_lens.data.batches import limit_tokens
 from lcc_lens.models.architecture.context import context_of
 from lcc_lens.models.architecture.layers import is_transposed
 from lcc_lens.models.hooked.copied_weights import copied_projection_names, remember_copied_projections
+from lcc_lens.models.hooked.fused_attention import default_attention_gap
 from lcc_lens.models.hooked.hooked_transformer import (
     check_weights,
     checkpoint_of,
     is_hooked_transformer,
     make_hooked_transformer,
 )
-from lcc_lens.models.hooked.hooks import HookedModel, z_adders, z_readers
+from lcc_lens.models.hooked.hooks import HookedModel, z_adders, z_name
 from lcc_lens.models.hooked.offloading import device_of, weight_in_memory
-from lcc_lens.models.hooked.self_checks import SAME_LOGITS, spread_tokens
+from lcc_lens.models.hooked.self_checks import SAME_LOGITS, run_with_activations, spread_tokens
 from lcc_lens.models.hooked.weights import remember_plain_names
 from lcc_lens.models.loading.in_memory import stored_model
 from lcc_lens.models.loading.plain import load_plain
@@ -36,6 +38,7 @@ from lcc_lens.models.loading.references import resolve
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+logger = logging.getLogger(__name__)
 #: By hooked model, its weights' identity.
 _IDENTITIES: WeakKeyDictionary[Any, ModelIdentity] = WeakKeyDictionary()
 
@@ -84,7 +87,7 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
         raise RequestError(
             f"expected a tokenizer in {path}, got none; copy tokenizer.json or its like from the model it belongs to"
         )
-    config = Checkpoint(path).config
+    config = Checkpoint(path).config if (path / "config.json").exists() else {}
     n_embeddings = config.get("vocab_size") or (config.get("text_config") or {}).get("vocab_size")
     if isinstance(n_embeddings, int):
         limit_tokens(tokenizer, n_embeddings)
@@ -203,17 +206,25 @@ def _output_projections(model: Any, plain: PreTrainedModel) -> list[torch.nn.Mod
 
 def _check_hooked(model: Any, tokens: Tensor, expected: Tensor, reference: str) -> None:
     cfg = model.cfg
-    shapes: list[tuple[int, ...]] = []
+    names = [z_name(layer) for layer in range(int(cfg.n_layers))]
+    wanted = (*tokens.shape, cfg.n_heads, cfg.d_head)
+    try:
+        logits, seen = run_with_activations(model, tokens, names)
+    except (RuntimeError, ValueError, KeyError, IndexError, AttributeError) as error:
+        raise LensError(
+            f"expected {reference} to run under hooks, got an error ({first_line(error)}); this architecture is not "
+            "supported"
+        ) from error
+    for layer, name in enumerate(names):
+        if tuple(seen[name].shape) != wanted:
+            raise LensError(
+                f"expected hook_z of shape {wanted} in every layer of {reference}, got {tuple(seen[name].shape)} in "
+                f"layer {layer}; this architecture is not supported"
+            )
+    logits = logits.float()
     shift = {0: torch.ones(cfg.n_heads, cfg.d_head, device=tokens.device)}
     with torch.inference_mode():
-        readers = z_readers([0], lambda _, z: shapes.append(tuple(z.shape)))
-        logits = model.run_with_hooks(tokens, fwd_hooks=readers).float()
         shifted = model.run_with_hooks(tokens, fwd_hooks=z_adders(shift)).float()
-    shape = (*tokens.shape, cfg.n_heads, cfg.d_head)
-    if shapes != [shape]:
-        raise LensError(
-            f"expected hook_z of shape {shape} in {reference}, got {shapes}; this architecture is not supported"
-        )
     distance = float((logits - expected).abs().max())
     if not distance <= SAME_LOGITS.of(cfg.dtype) * float(expected.abs().max().clamp_min(1)):
         raise LensError(
@@ -222,12 +233,19 @@ def _check_hooked(model: Any, tokens: Tensor, expected: Tensor, reference: str) 
         )
     if not bool((shifted != logits).any()):
         raise LensError(f"expected a change at hook_z of {reference} to change the logits, got none; not supported")
+    if gap := default_attention_gap(model):
+        logger.warning(
+            "transformers' default attention gives %s other logits, by up to %.2g, than step-by-step attention, which "
+            "hooks and exports are checked with", reference, gap,
+        )  # fmt: skip
 
 
 def _removed_heads(output: torch.nn.Module, n_heads: int) -> tuple[int, ...]:
     """The heads whose columns of an output projection are all zero."""
     weight = weight_in_memory(output)
     columns = weight if is_transposed(output) else weight.T
+    if len(columns) % n_heads:
+        raise LensError(f"expected an output projection of {n_heads} equal heads, got {len(columns)} inputs")
     is_removed = ~columns.reshape(n_heads, -1).any(dim=1)
     return tuple(is_removed.nonzero().flatten().tolist())
 

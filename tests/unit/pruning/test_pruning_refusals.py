@@ -129,6 +129,7 @@ def test_an_output_that_is_there_or_holds_the_model(dense: Path, assert_refused:
 def test_a_folder_without_a_model(tmp_path: Path, assert_refused: Callable[..., None]) -> None:
     assert_refused(r"got no config\.json there", source=tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "no_such_model"}')
+    save_file({"weight": torch.ones(2)}, tmp_path / "model.safetensors")
     assert_refused("expected a causal language model in", source=tmp_path)
 
 
