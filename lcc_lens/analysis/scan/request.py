@@ -116,8 +116,7 @@ def check_in_memory(names: Sequence[str]) -> None:
     both = ", ".join(_with_need(names, "models"))
     if both:
         raise RequestError(
-            f"expected both models in memory for the selector {both}, got one at a time; load both, or choose mse or "
-            "probe"
+            f"expected both models in memory for {both}, got one at a time; load both, or choose mse or probe"
         )
 
 

@@ -119,7 +119,8 @@ def test_probe_settings_reach_the_probe(pair, data: Data, scored: Scan) -> None:
     settings = found.scores("probe").settings
     assert (settings["folds"], settings["rank"], settings["solver"], settings["seed"]) == (4, 3, "published", 2)
     assert found.scores("probe").n_examples == 12  # every pair is held out once
-    assert scan(pair, data, probe_rank=99, selectors=("probe",)).scores("probe").settings["rank"] == D_HEAD
+    with pytest.raises(RequestError, match=f"expected a probe rank of at most d_head = {D_HEAD}, got 99"):
+        scan(pair, data, probe_rank=99, selectors=("probe",))
     assert scored.scores("random", seed=1).rank_correlation(scored.scores("random", seed=2)) < 0.99
 
 

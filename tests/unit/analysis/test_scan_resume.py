@@ -28,7 +28,9 @@ from lcc_lens.models.loading.hooked import load_hooked
 from lcc_lens.models.pair import Pair, load_pair
 
 scan_module = import_module("lcc_lens.analysis.scan.scan")  # lcc_lens.analysis.scan.scan is the function
-SETTINGS = {"positions": "last", "batch_tokens": 70, "display": 0, "sites": ("z",)}
+SETTINGS = {
+    "positions": "last", "batch_tokens": 70, "display": 0, "sites": ("z",), "selectors": ("probe", "interaction")
+}  # fmt: skip
 N_SHARDS = 4
 Passes = list[tuple[str, int]]
 
