@@ -32,10 +32,12 @@ from lcc_lens.frontends.plotting.recoveries import plot_recovery, recovery_by_se
 from lcc_lens.frontends.plotting.reports import plot_report
 from lcc_lens.frontends.plotting.run_figures import run_figures
 from lcc_lens.frontends.plotting.studies import plot_pruning_quality, plot_selector_study
+from lcc_lens.frontends.plotting.theme import with_source
 from lcc_lens.frontends.plotting.writing import drawn_from, figure_json, figure_sha256, write_images
 
 HERE = Path(__file__).parent
 BENCHMARKS = HERE.parent / "benchmarks"
+WANDA50 = "SmolLM2-135M, Wanda 50 %."
 #: Selectors in the figure of recovery against the share of heads; more would overlap.
 SOME = ("activation patching", "linear probe", "gradient", "random")
 
@@ -45,7 +47,7 @@ def recovery_by_heads(study: dict[str, Any]) -> go.Figure:
     points = recovery_by_selector(study, "wanda 2:4", "kl_removed")
     return plot_recovery(
         [point for point in points if point.series in SOME], "heads",
-        f"SmolLM2-135M, Wanda 2:4. Means and 95 % t intervals over {points[0].n} cells (tasks x seeds).",
+        f"SmolLM2-135M, Wanda 2:4. Means and 95 % t intervals over {points[0].n} runs (3 tasks x 3 seeds).",
         measure="divergence from dense removed",
     )  # fmt: skip
 
@@ -53,7 +55,9 @@ def recovery_by_heads(study: dict[str, Any]) -> go.Figure:
 def recovery_by_rate(comparison: dict[str, Any]) -> go.Figure:
     """Recovery against the learning rate of each method."""
     points = recovery_points([comparison], "learning rate")
-    return plot_recovery(points, "learning rate", "SmolLM2-135M, Wanda 50 %; intervals: blocks of text drawn anew.")
+    return plot_recovery(
+        points, "learning rate", WANDA50 + " One to three seeds. Intervals: blocks of text drawn anew."
+    )
 
 
 def recovery_by_examples(all_examples: dict[str, Any]) -> go.Figure:
@@ -65,6 +69,13 @@ def recovery_by_examples(all_examples: dict[str, Any]) -> go.Figure:
     return plot_recovery(points, "examples", caption)
 
 
+#: Figures whose measurements do not name model and pruning.
+PAIRS = {
+    "comparison": WANDA50,
+    "inference_cost": WANDA50,
+    "selector_study": "SmolLM2-135M, Wanda 50 % and 2:4.",
+    "tasks": "SmolLM2-135M, Wanda 2:4.",
+}
 #: Measurements and plot of every figure.
 SOURCES: dict[str, tuple[str, Callable[[dict[str, Any]], go.Figure]]] = {
     "selector_study": ("selector_study.json", plot_selector_study),
@@ -85,6 +96,8 @@ def measured() -> tuple[dict[str, go.Figure], dict[str, str]]:
     for name, (file, draw) in SOURCES.items():
         try:
             figures[name] = draw(read_json(BENCHMARKS / file))
+            if name in PAIRS:
+                with_source(figures[name], PAIRS[name])
         except RequestError as error:
             lacking[name] = f"{file}: {error}"
     return figures, lacking

@@ -17,6 +17,7 @@ from lcc_lens.analysis.lens.tokens import PromotedTokens
 from lcc_lens.analysis.scan.result import Scan
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.heads import Head, check_heads
+from lcc_lens.frontends.plotting.labels import pair_label
 from lcc_lens.frontends.plotting.theme import COLORS, COLUMN, PAGE, SERIES, rounded, styled
 
 _BAND = "rgba(77,77,77,0.18)"
@@ -52,11 +53,12 @@ def plot_spectra(scan: Scan, heads: Sequence[Head] = ()) -> go.Figure:
         for head, (color, _) in zip(heads, SERIES, strict=False):
             line = _line(values[head], str(head), color, is_first=column == 1)
             figure.add_trace(line, 1, column)
-    rank = float(lost.effective_rank.median())
+    rank, record = float(lost.effective_rank.median()), scan.record
     styled(
-        figure, f"Directions in which pruning moved the heads of {Path(scan.record.dense).name}",
-        f"{lost.singular_values.shape[:2].numel()} heads, {Path(scan.record.data).name}: {lost.n_samples:,} samples "
-        f"of {scan.record.n_examples} sequences, seed {scan.record.seed}. Effective rank of the median head: "
+        figure, f"Directions in which pruning moved the heads of {Path(record.dense).name}",
+        f"{pair_label(record.dense, record.pruned, record.sparsity, record.pattern)}. "
+        f"{lost.singular_values.shape[:2].numel()} heads, {Path(record.data).name}: {lost.n_samples:,} samples "
+        f"of {record.n_examples} sequences, seed {record.seed}. Effective rank of the median head: "
         f"{rank:.1f} of {lost.d_head}.",
         width=PAGE, plot_height=230, above=30,
     )  # fmt: skip

@@ -17,7 +17,7 @@ from lcc_lens.analysis.scan.result import Scan
 from lcc_lens.analysis.selectors.names import ALWAYS_SCORED
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.heads import Head
-from lcc_lens.frontends.plotting.labels import GOLD, SELECTOR_LABELS
+from lcc_lens.frontends.plotting.labels import GOLD, SELECTOR_LABELS, pair_label
 from lcc_lens.frontends.plotting.theme import COLORS, COLUMN, PAGE, RANKS, SEQUENTIAL, rounded, styled
 
 _ROW, _SMALL_ROW = 13, 9  # pixels per layer, alone and among several maps
@@ -148,6 +148,7 @@ def _data_of(scan: Scan) -> str:
     record = scan.record
     positions = f"{record.positions} positions" if isinstance(record.positions, str) else "chosen positions"
     return (
+        f"{pair_label(record.dense, record.pruned, record.sparsity, record.pattern)}. "
         f"{Path(record.data).name}: {record.n_examples} sequences, {record.n_samples:,} samples ({positions}), "
         f"seed {record.seed}."
     )

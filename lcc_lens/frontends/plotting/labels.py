@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Literal
 
 from lcc_lens.evaluation.baselines.methods import BASELINES
@@ -49,6 +50,17 @@ _PARTS = {
     "dora-vo": "DoRA (v, o)",
 }
 _WHERE = {"dense": "on the dense model", "shuffled": "shuffled responses", "random-heads": "random heads"}
+
+
+def pair_label(dense: str, pruned: str, sparsity: float | None = None, pattern: str = "") -> str:
+    """A pair in a caption: both models, and the pruned one's zeros where they are known.
+
+    Example:
+        >>> pair_label("smollm2", "out/wanda50", 0.5, "unstructured")
+        'smollm2, pruned: wanda50 (50 % zeros, unstructured)'
+    """
+    zeros = "" if sparsity is None else f" ({100 * sparsity:.0f} % zeros, {pattern})"
+    return f"{Path(dense).name}, pruned: {Path(pruned).name}{zeros}"
 
 
 def entry_kind(text: str) -> Kind:

@@ -85,8 +85,8 @@ def plot_recovery(
     figure.add_hline(y=0, line={"color": COLORS["pruned"], "dash": "dash", "width": 1.2})
     figure.update_xaxes(title=_AXES[along], type="log" if is_log else "linear", exponentformat="power")
     if is_log:
-        ticks = sorted({p.x for p in points if p.series in series})
-        figure.update_xaxes(tickvals=ticks, ticktext=[f"{x:g}" for x in ticks])
+        ticks = sorted({float(f"{p.x:g}") for p in points if p.series in series})
+        figure.update_xaxes(tickvals=ticks, ticktext=[f"{x:g}" for x in ticks], tickangle=0)
     else:
         figure.update_xaxes(rangemode="tozero")
     figure.update_yaxes(title=f"{measure} (%)")

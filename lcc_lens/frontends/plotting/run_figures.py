@@ -18,8 +18,10 @@ from lcc_lens.evaluation.comparison.results_file import read_comparison
 from lcc_lens.frontends.plotting.comparisons import plot_comparison, plot_inference_cost, plot_tasks
 from lcc_lens.frontends.plotting.components import plot_logit_gain, plot_promoted_tokens, plot_spectra
 from lcc_lens.frontends.plotting.head_maps import plot_loss_map, plot_selectors
+from lcc_lens.frontends.plotting.labels import pair_label
 from lcc_lens.frontends.plotting.recoveries import Along, plot_recovery, recovery_points
 from lcc_lens.frontends.plotting.reports import plot_report
+from lcc_lens.frontends.plotting.theme import with_source
 from lcc_lens.frontends.plotting.training import plot_training
 from lcc_lens.frontends.plotting.writing import write_html, write_images
 from lcc_lens.restoration.result import RESTORATION_TENSORS, Restoration
@@ -119,7 +121,8 @@ def _training(run: Path) -> go.Figure:
     log = _existing(run / RUN_LOG, "lcc-lens restore")
     steps = read_json_lines(log, Step, "restore again")
     record = Restoration.load(run).record
-    caption = f"{record.method}, {record.n_examples} examples of {Path(record.data).name}, seed {record.seed}."
+    pair = pair_label(record.dense, record.pruned)
+    caption = f"{pair}. {record.method}, {record.n_examples} examples of {Path(record.data).name}, seed {record.seed}."
     return plot_training(steps, record.losses.get("dense"), record.losses.get("pruned"), caption)
 
 
@@ -127,14 +130,21 @@ def _gain(run: Path) -> go.Figure:
     gains, _ = load_lens(run)
     if not gains:
         raise RequestError(f"expected logit gains in {run}, got none; save them with save_lens")
-    return plot_logit_gain(gains[:4])
+    return _of_scan(plot_logit_gain(gains[:4]), run)
 
 
 def _tokens(run: Path) -> go.Figure:
     _, promoted = load_lens(run)
     if not promoted:
         raise RequestError(f"expected promoted tokens in {run}, got none; save them with save_lens")
-    return plot_promoted_tokens(promoted[0])
+    return _of_scan(plot_promoted_tokens(promoted[0]), run)
+
+
+def _of_scan(figure: go.Figure, run: Path) -> go.Figure:
+    """The figure with the pair and seed of the run's scan in its caption."""
+    record = _scan(run).record
+    pair = pair_label(record.dense, record.pruned, record.sparsity, record.pattern)
+    return with_source(figure, f"{pair}. {Path(record.data).name}, seed {record.seed}.")
 
 
 def _along(along: Along) -> Callable[[Path], go.Figure]:

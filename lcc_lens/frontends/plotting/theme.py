@@ -78,6 +78,19 @@ def styled(
     return figure
 
 
+def with_source(figure: go.Figure, source: str) -> go.Figure:
+    """Add a first line to the caption of a styled figure, in place: the model, how it was pruned, the seeds."""
+    lines = textwrap.wrap(source, int((figure.layout.width - 20) / 5.4))
+    title, line_break, rest = figure.layout.title.text.partition("</b>")
+    text = "".join(f'<br><span style="font-size:{_SMALL}px;color:#555">{escape(line)}</span>' for line in lines)
+    more = round(1.3 * _TEXT * len(lines))
+    figure.update_layout(
+        title_text=f"{title}{line_break}{text}{rest}", margin_t=figure.layout.margin.t + more,
+        height=figure.layout.height + more,
+    )  # fmt: skip
+    return figure
+
+
 def rounded(value: float | None, digits: int = 5) -> float | None:
     """A number with so many significant digits, so that equal figures are equal text on every machine."""
     return None if value is None or not math.isfinite(value) else float(f"{value:.{digits}g}")

@@ -33,15 +33,12 @@ def plot_training(
     )  # fmt: skip
     for name, value in (("pruned", pruned_loss), ("dense", dense_loss)):
         if value is not None:
-            figure.add_hline(
-                y=rounded(value), line={"color": COLORS[name], "dash": "dash"},
-                annotation={
-                    "text": name, "font": {"color": COLORS[name]}, "yshift": -1, "x": 1, "xanchor": "right",
-                    "yanchor": "bottom", "showarrow": False,
-                },
+            figure.add_scatter(  # named in the legend: a label would lie on the curves
+                x=[1, len(steps)], y=[rounded(value)] * 2, name=name, mode="lines",
+                line={"color": COLORS[name], "dash": "dash"},
             )  # fmt: skip
     caption = f"{len(steps)} optimiser steps. {caption}".strip()
-    styled(figure, "Restoring", caption, width=COLUMN, plot_height=230, above=30)
+    styled(figure, "Restoring", caption, width=COLUMN, plot_height=230, above=50)
     figure.update_xaxes(title="optimiser step")
     figure.update_yaxes(title="loss (nats per response token)")
     return figure

@@ -31,10 +31,12 @@ from lcc_lens.frontends.plotting.recoveries import Recovery, plot_recovery, reco
 from lcc_lens.frontends.plotting.reports import plot_report
 from lcc_lens.frontends.plotting.run_figures import Drawn, draw_figures, run_figures
 from lcc_lens.frontends.plotting.studies import plot_selector_study
-from lcc_lens.frontends.plotting.theme import COLORS, styled
+from lcc_lens.frontends.plotting.theme import COLORS, styled, with_source
+from lcc_lens.frontends.plotting.training import plot_training
 from lcc_lens.frontends.plotting.writing import drawn_from, figure_json, figure_sha256, write_image, write_images
 from lcc_lens.restoration.best import BEST_ENTRY
 from lcc_lens.restoration.injections.constants import MeanShift
+from lcc_lens.restoration.training.config import Step
 
 PNG = b"\x89PNG\r\n\x1a\n" + b"".join(
     struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
@@ -376,3 +378,18 @@ def test_a_prompt_is_drawn_in_every_model(pair, found: Scan) -> None:
     assert attention.data[1].z[3][1] == pytest.approx(float(seen.patterns[1, 2, 1, 3, 1]), abs=1e-3)
     with pytest.raises(RequestError, match="expected attention patterns, got none"):
         plot_attention(dataclasses.replace(seen, patterns=None), (0, 0))
+
+
+def test_captions_name_the_pair_and_no_label_lies_on_a_curve(found: Scan) -> None:
+    figures = [plot_loss_map(found), plot_selectors(found, ["mse", "random"]), plot_spectra(found)]
+    for figure in figures:
+        assert "dense, pruned: pruned (50 % zeros, unstructured)" in figure.layout.title.text.replace("<br>", " ")
+        assert f"seed {found.record.seed}" in figure.layout.title.text
+    height, top = figures[0].layout.height, figures[0].layout.margin.t
+    with_source(figures[0], "a model, half of it")
+    assert "a model, half of it" in figures[0].layout.title.text.split("<br>")[1]
+    assert figures[0].layout.height - height == figures[0].layout.margin.t - top > 0
+    steps = [Step(number, 2, 3.0 - number, 0.1, 8, 0.1, 2.5) for number in (1, 2)]
+    training = plot_training(steps, 1.0, 3.0)
+    assert [trace.name for trace in training.data] == ["training batches", "restored, held-out", "pruned", "dense"]
+    assert not training.layout.annotations
