@@ -19,7 +19,7 @@ from lcc_lens.evaluation.comparison.accuracies import mean_rows, task_rows
 from lcc_lens.evaluation.comparison.config import CompareConfig
 from lcc_lens.evaluation.comparison.costs import served_as
 from lcc_lens.evaluation.comparison.entry import Entry
-from lcc_lens.evaluation.comparison.results_file import ComparisonFile
+from lcc_lens.evaluation.comparison.results_file import ComparisonFile, read_comparison
 from lcc_lens.evaluation.comparison.runner import Runner
 from lcc_lens.evaluation.comparison.tables import Comparison
 from lcc_lens.evaluation.evaluate import check_tasks
@@ -73,7 +73,7 @@ def compare(
     """
     parsed, config, run = [Entry.parse(text) for text in entries], config or CompareConfig(), Path(run)
     check_comparison(parsed, config, part=part, seeds=seeds)
-    config = config.fitting(context_of(read_config(resolve(pruned))))
+    config = _fitting(config, Path(out or run / COMPARISON), pruned)
     runner = Runner(dense, pruned, run, config)
     runs = {f"{entry.text} | {seed}": (entry, seed) for seed in range(seeds) for entry in parsed}
     kept = ComparisonFile(Path(out or run / COMPARISON), run, runner.models.hashes, config, [*runs])
@@ -110,6 +110,14 @@ def require_a_measured_run(summary: Sequence[Mapping[str, Any]]) -> None:
     errors = [f"{row['entry']}: {error}" for row in summary for error in row["errors"]]
     if errors and not any(row["seeds"] for row in summary):
         raise LensError(f"expected a run that succeeds, got {len(errors)} that failed; the first: {errors[0]}")
+
+
+def _fitting(config: CompareConfig, file: Path, pruned: str | Path) -> CompareConfig:
+    """The settings with lengths within the context; a comparison that began with longer ones goes on with those."""
+    before = read_comparison(file).get("settings", {}) if file.exists() else {}
+    if all(before.get(name) == getattr(config, name) for name in ("max_length", "block_length")):
+        return config
+    return config.fitting(context_of(read_config(resolve(pruned))))
 
 
 def check_comparison(

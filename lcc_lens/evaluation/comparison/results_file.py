@@ -134,6 +134,8 @@ def _extend(results: dict[str, Any], settings: dict[str, Any]) -> None:
     if (before["data"] in before["tasks"]) != (settings["data"] in settings["tasks"]):
         return
     before["speed_rounds"] = settings["speed_rounds"]
+    if settings["heads"] >= 1 and before["heads"] >= 1:  # of all heads no selector chooses
+        before["selector"] = settings["selector"]
     if not settings["tasks"]:
         settings |= {"tasks": before["tasks"], "limit": before["limit"]}
     elif not before["tasks"]:

@@ -1,6 +1,6 @@
 """Account for every tensor of a checkpoint before anything runs: the model's weights, all of them and nothing else.
 
-Transformers fills what is missing with random numbers, passes over what it does not know, and casts whatever is stored.
+Transformers fills what is missing with random numbers, ignores what it does not know, and casts whatever is stored.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ def _refuse_other_tensors(checkpoint: Checkpoint, report: Mapping[str, Any]) -> 
     unread = [name for name in report["unexpected_keys"] if not _is_computed(name, checkpoint.tensors)]
     if unread:
         raise RequestError(
-            f"expected weights that the model in {checkpoint.path} reads, got {min(unread)}, which it passes over "
+            f"expected weights that the model in {checkpoint.path} reads, got {min(unread)}, which it ignores "
             f"({len(unread)} in all); name the directory with the right config.json"
         )
 

@@ -187,9 +187,9 @@ KINDS: dict[str, tuple[Callable[[Path], None], str]] = {
     "no unembedding": (without("lm_head.weight"), r"got none named lm_head\.weight"),
     "a layer's tensor missing": (without(Q), "got none named"),
     "a bias that the config denies": (
-        edited(lambda t: {**t, Q.replace("weight", "bias"): torch.ones(30)}), "which it passes over",
+        edited(lambda t: {**t, Q.replace("weight", "bias"): torch.ones(30)}), "which it ignores",
     ),
-    "fewer layers in the config": (configured(num_hidden_layers=2), "which it passes over"),
+    "fewer layers in the config": (configured(num_hidden_layers=2), "which it ignores"),
     "more layers in the config": (configured(num_hidden_layers=4), "got none named"),
     "far more layers": (configured(num_hidden_layers=10**7), "expected weights of 10000000 layers"),
     "another width": (configured(intermediate_size=50), r"of shape \(40, 50\)"),
@@ -197,7 +197,7 @@ KINDS: dict[str, tuple[Callable[[Path], None], str]] = {
     "NaN in a matrix": (not_finite(Q, float("nan")), "got NaN or infinity in .*q_proj"),
     "int8": (edited(lambda t: {**t, Q: t[Q].to(torch.int8)}), "got I8 in .*, as quantised checkpoints have"),
     "float64": (edited(lambda t: {n: v.double() for n, v in t.items()}), "got float64 in"),
-    "a pruning mask": (edited(lambda t: {**t, f"{Q}_mask": torch.ones(30, 40)}), "which it passes over"),
+    "a pruning mask": (edited(lambda t: {**t, f"{Q}_mask": torch.ones(30, 40)}), "which it ignores"),
     "a mask in place of a weight": (
         edited(lambda t: {**{n: v for n, v in t.items() if n != Q}, f"{Q}_orig": t[Q]}), "got none named",
     ),
