@@ -35,7 +35,7 @@ from lcc_lens.evaluation.baselines.adapters import adapters
 from lcc_lens.evaluation.efficiency.timing import interleaved
 from lcc_lens.exporters.huggingface import export
 from lcc_lens.frontends.demo import passages
-from lcc_lens.models.hooked.losses import _batch_nll
+from lcc_lens.models.hooked.losses import logits_where, token_nll
 from lcc_lens.models.hooked.offloading import device_of
 from lcc_lens.models.loading.plain import load_plain
 from lcc_lens.models.loading.references import resolve
@@ -174,7 +174,8 @@ def _activation_backward(model: torch.nn.Module, batch: Batch) -> None:
     embedding = model.get_input_embeddings()
     handle = embedding.register_forward_hook(lambda module, args, output: output.requires_grad_(True))
     try:
-        _batch_nll(model, batch).sum().backward()
+        logits = logits_where(model, batch.tokens.to(model.device), batch.is_target().to(model.device))
+        token_nll(logits, batch.targets().to(model.device)).sum().backward()
     finally:
         handle.remove()
 

@@ -33,7 +33,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lcc_lens.core.checkpoint import Checkpoint
-from lcc_lens.core.files import atomic_directory, write_json
+from lcc_lens.core.files import write_json
+from lcc_lens.core.outputs.folders import atomic_directory
 from lcc_lens.core.reading import read_json
 from lcc_lens.core.rewriting import tensor_bytes
 
