@@ -56,6 +56,7 @@ class StoredTokens:
     example: int
     pieces: tuple[str, ...]
     loss_from: int
+    ids: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
