@@ -127,6 +127,7 @@ def test_select_train_and_export_in_jupyterlab(notebook, folder_of_lab: Path, pr
     place["count"].fill("15")
     assert len(chosen(page)) == N_LAYERS * N_HEADS
     line_appears(page, "session.choose('mse', share=1.0)")
+    assert place["threshold"].input_value() == "0"  # it follows the selection
 
     place["steps"].fill("12")
     place["lr"].fill("0.05")
@@ -138,6 +139,10 @@ def test_select_train_and_export_in_jupyterlab(notebook, folder_of_lab: Path, pr
         float(page.locator(f".lcc-restore .loss-{name}").inner_text()) for name in ("pruned", "restored")
     )
     assert restored < pruned - 0.1
+    dense = float(page.locator(".lcc-restore .loss-dense").inner_text())
+    share = f"{100 * (pruned - restored) / (pruned - dense):.0f}"
+    assert share[:2] in page.locator(".lcc-restore .recovered-restored").inner_text()
+    assert page.locator(".lcc-restore .curve line.level").count() == 2
     assert page.locator(".lcc-restore .texts figure").count() == 3
 
     place["out"].fill("restored")
@@ -201,6 +206,43 @@ def test_stop_undo_keys_and_errors_in_jupyterlab(notebook, folder_of_lab: Path) 
     assert len(chosen(page)) == N_LAYERS * N_HEADS
     line_appears(page, "lcc.Head(2, 4)])")
     assert page.locator(".lcc-restore .failure").inner_text() == ""
+
+
+#: Clicks and waits until what the click leads to is over: milliseconds, and whether a busy state was shown at once.
+LATENCY = """async (press) => {
+  const root = document.querySelector('.lcc-restore'), code = root.querySelector('.history');
+  const busy = () => root.getAttribute('aria-busy') === 'true', before = code.textContent, start = performance.now();
+  root.querySelector(press).click();
+  const atOnce = busy();
+  let seen = atOnce;
+  while (!(seen || code.textContent !== before) || busy()) {
+    await new Promise((next) => setTimeout(next, 5));
+    seen ||= busy();
+  }
+  return [Math.round(performance.now() - start), atOnce];
+}"""
+
+
+def test_how_long_clicks_take(notebook, capsys: pytest.CaptureFixture) -> None:
+    page, place = notebook, parts(notebook)
+    cell(page, "L0H4").click()
+    line_appears(page, "session.choose")
+    assert "take about" in page.locator(".lcc-restore .estimate").inner_text()
+    place["steps"].fill("4")
+    took = {name: page.evaluate(LATENCY, f"button.{name}") for name in ("train", "undo", "redo", "read", "pin")}
+    with capsys.disabled():
+        print("\nmilliseconds:", ", ".join(f"{name} {took[name][0]}" for name in took))
+    assert all(took[name][1] for name in ("train", "read", "pin"))  # busy at once
+    assert not took["undo"][1]  # read before in that state, so nothing runs
+    assert not took["redo"][1]
+    page.locator(".lcc-restore .loss-pinned").wait_for()
+    at_rest(page)
+    picture(page, "widget-pinned")
+    page.locator(".lcc-restore select.method").select_option("norms")
+    line_appears(page, "session.set_method('norms')")
+    assert "d_model per norm" in page.locator(".lcc-restore .costs").inner_text()
+    assert page.locator(".lcc-restore .picked.unused").count() == 1
+    picture(page, "widget-method")
 
 
 def test_two_views_of_a_widget_show_the_same(notebook) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping
+from collections.abc import Mapping, MutableMapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from html import escape
@@ -175,17 +175,17 @@ def compare_prompt(
         >>> seen.next_tokens(5)  # doctest: +SKIP
         >>> seen.table().sort_values("pruned", ascending=False).head()  # doctest: +SKIP
     """
-    return compare_tokens(pair, prompt_tokens(pair, prompt), prompt, restoration=restoration, patterns=patterns)
+    restorations = {} if restoration is None else {"restored": restoration}
+    return compare_tokens(pair, prompt_tokens(pair, prompt), prompt, restorations, patterns=patterns)
 
 
 def compare_tokens(
     pair: Pair,
     tokens: Int[Tensor, " pos"],
     prompt: str,
+    restorations: Mapping[str, Applicable | None],
     *,
-    restoration: Applicable | None = None,
     patterns: bool = True,
-    acting: HookedModel | None = None,
     cache: MutableMapping[str, Reading] | None = None,
 ) -> PromptComparison:
     """The same as :func:`compare_prompt` for a text that is encoded already.
@@ -194,9 +194,8 @@ def compare_tokens(
         pair: the hooked models.
         tokens: the text.
         prompt: what to call it.
-        restoration: see :func:`compare_prompt`.
-        patterns: likewise.
-        acting: the model that the restoration acts on; the pair's pruned one if not given.
+        restorations: restorations of the pruned model by name; None stands for the pruned model as it is.
+        patterns: see :func:`compare_prompt`.
         cache: readings of the dense and the pruned model: missing ones are made and stored there.
     """
     readings = {} if cache is None else cache
@@ -205,9 +204,12 @@ def compare_tokens(
     if "pruned" not in readings:
         readings["pruned"] = read_text(pair.pruned, tokens, patterns=patterns)
     found = {name: readings[name] for name in ("dense", "pruned")}
-    if restoration is not None:
-        with restoration.applied_to(acting or pair.pruned) as restored:
-            found["restored"] = read_text(restored, tokens, patterns=patterns)
+    for name, restoration in restorations.items():
+        if restoration is None:
+            found[name] = readings["pruned"]
+            continue
+        with restoration.applied_to(pair.pruned) as restored:
+            found[name] = read_text(restored, tokens, patterns=patterns)
     kept = [reading.patterns for reading in found.values() if reading.patterns is not None]
     z = torch.stack([reading.z for reading in found.values()])
     return PromptComparison(

@@ -179,9 +179,10 @@ def read_texts(pair: Pair, scan: Scan, restoration: Restoration | None, prompts:
     )
     for place, example in enumerate(examples, start=1):
         chosen.append((f"Example {place}", "example", torch.tensor(example.ids[:n_tokens])))
+    restorations = {} if restoration is None else {"restored": restoration}
     texts = []
     for title, kind, tokens in track(chosen, len(chosen), "read texts"):
-        texts.append(TextReading.of(title, kind, compare_tokens(pair, tokens, title, restoration=restoration)))
+        texts.append(TextReading.of(title, kind, compare_tokens(pair, tokens, title, restorations)))
     return TextReadings(tuple(texts), tuple(prompts))
 
 

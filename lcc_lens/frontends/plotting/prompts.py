@@ -9,7 +9,7 @@ from lcc_lens.analysis.lens.prompt import PromptComparison
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.heads import Head, check_heads
 from lcc_lens.frontends.plotting.components import visible
-from lcc_lens.frontends.plotting.theme import COLORS, PAGE, SEQUENTIAL, rounded, styled
+from lcc_lens.frontends.plotting.theme import COLORS, PAGE, SEQUENTIAL, SERIES, rounded, styled
 
 _ROW = 13  # pixels per layer
 #: Tokens whose texts fit along an axis.
@@ -37,7 +37,8 @@ def plot_prompt(seen: PromptComparison, k: int = 8) -> go.Figure:
     for name in reversed(seen.models):
         figure.add_bar(
             x=[rounded(100 * value) for value in rows[name]], y=list(range(len(texts))), customdata=texts, name=name,
-            orientation="h", marker={"color": COLORS[name]}, hovertemplate="%{customdata}: %{x:.2f} %", row=1, col=1,
+            orientation="h", marker={"color": COLORS.get(name, SERIES[0][0])},
+            hovertemplate="%{customdata}: %{x:.2f} %", row=1, col=1,
         )  # fmt: skip
     most = 100 * max(float(seen.change(name).max()) for name in changed)
     for column, name in enumerate(changed, start=2):

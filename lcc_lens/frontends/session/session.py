@@ -4,48 +4,42 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lcc_lens.analysis.scan.scan import Scan
 from lcc_lens.analysis.selectors.names import DEFAULT_SELECTOR
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.heads import Head, HeadTuple, check_heads
 from lcc_lens.data.datasets import Data
-from lcc_lens.exporters.huggingface import ExportReport, export
-from lcc_lens.frontends.session.side_by_side import generate, next_tokens
-from lcc_lens.frontends.session.state import SessionState, Timeline, copy_parameters
-from lcc_lens.frontends.session.view import SessionView
+from lcc_lens.frontends.session.outputs import SessionOutputs
+from lcc_lens.frontends.session.saving import load_state
+from lcc_lens.frontends.session.state import SessionState, copy_parameters
 from lcc_lens.frontends.session.workbench import Workbench
 from lcc_lens.models.architecture.context import fitting_length
-from lcc_lens.models.hooked.hooks import HookedModel
 from lcc_lens.models.pair import Pair
 from lcc_lens.restoration.checks import refuse_removed
-from lcc_lens.restoration.injections.base import Injection
-from lcc_lens.restoration.result import Restoration
+from lcc_lens.restoration.injections.spec import MethodSpec
 from lcc_lens.restoration.training.config import Step, Steps, TrainConfig
 from lcc_lens.restoration.training.objectives import Objective
 
 if TYPE_CHECKING:
-    import pandas as pd
+    pass
 
 #: Steps between two measurements on the held-out data: the parameters that stopping keeps are at most this old.
 _VALIDATE_EVERY = 5
-#: Prompts for which the outputs of the dense and the pruned model are cached: no step changes them.
-_CACHED_PROMPTS = 8
 
 
-class RestoreSession(SessionView):
+class RestoreSession(SessionOutputs):
     """Restore a pair step by step; :attr:`history` records every action as a line of code.
 
-    Only :meth:`train`, :meth:`loss`, :meth:`next_tokens`, :meth:`generate`, :meth:`export` and :meth:`save` run a
-    model, and every call leaves both models unchanged. Activations below the lowest restored layer are cached per
-    example for the whole session (see :mod:`lcc_lens.restoration.training.reuse`). Properties and :meth:`stop` may be
-    used from any thread at any time; every other call is refused while one is running.
+    Only :meth:`train`, :meth:`time_step`, :meth:`loss`, :meth:`compare_prompt`, :meth:`next_tokens`, :meth:`generate`,
+    :meth:`export`, :meth:`save` and :meth:`pin` run a model, and every call leaves both models unchanged. Activations
+    below the lowest restored layer are cached per example for the whole session (see
+    :mod:`lcc_lens.restoration.training.reuse`). Properties and :meth:`stop` may be used from any thread at any time;
+    every other call is refused while one is running.
 
     Args:
         pair: the hooked models.
@@ -90,16 +84,38 @@ class RestoreSession(SessionView):
             batch_size=batch_size, validate_every=_VALIDATE_EVERY, seed=seed, objective=objective or Objective(),
             reuse=True,
         )  # fmt: skip
-        self.pair, self.scan, self.method, self.seed = pair, scan, method, seed
+        MethodSpec.parse(method)  # before data are encoded
         length = fitting_length(max_length, pair.context, default=256)
-        self._bench = Workbench.open(
-            pair, scan, data, validation, method=method, config=config, max_length=length, low_rank=low_rank,
+        bench = Workbench.open(
+            pair, scan, data, validation, config=config, max_length=length, low_rank=low_rank,
             exportable=exportable,
         )  # fmt: skip
-        injection = None if self._bench.spec.on_heads else self._bench.build((), None)
-        super().__init__(Timeline(SessionState(injection=injection)))
-        self._stop = threading.Event()
-        self._cache_of = lru_cache(_CACHED_PROMPTS)(_empty_cache)
+        self.scan, self.seed, self._stop = scan, seed, threading.Event()
+        super().__init__(pair, bench, _first_state(bench, method, ()))
+
+    @property
+    def _spec(self) -> MethodSpec:
+        return MethodSpec.parse(self.method)
+
+    def set_method(self, method: str) -> None:
+        """Restore by another method, untrained; chosen heads stay where it acts on heads.
+
+        Raises:
+            RequestError: see :class:`RestoreSession`.
+        """
+        with self._alone():
+            state = _first_state(self._bench, method, self.heads)
+            self._timeline.record(state, f"session.set_method({method!r})")
+
+    def load(self, run: str | Path) -> None:
+        """Go on from a state that :meth:`save` wrote, bit for bit; its history is not repeated.
+
+        Raises:
+            RequestError: no saved session, or one of other weights or settings.
+        """
+        with self._alone():
+            state = load_state(Path(run), self.pair, self._bench.build)
+            self._timeline.record(state, f"session.load({str(run)!r})")
 
     def choose(self, heads: Sequence[Head] | str = DEFAULT_SELECTOR, *, share: float = 0.25) -> HeadTuple:
         """Restore these heads, or the share with the highest scores; heads that stay keep their trained parameters.
@@ -113,7 +129,7 @@ class RestoreSession(SessionView):
                 that the scan has no scores for.
         """
         with self._alone():
-            if self.scan is None or not self._bench.spec.on_heads:
+            if self.scan is None or not self._spec.on_heads:
                 raise RequestError(f"expected a method that restores heads, got {self.method}")
             if isinstance(heads, str):
                 line = f"session.choose({heads!r}, share={float(share)!r})"
@@ -135,7 +151,7 @@ class RestoreSession(SessionView):
             RequestError: a method without directions, no heads chosen yet, or a rank out of range.
         """
         with self._alone():
-            if not self._bench.spec.needs_components:
+            if not self._spec.needs_components:
                 raise RequestError(f"expected a method with directions, which a rank limits, got {self.method}")
             self._state.trained()  # refuses a session without heads
             self._rebuild(self.heads, rank, f"session.set_rank({rank!r})")
@@ -147,7 +163,7 @@ class RestoreSession(SessionView):
             RequestError: a method without constants, or a factor that is not finite.
         """
         with self._alone():
-            if not self._bench.spec.needs_components:
+            if not self._spec.needs_components:
                 raise RequestError(f"expected a method with constants to scale, got {self.method}")
             if not abs(scale) < float("inf"):
                 raise RequestError(f"expected a finite scale, got {scale}")
@@ -198,6 +214,18 @@ class RestoreSession(SessionView):
                 self._timeline.record(state, f"session.train({n_steps}{options})")
             return Steps(result.steps)
 
+    def time_step(self) -> float:
+        """Seconds of one optimiser step from here; measured on a copy, once per method and number of heads.
+
+        Raises:
+            RequestError: no heads are chosen, or the method trains nothing.
+        """
+        with self._alone():
+            injection = copy.deepcopy(self._state.trained())
+            if not injection.n_trained:
+                raise RequestError(f"expected a method that trains, got {self.method}, which has a closed form")
+            return self._bench.time_step(injection, self._state)
+
     def stop(self) -> None:
         """End a running :meth:`train` after its current step, keeping the best so far; otherwise do nothing."""
         self._stop.set()
@@ -220,66 +248,16 @@ class RestoreSession(SessionView):
         with self._alone():
             self._timeline.redo()
 
-    def loss(self) -> dict[str, float]:
-        """Held-out loss of ``dense``, ``pruned`` and ``restored``, in nats per response token."""
-        with self._alone():
-            return self._bench.losses(self._state.scaled())
-
-    def next_tokens(self, prompt: str, k: int = 10) -> pd.DataFrame:
-        """See :func:`lcc_lens.frontends.session.side_by_side.next_tokens`."""
-        with self._alone():
-            cache = self._cache_of("next_tokens", prompt)
-            return next_tokens(self.pair, self._state.scaled(), prompt, k, cache=cache)
-
-    def generate(self, prompt: str, max_new_tokens: int = 40) -> dict[str, str]:
-        """See :func:`lcc_lens.frontends.session.side_by_side.generate`."""
-        with self._alone():
-            cache = self._cache_of("generate", prompt, max_new_tokens)
-            return generate(self.pair, self._state.scaled(), prompt, max_new_tokens, cache=cache)
-
-    @contextmanager
-    def applied(self) -> Iterator[HookedModel]:
-        """The pruned model with the restoration applied inside the block; unchanged after it."""
-        with self._alone(), (self._state.scaled() or Injection()).applied_to(self.pair.pruned) as restored:
-            yield restored
-
-    def restoration(self) -> Restoration:
-        """The restoration so far, frozen, with its losses.
-
-        Raises:
-            RequestError: no heads are chosen.
-        """
-        with self._alone():
-            injection = self._state.scaled() or self._state.trained()
-            return Restoration.of(injection, self._bench.record(self._state, self.history))
-
-    def export(self, out: str | Path, *, overwrite: bool = False) -> ExportReport:
-        """Write and verify the restored model (see :func:`~lcc_lens.exporters.huggingface.export`)."""
-        return export(self.restoration(), self.pair.pruned_id.path, out, overwrite=overwrite)
-
-    def save(self, run: str | Path) -> None:
-        """Write the restoration into a run folder."""
-        self.restoration().save(run)
-
     def _rebuild(self, heads: tuple[Head, ...], rank: int | None, line: str) -> None:
-        injection, state = self._bench.build(heads, rank), self._state
+        injection, state = self._bench.build(self.method, heads, rank), self._state
         if state.injection is not None:
             copy_parameters(state.injection, injection)
         self._timeline.record(replace(state, heads=heads, rank=rank, injection=injection, held_out=None), line)
 
-    @contextmanager
-    def _alone(self) -> Iterator[None]:
-        """Refuse a call while another one runs: both would use the same models."""
-        if not self._lock.acquire(blocking=False):
-            raise RequestError(
-                "expected an idle session, got one that is running a call; wait until it ends, or stop it"
-            )
-        try:
-            yield
-        finally:
-            self._lock.release()
 
-
-def _empty_cache(*call: str | int) -> dict[str, Any]:
-    """Outputs of the dense and the pruned model in one call of the session, filled when it runs."""
-    return {}
+def _first_state(bench: Workbench, method: str, heads: tuple[Head, ...]) -> SessionState:
+    """A method's state before any training; heads are kept where it acts on heads."""
+    is_on_heads = bench.spec(method).on_heads
+    heads = heads if is_on_heads else ()
+    injection = bench.build(method, heads, None) if heads or not is_on_heads else None
+    return SessionState(method, heads, injection=injection)

@@ -13,7 +13,9 @@ from torch import Tensor
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.heads import Head
 from lcc_lens.restoration.injections.base import Injection
+from lcc_lens.restoration.injections.changes import Change, LowRank
 from lcc_lens.restoration.injections.constants import LccInjection
+from lcc_lens.restoration.injections.weights import WeightInjection
 from lcc_lens.restoration.training.config import Step
 
 
@@ -25,6 +27,7 @@ class SessionState:
     they are read or exported. ``held_out`` is the objective on the held-out data, None where it was not measured.
     """
 
+    method: str
     heads: tuple[Head, ...] = ()
     rank: int | None = None
     scale: float = 1.0
@@ -43,6 +46,11 @@ class SessionState:
         if self.injection is None or self.scale == 1.0:
             return self.injection
         return _with_scaled_constants(self.injection, self.scale)
+
+    def acting(self) -> Injection | None:
+        """The injection as :meth:`scaled` gives it; None where it is known to leave the pruned model as it is."""
+        injection = self.scaled()
+        return None if injection is None or is_identity(injection) else injection
 
     def magnitudes(self) -> Float[Tensor, "chosen component"]:
         """Scaled magnitudes of the chosen heads' directions, in units of activations; empty without constants."""
@@ -105,6 +113,28 @@ class Timeline:
         state, action = source.pop()
         target.append((self.state, action))
         self.state = state
+
+
+@torch.no_grad()
+def is_identity(injection: Injection) -> bool:
+    """Whether all parts are known to change nothing: constants of zero, changes of weights that are zero."""
+    for part in injection.parts:
+        if isinstance(part, LccInjection):
+            zero = not bool(part.constants().any())
+        elif isinstance(part, WeightInjection):
+            zero = not any(bool(_size(change).any()) for change in part.changes().values())
+        else:
+            zero = False
+        if not zero:
+            return False
+    return True
+
+
+def _size(change: Change) -> Tensor:
+    """A tensor that is zero where a change leaves its weight as it is."""
+    if isinstance(change, LowRank):
+        return change.B
+    return next(change.parameters())
 
 
 @torch.no_grad()

@@ -23,7 +23,8 @@ class SessionView(Shown):
     def _facts(self) -> dict[str, Any]:
         held_out = self._state.held_out
         return {
-            "heads": self.heads, "rank": "all" if self.rank is None else self.rank, "scale": self.scale,
+            "method": self.method, "heads": self.heads,
+            "rank": "all" if self.rank is None else self.rank, "scale": self.scale,
             "steps": len(self.steps), "held-out objective": "not measured" if held_out is None else held_out,
             "last actions": "; ".join(self.history[-3:]) or "none", "undone": len(self.undone),
         }  # fmt: skip
@@ -31,6 +32,11 @@ class SessionView(Shown):
     @property
     def _state(self) -> SessionState:
         return self._timeline.state
+
+    @property
+    def method(self) -> str:
+        """How it restores."""
+        return self._state.method
 
     @property
     def heads(self) -> HeadTuple:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
+from statistics import median
 
 from lcc_lens.analysis.scan.scan import Scan
 from lcc_lens.core.errors import InterruptedRun, RequestError
@@ -39,7 +41,7 @@ class Trained:
 
 @dataclass
 class Workbench:
-    """Builds, trains and measures the injections of one method on the same data.
+    """Builds, trains and measures injections on the same data.
 
     ``data`` is the training data's name, ``held_out`` the sequences that choose the best parameters, and ``config``
     the settings of every training. See :class:`~lcc_lens.frontends.session.session.RestoreSession` for the rest.
@@ -47,12 +49,14 @@ class Workbench:
 
     pair: Pair
     scan: Scan | None
-    spec: MethodSpec
     data: str
     sequences: Sequence[TokenSequence]
     held_out: Sequence[TokenSequence]
     config: TrainConfig
     low_rank: int
+    exportable: bool
+    seconds_per_step: dict[tuple[str, int], float] = field(default_factory=dict)
+    """Measured, by method and number of heads."""
     _teacher: CachedTeacher | None = field(init=False)
     _started: StartedLater | None = field(default=None, init=False)
     _baseline: dict[str, float] = field(default_factory=dict, init=False)
@@ -62,33 +66,42 @@ class Workbench:
 
     @classmethod
     def open(
-        cls, pair: Pair, scan: Scan | None, data: Data, validation: Data | None, *, method: str, config: TrainConfig,
+        cls, pair: Pair, scan: Scan | None, data: Data, validation: Data | None, *, config: TrainConfig,
         max_length: int, low_rank: int, exportable: bool,
     ) -> Workbench:  # fmt: skip
         """Check a session's request and encode its data."""
-        spec = MethodSpec.parse(method)
-        if spec.compare_only or spec.preset.on_refit or spec.preset.choose_heads:
-            raise RequestError(f"expected a method for a session, got {method}; run it by compare or restore")
         if scan is not None:
             check_scan(scan, pair)
-        elif spec.on_heads:
-            raise RequestError(f"expected a scan of this pair for {method}, got none; scan it first")
         if pair.one_at_a_time:
             raise RequestError(
                 "expected both models in memory, got a pair that loads one at a time; load it without one_at_a_time"
             )
-        if exportable:
-            require_slots(pair, spec)
         sequences, held_out = training_sequences(pair, scan, data, validation, max_length, None, None)
-        return cls(pair, scan, spec, data.name, sequences, held_out, config, low_rank)
+        return cls(pair, scan, data.name, sequences, held_out, config, low_rank, exportable)
 
-    def build(self, heads: tuple[Head, ...], rank: int | None) -> Injection:
-        """The method's injection before any training."""
+    def spec(self, method: str) -> MethodSpec:
+        """A method, parsed and checked.
+
+        Raises:
+            RequestError: an unknown one, one that sessions do not run, one that lacks a scan, or a model that cannot be
+                exported.
+        """
+        spec = MethodSpec.parse(method)
+        if spec.compare_only or spec.preset.on_refit or spec.preset.choose_heads:
+            raise RequestError(f"expected a method for a session, got {method}; run it by compare or restore")
+        if self.scan is None and spec.on_heads:
+            raise RequestError(f"expected a scan of this pair for {method}, got none; scan it first")
+        if self.exportable:
+            require_slots(self.pair, spec)
+        return spec
+
+    def build(self, method: str, heads: tuple[Head, ...], rank: int | None) -> Injection:
+        """A method's injection before any training."""
         ingredients = Ingredients.of(
             self.pair, self.scan, heads, rank=rank, low_rank=self.low_rank, sequences=self.sequences,
             seed=self.config.seed,
         )  # fmt: skip
-        return self.spec.build(ingredients)
+        return self.spec(method).build(ingredients)
 
     def train(
         self,
@@ -117,14 +130,27 @@ class Workbench:
                         break
             except InterruptedRun:
                 is_cut = True
+        if steps:  # most steps measure no held-out loss
+            self.seconds_per_step[state.method, len(state.heads)] = median(step.seconds for step in steps)
         measured = (step.validation_loss for step in steps if step.validation_loss is not None)
         return Trained(tuple(steps), min([first_loss, *measured]), is_cut)
+
+    def time_step(self, injection: Injection, state: SessionState) -> float:
+        """Seconds of one optimiser step of a copy of a state's injection; measured once per method and heads."""
+        key = state.method, len(state.heads)
+        if key not in self.seconds_per_step:
+            self.train(injection, replace(state, held_out=state.held_out or math.inf), 2, None, lambda step: True)
+        return self.seconds_per_step[key]
+
+    def loss_of(self, model: HookedModel) -> float:
+        """Held-out loss of a model as it is, in nats per response token."""
+        return validation_loss(model, None, self.held_out)
 
     def losses(self, injection: Injection | None) -> dict[str, float]:
         """Held-out loss in nats per response token; without an injection the restored model is the pruned one."""
         if not self._baseline:
             models = {"dense": self.pair.dense, "pruned": self.pair.pruned}
-            self._baseline = {name: validation_loss(model, None, self.held_out) for name, model in models.items()}
+            self._baseline = {name: self.loss_of(model) for name, model in models.items()}
         if injection is None:
             return {**self._baseline, "restored": self._baseline["pruned"]}
         return {**self._baseline, "restored": validation_loss(self._model_for(injection), injection, self.held_out)}
@@ -142,7 +168,8 @@ class Workbench:
         }  # fmt: skip
         return RestorationRecord(
             dense=self.pair.dense_id.reference, pruned=self.pair.pruned_id.reference,
-            dense_sha256=self.pair.dense_id.sha256, pruned_sha256=self.pair.pruned_id.sha256, method=self.spec.text,
+            dense_sha256=self.pair.dense_id.sha256, pruned_sha256=self.pair.pruned_id.sha256,
+            method=MethodSpec.parse(state.method).text,
             data=data, n_examples=n_examples, seed=config.seed, settings=settings, losses=self.losses(state.scaled()),
             n_trained=injection.n_trained,
         )  # fmt: skip

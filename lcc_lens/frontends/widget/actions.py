@@ -30,6 +30,8 @@ ACTIONS: dict[str, Callable[[RestoreSession, Message], object]] = {
     "choose": choose,
     "rank": lambda session, message: session.set_rank(None if message["rank"] is None else int(message["rank"])),
     "scale": lambda session, message: session.set_scale(float(message["scale"])),
+    "method": lambda session, message: session.set_method(str(message["method"])),
+    "load": lambda session, message: session.load(str(message["run"])),
     "undo": lambda session, message: session.undo(),
     "redo": lambda session, message: session.redo(),
 }

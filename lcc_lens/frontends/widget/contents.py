@@ -8,21 +8,26 @@ from collections.abc import Sequence
 from importlib.resources import files
 from typing import Any
 
+from lcc_lens.analysis.lens.prompt import PromptComparison
 from lcc_lens.analysis.scan.scan import Scan
 from lcc_lens.analysis.selectors.names import ALWAYS_SCORED, DEFAULT_SELECTOR, SELECTORS
 from lcc_lens.frontends.explorer.views import View, removed_heads, views_of_scan
 from lcc_lens.frontends.session.session import RestoreSession
+from lcc_lens.restoration.injections.methods import METHODS
 from lcc_lens.restoration.injections.spec import MethodSpec
 from lcc_lens.restoration.training.config import Step
 
 #: Number of the step, training loss, held-out loss or None.
 Point = list[int | float | None]
+#: Methods to choose from, where the model takes them.
+METHODS_OFFERED = ("lcc", "gain", "norms", "low-rank", "lcc+gain", "mean-shift")
 #: Most points of a loss curve; longer curves are thinned.
 _MOST_POINTS = 400
 _STYLES = ("base.css", "map.css", "parts.css")
 #: Joined into one module; only the last one exports.
 _SCRIPTS = (
-    "dom.js", "theme.js", "map.js", "picking.js", "training.js", "curve.js", "readout.js", "ending.js", "main.js",
+    "dom.js", "theme.js", "map.js", "picking.js", "method.js", "training.js", "curve.js", "readout.js", "prompt.js",
+    "ending.js", "main.js",
 )  # fmt: skip
 
 
@@ -37,27 +42,37 @@ def style() -> str:
 
 
 def fixed_contents(session: RestoreSession) -> dict[str, Any]:
-    """What no action changes: the grid of heads and its views, the selectors' rankings, the method's controls."""
-    spec = MethodSpec.parse(session.method)
-    cfg, scan = session.pair.pruned.cfg, session.scan if spec.on_heads else None
+    """What no action changes: the grid of heads and its views, the selectors' rankings, the methods."""
+    cfg, scan = session.pair.pruned.cfg, session.scan
     n_layers, n_heads = (0, 0) if scan is None else (int(cfg.n_layers), int(cfg.n_heads))
-    has_constants = spec.needs_components
     return {
-        "method": session.method, "dense": session.pair.dense_id.reference, "pruned": session.pair.pruned_id.reference,
-        "layers": n_layers, "heads": n_heads, "most_rank": int(cfg.d_head) if has_constants else 0,
-        "has_scale": has_constants, "views": [] if scan is None else [_view(view) for view in views_of_scan(scan)],
+        "dense": session.pair.dense_id.reference, "pruned": session.pair.pruned_id.reference,
+        "layers": n_layers, "heads": n_heads, "most_rank": int(cfg.d_head),
+        "views": [] if scan is None else [_view(view) for view in views_of_scan(scan)],
         "removed": [] if scan is None else removed_heads(scan),
         "rankings": {} if scan is None else _rankings(scan, session.seed),
+        "methods": _methods(session), "is_response_loss": session.is_response_loss,
     }  # fmt: skip
 
 
 def state_contents(session: RestoreSession) -> dict[str, Any]:
     """The current state; ``key`` changes with every action and returns to its old value after undo."""
+    spec = MethodSpec.parse(session.method)
     return {
+        "method": session.method, "on_heads": spec.on_heads, "has_scale": spec.needs_components,
         "heads": [str(head) for head in session.heads], "rank": session.rank, "scale": session.scale,
-        "n_steps": len(session.steps), "history": list(session.history), "key": state_key(session),
+        "n_steps": len(session.steps), "n_trained": session.n_trained, "seconds_per_step": session.seconds_per_step,
+        "history": list(session.history), "key": state_key(session),
         "can_undo": bool(session.history), "can_redo": bool(session.undone),
     }  # fmt: skip
+
+
+def prompt_contents(seen: PromptComparison, k: int) -> dict[str, Any]:
+    """A prompt in all models: next tokens, and every head's relative change in percent."""
+    changes = {
+        name: [_short(100 * value) for value in seen.change(name).flatten().tolist()] for name in seen.models[1:]
+    }
+    return {"models": list(seen.models), "tokens": seen.next_tokens(k).to_dict("records"), "changes": changes}
 
 
 def state_key(session: RestoreSession) -> str:
@@ -75,6 +90,19 @@ def curve_contents(steps: Sequence[Step]) -> list[Point]:
 def step_contents(number: int, step: Step) -> Point:
     """One point of the loss curve."""
     return [number, _short(step.loss), None if step.validation_loss is None else _short(step.validation_loss)]
+
+
+def _methods(session: RestoreSession) -> list[dict[str, Any]]:
+    """The methods to choose from, each with what it does and costs; one without ``name`` runs elsewhere."""
+    names = dict.fromkeys((session.method, *METHODS_OFFERED))
+    found = [{"name": name, "does": _described(name)} for name in names if session.can_run(name)]
+    return [*found, {"name": "", "does": f"best: {METHODS['best'].does}; it refits first: lcc.restore_best"}]
+
+
+def _described(method: str) -> str:
+    spec = MethodSpec.parse(method)
+    place = "biases" if spec.bias_sites else "existing weights"
+    return f"{'; '.join(part.does for part in spec.parts)}. Trains {spec.n_trained or 'nothing'}, folds into {place}"
 
 
 def _view(view: View) -> dict[str, Any]:

@@ -16,13 +16,14 @@ from lcc_lens.frontends.widget.contents import (
     Point,
     curve_contents,
     fixed_contents,
+    prompt_contents,
     script,
     state_contents,
     state_key,
     step_contents,
     style,
 )
-from lcc_lens.frontends.widget.worker import Job, Worker, error_line
+from lcc_lens.frontends.widget.worker import Job, Stopped, Worker, error_line, stoppable
 from lcc_lens.restoration.training.config import Step
 
 #: Likeliest next tokens shown per model, and number of tokens that each model generates.
@@ -44,7 +45,8 @@ class RestoreWidget(anywidget.AnyWidget):
     Attributes:
         busy: the running job; empty when idle.
         error: the last error, as one line.
-        readout: the last losses, next tokens and generations, with the ``key`` of their state.
+        readout: the last losses, next tokens, changed heads and generations, with the ``key`` of their state. They are
+            kept per state, so undo and redo show theirs at once.
         exported: the last verified export.
 
     Example:
@@ -68,6 +70,7 @@ class RestoreWidget(anywidget.AnyWidget):
         self, session: RestoreSession, *, prompt: str = "The capital of France is", reads_at_once: bool = True
     ) -> None:
         self.session, self._stopped, self._skipped = session, threading.Event(), threading.Event()
+        self._readouts: dict[tuple[str, str], dict[str, Any]] = {}
         super().__init__(fixed=fixed_contents(session), prompt=prompt, reads_at_once=reads_at_once)
         self._worker = Worker(self._show_job, self._fail)
         self.on_msg(self._receive)
@@ -99,7 +102,10 @@ class RestoreWidget(anywidget.AnyWidget):
 
     def _do(self, message: Message) -> None:
         action = message.get("do")
-        jobs = {"train": self._train, "read": self._read, "export": self._export}
+        jobs = {
+            "train": self._train, "read": self._read, "export": self._export, "save": self._save, "pin": self._pin,
+            "unpin": self._unpin,
+        }  # fmt: skip
         if self.busy == "reading" and action in {*ACTIONS, *jobs}:
             # The browser did not know of this reading yet; the action makes it outdated, so it gives way.
             self._skipped.set()
@@ -111,7 +117,10 @@ class RestoreWidget(anywidget.AnyWidget):
         elif action in ACTIONS:
             ACTIONS[action](self.session, message)
             self.refresh()
-            if self.reads_at_once:
+            kept = self._readouts.get(self._readout_key())
+            if kept is not None:  # as it was read in this state: undo and redo wait for nothing
+                self.readout = kept
+            elif self.reads_at_once:
                 self._worker.begin([self._reading()])
         elif action in jobs:
             jobs[action](message)
@@ -155,6 +164,28 @@ class RestoreWidget(anywidget.AnyWidget):
 
         self._worker.begin([("exporting", export)])
 
+    def _save(self, message: Message) -> None:
+        run = str(message["run"])
+        self._worker.begin([("saving", lambda: self.session.save(run))])
+
+    def _pin(self, message: Message) -> None:
+        """Keep the current restoration, or a run's, beside the one at work."""
+        run = str(message["run"]) if message.get("run") else None
+
+        def pin() -> None:
+            self.session.pin(run)
+            self._readouts.clear()
+
+        self._worker.begin([("pinning", pin), self._reading()])
+
+    def _unpin(self, message: Message) -> None:
+        self.session.unpin()
+        self._readouts.clear()
+        self._worker.begin([self._reading()])
+
+    def _readout_key(self) -> tuple[str, str]:
+        return state_key(self.session), self.prompt
+
     def _reading(self) -> Job:
         self._skipped.clear()
         return "reading", self._read_now
@@ -164,17 +195,26 @@ class RestoreWidget(anywidget.AnyWidget):
         session, prompt = self.session, self.prompt
         parts: dict[str, Callable[[], Any]] = {"losses": session.loss}
         if prompt:
-            parts["tokens"] = lambda: session.next_tokens(prompt, _NEXT_TOKENS).to_dict("records")
+            parts["seen"] = lambda: prompt_contents(session.compare_prompt(prompt), _NEXT_TOKENS)
             parts["texts"] = lambda: session.generate(prompt, _GENERATED)
+        if session.n_trained:
+            parts["seconds"] = session.time_step
         readout: dict[str, Any] = {"key": state_key(session), "prompt": prompt}
-        for name, read in parts.items():
-            if self._skipped.is_set():
-                return
-            readout = {**readout, name: read()}
-            self.readout = readout
+        try:
+            with stoppable(self._skipped):
+                for name, read in parts.items():
+                    if self._skipped.is_set():
+                        return
+                    readout = {**readout, name: read()}
+                    self.readout = readout
+        except Stopped:
+            return
+        self._readouts[self._readout_key()] = readout
 
     def _stop(self) -> None:
         self._stopped.set()
+        if self.busy == "reading":  # what follows a training is read all the same
+            self._skipped.set()
         self.session.stop()
 
     def _show_job(self, name: str) -> None:

@@ -247,7 +247,7 @@ def test_next_tokens_and_generation_of_all_three(session: RestoreSession, pair) 
     table = session.next_tokens(PROMPT, k=3)
     texts = session.generate(PROMPT, 12)
     assert list(table.columns) == ["token", "dense", "pruned", "restored"]
-    assert table["restored"].is_monotonic_decreasing
+    assert table["dense"].is_monotonic_decreasing
     assert texts["pruned"] != texts["restored"]
     with session.applied() as restored:
         for name, model in (("dense", pair.dense), ("restored", restored)):
@@ -279,6 +279,101 @@ def test_the_dense_and_the_pruned_model_are_asked_once(session: RestoreSession, 
         session.next_tokens("a" * (n + 1))
     assert session._cache_of.cache_info().currsize == 8
     hook.remove()
+
+
+def test_heads_without_training_need_no_pass_of_their_own(session: RestoreSession, pair, monkeypatch) -> None:
+    from support.passes import passes
+
+    first = session.loss(), session.generate(PROMPT, 4), session.next_tokens(PROMPT)
+    seen = passes(pair.pruned, monkeypatch)
+    for choose in (lambda: session.choose("mse", share=0.5), lambda: session.set_method("norms")):
+        choose()
+        assert (session.loss(), session.generate(PROMPT, 4)) == first[:2]
+        assert session.next_tokens(PROMPT).equals(first[2])
+    del seen[:]  # a method of weights tries on a few tokens whether they are reached
+    session.loss()
+    assert seen == []
+    session.train(2, lr=0.1)
+    assert session.loss()["restored"] != first[0]["restored"]
+    assert seen != []
+
+
+def test_another_method_begins_anew_and_is_undone(session: RestoreSession, pair, found: Scan, data) -> None:
+    session.choose("mse", share=0.5)
+    session.train(3, lr=0.05)
+    chosen, trained = session.heads, numbers(session)
+    session.set_method("gain")
+    assert (session.method, session.heads, session.steps) == ("gain", chosen, ())
+    session.train(3)
+    session.set_method("low-rank")
+    assert session.heads == ()
+    session.train(2)
+    again = RestoreSession(pair, found, data, batch_size=4)
+    for line in session.history:
+        exec(line, {"session": again, "lcc": lcc})
+    assert same_bits(numbers(again), numbers(session))
+    assert again.restoration().record.method == "low-rank"
+    for _ in range(4):
+        session.undo()
+    assert session.method == "lcc"
+    assert same_bits(numbers(session), trained)
+    for method, message in (("lora", "expected a method for a session"), ("best", "run it by compare or restore")):
+        with pytest.raises(RequestError, match=message):
+            session.set_method(method)
+
+
+def test_a_saved_session_goes_on(session: RestoreSession, pair, found: Scan, data, tmp_path: Path) -> None:
+    session.choose("mse", share=0.5)
+    session.train(3, lr=0.05)
+    session.set_scale(0.5)
+    session.save(tmp_path)
+    again = RestoreSession(pair, found, data, batch_size=4, method="norms")
+    again.load(tmp_path)
+    assert again.history == (f"session.load({str(tmp_path)!r})",)
+    assert (again.method, again.heads, again.scale, again.steps) == ("lcc", session.heads, 0.5, session.steps)
+    assert same_bits(numbers(again), numbers(session))
+    for each in (session, again):
+        each.train(2)
+    assert same_bits(numbers(again), numbers(session))
+    with pytest.raises(RequestError, match=r"expected a saved session in .*, got none"):
+        again.load(tmp_path / "nothing")
+    other = RestoreSession(load_pair(pair.dense_id.path, pair.dense_id.path), None, data, method="norms")
+    with pytest.raises(RequestError, match="got one of other weights"):
+        other.load(tmp_path)
+
+
+def test_two_restorations_are_read_side_by_side(session: RestoreSession, tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match="expected heads to restore, got none"):
+        session.pin()
+    session.choose("mse", share=1.0)
+    session.train(6, lr=0.1)
+    session.save(tmp_path)
+    first = session.loss(), session.generate(PROMPT, 6), session.next_tokens(PROMPT, 3)
+    session.pin()
+    session.train(4, lr=0.1)
+    for _ in range(2):
+        losses, texts, seen = session.loss(), session.generate(PROMPT, 6), session.compare_prompt(PROMPT)
+        assert losses["pinned"] == pytest.approx(first[0]["restored"], abs=1e-5) != losses["restored"]
+        assert texts["pinned"] == first[1]["restored"]
+        assert seen.models == ("dense", "pruned", "restored", "pinned")
+        assert seen.probabilities[3].max() == pytest.approx(first[2]["restored"].max(), rel=1e-4)
+        session.pin(tmp_path)  # the same one, from disk
+    session.unpin()
+    assert set(session.loss()) == {"dense", "pruned", "restored"}
+
+
+def test_a_step_is_timed_on_a_copy(session: RestoreSession, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(RequestError, match="expected heads to restore, got none"):
+        session.time_step()
+    session.choose([Head(1, 2)])
+    before = numbers(session)
+    seconds = session.time_step()
+    assert seconds > 0
+    assert session.time_step() == seconds  # not measured twice
+    assert same_bits(numbers(session), before)
+    assert len(session.history) == 1
+    steps = session.train(3)
+    assert session.time_step() == sorted(step.seconds for step in steps)[1]
 
 
 @pytest.mark.slow

@@ -131,7 +131,10 @@ def test_training_shows_every_step_and_then_what_came_of_it(widget: RestoreWidge
     assert widget.readout["losses"]["restored"] < widget.readout["losses"]["pruned"] - 0.1
     assert widget.readout["key"] == widget.state["key"]
     assert widget.readout["texts"] == session.generate(PROMPT, 32)
-    assert widget.readout["tokens"] == session.next_tokens(PROMPT, 4).to_dict("records")
+    assert widget.readout["seen"]["tokens"] == session.next_tokens(PROMPT, 4).to_dict("records")
+    changed = 100 * session.compare_prompt(PROMPT).change("restored")
+    assert widget.readout["seen"]["changes"]["restored"] == pytest.approx(changed.flatten().tolist(), rel=1e-3)
+    assert widget.readout["seconds"] == session.time_step()
     say(widget, do="train", steps=2)
     assert [point[0] for point in widget.curve] == list(range(1, 15))
 
@@ -191,7 +194,7 @@ def test_work_in_progress_refuses_the_rest_and_stays_alive(widget: RestoreWidget
 
 def test_a_reading_that_somebody_waits_for_is_cut_short(widget: RestoreWidget, session: RestoreSession) -> None:
     say(widget, do="read")
-    assert {"losses", "tokens", "texts"} <= set(widget.readout)
+    assert {"losses", "seen", "texts"} <= set(widget.readout)
     say(widget, do="choose", heads=["L1H2"])
     parts = []
 
@@ -202,9 +205,9 @@ def test_a_reading_that_somebody_waits_for_is_cut_short(widget: RestoreWidget, s
 
     widget.observe(skip, "readout")
     say(widget, do="read")
-    assert parts == [{"losses"}, {"losses", "tokens"}]
+    assert parts == [{"losses"}, {"losses", "seen"}]
     say(widget, do="read")
-    assert parts[-1] == {"losses", "tokens", "texts"}
+    assert parts[-1] == {"losses", "seen", "texts", "seconds"}
 
 
 def test_what_is_asked_during_a_reading_cuts_it_short_and_is_done(
@@ -225,8 +228,72 @@ def test_what_is_asked_during_a_reading_cuts_it_short_and_is_done(
     widget._handle_custom_msg({"do": "choose", "heads": ["L2H3"]}, [])
     assert widget.error == ""
     assert widget.state["heads"] == ["L2H3"]
-    assert "tokens" not in widget.readout
+    assert "seen" not in widget.readout
     assert widget.busy == ""
+
+
+def test_undo_and_redo_show_what_was_read_before(session: RestoreSession, monkeypatch: pytest.MonkeyPatch) -> None:
+    widget = RestoreWidget(session, prompt=PROMPT, reads_at_once=True)
+    say(widget, do="choose", selector="mse", n=8)
+    say(widget, do="train", steps=4, lr=0.05)
+    trained = widget.readout
+    busy: list[str] = []
+    widget.observe(lambda change: busy.append(change["new"]), "busy")
+    say(widget, do="undo")
+    assert widget.readout["losses"]["restored"] == widget.readout["losses"]["pruned"] != trained["losses"]["restored"]
+    say(widget, do="redo")
+    assert widget.readout == trained
+    assert busy == []
+    say(widget, do="read", prompt="is 1")  # another prompt is read
+    assert busy == ["reading", ""]
+
+
+def test_a_stopped_reading_ends_within_a_pass(widget: RestoreWidget, session: RestoreSession, monkeypatch) -> None:
+    loss = session.loss
+
+    def stopped_first() -> dict[str, float]:
+        widget._handle_custom_msg({"do": "stop"}, [])
+        return loss()
+
+    monkeypatch.setattr(session, "loss", stopped_first)
+    say(widget, do="read")
+    assert (widget.error, widget.busy, widget.readout) == ("", "", {})
+    assert not session.is_at_work
+    monkeypatch.setattr(session, "loss", loss)
+    say(widget, do="read")
+    assert widget.readout["losses"].keys() == {"dense", "pruned", "restored"}
+
+
+def test_methods_are_chosen_with_what_they_cost(widget: RestoreWidget, session: RestoreSession) -> None:
+    offered = {method["name"]: method["does"] for method in widget.fixed["methods"]}
+    assert {"lcc", "gain", "norms", "low-rank"} < offered.keys()
+    assert "Trains d_head per head, folds into existing weights" in offered["gain"]
+    assert "restore_best" in offered[""]
+    say(widget, do="choose", heads=["L1H2", "L0H3"])
+    say(widget, do="method", method="gain")
+    assert widget.state["n_trained"] == 2 * D_HEAD
+    assert (widget.state["on_heads"], widget.state["has_scale"]) == (True, False)
+    say(widget, do="method", method="norms")
+    assert (widget.state["on_heads"], widget.state["heads"]) == (False, [])
+    say(widget, do="undo")
+    assert widget.state["heads"] == ["L0H3", "L1H2"]
+
+
+def test_sessions_are_saved_loaded_and_compared(widget: RestoreWidget, session: RestoreSession, tmp_path: Path) -> None:
+    say(widget, do="choose", selector="mse", n=8)
+    say(widget, do="train", steps=4, lr=0.05)
+    losses = widget.readout["losses"]
+    say(widget, do="save", run=str(tmp_path))
+    say(widget, do="undo")
+    say(widget, do="pin", run=str(tmp_path))
+    assert widget.error == ""
+    assert widget.readout["losses"]["pinned"] == pytest.approx(losses["restored"], abs=1e-5)
+    assert widget.readout["seen"]["models"][3] == "pinned"
+    say(widget, do="unpin")
+    assert "pinned" not in widget.readout["losses"]
+    say(widget, do="load", run=str(tmp_path))
+    say(widget, do="read")
+    assert widget.readout["losses"]["restored"] == pytest.approx(losses["restored"], abs=1e-6)
 
 
 def test_reading_follows_every_action_if_wanted(session: RestoreSession) -> None:
@@ -234,8 +301,8 @@ def test_reading_follows_every_action_if_wanted(session: RestoreSession) -> None
     say(widget, do="choose", heads=["L1H2"])
     assert widget.readout["key"] == widget.state["key"]
     losses = widget.readout["losses"]
-    assert losses["restored"] == pytest.approx(losses["pruned"], rel=1e-5)
-    assert "tokens" not in widget.readout
+    assert losses["restored"] == losses["pruned"]
+    assert "seen" not in widget.readout
 
 
 def test_export_is_verified_and_loads(widget: RestoreWidget, session: RestoreSession, tmp_path: Path) -> None:
@@ -297,8 +364,9 @@ def test_calls_from_cells_are_shown_when_asked_for(widget: RestoreWidget, sessio
 
 def test_a_method_without_heads_has_no_map(pair, question_file: Path) -> None:
     widget = RestoreWidget(RestoreSession(pair, None, load_data(str(question_file)), method="norms", batch_size=4))
-    assert widget.fixed["layers"] == widget.fixed["most_rank"] == 0
-    assert not widget.fixed["has_scale"]
+    assert widget.fixed["layers"] == 0
+    assert not widget.state["has_scale"]
+    assert [m["name"] for m in widget.fixed["methods"]] == ["norms", "low-rank", ""]
     say(widget, do="train", steps=5)
     assert widget.error == ""
     assert widget.readout["losses"]["restored"] < widget.readout["losses"]["pruned"]

@@ -1,11 +1,14 @@
 // The loss curve: training loss as a line, held-out loss as points.
 
 /** Points are [number, loss, held-out loss or null]. */
-function lossCurve(points) {
+function lossCurve(points, levels = {}) {
   if (points.length === 0) return el("p", { class: "quiet empty" }, "The loss curve appears here with the first step.");
   const [width, height, left, right, top, bottom] = [460, 170, 46, 12, 12, 30];
   const held = points.filter(([, , value]) => value !== null);
-  const losses = points.flatMap(([, loss, value]) => [loss, value]).filter((value) => value !== null);
+  const lines = Object.entries(levels);
+  const losses = [...points.flatMap(([, loss, value]) => [loss, value]), ...lines.map(([, value]) => value)].filter(
+    (value) => value !== null,
+  );
   const first = points[0][0],
     last = points.at(-1)[0];
   let [low, high] = [Math.min(...losses), Math.max(...losses)];
@@ -20,6 +23,11 @@ function lossCurve(points) {
     root.append(
       svg("line", { class: "rule", x1: left, x2: width - right, y1: py(value), y2: py(value) }),
       svg("text", { class: "tick", x: left - 6, y: py(value) + 4, "text-anchor": "end" }, formatted(value)),
+    );
+  for (const [name, value] of lines)
+    root.append(
+      svg("line", { class: `level ${name}`, x1: left, x2: width - right, y1: py(value), y2: py(value) }),
+      svg("text", { class: `tick level ${name}`, x: width - right, y: py(value) - 3, "text-anchor": "end" }, name),
     );
   root.append(
     svg("path", { class: "loss", d: line(points, 1) }),

@@ -37,4 +37,3 @@ const field = (label, control, value = null) => el("label", { class: "field" }, 
 const part = (title, name, ...children) =>
   el("section", { class: `part ${name}` }, el("h3", {}, title), ...children);
 
-const MODELS = ["dense", "pruned", "restored"];

@@ -29,6 +29,25 @@ function exporting(ask) {
   return { root, draw, follow: ({ isBusy, hasHeads }) => (go.disabled = isBusy || !hasHeads) };
 }
 
+/** Save the session, go on from a saved one, or read a saved restoration beside this one. */
+function keeping(ask) {
+  const run = el("input", { type: "text", class: "run", value: "runs/session", "aria-label": "Run folder" });
+  run.addEventListener("keydown", (event) => event.stopPropagation()); // the notebook has keys of its own
+  const button = (name, label, action, title) =>
+    el("button", { type: "button", class: name, title, onclick: () => ask({ do: action, run: run.value }) }, label);
+  const buttons = {
+    save: button("save", "Save", "save", "Write the restoration and the session's state"),
+    load: button("load", "Load", "load", "Go on from a saved session"),
+    compare: button("compare", "Compare", "pin", "Read the folder's restoration beside this one"),
+  };
+  const root = part("Save", "keeping", el("div", { class: "row2 tight" }, field("Run folder", run), ...Object.values(buttons)));
+  const follow = ({ isBusy, hasHeads }) => {
+    for (const one of Object.values(buttons)) one.disabled = isBusy;
+    buttons.save.disabled = isBusy || !hasHeads;
+  };
+  return { root, follow };
+}
+
 /** The part with the session's history. */
 function codeOf() {
   const lines = el("pre", { class: "history", tabindex: "0", "aria-label": "Code of the session" });

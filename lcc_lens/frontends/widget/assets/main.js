@@ -6,7 +6,13 @@ function render({ model, el: host }) {
   let chosen = new Set(model.get("state").heads),
     later = null, // what to choose once the session is idle
     unheard = 0; // choices without an answer yet: their state would be older than what is shown
-  const ask = (message) => model.send(message);
+  let asked = ""; // a job that was asked for and has not been heard of yet
+  const JOBS = { train: "training", read: "reading", export: "exporting", save: "saving", pin: "pinning", unpin: "reading" };
+  const ask = (message) => {
+    asked = JOBS[message.do] ?? asked;
+    model.send(message);
+    if (asked) follow();
+  };
 
   const status = el("span", { class: "status", role: "status" }),
     failure = el("p", { class: "failure", role: "alert" });
@@ -14,11 +20,13 @@ function render({ model, el: host }) {
   const picks = { onShow: (set) => map.paint(set), onChoose: choose, onSelect: choose };
   const many = hasMap ? picking(fixed, map, picks) : null;
   const train = training(fixed, ask),
-    shown = readouts(model, ask),
+    choice = methodChoice(fixed, ask),
+    shown = readouts(model, ask, fixed.heads),
     out = exporting(ask),
+    keep = keeping(ask),
     code = codeOf();
   const n = el("span", { class: "chosen" });
-  const source = `${fixed.pruned} (pruned), ${fixed.dense} (dense), method ${fixed.method}`;
+  const source = `${fixed.pruned} (pruned), ${fixed.dense} (dense)`;
   const root = el(
     "div",
     { class: "lcc-restore" },
@@ -28,8 +36,8 @@ function render({ model, el: host }) {
       "div",
       { class: "columns" },
       hasMap ? el("div", { class: "picked" }, map.root, many.root) : null,
-      el("div", { class: "work" }, train.root, shown.root),
-      el("div", { class: "end" }, out.root, code.root),
+      el("div", { class: "work" }, choice.root, train.root, shown.root),
+      el("div", { class: "end" }, keep.root, out.root, code.root),
     ),
   );
 
@@ -52,30 +60,44 @@ function render({ model, el: host }) {
   }
   function follow() {
     const state = model.get("state"),
-      busy = model.get("busy");
-    const now = { isBusy: busy !== "", isTraining: busy === "training", hasHeads: !hasMap || chosen.size > 0 };
+      busy = model.get("busy") || asked;
+    const onHeads = hasMap && state.on_heads;
+    const now = {
+      isBusy: busy !== "",
+      isStoppable: busy === "training" || busy === "reading",
+      hasHeads: !onHeads || chosen.size > 0,
+    };
     map?.paint(chosen);
-    n.textContent = hasMap ? `${chosen.size} ${chosen.size === 1 ? "head" : "heads"} chosen` : "";
+    many?.follow(chosen);
+    if (hasMap) root.querySelector(".picked").classList.toggle("unused", !onHeads);
+    n.textContent = onHeads ? `${chosen.size} ${chosen.size === 1 ? "head" : "heads"} chosen` : "";
     status.textContent = busy ? `${busy} \u2026` : "ready";
     root.classList.toggle("busy", now.isBusy);
     root.setAttribute("aria-busy", String(now.isBusy));
     failure.textContent = model.get("error");
-    for (const one of [shown, out]) one.follow(now);
-    train.follow(state, now);
+    for (const one of [shown, keep, out]) one.follow(now);
+    choice.follow(state, now);
+    const { seconds, key } = model.get("readout");
+    train.follow(state, now, key === state.key ? seconds : null);
     shown.draw();
     code.draw(state.history, model.get("exported"));
   }
-  const drawCurve = () => train.draw([...model.get("curve"), ...model.get("live")]);
+  const drawCurve = () => {
+    const { losses } = model.get("readout");
+    const levels = losses && fixed.is_response_loss ? { dense: losses.dense, pruned: losses.pruned } : {};
+    train.draw([...model.get("curve"), ...model.get("live")], levels);
+  };
   const heard = (message) => {
+    asked = "";
     if (message.done === "choose") unheard = Math.max(0, unheard - 1); // another view may have asked
     adopt();
     follow();
   };
   const changes = {
     "change:state": () => (adopt(), follow()),
-    "change:busy": () => (settle(), follow()),
+    "change:busy": () => ((asked = ""), settle(), follow()),
     "change:error": follow,
-    "change:readout": shown.draw,
+    "change:readout": () => (drawCurve(), follow()),
     "change:prompt": () => (shown.ask(), shown.draw()),
     "change:exported": () => (out.draw(model.get("exported")), follow()),
     "change:curve": drawCurve,

@@ -1,5 +1,9 @@
 // The layer x head map: a click picks one head, dragging picks a box; colours are custom properties.
 
+const placeOf = (label, n) => {
+  const [, layer, head] = /^L(\d+)H(\d+)$/.exec(label);
+  return Number(layer) * n + Number(head);
+};
 const labelOf = (place, n) => `L${Math.floor(place / n)}H${place % n}`;
 
 /**
@@ -42,7 +46,7 @@ function headMap(fixed, onChoose) {
     meaning = el("p", { class: "quiet meaning" });
 
   const view = () => views.find(({ key }) => key === pick.value) ?? views[0];
-  const placeOf = (event) => {
+  const placeAt = (event) => {
     const cell = document.elementFromPoint(event.clientX, event.clientY)?.closest?.(".cell");
     return cell && grid.contains(cell) ? Number(cell.dataset.place) : null;
   };
@@ -64,19 +68,19 @@ function headMap(fixed, onChoose) {
   const mark = (places) => cells.forEach((cell, p) => cell.classList.toggle("boxed", places.includes(p)));
 
   grid.addEventListener("pointerdown", (event) => {
-    from = placeOf(event);
+    from = placeAt(event);
     if (from === null || event.button !== 0) return (from = null);
     event.preventDefault(); // no text is marked while dragging
     grid.setPointerCapture(event.pointerId);
     cells[from].focus({ preventScroll: true });
   });
   grid.addEventListener("pointermove", (event) => {
-    const place = placeOf(event);
+    const place = placeAt(event);
     if (place !== null) point(place);
     if (from !== null && place !== null) mark(place === from ? [] : boxTo(place));
   });
   grid.addEventListener("pointerup", (event) => {
-    const place = placeOf(event);
+    const place = placeAt(event);
     if (from !== null && place !== null)
       onChoose(place === from ? toggled(place) : new Set([...(event.shiftKey ? chosen : []), ...present(boxTo(place))]));
     from = null;
@@ -123,5 +127,5 @@ function headMap(fixed, onChoose) {
   }
   readout.textContent = "Click a head, drag a box, or hold Shift to add a box.";
   const root = part("Heads", "heads", field("View", pick), grid, ends, readout, meaning);
-  return { root, paint, view, pick, removed };
+  return { root, paint, view, pick, removed, chosen: () => chosen };
 }

@@ -33,7 +33,17 @@ function picking(fixed, map, { onShow, onChoose, onSelect }) {
   count.addEventListener("input", showing(first));
   count.addEventListener("change", settle);
   selector.addEventListener("change", settle);
-  map.pick.addEventListener("change", say);
+  /** Put both sliders where the chosen heads are: at the lowest chosen value, and at their number. */
+  function follow(chosen) {
+    const known = map.view().values.filter((value) => value !== null);
+    const [low, high] = [Math.min(...known), Math.max(...known)];
+    const values = [...chosen].map((label) => map.view().values[placeOf(label, fixed.heads)] ?? high);
+    const lowest = values.length ? Math.min(...values) : high;
+    bar.value = String(Math.floor((1000 * (lowest - low)) / (high - low || 1)));
+    if (values.length) count.value = String(values.length);
+    say();
+  }
+  map.pick.addEventListener("change", () => follow(map.chosen()));
   say();
   const root = el(
     "div",
@@ -42,5 +52,5 @@ function picking(fixed, map, { onShow, onChoose, onSelect }) {
     field("Heads", count, counted),
     field("Selector", selector),
   );
-  return { root };
+  return { root, follow };
 }

@@ -1,11 +1,14 @@
 // Losses, next tokens and generations of the three models, side by side.
 
 /** The part with losses, prompt, next tokens and generations. */
-function readouts(model, ask) {
+function readouts(model, ask, heads) {
   const prompt = el("input", { type: "text", class: "prompt", value: model.get("prompt"), "aria-label": "Prompt" });
   const atOnce = el("input", { type: "checkbox", class: "at-once" });
   atOnce.checked = model.get("reads_at_once");
   const read = el("button", { type: "button", class: "read" }, "Read");
+  const pin = el("button", { type: "button", class: "pin", title: "Keep this restoration as one more column" }, "Pin");
+  pin.addEventListener("click", () => ask({ do: isPinned() ? "unpin" : "pin" }));
+  const isPinned = () => "pinned" in (model.get("readout").losses ?? {});
   const send = () => ask({ do: "read", prompt: prompt.value });
   read.addEventListener("click", send);
   prompt.addEventListener("keydown", (event) => {
@@ -16,17 +19,22 @@ function readouts(model, ask) {
   prompt.addEventListener("change", () => keep("prompt", prompt.value));
   atOnce.addEventListener("change", () => keep("reads_at_once", atOnce.checked));
   const note = el("p", { class: "quiet note" }),
-    places = ["losses", "tokens", "texts"].map((name) => el("div", { class: `place-${name}` }));
+    places = ["losses", "tokens", "changed", "texts"].map((name) => el("div", { class: `place-${name}` }));
   const asking = el("div", { class: "row2 tight asking" }, field("Prompt", prompt), read,
-    el("label", { class: "check" }, atOnce, "after every action"));
+    el("label", { class: "check" }, atOnce, "after every action"), pin);
   const root = part("Dense, pruned, restored", "readouts", asking, note, ...places);
 
   function draw() {
-    const { losses, tokens, texts, key, prompt: asked } = model.get("readout");
+    const { losses, seen, texts, key, prompt: asked } = model.get("readout");
     if (!losses) return (note.textContent = "Losses, next tokens and generations appear here after reading.");
     const isOld = key !== model.get("state").key || asked !== model.get("prompt");
     note.textContent = isOld ? "Outdated since the last action; press Read." : "Held-out loss in nats per token.";
-    const parts = [lossBars(losses), tokens && tokenTable(tokens), texts && generations(texts)];
+    const parts = [
+      lossBars(losses),
+      seen && tokenTable(seen),
+      seen && heads ? changedHeads(seen, heads) : null,
+      texts && generations(texts),
+    ];
     parts.forEach((node, i) => {
       // until a part arrives, its old content stays
       if (node || !asked) places[i].replaceChildren(...(node ? [node] : []));
@@ -37,15 +45,28 @@ function readouts(model, ask) {
     root,
     draw,
     ask: () => (prompt.value = model.get("prompt")),
-    follow: ({ isBusy }) => (read.disabled = isBusy),
+    follow: ({ isBusy, hasHeads }) => {
+      read.disabled = isBusy;
+      pin.disabled = isBusy || (!hasHeads && !isPinned());
+      pin.textContent = isPinned() ? "Unpin" : "Pin";
+    },
   };
 }
 
+/** Percent of the lost log-likelihood that a loss recovers; empty where nothing was lost. */
+function recovered(losses, name) {
+  const lost = losses.pruned - losses.dense;
+  if (name === "dense" || name === "pruned" || lost <= 0) return "";
+  return `${((100 * (losses.pruned - losses[name])) / lost).toFixed(0).replace("-", "\u2212")}\u00a0% recovered`;
+}
+
 function lossBars(losses) {
-  const most = Math.max(...MODELS.map((name) => losses[name]));
-  return el("dl", { class: "losses" }, MODELS.map((name) => [
+  const names = Object.keys(losses),
+    most = Math.max(...Object.values(losses));
+  return el("dl", { class: "losses" }, names.map((name) => [
     el("dt", { class: name }, name),
-    el("dd", {}, bar(name, losses[name] / most), el("b", { class: `loss-${name}` }, losses[name].toFixed(3))),
+    el("dd", {}, bar(name, losses[name] / most), el("b", { class: `loss-${name}` }, losses[name].toFixed(3)),
+      el("span", { class: `quiet recovered-${name}` }, recovered(losses, name))),
   ]).flat());
 }
 
@@ -55,12 +76,12 @@ function bar(name, share) {
   return el("span", { class: "track" }, node);
 }
 
-function tokenTable(tokens) {
-  const head = el("tr", {}, el("th", {}, "next token"), MODELS.map((name) => el("th", { class: name }, name)));
-  const most = Math.max(...tokens.flatMap((row) => MODELS.map((name) => row[name])));
+function tokenTable({ tokens, models }) {
+  const head = el("tr", {}, el("th", {}, "next token"), models.map((name) => el("th", { class: name }, name)));
+  const most = Math.max(...tokens.flatMap((row) => models.map((name) => row[name])));
   const rows = tokens.map((row) =>
     el("tr", {}, el("td", {}, el("code", {}, visible(row.token))),
-      MODELS.map((name) => el("td", {}, bar(name, row[name] / most), el("span", {}, percent(row[name]))))));
+      models.map((name) => el("td", {}, bar(name, row[name] / most), el("span", {}, percent(row[name]))))));
   return el("table", { class: "tokens" }, el("thead", {}, head), el("tbody", {}, rows));
 }
 
@@ -72,5 +93,5 @@ const generations = (texts) =>
   el(
     "div",
     { class: "texts" },
-    MODELS.map((name) => el("figure", { class: name }, el("figcaption", {}, name), el("p", {}, texts[name]))),
+    Object.keys(texts).map((name) => el("figure", { class: name }, el("figcaption", {}, name), el("p", {}, texts[name]))),
   );

@@ -27,25 +27,37 @@ function training(fixed, ask) {
   rank.addEventListener("change", () => ask({ do: "rank", rank: rankOf() }));
   scale.addEventListener("input", say);
   scale.addEventListener("change", () => ask({ do: "scale", scale: Number(scale.value) }));
-  const shown = el("div", { class: "drawing" });
+  const shown = el("div", { class: "drawing" }),
+    estimate = el("p", { class: "quiet estimate" });
+  let seconds = null;
+  const guess = () => {
+    const whole = seconds === null ? null : seconds * Number(steps.value);
+    estimate.textContent =
+      whole === null ? "" : `${steps.value} steps take about ${whole < 90 ? formatted(whole, "s") : formatted(whole / 60, "min")}.`;
+  };
+  steps.addEventListener("input", guess);
   const sliders = el("div", { class: "row2" }, field("Rank", rank, rankSays), field("Scale", scale, scaleSays));
   const root = part(
     "Training",
     "training",
-    fixed.has_scale ? sliders : null,
+    sliders,
     el("div", { class: "row2 tight" }, field("Steps", steps), field("Learning rate", lr), ...Object.values(buttons)),
+    estimate,
     shown,
   );
   /** Show the session's state, and enable the controls that apply to it. */
-  function follow(state, { isBusy, isTraining, hasHeads }) {
+  function follow(state, { isBusy, hasHeads, isStoppable }, measured) {
+    seconds = state.seconds_per_step ?? measured ?? null;
+    guess();
+    sliders.hidden = !state.has_scale;
     rank.value = state.rank ?? most;
     scale.value = state.scale;
     say();
     for (const input of [rank, scale]) input.disabled = isBusy || (input === rank && !state.heads.length);
-    buttons.train.disabled = isBusy || !hasHeads;
-    buttons.stop.disabled = !isTraining;
+    buttons.train.disabled = isBusy || !hasHeads || state.n_trained === 0;
+    buttons.stop.disabled = !isStoppable;
     buttons.undo.disabled = isBusy || !state.can_undo;
     buttons.redo.disabled = isBusy || !state.can_redo;
   }
-  return { root, follow, draw: (points, state) => shown.replaceChildren(lossCurve(points, state)) };
+  return { root, follow, draw: (points, levels) => shown.replaceChildren(lossCurve(points, levels)) };
 }
