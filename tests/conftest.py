@@ -82,4 +82,5 @@ def found(pair, question_file: Path):
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LCC_LENS_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("LCC_LENS_DATA", raising=False)
+    monkeypatch.setattr("lcc_lens.data.panel.PANEL", ("python",))  # the only domain that every test has
     logging.getLogger("lcc_lens").setLevel(logging.INFO)  # a command run with --quiet leaves it higher

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
@@ -117,6 +118,30 @@ def text_blocks(
     return [
         TokenSequence(torch.tensor(lead + ids[start : start + step]), loss_from=max(1, len(lead))) for start in starts
     ]
+
+
+def in_equal_parts(
+    parts: Sequence[Callable[[int | None], list[TokenSequence]]], limit: int | None
+) -> list[TokenSequence]:
+    """Sequences of several sources in turn, equally many of each; where one has too few, the others give more.
+
+    Args:
+        parts: each gives so many sequences, or as many as it has.
+        limit: how many in all; everything if not given.
+    """
+    if limit is None:
+        cut = [part(None) for part in parts]
+    else:
+        wanted = [limit // len(parts) + (place < limit % len(parts)) for place in range(len(parts))]
+        cut = [part(n) for part, n in zip(parts, wanted, strict=True)]
+        while n_missing := limit - sum(map(len, cut)):
+            full = [place for place, n in enumerate(wanted) if len(cut[place]) == n]
+            if not full:
+                break
+            for nth, place in enumerate(full):
+                wanted[place] += n_missing // len(full) + (nth < n_missing % len(full))
+                cut[place] = parts[place](wanted[place])
+    return [sequence for turn in zip_longest(*cut) for sequence in turn if sequence is not None]
 
 
 def encode_pair(

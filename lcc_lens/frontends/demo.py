@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,11 +16,14 @@ from lcc_lens.core.files import write_json, write_text
 from lcc_lens.core.metrics import share_recovered
 from lcc_lens.core.ranges import Count, Length, Rate, Seed, Sparsity, check_numbers
 from lcc_lens.core.showing import Shown
-from lcc_lens.data.datasets import Data, assert_disjoint, encode, load_data, load_records, split_examples
+from lcc_lens.data.datasets import Data, encode, load_data, load_records
 from lcc_lens.data.prompts import Example
-from lcc_lens.data.sources import Role
+from lcc_lens.data.registry import domains
+from lcc_lens.data.roles import Role
+from lcc_lens.data.splits import assert_disjoint, split_examples
 from lcc_lens.evaluation.evaluate import format_scores
 from lcc_lens.evaluation.lm_eval_tasks import evaluate_task
+from lcc_lens.evaluation.panel import panel_blocks, panel_losses, panel_metrics, panel_recovery
 from lcc_lens.exporters.huggingface import export
 from lcc_lens.exporters.model_card import model_card
 from lcc_lens.frontends.explorer.page import explore
@@ -53,6 +56,7 @@ class DemoConfig:
     max_length: Length = 144
     n_text_blocks: Count = 8
     text_length: Length = 512
+    n_panel_blocks: Count = 3
     n_items: Count = 50
     batch_size: Count = 4
     lr: Rate = 3e-2
@@ -84,11 +88,9 @@ def passages(role: Role, n: int, seed: int) -> Data:
 
 def texts(role: Role, without: frozenset[str] = frozenset()) -> Data:
     """BoolQ's passages as plain text, leaving out some groups."""
-    boolq = load_data("boolq", role=role)
-    kept = [example for example in boolq.examples if example.group not in without]
-    unique = {example.prompt.rpartition("\nQuestion: ")[0]: example.group for example in kept}
-    examples = tuple(Example("", text, group) for text, group in unique.items())
-    return dataclasses.replace(boolq, name="boolq text", kind="text", examples=examples)
+    passages = load_data("wikipedia", role=role)
+    kept = tuple(example for example in passages.examples if example.group not in without)
+    return dataclasses.replace(passages, examples=kept)
 
 
 def run_demo(config: DemoConfig, *, stage: Callable[[str], None] | None = None) -> DemoResult:
@@ -130,11 +132,16 @@ def run_demo(config: DemoConfig, *, stage: Callable[[str], None] | None = None) 
         models: dict[str, Any] = {
             name: {"path": str(path), "tasks": _scores(path, data, config)} for name, path in paths.items()
         }
+    with timer.step("panel", "measure each kind of text"):
+        panel = _panel(paths, data, config)
     scores = {name: format_scores(entry["tasks"]) for name, entry in models.items()}
-    write_text(restored / "README.md", model_card(restoration, scores, report.logit_difference))
+    write_text(
+        restored / "README.md", model_card(restoration, {**scores, **panel_metrics(panel)}, report.logit_difference)
+    )
     results = {
         "models": models,
         "share_recovered": _shares(models),
+        "panel": panel,
         "export": {k: v for k, v in dataclasses.asdict(report).items() if k not in ("path", "added", "changed")},
         "config": {**dataclasses.asdict(config), "folder": str(folder)},
         "seconds": {name: round(value, 1) for name, value in timer.seconds.items()},
@@ -187,6 +194,16 @@ def _scores(path: Path, data: _DemoData, config: DemoConfig) -> dict[str, Any]:
         "boolq": evaluate_task(model, tokenizer, "boolq", records=boolq),
         "arc_easy": evaluate_task(model, tokenizer, "arc_easy", records=arc),
     }
+
+
+def _panel(paths: Mapping[str, Path], data: _DemoData, config: DemoConfig) -> dict[str, Any]:
+    """Recovery on every domain that can be had."""
+    blocks = panel_blocks(
+        load_tokenizer(paths["dense"]), blocks=config.n_panel_blocks, length=config.text_length,
+        without=data.validation.groups,
+    )  # fmt: skip
+    losses = {name: panel_losses(load_plain(path), blocks) for name, path in paths.items()}
+    return panel_recovery(losses["dense"], losses["pruned"], losses["restored"], domains("boolq"))
 
 
 def _shares(models: dict[str, Any]) -> dict[str, float | None]:

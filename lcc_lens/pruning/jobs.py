@@ -14,13 +14,15 @@ from lcc_lens.core.errors import RequestError
 from lcc_lens.core.outputs.folders import reserved
 from lcc_lens.core.ranges import Count, Fraction, Length, Positive, Seed, Sparsity, ranged
 from lcc_lens.core.reading import read_json
-from lcc_lens.data.batches import require_tokens, text_blocks
-from lcc_lens.data.datasets import Data, load_data
+from lcc_lens.data.batches import require_tokens
+from lcc_lens.data.checks import or_mix
+from lcc_lens.data.datasets import Data, joined, load_data, text_sequences
 from lcc_lens.models.architecture.context import context_of, fitting_length
 from lcc_lens.models.architecture.layers import read_config
 from lcc_lens.models.architecture.sparsity_patterns import Pattern, Unstructured, parse_pattern
 from lcc_lens.models.loading.hooked import load_tokenizer
 from lcc_lens.models.loading.references import resolve
+from lcc_lens.models.self_written import DenseWriter
 from lcc_lens.pruning.methods.pruners import Choice, Split
 from lcc_lens.pruning.methods.settings import PruneConfig
 from lcc_lens.pruning.methods.structured import Schedule
@@ -29,6 +31,9 @@ from lcc_lens.pruning.prune import prune_checkpoint
 from lcc_lens.pruning.refit.refit import REFIT_RECORD, RefitConfig, refit_checkpoint
 from lcc_lens.pruning.refit.report import RefitReport
 
+#: Data, names of data (several joined by ``+``), or a sequence of them, from which equally many sequences are cut.
+Calibration = str | Data | Sequence[str | Data]
+PRUNE_DATA = ("c4",)
 #: What a refit is calibrated on: instructions, web text and an encyclopedia.
 REFIT_DATA = ("alpaca", "c4", "wikitext")
 REFIT_SAMPLES = 288
@@ -42,7 +47,7 @@ def prune(
     method: str = "wanda",
     sparsity: Sparsity | None = None,
     pattern: str | None = None,
-    calibration: str | Data = "c4",
+    calibration: Calibration | None = None,
     n_samples: Count = 128,
     seq_len: Length | None = None,
     seed: Seed = 0,
@@ -61,7 +66,8 @@ def prune(
             the name of a pruner that was added with :func:`lcc_lens.register_pruner`.
         sparsity: fraction of the weights to remove; 0.5 by default (0.2 for slimgpt).
         pattern: N:M such as ``2:4`` instead of a fraction: N of every M weights stay.
-        calibration: data whose activations the method reads (loaded in the role ``calibration``).
+        calibration: data whose activations the method reads (loaded in the role ``calibration``); ``c4`` if not given,
+            or ``mix`` where that cannot be had. What the dense model writes (``self``) is kept beside ``out``.
         n_samples: calibration sequences.
         seq_len: tokens per calibration sequence; 512, or the model's context if shorter.
         seed: seed of the draw of calibration data.
@@ -84,11 +90,14 @@ def prune(
     fraction = sparsity if sparsity is not None else 0.2 if method == "slimgpt" else 0.5
     target: Pattern = parse_pattern(pattern) if pattern else Unstructured(fraction)
     config = PruneConfig(method, target, seed=seed, sliced=sliced, schedule=schedule, choice=choice, split=split)
-    path, device = resolve(model), default_device()
+    path, device, named = resolve(model), default_device(), named_calibration(calibration, PRUNE_DATA)
     tokens, provenance = None, dict[str, Any]()
-    with reserved(Path(out), overwrite=overwrite, inputs=[path, *_files_of([model, calibration])]) as folder:
+    with reserved(Path(out), overwrite=overwrite, inputs=[path, *_files_of([model, *named])]) as folder:
         if config.uses_inputs:
-            tokens, provenance = _prune_tokens(path, calibration, n_samples, seq_len, seed)
+            seq_len = _length(path, seq_len)
+            data = _calibration_data(named, model, folder, n_samples, seq_len, seed)
+            tokens = calibration_tokens(data, path, n_samples, seq_len, seed)
+            provenance = {"data": data.name, "source": data.source, "groups": sorted(data.groups)}
         report = prune_checkpoint(
             path, folder, config, calibration=tokens, device=device, dtype=compute_dtype(device), overwrite=overwrite,
             provenance={"dense": str(model), **provenance},
@@ -102,7 +111,7 @@ def refit(
     pruned: str | Path,
     out: str | Path,
     *,
-    calibration: str | Data | Sequence[str | Data] = REFIT_DATA,
+    calibration: Calibration | None = None,
     n_samples: Count = REFIT_SAMPLES,
     seq_len: Length | None = None,
     follow: Fraction = RefitConfig.follow,
@@ -118,6 +127,7 @@ def refit(
         pruned: reference of the same model with zeros.
         out: the directory to write.
         calibration: data whose activations are fitted (their role is ``calibration``); several sets in equal parts.
+            :data:`REFIT_DATA` if not given, or ``mix`` where one of them cannot be had.
         n_samples: calibration sequences in all.
         seq_len: tokens per sequence; 512, or the model's context if shorter.
         follow: interpolates the regression inputs between the pruned model's (0) and the dense model's (1).
@@ -134,12 +144,19 @@ def refit(
     Example:
         >>> refit("smollm2", "out/wanda50", "out/wanda50-refit")  # doctest: +SKIP
     """
-    calibration = [calibration] if isinstance(calibration, str | Data) else calibration
-    _check_calibration(len(calibration), n_samples)
+    named = named_calibration(calibration)
+    _check_calibration(len(named), n_samples)
     config = RefitConfig(follow, ridge, mend)
     paths = resolve(dense), resolve(pruned)
-    with reserved(Path(out), overwrite=overwrite, inputs=[*paths, *_files_of([dense, pruned, *calibration])]) as target:
-        tokens, provenance = _refit_tokens(paths[1], calibration, n_samples, seq_len, seed)
+    with reserved(Path(out), overwrite=overwrite, inputs=[*paths, *_files_of([dense, pruned, *named])]) as target:
+        seq_len = _length(paths[1], seq_len)
+        data = _calibration_data(named, dense, target, n_samples, seq_len, seed)
+        parts = data.parts or (data,)
+        _check_calibration(len(parts), n_samples)
+        tokens = calibration_tokens(data, paths[1], n_samples, seq_len, seed)
+        # data that the pruned model was already refitted on count too
+        groups = recorded_groups(paths[1] / REFIT_RECORD) | data.groups
+        provenance = {"data": data.name, "source": [part.source for part in parts], "groups": sorted(groups)}
         device = default_device()
         report = refit_checkpoint(
             *paths, target, tokens=tokens, config=config, device=device, dtype=compute_dtype(device),
@@ -148,30 +165,21 @@ def refit(
     return RefitReport(report)
 
 
-def _prune_tokens(
-    model: Path, calibration: str | Data, n_samples: int, seq_len: int | None, seed: int
-) -> tuple[torch.Tensor, dict[str, Any]]:
-    """Calibration tokens, and where they come from."""
-    seq_len = _length(model, seq_len)
-    data = load_data(calibration, role="calibration") if isinstance(calibration, str) else calibration
-    tokens = calibration_tokens(data, model, n_samples, seq_len, seed)
-    return tokens, {"data": data.name, "source": data.source, "groups": sorted(data.groups)}
+def named_calibration(calibration: Calibration | None, default: tuple[str, ...] = REFIT_DATA) -> list[str | Data]:
+    """The data that a calibration names, or those that replace its default where that cannot be had."""
+    chosen = or_mix(*default) if calibration is None else calibration
+    return [chosen] if isinstance(chosen, str | Data) else list(chosen)
 
 
-def _refit_tokens(
-    pruned: Path, calibration: Sequence[str | Data], n_samples: int, seq_len: int | None, seed: int
-) -> tuple[torch.Tensor, dict[str, Any]]:
-    """Calibration tokens in equal parts of several data sets, and where they come from."""
-    seq_len = _length(pruned, seq_len)
-    parts = [load_data(part, role="calibration", seed=seed) if isinstance(part, str) else part for part in calibration]
-    per_part, rest = divmod(n_samples, len(parts))
-    tokens = [
-        calibration_tokens(part, pruned, per_part + (place < rest), seq_len, seed) for place, part in enumerate(parts)
-    ]
-    # data that the pruned model was already refitted on count too
-    groups = recorded_groups(pruned / REFIT_RECORD).union(*(part.groups for part in parts))
-    names, sources = "+".join(part.name for part in parts), [part.source for part in parts]
-    return torch.cat(tokens), {"data": names, "source": sources, "groups": sorted(groups)}
+def _calibration_data(
+    named: Sequence[str | Data], dense: str | Path, out: Path, n_samples: int, seq_len: int, seed: int
+) -> Data:
+    """Load data to calibrate on; what the dense model writes itself is kept beside the output."""
+    writer = DenseWriter(dense, out.with_name(f"{out.name}_self_written"), n_samples, seq_len).divided(len(named))
+    return joined([
+        load_data(part, role="calibration", seed=seed, as_text=True, writer=writer) if isinstance(part, str) else part
+        for part in named
+    ])  # fmt: skip
 
 
 def _check_calibration(n_sets: int, n_samples: int) -> None:
@@ -196,12 +204,10 @@ def _length(model: Path, seq_len: int | None) -> int:
 
 def calibration_tokens(data: Data, model: Path, n_samples: int, seq_len: int, seed: int) -> torch.Tensor:
     """Equally long token blocks ``[sequence, pos]`` from shuffled documents."""
-    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed)).tolist()
-    text = "\n\n".join(data.examples[i].prompt + data.examples[i].response for i in order)
     tokenizer = load_tokenizer(model)
-    blocks = text_blocks(text, tokenizer, seq_len, n_samples)
+    blocks = text_sequences(data, tokenizer, seq_len, n_samples, seed=seed)
     if len(blocks) < n_samples:
-        require_tokens(tokenizer, text[:1000], data.source)
+        require_tokens(tokenizer, data.examples[0].prompt + data.examples[0].response, data.source)
         raise RequestError(
             f"expected {n_samples} calibration sequences of {seq_len} tokens from {data.source}, got text for "
             f"{len(blocks)}; name more data or lower --n-samples or --seq-len"

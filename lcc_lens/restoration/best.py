@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 from lcc_lens.data.datasets import Data
-from lcc_lens.pruning.jobs import REFIT_DATA, REFIT_SAMPLES
+from lcc_lens.pruning.jobs import REFIT_SAMPLES, Calibration
 from lcc_lens.restoration.injections.spec import MethodSpec
 from lcc_lens.restoration.jobs import restore_models
 from lcc_lens.restoration.result import Restoration
@@ -27,7 +27,7 @@ def restore_best(
     config: TrainConfig | None = None,
     validation: Data | None = None,
     low_rank: int | None = None,
-    calibration: Sequence[str | Data] = REFIT_DATA,
+    calibration: Calibration | None = None,
     n_samples: int = REFIT_SAMPLES,
     seq_len: int | None = None,
     max_length: int | None = None,
@@ -49,7 +49,7 @@ def restore_best(
             from the dense model in equal parts. Its learning rate is 5e-3 if it names none.
         validation: see :func:`~lcc_lens.restoration.restore.restore`.
         low_rank: the rank; 16 if not given.
-        calibration: data for the refit.
+        calibration: data for the refit; see :func:`~lcc_lens.pruning.jobs.refit`.
         n_samples: sequences of it.
         seq_len: tokens per sequence; 512, or the model's context if shorter.
         max_length: tokens per training example at most; 512, or the model's context if shorter.

@@ -22,7 +22,7 @@ from lcc_lens.restoration.result import Restoration
 from lcc_lens.restoration.scans import check_scores, scan_for
 from lcc_lens.restoration.settings import SCAN_DATA, HeadRequest, RefitRequest, RestoreSettings, with_preset
 from lcc_lens.restoration.training.config import Step, TrainConfig
-from lcc_lens.restoration.training_data import load_role
+from lcc_lens.restoration.training_data import load_role, pool_validation, run_writer
 
 
 def restore_models(
@@ -74,12 +74,16 @@ def restore_models(
                 source = refitted_model(dense, pruned, run / REFITTED, refitting, resume=resume)
         pair, scan = load_pair(dense, source, one_at_a_time=one_at_a_time), None
         if spec.needs_scan:
+            writer = run_writer(dense, run, heads.examples)
             scan = scan_for(
-                spec, pair, run, lambda: load_role(heads.data or SCAN_DATA, heads.examples, "probe", config.seed),
+                spec, pair, run,
+                lambda: load_role(heads.data or SCAN_DATA, heads.examples, "probe", config.seed, writer),
                 selector=selector, max_length=settings.max_length, limit=heads.examples, seed=config.seed,
                 probe_solver=heads.probe_solver,
             )  # fmt: skip
         chosen = [] if scan is None else scan.select(selector, share=fraction, seed=config.seed)
+        if spec.preset.on_pool and validation is None:
+            validation = pool_validation(data, config.seed)
         restoration = restore(
             pair, scan, chosen, data, method=spec, config=config, validation=validation, run=run, resume=resume,
             on_step=on_step, before_refit=pruned if spec.preset.on_refit else None, **asdict(settings),

@@ -13,7 +13,7 @@ from lcc_lens.core.errors import RequestError
 from lcc_lens.core.outputs.folders import recover
 from lcc_lens.core.reading import read_json
 from lcc_lens.models.loading.references import resolve
-from lcc_lens.pruning.jobs import refit
+from lcc_lens.pruning.jobs import named_calibration, refit
 from lcc_lens.pruning.refit.refit import REFIT_RECORD
 from lcc_lens.restoration.settings import RefitRequest
 
@@ -71,7 +71,7 @@ def refitted_model(
 def _difference(folder: Path, request: RefitRequest) -> str | None:
     """What differs between a refit on disk and the request; None where it is what was asked for."""
     record = read_json(folder / REFIT_RECORD, _Record)
-    names = [data if isinstance(data, str) else data.name for data in request.calibration]
+    names = [data if isinstance(data, str) else data.name for data in named_calibration(request.calibration)]
     made = record.calibration
     if (made.data, made.sequences, made.length) != ("+".join(names), request.n_samples, request.seq_len):
         return (

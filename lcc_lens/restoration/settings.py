@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from lcc_lens.analysis.selectors.linear_probe import Solver
 from lcc_lens.analysis.selectors.names import DEFAULT_SELECTOR
 from lcc_lens.core.ranges import Count, Length, Share, check_numbers
-from lcc_lens.data.datasets import Data
 from lcc_lens.models.architecture.context import fitting_length
-from lcc_lens.pruning.jobs import REFIT_DATA, REFIT_SAMPLES
+from lcc_lens.pruning.jobs import REFIT_SAMPLES, Calibration
 from lcc_lens.restoration.injections.constants import Start
 from lcc_lens.restoration.injections.spec import MethodSpec
 from lcc_lens.restoration.training.config import TrainConfig
@@ -87,7 +85,7 @@ class HeadRequest:
 class RefitRequest:
     """What a refit is calibrated on; see :func:`~lcc_lens.pruning.jobs.refit`."""
 
-    calibration: Sequence[str | Data] = REFIT_DATA
+    calibration: Calibration | None = None
     n_samples: Count = REFIT_SAMPLES
     seq_len: Length | None = None
 
@@ -96,6 +94,11 @@ class RefitRequest:
 
 
 def with_preset(config: TrainConfig | None, spec: MethodSpec) -> TrainConfig:
-    """The training settings; where there are none, or no learning rate, a preset's own."""
-    config = config or TrainConfig(objective=Objective.parse(spec.preset.objective or "response"))
-    return config if config.lr is not None or spec.preset.lr is None else replace(config, lr=spec.preset.lr)
+    """The training settings; where there are none, or no learning rate or patience, a preset's own."""
+    preset = spec.preset
+    config = config or TrainConfig(objective=Objective.parse(preset.objective or "response"))
+    return replace(
+        config, lr=preset.lr if config.lr is None else config.lr,
+        patience=preset.patience if config.patience is None else config.patience,
+        reuse=config.reuse or (preset.on_pool and config.epochs > 1 and config.objective.needs_teacher),
+    )  # fmt: skip

@@ -8,19 +8,36 @@ from pathlib import Path
 from lcc_lens.analysis.scan.scan import Scan
 from lcc_lens.core.errors import RequestError
 from lcc_lens.data.batches import TokenSequence
-from lcc_lens.data.datasets import Data, check_disjoint, encode, load_data
+from lcc_lens.data.datasets import Data, encode, joined, load_data
+from lcc_lens.data.panel import other_domains
 from lcc_lens.data.registry import named_kind
-from lcc_lens.data.sources import Role
-from lcc_lens.models.architecture.context import fitting_length
+from lcc_lens.data.roles import Role, check_disjoint
+from lcc_lens.data.sources import TextWriter
+from lcc_lens.models.architecture.context import DEFAULT_LENGTH, fitting_length
 from lcc_lens.models.pair import Pair
+from lcc_lens.models.self_written import DenseWriter
 from lcc_lens.pruning.jobs import recorded_groups
 from lcc_lens.pruning.refit.refit import REFIT_RECORD
 
 
-def load_role(name: str, n: int, role: Role, seed: int) -> Data:
+def load_role(name: str, n: int, role: Role, seed: int, writer: TextWriter | None = None) -> Data:
     """Load examples of a role; all documents of a corpus, since they are cut into ``n`` blocks later."""
-    is_corpus = Path(name).suffix == ".txt" or named_kind(name) == "text"
-    return load_data(name, None if is_corpus else n, role=role, seed=seed)
+    return load_data(name, None if is_corpus(name) else n, role=role, seed=seed, writer=writer)
+
+
+def is_corpus(name: str) -> bool:
+    """Whether a name of data means running text, which is cut into blocks."""
+    return Path(name).suffix == ".txt" or named_kind(name) == "text"
+
+
+def run_writer(dense: str | Path, run: Path, n: int, length: int | None = None) -> DenseWriter:
+    """Writes the text of ``self`` and ``mix`` for a run: ``n`` blocks of ``length`` tokens, kept in its directory."""
+    return DenseWriter(dense, run / "self_written", n, length or DEFAULT_LENGTH)
+
+
+def pool_validation(data: Data, seed: int) -> Data:
+    """Text of the domains that a pool of training data does not hold, to stop early by."""
+    return load_data("+".join(other_domains(data.name)), role="probe", seed=seed, as_text=True)
 
 
 def training_sequences(
@@ -54,6 +71,9 @@ def training_sequences(
 
 def _split_off(data: Data) -> tuple[Data, Data]:
     """Keep every tenth group of the data for validation."""
+    if data.parts:
+        kept_parts, held_out_parts = zip(*map(_split_off, data.parts), strict=True)
+        return replace(joined(kept_parts), name=data.name), replace(joined(held_out_parts), name=data.name)
     groups = sorted({example.group for example in data.examples})
     chosen = set(groups[::10])
     kept = tuple(example for example in data.examples if example.group not in chosen)

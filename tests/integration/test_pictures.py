@@ -115,7 +115,7 @@ def test_demo_ends_with_numbers_a_model_and_a_page(
         n_validation=4, n_held_out=10, max_length=160, n_text_blocks=3, text_length=64, n_items=5, lr=0.1,
     )  # fmt: skip
     result = run_demo(config, stage=titles.append)
-    assert len(titles) == 5
+    assert len(titles) == 6
     results = json.loads((tmp_path / "demo" / "results.json").read_text())
     assert list(results["models"]) == ["dense", "pruned", "restored"]
     for model in results["models"].values():
@@ -124,8 +124,10 @@ def test_demo_ends_with_numbers_a_model_and_a_page(
         assert model["tasks"]["boolq"]["n"] == model["tasks"]["arc_easy"]["n"] == 5
     assert set(results["share_recovered"]) == {"held-out text", "held-out responses"}
     assert (result.restored / "model.safetensors").exists()
+    assert list(results["panel"]["domains"]) == ["python"]
     card = (result.restored / "README.md").read_text()
     assert "boolq" in card
+    assert "| python |" in card
     page = result.page.read_text()
     assert all(name in page for name in ("held-out text: perplexity", "boolq: accuracy"))
     assert (tmp_path / "demo" / "run" / "explorer.json").exists()

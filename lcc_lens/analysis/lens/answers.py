@@ -13,7 +13,8 @@ from torch import Tensor
 from lcc_lens.core.errors import LensError, RequestError
 from lcc_lens.core.showing import Shown
 from lcc_lens.data.batches import TokenSequence, batches, shared_prefix
-from lcc_lens.data.datasets import Data, encode_answers
+from lcc_lens.data.datasets import Data
+from lcc_lens.data.labels import encode_answers
 from lcc_lens.models.architecture.context import fitting_length
 from lcc_lens.models.hooked.activations import TokenPositions
 from lcc_lens.models.hooked.direct_path import OutputProjections

@@ -14,7 +14,8 @@ from lcc_lens.analysis.selectors.names import ALWAYS_SCORED, SCORED_BY_DEFAULT
 from lcc_lens.analysis.selectors.registry import named_selector
 from lcc_lens.core.errors import RequestError
 from lcc_lens.data.batches import TokenSequence
-from lcc_lens.data.datasets import ONE_CLASS, Data, encode, encode_answers, one_class
+from lcc_lens.data.datasets import Data, encode
+from lcc_lens.data.labels import ONE_CLASS, encode_answers, one_class
 from lcc_lens.models.hooked.activations import Positions, sampled_positions
 from lcc_lens.models.pair import Pair
 

@@ -15,6 +15,7 @@ from lcc_lens.core.files import locked
 from lcc_lens.core.metrics import bootstrap_interval, share_recovered
 from lcc_lens.core.ranges import Count, ranged
 from lcc_lens.data.checks import check_data
+from lcc_lens.data.registry import domains as domains_of
 from lcc_lens.evaluation.comparison.accuracies import mean_rows, task_rows
 from lcc_lens.evaluation.comparison.config import CompareConfig
 from lcc_lens.evaluation.comparison.costs import served_as
@@ -23,6 +24,7 @@ from lcc_lens.evaluation.comparison.results_file import ComparisonFile, read_com
 from lcc_lens.evaluation.comparison.runner import Runner
 from lcc_lens.evaluation.comparison.tables import Comparison
 from lcc_lens.evaluation.evaluate import check_tasks
+from lcc_lens.evaluation.panel import mean_and_worst
 from lcc_lens.models.architecture.context import context_of
 from lcc_lens.models.architecture.layers import read_config
 from lcc_lens.models.loading.references import resolve
@@ -183,7 +185,9 @@ def summary(results: dict[str, Any]) -> list[dict[str, Any]]:
     each block's loss averaged over seeds. ``tasks`` has by name the accuracy's mean and spread over seeds, the standard
     error for one seed, and ``gain_interval`` of the difference from the pruned model on the same items; where there are
     tasks, :func:`~lcc_lens.evaluation.comparison.accuracies.mean_rows` adds their mean and the fraction recovered.
-    ``inference`` is the time and memory of the way in which the result is served (see
+    ``recovered_mean`` and ``recovered_worst`` are over all texts, whose own fractions are in ``domains``, with
+    ``in_pool`` where text of the same kind was calibrated or trained on. ``inference`` is the time and memory of the
+    way in which the result is served (see
     :func:`~lcc_lens.evaluation.comparison.costs.inference_costs`). Entries trained on the dense model recover nothing.
     The deviation of a single seed is None. ``errors`` are those of failed runs.
     """
@@ -204,6 +208,9 @@ def _row(text: str, runs: Sequence[dict[str, Any]], results: dict[str, Any]) -> 
     columns["recovered"] = [fraction for fraction in fractions if fraction is not None]
     for name in done[0].get("texts", {}) if done else ():
         columns[f"perplexity_{name}"] = [run["texts"][name]["perplexity"] for run in done]
+    domains = [_by_text(unrestored, run) for run in done] if is_restoration else []
+    for key in ("mean", "worst"):
+        columns[f"recovered_{key}"] = [value for run in domains if (value := mean_and_worst(run)[key]) is not None]
     row: dict[str, Any] = {"entry": text, "seeds": len(done), "failed": len(runs) - len(done)}
     for key, values in columns.items():
         row[key] = statistics.mean(values) if values else None
@@ -216,8 +223,33 @@ def _row(text: str, runs: Sequence[dict[str, Any]], results: dict[str, Any]) -> 
     scored = [scores for scores in every if tasks["pruned"] and scores.keys() >= tasks["pruned"].keys()]
     row["tasks"] = task_rows(tasks["pruned"], scored) if scored else {}
     row |= mean_rows(tasks, scored, is_restoration=is_restoration) if scored else {}
+    row["domains"] = _domains(entry, domains, results.get("settings", {}))
     row["errors"] = [run["error"] for run in runs if "error" in run]
     return row
+
+
+def _by_text(unrestored: dict[str, Any], run: dict[str, Any]) -> dict[str, float | None]:
+    """The fraction of the lost log-perplexity that a run recovered, by text."""
+    models = (unrestored["dense"], unrestored["pruned"], run)
+    return {
+        name: share_recovered(*(math.log(model["texts"][name]["perplexity"]) for model in models))
+        for name in run.get("texts", {})
+    }
+
+
+def _domains(
+    entry: Entry, by_text: Sequence[Mapping[str, float | None]], settings: Mapping[str, Any]
+) -> dict[str, dict[str, Any]]:
+    """By text the fraction ``recovered``, a mean over seeds, and whether its kind was calibrated or trained on."""
+    named = {Path(text).stem: text for text in settings.get("texts", ())}
+    data = [settings.get("data", ""), *(settings.get("refit_data", ()) if entry.on_refit else ())]
+    seen = frozenset().union(*map(domains_of, data))
+    rows = {}
+    for text in by_text[0] if by_text else ():
+        known = [fraction for run in by_text if (fraction := run[text]) is not None]
+        in_pool = bool(domains_of(named.get(text, text)) & seen)
+        rows[text] = {"recovered": statistics.mean(known) if known else None, "in_pool": in_pool}
+    return rows
 
 
 def _finite(run: dict[str, Any]) -> dict[str, Any]:

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from lcc_lens.analysis.selectors.names import DEFAULT_SELECTOR
 from lcc_lens.analysis.selectors.registry import check_selectors
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.ranges import Count, Length, Natural, Share, check_numbers
+from lcc_lens.data.checks import or_mix
+from lcc_lens.data.panel import available_panel
 from lcc_lens.data.registry import require_dataset
 from lcc_lens.models.architecture.context import fitting_length
 from lcc_lens.pruning.jobs import REFIT_DATA, REFIT_SAMPLES
+from lcc_lens.restoration.settings import TRAIN_DATA
 
 #: Settings that only say what is measured; two runs that differ in nothing else share their training.
 MEASURING = ("texts", "blocks", "block_length", "tasks", "limit", "speed_rounds")
+
+
+def default_data() -> str:
+    """What is trained on where nothing is named."""
+    return "+".join(or_mix(TRAIN_DATA))
 
 
 @dataclass(frozen=True)
@@ -22,11 +30,13 @@ class CompareConfig:
     """Settings that all runs of a comparison share.
 
     Args:
-        data: what is trained on, in ``examples`` examples of at most ``max_length`` tokens.
+        data: what is trained on, in ``examples`` examples of at most ``max_length`` tokens; ``alpaca`` if not given, or
+            ``mix`` where that cannot be had.
         validation: held-out responses that choose the best parameters. If ``data`` is also one of the ``tasks``, whose
             held-out items are measured, calibration responses choose instead.
         responses: other held-out responses, which are measured.
-        texts: measured in ``blocks`` blocks of ``block_length`` tokens each; the first gives the main perplexity.
+        texts: domains, measured in ``blocks`` held-out blocks of ``block_length`` tokens each; the first gives the main
+            perplexity. The panel that can be had (see :data:`~lcc_lens.data.panel.PANEL`) if not given.
         tasks: measured zero-shot on their first ``limit`` items.
         scan_examples: examples of the scan that chooses ``heads``, a fraction, by ``selector``.
         low_rank: rank of the method ``low-rank``; ``lora_rank`` that of the adapters.
@@ -38,12 +48,12 @@ class CompareConfig:
         RequestError: no text, an unknown data set or selector, or a number out of range.
     """
 
-    data: str = "alpaca"
+    data: str = field(default_factory=default_data)
     examples: Count = 480
     validation: Count = 24
     responses: Count = 96
-    texts: tuple[str, ...] = ("wikitext", "c4")
-    blocks: Count = 16
+    texts: tuple[str, ...] = field(default_factory=available_panel)
+    blocks: Count = 8
     block_length: Length = 512
     tasks: tuple[str, ...] = ()
     limit: Count | None = 200
@@ -56,7 +66,7 @@ class CompareConfig:
     low_rank: Count = 16
     lora_rank: Count = 8
     lofit_share: Share = 0.2
-    refit_data: tuple[str, ...] = REFIT_DATA
+    refit_data: tuple[str, ...] = field(default_factory=lambda: or_mix(*REFIT_DATA))
     refit_samples: Count = REFIT_SAMPLES
     speed_rounds: Natural = 15
 

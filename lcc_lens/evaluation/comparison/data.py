@@ -8,10 +8,13 @@ from transformers import PreTrainedTokenizerBase
 
 from lcc_lens.core.errors import RequestError
 from lcc_lens.data.batches import TokenSequence
-from lcc_lens.data.datasets import Data, check_disjoint, encode, load_data
+from lcc_lens.data.datasets import Data, encode
+from lcc_lens.data.roles import Role, check_disjoint
 from lcc_lens.evaluation.comparison.config import CompareConfig
 from lcc_lens.evaluation.comparison.entry import Entry
 from lcc_lens.evaluation.comparison.measures import Measures
+from lcc_lens.evaluation.panel import panel_blocks
+from lcc_lens.restoration.training_data import is_corpus, load_role, run_writer
 
 
 class ComparisonData:
@@ -19,10 +22,12 @@ class ComparisonData:
 
     Args:
         config: what all runs share.
+        dense: reference of the dense model, which may write some of the text.
+        folder: keeps that text.
     """
 
-    def __init__(self, config: CompareConfig) -> None:
-        self._config = config
+    def __init__(self, config: CompareConfig, dense: str | Path, folder: Path) -> None:
+        self._config, self._dense, self._folder = config, dense, folder
         self._kept: tuple[list[TokenSequence], Measures] | None = None
 
     def training(self, entry: Entry, tokenizer: PreTrainedTokenizerBase, seed: int) -> list[TokenSequence]:
@@ -31,11 +36,15 @@ class ComparisonData:
         Raises:
             RequestError: an example is also held out.
         """
-        data = load_data(self._config.data, self._config.examples, role="train", seed=seed)
+        data = self._load(self._config.examples, "train", seed)
         check_disjoint(data.groups, self._held_out().groups, "training data", "held-out data")
         if entry.control == "shuffled":
             data = data.with_shuffled_responses(seed)
-        return encode(data, tokenizer, max_length=self._config.max_length)
+        return encode(data, tokenizer, max_length=self._config.max_length, limit=self._config.examples)
+
+    def probe(self) -> Data:
+        """What a pair is scanned on."""
+        return self._load(self._config.scan_examples, "probe")
 
     def validation(self, tokenizer: PreTrainedTokenizerBase) -> list[TokenSequence]:
         """Responses that choose the best parameters."""
@@ -45,28 +54,32 @@ class ComparisonData:
         """The data for measuring, which nothing else uses."""
         return self._read(tokenizer)[1]
 
+    def _load(self, n: int, role: Role, seed: int = 0) -> Data:
+        writer = run_writer(self._dense, self._folder, n, self._config.max_length)
+        return load_role(self._config.data, n, role, seed, writer)
+
     def _held_out(self) -> Data:
-        return load_data(self._config.data, self._config.validation + self._config.responses, role="held-out")
+        return self._load(self._config.validation + self._config.responses, "held-out")
 
     def _read(self, tokenizer: PreTrainedTokenizerBase) -> tuple[list[TokenSequence], Measures]:
         if self._kept is not None:
             return self._kept
         config = self._config
-        held_out = encode(self._held_out(), tokenizer, max_length=config.max_length)
+        n_held_out, data = config.validation + config.responses, self._held_out()
+        held_out = encode(data, tokenizer, max_length=config.max_length, limit=n_held_out)
         validation, responses = held_out[: config.validation], held_out[config.validation :]
-        if config.data in config.tasks:  # a measured task must not choose the parameters
-            data = load_data(config.data, config.validation, role="calibration")
-            validation, responses = encode(data, tokenizer, max_length=config.max_length), held_out
+        chose = frozenset() if is_corpus(config.data) else data.groups
+        if config.data in config.tasks or is_corpus(config.data):  # what is measured must choose nothing
+            other = self._load(config.validation, "calibration")
+            validation = encode(other, tokenizer, max_length=config.max_length, limit=config.validation)
+            responses = held_out
         if not responses:
             raise RequestError(
                 f"expected more than {config.validation} held-out responses in {config.data}, got {len(held_out)}: so "
                 "many choose the best parameters, the others are measured; add data"
             )
-        texts = {
-            Path(text).stem: encode(
-                load_data(text, role="held-out"), tokenizer, max_length=config.block_length, limit=config.blocks
-            )
-            for text in config.texts
-        }
+        texts = panel_blocks(
+            tokenizer, config.texts, blocks=config.blocks, length=config.block_length, without=chose
+        )  # fmt: skip
         self._kept = validation, Measures(texts, responses, config.tasks, config.limit)
         return self._kept

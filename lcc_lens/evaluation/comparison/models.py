@@ -9,8 +9,8 @@ from typing import Any
 from lcc_lens.analysis.scan.scan import Scan
 from lcc_lens.core.files import locked
 from lcc_lens.core.machine.memory import release_memory
-from lcc_lens.data.datasets import load_data
 from lcc_lens.evaluation.comparison.config import CompareConfig
+from lcc_lens.evaluation.comparison.data import ComparisonData
 from lcc_lens.models.architecture.zeros import refuse_swapped
 from lcc_lens.models.loading.hooked import load_hooked
 from lcc_lens.models.loading.references import resolve
@@ -70,10 +70,11 @@ class ComparedModels:
     def scan(self, spec: MethodSpec, pair: Pair, *, on_refit: bool) -> Scan:
         """The scan of a pair for a method: the one in the folder, or a new one if it lacks something."""
         config, folder = self._config, self.folder / ("scan_refit" if on_refit else "scan")
+        data = ComparisonData(config, self.dense, self.folder)
         with locked(self.folder, folder.name):
             return scan_for(
-                spec, pair, folder, lambda: load_data(config.data, config.scan_examples, role="probe"),
-                selector=config.needed_selector, max_length=config.max_length, only_needed=True,
+                spec, pair, folder, data.probe, selector=config.needed_selector, max_length=config.max_length,
+                limit=config.scan_examples, only_needed=True,
             )  # fmt: skip
 
     def _refitted(self, results: dict[str, Any]) -> Path:

@@ -72,7 +72,7 @@ class Runner:
     def __init__(self, dense: str | Path, pruned: str | Path, folder: Path, config: CompareConfig) -> None:
         self.folder, self.config = folder, config
         self.models = ComparedModels(dense, pruned, folder, config)
-        self._data = ComparisonData(config)
+        self._data = ComparisonData(config, dense, folder)
         training = {name: value for name, value in asdict(config).items() if name not in MEASURING}
         # where the training task is measured, other examples choose the best parameters
         validation = {"measures_training_task": config.data in config.tasks}

@@ -74,6 +74,8 @@ def comparison_tables(unrestored: Unrestored, rows: Sequence[Row]) -> list[Table
     tables = [_recovery(unrestored, rows), _costs(rows)]
     if len(unrestored["dense"]["texts"]) > 1:
         tables.append(_texts(unrestored, rows))
+        if any(row.get("domains") for row in rows):
+            tables.insert(0, _domains(unrestored, rows))
     if unrestored["dense"].get("tasks"):
         tables += [_mean_accuracy(unrestored, rows), _tasks(unrestored, rows)]
     return tables
@@ -123,6 +125,18 @@ def _costs(rows: Sequence[Row]) -> Table:
         "model's, training",
         columns, table,
     )  # fmt: skip
+
+
+def _domains(unrestored: Unrestored, rows: Sequence[Row]) -> Table:
+    texts = list(unrestored["dense"]["texts"])
+    table = []
+    for row in rows:
+        if row.get("domains"):
+            shown = (row["domains"][text] for text in texts)
+            table.append([row["entry"], _spread(row, "recovered_mean", ".1%"), _spread(row, "recovered_worst", ".1%")])
+            table[-1] += [number(d["recovered"], ".1%") + ("*" if d["in_pool"] else "") for d in shown]
+    title = "fraction of the lost log-perplexity recovered, by kind of text (*: the kind was calibrated or trained on)"
+    return Table(title, ["", "mean", "worst", *texts], table)
 
 
 def _texts(unrestored: Unrestored, rows: Sequence[Row]) -> Table:

@@ -9,7 +9,7 @@ import tyro
 
 from lcc_lens.analysis.selectors.names import DEFAULT_SELECTOR
 from lcc_lens.core.ranges import Count, Length, Natural, Share
-from lcc_lens.frontends.cli.options import DenseModel, PrunedModel, RunPath, Switch, Tabled
+from lcc_lens.frontends.cli.options import DenseModel, Maybe, PrunedModel, RunPath, Switch, Tabled
 from lcc_lens.frontends.cli.show import show_comparison
 
 _METHODS = (
@@ -27,8 +27,8 @@ _CONTROLS = (
 class CompareData:
     """What methods are trained on, and how."""
 
-    data: str = "alpaca"
-    """Training data."""
+    data: Maybe[str] = None
+    """Training data, several joined by + (alpaca if not given, or the mix where it cannot be had)."""
     examples: Count = 480
     """Training examples."""
     max_length: Length = 256
@@ -41,9 +41,10 @@ class CompareData:
 class Measures:
     """What is measured."""
 
-    texts: Annotated[tuple[str, ...], tyro.conf.arg(metavar="DATA [DATA ...]")] = ("wikitext", "c4")
-    """Texts of another kind, for perplexity; the first is the main figure."""
-    blocks: Count = 16
+    texts: Annotated[Maybe[tuple[str, ...]], tyro.conf.arg(metavar="DATA [DATA ...]")] = None
+    """Texts to measure recovery on: names or your own files (one for each kind of text that can be had, if not given);
+    the first is the main figure."""
+    blocks: Count = 8
     """Blocks of 512 tokens of each."""
     tasks: Annotated[tuple[str, ...], tyro.conf.arg(metavar="TASK [TASK ...]")] = ()
     """Zero-shot tasks of lm-eval."""
@@ -86,15 +87,17 @@ class Compare(Tabled):
     measures: Measures = Measures()
 
     def execute(self) -> None:
+        from lcc_lens.data.panel import available_panel
         from lcc_lens.evaluation.comparison.compare import COMPARISON, compare, read_part, require_a_measured_run
-        from lcc_lens.evaluation.comparison.config import CompareConfig
+        from lcc_lens.evaluation.comparison.config import CompareConfig, default_data
         from lcc_lens.evaluation.comparison.entry import all_entries
 
         data, measures = self.data, self.measures
         config = CompareConfig(
-            data=data.data, examples=data.examples, max_length=data.max_length, epochs=data.epochs, heads=self.heads,
-            selector=self.selector, texts=measures.texts, blocks=measures.blocks, responses=measures.responses,
-            tasks=measures.tasks, limit=measures.limit, speed_rounds=measures.speed_rounds,
+            examples=data.examples, max_length=data.max_length, epochs=data.epochs, heads=self.heads,
+            selector=self.selector, blocks=measures.blocks, responses=measures.responses, tasks=measures.tasks,
+            limit=measures.limit, speed_rounds=measures.speed_rounds,
+            data=data.data or default_data(), texts=measures.texts or available_panel(),
         )  # fmt: skip
         entries = all_entries(self.methods, baselines=self.baselines, controls=self.controls, heads=self.heads)
         results = compare(

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from lcc_lens.core.ranges import Seed
 from lcc_lens.frontends.cli.options import Tabled
-from lcc_lens.frontends.cli.show import console, show_results, show_table
+from lcc_lens.frontends.cli.show import console, show_panel, show_results, show_table
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,10 +30,11 @@ class Demo(Tabled):
 
         def stage(title: str) -> None:
             if not self.quiet:
-                console().print(f"{next(stages)}/5 {title}", style="bold")
+                console().print(f"{next(stages)}/6 {title}", style="bold")
 
         result = run_demo(DemoConfig(folder=self.folder, seed=self.seed), stage=stage)
         show_results(result.results["models"], "dense, pruned, restored on held-out data")
+        show_panel(result.results["panel"])
         shares = {name: value for name, value in result.results["share_recovered"].items() if value is not None}
         show_table(
             "share of the lost log-likelihood recovered", ["data", "share"],

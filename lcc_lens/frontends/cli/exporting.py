@@ -60,7 +60,7 @@ class Export(Tabled):
         pruned = self.pruned or recorded_model(record.pruned, record.pruned_sha256, self.run)
         dtype = None if self.files.dtype is None else getattr(torch, self.files.dtype)
         report = export(
-            restoration, pruned, self.out, dtype=dtype,
+            restoration, pruned, self.out, metrics=_measured(self.run), dtype=dtype,
             max_shard_size=self.files.max_shard_size, overwrite=self.overwrite,
         )  # fmt: skip
         show_facts(f"exported and verified: {self.out}", report)
@@ -85,3 +85,13 @@ class Export(Tabled):
 
         report = export_gguf(self.out, file, llama_cpp=self.files.llama_cpp, overwrite=self.overwrite)
         show_facts(f"for llama.cpp: {file}", report)
+
+
+def _measured(run: Path) -> dict[str, dict[str, str]]:
+    """What the run measured on the panel of domains, for the model card."""
+    from lcc_lens.core.reading import read_json
+    from lcc_lens.evaluation.panel import panel_metrics
+    from lcc_lens.restoration.run_folder import RUN_METRICS
+
+    panel = read_json(run / RUN_METRICS).get("panel") if (run / RUN_METRICS).exists() else None
+    return {} if panel is None else panel_metrics(panel)

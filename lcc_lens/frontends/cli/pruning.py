@@ -26,8 +26,9 @@ _SPLIT = (
 class Calibration:
     """Text whose activations the method reads."""
 
-    calibration: str = "c4"
-    """A data set's name, or a .jsonl or .txt file."""
+    calibration: Maybe[str] = None
+    """Data by name, or a .jsonl or .txt file, or several joined by + (c4 if not given, or mix). self is text that the
+    dense model writes, mix that with Wikipedia, how-to, questions and code."""
     n_samples: Count = 128
     """Calibration sequences."""
     seq_len: Maybe[Length] = None
@@ -83,8 +84,8 @@ class Prune(Tabled):
 class RefitCalibration:
     """Text whose activations are fitted."""
 
-    calibration: Annotated[tuple[str, ...], tyro.conf.arg(metavar="DATA [DATA ...]")] = ("alpaca", "c4", "wikitext")
-    """Data in equal parts: names, or .jsonl or .txt files."""
+    calibration: Annotated[Maybe[tuple[str, ...]], tyro.conf.arg(metavar="DATA [DATA ...]")] = None
+    """Data in equal parts: names, or .jsonl or .txt files (alpaca c4 wikitext if not given, or mix)."""
     n_samples: Count = 288
     """Calibration sequences in all."""
     seq_len: Maybe[Length] = None

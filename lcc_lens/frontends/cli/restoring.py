@@ -9,15 +9,17 @@ import tyro
 
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.machine.processes import is_first_process
-from lcc_lens.core.ranges import Count, Length, Positive, Rate, Seed, Share
+from lcc_lens.core.ranges import Count, Length, Natural, Positive, Rate, Seed, Share
 from lcc_lens.data.prompts import RecoveryTask
 from lcc_lens.frontends.cli.options import DenseModel, Maybe, Memory, PrunedModel, RunPath, Switch, Tabled
-from lcc_lens.frontends.cli.show import console, loss_table, show_losses, show_recovery
+from lcc_lens.frontends.cli.show import console, loss_table, show_losses, show_panel, show_recovery
 
 if TYPE_CHECKING:
     from lcc_lens.data.datasets import Data
     from lcc_lens.evaluation.task_recovery import TaskMeasures
+    from lcc_lens.models.pair import Pair
     from lcc_lens.restoration.injections.spec import MethodSpec
+    from lcc_lens.restoration.result import Restoration
     from lcc_lens.restoration.settings import HeadRequest, RefitRequest
     from lcc_lens.restoration.training.config import TrainConfig
 
@@ -28,8 +30,9 @@ _METHODS = (
     "directions); mean-shift-sequential (each layer's mean measured after the layers below it are corrected; -mlp: "
     "MLPs too). mlp-lcc, mlp-offset, mlp-mean-shift, mlp-gain: the same at the MLP. Changed weights, whose zeros stay: "
     "gain (of head outputs), norms, low-rank (on every linear layer), masked (all remaining weights). Joined by + they "
-    "train together: lcc+low-rank. best recovers most: a refit by least squares, then a low-rank change that follows "
-    "the dense model. perp, perp-lora and lofit are baselines; the other baselines run in compare."
+    "train together: lcc+low-rank. best: a refit by least squares, then a low-rank change that follows the dense "
+    "model. polish recovers most: the refit, then all remaining weights and norm gains follow the dense model on text "
+    "of several domains. perp, perp-lora and lofit are baselines; the other baselines run in compare."
 )
 _PAPER = (
     "The paper's own settings at once: its probe (200 steps, K = 1) on a quarter of the heads, 3 epochs, a learning "
@@ -51,7 +54,8 @@ class RestoreData:
     """What it is trained, scanned and measured on."""
 
     data: Maybe[str] = None
-    """Training data: instructions, questions or text (alpaca if not given)."""
+    """Training data: instructions, questions or text, several joined by + (alpaca if not given, or the mix; polish: the
+    mix)."""
     examples: Maybe[Count] = None
     """Training examples at most (480 if not given; 200 of a task, no fewer)."""
     max_length: Maybe[Length] = None
@@ -64,6 +68,10 @@ class RestoreData:
     """With a task: held-out items to measure at most."""
     text: str = "wikitext"
     """With a task: another text, to measure perplexity on."""
+    panel: Annotated[Maybe[tuple[str, ...]], tyro.conf.arg(metavar="DATA [DATA ...]")] = None
+    """Texts to measure recovery on at the end: names or your own files (one for each kind of text, if not given)."""
+    panel_blocks: Natural = 4
+    """Held-out blocks of 512 tokens of each of them (0: measure none)."""
     shuffle_responses: Switch = False
     """A control: train on every prompt with the response of another."""
 
@@ -75,7 +83,8 @@ class Training:
     epochs: Maybe[Count] = None
     """Passes over the training data (1 if not given; 3 over a task)."""
     lr: Maybe[Rate] = None
-    """Learning rate of the method's first part (its own if not given; best: 5e-3); decays linearly to zero."""
+    """Learning rate of the method's first part, which decays linearly to zero (its own if not given; best: 5e-3;
+    polish: 1e-4)."""
     tune_lr: Switch = False
     """Choose the learning rate by a few steps at each of five first."""
     batch_size: Count = 8
@@ -159,8 +168,9 @@ class Restore(Tabled):
         heads = self._heads()
         check_selectors([heads.selector])
         config, measures = self._config(spec), self._measures()
-        check_data([self._train_data, self._scan_data or SCAN_DATA])
-        data, validation = self._examples()
+        train_data = self._train_data(spec)
+        check_data([train_data, self._scan_data or SCAN_DATA, *(self.data.panel or ())])
+        data, validation = self._examples(spec, train_data)
         training = self.training
         settings = RestoreSettings(
             rank=training.rank, mlp_rank=training.mlp_rank, low_rank=training.low_rank, start=training.start,
@@ -174,12 +184,14 @@ class Restore(Tabled):
         )  # fmt: skip
         if is_first_process():
             show_losses(restoration.record.losses, len(restoration.record.settings["heads"]), self.run)
+            before_refit = self.pruned if spec.preset.on_refit else None
+            self._measure_panel(restoration, pair, before_refit, validation)
             if not self.quiet and (advice := better_method(self.method, self.run, epochs=config.epochs)):
                 console().print(advice, soft_wrap=True)
             if measures is None:
                 self.write(lambda: loss_table(restoration.record.losses))
                 return
-            recovery = measures.of(restoration, pair, pruned=self.pruned if spec.preset.on_refit else None)
+            recovery = measures.of(restoration, pair, pruned=before_refit)
             note_task(self.run, recovery)
             show_recovery(recovery, self.run)
             self.write(recovery.table)
@@ -191,6 +203,22 @@ class Restore(Tabled):
         named = {"fraction": self.heads, "selector": self.selector}
         chosen = (PAPER_HEADS if self.paper else {}) | {key: value for key, value in named.items() if value is not None}
         return HeadRequest(data=self._scan_data, examples=self.data.scan_examples, **chosen)
+
+    def _measure_panel(
+        self, restoration: Restoration, pair: Pair, before_refit: str | None, validation: Data | None
+    ) -> None:
+        """Measure recovery on every kind of text, without what chose the parameters."""
+        from lcc_lens.evaluation.panel import measure_panel, note_panel
+
+        if not self.data.panel_blocks:
+            return
+        chose = frozenset[str]() if validation is None else validation.groups
+        panel = measure_panel(
+            restoration, pair, before_refit=before_refit, texts=self.data.panel or (), blocks=self.data.panel_blocks,
+            without=chose,
+        )  # fmt: skip
+        note_panel(self.run, panel)
+        show_panel(panel)
 
     def _check_folder(self) -> None:
         """Refuse options that exclude each other, and a run directory with another result."""
@@ -208,11 +236,8 @@ class Restore(Tabled):
     def _refitting(self) -> RefitRequest:
         from lcc_lens.restoration.settings import RefitRequest
 
-        return (
-            RefitRequest()
-            if self.training.refit_samples is None
-            else RefitRequest(n_samples=self.training.refit_samples)
-        )
+        n = self.training.refit_samples
+        return RefitRequest() if n is None else RefitRequest(n_samples=n)
 
     @property
     def _n_examples(self) -> int:
@@ -223,26 +248,29 @@ class Restore(Tabled):
             return self.data.examples
         return TRAIN_EXAMPLES if self.task is None else TASK_EXAMPLES
 
-    @property
-    def _train_data(self) -> str:
+    def _train_data(self, spec: MethodSpec) -> str:
+        from lcc_lens.data.checks import MIX, or_mix
         from lcc_lens.restoration.settings import TRAIN_DATA
 
-        return self.task or self.data.data or TRAIN_DATA
+        default = (MIX,) if spec.preset.on_pool else (TRAIN_DATA,)
+        return self.task or self.data.data or "+".join(or_mix(*default))
 
     @property
     def _scan_data(self) -> str | None:
         return self.task or self.data.scan_data
 
-    def _examples(self) -> tuple[Data, Data]:
-        """Training and validation data."""
+    def _examples(self, spec: MethodSpec, name: str) -> tuple[Data, Data | None]:
+        """Training and validation data: of running text a part of the training text, of a pool other domains."""
         from lcc_lens.evaluation.task_recovery import load_task_data
-        from lcc_lens.restoration.training_data import load_role
+        from lcc_lens.restoration.training_data import is_corpus, load_role, run_writer
 
         n = self._n_examples
         if self.task is not None:
             return load_task_data(self.task, n, seed=self.seed)
-        name = self._train_data
-        return load_role(name, n, "train", self.seed), load_role(name, max(8, n // 10), "held-out", self.seed)
+        training = load_role(name, n, "train", self.seed, run_writer(self.dense, self.run, n, self.data.max_length))
+        if spec.preset.on_pool or is_corpus(name):  # the held-out text is only measured
+            return training, None
+        return training, load_role(name, max(8, n // 10), "held-out", self.seed)
 
     def _config(self, spec: MethodSpec) -> TrainConfig:
         from lcc_lens.evaluation.task_recovery import TASK_EPOCHS

@@ -31,7 +31,8 @@ class ScanData:
     """What the models are compared on."""
 
     data: str = "boolq"
-    """Data to compare on; data with right and wrong answers also give the probe's scores."""
+    """Data to compare on; data with right and wrong answers also give the probe's scores. self is text that the dense
+    model writes; + joins several."""
     examples: Count = 256
     """Examples (blocks of text for a corpus)."""
     max_length: Maybe[Length] = None
@@ -92,13 +93,14 @@ class ScanPair(Tabled):
         from lcc_lens.analysis.selectors.registry import check_selectors
         from lcc_lens.data.checks import check_data
         from lcc_lens.models.pair import load_pair
-        from lcc_lens.restoration.training_data import load_role
+        from lcc_lens.restoration.training_data import load_role, run_writer
 
         if has_scan(self.run) and not self.overwrite:
             raise RequestError(f"{self.run} holds a scan already; name another run or pass --overwrite")
         check_selectors(self.scores.selectors or ())
         check_data([self.data.data])
-        data = load_role(self.data.data, self.data.examples, "probe", self.seed)
+        writer = run_writer(self.dense, self.run, self.data.examples, self.data.max_length or 512)
+        data = load_role(self.data.data, self.data.examples, "probe", self.seed, writer)
         scores, memory = self.scores, self.memory
         result = scan(
             load_pair(self.dense, self.pruned, one_at_a_time=memory.one_at_a_time), data, positions=self.positions,

@@ -144,6 +144,19 @@ def show_recovery(found: dict[str, Any], run: Path) -> None:
     console().print(sentence, soft_wrap=True)
 
 
+def show_panel(measured: dict[str, Any]) -> None:
+    """Print recovery by domain, its mean and worst, and a warning where a domain got worse."""
+    from lcc_lens.evaluation.panel import panel_metrics
+
+    metrics = panel_metrics(measured)
+    warning = metrics.pop("warning", None)
+    columns = list(next(iter(metrics.values())))
+    rows = [[name, *(row.get(column, "") for column in columns)] for name, row in metrics.items()]
+    show_table("perplexity and lost log-perplexity recovered, by kind of held-out text", ["", *columns], rows)
+    if warning is not None:
+        console().print(f"warning: {warning['']}", highlight=False, markup=False, soft_wrap=True)
+
+
 def show_results(models: dict[str, Any], title: str) -> None:
     """Print the scores of models side by side."""
     from lcc_lens.evaluation.evaluate import format_scores

@@ -17,7 +17,14 @@ from lcc_lens.restoration.injections.base import Composite, Injection
 from lcc_lens.restoration.injections.constants import FixedConstants, LccInjection, MeanShift, OffsetInjection
 from lcc_lens.restoration.injections.ingredients import Ingredients
 from lcc_lens.restoration.injections.sequential import sequential_means
-from lcc_lens.restoration.injections.weights import masked_low_rank, masked_weights, mlp_gains, norm_gains, output_gains
+from lcc_lens.restoration.injections.weights import (
+    all_weights,
+    masked_low_rank,
+    masked_weights,
+    mlp_gains,
+    norm_gains,
+    output_gains,
+)
 from lcc_lens.restoration.training.config import TrainConfig
 
 #: What a method reads, beside training data: a scan's statistics, its directions at the MLP, sequences, or nothing.
@@ -77,7 +84,7 @@ class HeadSearch:
 class Preset:
     """A method under a name of its own, with its own settings; it is not joined by ``+``, and recorded as ``method``.
 
-    What a request names goes before ``objective``, ``lr`` and ``low_rank``.
+    What a request names goes before ``objective``, ``lr``, ``low_rank`` and ``patience``.
     """
 
     method: str
@@ -87,6 +94,10 @@ class Preset:
     objective: str | None = None
     lr: float | None = None
     low_rank: int | None = None
+    on_pool: bool = False
+    """Whether it trains on running text of several domains (``mix`` if no data are named) and stops early by text of
+    others; the dense model's outputs are kept over several epochs."""
+    patience: int | None = None
     all_heads: bool = False
     """Whether it acts on all heads, whatever fraction is requested."""
     choose_heads: Callable[[HeadSearch], list[Head]] | None = None
@@ -173,6 +184,15 @@ METHODS: Registry[Method | Preset] = Registry(
         ),
         "masked": Method(
             lambda inputs: masked_weights(inputs.model), "every remaining weight", "n_in n_out per linear layer"
+        ),
+        "all-weights": Method(
+            lambda inputs: all_weights(inputs.model), "every remaining weight and norm gain of the decoder layers",
+            "n_in n_out per linear layer, d_model per norm",
+        ),
+        "polish": Preset(
+            "all-weights", "a least-squares refit, then all remaining weights and norm gains trained towards the dense "
+            "model on text of several domains", on_refit=True, objective="3*distillation+lm", lr=1e-4, on_pool=True,
+            patience=3,
         ),
         "best": Preset(
             "low-rank", "a least-squares refit, then a low-rank change trained towards the dense model", on_refit=True,

@@ -61,14 +61,24 @@ def masked_weights(model: HookedModel) -> WeightInjection:
 
 def norm_gains(model: HookedModel) -> WeightInjection:
     """The weight of every norm, as in PERP (arXiv 2312.15230)."""
-    changes = {
+    changes = _norm_shifts(model)
+    if not changes:
+        raise RequestError("expected norms with weights to train, got none in this architecture; leave norms out")
+    return WeightInjection(changes, default_lr=1e-3)
+
+
+def all_weights(model: HookedModel) -> WeightInjection:
+    """Every nonzero weight of the decoder layers' linear layers, and the weights of their norms."""
+    norms = {name: shift for name, shift in _norm_shifts(model).items() if IN_LAYER.search(name)}
+    return WeightInjection({**masked_weights(model).changes(), **norms}, default_lr=1e-4)
+
+
+def _norm_shifts(model: HookedModel) -> dict[str, Shift]:
+    return {
         name: Shift(torch.zeros_like(module.get_parameter("weight"), dtype=torch.float32, device="cpu"))
         for name, module in plain_modules(model).items()
         if isinstance(getattr(module, "weight", None), nn.Parameter) and module.get_parameter("weight").ndim == 1
     }
-    if not changes:
-        raise RequestError("expected norms with weights to train, got none in this architecture; leave norms out")
-    return WeightInjection(changes, default_lr=1e-3)
 
 
 def output_gains(model: HookedModel, projections: Sequence[str], heads: Sequence[Head]) -> WeightInjection:

@@ -13,9 +13,11 @@ from support.tiny import tiny_tokenizer
 
 from lcc_lens.core.errors import RequestError
 from lcc_lens.data.batches import TokenSequence, batches, encode_pair, text_blocks
-from lcc_lens.data.datasets import ONE_CLASS, Data, assert_disjoint, encode, load_data, load_records, one_class
+from lcc_lens.data.datasets import Data, encode, load_data, load_records
+from lcc_lens.data.labels import ONE_CLASS, one_class
 from lcc_lens.data.prompts import Example
 from lcc_lens.data.registry import DATASETS
+from lcc_lens.data.splits import assert_disjoint
 
 CHOICES = {"text": ["iron and steel", "iron and zinc", "a cat"], "label": ["A", "B", "C"]}
 RECORDS = {
@@ -33,6 +35,7 @@ RECORDS = {
         "sentence": f"Number {i} fits as _ is small.", "option1": "it", "option2": "he", "answer": "2"
     },
     "piqa": lambda i: {"goal": f"Open {i}", "sol1": "pull", "sol2": "push", "label": 1},
+    "sciq": lambda i: {"support": f"Fact {i} is known."},
     "c4": lambda i: {"text": f"Document {i} about things."},
     "wikitext": lambda i: {"text": f" = Title {i} = \n" if i % 3 == 0 else f" Line {i} . \n"},
 }  # fmt: skip
@@ -45,6 +48,16 @@ PROMPTS = {
     "winogrande": ("Number 4 fits as", " he is small.", " it is small."),
     "piqa": ("Question: Open 4\nAnswer:", " push", " pull"),
 }
+
+
+class Writer:
+    """Writes texts as a dense model would: others for every role and seed."""
+
+    def write(self, role: str | None, seed: int) -> tuple[list[str], str]:
+        return [f"Text {i} for {role}, seed {seed}." for i in range(9)], "written"
+
+    def divided(self, n_parts: int) -> Writer:
+        return self
 
 
 @pytest.fixture
@@ -64,13 +77,13 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.parametrize("name", DATASETS)
 def test_roles_share_nothing_whatever_the_seed(folder: Path, name: str) -> None:
     roles = ("calibration", "probe", "train", "held-out")
-    parts = [load_data(name, role=role, seed=seed) for seed, role in enumerate(roles)]
+    parts = [load_data(name, role=role, seed=seed, writer=Writer()) for seed, role in enumerate(roles)]
     assert all(len(part) > 0 for part in parts)
     assert_disjoint(*parts)
     for first, second in combinations(parts, 2):
         assert not first.groups & second.groups
     with pytest.raises(RequestError, match=r"expected train data and train data without a shared sequence"):
-        assert_disjoint(parts[2], load_data(name, role="train", seed=9))
+        assert_disjoint(parts[2], load_data(name, role="train", seed=2, writer=Writer()))
 
 
 @pytest.mark.parametrize("name", PROMPTS)
@@ -140,7 +153,7 @@ TWO_CHOICES = ("boolq", "rte", "winogrande", "piqa")
 def test_how_the_wrong_answers_were_chosen_is_recorded(folder: Path, name: str) -> None:
     is_text = DATASETS[name].kind == "text"
     expected = None if is_text else "flipped label" if name in TWO_CHOICES else "most similar by tf-idf"
-    data = load_data(name, n=8)
+    data = load_data(name, n=8, writer=Writer())
     assert data.negatives == expected
     assert all((example.wrong is None) == is_text for example in data.examples)
 

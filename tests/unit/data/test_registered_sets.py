@@ -11,9 +11,9 @@ import pytest
 
 import lcc_lens as lcc
 from lcc_lens.core.errors import RequestError
-from lcc_lens.data.datasets import assert_disjoint
 from lcc_lens.data.prompts import Record
 from lcc_lens.data.registry import DATASETS
+from lcc_lens.data.splits import assert_disjoint
 
 ROLES = ("calibration", "probe", "train", "held-out")
 RECORDS = [{"n": i, "sum": i + i, "other": i + 1} for i in range(2, 122)]

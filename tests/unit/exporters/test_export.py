@@ -182,10 +182,15 @@ def test_model_card_holds_the_measured_numbers(tmp_path: Path) -> None:
     pruned = save_model(build_model(), tmp_path / "pruned")
     restoration = restoration_of(pruned)
     record = dataclasses.replace(restoration.record, losses={"pruned": 2.5, "restored": 2.25})
-    export(dataclasses.replace(restoration, record=record), pruned, tmp_path / "out", metrics={"boolq": {"acc": 0.625}})
+    export(
+        dataclasses.replace(restoration, record=record),
+        pruned,
+        tmp_path / "out",
+        metrics={"boolq": {"acc": 0.625}, "rte": {"acc": 0.5}, "worst": {"text": "code"}},
+    )
     card = (tmp_path / "out" / "README.md").read_text()
     assert "| restored | 2.2500 |" in card
-    assert "0.625" in card
+    assert "| | acc |\n|---|---|\n| boolq | 0.625 |\n| rte | 0.5 |\n\n| | text |" in card
     assert record.pruned_sha256 in card
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -200,7 +201,7 @@ def test_calibration_is_split_evenly_and_named(
     monkeypatch.setattr(pruning_jobs, "refit_checkpoint", lambda *_, **settings: passed.update(settings) or {})
     pruning_jobs.refit(dense_dir, pruned_dir, tmp_path / "refit", calibration=texts, n_samples=5, seq_len=16)
     parts = [calibration_tokens(text, pruned_dir, n, 16, 0) for text, n in zip(texts, (3, 2), strict=True)]
-    assert torch.equal(passed["tokens"], torch.cat(parts))
+    assert torch.equal(passed["tokens"], torch.cat(parts)[[0, 3, 1, 4, 2]])  # in turn
     assert not torch.equal(parts[0][:2], parts[1])
     told = passed["provenance"]
     assert told["data"] == "+".join(text.name for text in texts)
@@ -264,3 +265,29 @@ def test_training_may_not_use_what_the_refit_read(
 def test_settings_out_of_range_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(RequestError, match=message):
         RefitConfig(**settings)
+
+
+@pytest.mark.parametrize("names", ["self", "self+{text}", ("{text}", "self")])
+def test_text_of_the_dense_model_is_kept_beside_the_output(
+    dense_dir: Path, pruned_dir: Path, text_file: Path, tmp_path: Path, names: str | tuple[str, ...]
+) -> None:
+    chosen = names.format(text=text_file) if isinstance(names, str) else tuple(n.format(text=text_file) for n in names)
+    n_parts = 1 if names == "self" else 2
+    report = pruning_jobs.refit(dense_dir, pruned_dir, tmp_path / "out", calibration=chosen, n_samples=4, seq_len=32)
+    file = tmp_path / "out_self_written_calibration_0.jsonl"
+    sources, lines = report["calibration"]["source"], file.read_text().splitlines()
+    assert str(file) in sources
+    assert len(sources) == n_parts
+    assert sum(len(json.loads(line)["text"]) for line in lines) >= 4 // n_parts * 32  # a byte is a token
+    pruned = pruning_jobs.prune(dense_dir, tmp_path / "pruned", calibration=chosen, n_samples=4, seq_len=32)
+    assert pruned["calibration"]["sequences"] == 4
+
+
+def test_nothing_is_written_by_the_model_where_the_output_exists(
+    dense_dir: Path, pruned_dir: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "own").touch()
+    with pytest.raises(RequestError, match="exists already"):
+        pruning_jobs.refit(dense_dir, pruned_dir, tmp_path / "out", calibration="self", n_samples=4, seq_len=32)
+    assert not list(tmp_path.glob("*self_written*"))

@@ -1,0 +1,183 @@
+"""Recovery on a panel of domains: each kind of text by itself, their mean, and the worst one."""
+
+from __future__ import annotations
+
+import logging
+import math
+import statistics
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from lcc_lens.core.errors import RequestError
+from lcc_lens.core.files import write_json
+from lcc_lens.core.metrics import share_recovered
+from lcc_lens.core.reading import read_json
+from lcc_lens.data.batches import TokenSequence
+from lcc_lens.data.datasets import load_data, text_sequences
+from lcc_lens.data.panel import available_panel
+from lcc_lens.data.registry import domains
+from lcc_lens.data.roles import digest
+from lcc_lens.models.hooked.fused_attention import fused_attention
+from lcc_lens.models.hooked.hooks import HookedModel
+from lcc_lens.models.hooked.losses import sequence_loss
+from lcc_lens.models.hooked.weights import plain_model
+from lcc_lens.models.loading.plain import load_plain
+from lcc_lens.models.loading.references import resolve
+from lcc_lens.models.pair import Pair
+from lcc_lens.pruning.refit.refit import REFIT_RECORD
+from lcc_lens.restoration.result import Restoration
+from lcc_lens.restoration.run_folder import RUN_METRICS
+
+logger = logging.getLogger(__name__)
+
+
+def panel_blocks(
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str] = (),
+    *,
+    blocks: int = 8,
+    length: int = 512,
+    without: Collection[str] = (),
+) -> dict[str, list[TokenSequence]]:
+    """Held-out blocks of every domain by name; a text without enough for one block is left out with a line in the log.
+
+    Args:
+        tokenizer: the models' tokenizer.
+        texts: names of data or files; the panel that can be had (see :data:`~lcc_lens.data.panel.PANEL`) if not given.
+        blocks: of each text at most; ``length``: tokens of each.
+        without: groups (see :attr:`~lcc_lens.data.datasets.Data.groups`) to leave out: those that chose the parameters.
+
+    Raises:
+        RequestError: an unknown name, a text that was named and cannot be had, or nothing to measure on.
+    """
+    cut = {}
+    for name in texts or available_panel():
+        data = load_data(name, role="held-out", as_text=True)
+        kept = tuple(example for example in data.examples if digest(example.group) not in without)
+        data = data if data.parts else replace(data, examples=kept)
+        cut[Path(name).stem] = sequences = text_sequences(data, tokenizer, length, blocks)
+        if not sequences:
+            logger.warning("%s holds less than %d held-out tokens: left out of the panel", name, length)
+            del cut[Path(name).stem]
+    if not cut:
+        raise RequestError(f"expected at least one text with {length} held-out tokens, got none; name longer texts")
+    return cut
+
+
+def panel_losses(model: Any, blocks: Mapping[str, Sequence[TokenSequence]]) -> dict[str, float]:
+    """The loss of a plain model on every domain, in nats per token."""
+    return {name: sequence_loss(model, sequences)["loss"] for name, sequences in blocks.items()}
+
+
+def panel_recovery(
+    dense: Mapping[str, float], pruned: Mapping[str, float], restored: Mapping[str, float], seen: Iterable[str] = ()
+) -> dict[str, Any]:
+    r"""The fraction of the lost log-perplexity that was recovered, by domain: $(p - r) / (p - d)$.
+
+    Args:
+        dense: losses of the dense model by text; ``pruned``, ``restored``: those of the others.
+        seen: domains (see :func:`~lcc_lens.data.registry.domains`) of the calibration and training data.
+
+    Returns:
+        ``domains``: by text the three models' ``perplexity``, what was ``recovered`` (None where nothing was lost), and
+        whether its kind was ``in_pool``. ``mean``, ``worst`` and ``worst_domain`` over those that lost something (None
+        without any). ``worse``: the texts that the restored model predicts worse than the pruned one.
+    """
+    seen = frozenset(seen)
+    fractions = {name: share_recovered(dense[name], pruned[name], restored[name]) for name in dense}
+    losses = {"dense": dense, "pruned": pruned, "restored": restored}
+    rows = {
+        name: {
+            "perplexity": {model: math.exp(loss[name]) for model, loss in losses.items()},
+            "recovered": fraction,
+            "in_pool": bool(domains(name) & seen),
+        }
+        for name, fraction in fractions.items()
+    }
+    worse = [name for name in dense if restored[name] > pruned[name]]
+    return {"domains": rows, **mean_and_worst(fractions), "worse": worse}
+
+
+def mean_and_worst(fractions: Mapping[str, float | None]) -> dict[str, Any]:
+    """The ``mean`` and the ``worst`` of recovered fractions, and the ``worst_domain``; domains without any are left
+    out."""
+    known = {name: fraction for name, fraction in fractions.items() if fraction is not None}
+    worst = min(known, key=known.__getitem__, default=None)
+    return {
+        "mean": statistics.mean(known.values()) if known else None,
+        "worst": None if worst is None else known[worst],
+        "worst_domain": worst,
+    }
+
+
+def measure_panel(
+    restoration: Restoration,
+    pair: Pair,
+    *,
+    before_refit: str | Path | None = None,
+    texts: Sequence[str] = (),
+    blocks: int = 8,
+    length: int = 512,
+    without: Collection[str] = (),
+) -> dict[str, Any]:
+    """Measure the dense, the pruned and the restored model on held-out text of every domain.
+
+    Args:
+        restoration: what was restored.
+        pair: the models that it belongs to.
+        before_refit: the pruned model itself, where the pair's was refitted from it.
+        texts: see :func:`panel_blocks`, as ``blocks``, ``length`` and ``without``.
+
+    Returns:
+        See :func:`panel_recovery`.
+
+    Example:
+        >>> measure_panel(restoration, pair)["worst"]  # doctest: +SKIP
+        0.57
+    """
+    cut = panel_blocks(pair.tokenizer, texts, blocks=blocks, length=min(length, pair.context), without=without)
+    dense = _hooked_losses(pair.dense, cut)
+    pruned = (
+        _hooked_losses(pair.pruned, cut)
+        if before_refit is None
+        else panel_losses(load_plain(resolve(before_refit)), cut)
+    )
+    with restoration.applied_to(pair.pruned) as model:
+        restored = _hooked_losses(model, cut)
+    return panel_recovery(dense, pruned, restored, seen_domains(pair.pruned_id.path, restoration.record.data))
+
+
+def seen_domains(pruned: Path, *data: str) -> frozenset[str]:
+    """The domains of training data and of what a refitted checkpoint was calibrated on."""
+    record = read_json(pruned / REFIT_RECORD) if (pruned / REFIT_RECORD).exists() else {}
+    names = [*data, *([record["calibration"]["data"]] if record.get("calibration") else [])]
+    return frozenset().union(*map(domains, names))
+
+
+def note_panel(run: Path, measured: dict[str, Any]) -> None:
+    """Add the panel to the run's ``metrics.json``."""
+    write_json(run / RUN_METRICS, {**read_json(run / RUN_METRICS), "panel": measured})
+
+
+def panel_metrics(measured: Mapping[str, Any]) -> dict[str, dict[str, str]]:
+    """A panel as text by domain and column, with its mean, its worst, and a warning where a domain got worse."""
+    rows = {}
+    for name, row in measured["domains"].items():
+        perplexities = {model: f"{row['perplexity'][model]:.2f}" for model in ("dense", "pruned", "restored")}
+        recovered = "nothing was lost" if row["recovered"] is None else f"{row['recovered']:.1%}"
+        rows[name] = {**perplexities, "recovered": recovered, "kind trained on": "yes" if row["in_pool"] else "no"}
+    if measured["mean"] is not None:
+        rows["mean over domains"] = {"recovered": f"{measured['mean']:.1%}"}
+        rows[f"worst domain ({measured['worst_domain']})"] = {"recovered": f"{measured['worst']:.1%}"}
+    if measured["worse"]:
+        rows["warning"] = {"": f"worse than the pruned model on {', '.join(measured['worse'])}"}
+    return rows
+
+
+def _hooked_losses(model: HookedModel, blocks: Mapping[str, Sequence[TokenSequence]]) -> dict[str, float]:
+    with fused_attention(model):
+        return panel_losses(plain_model(model), blocks)
