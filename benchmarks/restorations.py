@@ -38,7 +38,7 @@ from lcc_lens.evaluation.comparison.config import CompareConfig
 from lcc_lens.evaluation.comparison.entry import Entry
 from lcc_lens.evaluation.comparison.runner import Runner
 from lcc_lens.evaluation.task_recovery import RECOVERY_TASKS, TASK_EPOCHS, TASK_EXAMPLES
-from lcc_lens.pruning.jobs import prune, refit
+from lcc_lens.pruning.jobs import REFIT_DATA, prune, refit
 from lcc_lens.restoration.best import BEST_ENTRY
 from lcc_lens.restoration.refitted import REFITTED
 
@@ -70,6 +70,8 @@ SCORED = (
     "flap", "perp", "dora", "lofit", "norms", "perp-lora", "low-rank", "masked", "gain", "lora@dense",
     f"{BEST_METHOD}@dense:{BEST_OBJECTIVE}", f"{BEST_METHOD}:{BEST_OBJECTIVE}", f"lora:{BEST_OBJECTIVE}",
 )  # fmt: skip
+#: What methods learn from, and two texts to measure.
+DATA: dict[str, Any] = {"data": "alpaca", "texts": ("wikitext", "c4"), "blocks": 16, "refit_data": REFIT_DATA}
 TASKS = ("arc_easy", "hellaswag", "winogrande", "openbookqa", "boolq")
 LIMIT = 500
 #: What one task is trained by.
@@ -147,7 +149,7 @@ def fill(asked: Asked, name: str, entries: tuple[str, ...], n_seeds: int, *, fir
     variant, i, n = VARIANTS[name], *read_part(asked.part)
     tasks: dict[str, Any] = {"tasks": TASKS, "limit": LIMIT} if asked.zero_shot else {}
     config = CompareConfig(
-        **{"selector": "mse", "speed_rounds": 15 if asked.latency else 0, **variant.settings, **tasks}
+        **{**DATA, "selector": "mse", "speed_rounds": 15 if asked.latency else 0, **variant.settings, **tasks}
     )
     run, out = asked.folder / name, HERE / f"restorations_{name}.json"
     pruned, refitting = prepared(
@@ -196,7 +198,7 @@ def time_best(folder: Path, name: str, n_steps: int = 12) -> None:
     """Seconds of the refit and of training steps of LoRA and of ``best``, with nothing else at work."""
     with locked(folder, f"{name} alone"):
         pruned, refitting = prepared(folder, name, needs_refit=True)
-        runner = Runner(DENSE, pruned, folder / name, CompareConfig(selector="mse", speed_rounds=0))
+        runner = Runner(DENSE, pruned, folder / name, CompareConfig(**DATA, selector="mse", speed_rounds=0))
         steps = {
             entry: [step.seconds for step in itertools.islice(runner.steps(Entry.parse(entry), seed=0), n_steps)]
             for entry in ("lora", BEST_ENTRY)
