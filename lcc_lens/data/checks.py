@@ -56,18 +56,24 @@ def is_available(name: str) -> bool:
     return True
 
 
-def or_mix(*names: str) -> tuple[str, ...]:
-    """The data sets that a default names; the mix alone, with a line in the log, where one of them has no source."""
+def or_mix(*names: str, instead: str = MIX) -> tuple[str, ...]:
+    """The data sets that a default names; the mix alone, with a line in the log, where one of them has no source.
+
+    Args:
+        names: what the default names.
+        instead: what replaces them, in place of the mix.
+    """
     missing = tuple(name for name in names if not is_available(name))
     if not missing:
         return names
-    _tell_of_mix(missing)
-    return (MIX,)
+    _tell(missing, instead)
+    return (instead,)
 
 
 @functools.cache
-def _tell_of_mix(missing: tuple[str, ...]) -> None:
+def _tell(missing: tuple[str, ...], instead: str) -> None:
+    parts = f" ({', '.join(part_names(instead))})" if part_names(instead) else ""
     logger.warning(
-        "no source of %s here: taking the mix of %s instead; set LCC_LENS_DATA, or let the hub be reached, for others",
-        ", ".join(missing), ", ".join(DATASETS[MIX].parts),
+        "no source of %s here: taking %s%s instead; set LCC_LENS_DATA, or let the hub be reached, for others",
+        ", ".join(missing), instead, parts,
     )  # fmt: skip

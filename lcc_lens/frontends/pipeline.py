@@ -22,7 +22,7 @@ from lcc_lens.restoration.training_data import load_role, run_writer
 def prune_and_restore(
     model: str | Path,
     folder: str | Path,
-    tasks: Sequence[str] = ("wikitext",),
+    tasks: Sequence[str] | None = None,
     *,
     sparsity: Sparsity = 0.5,
     calibration: str | None = None,
@@ -41,7 +41,8 @@ def prune_and_restore(
     Args:
         model: reference of the dense model.
         folder: receives ``pruned`` and ``restored`` (Hugging Face directories) and ``run``.
-        tasks: what to evaluate on; ``limit``: blocks, responses or items of each at most.
+        tasks: what to evaluate on (wikitext if not given, or wikipedia where it cannot be had).
+        limit: blocks, responses or items of each at most.
         sparsity: fraction of the weights to remove; ``calibration``, ``n_samples``, ``seq_len``: see ``prune``.
         scan_data: questions that the pair is scanned on; ``selector``, ``heads``: how many heads they choose, and how.
         train_data: what to train on (alpaca if not given, or the mix where that lacks); ``method``: see ``restore``.
@@ -50,6 +51,7 @@ def prune_and_restore(
         The contents of ``results.json``: every task of the dense, the pruned and the restored model.
     """
     pruned, run, restored = (Path(folder) / name for name in ("pruned", "run", "restored"))
+    tasks = tasks or or_mix("wikitext", instead="wikipedia")
     check_tasks(tasks)
     writer = run_writer(model, run, max(SCAN_EXAMPLES, TRAIN_EXAMPLES))
     probe = load_role(scan_data, SCAN_EXAMPLES, "probe", seed, writer)

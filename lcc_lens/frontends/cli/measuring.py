@@ -30,8 +30,9 @@ class Eval(Common):
 
     models: Models
     """Model references."""
-    tasks: Annotated[tuple[str, ...], tyro.conf.arg(metavar="TASK [TASK ...]")] = ("wikitext", "boolq", "arc_easy")
-    """Text (perplexity), instructions (response loss), or lm-eval's tasks (accuracy)."""
+    tasks: Annotated[Maybe[tuple[str, ...]], tyro.conf.arg(metavar="TASK [TASK ...]")] = None
+    """Text (perplexity), instructions (response loss), or lm-eval's tasks (accuracy); wikitext boolq arc_easy if not
+    given, or wikipedia where wikitext cannot be had."""
     limit: Maybe[Count] = None
     """Blocks, responses or items per task at most."""
     length: Maybe[Length] = None
@@ -40,12 +41,14 @@ class Eval(Common):
     """A file to write: results.json, or .csv for the table alone."""
 
     def execute(self) -> None:
+        from lcc_lens.data.checks import or_mix
         from lcc_lens.evaluation.evaluate import evaluate
 
         _require(self.out, [*self.models, *self.tasks])
         if not self.models:
             raise RequestError("expected at least one model, got none; name some")
-        results = evaluate(self.models, self.tasks, limit=self.limit, length=self.length)
+        tasks = self.tasks or (*or_mix("wikitext", instead="wikipedia"), "boolq", "arc_easy")
+        results = evaluate(self.models, tasks, limit=self.limit, length=self.length)
         try:
             _write(self.out, results)
         finally:  # shown even where the disk is full by now

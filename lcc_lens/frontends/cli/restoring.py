@@ -66,8 +66,8 @@ class RestoreData:
     """Examples for that scan."""
     items: Count = 500
     """With a task: held-out items to measure at most."""
-    text: str = "wikitext"
-    """With a task: another text, to measure perplexity on."""
+    text: Maybe[str] = None
+    """With a task: another text, to measure perplexity on (wikitext if not given, or wikipedia)."""
     panel: Annotated[Maybe[tuple[str, ...]], tyro.conf.arg(metavar="DATA [DATA ...]")] = None
     """Texts to measure recovery on at the end: names or your own files (one for each kind of text, if not given)."""
     panel_blocks: Natural = 4
@@ -290,10 +290,12 @@ class Restore(Tabled):
 
     def _measures(self) -> TaskMeasures | None:
         """The measures of the task, if one is named; refuses missing data before any work."""
+        from lcc_lens.data.checks import or_mix
         from lcc_lens.evaluation.task_recovery import TaskMeasures
 
         if self.task is None:
             return None
-        measures = TaskMeasures(self.task, items=self.data.items, text=self.data.text, seed=self.seed)
+        text = self.data.text or or_mix("wikitext", instead="wikipedia")[0]
+        measures = TaskMeasures(self.task, items=self.data.items, text=text, seed=self.seed)
         measures.check()
         return measures

@@ -93,9 +93,10 @@ def test_domains_are_those_of_all_parts() -> None:
 
 def test_the_mix_replaces_defaults_without_a_source(root: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert or_mix("alpaca", "c4") == ("mix",)
-    assert "no source of alpaca, c4 here: taking the mix of self, wikipedia" in caplog.text
+    assert "no source of alpaca, c4 here: taking mix (self, wikipedia, howto, questions, python) instead" in caplog.text
     written(root / "alpaca" / "train.jsonl", {"instruction": "Say so", "output": "so"})
     assert or_mix("alpaca") == ("alpaca",)
+    assert or_mix("wikitext", instead="wikipedia") == ("wikipedia",)
 
 
 def test_advice_for_a_missing_set_names_only_what_holds_it(root: Path) -> None:
