@@ -44,7 +44,7 @@ class Eval(Common):
         from lcc_lens.data.checks import or_mix
         from lcc_lens.evaluation.evaluate import evaluate
 
-        _require(self.out, [*self.models, *self.tasks])
+        _require(self.out, [*self.models, *(self.tasks or ())])
         if not self.models:
             raise RequestError("expected at least one model, got none; name some")
         tasks = self.tasks or (*or_mix("wikitext", instead="wikipedia"), "boolq", "arc_easy")
