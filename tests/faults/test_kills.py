@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 from support.faults import Ended, contents, flip_byte, hidden, killed_at, moments, run, start, wait
+from support.small_sets import write_sets
 from support.tiny import PARAGRAPHS, QUESTIONS, build_model, save_model
 
 pytestmark = [pytest.mark.faults, pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")]
@@ -37,7 +38,7 @@ class Case:
 _TEXT = ("--calibration", "text.txt", "--n-samples", 4, "--seq-len", 40)
 _COMPARED = (
     "--methods", "lcc", "mean-shift", "--seeds", 1, "--examples", 16, "--texts", "wikitext", "--blocks", 2,
-    "--responses", 8, "--speed-rounds", 0, "--max-length", 64,
+    "--responses", 8, "--speed-rounds", 0, "--max-length", 256,
 )  # fmt: skip
 _TRAINED = ("--data", "questions.jsonl", "--selector", "mse", "--heads", 1, "--batch-size", 16, "--checkpoint-every", 1)
 CASES = {
@@ -61,7 +62,7 @@ def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Iterator[_Prepared]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LCC_LENS_CACHE", str(root / "cache"))
         patch.setenv("TOKENIZERS_PARALLELISM", "false")
-        _data(root / "data")
+        write_sets(root / "data")
         yield _Prepared(root)
 
 
@@ -89,17 +90,6 @@ class _Prepared(dict):
         assert ended.code == 0, ended.errors
         self[name] = folder
         return folder
-
-
-def _data(folder: Path) -> None:
-    """Small data sets under the names that comparisons take."""
-    for name, records in (
-        ("wikitext", [{"text": text} for text in PARAGRAPHS]),
-        ("alpaca", [{"instruction": q["question"], "input": "", "output": q["right"]} for q in QUESTIONS]),
-    ):
-        (folder / name).mkdir(parents=True)
-        for split in ("train", "test", "validation"):
-            (folder / name / f"{split}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
 
 
 def finished(case: Case, folder: Path) -> Ended:
@@ -197,13 +187,13 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 @pytest.mark.parametrize("name", ["prune", "scan", "restore", "export", "compare"])
 def test_a_full_disk_is_one_line_and_loses_nothing(name: str, unbroken: _Prepared, small_disk: Path) -> None:
     case = CASES[name]
-    folder = shutil.copytree(unbroken[name], small_disk / "work")
+    folder = shutil.copytree(unbroken[name], small_disk, dirs_exist_ok=True)
     ballast = small_disk / "ballast"
     for free in (0, 1 << 12, 1 << 16, 1 << 17, 3 << 16):
         _fill(ballast, small_disk, free)
         ended = run(case.arguments, folder)
         assert ended.code in (0, 1, 2), ended
-        if ended.code == 0:
+        if ended.code == 0 or "holds a" in ended.errors:  # whole, though perhaps without its picture
             break
         assert "no space left" in ended.errors or "of disk for" in ended.errors, (free, ended)
         assert len(ended.errors.splitlines()) == 1

@@ -11,7 +11,6 @@ import importlib
 import json
 import os
 import random
-import re
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -26,10 +25,16 @@ from lcc_lens.core.outputs.folders import MARK
 
 #: Python's audit events of operations that change a disk; "open" counts where it writes.
 _CHANGES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.chmod", "shutil.copyfile", "shutil.rmtree"}
-#: Names that Plotly draws at random for the parts of a page.
-_DRAWN = re.compile(rb"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 #: What differs between two runs of the same request.
-_OF_THE_MOMENT = {"written", "seconds", "training_seconds", "refit_seconds", "memory_mib", "content_sha256"}
+_OF_THE_MOMENT = {
+    "written",
+    "seconds",
+    "training_seconds",
+    "refit_seconds",
+    "memory_mib",
+    "content_sha256",
+    "sealed_sha256",
+}
 
 
 @dataclass(frozen=True)
@@ -150,8 +155,9 @@ def flip_byte(file: Path, place: int = -1) -> None:
 
 
 def contents(folder: Path) -> dict[str, Any]:
-    """What every file of a folder holds, without times and without what is only of one moment."""
+    """What every file of a folder holds, without pictures, which are drawn from the others, and without times."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MARK)
+    files = [path for path in files if path.suffix != ".html"]
     return {path.relative_to(folder).as_posix(): _content(path) for path in files}
 
 
@@ -165,14 +171,14 @@ def _content(path: Path) -> Any:
     if path.suffix == ".safetensors":  # the order of its header is not kept
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}
-            metadata = {name: _plain(value) for name, value in (file.metadata() or {}).items()}
+            metadata = _timeless({name: _plain(value) for name, value in (file.metadata() or {}).items()})
         return metadata, {
             name: (str(t.dtype), tuple(t.shape), hashlib.sha256(t.contiguous().numpy().tobytes()).hexdigest())
             for name, t in sorted(tensors.items())
         }
     if path.suffix in (".json", ".jsonl"):
         return [_timeless(json.loads(line)) for line in _texts(path)]
-    return hashlib.sha256(_DRAWN.sub(b"", path.read_bytes())).hexdigest()
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _texts(path: Path) -> list[str]:
