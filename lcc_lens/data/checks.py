@@ -56,17 +56,19 @@ def is_available(name: str) -> bool:
     return True
 
 
-def or_mix(*names: str, instead: str = MIX) -> tuple[str, ...]:
+def or_mix(*names: str, instead: str = MIX, told: bool = True) -> tuple[str, ...]:
     """The data sets that a default names; the mix alone, with a line in the log, where one of them has no source.
 
     Args:
         names: what the default names.
         instead: what replaces them, in place of the mix.
+        told: whether the log says so.
     """
     missing = tuple(name for name in names if not is_available(name))
     if not missing:
         return names
-    _tell(missing, instead)
+    if told:
+        _tell(missing, instead)
     return (instead,)
 
 

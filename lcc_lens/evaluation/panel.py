@@ -13,9 +13,8 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from lcc_lens.core.errors import RequestError
-from lcc_lens.core.files import write_json
 from lcc_lens.core.metrics import share_recovered
-from lcc_lens.core.reading import read_json
+from lcc_lens.core.reading import read_json, read_record, write_record
 from lcc_lens.data.batches import TokenSequence
 from lcc_lens.data.datasets import load_data, text_sequences
 from lcc_lens.data.panel import available_panel
@@ -160,7 +159,7 @@ def seen_domains(pruned: Path, *data: str) -> frozenset[str]:
 
 def note_panel(run: Path, measured: dict[str, Any]) -> None:
     """Add the panel to the run's ``metrics.json``."""
-    write_json(run / RUN_METRICS, {**read_json(run / RUN_METRICS), "panel": measured})
+    write_record(run / RUN_METRICS, {**read_record(run / RUN_METRICS, dict[str, Any]), "panel": measured})
 
 
 def panel_metrics(measured: Mapping[str, Any]) -> dict[str, dict[str, str]]:

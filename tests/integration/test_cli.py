@@ -145,7 +145,7 @@ def test_unknown_task_is_refused_before_any_model_is_loaded(
 
     monkeypatch.setattr("lm_eval.tasks.TaskManager", Index)
     refused(capsys, 2, "expected a task, got 'frobnicate'", "eval", tmp_path / "nowhere", "--tasks", "frobnicate")
-    refused(capsys, 2, "expected the data file", "eval", dense_dir, "--tasks", tmp_path / "gone.jsonl")
+    refused(capsys, 2, "expected the file", "eval", dense_dir, "--tasks", tmp_path / "gone.jsonl")
 
 
 def test_existing_scan_is_kept(

@@ -66,7 +66,9 @@ class CompareConfig:
     low_rank: Count = 16
     lora_rank: Count = 8
     lofit_share: Share = 0.2
-    refit_data: tuple[str, ...] = field(default_factory=lambda: or_mix(*REFIT_DATA))
+    refit_data: tuple[str, ...] = field(
+        default_factory=lambda: or_mix(*REFIT_DATA, told=False)
+    )  # not every comparison refits
     refit_samples: Count = REFIT_SAMPLES
     speed_rounds: Natural = 15
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from lcc_lens.core.errors import RequestError
 from lcc_lens.frontends.cli.options import Maybe, Out, Placement, RunPath, Switch, Tabled
@@ -89,9 +89,9 @@ class Export(Tabled):
 
 def _measured(run: Path) -> dict[str, dict[str, str]]:
     """What the run measured on the panel of domains, for the model card."""
-    from lcc_lens.core.reading import read_json
+    from lcc_lens.core.reading import read_record
     from lcc_lens.evaluation.panel import panel_metrics
     from lcc_lens.restoration.run_folder import RUN_METRICS
 
-    panel = read_json(run / RUN_METRICS).get("panel") if (run / RUN_METRICS).exists() else None
+    panel = read_record(run / RUN_METRICS, dict[str, Any]).get("panel") if (run / RUN_METRICS).exists() else None
     return {} if panel is None else panel_metrics(panel)
