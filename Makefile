@@ -88,7 +88,7 @@ faults: $(INSTALLED)  ## Kill commands, fill their disk, damage their files; the
 	HF_HUB_OFFLINE=1 timeout 600 $(BIN)/python -m pytest -o addopts=$(FAULT_OPTIONS) tests/faults -m faults --durations=5 $(ARGS)
 
 slow: $(INSTALLED)  ## Run the slow tests: the real model, all families, killed processes
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m slow -n 0 --durations=10 $(ARGS)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m slow --durations=10 $(ARGS)
 
 check: $(INSTALLED)  ## Lint, check the format, check the types
 	$(BIN)/ruff check .
