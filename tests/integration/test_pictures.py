@@ -53,7 +53,7 @@ def test_training_curve_lies_between_dense_and_pruned() -> None:
     figure = plot_training(steps, dense_loss=2.0, pruned_loss=3.0)
     assert list(figure.data[0].y) == [2.9, 2.8, 2.7]
     assert list(figure.data[1].x) == [3]
-    assert sorted(shape.y0 for shape in figure.layout.shapes) == [2.0, 3.0]
+    assert sorted(float(line.y[0]) for line in figure.data[2:]) == [2.0, 3.0]
 
 
 def test_page_opens_without_network(found: Scan, tmp_path: Path) -> None:

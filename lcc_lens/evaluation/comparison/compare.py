@@ -7,6 +7,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from lcc_lens.core.errors import InterruptedRun, LensError, RequestError, first_
 from lcc_lens.core.files import locked
 from lcc_lens.core.metrics import bootstrap_interval, share_recovered
 from lcc_lens.core.ranges import Count, ranged
-from lcc_lens.data.checks import check_data
+from lcc_lens.data.checks import MIX, check_data
 from lcc_lens.data.registry import domains as domains_of
 from lcc_lens.evaluation.comparison.accuracies import mean_rows, task_rows
 from lcc_lens.evaluation.comparison.config import CompareConfig
@@ -115,8 +116,13 @@ def require_a_measured_run(summary: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _fitting(config: CompareConfig, file: Path, pruned: str | Path) -> CompareConfig:
-    """The settings with lengths within the context; a comparison that began with longer ones goes on with those."""
+    """The settings with lengths within the context; a comparison that began with longer ones goes on with those.
+
+    So does one whose refits were calibrated on data that are replaced by the mix here.
+    """
     before = read_comparison(file).get("settings", {}) if file.exists() else {}
+    if config.refit_data == (MIX,) and before.get("refit_data"):
+        config = replace(config, refit_data=tuple(before["refit_data"]))
     if all(before.get(name) == getattr(config, name) for name in ("max_length", "block_length")):
         return config
     return config.fitting(context_of(read_config(resolve(pruned))))

@@ -295,7 +295,7 @@ class Restore(Tabled):
 
         if self.task is None:
             return None
-        text = self.data.text or or_mix("wikitext", instead="wikipedia")[0]
+        (text,) = (self.data.text,) if self.data.text else or_mix("wikitext", instead="wikipedia")
         measures = TaskMeasures(self.task, items=self.data.items, text=text, seed=self.seed)
         measures.check()
         return measures

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from lcc_lens.core.checkpoint import Checkpoint
 from lcc_lens.core.errors import RequestError, first_line
 from lcc_lens.core.side_files import UNTRUSTED_ENTRIES
 
@@ -17,6 +18,7 @@ def read_config(model_dir: Path) -> Any:
     """The transformers configuration of a checkpoint."""
     from transformers import AutoConfig
 
+    _ = Checkpoint(model_dir).config  # there, and an object
     try:
         config = AutoConfig.from_pretrained(model_dir, trust_remote_code=False)
     except Exception as error:  # every family has checks and errors of its own

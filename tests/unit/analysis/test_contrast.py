@@ -244,5 +244,5 @@ def test_scan_of_a_model_without_reuse_equals_plain_models(tmp_path: Path, pream
         for path in folders
     )  # fmt: skip
     assert torch.allclose(found.mean_difference, (dense - pruned).mean(0), atol=1e-5)
-    assert found.selected_by.keys() == {"probe", "interaction"}
+    assert found.selected_by.keys() == {"probe", "interaction", "attribution"}
     assert not kv_cache.can_reuse_cache(windowed.dense)

@@ -105,7 +105,7 @@ def test_too_few_held_out_responses_are_refused(tmp_path: Path, dense_dir: Path)
     texts.write_text("\n\n".join(f"paragraph {i} " * 9 for i in range(40)))
     config = CompareConfig(data=str(pairs), texts=(str(texts),), validation=24, block_length=32)
     with pytest.raises(RequestError, match=r"expected more than 24 held-out responses in .*own.jsonl, got \d+:"):
-        ComparisonData(config).measures(load_tokenizer(dense_dir))
+        ComparisonData(config, dense_dir, tmp_path).measures(load_tokenizer(dense_dir))
 
 
 @pytest.mark.parametrize("seed", range(40))

@@ -137,7 +137,7 @@ def test_a_share_of_the_tasks_that_lost_stands_beside_that_of_all(found: dict) -
         if "tasks" in cell:
             cell["tasks"] = {**cell["tasks"], "piqa": scores(piqa="1110")["piqa"]}
     rows = summary(found)
-    mean = comparison_tables(found["bare"], rows)[3]
+    mean = comparison_tables(found["bare"], rows)[4]
     assert mean.columns[4:] == ["recovered", "interval", "recovered in rte, boolq", "interval", "seeds"]
     assert mean.rows[2][6] == f"{mean_rows(BARE, SEEDS)['accuracy_recovered']:.0%}"
     assert mean.rows[2][4] == f"{rows[0]['accuracy_recovered']:.0%}" != mean.rows[2][6]
@@ -174,7 +174,7 @@ def test_tables_show_all_that_was_measured(found: dict) -> None:
     assert by_entry["lcc"].items() >= mean_rows(BARE, SEEDS).items()
     assert by_entry["lcc@dense"]["accuracy_recovered"] is None
     assert "accuracy" not in by_entry["lora"]
-    recovery, costs, texts, mean, tasks = comparison_tables(found["bare"], rows)
+    domains, recovery, costs, texts, mean, tasks = comparison_tables(found["bare"], rows)
     assert [row[0] for row in recovery.rows] == ["dense", "pruned", "lcc", "lcc@dense", "lora"]
     lcc = recovery.rows[2]
     assert lcc[1] == "40.50 ± 0.71"
@@ -189,7 +189,9 @@ def test_tables_show_all_that_was_measured(found: dict) -> None:
     assert mean.rows[2][-1] == "2"
     assert mean.rows[3][4:] == ["", "", "1"]
     assert tasks.columns == ["", "rte", "boolq"]
-    assert all(len(row) == len(table.columns) for table in (recovery, costs, texts, mean, tasks) for row in table.rows)
+    assert all(
+        len(row) == len(table.columns) for table in (domains, recovery, costs, texts, mean, tasks) for row in table.rows
+    )
     assert failures(rows) == ["lora: 1 failed: no adapters today"]
     assert [count(n) for n in (None, 960, 34_600, 2_400_000)] == ["", "960", "34.6k", "2.4M"]
 
@@ -199,7 +201,7 @@ def test_entries_without_accuracies_stand_in_the_other_tables_alone(found: dict)
     found["cells"]["lcc | 1"].pop("tasks")
     found["cells"]["lcc@dense | 0"]["tasks"] = {}
     rows = summary(found)
-    recovery, _, _, mean, tasks = comparison_tables(found["bare"], rows)
+    _, recovery, _, _, mean, tasks = comparison_tables(found["bare"], rows)
     assert [row[0] for row in recovery.rows] == ["dense", "pruned", "lcc", "lcc@dense", "lora"]
     assert [row[0] for row in mean.rows] == [row[0] for row in tasks.rows] == ["dense", "pruned", "lcc"]
     assert (recovery.rows[2][-1], mean.rows[2][-1]) == ("2", "1")

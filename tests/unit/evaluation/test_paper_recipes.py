@@ -14,11 +14,11 @@ from support.small_sets import write_sets
 from support.tiny import build_model, save_model
 
 from lcc_lens.core.errors import RequestError
-from lcc_lens.evaluation.comparison import data as comparison_data
 from lcc_lens.evaluation.comparison import runner as bench
 from lcc_lens.evaluation.paper.recipes import dry, read_recipe
 from lcc_lens.evaluation.paper.run import run_recipe
 from lcc_lens.evaluation.paper.tables import recipe_table
+from lcc_lens.restoration import training_data
 from lcc_lens.restoration.best import BEST_ENTRY
 
 RECIPES = sorted((ROOT / "recipes").glob("*.json"))
@@ -143,14 +143,14 @@ def test_a_run_goes_on_and_belongs_to_its_recipe(
 def test_what_is_measured_of_a_task_chooses_nothing(tiny: Path, tmp_path: Path) -> None:
     """Validation, training and measured items of a task's comparison share no group."""
     recipe = dry(read_recipe(ROOT / "recipes" / "tasks_unstructured60.json"))
-    loaded, real = {}, comparison_data.load_data
+    loaded, real = {}, training_data.load_data
 
-    def noting(name: str, n: int | None = None, *, role: str | None = None, seed: int = 0):
-        loaded[name, role] = real(name, n, role=role, seed=seed)
+    def noting(name: str, n: int | None = None, *, role: str | None = None, seed: int = 0, **more: Any):
+        loaded[name, role] = real(name, n, role=role, seed=seed, **more)
         return loaded[name, role]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(comparison_data, "load_data", noting)
+        patch.setattr(training_data, "load_data", noting)
         few = dataclasses.replace(recipe, data=("rte",), model=str(tiny), rows=recipe.rows[:3])
         run_recipe(few, tmp_path / "run")
     measured = real("rte", role="held-out").groups

@@ -17,7 +17,7 @@ from lcc_lens.core.errors import RequestError
 from lcc_lens.core.files import read_tensors
 from lcc_lens.core.reading import read_json
 from lcc_lens.data.datasets import load_data
-from lcc_lens.frontends.cli.pruning import Refit
+from lcc_lens.frontends.cli.pruning import LeastSquares, Refit, RefitCalibration
 from lcc_lens.models.architecture.zeros import compare_zeros
 from lcc_lens.models.pair import load_pair
 from lcc_lens.pruning import jobs as pruning_jobs
@@ -213,7 +213,8 @@ def test_calibration_is_split_evenly_and_named(
 def test_the_command_s_defaults_are_the_function_s() -> None:
     named = {name: one.default for name, one in inspect.signature(pruning_jobs.refit).parameters.items()}
     for name in ("calibration", "n_samples", "seq_len", "follow", "ridge", "mend", "seed"):
-        assert getattr(Refit, name) == named[name]
+        options = next(options for options in (Refit, RefitCalibration, LeastSquares) if hasattr(options, name))
+        assert getattr(options, name) == named[name]
 
 
 def test_one_data_set_needs_no_list(dense_dir: Path, pruned_dir: Path, text_file: Path, tmp_path: Path) -> None:
@@ -258,8 +259,8 @@ def test_training_may_not_use_what_the_refit_read(
         ({"ridge": 0.0}, "ridge above 0"),
         ({"ridge": float("inf")}, "ridge above 0"),
         ({"batch_size": 0}, "at least 1"),
-        ({"follow": 1.5}, "follow between 0 and 1, got 1.5"),
-        ({"mend": -0.1}, "mend between 0 and 1"),
+        ({"follow": 1.5}, "follow of at least 0 and at most 1, got 1.5"),
+        ({"mend": -0.1}, "mend of at least 0 and at most 1"),
     ],
 )
 def test_settings_out_of_range_are_refused(settings: dict[str, Any], message: str) -> None:

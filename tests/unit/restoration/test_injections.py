@@ -294,7 +294,10 @@ def test_learning_rate_by_range_test(pair, question_file: Path, tmp_path: Path) 
     assert again.record.settings == restoration.record.settings
 
 
-def test_range_test_leaves_the_injection_and_counts_divergence(pair, question_file: Path) -> None:
+def test_range_test_leaves_the_injection_and_counts_divergence(
+    pair, question_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lcc_lens.restoration.training.config.check_numbers", lambda config: None)  # for a rate of 1e36
     sequences = encode(load_data(str(question_file)), pair.tokenizer)
     injection = MethodSpec.parse("masked").build(Ingredients(pair.pruned, None, (), pair.output_projections))
     before = {name: value.clone() for name, value in injection.state_dict().items()}
