@@ -31,7 +31,7 @@ _METHODS = (
     "MLPs too). mlp-lcc, mlp-offset, mlp-mean-shift, mlp-gain: the same at the MLP. Changed weights, whose zeros stay: "
     "gain (of head outputs), norms, low-rank (on every linear layer), masked (all remaining weights). Joined by + they "
     "train together: lcc+low-rank. best: a refit by least squares, then a low-rank change that follows the dense "
-    "model. polish recovers most: the refit, then all remaining weights and norm gains follow the dense model on text "
+    "model. polish: the refit, then all remaining weights and norm gains follow the dense model on text "
     "of several domains. perp, perp-lora and lofit are baselines; the other baselines run in compare."
 )
 _PAPER = (
