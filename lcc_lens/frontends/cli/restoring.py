@@ -252,8 +252,7 @@ class Restore(Tabled):
         from lcc_lens.data.checks import MIX, or_mix
         from lcc_lens.restoration.settings import TRAIN_DATA
 
-        default = (MIX,) if spec.preset.on_pool else (TRAIN_DATA,)
-        return self.task or self.data.data or "+".join(or_mix(*default))
+        return self.task or self.data.data or "+".join(or_mix(MIX if spec.preset.on_pool else TRAIN_DATA))
 
     @property
     def _scan_data(self) -> str | None:
