@@ -26,7 +26,8 @@ PAGES = {path: (ROOT / path).read_text() for path in ("README.md", "docs/guide.m
 #: Sizes that a command is given beside what the page says, so that it takes seconds.
 SMALLER = {
     "prune": "--n-samples 8 --seq-len 64", "scan": "--examples 16 --selector-examples 8",
-    "restore": "--examples 96 --scan-examples 16 --refit-samples 6 --items 8", "refit": "--calibration c4 --n-samples 4 --seq-len 32",
+    "restore": "--examples 96 --scan-examples 16 --refit-samples 6 --items 8",
+    "refit": "--calibration c4 --n-samples 4 --seq-len 32",
     "compare": "--seeds 1 --examples 8 --responses 4 --blocks 2 --max-length 64 --speed-rounds 0 --limit 2",
     "eval": "--limit 2 --length 64", "report": "--no-latency", "figures": "--formats html",
 }  # fmt: skip
