@@ -85,10 +85,7 @@ def prune(
     Returns:
         The contents of ``pruning.json``.
     """
-    if sparsity is not None and pattern is not None:
-        raise RequestError(f"expected a sparsity or a pattern, got both ({sparsity} and {pattern}); leave one out")
-    fraction = sparsity if sparsity is not None else 0.2 if method == "slimgpt" else 0.5
-    target: Pattern = parse_pattern(pattern) if pattern else Unstructured(fraction)
+    target = _target(method, sparsity, pattern)
     config = PruneConfig(method, target, seed=seed, sliced=sliced, schedule=schedule, choice=choice, split=split)
     path, device, named = resolve(model), default_device(), named_calibration(calibration, PRUNE_DATA)
     tokens, provenance = None, dict[str, Any]()
@@ -103,6 +100,14 @@ def prune(
             provenance={"dense": str(model), **provenance},
         )  # fmt: skip
     return PruningReport(report)
+
+
+def _target(method: str, sparsity: float | None, pattern: str | None) -> Pattern:
+    """How many weights to remove, and where."""
+    if sparsity is not None and pattern is not None:
+        raise RequestError(f"expected a sparsity or a pattern, got both ({sparsity} and {pattern}); leave one out")
+    fraction = sparsity if sparsity is not None else 0.2 if method == "slimgpt" else 0.5
+    return parse_pattern(pattern) if pattern else Unstructured(fraction)
 
 
 @ranged

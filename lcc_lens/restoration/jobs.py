@@ -48,11 +48,10 @@ def restore_models(
         run: the run directory. A scan in it is used, otherwise one is made; a refitted model lies in ``refit``.
         data: training examples (role ``train``).
         method: one of :data:`~lcc_lens.restoration.injections.methods.METHODS`, or several joined by ``+``.
-        config: training settings; the method's own if not given.
-        validation: see :func:`~lcc_lens.restoration.restore.restore`.
+        config: training settings; the method's own if not given; ``validation``: see ``restore``.
         settings: ranks, lengths and controls; ``heads``: how heads are chosen; ``refitting``: a refit's calibration.
-        one_at_a_time: hold one model in memory at a time; ``resume``: go on from the run directory's checkpoint.
-        on_step: called after every optimiser step.
+        one_at_a_time: hold one model in memory at a time; ``resume``: go on from the run directory's checkpoint;
+            ``on_step``: called after every optimiser step.
 
     Returns:
         The restoration, and the pair that it belongs to (with the refitted model, if there is one).
@@ -74,12 +73,9 @@ def restore_models(
                 source = refitted_model(dense, pruned, run / REFITTED, refitting, resume=resume)
         pair, scan = load_pair(dense, source, one_at_a_time=one_at_a_time), None
         if spec.needs_scan:
-            writer = run_writer(dense, run, heads.examples)
             scan = scan_for(
-                spec, pair, run,
-                lambda: load_role(heads.data or SCAN_DATA, heads.examples, "probe", config.seed, writer),
-                selector=selector, max_length=settings.max_length, limit=heads.examples, seed=config.seed,
-                probe_solver=heads.probe_solver,
+                spec, pair, run, lambda: _scan_data(heads, dense, run, config.seed), selector=selector,
+                max_length=settings.max_length, limit=heads.examples, seed=config.seed, probe_solver=heads.probe_solver,
             )  # fmt: skip
         chosen = [] if scan is None else scan.select(selector, share=fraction, seed=config.seed)
         if spec.preset.on_pool and validation is None:
@@ -89,6 +85,12 @@ def restore_models(
             on_step=on_step, before_refit=pruned if spec.preset.on_refit else None, **asdict(settings),
         )  # fmt: skip
     return restoration, pair
+
+
+def _scan_data(heads: HeadRequest, dense: str | Path, run: Path, seed: int) -> Data:
+    """The data of the scan that heads are chosen by."""
+    writer = run_writer(dense, run, heads.examples)
+    return load_role(heads.data or SCAN_DATA, heads.examples, "probe", seed, writer)
 
 
 def _context(pruned: str | Path) -> int | None:
