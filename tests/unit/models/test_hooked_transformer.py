@@ -240,7 +240,7 @@ def test_baselines_beside_other_weights_are_refused(build: Any, hooked: Pair) ->
 @needs_it
 def test_generation_is_refused(hooked: Pair) -> None:
     with pytest.raises(RequestError, match=r"that transformers can generate and score tasks with, got a HookedTransf"):
-        generate(hooked, None, "one plus", max_new_tokens=2)
+        generate(hooked, {}, "one plus", max_new_tokens=2)
 
 
 @needs_it
