@@ -24,7 +24,7 @@ from lcc_lens.core.errors import InterruptedRun, RequestError
 from lcc_lens.core.fingerprint import fingerprint
 from lcc_lens.core.heads import Head, HeadMap
 from lcc_lens.core.machine.processes import first_process_first, is_first_process, n_processes, wait_for_all
-from lcc_lens.core.outputs.places import writing_run
+from lcc_lens.core.outputs.places import tidy_run, writing_run
 from lcc_lens.core.progress import track
 from lcc_lens.core.ranges import Count, Length, Natural, Range, Seed, ranged
 from lcc_lens.data.datasets import Data
@@ -108,10 +108,11 @@ def scan(
 
 
 def has_scan(run: Path) -> bool:
-    """Whether a run directory has a finished scan; leftovers of its unfinished state are deleted."""
+    """Whether a run directory has a finished scan; what a killed command left beside it is deleted."""
     if not (run / SCAN_RECORD).exists():
         return False
     shutil.rmtree(run / UNFINISHED, ignore_errors=True)
+    tidy_run(run)
     return True
 
 

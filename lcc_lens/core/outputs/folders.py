@@ -215,7 +215,8 @@ def _bring_back(target: Path) -> None:
 
 def _is_done(target: Path) -> bool:
     """Whether an output is newer than the work on it, which a killed process could not delete any more."""
-    mark, work = target / MARK, [*unfinished_work(target).glob("*.safetensors")]
-    if not (mark.exists() and work):
+    mark, work = target / MARK, unfinished_work(target)
+    if not (mark.exists() and work.exists()):
         return False
-    return mark.stat().st_mtime_ns >= max(file.stat().st_mtime_ns for file in work)
+    times = [file.stat().st_mtime_ns for file in work.glob("*.safetensors")]  # none: the deletion had begun
+    return mark.stat().st_mtime_ns >= max(times, default=0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from lcc_lens.core.errors import RequestError
@@ -32,6 +32,14 @@ def writing_run(run: Path | None, *, inputs: Iterable[Path] = ()) -> Iterator[No
     with locked_alone(target / f".{LOCK}", target):
         remove_leftovers(target)
         yield
+
+
+def tidy_run(run: Path) -> None:
+    """Remove what a killed command left half written in a run directory, unless another command holds it now."""
+    lock = run / f".{LOCK}"
+    if lock.exists():
+        with suppress(RequestError), locked_alone(lock, run):
+            remove_leftovers(run)
 
 
 def require_file(path: Path | None, *, begins: tuple[bytes, ...] = (b"",), inputs: Iterable[Path] = ()) -> None:
