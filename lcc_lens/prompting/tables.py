@@ -1,0 +1,48 @@
+"""Prompts from files and data sets, and their merits as a table."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lcc_lens.data.datasets import load_data
+from lcc_lens.prompting.frames import split_prompt
+from lcc_lens.prompting.merits import MERITS, Merits
+from lcc_lens.prompting.preference_files import read_preferences
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+def read_prompts(name: str, n: int | None = None, seed: int = 0) -> list[tuple[str, str | None]]:
+    """Prompts without their templates, each with the original that it was rewritten from, if the file has one.
+
+    Args:
+        name: a data set, or a file: ``.txt`` (a prompt per paragraph), ``.jsonl``, or ``.json`` with preferences.
+        n: how many at most; of a data set drawn with ``seed``, of a file the first.
+
+    Raises:
+        RequestError: no such data, or none that can be read.
+    """
+    if Path(name).suffix == ".json":
+        return [(preference.chosen, preference.prompt) for preference in read_preferences(name)[:n]]
+    is_file = Path(name).exists()
+    examples = load_data(name, None if is_file else n, seed=seed).examples[:n]
+    return [(split_prompt(example.prompt or example.response).core, None) for example in examples]
+
+
+def merits_table(scored: Sequence[tuple[str, Merits]]) -> pd.DataFrame:
+    """One row per prompt: the prompt, its four merits, a model's likelihoods where there are any, what lowers them."""
+    import pandas as pd
+
+    extra = [
+        name
+        for name in ("prompt_log_likelihood", "original_log_likelihood")
+        if any(getattr(m, name) is not None for _, m in scored)
+    ]
+    rows = [
+        {"prompt": text, **{name: getattr(found, name) for name in (*MERITS, *extra)}, "lowered": found.reasons}
+        for text, found in scored
+    ]
+    return pd.DataFrame(rows, columns=["prompt", *MERITS, *extra, "lowered"])
