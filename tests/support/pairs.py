@@ -14,7 +14,16 @@ FAMILIES = ["llama", "gpt2", "gemma2", "qwen2"]
 
 def build(family: str, seed: int):
     """A tiny random model of a family, with unequal sizes."""
-    from transformers import Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHeadModel, Qwen2Config, Qwen2ForCausalLM
+    from transformers import (
+        AutoConfig,
+        AutoModelForCausalLM,
+        Gemma2Config,
+        Gemma2ForCausalLM,
+        GPT2Config,
+        GPT2LMHeadModel,
+        Qwen2Config,
+        Qwen2ForCausalLM,
+    )
 
     ends = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
     shape = {
@@ -30,6 +39,9 @@ def build(family: str, seed: int):
         )
     if family == "gemma2":  # alternating windows, soft caps, norms after the attention
         return Gemma2ForCausalLM(Gemma2Config(**shape, head_dim=6, sliding_window=4, query_pre_attn_scalar=6))
+    if family == "qwen3":  # norms of queries and keys, two key-value heads
+        shape |= {"num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 6}
+        return AutoModelForCausalLM.from_config(AutoConfig.for_model("qwen3", **shape))
     return Qwen2ForCausalLM(Qwen2Config(**shape))
 
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import torch
 
+from lcc_lens.analysis.causes.causes import causes_refusal
 from lcc_lens.analysis.selectors.evidence import ScoreSettings
 from lcc_lens.analysis.selectors.linear_probe import MIN_PAIRS
 from lcc_lens.analysis.selectors.names import ALWAYS_SCORED, SCORED_BY_DEFAULT
@@ -102,10 +103,22 @@ def possible_selectors(
         names = [name for name in names if name not in on_pairs]
     if pair.one_at_a_time and named is not None:
         check_in_memory(named)
+    if _with_need(names, "causes") and (refusal := causes_refusal(pair)) is not None:
+        raise RequestError(refusal)
     if named is None and (pair.one_at_a_time or n_sequences < 2):
         on_models = _with_need(names, "models")
         names = [name for name in names if name not in on_models]
     return names
+
+
+def wants_causes(requested: bool, selectors: Sequence[str], pair: Pair) -> bool:
+    """Whether to find the causes of differences; warns where they are requested but cannot be found."""
+    if not requested:
+        return bool(_with_need(selectors, "causes"))
+    refusal = causes_refusal(pair)
+    if refusal is not None:
+        logger.warning("no causes: %s", refusal)
+    return refusal is None
 
 
 def check_in_memory(names: Sequence[str]) -> None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 from jaxtyping import Float
 from torch import Tensor
 
+from lcc_lens.analysis.causes.causes import Causes
 from lcc_lens.analysis.components import LostComponents
 from lcc_lens.analysis.head_scores import HeadScores
 from lcc_lens.analysis.scan.overview import scan_facts
@@ -42,7 +43,8 @@ class Scan(Shown):
 
     ``heads`` are the statistics of the head outputs (site ``z``), ``others`` those of the MLP's post-activation
     (``mlp``) and the residual stream (``resid``), one part per layer; ``components`` the lost components;
-    ``selected_by`` the selectors' scores; ``tokens`` the relative difference at every token of the first examples.
+    ``selected_by`` the selectors' scores; ``tokens`` the relative difference at every token of the first examples;
+    ``causes``, if asked for, why every head and MLP lost.
     """
 
     record: ScanRecord
@@ -51,6 +53,7 @@ class Scan(Shown):
     others: Mapping[Site, DifferenceStatistics] = field(default_factory=dict)
     selected_by: Mapping[str, HeadScores] = field(default_factory=dict)
     tokens: tuple[TokenLoss, ...] = ()
+    causes: Causes | None = None
 
     def _facts(self) -> dict[str, Any]:
         facts = scan_facts(self.record, self.relative_loss, self.ranking("mse"), self.mendable_share())
@@ -193,6 +196,8 @@ class Scan(Shown):
         for name, scores in {**self.selected_by, "mse": self.scores("mse")}.items():
             columns[name] = scores.value.flatten().tolist()
             columns[f"{name}_stderr"] = scores.stderr.flatten().tolist()
+        if self.causes is not None:
+            columns |= self.causes.columns()
         return pd.DataFrame(columns)
 
     def layer_table(self) -> pd.DataFrame:
@@ -247,6 +252,7 @@ class Scan(Shown):
                 tokens=tuple(
                     TokenLoss(**vars(token), loss=tensors[f"tokens.{i}"]) for i, token in enumerate(parts.tokens)
                 ),
+                causes=Causes.from_tensors(_below(tensors, "causes"), record.n_samples),
             )
         if not scan.head_map.fits(*scan.relative_loss.shape):
             raise RequestError(f"expected a head map of the scanned model in {run}, got another's; {_AGAIN}")
@@ -257,6 +263,7 @@ class Scan(Shown):
         groups = {"z": self.heads.tensors(), "components": components}
         groups |= {site: statistics.tensors() for site, statistics in self.others.items()}
         groups |= {f"scores.{n}": {"value": s.value, "stderr": s.stderr} for n, s in self.selected_by.items()}
+        groups["causes"] = {} if self.causes is None else self.causes.tensors()
         groups["tokens"] = {str(i): token.loss for i, token in enumerate(self.tokens)}
         return {f"{group}.{name}": t.contiguous() for group, tensors in groups.items() for name, t in tensors.items()}
 

@@ -6,12 +6,14 @@ import logging
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, cast
 
+from lcc_lens.analysis.causes.causes import find_causes
 from lcc_lens.analysis.scan.passes import ScanPlan
 from lcc_lens.analysis.scan.record import ScanRecord
-from lcc_lens.analysis.scan.request import check_plan, pair_sequences, possible_selectors
+from lcc_lens.analysis.scan.request import check_plan, pair_sequences, possible_selectors, wants_causes
 from lcc_lens.analysis.scan.result import SCAN_RECORD, SCAN_TENSORS, Scan
 from lcc_lens.analysis.scan.shards import ScanWork
 from lcc_lens.analysis.scan.state import ScanState
@@ -60,6 +62,7 @@ def scan(
     probe_folds: Annotated[int, Range(2)] | None = None,
     selector_examples: Count = 32,
     display: Natural = 8,
+    causes: bool = False,
     batch_tokens: Count | None = None,
     seed: Seed = 0,
     run: str | Path | None = None,
@@ -80,12 +83,11 @@ def scan(
         selectors: scores to compute; if not given ``attribution`` (with both models in memory), and ``probe`` and
             ``interaction`` where the data have right and wrong answers; ``mse`` and ``random`` always.
         max_length: tokens per example at most; 512, or the models' context if shorter.
-        limit: sequences at most (text is cut into many).
-        probe_rank: K of the probes' activation editing.
+        limit: sequences at most (text is cut into many); ``probe_rank``: K of the probes' activation editing.
         probe_solver: ``newton``, to convergence, or ``published``, 200 steps of Adam.
         probe_folds: folds of the linear probe's cross-validation; one split if not given.
-        selector_examples: examples for selectors that run the models again.
-        display: examples whose differences are kept token by token.
+        selector_examples: examples for selectors that run the models again; ``display``: that are kept token by token.
+        causes: also :func:`~lcc_lens.analysis.causes.causes.find_causes`; a warning says why where it cannot.
         batch_tokens: tokens per forward pass at most (1024 on a CPU, 4096 on a GPU if not given).
         seed: of the probes; ``run``: directory to save the scan in, and to resume it from.
 
@@ -104,7 +106,7 @@ def scan(
     plan = ScanPlan(tuple(right), wrong, positions, _compared_sites(pair, sites), tokens)
     settings = ScoreSettings(probe_rank, probe_solver, probe_folds, selector_examples, seed, tokens)
     check_plan(plan.sequences, positions, settings, None if wrong is None or "probe" not in names else pair.d_head)
-    return _run(pair, data, plan, spectra, names, settings, length, display, run)
+    return _run(pair, data, plan, spectra, names, settings, length, _Extras.of(display, causes, names, pair), run)
 
 
 def has_scan(run: Path) -> bool:
@@ -121,6 +123,19 @@ def _compared_sites(pair: Pair, requested: Sequence[Site]) -> tuple[Site, ...]:
     return tuple(site for site in SITES if site == "z" or (site in requested and site in pair.sites))
 
 
+@dataclass(frozen=True)
+class _Extras:
+    """What a scan computes besides statistics and scores: differences token by token, and causes."""
+
+    display: int
+    causes: bool
+
+    @classmethod
+    def of(cls, display: int, causes: bool, selectors: Sequence[str], pair: Pair) -> _Extras:
+        """Causes are found if asked for, or if a selector reads them."""
+        return cls(display, wants_causes(causes, selectors, pair))
+
+
 def _run(
     pair: Pair,
     data: Data,
@@ -129,7 +144,7 @@ def _run(
     selectors: Sequence[str],
     settings: ScoreSettings,
     max_length: int,
-    display: int,
+    extras: _Extras,
     run: str | Path | None,
 ) -> Scan:
     """Run both models over all shards, then compute the result; of several processes the first one does the latter."""
@@ -146,7 +161,7 @@ def _run(
             if not is_first_process():
                 wait_for_all(_AGAIN)  # until the first process has computed the result from all sums
                 return Scan.load(cast("str | Path", run))
-        result = _result(work, data, selectors, settings, max_length, display)
+        result = _result(work, data, selectors, settings, max_length, extras)
         pair.require_unchanged()
         if run is not None:
             result.save(run)
@@ -157,7 +172,7 @@ def _run(
 
 
 def _result(
-    work: ScanWork, data: Data, selectors: Sequence[str], settings: ScoreSettings, max_length: int, display: int
+    work: ScanWork, data: Data, selectors: Sequence[str], settings: ScoreSettings, max_length: int, extras: _Extras
 ) -> Scan:
     """Statistics, lost components and scores from the sums over all shards."""
     pair, plan, sums = work.pair, work.plan, work.whole_sums()
@@ -165,14 +180,18 @@ def _result(
     components = heads.components()
     _warn(heads.n_samples, components.d_head, heads.is_silent.nonzero().tolist())
     layers, probe_rank = (None, None) if plan.wrong is None else (work.layers, settings.rank)
-    scores = score(selectors, Evidence(pair, plan.sequences, heads, components, layers, settings))
+    causes = None
+    if extras.causes:
+        causes = find_causes(pair, plan.sequences, positions=plan.positions, batch_tokens=plan.batch_tokens)
+    scores = score(selectors, Evidence(pair, plan.sequences, heads, components, layers, settings, causes))
     return Scan(
         record=_record(pair, data, plan, heads.n_samples, max_length, probe_rank, settings.seed),
         heads=heads,
         components=components,
         others=dict(zip(plan.sites[1:], others, strict=True)),
         selected_by=dict(scores),
-        tokens=token_losses(pair, plan.sequences, display),
+        tokens=token_losses(pair, plan.sequences, extras.display),
+        causes=causes,
     )
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Annotated
 
+from lcc_lens.analysis.causes.causes import Causes
 from lcc_lens.analysis.components import LostComponents
 from lcc_lens.analysis.selectors.backward import ResponseGradients, response_gradients
 from lcc_lens.analysis.selectors.linear_probe import LayerFeatures, Solver
@@ -53,6 +54,7 @@ class Evidence:
         layers: gives the probe features layer by layer, from the first layer at each call; None where the data have no
             right and wrong answers.
         settings: of the scan.
+        causes: of every head's difference; None if the scan did not divide them.
     """
 
     pair: Pair
@@ -61,6 +63,7 @@ class Evidence:
     components: LostComponents
     layers: Callable[[], Iterable[LayerFeatures]] | None = None
     settings: ScoreSettings = field(default_factory=ScoreSettings)
+    causes: Causes | None = None
 
     @cached_property
     def gradients(self) -> ResponseGradients:

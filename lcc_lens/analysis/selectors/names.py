@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-SELECTORS = ("probe", "interaction", "attribution", "patching", "mse", "kl", "gradient", "random")
+SELECTORS = ("probe", "interaction", "attribution", "patching", "mse", "kl", "gradient", "own", "random")
 #: Scores of every scan, computed from its statistics.
 ALWAYS_SCORED = ("mse", "random")
 #: How heads are chosen by default: it agrees best with activation patching (benchmarks/selector_study.json).

@@ -18,6 +18,7 @@ from lcc_lens.analysis.selectors.kl import score_kl
 from lcc_lens.analysis.selectors.linear_probe import linear_probe_scores
 from lcc_lens.analysis.selectors.mse import score_mse
 from lcc_lens.analysis.selectors.names import SELECTORS
+from lcc_lens.analysis.selectors.own import score_own
 from lcc_lens.analysis.selectors.random import score_random
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.heads import Head
@@ -25,7 +26,7 @@ from lcc_lens.core.registry import Registry
 from lcc_lens.models.hooked.direct_path import OutputProjections, Unembedding
 
 #: What a selector may need besides statistics and lost components.
-NEEDS = ("pairs", "models")
+NEEDS = ("pairs", "models", "causes")
 ScoreFunction = Callable[[Evidence], HeadScores]
 #: Maximum number of questions for kl; each one unembeds the output of every head twice.
 _KL_EXAMPLES = 16
@@ -36,7 +37,7 @@ class Selector:
     """A function that scores every head, and what it needs besides statistics and lost components.
 
     A scan refuses a selector before any forward pass if a need is not met: ``pairs``, questions with right and wrong
-    answers (at least 4, of both labels), or ``models``, both models in memory.
+    answers (at least 4, of both labels), ``models``, both models in memory, or ``causes``, the causes of differences.
     """
 
     score: ScoreFunction
@@ -98,6 +99,7 @@ REGISTRY: Registry[Selector | ScoreFunction] = Registry(
         "mse": Selector(lambda evidence: score_mse(evidence.heads, len(evidence.sequences))),
         "kl": Selector(_kl, ["pairs"]),
         "gradient": Selector(lambda evidence: score_gradient(evidence.gradients, evidence.components), ["models"]),
+        "own": Selector(score_own, ["models", "causes"]),
         "random": Selector(lambda e: score_random(e.pair.n_layers, e.pair.n_heads, e.settings.seed)),
     },
 )
@@ -116,7 +118,8 @@ def register_selector(
         function: takes an :class:`~lcc_lens.analysis.selectors.evidence.Evidence` and returns the score and standard
             error of every head, ``[layer, head]``; heads with higher scores are restored first.
         needs: ``pairs`` if it reads right and wrong answers (``evidence.features()``), ``models`` if it runs both
-            models or reads gradients. A scan that lacks them is refused before its passes.
+            models or reads gradients, ``causes`` if it reads ``evidence.causes``. A scan that lacks them is refused
+            before its passes.
         replace: allow a name that was registered before; the built-in selectors cannot be replaced.
 
     Raises:

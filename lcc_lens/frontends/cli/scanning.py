@@ -21,8 +21,8 @@ _POSITIONS = (
 _SELECTORS = (
     "Scores to compute; by default attribution, and probe and interaction on data with right and wrong answers. "
     "attribution and gradient take one backward pass, kl reads "
-    "every head's contribution, patching runs the model once per head; mse and random are always computed. Selectors "
-    "that an installed package registers work by their names."
+    "every head's contribution, patching runs the model once per head, own divides differences by cause; "
+    "mse and random are always computed. Selectors that an installed package registers work by their names."
 )
 
 
@@ -82,6 +82,8 @@ class ScanPair(Tabled):
     """Compare head outputs (z), the MLP's post-activation (mlp), the residual stream (resid)."""
     seed: Seed = 0
     """Seed of the draw of examples and of the probes."""
+    causes: Switch = False
+    """Divide every head's difference by cause: a changed input, its own attention pattern, its own values."""
     overwrite: Switch = False
     """Replace an existing scan. An interrupted scan resumes by itself."""
     data: ScanData = ScanData()
@@ -106,7 +108,8 @@ class ScanPair(Tabled):
             load_pair(self.dense, self.pruned, one_at_a_time=memory.one_at_a_time), data, positions=self.positions,
             sites=self.sites, spectra=memory.spectra, selectors=scores.selectors, max_length=self.data.max_length,
             limit=self.data.examples, probe_rank=scores.probe_rank, probe_solver=scores.probe_solver,
-            probe_folds=scores.probe_folds, selector_examples=scores.selector_examples, seed=self.seed, run=self.run,
+            probe_folds=scores.probe_folds, selector_examples=scores.selector_examples, causes=self.causes,
+            seed=self.seed, run=self.run,
         )  # fmt: skip
         if is_first_process():
             show_scan(result, self.run)

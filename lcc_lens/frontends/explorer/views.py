@@ -28,8 +28,17 @@ _SELECTORS: dict[str, tuple[str, str, float, str]] = {
     "gradient": ("Gradient", "nats", 1.0, "Gain from one training step of length one on the head's constant."),
     "kl": ("KL, logit lens", "nats", 1.0,
            "KL divergence between what the dense and the pruned head promote, read through the logit lens."),
+    "own": ("Own loss", "", 1.0, "Mean squared difference per coordinate that comes from the head's own weights."),
     "mse": ("Mean squared difference", "", 1.0, "Mean squared difference per coordinate of the head's output."),
 }  # fmt: skip
+
+
+#: Title of every cause of a difference, and the end of the sentence that explains its share.
+_CAUSES = {
+    "inherited": ("Inherited", "comes from the changed input of its layer"),
+    "pattern": ("Own pattern", "comes from its own pruned queries and keys"),
+    "value": ("Own values", "comes from its own pruned values"),
+}
 
 
 @dataclass(frozen=True)
@@ -66,8 +75,10 @@ def views(run: RunContents, texts: Sequence[TextReading] = ()) -> list[View]:
 
 
 def views_of_scan(scan: Scan) -> list[View]:
-    """The views of a scan alone: the change of every head, then the selectors' scores."""
-    return [replace(view, value=present(scan, view.value)) for view in (*_changes(scan), *_scores(scan))]
+    """The views of a scan alone: the change of every head, its causes, then the selectors' scores."""
+    return [
+        replace(view, value=present(scan, view.value)) for view in (*_changes(scan), *_causes(scan), *_scores(scan))
+    ]
 
 
 def _changes(scan: Scan) -> Iterator[View]:
@@ -96,6 +107,18 @@ def _scores(scan: Scan) -> Iterator[View]:
         code = f"scan.scores({name!r}).value"
         code = code if factor == 1 else f"{factor:g} * {code}"
         yield View(f"selector-{name}", title, unit, meaning, value, stderr, scores.n_examples, code)
+
+
+def _causes(scan: Scan) -> Iterator[View]:
+    """The share of every cause in a head's squared difference."""
+    if scan.causes is None:
+        return
+    parts = scan.causes.heads
+    for place, cause in enumerate(parts.causes):
+        title, meaning = _CAUSES[cause]
+        yield View(f"cause-{cause}", title, "%", f"Share of the head's squared difference that {meaning}.",
+                   100 * parts.fraction[..., place], 100 * parts.stderr[..., place], scan.record.n_examples,
+                   f"100 * scan.causes.heads.by_cause()[{cause!r}]")  # fmt: skip
 
 
 def _learned(scan: Scan, restoration: Restoration) -> View:

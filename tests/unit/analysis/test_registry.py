@@ -196,7 +196,7 @@ def test_a_registered_selector_whose_needs_are_not_met_is_refused_before_the_pas
     text = load_data(str(tmp_path / "text.txt"))
     register_selector("paired", score_later_heads, needs=["pairs"])
     register_selector("running", score_later_heads, needs=["models"])
-    with pytest.raises(RequestError, match="expected needs among pairs, models, got 'gradients'"):
+    with pytest.raises(RequestError, match="expected needs among pairs, models, causes, got 'gradients'"):
         register_selector("other", score_later_heads, needs=["gradients"])
     assert scan(pair, data, selectors=["paired", "running"], display=0).scores("paired").settings == {"by": "hand"}
     monkeypatch.setattr("lcc_lens.analysis.scan.scan._run", lambda *_: pytest.fail("the passes began"))

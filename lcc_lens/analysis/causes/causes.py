@@ -1,0 +1,228 @@
+"""Divide the difference of every head and MLP among its causes: a changed input and the layer's own weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn.functional import linear
+
+from lcc_lens.analysis.causes.attention_weights import AttentionWeights, matched
+from lcc_lens.analysis.causes.checks import attention_refusal, can_swap_mlp
+from lcc_lens.analysis.causes.shapley import COMBINATIONS, Combination, shapley_parts
+from lcc_lens.analysis.causes.statistics import PartStatistics, RunningParts
+from lcc_lens.analysis.causes.swapped import Call, Part, PlainModule, watched_inputs
+from lcc_lens.core.errors import RequestError
+from lcc_lens.core.heads import all_heads
+from lcc_lens.core.progress import track
+from lcc_lens.core.showing import Shown
+from lcc_lens.data.batches import Batch, TokenSequence, batches
+from lcc_lens.models.hooked.activations import Positions, TokenPositions, sampled_positions
+from lcc_lens.models.hooked.forward import run_without_logits
+from lcc_lens.models.hooked.offloading import device_of
+from lcc_lens.models.pair import Pair
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+#: Causes of a head's difference: its layer's input, its queries and keys, its values.
+HEAD_CAUSES = ("inherited", "pattern", "value")
+#: Causes of an MLP's difference: its input, the weights before the activation, the down projection.
+MLP_CAUSES = ("inherited", "gate_up", "down")
+
+
+@dataclass(frozen=True, repr=False)
+class Causes(Shown):
+    """The causes of every head's difference, and of every MLP's output where the MLP can be given other weights."""
+
+    heads: PartStatistics
+    mlp: PartStatistics | None = None
+
+    def _facts(self) -> dict[str, Any]:
+        return {**self.heads._facts(), "MLPs": "not divided" if self.mlp is None else "divided too"}
+
+    def columns(self) -> dict[str, list[float]]:
+        """By name, one value per head: the fraction of every cause, its standard error and constant fraction."""
+        return _columns(self.heads)
+
+    def table(self) -> pd.DataFrame:
+        """One row per head: layer, head, and the columns of :meth:`columns`."""
+        import pandas as pd
+
+        heads = all_heads(*self.heads.squared_difference.shape)
+        places = {"layer": [h.layer for h in heads], "head": [h.head for h in heads]}
+        return pd.DataFrame({**places, **self.columns()})
+
+    def mlp_table(self) -> pd.DataFrame:
+        """One row per layer: the same columns for the MLP's output; empty if MLPs were not divided."""
+        import pandas as pd
+
+        columns = {} if self.mlp is None else _columns(self.mlp)
+        n_layers = 0 if self.mlp is None else len(self.mlp.fraction)
+        return pd.DataFrame({"layer": list(range(n_layers)), **columns})
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors by name, such as ``heads.fraction``."""
+        sites = {"heads": self.heads, **({} if self.mlp is None else {"mlp": self.mlp})}
+        return {f"{site}.{name}": tensor for site, parts in sites.items() for name, tensor in parts.tensors().items()}
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor], n_samples: int) -> Causes | None:
+        """The causes that :meth:`tensors` gave; None if there are no tensors."""
+
+        def site(name: str, causes: tuple[str, ...]) -> PartStatistics | None:
+            found: dict[str, Any] = {
+                key.removeprefix(f"{name}."): tensor for key, tensor in tensors.items() if key.startswith(f"{name}.")
+            }
+            return PartStatistics(causes, n_samples, **found) if found else None
+
+        heads = site("heads", HEAD_CAUSES)
+        return None if heads is None else cls(heads, site("mlp", MLP_CAUSES))
+
+
+def causes_refusal(pair: Pair) -> str | None:
+    """Why the causes of a pair's differences cannot be found; None if they can."""
+    if pair.one_at_a_time:
+        return "expected both models in memory to find causes, got one at a time; load both"
+    for model in (pair.dense, pair.pruned):
+        reason = attention_refusal(model)
+        if reason is not None:
+            return f"expected attention that can be given other weights to find causes, got {reason}"
+        if any(parameter.is_meta for parameter in model.parameters()):  # type: ignore[attr-defined]
+            return "expected all weights in memory to find causes, got layers on disk; load without a device map"
+    return None
+
+
+def find_causes(
+    pair: Pair, sequences: Sequence[TokenSequence], *, positions: Positions = "all", batch_tokens: int = 1024
+) -> Causes:
+    r"""Divide every head's difference $z_{dense} - z_{pruned}$ exactly into three parts, one per cause.
+
+    The attention of a layer runs under all $2^3$ combinations of dense and pruned *input* (the output of the norm
+    before it), *queries and keys* (weights, norms and biases) and *values*; the parts are the Shapley values.
+    ``inherited`` is what came through the input, ``pattern`` what this layer's own queries and keys lost, ``value``
+    its own values. For an MLP: its input, ``gate_up`` (before the activation) and ``down``. A constant that a hook
+    adds to head outputs is no cause and is left out.
+
+    Args:
+        sequences: what to run; ``positions``: which tokens count, as in a scan.
+        batch_tokens: padded tokens per forward pass.
+
+    Raises:
+        RequestError: the attention cannot be given other weights, or one model is in memory at a time.
+    """
+    reason = causes_refusal(pair)
+    if reason is not None:
+        raise RequestError(reason)
+    work = _Division(pair)
+    passes = batches(sequences, max_tokens=batch_tokens)
+    for batch in track(passes, len(passes), "find causes"):
+        work.add(batch, *_places(batch, sequences, positions))
+    return Causes(work.heads.finish(), work.mlp.finish() if work.mlp is not None else None)
+
+
+class _Division:
+    """Runs both models batch by batch and sums the parts of every layer."""
+
+    def __init__(self, pair: Pair) -> None:
+        self.pair, device = pair, device_of(pair.pruned)
+        self.attention = [AttentionWeights(pair, layer) for layer in range(pair.n_layers)]
+        self.heads = RunningParts(HEAD_CAUSES, pair.n_layers, pair.n_heads, pair.d_head, device, spectra=True)
+        self.mlp, d_model = None, int(pair.pruned.cfg.d_model)
+        if _same_mlps(pair):
+            self.mlp = RunningParts(MLP_CAUSES, pair.n_layers, 1, d_model, device, spectra=False)
+
+    def add(self, batch: Batch, where: TokenPositions, example: Int[Tensor, " sample"]) -> None:
+        """Run both models over a batch and add the parts at some positions."""
+        inputs: dict[tuple[Part, int], Tensor] = {}
+
+        def keep(part: Part, layer: int, call: Call) -> None:
+            inputs[part, layer] = call.hidden if part == "attn" else _at(call.hidden, where)
+
+        def divide(part: Part, layer: int, call: Call) -> None:
+            dense = inputs.pop((part, layer)).to(call.hidden.device)
+            if part == "attn":
+                parts = self._head_parts(layer, call, dense, where)
+                self.heads.update(layer, parts.to(self.heads.device), example.to(self.heads.device))
+            elif self.mlp is not None:
+                parts = _mlp_parts(self.pair, layer, call, dense, _at(call.hidden, where))
+                self.mlp.update(layer, parts.to(self.mlp.device), example.to(self.mlp.device))
+
+        with torch.inference_mode():
+            for model, visit in ((self.pair.dense, keep), (self.pair.pruned, divide)):
+                with watched_inputs(model, visit):
+                    run_without_logits(model, batch.tokens.to(device_of(model)), [])
+        for running in (self.heads, self.mlp):
+            if running is not None:
+                running.count(example)
+
+    def _head_parts(
+        self, layer: int, call: Call, dense: Tensor, where: TokenPositions
+    ) -> Float[Tensor, "cause sample head d_head"]:
+        weights, outputs = self.attention[layer], {}
+        for is_dense_input, qk_dense, v_dense in COMBINATIONS:
+            chosen = weights.chosen(qk_dense=qk_dense, v_dense=v_dense)
+            z = weights.plain.before_output(call, dense if is_dense_input else call.hidden, chosen)
+            z = _at(z.reshape(*call.hidden.shape[:2], -1), where)
+            outputs[is_dense_input, qk_dense, v_dense] = z.float().unflatten(-1, (self.pair.n_heads, self.pair.d_head))
+        return shapley_parts(outputs)
+
+
+def _mlp_parts(
+    pair: Pair, layer: int, call: Call, dense: Tensor, pruned: Tensor
+) -> Float[Tensor, "cause sample 1 d_model"]:
+    """The parts of an MLP's output; a token's depends on this token alone."""
+    plain, dense_plain = PlainModule.of(pair.pruned, layer, "mlp"), PlainModule.of(pair.dense, layer, "mlp")
+    gates = matched(dense_plain.values(), plain.values(), layer)
+    ends = (plain.output_values(), matched(dense_plain.output_values(), plain.output_values(), layer))
+    outputs: dict[Combination, Tensor] = {}
+    for is_dense_input in (False, True):
+        for gate_dense in (False, True):
+            hidden = (dense if is_dense_input else pruned)[None]
+            post = plain.before_output(call, hidden, gates if gate_dense else None)
+            for down_dense, end in enumerate(ends):
+                out = linear(post.flatten(0, -2), end["weight"], end.get("bias"))
+                outputs[is_dense_input, gate_dense, bool(down_dense)] = out.float()[:, None]
+    return shapley_parts(outputs)
+
+
+def _same_mlps(pair: Pair) -> bool:
+    """Whether both models' MLPs can be given each other's weights; not where neurons were sliced off."""
+    if not (can_swap_mlp(pair.dense) and can_swap_mlp(pair.pruned)):
+        return False
+    try:
+        for layer in range(pair.n_layers):
+            dense, pruned = (PlainModule.of(model, layer, "mlp") for model in (pair.dense, pair.pruned))
+            matched(dense.values(), pruned.values(), layer)
+            matched(dense.output_values(), pruned.output_values(), layer)
+    except RequestError:
+        return False
+    return True
+
+
+def _places(
+    batch: Batch, sequences: Sequence[TokenSequence], positions: Positions
+) -> tuple[TokenPositions, Int[Tensor, " sample"]]:
+    """The compared positions of a batch, and the example of each."""
+    sampled = [sampled_positions(sequences[i], positions) for i in batch.index]
+    example = torch.repeat_interleave(torch.tensor([len(p) for p in sampled]))
+    position = torch.tensor([p for places in sampled for p in places], dtype=torch.long)
+    return TokenPositions(example, position), example
+
+
+def _at(values: Tensor, where: TokenPositions) -> Tensor:
+    here = where.to(values.device)
+    return values[here.sequence, here.position]
+
+
+def _columns(parts: PartStatistics) -> dict[str, list[float]]:
+    columns: dict[str, list[float]] = {}
+    for i, cause in enumerate(parts.causes):
+        columns[cause] = parts.fraction[..., i].flatten().tolist()
+        columns[f"{cause}_stderr"] = parts.stderr[..., i].flatten().tolist()
+        columns[f"{cause}_constant"] = parts.constant_fraction[..., i].flatten().tolist()
+    return columns

@@ -1,0 +1,71 @@
+"""Check that attention and MLPs can be run alone with other weights: tried once per model, on a few tokens."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from lcc_lens.analysis.causes.attention_weights import head_rows
+from lcc_lens.analysis.causes.swapped import Call, Part, PlainModule, watched_inputs
+from lcc_lens.models.hooked.forward import run_without_logits
+from lcc_lens.models.hooked.hooked_transformer import is_hooked_transformer
+from lcc_lens.models.hooked.hooks import HookedModel, mlp_name, readers, z_name
+from lcc_lens.models.hooked.self_checks import OTHER_KERNELS, check_tokens, is_close, tried_once
+from lcc_lens.models.hooked.sites import has_mlp_site
+
+
+@tried_once(on_failure="a computation of its own, which takes no other weights")
+def attention_refusal(model: HookedModel) -> str | None:
+    """Why a model's attention cannot be given other weights; None if it can. Tried once per model.
+
+    Every layer's module must compute the model's head outputs, and twice those if values have twice the weights.
+    """
+    if is_hooked_transformer(model):
+        return "HookedTransformer's copies of them; use LCC_LENS_HOOKS=bridge"
+    n_heads, d_head = int(model.cfg.n_heads), int(model.cfg.d_head)
+    once: list[Tensor] = []
+    twice: list[Tensor] = []
+
+    def compute(part: Part, layer: int, call: Call) -> None:
+        if part == "attn":
+            plain = PlainModule.of(model, layer, part)
+            doubled = {}
+            for name, parameter in plain.parameters.items():
+                value, axis = parameter.value, parameter.row_axis
+                rows = head_rows(name, value.shape[axis], n_heads, d_head)[2].flatten().to(value.device)
+                if len(rows):
+                    doubled[name] = value.index_copy(axis, rows, 2 * value.index_select(axis, rows))
+            once.append(plain.before_output(call, call.hidden))
+            twice.append(plain.before_output(call, call.hidden, doubled))
+
+    expected: list[Tensor] = []
+    with watched_inputs(model, compute):
+        layers = range(int(model.cfg.n_layers))
+        run_without_logits(model, check_tokens(model), readers(z_name, layers, lambda _, z: expected.append(z.clone())))
+    is_same = len(once) == len(expected) and all(
+        is_close(found.reshape(z.shape), factor * z, OTHER_KERNELS, model.cfg.dtype)
+        for factor, runs in ((1, once), (2, twice))
+        for found, z in zip(runs, expected, strict=True)
+    )
+    return None if is_same else "one whose queries, keys and values are not told apart"
+
+
+@tried_once(on_failure=False)
+def can_swap_mlp(model: HookedModel) -> bool:
+    """Whether every layer's MLP is one module whose post-activation it computes; tried once per model."""
+    found: list[Tensor] = []
+    expected: list[Tensor] = []
+
+    def compute(part: Part, layer: int, call: Call) -> None:
+        if part == "mlp":
+            found.append(PlainModule.of(model, layer, part).before_output(call, call.hidden))
+
+    if not has_mlp_site(model):
+        return False
+    n_layers = int(model.cfg.n_layers)
+    with watched_inputs(model, compute):
+        hooks = readers(mlp_name, range(n_layers), lambda _, post: expected.append(post.clone()))
+        run_without_logits(model, check_tokens(model), hooks)
+    return len(found) == n_layers and all(
+        is_close(h.reshape(post.shape), post, OTHER_KERNELS, model.cfg.dtype)
+        for h, post in zip(found, expected, strict=True)
+    )

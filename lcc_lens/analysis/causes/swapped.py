@@ -1,0 +1,168 @@
+"""Run one layer's attention or MLP by the model's own module, with chosen inputs and another model's weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal, cast
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from lcc_lens.models.architecture.anatomy import ATTENTION_OUTPUTS, MLP_OUTPUTS
+from lcc_lens.models.architecture.layers import is_transposed
+from lcc_lens.models.hooked.fused_attention import can_fuse
+from lcc_lens.models.hooked.hooks import HookedModel
+
+Part = Literal["attn", "mlp"]
+_OUTPUTS: Mapping[Part, frozenset[str]] = {
+    "attn": frozenset(name.rpartition(".")[2] for name in ATTENTION_OUTPUTS),
+    "mlp": frozenset(name.rpartition(".")[2] for name in MLP_OUTPUTS),
+}
+_CACHES = ("past_key_values", "past_key_value", "layer_past")
+
+
+class _Stop(Exception):
+    """Carries a module's input out of a forward pass that needs to go no further."""
+
+    def __init__(self, value: Tensor) -> None:
+        self.value = value
+
+
+@dataclass(frozen=True)
+class Call:
+    """How a model calls a layer's attention or MLP: masks and positions, and the input."""
+
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+
+    @property
+    def hidden(self) -> Float[Tensor, "batch pos d_model"]:
+        """The input: the output of the norm before, where there is one."""
+        return cast("Tensor", self.args[0] if self.args else self.kwargs["hidden_states"])
+
+    def on(self, hidden: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The same call with another input, and without a cache of earlier keys and values."""
+        kwargs = {name: value for name, value in self.kwargs.items() if name not in _CACHES}
+        if "use_cache" in kwargs:
+            kwargs["use_cache"] = False
+        return ((hidden, *self.args[1:]), kwargs) if self.args else ((), {**kwargs, "hidden_states": hidden})
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A weight or bias where its module reads it."""
+
+    owner: nn.Module
+    attribute: str
+
+    @property
+    def value(self) -> Tensor:
+        """The tensor that the module computes with."""
+        return cast("Tensor", getattr(self.owner, self.attribute)).detach()
+
+    @property
+    def row_axis(self) -> int:
+        """The axis of outputs: 1 in the weight of a transposed linear layer."""
+        return 1 if self.attribute == "weight" and is_transposed(self.owner) else 0
+
+
+@dataclass(frozen=True)
+class PlainModule:
+    """A layer's attention or MLP as transformers computes it, and the linear layer at its end."""
+
+    module: nn.Module
+    output: nn.Module
+    parameters: Mapping[str, Parameter]
+    """Without those of the output."""
+
+    @classmethod
+    def of(cls, model: HookedModel, layer: int, part: Part) -> PlainModule:
+        """The module of a layer; an ``AttributeError`` or ``KeyError`` if there is none of its own."""
+        module = getattr(cast("Any", model).blocks[layer], part).original_component
+        children = dict(module.named_children())
+        output = next(children[name] for name in children if name in _OUTPUTS[part])
+        at_end = {id(inner) for inner in output.modules()}
+        parameters = {
+            f"{path}.{name}".replace("_original_component.", "").lstrip("."): Parameter(owner, name)
+            for path, owner in module.named_modules()
+            if id(owner) not in at_end
+            for name in _tensor_names(owner)
+        }
+        return cls(module, output, parameters)
+
+    def values(self) -> dict[str, Tensor]:
+        """The parameters' tensors."""
+        return {name: parameter.value for name, parameter in self.parameters.items()}
+
+    def output_values(self) -> dict[str, Tensor]:
+        """Weight ``[out, in]`` and bias of the linear layer at the end."""
+        output = getattr(self.output, "original_component", self.output)
+        weight = cast("Tensor", output.weight).detach()
+        bias = getattr(output, "bias", None)
+        values = {"weight": weight.T if is_transposed(output) else weight}
+        return values if bias is None else {**values, "bias": bias.detach()}
+
+    def before_output(self, call: Call, hidden: Tensor, weights: Mapping[str, Tensor] | None = None) -> Tensor:
+        """What the linear layer at the end reads: head outputs, or the MLP's post-activation.
+
+        Args:
+            call: how the model calls the module.
+            hidden: the module's input.
+            weights: by the names of ``parameters``, what the module computes with instead of its own.
+        """
+        args, kwargs = call.on(hidden)
+
+        def stop(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            raise _Stop(inputs[0])
+
+        handle = self.output.register_forward_pre_hook(stop)
+        try:
+            with shadowed({self.parameters[name]: value for name, value in (weights or {}).items()}):
+                self.module.forward(*args, **kwargs)
+        except _Stop as stopped:
+            return stopped.value
+        finally:
+            handle.remove()
+        raise RuntimeError("the module does not call its output layer")
+
+
+@contextmanager
+def watched_inputs(model: HookedModel, visit: Callable[[Part, int, Call], None]) -> Iterator[None]:
+    """Call ``visit(part, layer, call)`` before every layer's attention and MLP inside the block."""
+    can_fuse(model)  # tried by passes of its own, before they are watched
+    with ExitStack() as stack:
+        for layer, block in enumerate(cast("Any", model).blocks):
+            for part in ("attn", "mlp"):
+                if (module := block._modules.get(part)) is not None:
+                    hook = partial(_visit, visit, part, layer)
+                    stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+        yield
+
+
+def _visit(visit: Callable[..., None], part: Part, layer: int, module: nn.Module, args: Any, kwargs: Any) -> None:
+    visit(part, layer, Call(args, kwargs))
+
+
+@contextmanager
+def shadowed(values: Mapping[Parameter, Tensor]) -> Iterator[None]:
+    """Let modules compute with other tensors than their parameters inside the block."""
+    before = {at: at.owner.__dict__.get(at.attribute) for at in values}
+    for at, value in values.items():
+        at.owner.__dict__[at.attribute] = value  # an instance's attribute comes before a parameter of the same name
+    try:
+        yield
+    finally:
+        for at, old in before.items():
+            if old is None:
+                del at.owner.__dict__[at.attribute]
+            else:
+                at.owner.__dict__[at.attribute] = old
+
+
+def _tensor_names(module: nn.Module) -> list[str]:
+    """A module's parameters, also those that are temporarily replaced."""
+    replaced = [name for name in ("weight", "bias") if isinstance(module.__dict__.get(name), Tensor)]
+    return [*(name for name, value in module._parameters.items() if value is not None), *replaced]
