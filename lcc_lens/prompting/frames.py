@@ -15,8 +15,8 @@ _TEMPLATES = tuple(
         r"(?P<before>.*<\|start_header_id\|>user<\|end_header_id\|>\n\n)(?P<core>.*?)(?P<after><\|eot_id\|>.*)",
         # Llama 2, with or without a system turn
         r"(?P<before>.*\[INST\](?: <<SYS>>.*?<</SYS>>)?\s*)(?P<core>.*?)(?P<after>\s*\[/INST\].*)",
-        # Alpaca's, with or without an input
-        r"(?P<before>.*### Instruction:\n)(?P<core>.*?)(?P<after>\n\n### Response:\n.*)",
+        # Alpaca's; an input stays after the instruction
+        r"(?P<before>.*### Instruction:\n)(?P<core>.*?)(?P<after>\n\n### (?:Input|Response):\n.*)",
         # tasks of lm-eval; a passage stays before the question
         r"(?P<before>(?:.*\n)?Question: )(?P<core>[^\n]*)(?P<after>\nAnswer:.*)",
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, NamedTuple
 
 import torch
@@ -109,20 +110,38 @@ def patching_effects(
     chosen = everything if heads is None else check_heads(heads, pair.n_layers, pair.n_heads)
     effects = _empty(len(sequences), pair, chosen, divergence)
     alive = [head for head in chosen if head.head not in pair.head_map.removed[head.layer]]
-    grouped = batches(sequences, max_tokens=batch_tokens)
-    steps = [step for batch in grouped for step in _plan(batch, alive, batch_tokens)]
     may_start = can_start_at_layers(pair.pruned)
+    prepare = partial(PatchedRuns.prepare, pair, positions=positions, may_start=may_start, divergence=divergence)
+    patch_heads(batches(sequences, max_tokens=batch_tokens), alive, prepare, effects, batch_tokens, on_done)
+    return effects
+
+
+def patch_heads(
+    grouped: Sequence[Batch],
+    heads: Sequence[Head],
+    prepare: Callable[[Batch], PatchedRuns],
+    effects: PatchingEffects,
+    batch_tokens: int,
+    on_done: Callable[[PatchingEffects], None] | None = None,
+) -> None:
+    """Patch every head in every batch and write the effects into ``effects``.
+
+    Args:
+        prepare: runs the models over a batch before its heads are patched.
+        batch_tokens: padded tokens per forward pass at most.
+        on_done: called after every batch.
+    """
+    steps = [step for batch in grouped for step in _plan(batch, heads, batch_tokens)]
     runs: PatchedRuns | None = None
     for step in track(steps, len(steps), "patch heads"):
         if runs is None or runs.batch is not step.batch:
             if runs is not None and on_done is not None:
                 on_done(effects)
             runs = None  # frees the last batch's activations before the next one's are computed
-            runs = PatchedRuns.prepare(pair, step.batch, positions, may_start=may_start, divergence=divergence)
+            runs = prepare(step.batch)
         _measure_step(runs, step, effects)
     if on_done is not None:
         on_done(effects)
-    return effects
 
 
 class _Step(NamedTuple):

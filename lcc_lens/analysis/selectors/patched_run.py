@@ -51,19 +51,31 @@ class PatchedRuns:
         cls, pair: Pair, batch: Batch, positions: PatchedPositions, *, may_start: bool, divergence: bool
     ) -> PatchedRuns:
         """Run both models once over the batch."""
-        device = device_of(pair.pruned)
         z_dense, dense_logits = dense_run(pair, batch, with_logits=divergence)
+        return cls.over(pair.pruned, batch, z_dense, positions, may_start=may_start, dense_logits=dense_logits)
+
+    @classmethod
+    def over(
+        cls,
+        model: HookedModel,
+        batch: Batch,
+        z_source: list[Float[Tensor, "batch pos head d_head"]],
+        positions: PatchedPositions,
+        *,
+        may_start: bool,
+        dense_logits: Float[Tensor, "target d_vocab"] | None = None,
+    ) -> PatchedRuns:
+        """Run a model once over the batch, whose head outputs will be replaced by ``z_source``."""
+        device, resid = device_of(model), list[Tensor]()
         dense_logits = None if dense_logits is None else dense_logits.to(device)
-        resid: list[Tensor] = []
-        hooks = resid_readers(pair.n_layers, resid) if may_start else []
+        hooks = resid_readers(int(model.cfg.n_layers), resid) if may_start else []
         with torch.inference_mode():
-            narrow = logits_at(pair.pruned, batch.is_target().to(device))
-            logits = forward(pair.pruned, batch.tokens.to(device), [*hooks, *narrow])
+            narrow = logits_at(model, batch.is_target().to(device))
+            logits = forward(model, batch.tokens.to(device), [*hooks, *narrow])
             unpatched = measure(logits[0], batch, dense_logits)
         position = torch.arange(batch.tokens.shape[1])
         is_patched = (position >= batch.loss_from[:, None] - 1).to(device) if positions == "response" else None
-        z_dense = [z.to(device) for z in z_dense]
-        return cls(pair.pruned, batch, z_dense, resid, is_patched, dense_logits, unpatched)
+        return cls(model, batch, [z.to(device) for z in z_source], resid, is_patched, dense_logits, unpatched)
 
     def run(self, layer: int, example: Int[Tensor, " row"], head: Int[Tensor, " row"]) -> Outcome:
         """The pruned model's outcome on each row's example with the dense output of that row's head.

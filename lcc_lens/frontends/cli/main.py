@@ -28,7 +28,7 @@ from lcc_lens.frontends.cli.exporting import Export
 from lcc_lens.frontends.cli.figures import Figures
 from lcc_lens.frontends.cli.measuring import Eval, Report
 from lcc_lens.frontends.cli.options import device_map_of, option
-from lcc_lens.frontends.cli.prompting import MeritsOf
+from lcc_lens.frontends.cli.prompting import MeritsOf, Prompts
 from lcc_lens.frontends.cli.pruning import Prune, Refit
 from lcc_lens.frontends.cli.recipes import Recipe
 from lcc_lens.frontends.cli.restoring import Restore
@@ -37,7 +37,7 @@ from lcc_lens.frontends.cli.scanning import ScanPair
 COMMANDS: dict[str, Any] = {
     "prune": Prune, "refit": Refit, "scan": ScanPair, "restore": Restore, "compare": Compare,
     "recipe": Recipe, "export": Export, "eval": Eval, "report": Report, "figures": Figures,
-    "explore": Explore, "merits": MeritsOf, "doctor": Doctor, "demo": Demo,
+    "explore": Explore, "merits": MeritsOf, "prompts": Prompts, "doctor": Doctor, "demo": Demo,
 }  # fmt: skip
 
 #: Commands that several processes may run together.

@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import tyro
 
-from lcc_lens.core.ranges import Count, Seed
-from lcc_lens.frontends.cli.options import Maybe, Tabled
+from lcc_lens.core.ranges import Count, Length, Seed
+from lcc_lens.frontends.cli.options import DenseModel, Maybe, Memory, PrunedModel, RunPath, Switch, Tabled
 from lcc_lens.frontends.cli.show import console, show_table
+
+if TYPE_CHECKING:
+    from lcc_lens.models.pair import Pair
+    from lcc_lens.prompting.study import PromptStudy
+
+_VARIANTS = (
+    "How prompts are written, beside raw, which is always measured: clear, precise, concise-cot or merits (all three), "
+    "verbose, filler (the length of a merit) or filler-long (of verbose), degraded, soft (trained embeddings before "
+    "the raw prompt)."
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +57,139 @@ class MeritsOf(Tabled):
             if found.reasons:
                 console().print(f"lowered by  {found.reasons}", soft_wrap=True)
         self.write(lambda: table)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptData:
+    """What is measured."""
+
+    data: Maybe[str] = None
+    """Instructions or questions (alpaca if not given, or arc_easy where it cannot be had)."""
+    examples: Count = 96
+    """Examples per seed."""
+    seeds: Count = 3
+    """How many draws of examples; finished ones are kept."""
+    max_length: Maybe[Length] = None
+    """Tokens of prompt and response at most (512, or the models' context where that is shorter)."""
+    response_tokens: Count = 128
+    """The first tokens of a response that count."""
+    soft_examples: Count = 240
+    """Training examples of the soft prompt."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadReactions:
+    """Which heads react."""
+
+    heads: Switch = False
+    """Also patch every head of the pruned model from the run on each variant into the run on the raw prompt."""
+    head_examples: Count = 16
+    """Examples per seed that heads are patched on."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompts(Tabled):
+    """See how a dense, a pruned and a restored model react to their prompts."""
+
+    example: ClassVar[str] = "smollm2 out/wanda50 runs/mine --restored runs/mine --data alpaca"
+
+    dense: DenseModel
+    """The dense model."""
+    pruned: PrunedModel
+    """The model pruned from it."""
+    run: RunPath
+    """The run directory to write."""
+    restored: Maybe[str] = None
+    """A restoration of the pruned model: its run directory, or a model."""
+    variants: Annotated[tuple[str, ...], tyro.conf.arg(help=_VARIANTS, metavar="VARIANT [VARIANT ...]")] = (
+        "raw", "clear", "precise", "concise-cot", "merits", "verbose", "filler", "filler-long", "degraded",
+    )  # fmt: skip
+    data: PromptData = PromptData()
+    reactions: HeadReactions = HeadReactions()
+    memory: Memory = field(default_factory=Memory)
+
+    def execute(self) -> None:
+        from lcc_lens.core.outputs.places import writing_run
+        from lcc_lens.data.checks import check_data, or_mix
+        from lcc_lens.models.pair import load_pair
+        from lcc_lens.prompting.study import joined_studies
+        from lcc_lens.prompting.variants import RAW, check_variants
+
+        check_variants(self.variants)
+        variants = tuple(dict.fromkeys((RAW, *self.variants)))
+        name = self.data.data or or_mix("alpaca", instead="arc_easy")[0]
+        check_data([name])
+        with writing_run(self.run):
+            pair = load_pair(self.dense, self.pruned, one_at_a_time=self.memory.one_at_a_time)
+            study = joined_studies([self._study(pair, name, variants, seed) for seed in range(self.data.seeds)])
+            study.save(self.run)
+        show_study(study)
+        console().print(f"study {self.run}", soft_wrap=True)
+        self.write(study.table)
+
+    def _study(self, pair: Pair, name: str, variants: Sequence[str], seed: int) -> PromptStudy:
+        """The study of one draw: read if the folder has it, measured and saved if not."""
+        from lcc_lens.data.datasets import load_data
+        from lcc_lens.prompting.measuring import prompt_study
+        from lcc_lens.prompting.study import PromptStudy
+        from lcc_lens.prompting.variants import RAW, SOFT, prompt_variants
+
+        data = load_data(name, self.data.examples, role="held-out", seed=seed)
+        file = self.run / f"prompts_{seed}.safetensors"
+        written = [v for v in variants if v not in (RAW, SOFT)] if self.reactions.heads else []
+        if file.exists():
+            kept = PromptStudy.load(file)
+            if kept.record.answers(pair, data, variants, self.restored, self.data.response_tokens) and (
+                set(written) <= set(kept.reactions)
+            ):
+                return kept
+        study = prompt_study(
+            pair, prompt_variants(data, variants), self.restored, heads=written,
+            soft_prompt=self._soft(pair, name, seed) if SOFT in variants else None,
+            head_examples=self.reactions.head_examples, max_length=self.data.max_length,
+            response_tokens=self.data.response_tokens,
+        )  # fmt: skip
+        study.save(file)
+        return study
+
+    def _soft(self, pair: Pair, name: str, seed: int) -> Any:
+        from lcc_lens.data.datasets import load_data
+        from lcc_lens.prompting.soft_prompt import fit_soft_prompt
+
+        data = load_data(name, self.data.soft_examples, role="train", seed=seed)
+        return fit_soft_prompt(pair, data, max_length=self.data.max_length, seed=seed)
+
+
+def show_study(study: PromptStudy) -> None:
+    """Print gains by variant and model, how they differ, and how sensitive each model is to its prompt."""
+    restored = "restored" in study.models
+    table, shown = study.table(), ["variant", "words"]
+    columns = [*shown, *(f"loss {m}" for m in study.models), *(f"gain {m}" for m in study.models), "pruned - dense"]
+    if restored:
+        table = table.merge(study.interaction(), on="variant")
+        columns.append("interaction")
+    rows = []
+    for row in table.to_dict("records"):
+        cells = [row["variant"], f"{row['words']:.0f}", *(f"{row[f'loss_{m}']:.3f}" for m in study.models)]
+        cells += [f"{row[f'gain_{m}']:+.3f}" for m in study.models]
+        cells += [_with_interval(row, name) for name in ("pruned_minus_dense", *(["interaction"] if restored else []))]
+        rows.append(cells)
+    show_table(f"{len(study.record.groups)} responses of {study.record.data}, nats per token", columns, rows)
+    if len(study.variants) > 1:
+        sensitivity = study.sensitivity().to_dict("records")
+        show_table(
+            "sensitivity to the prompt (standard deviation over variants)", ["model", "nats per token", "over dense"],
+            [[r["model"], _with_interval(r, "sensitivity", ""), _with_interval(r, "over_dense")] for r in sensitivity],
+        )  # fmt: skip
+    for variant in study.reactions:
+        best = study.heads(variant).table().sort_values("value", key=abs, ascending=False).head(3)
+        heads = "   ".join(f"L{r.layer}H{r.head} {r.value:+.2g} ± {r.stderr:.1g}" for r in best.itertuples())
+        console().print(f"heads that react most to {variant}:  {heads}", soft_wrap=True)
+
+
+def _with_interval(row: dict[str, Any], name: str, sign: str = "+") -> str:
+    values = (f"{row[key]:{sign}.3f}" for key in (name, f"{name}_low", f"{name}_high"))
+    return "{} [{}, {}]".format(*values)
 
 
 def _cell(value: object, width: int = 48) -> str:

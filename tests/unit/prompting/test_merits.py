@@ -103,7 +103,7 @@ def test_refusals(dense_dir: Path) -> None:
         ("Below is.\n\n### Instruction:\nSay 1.\n\n### Response:\n", "Say 1."),
         (
             "Below is.\n\n### Instruction:\nSay 1.\n\n### Input:\nloudly\n\n### Response:\n",
-            "Say 1.\n\n### Input:\nloudly",
+            "Say 1.",
         ),
         ("A passage.\nQuestion: is it?\nAnswer:", "is it?"),
         (
