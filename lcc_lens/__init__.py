@@ -69,6 +69,9 @@ if TYPE_CHECKING:
     from lcc_lens.exporters.sidecar import load_restored as load_restored
     from lcc_lens.frontends.explorer.page import explore as explore
     from lcc_lens.frontends.pipeline import prune_and_restore as prune_and_restore
+    from lcc_lens.frontends.plotting.causes import plot_causes as plot_causes
+    from lcc_lens.frontends.plotting.causes import plot_head_types as plot_head_types
+    from lcc_lens.frontends.plotting.causes import plot_recovered as plot_recovered
     from lcc_lens.frontends.plotting.comparisons import plot_comparison as plot_comparison
     from lcc_lens.frontends.plotting.comparisons import plot_inference_cost as plot_inference_cost
     from lcc_lens.frontends.plotting.comparisons import plot_tasks as plot_tasks

@@ -57,6 +57,19 @@ class Causes(Shown):
         places = {"layer": [h.layer for h in heads], "head": [h.head for h in heads]}
         return pd.DataFrame({**places, **self.columns()})
 
+    def layer_table(self) -> pd.DataFrame:
+        """Tidy: one row per layer, site (``z`` or ``mlp``) and cause, with the mean fraction over its heads."""
+        import pandas as pd
+
+        rows = [
+            {"layer": layer, "site": site, "cause": cause, "fraction": float(value[layer].double().nanmean())}
+            for site, parts in (("z", self.heads), ("mlp", self.mlp))
+            if parts is not None
+            for cause, value in parts.by_cause().items()
+            for layer in range(len(value))
+        ]
+        return pd.DataFrame(rows)
+
     def mlp_table(self) -> pd.DataFrame:
         """One row per layer: the same columns for the MLP's output; empty if MLPs were not divided."""
         import pandas as pd

@@ -9,9 +9,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lcc_lens.analysis.scan.record import ScanRecord
+from lcc_lens.analysis.statistics import DifferenceStatistics
 from lcc_lens.core.heads import Head
 
 _N_MOST = 6
+
+#: Columns of both tables, in their order.
+COLUMNS = ("relative_loss", "cosine", "constant_share", "input_share")
 
 
 def scan_facts(
@@ -41,3 +45,12 @@ def scan_facts(
             "constant": f"{constant_share:.0%} of the squared difference, which constants could correct",
         }
     return facts
+
+
+def pooled(statistics: DifferenceStatistics, layer: int) -> dict[str, float]:
+    """The statistics of a layer with all its heads taken together."""
+    mean = statistics.mean_difference[layer].flatten()[None, None]
+    names = ("squared_dense", "squared_pruned", "squared_difference", "dot", "mse_stderr")
+    sums = (getattr(statistics, name)[layer].sum()[None, None] for name in names)
+    whole = DifferenceStatistics(statistics.n_samples, mean, *sums)
+    return {name: float(getattr(whole, name)) for name in COLUMNS}

@@ -12,9 +12,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lcc_lens.analysis.causes.causes import Causes
+from lcc_lens.analysis.causes.recovered import Recovered
 from lcc_lens.analysis.components import LostComponents
 from lcc_lens.analysis.head_scores import HeadScores
-from lcc_lens.analysis.scan.overview import scan_facts
+from lcc_lens.analysis.scan.overview import COLUMNS, pooled, scan_facts
 from lcc_lens.analysis.scan.record import ScanParts, ScanRecord
 from lcc_lens.analysis.scan.token_differences import TokenLoss
 from lcc_lens.analysis.selectors.mse import score_mse
@@ -108,6 +109,23 @@ class Scan(Shown):
         total = float(energy.sum())
         return float(constant.sum()) / total if total > 0 else 0.0
 
+    def against(self, restored: Scan) -> Recovered:
+        """What is left of each head's squared difference in a restored model, by cause.
+
+        Args:
+            restored: the same scan with the restored model second: an exported one, or, for a restoration under hooks,
+                ``with restoration.applied_to(pair.pruned): restored = scan(pair, data, causes=True)``.
+
+        Raises:
+            RequestError: the scans are not of the same dense model, heads, tokens and positions.
+        """
+        keys = ("dense_sha256", "data", "positions", "n_examples", "n_samples", "max_length", "dense_heads")
+        for key in keys:
+            own, other = (getattr(scan.record, key) for scan in (self, restored))
+            if own != other:
+                raise RequestError(f"expected two scans of the same {key}, got {own} and {other}; scan alike")
+        return Recovered.of(self.heads, restored.heads, (self.causes, restored.causes))
+
     @property
     def head_map(self) -> HeadMap:
         """The dense model's head for every head, and the heads that pruning removed whole."""
@@ -189,7 +207,7 @@ class Scan(Shown):
             "head": [head.head for head in heads],
             "dense_head": [mapping.dense_heads[head.layer][head.head] for head in heads],
             "is_removed": [head.head in mapping.removed[head.layer] for head in heads],
-            **{name: getattr(self.heads, name).flatten().tolist() for name in _COLUMNS},
+            **{name: getattr(self.heads, name).flatten().tolist() for name in COLUMNS},
             "effective_rank": self.components.effective_rank.flatten().tolist(),
             "first_direction_share": self.components.explained_share()[..., 0].flatten().tolist(),
         }
@@ -207,7 +225,7 @@ class Scan(Shown):
         rows = []
         for site, statistics in {"z": self.heads, **self.others}.items():
             for layer in range(self.relative_loss.shape[0]):
-                rows.append({"layer": layer, "site": site, **_pooled(statistics, layer)})
+                rows.append({"layer": layer, "site": site, **pooled(statistics, layer)})
         return pd.DataFrame(rows)
 
     def save(self, run: str | Path) -> None:
@@ -266,19 +284,6 @@ class Scan(Shown):
         groups["causes"] = {} if self.causes is None else self.causes.tensors()
         groups["tokens"] = {str(i): token.loss for i, token in enumerate(self.tokens)}
         return {f"{group}.{name}": t.contiguous() for group, tensors in groups.items() for name, t in tensors.items()}
-
-
-#: Columns of both tables, in their order.
-_COLUMNS = ("relative_loss", "cosine", "constant_share", "input_share")
-
-
-def _pooled(statistics: DifferenceStatistics, layer: int) -> dict[str, float]:
-    """The statistics of a layer with all its heads taken together."""
-    mean = statistics.mean_difference[layer].flatten()[None, None]
-    names = ("squared_dense", "squared_pruned", "squared_difference", "dot", "mse_stderr")
-    sums = (getattr(statistics, name)[layer].sum()[None, None] for name in names)
-    whole = DifferenceStatistics(statistics.n_samples, mean, *sums)
-    return {name: float(getattr(whole, name)) for name in _COLUMNS}
 
 
 def _statistics(tensors: Mapping[str, Tensor], site: str, n_samples: int) -> DifferenceStatistics:

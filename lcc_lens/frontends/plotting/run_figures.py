@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
+from lcc_lens.analysis.head_types.result import HEAD_TYPES_FILE, HeadTypes
 from lcc_lens.analysis.lens.saved import load_lens
 from lcc_lens.analysis.scan.result import SCAN_RECORD, Scan
 from lcc_lens.core.errors import LensError, RequestError
@@ -15,6 +16,7 @@ from lcc_lens.core.reading import read_json, read_json_lines, reading
 from lcc_lens.core.showing import Shown
 from lcc_lens.evaluation.comparison.compare import COMPARISON
 from lcc_lens.evaluation.comparison.results_file import read_comparison
+from lcc_lens.frontends.plotting.causes import plot_causes, plot_head_types
 from lcc_lens.frontends.plotting.comparisons import plot_comparison, plot_inference_cost, plot_tasks
 from lcc_lens.frontends.plotting.components import plot_logit_gain, plot_promoted_tokens, plot_spectra
 from lcc_lens.frontends.plotting.head_maps import plot_loss_map, plot_selectors
@@ -191,6 +193,10 @@ _FIGURES: dict[str, Callable[[Path], go.Figure]] = {
     "loss_map": _loss_map,
     "selectors": lambda run: plot_selectors(_scan(run)),
     "spectra": _spectra,
+    "causes": lambda run: plot_causes(_scan(run)),
+    "head_types": lambda run: plot_head_types(
+        HeadTypes.load(_existing(run / HEAD_TYPES_FILE, "HeadTypes.save").parent)
+    ),
     "logit_gain": _gain,
     "promoted_tokens": _tokens,
     "training": _training,

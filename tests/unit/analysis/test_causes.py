@@ -17,9 +17,13 @@ from lcc_lens.analysis.causes.causes import HEAD_CAUSES, MLP_CAUSES, causes_refu
 from lcc_lens.analysis.causes.shapley import COMBINATIONS, shapley_parts
 from lcc_lens.analysis.scan.scan import Scan, scan
 from lcc_lens.core.errors import RequestError
+from lcc_lens.core.heads import Head
 from lcc_lens.data.datasets import encode, load_data
+from lcc_lens.exporters.huggingface import export
 from lcc_lens.models.pair import Pair, load_pair
 from lcc_lens.pruning.jobs import prune
+from lcc_lens.restoration.injections.constants import MeanShift
+from lcc_lens.restoration.restore import restore
 
 #: Causes of attention beside the input, in the order of combinations.
 _OWN = {"pattern": ("q_proj", "k_proj"), "value": ("v_proj",)}
@@ -283,3 +287,47 @@ def test_values_that_are_not_told_apart_are_found_out(dense_dir: Path, monkeypat
 def test_one_model_at_a_time_is_refused(dense_dir: Path, pruned_dir: Path) -> None:
     alone = load_pair(dense_dir, pruned_dir, one_at_a_time=True)
     assert "both models in memory" in (causes_refusal(alone) or "")
+
+
+def test_a_restoration_leaves_own_parts_and_its_own_constant(pair: Pair, question_file: Path, divided: Scan) -> None:
+    data, heads = load_data(str(question_file), n=9), [Head(0, 1), Head(0, 3)]
+    shift = MeanShift(divided.components, heads)
+    with shift.applied_to(pair.pruned):
+        restored = scan(pair, data, causes=True, selectors=(), display=0)
+    left = divided.against(restored)
+    assert left.before is not None
+    assert left.after is not None
+    remaining = restored.heads.squared_difference / divided.heads.squared_difference
+    assert torch.allclose(left.remaining, remaining, rtol=1e-4)
+    assert torch.allclose(torch.stack(list(left.before.values())).sum(0), torch.ones(3, 5), atol=1e-5)
+    assert torch.allclose(torch.stack(list(left.after.values())).sum(0), remaining, atol=1e-4)
+    for head in heads:  # the constant hides what its own weights lost, which stays as it was
+        assert float(left.remaining[head]) == pytest.approx(1 - float(divided.constant_share[head]), abs=1e-4)
+        assert float(left.after["pattern"][head]) == pytest.approx(float(left.before["pattern"][head]), abs=1e-4)
+        assert float(left.after["constant"][head]) == pytest.approx(-float(divided.constant_share[head]), abs=1e-4)
+    assert float(left.after["constant"][1:].abs().max()) < 1e-4
+    assert float((left.after["inherited"][1:] - left.before["inherited"][1:]).abs().max()) > 1e-3
+    assert len(left.table()) == 15
+    assert "remaining" in repr(left)
+
+
+def test_an_exported_restoration_is_scanned_like_a_pruned_model(
+    dense_dir: Path, pruned_dir: Path, pair: Pair, question_file: Path, divided: Scan, tmp_path: Path
+) -> None:
+    data, heads = load_data(str(question_file), n=9), [Head(0, 1), Head(0, 3)]
+    restoration = restore(pair, divided, heads, data, method="mean-shift")
+    export(restoration, pruned_dir, tmp_path / "out")
+    restored = scan(load_pair(dense_dir, tmp_path / "out"), data, causes=True, selectors=(), display=0)
+    left = divided.against(restored)
+    assert left.after is not None
+    assert torch.allclose(left.remaining[0], torch.ones(5), atol=1e-4)  # the bias acts behind the head
+    assert float(left.after["constant"].abs().max()) < 1e-4
+    with restoration.applied_to(pair.pruned):
+        hooked = scan(pair, data, causes=True, selectors=(), display=0)
+    assert torch.allclose(left.remaining[1:], divided.against(hooked).remaining[1:], atol=1e-4)
+
+
+def test_scans_of_other_data_are_not_compared(pair: Pair, found: Scan, question_file: Path, divided: Scan) -> None:
+    with pytest.raises(RequestError, match="expected two scans of the same n_examples"):
+        divided.against(found)
+    assert divided.against(scan(pair, load_data(str(question_file), n=9), selectors=(), display=0)).before is None

@@ -13,15 +13,18 @@ import plotly.graph_objects as go
 import pytest
 import torch
 from support.places import ROOT
+from support.tiny import PARAGRAPHS
 
+from lcc_lens.analysis.head_types.head_types import head_types
 from lcc_lens.analysis.lens.gain import LogitGain
 from lcc_lens.analysis.lens.prompt import compare_prompt
 from lcc_lens.analysis.lens.saved import load_lens, save_lens
 from lcc_lens.analysis.lens.tokens import PromotedTokens, TokenScore
-from lcc_lens.analysis.scan.scan import Scan
+from lcc_lens.analysis.scan.scan import Scan, scan
 from lcc_lens.core.errors import LensError, RequestError
 from lcc_lens.core.heads import Head
 from lcc_lens.frontends.cli.show import show_drawn
+from lcc_lens.frontends.plotting.causes import plot_causes, plot_head_types, plot_recovered
 from lcc_lens.frontends.plotting.comparisons import plot_comparison, plot_inference_cost, plot_tasks
 from lcc_lens.frontends.plotting.components import plot_logit_gain, plot_promoted_tokens, plot_spectra
 from lcc_lens.frontends.plotting.head_maps import plot_loss_map, plot_selectors
@@ -279,13 +282,15 @@ def test_run_draws_what_it_has_and_names_what_makes_the_rest(found: Scan, tmp_pa
 
 
 def test_run_with_everything_lacks_nothing_but_variation(
-    found: Scan, tmp_path: Path, comparison: dict[str, Any], gain: LogitGain, promoted: PromotedTokens
+    pair, found: Scan, tmp_path: Path, comparison: dict[str, Any], gain: LogitGain, promoted: PromotedTokens
 ) -> None:
     from lcc_lens.core.files import write_json
     from lcc_lens.restoration.record import RestorationRecord
     from lcc_lens.restoration.result import Restoration
 
-    found.save(tmp_path)
+    divided = scan(pair, PARAGRAPHS[:4], causes=True, selectors=(), display=0)
+    dataclasses.replace(found, causes=divided.causes).save(tmp_path)
+    head_types(pair, n_sequences=2, length=6).save(tmp_path)
     losses = {"dense": 1.0, "pruned": 2.0}
     record = RestorationRecord("d", "p", "", "", "lcc", "alpaca", 7, 4, losses=losses)
     Restoration(record, (Head(0, 1),), *(found.mean_difference[0, :1].clone() for _ in range(3))).save(tmp_path)
@@ -301,6 +306,34 @@ def test_run_with_everything_lacks_nothing_but_variation(
     few = {**comparison, "settings": {**comparison["settings"], "heads": 0.1}}
     write_json(tmp_path / "few" / "comparison.json", few)
     assert list(run_figures(tmp_path)[0]["recovery_by_heads"].data[0].y) == pytest.approx([19.5, 19.5])
+
+
+def test_causes_are_stacked_to_the_whole_difference(pair, found: Scan) -> None:
+    divided = scan(pair, PARAGRAPHS[:4], causes=True, selectors=(), display=0)
+    figure = plot_causes(divided)
+    heads = [trace for trace in figure.data if trace.xaxis == "x"]
+    assert [trace.name for trace in heads] == ["inherited", "own pattern", "own values"]
+    assert [sum(values) for values in zip(*(trace.y for trace in heads), strict=True)] == pytest.approx(
+        [100] * 3, abs=0.01
+    )
+    assert heads[0].y[0] == 0
+    assert len(figure.data) == 6
+    left = plot_recovered(divided.against(divided))
+    assert [trace.y for trace in left.data[:3]] == [trace.y for trace in left.data[3:]]
+    assert "100.0 % remain" in text_of(left)
+    with pytest.raises(RequestError, match="expected a scan with causes, got one without"):
+        plot_causes(found)
+    with pytest.raises(RequestError, match="expected two scans with causes"):
+        plot_recovered(found.against(found))
+
+
+def test_head_types_show_what_is_left_of_the_strongest(pair) -> None:
+    types = head_types(pair, n_sequences=2, length=6)
+    figure = plot_head_types(types, ["induction", "sink"], n=3)
+    assert [trace.name for trace in figure.data] == ["pruned", "dense"] * 2
+    strongest = types.strongest("induction", 3)
+    assert list(figure.data[1].x)[::-1] == pytest.approx(strongest["induction_dense"].tolist(), rel=1e-4)
+    assert list(figure.data[1].y)[-1] == f"L{strongest['layer'][0]}H{strongest['head'][0]}"
 
 
 def test_drawn_and_lacking_are_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,135 @@
+"""Figures of why heads lost: causes per layer, head types in every model, and what a restoration leaves."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import plotly.graph_objects as go
+from plotly.subplots import make_subplots
+
+from lcc_lens.analysis.causes.recovered import Recovered
+from lcc_lens.analysis.head_types.result import PATTERN_TYPES, HeadTypes
+from lcc_lens.analysis.scan.result import Scan
+from lcc_lens.core.errors import RequestError
+from lcc_lens.frontends.plotting.labels import pair_label
+from lcc_lens.frontends.plotting.theme import COLORS, PAGE, SERIES, rounded, styled
+
+_GREY = "#9a9a9a"
+#: Name and colour of every cause; the MLP's second and third take those of the head's.
+_CAUSES = {
+    "inherited": ("inherited", _GREY),
+    "pattern": ("own pattern", SERIES[1][0]),
+    "gate_up": ("own gate and up", SERIES[1][0]),
+    "value": ("own values", SERIES[2][0]),
+    "down": ("own down projection", SERIES[2][0]),
+    "constant": ("its own constant", COLORS["restored"]),
+}
+_KIND_WORDS = {"previous": "previous token", "duplicate": "duplicate token", "sink": "first token"}
+
+
+def plot_causes(scan: Scan) -> go.Figure:
+    """Causes of the difference per layer, as stacked fractions: of the heads, and of the MLP's output.
+
+    Args:
+        scan: a scan with causes.
+
+    Raises:
+        RequestError: the scan has no causes.
+    """
+    if scan.causes is None:
+        raise RequestError("expected a scan with causes, got one without; scan again with --causes")
+    table, record = scan.causes.layer_table(), scan.record
+    sites = list(dict.fromkeys(table["site"]))
+    words = {"z": "head outputs", "mlp": "MLP outputs"}
+    figure = make_subplots(1, len(sites), shared_yaxes=True, subplot_titles=[words[site] for site in sites])
+    for column, site in enumerate(sites, start=1):
+        for cause, rows in table[table["site"] == site].groupby("cause", sort=False):
+            _stack(figure, str(cause), rows["layer"].tolist(), rows["fraction"].tolist(), column)
+    styled(
+        figure, f"Why the heads of {Path(record.dense).name} lost",
+        "Fractions of the squared difference, mean over a layer's heads. "
+        f"{pair_label(record.dense, record.pruned, record.sparsity, record.pattern)}. {Path(record.data).name}: "
+        f"{record.n_examples} sequences, {record.n_samples:,} samples, seed {record.seed}.",
+        width=PAGE, plot_height=260, above=66, legend=True,
+    )  # fmt: skip
+    return _stacked(figure, "squared difference (%)")
+
+
+def plot_recovered(recovered: Recovered) -> go.Figure:
+    """What a restoration leaves of the heads' squared difference per layer, by cause, beside what pruning did.
+
+    Args:
+        recovered: of ``scan.against(restored_scan)``.
+
+    Raises:
+        RequestError: a scan had no causes.
+    """
+    if recovered.before is None or recovered.after is None:
+        raise RequestError("expected two scans with causes, got one without; scan again with --causes")
+    figure = make_subplots(1, 2, shared_yaxes=True, subplot_titles=["pruned", "restored"])
+    layers = list(range(len(recovered.remaining)))
+    for column, parts in enumerate((recovered.before, recovered.after), start=1):
+        for cause, value in parts.items():
+            if bool((value.abs() > 1e-6).any()):
+                _stack(figure, cause, layers, value.double().nanmean(1).tolist(), column)
+    styled(
+        figure, "What a restoration leaves of each head's difference, by cause",
+        "Fractions of the pruned heads' squared difference, mean over a layer's heads: "
+        f"{100 * float(recovered.remaining.double().nanmean()):.1f} % remain.",
+        width=PAGE, plot_height=260, above=66, legend=True,
+    )  # fmt: skip
+    return _stacked(figure, "squared difference before (%)")
+
+
+def plot_head_types(types: HeadTypes, kinds: Sequence[str] = PATTERN_TYPES, n: int = 10) -> go.Figure:
+    """The dense model's strongest heads of each type, and what is left of them in the other models.
+
+    Args:
+        types: of :func:`~lcc_lens.analysis.head_types.head_types.head_types`.
+        kinds: such as ``induction``; see :class:`HeadTypes`.
+        n: heads per type.
+
+    Raises:
+        RequestError: an unknown type.
+    """
+    titles = [_KIND_WORDS.get(kind, kind) for kind in kinds]
+    figure = make_subplots(1, len(kinds), subplot_titles=titles, horizontal_spacing=0.12)
+    for column, kind in enumerate(kinds, start=1):
+        table = types.strongest(kind, n).iloc[::-1]
+        names = [f"L{layer}H{head}" for layer, head in zip(table["layer"], table["head"], strict=True)]
+        for model in reversed(types.record.models):
+            figure.add_bar(
+                x=[rounded(value) for value in table[f"{kind}_{model}"]], y=names, name=model, orientation="h",
+                marker={"color": COLORS[model]}, legendgroup=model, showlegend=column == 1,
+                hovertemplate="%{y}: %{x:.3f}", row=1, col=column,
+            )  # fmt: skip
+    record = types.record
+    styled(
+        figure, "Head types, and what is left of the strongest",
+        f"Share of attention at the type's places, {record.n_sequences} sequences of {record.length} random tokens, "
+        f"each repeated, seed {record.seed}.",
+        width=PAGE, plot_height=max(180, 26 * n), above=50, legend=True,
+    )  # fmt: skip
+    figure.update_layout(barmode="group", legend={"traceorder": "reversed", "y": 1.08})
+    figure.update_annotations(font_size=12)
+    figure.update_xaxes(title="score", rangemode="tozero")
+    figure.update_yaxes(showgrid=False)
+    return figure
+
+
+def _stack(figure: go.Figure, cause: str, layers: list[int], fractions: list[float], column: int) -> None:
+    name, color = _CAUSES[cause]
+    figure.add_bar(
+        x=layers, y=[rounded(100 * value) for value in fractions], name=name, marker={"color": color},
+        hovertemplate=f"layer %{{x}}<br>{name}: %{{y:.1f}} %<extra></extra>", row=1, col=column,
+        legendgroup=name, showlegend=all(trace.name != name for trace in figure.data),
+    )  # fmt: skip
+
+
+def _stacked(figure: go.Figure, title: str) -> go.Figure:
+    figure.update_layout(barmode="relative", bargap=0.1, legend={"y": 1.12})
+    figure.update_annotations(font_size=12)
+    figure.update_xaxes(title="layer")
+    figure.update_yaxes(title=title, col=1)
+    return figure
