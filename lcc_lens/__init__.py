@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING, Any
 
 # The public names, each written once: type checkers read this block, and `_public_names` reads it at run time.
 if TYPE_CHECKING:
+    from lcc_lens.analysis.causes.upstream import Upstream as Upstream
+    from lcc_lens.analysis.causes.upstream import trace_upstream as trace_upstream
     from lcc_lens.analysis.components import LostComponents as LostComponents
     from lcc_lens.analysis.components import components_from_moments as components_from_moments
     from lcc_lens.analysis.components import extract_lost_components as extract_lost_components
@@ -72,6 +74,7 @@ if TYPE_CHECKING:
     from lcc_lens.frontends.plotting.causes import plot_causes as plot_causes
     from lcc_lens.frontends.plotting.causes import plot_head_types as plot_head_types
     from lcc_lens.frontends.plotting.causes import plot_recovered as plot_recovered
+    from lcc_lens.frontends.plotting.causes import plot_upstream as plot_upstream
     from lcc_lens.frontends.plotting.comparisons import plot_comparison as plot_comparison
     from lcc_lens.frontends.plotting.comparisons import plot_inference_cost as plot_inference_cost
     from lcc_lens.frontends.plotting.comparisons import plot_tasks as plot_tasks

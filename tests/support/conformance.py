@@ -22,7 +22,7 @@ from support.places import ROOT
 from support.tiny import PARAGRAPHS, QUESTIONS, save_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from lcc_lens.analysis.scan.scan import scan
+from lcc_lens.analysis.scan.scan import Scan, scan
 from lcc_lens.core.checkpoint import Checkpoint
 from lcc_lens.core.errors import LensError
 from lcc_lens.core.files import write_json, write_text
@@ -121,7 +121,8 @@ class Conformance:
     """What came of a family.
 
     ``pruning`` and ``hooks`` are ``yes`` or the reason why not; ``export`` the way in which constants are stored, or
-    None with the reason in ``refused``; ``slicing`` whether heads and neurons can be cut out.
+    None with the reason in ``refused``; ``slicing`` whether heads and neurons can be cut out; ``causes`` whose
+    differences are divided by cause: ``heads, MLPs``, ``heads``, or None.
     """
 
     model_type: str
@@ -131,6 +132,7 @@ class Conformance:
     fused_attention: bool
     export: str | None
     refused: str | None
+    causes: str | None
 
 
 def conform(family: str, folder: Path) -> Conformance:
@@ -146,12 +148,12 @@ def conform(family: str, folder: Path) -> Conformance:
         pair = load_pair(dense, pruned)
     except LensError as error:
         return Conformance(
-            kind, reason_of(error).replace(f"{folder}/", ""), pruning, slicing, False, None, "not tried: no hooks"
+            kind, reason_of(error).replace(f"{folder}/", ""), pruning, slicing, False, None, "not tried: no hooks", None
         )
     with fused_attention(pair.pruned) as is_fused:
         pass
     data = load_data(str(questions))
-    found = scan(pair, data, selectors=())
+    found = scan(pair, data, selectors=(), causes=True)
     assert ("mlp" in pair.sites) == (family not in MIXTURES)  # several experts have no one post-activation
     way, refused = None, outcome(lambda: find_slots(Checkpoint(pruned), pair.output_projections))
     restoration = restore(pair, found, HEADS, data, method="mean-shift", exportable=refused == "yes")
@@ -166,7 +168,18 @@ def conform(family: str, folder: Path) -> Conformance:
     else:
         with pytest.raises(LensError, match="load_restored"):
             export(restoration, pruned, folder / "out")
-    return Conformance(kind, "yes", pruning, slicing, bool(is_fused), way, None if way else refused)
+    causes = divided(found)
+    return Conformance(kind, "yes", pruning, slicing, bool(is_fused), way, None if way else refused, causes)
+
+
+def divided(found: Scan) -> str | None:
+    """Whose differences were divided by cause: parts sum to the difference, and the first layer inherits nothing."""
+    if found.causes is None:
+        return None
+    heads, difference = found.causes.heads, found.mean_difference
+    assert float((heads.mean.sum(2) - difference).abs().max()) < 1e-5 * max(1.0, float(difference.abs().max()))
+    assert float(heads.fraction[0, :, 0].abs().max()) < 1e-6
+    return "heads" if found.causes.mlp is None else "heads, MLPs"
 
 
 def prune_family(family: str, dense: Path, pruned: Path, text: Path) -> str:
@@ -236,9 +249,11 @@ the table works if the same checks pass, and `lcc-lens doctor MODEL` says which 
 - **slimgpt**: heads and neurons can be removed one by one
 - **fused**: the model's own attention kernels run under the hooks
 - **constants**: what holds them in an export
+- **causes**: whose differences `scan --causes` divides: those of a mixture's experts, and of MLPs that are no module of
+  their own, are not
 
-| family | hooks | prune | slimgpt | fused | constants |
-|---|---|---|---|---|---|
+| family | hooks | prune | slimgpt | fused | constants | causes |
+|---|---|---|---|---|---|---|
 """
 
 
@@ -258,6 +273,7 @@ def document(results: dict[str, dict[str, object]]) -> str:
         cells = [name, cell(found["hooks"]), cell(found["pruning"]), cell(found["slicing"]), fused]
         sidecar = ": the sidecar" if found["hooks"] == "yes" else ""
         cells.append(found["export"] or cell(found["refused"]) + sidecar)
+        cells.append(found["causes"] or "none")
         lines.append(f"| {' | '.join(cells)} |")
     numbered = [f"{number}. {note}" for number, note in enumerate(notes, 1)]
     return HEADER.format(**results["versions"]) + "\n".join([*lines, "", "What was refused:", "", *numbered, ""])

@@ -9,11 +9,12 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from lcc_lens.analysis.causes.recovered import Recovered
+from lcc_lens.analysis.causes.upstream import Upstream
 from lcc_lens.analysis.head_types.result import PATTERN_TYPES, HeadTypes
 from lcc_lens.analysis.scan.result import Scan
 from lcc_lens.core.errors import RequestError
 from lcc_lens.frontends.plotting.labels import pair_label
-from lcc_lens.frontends.plotting.theme import COLORS, PAGE, SERIES, rounded, styled
+from lcc_lens.frontends.plotting.theme import COLORS, COLUMN, PAGE, SERIES, rounded, styled
 
 _GREY = "#9a9a9a"
 #: Name and colour of every cause; the MLP's second and third take those of the head's.
@@ -115,6 +116,45 @@ def plot_head_types(types: HeadTypes, kinds: Sequence[str] = PATTERN_TYPES, n: i
     figure.update_annotations(font_size=12)
     figure.update_xaxes(title="score", rangemode="tozero")
     figure.update_yaxes(showgrid=False)
+    return figure
+
+
+def plot_upstream(upstream: Upstream, n: int = 10) -> go.Figure:
+    """The writers that a head inherits its difference from, as a graph: layers from left to right, lines to the head.
+
+    Thick lines are large effects; orange ones make the head's difference, blue ones work against it.
+
+    Args:
+        upstream: of :func:`~lcc_lens.analysis.causes.upstream.trace_upstream`.
+        n: the strongest writers.
+    """
+    table, target = upstream.table().head(n), upstream.head
+    largest = max(float(table["direct"].abs().max()), 1e-9)
+    heights = [(row + 1) / (len(table) + 1) for row in range(len(table))]
+    figure = go.Figure()
+    for y, row in zip(heights, table.sort_values("layer").to_dict("records"), strict=True):
+        color = COLORS["pruned"] if row["direct"] > 0 else COLORS["dense"]
+        figure.add_scatter(
+            x=[row["layer"], target.layer], y=[y, 0.5], mode="lines", hoverinfo="skip",
+            line={"color": color, "width": rounded(0.5 + 6 * abs(row["direct"]) / largest)},
+        )  # fmt: skip
+        exact = "" if row["exact"] != row["exact"] else f", patched {100 * row['exact']:.1f} %"
+        figure.add_scatter(
+            x=[row["layer"]], y=[y], mode="markers+text", text=[row["writer"]], textposition="top center",
+            marker={"color": color, "size": 9},
+            hovertemplate=f"{row['writer']}: {100 * row['direct']:.1f} %{exact}<extra></extra>",
+        )  # fmt: skip
+    figure.add_scatter(
+        x=[target.layer], y=[0.5], mode="markers+text", text=[str(target)], textposition="middle right",
+        marker={"color": _GREY, "size": 13}, hoverinfo="skip",
+    )  # fmt: skip
+    styled(
+        figure, f"Who wrote what {target} inherits",
+        f"Direct effects of the {len(table)} strongest of {len(upstream.writers)} writers on the head's inherited part.",
+        width=COLUMN, plot_height=260, legend=False,
+    )  # fmt: skip
+    figure.update_xaxes(title="layer", range=[-1.8, target.layer + 1.8], showgrid=False)
+    figure.update_yaxes(visible=False, range=[0, 1.1])
     return figure
 
 

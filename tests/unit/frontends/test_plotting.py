@@ -15,6 +15,7 @@ import torch
 from support.places import ROOT
 from support.tiny import PARAGRAPHS
 
+from lcc_lens.analysis.causes.upstream import trace_upstream
 from lcc_lens.analysis.head_types.head_types import head_types
 from lcc_lens.analysis.lens.gain import LogitGain
 from lcc_lens.analysis.lens.prompt import compare_prompt
@@ -24,7 +25,7 @@ from lcc_lens.analysis.scan.scan import Scan, scan
 from lcc_lens.core.errors import LensError, RequestError
 from lcc_lens.core.heads import Head
 from lcc_lens.frontends.cli.show import show_drawn
-from lcc_lens.frontends.plotting.causes import plot_causes, plot_head_types, plot_recovered
+from lcc_lens.frontends.plotting.causes import plot_causes, plot_head_types, plot_recovered, plot_upstream
 from lcc_lens.frontends.plotting.comparisons import plot_comparison, plot_inference_cost, plot_tasks
 from lcc_lens.frontends.plotting.components import plot_logit_gain, plot_promoted_tokens, plot_spectra
 from lcc_lens.frontends.plotting.head_maps import plot_loss_map, plot_selectors
@@ -334,6 +335,16 @@ def test_head_types_show_what_is_left_of_the_strongest(pair) -> None:
     strongest = types.strongest("induction", 3)
     assert list(figure.data[1].x)[::-1] == pytest.approx(strongest["induction_dense"].tolist(), rel=1e-4)
     assert list(figure.data[1].y)[-1] == f"L{strongest['layer'][0]}H{strongest['head'][0]}"
+
+
+def test_upstream_is_a_graph_of_the_strongest_writers(pair) -> None:
+    upstream = trace_upstream(pair, (1, 2), PARAGRAPHS[:2], exact=2)
+    figure = plot_upstream(upstream, n=3)
+    nodes = [trace.text[0] for trace in figure.data if trace.mode == "markers+text"]
+    assert nodes[-1] == "L1H2"
+    assert set(nodes[:-1]) == set(upstream.table()["writer"][:3])
+    widths = [trace.line.width for trace in figure.data if trace.mode == "lines"]
+    assert max(widths) == pytest.approx(6.5)
 
 
 def test_drawn_and_lacking_are_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
