@@ -150,7 +150,7 @@ def plot_upstream(upstream: Upstream, n: int = 10) -> go.Figure:
     )  # fmt: skip
     styled(
         figure, f"Who wrote what {target} inherits",
-        f"Direct effects of the {len(table)} strongest of {len(upstream.writers)} writers on the head's inherited part.",
+        f"Direct effects of the {len(table)} strongest of {len(upstream.writers)} writers on what the head inherited.",
         width=COLUMN, plot_height=260, legend=False,
     )  # fmt: skip
     figure.update_xaxes(title="layer", range=[-1.8, target.layer + 1.8], showgrid=False)
