@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from lcc_lens.analysis.components import components_from_moments as components_from_moments
     from lcc_lens.analysis.components import extract_lost_components as extract_lost_components
     from lcc_lens.analysis.head_scores import HeadScores as HeadScores
+    from lcc_lens.analysis.head_types.circuit_task import CircuitTask as CircuitTask
+    from lcc_lens.analysis.head_types.circuit_task import circuit_task as circuit_task
     from lcc_lens.analysis.head_types.head_types import head_types as head_types
     from lcc_lens.analysis.head_types.result import HeadTypes as HeadTypes
     from lcc_lens.analysis.lens.answers import answer_streams as answer_streams

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lcc_lens.analysis.head_types.patterns import NamedModel
 from lcc_lens.core.errors import RequestError
-from lcc_lens.data.batches import TokenSequence, batches
+from lcc_lens.data.batches import TokenSequence, batches, special_prefix
 from lcc_lens.models.hooked.forward import forward
 from lcc_lens.models.hooked.hooks import logits_at
 from lcc_lens.models.hooked.losses import token_nll
@@ -27,7 +27,7 @@ def repeated_tokens(pair: Pair, n_sequences: int, length: int, seed: int) -> tup
     Returns:
         The sequences, and the number of tokens before the random ones.
     """
-    before = pair.tokenizer("")["input_ids"]
+    before = special_prefix(pair.tokenizer)
     n_tokens = len(before) + 2 * length
     if n_tokens > pair.context:
         raise RequestError(
