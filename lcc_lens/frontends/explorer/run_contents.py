@@ -1,4 +1,4 @@
-"""Reads a run folder: scan, restoration, metrics and log, checked against each other."""
+"""Reads a run folder: scan, restoration, metrics, log and head types, checked against each other."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from lcc_lens.analysis.head_types.result import HEAD_TYPES_FILE, HeadTypes
 from lcc_lens.analysis.scan.scan import SCAN_RECORD, SCAN_TENSORS, Scan
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.files import sha256_file
@@ -52,6 +53,7 @@ class RunContents:
     losses: Mapping[str, float]
     sequences: int | None
     steps: tuple[DrawnStep, ...]
+    types: HeadTypes | None = None
 
     @classmethod
     def read(cls, path: str | Path) -> RunContents:
@@ -71,7 +73,8 @@ class RunContents:
         scan = Scan.load(path) if has_scan else None
         restoration = Restoration.load(path) if has_restoration else None
         metrics = read_record(path / RUN_METRICS, _Metrics, _AGAIN) if (path / RUN_METRICS).exists() else None
-        _check_weights(path, scan, restoration, metrics)
+        types = HeadTypes.load(path) if (path / HEAD_TYPES_FILE).exists() else None
+        _check_weights(path, scan, restoration, metrics, types)
         log = path / RUN_LOG
         return cls(
             path=path,
@@ -80,6 +83,7 @@ class RunContents:
             losses=dict(restoration.record.losses) if restoration else {},
             sequences=metrics.validation.sequences if metrics else None,
             steps=tuple(read_json_lines(log, DrawnStep, _AGAIN)) if restoration and log.exists() else (),
+            types=types,
         )
 
     @property
@@ -99,12 +103,19 @@ def source_hashes(run: Path) -> dict[str, str | None]:
     }
 
 
-def _check_weights(path: Path, scan: Scan | None, restoration: Restoration | None, metrics: _Metrics | None) -> None:
-    """Refuse a scan, a restoration and metrics of different models."""
+def _check_weights(
+    path: Path,
+    scan: Scan | None,
+    restoration: Restoration | None,
+    metrics: _Metrics | None,
+    types: HeadTypes | None,
+) -> None:
+    """Refuse a scan, a restoration, metrics and head types of different models."""
     hashes_of = {
         "scan": scan and (scan.record.dense_sha256, scan.record.pruned_sha256),
         "restoration": restoration and (restoration.record.dense_sha256, restoration.record.pruned_sha256),
         "metrics": metrics and (metrics.dense_sha256, metrics.pruned_sha256),
+        "table of head types": types and (types.record.dense_sha256, types.record.pruned_sha256),
     }
     present = {name: hashes for name, hashes in hashes_of.items() if hashes is not None}
     (first, expected), *others = present.items()

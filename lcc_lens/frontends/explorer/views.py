@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from lcc_lens.analysis.head_types.result import HeadTypes
 from lcc_lens.analysis.scan.scan import Scan
 from lcc_lens.core.heads import all_heads
 from lcc_lens.frontends.explorer.run_contents import RunContents
@@ -41,6 +43,15 @@ _CAUSES = {
 }
 
 
+#: Title and meaning of the scores of head types that are views.
+_TYPES = {
+    "induction": ("Induction", "Share of attention, on repeated random tokens, at the token after an earlier copy of "
+                  "the current one: high in induction heads."),
+    "total_variation": ("Pattern distance", "Total variation between this model's attention pattern and the dense "
+                        "model's, mean over tokens."),
+}  # fmt: skip
+
+
 @dataclass(frozen=True)
 class View:
     """One number per head, NaN where a head was removed; ``stderr`` is in the same unit.
@@ -68,6 +79,8 @@ def views(run: RunContents, texts: Sequence[TextReading] = ()) -> list[View]:
     if run.restoration is not None and run.restoration.heads:
         learned = _learned(run.scan, run.restoration)
         shown.append(replace(learned, value=present(run.scan, learned.value)))
+    if run.types is not None:
+        shown += [replace(view, value=present(run.scan, view.value)) for view in _types(run.types, run.path)]
     for place, text in enumerate(texts):
         if text.kind == "prompt":
             shown += [replace(v, value=present(run.scan, v.value)) for v in _on_prompt(place, text)]
@@ -119,6 +132,17 @@ def _causes(scan: Scan) -> Iterator[View]:
         yield View(f"cause-{cause}", title, "%", f"Share of the head's squared difference that {meaning}.",
                    100 * parts.fraction[..., place], 100 * parts.stderr[..., place], scan.record.n_examples,
                    f"100 * scan.causes.heads.by_cause()[{cause!r}]")  # fmt: skip
+
+
+def _types(types: HeadTypes, path: Path) -> Iterator[View]:
+    """Induction score in every model, and how far attention patterns are from the dense model's."""
+    for name, (title, meaning) in _TYPES.items():
+        for place, model in enumerate(types.record.models):
+            if name == "total_variation" and model == "dense":
+                continue
+            yield View(f"{name}-{model}", f"{title}, {model}", "%", meaning, 100 * types.value[name][place],
+                       100 * types.stderr[name][place], types.record.n_sequences,
+                       f"100 * lcc.HeadTypes.load({str(path)!r}).value[{name!r}][{place}]")  # fmt: skip
 
 
 def _learned(scan: Scan, restoration: Restoration) -> View:

@@ -13,12 +13,13 @@ import numpy as np
 import pytest
 import torch
 from support.made_runs import HEADS, HOSTILE, LOSSES, write_run
-from support.tiny import N_HEADS, N_LAYERS, build_model, save_model
+from support.tiny import N_HEADS, N_LAYERS, PARAGRAPHS, build_model, save_model
 
 import lcc_lens as lcc
+from lcc_lens.analysis.head_types.head_types import head_types
 from lcc_lens.analysis.lens.prompt import compare_prompt
 from lcc_lens.analysis.lens.tokens import promoted_tokens
-from lcc_lens.analysis.scan.scan import Scan
+from lcc_lens.analysis.scan.scan import Scan, scan
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.heads import Head
 from lcc_lens.frontends.explorer.page import _SCRIPTS, _STYLES, explore, render, script_json
@@ -141,6 +142,24 @@ def test_every_view_says_how_it_is_computed(run: Path, pair, found: Scan) -> Non
                 tuple(torch.tensor(list(zip(*restoration.heads, strict=True)))), value
             )
         torch.testing.assert_close(value.float(), view.value, equal_nan=True)
+
+
+def test_causes_types_and_pattern_distances_are_views(run: Path, pair, found: Scan) -> None:
+    divided = scan(pair, PARAGRAPHS[:4], causes=True, selectors=(), display=0)
+    dataclasses.replace(found, causes=divided.causes).save(run)
+    types = head_types(pair, n_sequences=2, length=6)
+    types.save(run)
+    shown = {view.key: view for view in views(RunContents.read(run))}
+    causes = [shown[f"cause-{cause}"] for cause in ("inherited", "pattern", "value")]
+    torch.testing.assert_close(sum(view.value for view in causes), torch.full((3, 5), 100.0), atol=0.01, rtol=0)
+    names = {"lcc": lcc, "scan": Scan.load(run)}
+    for key in ("cause-pattern", "induction-dense", "induction-pruned", "total_variation-pruned"):
+        torch.testing.assert_close(eval(shown[key].code, names), shown[key].value)
+    assert "total_variation-dense" not in shown
+    other = dataclasses.replace(types, record=dataclasses.replace(types.record, pruned_sha256="0" * 64))
+    other.save(run)
+    with pytest.raises(RequestError, match="got a scan and a table of head types of different weights"):
+        RunContents.read(run)
 
 
 @pytest.mark.parametrize(("heads", "n_tokens"), [(30 * 9, 60), (3 * 5, 64), (80 * 64, 13), (200 * 200, 12)])
