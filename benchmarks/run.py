@@ -31,7 +31,6 @@ from lcc_lens.core.files import write_json
 from lcc_lens.core.machine.memory import peak_memory, release_memory
 from lcc_lens.data.batches import Batch, batches
 from lcc_lens.data.datasets import encode, load_data
-from lcc_lens.evaluation.baselines.adapters import adapters
 from lcc_lens.evaluation.efficiency.timing import interleaved
 from lcc_lens.exporters.huggingface import export
 from lcc_lens.frontends.demo import passages
@@ -41,6 +40,7 @@ from lcc_lens.models.loading.plain import load_plain
 from lcc_lens.models.loading.references import resolve
 from lcc_lens.models.pair import Pair, load_pair
 from lcc_lens.pruning.jobs import prune
+from lcc_lens.restoration.injections.adapters import adapters
 from lcc_lens.restoration.injections.base import Injection
 from lcc_lens.restoration.injections.constants import LccInjection
 from lcc_lens.restoration.injections.ingredients import Ingredients

@@ -27,6 +27,7 @@ PAGES = {path: (ROOT / path).read_text() for path in ("README.md", "docs/guide.m
 SMALLER = {
     "prune": "--n-samples 8 --seq-len 64", "scan": "--examples 16 --selector-examples 8",
     "restore": "--examples 96 --scan-examples 16 --refit-samples 6 --items 8",
+    "prompts": "--examples 4 --seeds 1 --variants clear filler", "merits": "--examples 4",
     "refit": "--calibration c4 --n-samples 4 --seq-len 32",
     "compare": "--seeds 1 --examples 8 --responses 4 --blocks 2 --max-length 64 --speed-rounds 0 --limit 2",
     "eval": "--limit 2 --length 64", "report": "--no-latency", "figures": "--formats html",
@@ -131,7 +132,7 @@ def test_the_guide_runs_from_pruning_to_an_interactive_session(place: Path) -> N
 
 @pytest.mark.slow
 def test_the_commands_of_the_overview_run_in_their_order(place: Path) -> None:
-    elsewhere = {"recipe", "demo", "compare"}  # they have tests of their own, and take minutes
+    elsewhere = {"recipe", "demo", "compare", "rewrite"}  # they have tests of their own, and take minutes
     ran = run_commands("docs/cli.md", lambda command: command[0] not in elsewhere)
     measured = {"eval", "report", "doctor", "figures", "explore", "merits", "prompts"}
     assert measured | {"prune", "scan", "restore", "refit", "export"} == set(ran)

@@ -24,7 +24,7 @@ from lcc_lens.pruning.refit.refit import RefitConfig
 #: What a command needs before its options: models, a recipe or runs that are not there.
 POSITIONALS = {
     "prune": 2, "refit": 3, "scan": 3, "restore": 3, "compare": 3, "recipe": 1, "export": 2, "eval": 1, "report": 1,
-    "figures": 2, "explore": 1, "merits": 1, "prompts": 3, "doctor": 1, "demo": 0,
+    "figures": 2, "explore": 1, "merits": 1, "prompts": 3, "rewrite": 2, "rewrite-fit": 3, "doctor": 1, "demo": 0,
 }  # fmt: skip
 
 
@@ -176,7 +176,7 @@ SERVING = {
     "prune": [lcc.prune, PruneConfig], "refit": [lcc.refit, RefitConfig], "scan": [lcc.scan],
     "compare": [CompareConfig, lcc.compare],
     "restore": [lcc.TrainConfig, lcc.RestoreSettings, TaskMeasures], "recipe": [lcc.run_recipe], "eval": [lcc.evaluate],
-    "report": [lcc.report], "demo": [DemoConfig],
+    "report": [lcc.report], "rewrite-fit": [lcc.RewriterSettings], "demo": [DemoConfig],
 }  # fmt: skip
 
 

@@ -12,13 +12,13 @@ from torch import Tensor, nn
 
 from lcc_lens.core.errors import LensError, RequestError
 from lcc_lens.data.batches import TokenSequence, batches
-from lcc_lens.evaluation.baselines.adapters import AdapterInjection
 from lcc_lens.models.architecture.layers import linear_weight
 from lcc_lens.models.hooked.forward import run_without_logits
 from lcc_lens.models.hooked.hooks import HookedModel
 from lcc_lens.models.hooked.offloading import device_of
 from lcc_lens.models.hooked.weights import plain_model, weight_shape
 from lcc_lens.pruning.methods.moments import InputMoments
+from lcc_lens.restoration.injections.adapters import AdapterInjection
 from lcc_lens.restoration.injections.weights import layer_maps
 
 

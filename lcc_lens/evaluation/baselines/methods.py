@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.heads import Head
-from lcc_lens.evaluation.baselines.adapters import ADAPTERS, adapters
 from lcc_lens.evaluation.baselines.eora import eora
 from lcc_lens.evaluation.baselines.flap import flap
 from lcc_lens.evaluation.baselines.lofit import LOFIT_LR, lofit_heads
 from lcc_lens.models.hooked.sites import CONSTANT_SITES
+from lcc_lens.restoration.injections.adapters import ADAPTERS, adapters
 from lcc_lens.restoration.injections.base import Injection
 from lcc_lens.restoration.injections.ingredients import Ingredients
 from lcc_lens.restoration.injections.methods import HeadSearch, Method, Preset

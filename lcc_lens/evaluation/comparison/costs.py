@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from lcc_lens.core.checkpoint import Checkpoint
 from lcc_lens.core.errors import RequestError
-from lcc_lens.evaluation.baselines.adapters import ADAPTERS, adapted
 from lcc_lens.evaluation.comparison.entry import Entry
 from lcc_lens.evaluation.efficiency.timing import SpeedConfig, median_interval, median_ratio, time_models
 from lcc_lens.models.architecture.joint_bias_slots import find_joint_slots
@@ -21,6 +20,7 @@ from lcc_lens.models.hooked.hooks import HookedModel
 from lcc_lens.models.hooked.sites import ConstantSite, projection_names
 from lcc_lens.models.loading.plain import load_plain
 from lcc_lens.models.pair import Pair
+from lcc_lens.restoration.injections.adapters import ADAPTERS, adapted
 from lcc_lens.restoration.injections.base import Injection
 from lcc_lens.restoration.injections.weights import IN_LAYER, layer_maps
 

@@ -32,12 +32,14 @@ from lcc_lens.frontends.cli.prompting import MeritsOf, Prompts
 from lcc_lens.frontends.cli.pruning import Prune, Refit
 from lcc_lens.frontends.cli.recipes import Recipe
 from lcc_lens.frontends.cli.restoring import Restore
+from lcc_lens.frontends.cli.rewriting import FitRewriter, Rewrite
 from lcc_lens.frontends.cli.scanning import ScanPair
 
 COMMANDS: dict[str, Any] = {
     "prune": Prune, "refit": Refit, "scan": ScanPair, "restore": Restore, "compare": Compare,
     "recipe": Recipe, "export": Export, "eval": Eval, "report": Report, "figures": Figures,
-    "explore": Explore, "merits": MeritsOf, "prompts": Prompts, "doctor": Doctor, "demo": Demo,
+    "explore": Explore, "merits": MeritsOf, "prompts": Prompts, "rewrite": Rewrite, "rewrite-fit": FitRewriter,
+    "doctor": Doctor, "demo": Demo,
 }  # fmt: skip
 
 #: Commands that several processes may run together.
@@ -47,6 +49,8 @@ _DIVIDED = (ScanPair, Restore)
 def run(arguments: list[str] | None = None) -> int:
     """Parse and run one command; gives the exit code: 0 done, 1 failed, 2 cannot be served, 130 interrupted."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments[:2] == ["rewrite", "fit"]:  # a subcommand of two words
+        arguments = ["rewrite-fit", *arguments[2:]]
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):  # a locale without our signs (LC_ALL=C) shows their numbers
             stream.reconfigure(errors="backslashreplace")

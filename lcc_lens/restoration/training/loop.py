@@ -14,7 +14,7 @@ from lcc_lens.core.config import tokens_per_pass
 from lcc_lens.core.errors import InterruptedRun
 from lcc_lens.core.machine.interruption import Interruption
 from lcc_lens.core.machine.processes import is_first_process, n_processes, own_part, summed
-from lcc_lens.data.batches import TokenSequence, batches
+from lcc_lens.data.batches import TokenSequence
 from lcc_lens.models.hooked.hooks import HookedModel
 from lcc_lens.models.hooked.offloading import device_of
 from lcc_lens.restoration.injections.base import Injection
@@ -152,7 +152,7 @@ def optimise(
     total = 0.0
     with injection.attached(hooked_of(model)):
         max_tokens = state.config.micro_tokens or tokens_per_pass(device_of(hooked_of(model)))
-        for batch in batches(own_part(chosen), max_tokens=max_tokens):
+        for batch in objective.batches(own_part(chosen), max_tokens):
             loss = objective.loss(model, batch, counts, injection.hooks(), teacher)
             loss.backward()
             total += float(loss.detach())

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.registry import nearest
-from lcc_lens.data.batches import Batch, TokenSequence
+from lcc_lens.data.batches import Batch, TokenSequence, batches
 from lcc_lens.models.hooked.forward import forward
 from lcc_lens.models.hooked.hooks import HookedModel, logits_at, z_readers
 from lcc_lens.models.hooked.losses import token_kl_divergence, token_nll
@@ -137,6 +137,10 @@ class Objective:
         by_teacher = whole if self.prompts else response
         counts = {"response": response, "distillation": by_teacher, "heads": by_teacher, "lm": whole}
         return {name: counts[name] for name, weight in self.weights.items() if weight}
+
+    def batches(self, sequences: Sequence[TokenSequence], max_tokens: int) -> Sequence[Batch]:
+        """Group sequences into batches of at most ``max_tokens`` padded tokens."""
+        return batches(sequences, max_tokens=max_tokens)
 
     def loss(
         self,

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lcc_lens.core.config import tokens_per_pass
 from lcc_lens.core.machine.processes import own_part, summed
-from lcc_lens.data.batches import Batch, TokenSequence, batches
+from lcc_lens.data.batches import Batch, TokenSequence
 from lcc_lens.models.hooked.hooks import HookedModel
 from lcc_lens.models.hooked.offloading import device_of
 from lcc_lens.restoration.injections.base import Injection
@@ -53,7 +53,7 @@ def validation_terms(
     with torch.inference_mode(), (injection or Injection()).attached(hooked_of(model)):
         hooks = injection.hooks() if injection is not None else []
         max_tokens = micro_tokens or tokens_per_pass(device_of(hooked_of(model)))
-        for batch in batches(own_part(sequences), max_tokens=max_tokens):
+        for batch in objective.batches(own_part(sequences), max_tokens):
             for name, term in objective.terms(model, batch, hooks, teacher).items():
                 totals[name] += float(term)
     (whole,) = summed([torch.tensor(list(totals.values()), dtype=torch.float64)])

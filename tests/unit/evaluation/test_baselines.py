@@ -11,7 +11,6 @@ from support.tiny import build_model, save_model
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.heads import Head
 from lcc_lens.data.datasets import encode, load_data
-from lcc_lens.evaluation.baselines.adapters import adapters
 from lcc_lens.evaluation.baselines.eora import eora
 from lcc_lens.evaluation.baselines.flap import flap
 from lcc_lens.evaluation.baselines.lofit import lofit_heads
@@ -21,6 +20,7 @@ from lcc_lens.models.hooked.sites import projection_names
 from lcc_lens.models.hooked.weights import plain_modules
 from lcc_lens.models.pair import load_pair
 from lcc_lens.pruning.jobs import prune
+from lcc_lens.restoration.injections.adapters import adapters
 from lcc_lens.restoration.injections.base import Composite
 from lcc_lens.restoration.injections.ingredients import Ingredients
 from lcc_lens.restoration.injections.spec import MethodSpec

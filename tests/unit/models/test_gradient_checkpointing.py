@@ -15,9 +15,9 @@ from support.tiny import N_LAYERS, save_model
 from lcc_lens.core.heads import Head
 from lcc_lens.data.batches import TokenSequence, pad
 from lcc_lens.data.datasets import encode, load_data
-from lcc_lens.evaluation.baselines.adapters import adapters
 from lcc_lens.models.hooked.hooks import kept_hooks
 from lcc_lens.models.loading.hooked import load_hooked
+from lcc_lens.restoration.injections.adapters import adapters
 from lcc_lens.restoration.injections.constants import LccInjection
 from lcc_lens.restoration.injections.ingredients import Ingredients
 from lcc_lens.restoration.injections.spec import MethodSpec

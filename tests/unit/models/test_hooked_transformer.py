@@ -17,7 +17,6 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from lcc_lens.analysis.scan.scan import Scan, scan
 from lcc_lens.core.errors import LensError, RequestError
 from lcc_lens.data.datasets import encode, load_data
-from lcc_lens.evaluation.baselines.adapters import adapters
 from lcc_lens.evaluation.baselines.eora import eora
 from lcc_lens.evaluation.baselines.flap import flap
 from lcc_lens.exporters.huggingface import export
@@ -27,6 +26,7 @@ from lcc_lens.models.hooked.fused_attention import can_fuse
 from lcc_lens.models.hooked.hooked_transformer import checkpoint_of, is_hooked_transformer, make_hooked_transformer
 from lcc_lens.models.loading.hooked import load_hooked, load_tokenizer
 from lcc_lens.models.pair import Pair, load_pair
+from lcc_lens.restoration.injections.adapters import adapters
 from lcc_lens.restoration.restore import restore
 from lcc_lens.restoration.training.config import TrainConfig
 

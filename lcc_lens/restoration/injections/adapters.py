@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any, Literal
+from contextlib import contextmanager, nullcontext
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
 from lcc_lens.core.errors import RequestError
+from lcc_lens.core.fingerprint import fingerprint
 from lcc_lens.models.architecture.layers import is_transposed, linear_weight
 from lcc_lens.models.hooked.hooks import HookedModel
 from lcc_lens.models.hooked.weights import plain_model
@@ -39,11 +40,14 @@ class AdapterInjection(Injection):
         layers: adapter layers by the path of the module in the plain model that they replace.
         names: those modules' plain names.
         default_lr: the learning rate if none is given.
+        dropout: of the adapters' inputs, in training alone. The parameters seed it, so a resumed run draws the same.
     """
 
-    def __init__(self, layers: Mapping[str, nn.Module], names: Sequence[str], *, default_lr: float = 3e-3) -> None:
+    def __init__(
+        self, layers: Mapping[str, nn.Module], names: Sequence[str], *, default_lr: float = 3e-3, dropout: float = 0.0
+    ) -> None:
         super().__init__()
-        self.default_lr = default_lr
+        self.default_lr, self.dropout = default_lr, dropout
         self._paths, self._names = tuple(layers), tuple(names)
         self.members = nn.ModuleList(layers.values())
 
@@ -64,10 +68,24 @@ class AdapterInjection(Injection):
         try:
             for path, layer in zip(self._paths, self.members, strict=True):
                 _put(original, path, layer)
-            yield model
+            with self._drawing() if self.dropout else nullcontext():
+                yield model
         finally:
             for path, module in plain.items():
                 _put(original, path, module)
+
+    @contextmanager
+    def _drawing(self) -> Iterator[None]:
+        """Draw dropout inside the block if gradients are computed, from a seed that the parameters decide."""
+        trains = torch.is_grad_enabled()
+        for layer in self.members:
+            cast("Any", layer).lora_dropout.train(trains)
+        if not trains:
+            yield
+            return
+        with torch.random.fork_rng():
+            torch.manual_seed(int(fingerprint([p for p in self.parameters() if p.requires_grad])[:15], 16))
+            yield
 
     def merged_weights(self) -> dict[str, Callable[[Tensor], Tensor]]:
         """By name of a linear layer, a function that merges the adapter into its weight ``[out, in]``."""
@@ -82,6 +100,8 @@ def adapters(
     *,
     kind: AdapterKind = "lora",
     rank: int = 8,
+    alpha: int | None = None,
+    dropout: float = 0.0,
     targets: Sequence[str] = ATTENTION,
     seed: int = 0,
 ) -> AdapterInjection:
@@ -89,7 +109,8 @@ def adapters(
 
     Args:
         kind: ``lora`` (arXiv 2106.09685) or ``dora`` (arXiv 2402.09353).
-        rank: of the adapters; alpha is twice the rank.
+        rank: of the adapters; ``alpha``: divided by the rank it scales them (twice the rank if not given).
+        dropout: of their inputs, in training.
         targets: last parts of the linear layers' names.
     """
     original = plain_model(model)
@@ -104,7 +125,7 @@ def adapters(
     if kind == "dora":
         _refuse_zero_rows({names[path]: module for path, module in plain.items()})
     trained = [parameter for parameter in original.parameters() if parameter.requires_grad]
-    adapted(original, paths, kind=kind, rank=rank, seed=seed)
+    adapted(original, paths, kind=kind, rank=rank, alpha=alpha, dropout=dropout, seed=seed)
     layers = {path: original.get_submodule(path) for path in paths}
     for path, module in plain.items():
         _put(original, path, module)
@@ -115,7 +136,7 @@ def adapters(
         for parameter in layer.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
-    return AdapterInjection(layers, list(names.values()))
+    return AdapterInjection(layers, list(names.values()), dropout=dropout)
 
 
 def _refuse_zero_rows(layers: Mapping[str, nn.Module]) -> None:
@@ -126,13 +147,25 @@ def _refuse_zero_rows(layers: Mapping[str, nn.Module]) -> None:
             raise RequestError(f"expected no row of zeros for DoRA, got {n_zero} in {name}; restore by LoRA instead")
 
 
-def adapted(model: nn.Module, paths: Sequence[str], *, kind: AdapterKind, rank: int, seed: int) -> None:
-    """Let peft add adapters to a plain model's linear layers, in place; alpha is twice the rank."""
+def adapted(
+    model: nn.Module,
+    paths: Sequence[str],
+    *,
+    kind: AdapterKind,
+    rank: int,
+    alpha: int | None = None,
+    dropout: float = 0.0,
+    seed: int,
+) -> None:
+    """Let peft add adapters to a plain model's linear layers, in place (see :func:`adapters`)."""
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError as error:
         raise RequestError("expected peft for LoRA and DoRA, got none; install lcc-lens[baselines]") from error
-    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=list(paths), use_dora=kind == "dora", bias="none")
+    config = LoraConfig(
+        r=rank, lora_alpha=alpha or 2 * rank, lora_dropout=dropout, target_modules=list(paths), use_dora=kind == "dora",
+        bias="none",
+    )  # fmt: skip
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         inject_adapter_in_model(config, model)

@@ -1,0 +1,196 @@
+"""The subcommands rewrite fit and rewrite."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+
+import tyro
+
+from lcc_lens.core.errors import RequestError
+from lcc_lens.core.ranges import Count
+from lcc_lens.frontends.cli.options import Common, DenseModel, Maybe, PrunedModel, RunPath, Switch, Tabled
+from lcc_lens.frontends.cli.show import console, show_facts, show_table
+from lcc_lens.prompting.settings import RewriterOptions, RewriterSettings
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from lcc_lens.models.loading.hooked import LoadedModel
+    from lcc_lens.models.pair import Pair
+    from lcc_lens.prompting.preferences import Preferences
+    from lcc_lens.prompting.rewriter import Rewriter, Rewrites
+
+#: The folder in a run that holds the rewriter, its checkpoint and its preferences.
+_FOLDER, _PREFERENCES = "rewriter", "preferences.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreferenceData:
+    """What is preferred."""
+
+    data: Maybe[str] = None
+    """Training instructions or questions (alpaca if not given, or arc_easy where it cannot be had)."""
+    examples: Count = 240
+    """Training examples."""
+    candidates: Count = 6
+    """Versions of every prompt: half by rule, the others by the dense model."""
+    version_tokens: Count = 64
+    """Tokens of a version at most."""
+    preferences: Maybe[Path] = None
+    """A JSON file of preferences, such as MePO's, in place of measured ones."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitRewriter(Common):
+    """Train an adapter to rewrite prompts as a pruned model needs them, by direct preference optimisation."""
+
+    example: ClassVar[str] = "smollm2 out/wanda50 runs/mine --target pruned --candidates 6 --steps 200 --lr 1e-4"
+
+    dense: DenseModel
+    """The dense model, which rewrites."""
+    pruned: PrunedModel
+    """The model pruned from it."""
+    run: RunPath
+    """The run directory; the rewriter goes into its folder rewriter."""
+    target: Literal["pruned", "dense"] = "pruned"
+    """The model whose likelihood of the response decides between versions."""
+    resume: Switch = False
+    """Go on with the preferences and the checkpoint in the folder."""
+    data: PreferenceData = PreferenceData()
+    training: RewriterOptions = field(default_factory=lambda: RewriterOptions(steps=200))
+
+    def execute(self) -> None:
+        from lcc_lens.models.pair import load_pair
+        from lcc_lens.prompting.fitting import fit_rewriter
+        from lcc_lens.restoration.training.state import CHECKPOINT
+
+        folder = self.run / _FOLDER
+        has_checkpoint, has_pairs = ((folder / name).exists() for name in (CHECKPOINT, _PREFERENCES))
+        if self.resume and not has_pairs:
+            raise RequestError(f"expected preferences to go on with in {folder}, got none; start without --resume")
+        ready = self._ready(folder if self.resume else None)
+        pair = load_pair(self.dense, self.pruned)
+        preferences = ready or self._measured(pair, folder)
+        show_facts("preferences", preferences)
+        rewriter = fit_rewriter(
+            pair, preferences, settings=RewriterSettings(**asdict(self.training)), target=self.target, run=folder,
+            resume=self.resume and has_checkpoint,
+        )  # fmt: skip
+        show_facts("rewriter", rewriter)
+        console().print(f"rewriter {folder}", soft_wrap=True)
+
+    def _ready(self, folder: Path | None) -> Preferences | None:
+        """Preferences that are there already: those of the resumed run, or of the file that was named."""
+        from lcc_lens.data.checks import check_data
+        from lcc_lens.prompting.preferences import Preferences
+
+        if folder is not None:
+            return Preferences.load(folder / _PREFERENCES)
+        if self.data.preferences is None:
+            check_data([self._data_name()])
+            return None
+        return Preferences.load(self.data.preferences)
+
+    def _data_name(self) -> str:
+        from lcc_lens.data.checks import or_mix
+
+        return self.data.data or or_mix("alpaca", instead="arc_easy")[0]
+
+    def _measured(self, pair: Pair, folder: Path) -> Preferences:
+        """Write candidates for training prompts and rank them; the pairs are kept for resuming."""
+        from lcc_lens.core.outputs.places import writing_run
+        from lcc_lens.data.datasets import load_data
+        from lcc_lens.prompting.preferences import preference_pairs
+        from lcc_lens.prompting.writing import candidate_prompts
+
+        data = load_data(self._data_name(), self.data.examples, role="train", seed=self.training.seed)
+        with writing_run(folder):
+            candidates = candidate_prompts(
+                pair, data, self.data.candidates, max_new_tokens=self.data.version_tokens, seed=self.training.seed
+            )  # fmt: skip
+            preferences = preference_pairs(pair, data, candidates, target=self.target)
+            preferences.save(folder / _PREFERENCES)
+        return preferences
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rewrite(Tabled):
+    """Rewrite prompts, rank the versions, and say whether one is surely better than the raw prompt."""
+
+    example: ClassVar[str] = 'runs/mine "name some rivers"'
+
+    run: RunPath
+    """A run with a rewriter (rewrite fit), or with a scan: the dense model then rewrites without an adapter."""
+    prompt: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="PROMPT|FILE")]
+    """The prompt, or a .txt or .jsonl file of prompts."""
+    n: Count = 6
+    """Versions to ask the rewriter for."""
+    rewriter: Maybe[str] = None
+    """Another model that writes, such as MePO's published optimiser, in place of the run's."""
+    max_new_tokens: Count = 64
+    """Tokens of a version at most."""
+
+    def execute(self) -> None:
+        from lcc_lens.models.loading.hooked import load_hooked
+        from lcc_lens.models.pair import load_pair
+        from lcc_lens.prompting.rewriter import REWRITER, Rewriter
+        from lcc_lens.prompting.tables import read_prompts
+
+        folder, file = self.run / _FOLDER, Path(self.prompt)
+        prompts = [self.prompt]
+        if file.suffix in (".txt", ".jsonl"):
+            prompts = [text for text, _ in read_prompts(self.prompt)]
+        fitted = Rewriter.load(folder) if (folder / REWRITER).exists() else None
+        pair = load_pair(*self._models(fitted))
+        other = None if self.rewriter is None else load_hooked(self.rewriter)
+        tables = []
+        for prompt in prompts:
+            rewrites = self._rewritten(pair, prompt, fitted, other)
+            show_rewrites(rewrites)
+            tables.append(rewrites.table().assign(raw=prompt))
+        self.write(lambda: _joined(tables))
+
+    def _models(self, fitted: Rewriter | None) -> tuple[str, str]:
+        from lcc_lens.analysis.scan.scan import Scan, has_scan
+
+        if fitted is not None:
+            return fitted.record.model, fitted.record.pruned
+        if not has_scan(self.run):
+            raise RequestError(f"expected a rewriter or a scan in {self.run}, got neither; fit one first")
+        record = Scan.load(self.run).record
+        return record.dense, record.pruned
+
+    def _rewritten(self, pair: Pair, prompt: str, fitted: Rewriter | None, other: LoadedModel | None) -> Rewrites:
+        from lcc_lens.prompting.rewriter import rewrite_prompt, written_by
+
+        if other is None and fitted is not None:
+            return fitted.rewrite(prompt, pair, n=self.n, max_new_tokens=self.max_new_tokens)
+        source, model = (pair, pair.dense) if other is None else (other, other.model)
+        written = written_by(
+            model, source.tokenizer, source.context, prompt, self.n, max_new_tokens=self.max_new_tokens
+        )  # fmt: skip
+        return rewrite_prompt(pair, prompt, written, target="pruned" if fitted is None else fitted.record.target)
+
+
+def show_rewrites(rewrites: Rewrites) -> None:
+    """Print the versions of one prompt with their merits and likelihoods, and the choice."""
+    from lcc_lens.prompting.merits import MERITS
+
+    columns = ["written by", "prompt", *(name.replace("_", " ") for name in MERITS), "nats per token", "over raw"]
+    rows = [
+        [
+            c.source, c.text, *(f"{score:.2f}" for score in c.merits.scores.values()), f"{c.ranked.log_likelihood:.3f}",
+            "" if c.source == "raw" else f"{c.ranked.margin:+.3f} ± {c.ranked.stderr:.3f}",
+        ]
+        for c in rewrites.candidates
+    ]  # fmt: skip
+    show_table(f"versions, by the {rewrites.target} model's likelihood of the response", columns, rows)
+    console().print(rewrites.verdict, soft_wrap=True)
+
+
+def _joined(tables: list[pd.DataFrame]) -> pd.DataFrame:
+    import pandas as pd
+
+    return pd.concat(tables, ignore_index=True)

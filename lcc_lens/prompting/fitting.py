@@ -1,0 +1,134 @@
+"""Fit a rewriter to preferences."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import cycle, islice
+from pathlib import Path
+
+from lcc_lens.core.config import package_version
+from lcc_lens.core.errors import LensError, RequestError
+from lcc_lens.core.fingerprint import fingerprint
+from lcc_lens.core.outputs.places import writing_run
+from lcc_lens.core.progress import track
+from lcc_lens.models.hooked.hooks import HookedModel
+from lcc_lens.models.pair import Pair
+from lcc_lens.prompting.preference_files import Preference
+from lcc_lens.prompting.preference_training import (
+    PreferenceObjective,
+    PreferenceSequence,
+    preference_sequences,
+    reward_margins,
+)
+from lcc_lens.prompting.preferences import Preferences, Target
+from lcc_lens.prompting.rewriter import Rewriter, RewriterRecord, new_adapter, trained_parameters
+from lcc_lens.prompting.settings import RewriterSettings
+from lcc_lens.restoration.injections.adapters import AdapterInjection
+from lcc_lens.restoration.training.config import Step, TrainConfig
+from lcc_lens.restoration.training.loop import train
+from lcc_lens.restoration.training.validation import validation_loss
+
+
+def fit_rewriter(
+    pair: Pair,
+    preferences: Preferences,
+    *,
+    settings: RewriterSettings | None = None,
+    target: Target = "pruned",
+    run: str | Path | None = None,
+    resume: bool = False,
+) -> Rewriter:
+    r"""Train an adapter of the dense model to write the chosen version of a prompt rather than the rejected one.
+
+    Direct preference optimisation of a LoRA on the query and value projections, through the training loop of
+    restorations: checkpoints, resuming, several processes. The reference is the same model with the adapter detached.
+    The parameters with the lowest held-out loss are kept, the initial ones included; every tenth prompt is held out.
+
+    Args:
+        pair: the models; the dense one writes.
+        preferences: pairs of versions (see :func:`~lcc_lens.prompting.preferences.preference_pairs`).
+        target: the model that the pairs were measured on, for the record and for ranking.
+        run: a folder for ``checkpoint.safetensors`` and ``rewriter.safetensors``.
+        resume: go on from the checkpoint; the result has the same bits as without an interruption.
+
+    Raises:
+        RequestError: fewer than two prompts, only pairs beyond ``max_length``, or nothing to resume.
+        LensError: no gradient reaches the adapter.
+        InterruptedRun: Ctrl-C; the state was saved.
+
+    Example:
+        >>> rewriter = fit_rewriter(pair, preferences, settings=RewriterSettings(lr=1e-4, steps=200))  # doctest: +SKIP
+
+    Reference:
+        Rafailov et al. (arXiv 2305.18290); MePO's settings (arXiv 2505.09930).
+    """
+    settings = settings or RewriterSettings()
+    folder = None if run is None else Path(run)
+    model, objective = pair.dense, PreferenceObjective(beta=settings.beta)
+    length = min(settings.max_length, pair.context)
+    training, held_out = (
+        preference_sequences(model, pair.tokenizer, part, length) for part in _split(preferences.pairs)
+    )
+    if settings.steps is not None:
+        training = list(islice(cycle(training), settings.steps * settings.batch_size))
+    epochs = settings.epochs if settings.steps is None else 1
+    config = TrainConfig(
+        epochs=epochs, batch_size=settings.batch_size, lr=settings.lr, seed=settings.seed, objective=objective
+    )
+    adapter = new_adapter(model, settings)
+    identity = fingerprint(pair.dense_id.sha256, settings, preferences.pairs)
+    with writing_run(folder):
+        steps = _trained(model, adapter, training, held_out, config, folder, resume, identity)
+        losses = [validation_loss(model, part, held_out, objective=objective) for part in (None, adapter)]
+        correct = reward_margins(model, adapter, held_out, objective) > 0
+        record = RewriterRecord(
+            model=pair.dense_id.reference, model_sha256=pair.dense_id.sha256, pruned=pair.pruned_id.reference,
+            target=target, pairs=len(preferences), preferences_sha256=fingerprint(preferences.pairs), settings=settings,
+            steps=steps, first_loss=losses[0], best_loss=losses[1], accuracy=float(correct.float().mean()),
+            version=package_version(),
+        )  # fmt: skip
+        tensors = {name: value.detach().cpu().clone() for name, value in trained_parameters(adapter).items()}
+        rewriter = Rewriter(record, tensors)
+        if folder is not None:
+            rewriter.save(folder)
+    return rewriter
+
+
+def _trained(
+    model: HookedModel,
+    adapter: AdapterInjection,
+    training: Sequence[PreferenceSequence],
+    held_out: Sequence[PreferenceSequence],
+    config: TrainConfig,
+    run: Path | None,
+    resume: bool,
+    identity: str,
+) -> int:
+    """Train the adapter in place; returns the number of the last step."""
+    n_steps = config.epochs * -(-len(training) // config.batch_size)
+    steps = train(model, adapter, training, held_out, config, run=run, resume=resume, identity=identity)
+    last = n_steps
+    for step in track(steps, n_steps, "fit rewriter"):
+        _require_gradients(adapter, step)
+        last = step.step
+    return last
+
+
+def _require_gradients(adapter: AdapterInjection, step: Step) -> None:
+    """Refuse a training that is dead: some published logs have a gradient of 0 from early on."""
+    if not any(p.grad is not None and bool(p.grad.any()) for p in trained_parameters(adapter).values()):
+        raise LensError(
+            f"expected gradients in the rewriter's adapter, got none at step {step.step} (loss {step.loss:.4f}); lower "
+            "the learning rate or check the pairs"
+        )
+
+
+def _split(pairs: Sequence[Preference]) -> tuple[list[Preference], list[Preference]]:
+    """Training and held-out pairs, which share no prompt."""
+    prompts = sorted({preference.prompt for preference in pairs}, key=fingerprint)
+    if len(prompts) < 2:
+        raise RequestError(
+            f"expected preferences of at least 2 prompts to train and validate on, got {len(prompts)}; add some"
+        )
+    held_out = set(prompts[::10])
+    return [p for p in pairs if p.prompt not in held_out], [p for p in pairs if p.prompt in held_out]

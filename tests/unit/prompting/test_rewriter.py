@@ -1,0 +1,165 @@
+"""Rewriters: saved, loaded, refused for other models, and the two commands."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from support.commands import call, refused
+from support.tiny import build_model, save_model
+
+from lcc_lens.core.errors import RequestError
+from lcc_lens.models.pair import Pair, load_pair
+from lcc_lens.prompting.fitting import fit_rewriter
+from lcc_lens.prompting.preference_files import Preference
+from lcc_lens.prompting.preferences import Preferences
+from lcc_lens.prompting.rewriter import Rewriter, rewrite_prompt
+from lcc_lens.prompting.settings import RewriterSettings
+
+PAIRS = [Preference(f"river {i}", f"List {i} rivers", f"rivers {i}") for i in range(6)]
+RESPONSE = "It is the Elbe, and a dozen other rivers."
+
+
+@pytest.fixture(autouse=True)
+def short_instruction(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lcc_lens.prompting.writing.INSTRUCTION", "S_P:")
+
+
+@pytest.fixture(scope="module")
+def rewriter(pair: Pair) -> Rewriter:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lcc_lens.prompting.writing.INSTRUCTION", "S_P:")
+        return fit_rewriter(pair, Preferences(tuple(PAIRS)), settings=RewriterSettings(lr=0.05, steps=4))
+
+
+def test_versions_are_ranked_with_their_merits(pair: Pair, rewriter: Rewriter) -> None:
+    found = rewriter.rewrite("name 3 rivers", pair, n=3, response=RESPONSE, max_new_tokens=12)
+    likelihoods = [c.ranked.log_likelihood for c in found.candidates]
+    assert likelihoods == sorted(likelihoods, reverse=True)
+    sources = [c.source for c in found.candidates]
+    assert sources.count("raw") == 1
+    assert {"clear", "precise", "concise-cot", "merits", "rewriter"} <= set(sources)
+    assert found.chosen is (found.candidates[0] if found.candidates[0].ranked.is_better else found.chosen)
+    assert list(found.table()["chosen"]).count(True) == 1
+    assert found.table().set_index("source").loc["concise-cot", "concise_cot"] > 0
+    assert rewriter.rewrite("name 3 rivers", pair, n=3, response=RESPONSE, max_new_tokens=12) == found
+
+
+def test_the_raw_prompt_may_stay(pair: Pair) -> None:
+    alone = rewrite_prompt(pair, "name 3 rivers", [], response=RESPONSE, rules=())
+    assert alone.verdict == "the raw prompt is already the best"
+    assert [c.source for c in alone.candidates] == ["raw"]
+    others = [rewrite_prompt(pair, t, [], response=RESPONSE) for t in ("name 3 rivers", "river", "Elbe?", "so")]
+    for found in others:
+        is_better = found.candidates[0].ranked.is_better
+        assert (found.verdict == "the raw prompt is already the best") == (not is_better)
+        assert found.chosen.source == "raw" or found.chosen is found.candidates[0]
+
+
+def test_a_template_stays_around_the_versions(pair: Pair) -> None:
+    chat = "<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\nname rivers<|im_end|>\n<|im_start|>assistant\n"
+    found = rewrite_prompt(pair, chat, ["list rivers"], response=RESPONSE)
+    assert "list rivers" in {c.text for c in found.candidates}
+    assert all(c.ranked.prompt.startswith("<|im_start|>system\nBe kind.<|im_end|>") for c in found.candidates)
+    assert all(c.ranked.prompt.endswith("<|im_start|>assistant\n") for c in found.candidates)
+
+
+def test_a_bare_prompt_gets_the_chat_template(dense_dir: Path, pruned_dir: Path) -> None:
+    pair = load_pair(dense_dir, pruned_dir)
+    pair.tokenizer.chat_template = "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{% endfor %}[assistant]"
+    found = rewrite_prompt(pair, "name rivers", ["list rivers"], response=RESPONSE, rules=())
+    assert {c.ranked.prompt for c in found.candidates} == {
+        "[user]name rivers[assistant]", "[user]list rivers[assistant]"
+    }  # fmt: skip
+
+
+def test_without_a_response_the_dense_model_answers(pair: Pair) -> None:
+    found = rewrite_prompt(pair, "name 3 rivers", ["list rivers"], response_tokens=40, rules=())
+    assert found.response
+    assert found.response == rewrite_prompt(pair, "name 3 rivers", [], response_tokens=40, rules=()).response
+
+
+def test_saved_rewriters_are_the_same(pair: Pair, rewriter: Rewriter, tmp_path: Path) -> None:
+    rewriter.save(tmp_path)
+    loaded = Rewriter.load(tmp_path)
+    assert loaded.record == rewriter.record
+    assert "held-out pairs ranked right" in repr(loaded)
+    given = {"n": 2, "response": RESPONSE, "max_new_tokens": 8}
+    assert loaded.rewrite("name rivers", pair, **given) == rewriter.rewrite("name rivers", pair, **given)
+    content = bytearray((tmp_path / "rewriter.safetensors").read_bytes())
+    content[-1] ^= 1
+    (tmp_path / "rewriter.safetensors").write_bytes(content)
+    with pytest.raises(RequestError, match="got a changed file"):
+        Rewriter.load(tmp_path)
+
+
+def test_refusals(pair: Pair, rewriter: Rewriter, tmp_path: Path) -> None:
+    for prompt in ("", "  \n"):
+        with pytest.raises(RequestError, match="expected a prompt with at least one word"):
+            rewriter.rewrite(prompt, pair)
+    with pytest.raises(RequestError, match="expected a request to rewrite of at most 448 tokens, got 618"):
+        rewriter.rewrite("a" * 600, pair)
+    with pytest.raises(RequestError, match="expected a prompt of at most 464 tokens, got 500"):
+        rewrite_prompt(pair, "a" * 500, [])
+    with pytest.raises(RequestError, match="expected prompts with at least one word, got ' '"):
+        rewrite_prompt(pair, "name rivers", [" "], response=RESPONSE)
+    with pytest.raises(RequestError, match="expected a response to rank prompts by"):
+        rewrite_prompt(pair, "name rivers", [], response=" ")
+    other = dataclasses.replace(rewriter, record=dataclasses.replace(rewriter.record, model_sha256="0" * 64))
+    with pytest.raises(RequestError, match="expected the rewriter's model"):
+        other.rewrite("name rivers", pair)
+    with pytest.raises(RequestError, match="expected the file"):
+        Rewriter.load(tmp_path)
+
+
+def test_the_commands_fit_and_rewrite(
+    dense_dir: Path, pruned_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, run = tmp_path / "instructions.jsonl", tmp_path / "run"
+    rows = ({"instruction": f"Say {i}.", "output": f"It is {i}, and {i} it stays, whatever else."} for i in range(40))
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    fit = ["rewrite", "fit", dense_dir, pruned_dir, run]
+    refused(capsys, 2, "expected preferences to go on with in", *fit, "--resume")
+    settings = ["--steps", 3, "--lr", 0.05, "--batch-size", 2]
+    assert call(*fit, "--data", data, "--examples", 6, "--candidates", 4, "--version-tokens", 8, *settings) == 0
+    assert "held-out loss" in capsys.readouterr().out
+    preferences = json.loads((run / "rewriter" / "preferences.json").read_text())
+    assert {"prompt", "chosen", "rejected", "margin"} == preferences[0].keys()
+    first = Rewriter.load(run / "rewriter")
+    assert call(*fit, *settings, "--resume") == 0
+    again = Rewriter.load(run / "rewriter")
+    assert again.record == first.record
+    assert all(torch.equal(value, first.tensors[name]) for name, value in again.tensors.items())
+    capsys.readouterr()
+    table = tmp_path / "table.json"
+    assert call("rewrite", run, "name 3 rivers", "--n", 2, "--max-new-tokens", 8, "--out", table) == 0
+    shown = capsys.readouterr().out
+    assert "the raw prompt is already the best" in shown or "chosen: " in shown
+    rows = json.loads(table.read_text())
+    assert sum(row["chosen"] for row in rows) == 1
+    assert {"clarity", "precision", "concise_cot", "preservation", "log_likelihood"} <= rows[0].keys()
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("name 3 rivers\n\nsay so\n")
+    assert call("rewrite", run, prompts, "--n", 1, "--rewriter", dense_dir, "--max-new-tokens", 8) == 0
+
+
+def test_the_commands_refuse(dense_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    refused(capsys, 2, "expected a rewriter or a scan in", "rewrite", tmp_path, "name rivers")
+    refused(capsys, 2, "expected the file", "rewrite", tmp_path, tmp_path / "absent.txt")
+    (tmp_path / "empty.json").write_text("[]")
+    fit = ["rewrite", "fit", dense_dir, dense_dir, tmp_path / "run"]
+    refused(capsys, 2, "got an empty list", *fit, "--preferences", tmp_path / "empty.json")
+    refused(capsys, 2, "did you mean 'alpaca'", *fit, "--data", "alpacca")
+    assert not (tmp_path / "run").exists()
+
+
+def test_mepo_s_preferences_train_a_rewriter(dense_dir: Path, tmp_path: Path) -> None:
+    pruned = save_model(build_model(seed=1), tmp_path / "other")
+    rows = [{"prompt": p.prompt, "chosen": p.chosen, "rejected": p.rejected} for p in PAIRS]
+    (tmp_path / "mepo.json").write_text(json.dumps(rows))
+    run = tmp_path / "run"
+    assert call("rewrite", "fit", dense_dir, pruned, run, "--preferences", tmp_path / "mepo.json", "--steps", 1) == 0
+    assert Rewriter.load(run / "rewriter").record.pairs == len(PAIRS)
