@@ -103,20 +103,20 @@ if TYPE_CHECKING:
     from lcc_lens.models.loading.in_memory import stored_model as stored_model
     from lcc_lens.models.pair import Pair as Pair
     from lcc_lens.models.pair import load_pair as load_pair
-    from lcc_lens.prompting.fitting import fit_rewriter as fit_rewriter
     from lcc_lens.prompting.measuring import prompt_study as prompt_study
     from lcc_lens.prompting.merits import Merits as Merits
     from lcc_lens.prompting.merits import merits as merits
-    from lcc_lens.prompting.preferences import Preferences as Preferences
-    from lcc_lens.prompting.preferences import preference_pairs as preference_pairs
-    from lcc_lens.prompting.rewriter import Rewriter as Rewriter
-    from lcc_lens.prompting.rewriter import Rewrites as Rewrites
-    from lcc_lens.prompting.rewriter import rewrite_prompt as rewrite_prompt
-    from lcc_lens.prompting.settings import RewriterSettings as RewriterSettings
+    from lcc_lens.prompting.rewriting.fitting import fit_rewriter as fit_rewriter
+    from lcc_lens.prompting.rewriting.preferences import Preferences as Preferences
+    from lcc_lens.prompting.rewriting.preferences import preference_pairs as preference_pairs
+    from lcc_lens.prompting.rewriting.rewriter import Rewriter as Rewriter
+    from lcc_lens.prompting.rewriting.rewriter import Rewrites as Rewrites
+    from lcc_lens.prompting.rewriting.rewriter import rewrite_prompt as rewrite_prompt
+    from lcc_lens.prompting.rewriting.settings import RewriterSettings as RewriterSettings
+    from lcc_lens.prompting.rewriting.writing import candidate_prompts as candidate_prompts
     from lcc_lens.prompting.soft_prompt import fit_soft_prompt as fit_soft_prompt
     from lcc_lens.prompting.study import PromptStudy as PromptStudy
     from lcc_lens.prompting.variants import prompt_variants as prompt_variants
-    from lcc_lens.prompting.writing import candidate_prompts as candidate_prompts
     from lcc_lens.pruning.jobs import prune as prune
     from lcc_lens.pruning.jobs import refit as refit
     from lcc_lens.pruning.methods.registry import register_pruner as register_pruner

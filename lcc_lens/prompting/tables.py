@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from lcc_lens.data.datasets import load_data
 from lcc_lens.prompting.frames import split_prompt
 from lcc_lens.prompting.merits import MERITS, Merits
-from lcc_lens.prompting.preference_files import read_preferences
+from lcc_lens.prompting.rewriting.preference_files import read_preferences
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -12,15 +12,15 @@ from lcc_lens.core.errors import RequestError
 from lcc_lens.core.ranges import Count
 from lcc_lens.frontends.cli.options import Common, DenseModel, Maybe, PrunedModel, RunPath, Switch, Tabled
 from lcc_lens.frontends.cli.show import console, show_facts, show_table
-from lcc_lens.prompting.settings import RewriterOptions, RewriterSettings
+from lcc_lens.prompting.rewriting.settings import RewriterOptions, RewriterSettings
 
 if TYPE_CHECKING:
     import pandas as pd
 
     from lcc_lens.models.loading.hooked import LoadedModel
     from lcc_lens.models.pair import Pair
-    from lcc_lens.prompting.preferences import Preferences
-    from lcc_lens.prompting.rewriter import Rewriter, Rewrites
+    from lcc_lens.prompting.rewriting.preferences import Preferences
+    from lcc_lens.prompting.rewriting.rewriter import Rewriter, Rewrites
 
 #: The folder in a run that holds the rewriter, its checkpoint and its preferences.
 _FOLDER, _PREFERENCES = "rewriter", "preferences.json"
@@ -63,7 +63,7 @@ class FitRewriter(Common):
 
     def execute(self) -> None:
         from lcc_lens.models.pair import load_pair
-        from lcc_lens.prompting.fitting import fit_rewriter
+        from lcc_lens.prompting.rewriting.fitting import fit_rewriter
         from lcc_lens.restoration.training.state import CHECKPOINT
 
         folder = self.run / _FOLDER
@@ -84,7 +84,7 @@ class FitRewriter(Common):
     def _ready(self, folder: Path | None) -> Preferences | None:
         """Preferences that are there already: those of the resumed run, or of the file that was named."""
         from lcc_lens.data.checks import check_data
-        from lcc_lens.prompting.preferences import Preferences
+        from lcc_lens.prompting.rewriting.preferences import Preferences
 
         if folder is not None:
             return Preferences.load(folder / _PREFERENCES)
@@ -102,8 +102,8 @@ class FitRewriter(Common):
         """Write candidates for training prompts and rank them; the pairs are kept for resuming."""
         from lcc_lens.core.outputs.places import writing_run
         from lcc_lens.data.datasets import load_data
-        from lcc_lens.prompting.preferences import preference_pairs
-        from lcc_lens.prompting.writing import candidate_prompts
+        from lcc_lens.prompting.rewriting.preferences import preference_pairs
+        from lcc_lens.prompting.rewriting.writing import candidate_prompts
 
         data = load_data(self._data_name(), self.data.examples, role="train", seed=self.training.seed)
         with writing_run(folder):
@@ -135,7 +135,7 @@ class Rewrite(Tabled):
     def execute(self) -> None:
         from lcc_lens.models.loading.hooked import load_hooked
         from lcc_lens.models.pair import load_pair
-        from lcc_lens.prompting.rewriter import REWRITER, Rewriter
+        from lcc_lens.prompting.rewriting.rewriter import REWRITER, Rewriter
         from lcc_lens.prompting.tables import read_prompts
 
         folder, file = self.run / _FOLDER, Path(self.prompt)
@@ -163,7 +163,7 @@ class Rewrite(Tabled):
         return record.dense, record.pruned
 
     def _rewritten(self, pair: Pair, prompt: str, fitted: Rewriter | None, other: LoadedModel | None) -> Rewrites:
-        from lcc_lens.prompting.rewriter import rewrite_prompt, written_by
+        from lcc_lens.prompting.rewriting.rewriter import rewrite_prompt, written_by
 
         if other is None and fitted is not None:
             return fitted.rewrite(prompt, pair, n=self.n, max_new_tokens=self.max_new_tokens)

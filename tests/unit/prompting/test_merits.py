@@ -15,7 +15,7 @@ from lcc_lens.models.loading.hooked import load_hooked
 from lcc_lens.prompting.frames import split_prompt
 from lcc_lens.prompting.likelihoods import token_log_likelihoods
 from lcc_lens.prompting.merits import MERITS, merits
-from lcc_lens.prompting.preference_files import Preference, read_preferences, write_preferences
+from lcc_lens.prompting.rewriting.preference_files import Preference, read_preferences, write_preferences
 from lcc_lens.prompting.wording import n_words, overlap
 
 TEXTS = st.text(min_size=1, max_size=120).map(lambda text: f"{text} go")

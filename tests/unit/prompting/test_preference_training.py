@@ -17,13 +17,13 @@ from lcc_lens.core.errors import InterruptedRun, LensError, RequestError
 from lcc_lens.models.hooked.weights import plain_model
 from lcc_lens.models.loading.hooked import load_hooked
 from lcc_lens.models.pair import Pair, load_pair
-from lcc_lens.prompting.fitting import fit_rewriter
-from lcc_lens.prompting.preference_files import Preference
-from lcc_lens.prompting.preference_training import PreferenceObjective, preference_sequences, reward_margins
-from lcc_lens.prompting.preferences import Preferences
-from lcc_lens.prompting.rewriter import Rewriter, new_adapter, trained_parameters
-from lcc_lens.prompting.settings import RewriterSettings
-from lcc_lens.prompting.writing import INSTRUCTION, request_tokens
+from lcc_lens.prompting.rewriting.fitting import fit_rewriter
+from lcc_lens.prompting.rewriting.preference_files import Preference
+from lcc_lens.prompting.rewriting.preference_training import PreferenceObjective, preference_sequences, reward_margins
+from lcc_lens.prompting.rewriting.preferences import Preferences
+from lcc_lens.prompting.rewriting.rewriter import Rewriter, new_adapter, trained_parameters
+from lcc_lens.prompting.rewriting.settings import RewriterSettings
+from lcc_lens.prompting.rewriting.writing import INSTRUCTION, request_tokens
 from lcc_lens.restoration.training.config import TrainConfig
 from lcc_lens.restoration.training.loop import optimise
 from lcc_lens.restoration.training.state import TrainingState
@@ -35,7 +35,7 @@ SETTINGS = RewriterSettings(lr=0.05, epochs=2, batch_size=3, beta=0.1)
 
 @pytest.fixture(autouse=True)
 def short_instruction(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lcc_lens.prompting.writing.INSTRUCTION", SHORT)
+    monkeypatch.setattr("lcc_lens.prompting.rewriting.writing.INSTRUCTION", SHORT)
 
 
 def sequences(pair: Pair, n: int = 4) -> Any:
@@ -178,7 +178,7 @@ def test_an_interrupted_training_ends_with_the_same_bits(
         if step.step == 3:
             os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr("lcc_lens.prompting.fitting._require_gradients", interrupt)
+    monkeypatch.setattr("lcc_lens.prompting.rewriting.fitting._require_gradients", interrupt)
     with pytest.raises(InterruptedRun, match="stopped after step 3 of 8"):
         fit_rewriter(pair, preferences, settings=SETTINGS, run=tmp_path / "run")
     resumed = fit_rewriter(pair, preferences, settings=SETTINGS, run=tmp_path / "run", resume=True)
@@ -193,11 +193,11 @@ def test_an_interrupted_training_ends_with_the_same_bits(
 KILLED = """
 import sys
 from pathlib import Path
-import lcc_lens.prompting.fitting as fitting, lcc_lens.prompting.writing as writing
+import lcc_lens.prompting.rewriting.fitting as fitting, lcc_lens.prompting.rewriting.writing as writing
 import dataclasses
 from lcc_lens.models.pair import load_pair
-from lcc_lens.prompting.preferences import Preferences
-from lcc_lens.prompting.settings import RewriterSettings
+from lcc_lens.prompting.rewriting.preferences import Preferences
+from lcc_lens.prompting.rewriting.settings import RewriterSettings
 from lcc_lens.restoration.training import config
 
 writing.INSTRUCTION = "S_P:"
@@ -233,7 +233,9 @@ def test_a_killed_training_ends_with_the_same_bits(dense_dir: Path, pruned_dir: 
 
 
 def test_a_training_without_gradients_is_refused(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lcc_lens.prompting.fitting.PreferenceObjective", lambda beta: PreferenceObjective(beta=0.0))
+    monkeypatch.setattr(
+        "lcc_lens.prompting.rewriting.fitting.PreferenceObjective", lambda beta: PreferenceObjective(beta=0.0)
+    )
     with pytest.raises(LensError, match="expected gradients in the rewriter's adapter, got none at step 1"):
         fit_rewriter(pair, Preferences(tuple(PAIRS)), settings=SETTINGS)
 
@@ -268,7 +270,7 @@ def test_refusals(pair: Pair, families: Any, tmp_path: Path) -> None:
 
 
 def test_the_request_is_mepo_s(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lcc_lens.prompting.writing.INSTRUCTION", INSTRUCTION)
+    monkeypatch.setattr("lcc_lens.prompting.rewriting.writing.INSTRUCTION", INSTRUCTION)
     text = pair.tokenizer.decode(request_tokens(pair.tokenizer, "list rivers"))
     assert text.startswith(
         "You are an expert of prompt optimization.\n\nSliver Prompt:\n'list rivers'\n\n\nThe optional"

@@ -12,9 +12,9 @@ from lcc_lens.core.errors import RequestError
 from lcc_lens.data.datasets import Data
 from lcc_lens.data.prompts import ALPACA_PROMPT, Example
 from lcc_lens.models.pair import Pair
-from lcc_lens.prompting.preferences import Preferences, preference_pairs
-from lcc_lens.prompting.ranking import rank_prompts
-from lcc_lens.prompting.writing import candidate_prompts
+from lcc_lens.prompting.rewriting.preferences import Preferences, preference_pairs
+from lcc_lens.prompting.rewriting.ranking import rank_prompts
+from lcc_lens.prompting.rewriting.writing import candidate_prompts
 
 VERSIONS = ["Name a river now", "Say which river", "Rivers, please list them", "What is a river"]
 
@@ -97,7 +97,7 @@ def test_preferences_are_saved_as_mepo_s_and_shuffled_as_a_control(pair: Pair, t
 
 
 def test_candidates_are_written_by_rule_and_by_the_dense_model(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lcc_lens.prompting.writing.INSTRUCTION", "S_P:")
+    monkeypatch.setattr("lcc_lens.prompting.rewriting.writing.INSTRUCTION", "S_P:")
     data = made(planted(pair, 0))
     (versions,) = candidate_prompts(pair, data, 4, max_new_tokens=8)
     assert versions[0].endswith("List a river")

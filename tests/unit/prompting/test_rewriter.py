@@ -13,11 +13,11 @@ from support.tiny import build_model, save_model
 
 from lcc_lens.core.errors import RequestError
 from lcc_lens.models.pair import Pair, load_pair
-from lcc_lens.prompting.fitting import fit_rewriter
-from lcc_lens.prompting.preference_files import Preference
-from lcc_lens.prompting.preferences import Preferences
-from lcc_lens.prompting.rewriter import Rewriter, rewrite_prompt
-from lcc_lens.prompting.settings import RewriterSettings
+from lcc_lens.prompting.rewriting.fitting import fit_rewriter
+from lcc_lens.prompting.rewriting.preference_files import Preference
+from lcc_lens.prompting.rewriting.preferences import Preferences
+from lcc_lens.prompting.rewriting.rewriter import Rewriter, rewrite_prompt
+from lcc_lens.prompting.rewriting.settings import RewriterSettings
 
 PAIRS = [Preference(f"river {i}", f"List {i} rivers", f"rivers {i}") for i in range(6)]
 RESPONSE = "It is the Elbe, and a dozen other rivers."
@@ -25,13 +25,13 @@ RESPONSE = "It is the Elbe, and a dozen other rivers."
 
 @pytest.fixture(autouse=True)
 def short_instruction(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lcc_lens.prompting.writing.INSTRUCTION", "S_P:")
+    monkeypatch.setattr("lcc_lens.prompting.rewriting.writing.INSTRUCTION", "S_P:")
 
 
 @pytest.fixture(scope="module")
 def rewriter(pair: Pair) -> Rewriter:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("lcc_lens.prompting.writing.INSTRUCTION", "S_P:")
+        patch.setattr("lcc_lens.prompting.rewriting.writing.INSTRUCTION", "S_P:")
         return fit_rewriter(pair, Preferences(tuple(PAIRS)), settings=RewriterSettings(lr=0.05, steps=4))
 
 

@@ -17,8 +17,8 @@ from lcc_lens.data.batches import Batch, TokenSequence, batches, pad, token_ids
 from lcc_lens.models.hooked.hooks import HookedModel
 from lcc_lens.models.hooked.losses import token_nll
 from lcc_lens.prompting.likelihoods import token_log_likelihoods
-from lcc_lens.prompting.preference_files import Preference
-from lcc_lens.prompting.writing import request_tokens
+from lcc_lens.prompting.rewriting.preference_files import Preference
+from lcc_lens.prompting.rewriting.writing import request_tokens
 from lcc_lens.restoration.injections.base import Injection
 from lcc_lens.restoration.training.objectives import Objective, Source, run_model
 from lcc_lens.restoration.training.validation import hooked_of

@@ -21,11 +21,11 @@ from lcc_lens.models.hooked.hooks import HookedModel
 from lcc_lens.models.pair import Pair
 from lcc_lens.prompting.frames import split_prompt
 from lcc_lens.prompting.merits import Merits, merits
-from lcc_lens.prompting.preferences import Target
-from lcc_lens.prompting.ranking import Ranked, rank_prompts
-from lcc_lens.prompting.settings import RewriterSettings
+from lcc_lens.prompting.rewriting.preferences import Target
+from lcc_lens.prompting.rewriting.ranking import Ranked, rank_prompts
+from lcc_lens.prompting.rewriting.settings import RewriterSettings
+from lcc_lens.prompting.rewriting.writing import WRITTEN, answers, chat_text, chat_tokens, proposals
 from lcc_lens.prompting.variants import RAW, VARIANTS
-from lcc_lens.prompting.writing import WRITTEN, answers, chat_text, chat_tokens, proposals
 from lcc_lens.restoration.injections.adapters import AdapterInjection, adapters
 
 if TYPE_CHECKING:

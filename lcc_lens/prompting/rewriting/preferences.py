@@ -19,8 +19,8 @@ from lcc_lens.data.prompts import Example
 from lcc_lens.models.architecture.context import fitting_length
 from lcc_lens.models.pair import Pair
 from lcc_lens.prompting.frames import split_prompt
-from lcc_lens.prompting.preference_files import Preference, read_preferences, write_preferences
-from lcc_lens.prompting.ranking import SURE, Ranked, rank_prompts
+from lcc_lens.prompting.rewriting.preference_files import Preference, read_preferences, write_preferences
+from lcc_lens.prompting.rewriting.ranking import SURE, Ranked, rank_prompts
 from lcc_lens.prompting.wording import n_words, overlap
 
 if TYPE_CHECKING:

@@ -13,16 +13,16 @@ from lcc_lens.core.outputs.places import writing_run
 from lcc_lens.core.progress import track
 from lcc_lens.models.hooked.hooks import HookedModel
 from lcc_lens.models.pair import Pair
-from lcc_lens.prompting.preference_files import Preference
-from lcc_lens.prompting.preference_training import (
+from lcc_lens.prompting.rewriting.preference_files import Preference
+from lcc_lens.prompting.rewriting.preference_training import (
     PreferenceObjective,
     PreferenceSequence,
     preference_sequences,
     reward_margins,
 )
-from lcc_lens.prompting.preferences import Preferences, Target
-from lcc_lens.prompting.rewriter import Rewriter, RewriterRecord, new_adapter, trained_parameters
-from lcc_lens.prompting.settings import RewriterSettings
+from lcc_lens.prompting.rewriting.preferences import Preferences, Target
+from lcc_lens.prompting.rewriting.rewriter import Rewriter, RewriterRecord, new_adapter, trained_parameters
+from lcc_lens.prompting.rewriting.settings import RewriterSettings
 from lcc_lens.restoration.injections.adapters import AdapterInjection
 from lcc_lens.restoration.training.config import Step, TrainConfig
 from lcc_lens.restoration.training.loop import train
@@ -46,7 +46,7 @@ def fit_rewriter(
 
     Args:
         pair: the models; the dense one writes.
-        preferences: pairs of versions (see :func:`~lcc_lens.prompting.preferences.preference_pairs`).
+        preferences: pairs of versions (see :func:`~lcc_lens.prompting.rewriting.preferences.preference_pairs`).
         target: the model that the pairs were measured on, for the record and for ranking.
         run: a folder for ``checkpoint.safetensors`` and ``rewriter.safetensors``.
         resume: go on from the checkpoint; the result has the same bits as without an interruption.
@@ -79,19 +79,33 @@ def fit_rewriter(
     identity = fingerprint(pair.dense_id.sha256, settings, preferences.pairs)
     with writing_run(folder):
         steps = _trained(model, adapter, training, held_out, config, folder, resume, identity)
-        losses = [validation_loss(model, part, held_out, objective=objective) for part in (None, adapter)]
-        correct = reward_margins(model, adapter, held_out, objective) > 0
-        record = RewriterRecord(
-            model=pair.dense_id.reference, model_sha256=pair.dense_id.sha256, pruned=pair.pruned_id.reference,
-            target=target, pairs=len(preferences), preferences_sha256=fingerprint(preferences.pairs), settings=settings,
-            steps=steps, first_loss=losses[0], best_loss=losses[1], accuracy=float(correct.float().mean()),
-            version=package_version(),
-        )  # fmt: skip
+        record = _record(pair, adapter, preferences, held_out, objective, settings, target, steps)
         tensors = {name: value.detach().cpu().clone() for name, value in trained_parameters(adapter).items()}
         rewriter = Rewriter(record, tensors)
         if folder is not None:
             rewriter.save(folder)
     return rewriter
+
+
+def _record(
+    pair: Pair,
+    adapter: AdapterInjection,
+    preferences: Preferences,
+    held_out: Sequence[PreferenceSequence],
+    objective: PreferenceObjective,
+    settings: RewriterSettings,
+    target: Target,
+    steps: int,
+) -> RewriterRecord:
+    """What was trained, with the held-out loss before and after."""
+    losses = [validation_loss(pair.dense, part, held_out, objective=objective) for part in (None, adapter)]
+    correct = reward_margins(pair.dense, adapter, held_out, objective) > 0
+    return RewriterRecord(
+        model=pair.dense_id.reference, model_sha256=pair.dense_id.sha256, pruned=pair.pruned_id.reference,
+        target=target, pairs=len(preferences), preferences_sha256=fingerprint(preferences.pairs), settings=settings,
+        steps=steps, first_loss=losses[0], best_loss=losses[1], accuracy=float(correct.float().mean()),
+        version=package_version(),
+    )  # fmt: skip
 
 
 def _trained(

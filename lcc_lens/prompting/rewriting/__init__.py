@@ -1,0 +1,1 @@
+"""Preferences between versions of a prompt, and the rewriter that is trained on them."""
