@@ -233,11 +233,13 @@ def example_key(example: Example) -> str:
 def joined_studies(studies: Sequence[PromptStudy]) -> PromptStudy:
     """Join studies of the same models and variants over other examples; an example that two share counts once.
 
+    The restored models may differ, as those of other seeds do.
+
     Raises:
         RequestError: other models, variants or responses.
     """
     first = studies[0].record
-    if any(replace(study.record, groups=first.groups) != first for study in studies):
+    if any(replace(s.record, groups=first.groups, restored=first.restored) != first for s in studies):
         raise RequestError("expected studies of the same models, variants and data, got others; measure them again")
     groups: dict[str, tuple[int, int]] = {}
     for number, study in enumerate(studies):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
@@ -58,10 +58,30 @@ class FitRewriter(Common):
     """The model whose likelihood of the response decides between versions."""
     resume: Switch = False
     """Go on with the preferences and the checkpoint in the folder."""
+    recipe: Maybe[Path] = None
+    """A recipe (recipes/prompts/*.json) in place of target, data and training."""
+    dry_run: Switch = False
+    """The recipe with a handful of examples, to try its steps; the result means nothing."""
     data: PreferenceData = PreferenceData()
     training: RewriterOptions = field(default_factory=lambda: RewriterOptions(steps=200))
 
     def execute(self) -> None:
+        from lcc_lens.prompting.rewriting.recipe import read_rewriter_recipe
+
+        if self.dry_run and self.recipe is None:
+            raise RequestError("expected a recipe to try, got none; name one with --recipe")
+        if self.recipe is None:
+            return self._fit()
+        recipe = read_rewriter_recipe(self.recipe)
+        recipe = recipe.dry() if self.dry_run else recipe
+        data = replace(
+            self.data, data=recipe.data, examples=recipe.examples, candidates=recipe.candidates,
+            version_tokens=recipe.version_tokens,
+        )  # fmt: skip
+        replace(self, target=recipe.target, data=data, training=recipe.training)._fit()
+        return None
+
+    def _fit(self) -> None:
         from lcc_lens.models.pair import load_pair
         from lcc_lens.prompting.rewriting.fitting import fit_rewriter
         from lcc_lens.restoration.training.state import CHECKPOINT

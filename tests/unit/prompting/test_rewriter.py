@@ -5,10 +5,13 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from support.commands import call, refused
+from support.places import ROOT
+from support.small_sets import write_sets
 from support.tiny import build_model, save_model
 
 from lcc_lens.core.errors import RequestError
@@ -16,6 +19,7 @@ from lcc_lens.models.pair import Pair, load_pair
 from lcc_lens.prompting.rewriting.fitting import fit_rewriter
 from lcc_lens.prompting.rewriting.preference_files import Preference
 from lcc_lens.prompting.rewriting.preferences import Preferences
+from lcc_lens.prompting.rewriting.recipe import read_rewriter_recipe
 from lcc_lens.prompting.rewriting.rewriter import Rewriter, rewrite_prompt
 from lcc_lens.prompting.rewriting.settings import RewriterSettings
 
@@ -154,6 +158,24 @@ def test_the_commands_refuse(dense_dir: Path, tmp_path: Path, capsys: pytest.Cap
     refused(capsys, 2, "got an empty list", *fit, "--preferences", tmp_path / "empty.json")
     refused(capsys, 2, "did you mean 'alpaca'", *fit, "--data", "alpacca")
     assert not (tmp_path / "run").exists()
+
+
+def test_the_recipe_of_the_paper_s_size_runs_on_a_tiny_qwen2(
+    families: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pair = families("qwen2")
+    monkeypatch.setenv("LCC_LENS_DATA", str(write_sets(tmp_path / "sets")))
+    recipe = ROOT / "recipes" / "prompts" / "mepo_qwen2.5_7b.json"
+    fit = ["rewrite", "fit", pair.dense_id.path, pair.pruned_id.path, tmp_path / "run"]
+    assert call(*fit, "--recipe", recipe, "--dry-run") == 0
+    record = Rewriter.load(tmp_path / "run" / "rewriter").record
+    assert record.steps == 2
+    assert (record.settings.beta, record.settings.lr, record.settings.rank) == (0.01, 1e-6, 8)
+    assert read_rewriter_recipe(recipe).training == RewriterSettings()
+    capsys.readouterr()
+    refused(capsys, 2, "expected a recipe to try, got none", *fit, "--dry-run")
+    (tmp_path / "other.json").write_text(recipe.read_text().replace('"title"', '"tittle"'))
+    refused(capsys, 2, "no field title", *fit, "--recipe", tmp_path / "other.json")
 
 
 def test_mepo_s_preferences_train_a_rewriter(dense_dir: Path, tmp_path: Path) -> None:
