@@ -14,8 +14,12 @@ os.environ.setdefault("LCC_LENS_DEVICE", "cpu")  # where tests put their own ten
 os.environ["LCC_LENS_DTYPE"] = "float32"  # laws are stated in float32 whatever the processor is fast at
 
 import pytest
-from support.pairs import families  # noqa: F401 (a fixture)
-from support.tiny import PARAGRAPHS, QUESTIONS, build_model, save_model
+from support.typed import check_types
+
+check_types()
+
+from support.pairs import families  # noqa: E402, F401 (a fixture)
+from support.tiny import PARAGRAPHS, QUESTIONS, build_model, save_model  # noqa: E402
 
 #: The test module that ran last.
 MODULE = pytest.StashKey[str]()
