@@ -141,6 +141,8 @@ def show_recovery(found: dict[str, Any], run: Path) -> None:
         sentence += f"; {found['share_recovered']:.0%} of a loss that may be none on so few items"
     else:
         sentence += f"; {found['share_recovered']:.0%} {interval(found['share_interval'], '.0%')} of what pruning lost"
+    if (found["share_recovered"] or 0) > 1:
+        sentence += ": beyond 100 %, so training also taught the task, which is not restoring"
     console().print(sentence, soft_wrap=True)
 
 

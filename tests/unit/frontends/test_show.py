@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from lcc_lens.frontends.cli.show import console, show_comparison, show_table
+from lcc_lens.frontends.cli.show import console, show_comparison, show_recovery, show_table
 
 
 def test_brackets_of_a_message_are_no_markup(
@@ -26,3 +26,19 @@ def test_text_is_left_aligned_and_numbers_are_right_aligned(capsys: pytest.Captu
     rows = [line.split("│")[1:-1] for line in capsys.readouterr().out.splitlines() if line.startswith("│")]
     assert [row[1] for row in rows] == [" 5.0 % ", "     – ", "   -12 "]
     assert rows[0][2] == " short           "
+
+
+@pytest.mark.parametrize(("share", "says"), [(0.8, False), (8.51, True)])
+def test_a_task_recovered_beyond_100_per_cent_was_learned(
+    share: float, says: bool, tmp_path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    scores = {"tasks": {"rte": {"acc": 0.5, "stderr": 0.1, "n": 20}}}
+    found = {
+        "models": {"pruned": scores}, "task": "rte", "text": "wikitext", "gain": 0.1, "gain_interval": (0.0, 0.2),
+        "share_recovered": share, "share_interval": (share - 0.1, share + 0.1),
+    }  # fmt: skip
+    show_recovery(found, tmp_path)
+    printed = " ".join(capsys.readouterr().out.split())
+    assert f"{share:.0%}" in printed
+    assert ("also taught the task" in printed) == says
