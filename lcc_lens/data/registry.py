@@ -156,6 +156,17 @@ def part_names(name: str) -> tuple[str, ...]:
     return DATASETS[name].parts if name in DATASETS else ()
 
 
+def fraction_of(part: str, name: str) -> float:
+    """How much of data that may be several sets in equal parts is one of these.
+
+    Example:
+        >>> fraction_of("self", "c4+self")
+        0.5
+    """
+    parts = part_names(name)
+    return sum(fraction_of(part, other) for other in parts) / len(parts) if parts else float(name == part)
+
+
 def require_dataset(name: str) -> None:
     """Refuse a name that is neither a registered data set nor a data file's, nor several of them joined by ``+``.
 

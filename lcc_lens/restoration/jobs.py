@@ -66,9 +66,9 @@ def restore_models(
     fraction, selector = heads.needed_by(spec)
     if spec.needs_scan:
         check_scores(run, selector, one_at_a_time=one_at_a_time, data=heads.data)
-    config, source = with_preset(config, spec), pruned
+    config, source, refitting = with_preset(config, spec), pruned, refitting or RefitRequest()
     with writing_run(run, inputs=[resolve(dense), resolve(pruned)]):
-        if spec.preset.on_refit:
+        if spec.preset.on_refit and refitting.n_samples:
             with first_process_first():
                 source = refitted_model(dense, pruned, run / REFITTED, refitting, resume=resume)
         pair, scan = load_pair(dense, source, one_at_a_time=one_at_a_time), None

@@ -7,7 +7,7 @@ from typing import Any
 
 from lcc_lens.analysis.selectors.linear_probe import Solver
 from lcc_lens.analysis.selectors.names import DEFAULT_SELECTOR
-from lcc_lens.core.ranges import Count, Length, Share, check_numbers
+from lcc_lens.core.ranges import Count, Length, Natural, Share, check_numbers
 from lcc_lens.models.architecture.context import fitting_length
 from lcc_lens.pruning.jobs import REFIT_SAMPLES, Calibration
 from lcc_lens.restoration.injections.constants import Start
@@ -86,7 +86,8 @@ class RefitRequest:
     """What a refit is calibrated on; see :func:`~lcc_lens.pruning.jobs.refit`."""
 
     calibration: Calibration | None = None
-    n_samples: Count = REFIT_SAMPLES
+    n_samples: Natural = REFIT_SAMPLES
+    """Sequences; 0: no refit."""
     seq_len: Length | None = None
 
     def __post_init__(self) -> None:

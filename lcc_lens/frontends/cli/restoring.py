@@ -2,122 +2,36 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import tyro
 
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.machine.processes import is_first_process
-from lcc_lens.core.ranges import Count, Length, Natural, Positive, Rate, Seed, Share
+from lcc_lens.core.ranges import Seed, Share
 from lcc_lens.data.prompts import RecoveryTask
-from lcc_lens.frontends.cli.options import DenseModel, Maybe, Memory, PrunedModel, RunPath, Switch, Tabled
+from lcc_lens.frontends.cli.options import DenseModel, Maybe, PrunedModel, RunPath, Switch, Tabled
+from lcc_lens.frontends.cli.restore_options import (
+    BUDGET_HELP,
+    METHODS_HELP,
+    PAPER_HELP,
+    TASK_HELP,
+    RestoreData,
+    Training,
+    TrainingMemory,
+)
 from lcc_lens.frontends.cli.show import console, loss_table, show_losses, show_panel, show_recovery
 
 if TYPE_CHECKING:
     from lcc_lens.data.datasets import Data
     from lcc_lens.evaluation.task_recovery import TaskMeasures
     from lcc_lens.models.pair import Pair
+    from lcc_lens.restoration.budget import BudgetPlan
     from lcc_lens.restoration.injections.spec import MethodSpec
     from lcc_lens.restoration.result import Restoration
     from lcc_lens.restoration.settings import HeadRequest, RefitRequest
     from lcc_lens.restoration.training.config import TrainConfig
-
-
-_METHODS = (
-    "lcc: trained magnitudes over lost directions plus an offset, a constant per head. Its controls: offset without "
-    "directions; mean-shift (the scan's mean difference, nothing trained); random-basis (the same training over random "
-    "directions); mean-shift-sequential (each layer's mean measured after the layers below it are corrected; -mlp: "
-    "MLPs too). mlp-lcc, mlp-offset, mlp-mean-shift, mlp-gain: the same at the MLP. Changed weights, whose zeros stay: "
-    "gain (of head outputs), norms, low-rank (on every linear layer), masked (all remaining weights). Joined by + they "
-    "train together: lcc+low-rank. best: a refit by least squares, then a low-rank change that follows the dense "
-    "model. polish: the refit, then all remaining weights and norm gains follow the dense model on text "
-    "of several domains. perp, perp-lora and lofit are baselines; the other baselines run in compare."
-)
-_PAPER = (
-    "The paper's own settings at once: its probe (200 steps, K = 1) on a quarter of the heads, 3 epochs, a learning "
-    "rate of 1e-3, batches of 8. An option that you give beside it goes first."
-)
-_TASK = (
-    "Recover this task: train on the right answers of its training split, choose heads on other examples of it, then "
-    "measure the task's held-out items and another text's perplexity. Sets data, examples, epochs."
-)
-_OBJECTIVE = (
-    "Minimise the loss of the response (response) or of all tokens (lm), the distance to the dense model's "
-    "distribution (distillation) or to its head outputs (heads), or several joined by +, as in lm+3*distillation "
-    "(response if not given; best: lm+distillation)."
-)
-
-
-@dataclass(frozen=True, kw_only=True)
-class RestoreData:
-    """What it is trained, scanned and measured on."""
-
-    data: Maybe[str] = None
-    """Training data: instructions, questions or text, several joined by + (alpaca if not given, or the mix; polish: the
-    mix)."""
-    examples: Maybe[Count] = None
-    """Training examples at most (480 if not given; 200 of a task, no fewer)."""
-    max_length: Maybe[Length] = None
-    """Tokens per example at most (512, or the models' context if shorter)."""
-    scan_data: Maybe[str] = None
-    """Data for the scan where RUN holds none (boolq, or the task)."""
-    scan_examples: Count = 256
-    """Examples for that scan."""
-    items: Count = 500
-    """With a task: held-out items to measure at most."""
-    text: Maybe[str] = None
-    """With a task: another text, to measure perplexity on (wikitext if not given, or wikipedia)."""
-    panel: Annotated[Maybe[tuple[str, ...]], tyro.conf.arg(metavar="DATA [DATA ...]")] = None
-    """Texts to measure recovery on at the end: names or your own files (one for each kind of text, if not given)."""
-    panel_blocks: Natural = 4
-    """Held-out blocks of 512 tokens of each of them (0: measure none)."""
-    shuffle_responses: Switch = False
-    """A control: train on every prompt with the response of another."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Training:
-    """How it is trained."""
-
-    epochs: Maybe[Count] = None
-    """Passes over the training data (1 if not given; 3 over a task)."""
-    lr: Maybe[Rate] = None
-    """Learning rate of the method's first part, which decays linearly to zero (its own if not given; best: 5e-3;
-    polish: 1e-4)."""
-    tune_lr: Switch = False
-    """Choose the learning rate by a few steps at each of five first."""
-    batch_size: Count = 8
-    """Examples per optimiser step."""
-    objective: Annotated[Maybe[str], tyro.conf.arg(help=_OBJECTIVE)] = None
-    temperature: Positive = 1.0
-    """Temperature of distillation."""
-    rank: Maybe[Count] = None
-    """Directions per head (all if not given)."""
-    mlp_rank: Maybe[Count] = None
-    """Directions per MLP (those that the scan holds if not given)."""
-    low_rank: Maybe[Count] = None
-    """Rank of low-rank (8 if not given; best: 16)."""
-    refit_samples: Maybe[Count] = None
-    """Calibration sequences of best's refit (288 if not given); fewer take less time and recover less."""
-    start: Literal["zero", "mean"] = "zero"
-    """Where the magnitudes start: at the pruned model, or at the mean difference."""
-    patience: Maybe[Count] = None
-    """Stop after this many validations without improvement."""
-    checkpoint_every: Count = 20
-    """Optimiser steps between checkpoints."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainingMemory(Memory):
-    """What takes less memory, and more time."""
-
-    micro_tokens: Maybe[Count] = None
-    """Padded tokens of one backward pass; larger batches are split (1024 on a CPU, 4096 on a GPU if not given)."""
-    gradient_checkpointing: Switch = False
-    """Keep only each layer's input and recompute the rest for gradients: less memory, a third more time."""
-    reuse: Switch = False
-    """Cache activations below the lowest trained layer: faster over several epochs, but takes memory and disk."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,14 +46,15 @@ class Restore(Tabled):
     """The model pruned from it."""
     run: RunPath
     """The run directory: holds the scan, receives the restoration."""
-    method: Annotated[str, tyro.conf.arg(help=_METHODS)] = "lcc"
-    task: Annotated[Maybe[RecoveryTask], tyro.conf.arg(help=_TASK)] = None
+    method: Annotated[str, tyro.conf.arg(help=METHODS_HELP)] = "lcc"
+    task: Annotated[Maybe[RecoveryTask], tyro.conf.arg(help=TASK_HELP)] = None
+    budget: Annotated[Maybe[str], tyro.conf.arg(help=BUDGET_HELP)] = None
     heads: Maybe[Share] = None
     """Fraction of all heads to restore (0.25 if not given)."""
     selector: Maybe[str] = None
     """Score that heads are chosen by: attribution (if not given), patching, probe (the paper's), interaction, mse, kl,
     gradient or random."""
-    paper: Annotated[Switch, tyro.conf.arg(help=_PAPER)] = False
+    paper: Annotated[Switch, tyro.conf.arg(help=PAPER_HELP)] = False
     hooks_only: Switch = False
     """Restore even where no checkpoint can hold the result (for lcc_lens.load_restored)."""
     seed: Seed = 0
@@ -148,9 +63,9 @@ class Restore(Tabled):
     """Resume from the run's checkpoint."""
     overwrite: Switch = False
     """Replace an existing restoration."""
-    data: RestoreData = RestoreData()
-    training: Training = Training()
-    memory: TrainingMemory = TrainingMemory()
+    data: RestoreData = field(default_factory=RestoreData)
+    training: Training = field(default_factory=Training)
+    memory: TrainingMemory = field(default_factory=TrainingMemory)
 
     def execute(self) -> None:
         from lcc_lens.analysis.selectors.registry import check_selectors
@@ -170,17 +85,19 @@ class Restore(Tabled):
         config, measures = self._config(spec), self._measures()
         train_data = self._train_data(spec)
         check_data([train_data, self._scan_data or SCAN_DATA, *(self.data.panel or ())])
-        data, validation = self._examples(spec, train_data)
+        plan = self._plan(train_data)
+        n_examples = self._n_examples if plan is None else plan.examples
+        data, validation = self._examples(spec, train_data, n_examples)
         training = self.training
         settings = RestoreSettings(
             rank=training.rank, mlp_rank=training.mlp_rank, low_rank=training.low_rank, start=training.start,
-            max_length=self.data.max_length, limit=self._n_examples, shuffle_responses=self.data.shuffle_responses,
+            max_length=self.data.max_length, limit=n_examples, shuffle_responses=self.data.shuffle_responses,
             tune_lr=training.tune_lr, exportable=not self.hooks_only,
         )  # fmt: skip
         restoration, pair = restore_models(
             self.dense, self.pruned, self.run, data, method=self.method, config=config,
             validation=validation, settings=settings, heads=heads, one_at_a_time=self.memory.one_at_a_time,
-            refitting=self._refitting(), resume=self.resume,
+            refitting=self._refitting(plan), resume=self.resume,
         )  # fmt: skip
         if is_first_process():
             show_losses(restoration.record.losses, len(restoration.record.settings["heads"]), self.run)
@@ -233,10 +150,33 @@ class Restore(Tabled):
                 "expected a task or data of your own, got both; leave out --task, or --data and --scan-data"
             )
 
-    def _refitting(self) -> RefitRequest:
+    def _plan(self, train_data: str) -> BudgetPlan | None:
+        """The sizes that fit the time budget, told before the work; None without a budget."""
+        from lcc_lens.data.panel import available_panel
+        from lcc_lens.data.registry import fraction_of
+        from lcc_lens.models.architecture.context import DEFAULT_LENGTH
+        from lcc_lens.restoration.budget import plan_budget
+
+        if self.budget is None:
+            return None
+        named = {"--task": self.task, "--examples": self.data.examples, "--refit-samples": self.training.refit_samples}
+        if given := [name for name, value in named.items() if value is not None]:
+            raise RequestError(f"expected --budget to choose the sizes, got {given[0]} too; leave one of them out")
+        length = self.data.max_length or DEFAULT_LENGTH
+        n_measured = len(self.data.panel or available_panel()) * self.data.panel_blocks * DEFAULT_LENGTH
+        plan = plan_budget(
+            self.dense, self.pruned, self.budget, method=self.method, length=length, n_measured=n_measured,
+            self_written=fraction_of("self", train_data), run=self.run,
+        )  # fmt: skip
+        console().print(f"plan for {plan}", highlight=False, soft_wrap=True)
+        return plan
+
+    def _refitting(self, plan: BudgetPlan | None) -> RefitRequest:
         from lcc_lens.restoration.settings import RefitRequest
 
         n = self.training.refit_samples
+        if plan is not None:
+            return plan.refitting
         return RefitRequest() if n is None else RefitRequest(n_samples=n)
 
     @property
@@ -258,12 +198,11 @@ class Restore(Tabled):
     def _scan_data(self) -> str | None:
         return self.task or self.data.scan_data
 
-    def _examples(self, spec: MethodSpec, name: str) -> tuple[Data, Data | None]:
+    def _examples(self, spec: MethodSpec, name: str, n: int) -> tuple[Data, Data | None]:
         """Training and validation data: of running text a part of the training text, of a pool other domains."""
         from lcc_lens.evaluation.task_recovery import load_task_data
         from lcc_lens.restoration.training_data import is_corpus, load_role, run_writer
 
-        n = self._n_examples
         if self.task is not None:
             return load_task_data(self.task, n, seed=self.seed)
         training = load_role(name, n, "train", self.seed, run_writer(self.dense, self.run, n, self.data.max_length))

@@ -1,0 +1,111 @@
+"""The groups of options of the subcommand restore."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import tyro
+
+from lcc_lens.core.ranges import Count, Length, Natural, Positive, Rate
+from lcc_lens.frontends.cli.options import Maybe, Memory, Switch
+
+METHODS_HELP = (
+    "lcc: trained magnitudes over lost directions plus an offset, a constant per head. Its controls: offset without "
+    "directions; mean-shift (the scan's mean difference, nothing trained); random-basis (the same training over random "
+    "directions); mean-shift-sequential (each layer's mean measured after the layers below it are corrected; -mlp: "
+    "MLPs too). mlp-lcc, mlp-offset, mlp-mean-shift, mlp-gain: the same at the MLP. Changed weights, whose zeros stay: "
+    "gain (of head outputs), norms, low-rank (on every linear layer), masked (all remaining weights). Joined by + they "
+    "train together: lcc+low-rank. best: a refit by least squares, then a low-rank change that follows the dense "
+    "model. polish: the refit, then all remaining weights and norm gains follow the dense model on text "
+    "of several domains. perp, perp-lora and lofit are baselines; the other baselines run in compare."
+)
+PAPER_HELP = (
+    "The paper's own settings at once: its probe (200 steps, K = 1) on a quarter of the heads, 3 epochs, a learning "
+    "rate of 1e-3, batches of 8. An option that you give beside it goes first."
+)
+TASK_HELP = (
+    "Recover this task: train on the right answers of its training split, choose heads on other examples of it, then "
+    "measure the task's held-out items and another text's perplexity. Sets data, examples, epochs."
+)
+BUDGET_HELP = (
+    "Time that it may take, such as 5m, 15m or 1h, for a method that refits first (polish, best): a short measurement "
+    "of this machine chooses the sizes of the refit and of the training."
+)
+OBJECTIVE_HELP = (
+    "Minimise the loss of the response (response) or of all tokens (lm), the distance to the dense model's "
+    "distribution (distillation) or to its head outputs (heads), or several joined by +, as in lm+3*distillation "
+    "(response if not given; best: lm+distillation)."
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RestoreData:
+    """What it is trained, scanned and measured on."""
+
+    data: Maybe[str] = None
+    """Training data: instructions, questions or text, several joined by + (alpaca if not given, or the mix; polish: the
+    mix)."""
+    examples: Maybe[Count] = None
+    """Training examples at most (480 if not given; 200 of a task, no fewer)."""
+    max_length: Maybe[Length] = None
+    """Tokens per example at most (512, or the models' context if shorter)."""
+    scan_data: Maybe[str] = None
+    """Data for the scan where RUN holds none (boolq, or the task)."""
+    scan_examples: Count = 256
+    """Examples for that scan."""
+    items: Count = 500
+    """With a task: held-out items to measure at most."""
+    text: Maybe[str] = None
+    """With a task: another text, to measure perplexity on (wikitext if not given, or wikipedia)."""
+    panel: Annotated[Maybe[tuple[str, ...]], tyro.conf.arg(metavar="DATA [DATA ...]")] = None
+    """Texts to measure recovery on at the end: names or your own files (one for each kind of text, if not given)."""
+    panel_blocks: Natural = 4
+    """Held-out blocks of 512 tokens of each of them (0: measure none)."""
+    shuffle_responses: Switch = False
+    """A control: train on every prompt with the response of another."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """How it is trained."""
+
+    epochs: Maybe[Count] = None
+    """Passes over the training data (1 if not given; 3 over a task)."""
+    lr: Maybe[Rate] = None
+    """Learning rate of the method's first part, which decays linearly to zero (its own if not given; best: 5e-3;
+    polish: 1e-4)."""
+    tune_lr: Switch = False
+    """Choose the learning rate by a few steps at each of five first."""
+    batch_size: Count = 8
+    """Examples per optimiser step."""
+    objective: Annotated[Maybe[str], tyro.conf.arg(help=OBJECTIVE_HELP)] = None
+    temperature: Positive = 1.0
+    """Temperature of distillation."""
+    rank: Maybe[Count] = None
+    """Directions per head (all if not given)."""
+    mlp_rank: Maybe[Count] = None
+    """Directions per MLP (those that the scan holds if not given)."""
+    low_rank: Maybe[Count] = None
+    """Rank of low-rank (8 if not given; best: 16)."""
+    refit_samples: Maybe[Natural] = None
+    """Calibration sequences of the refit of best and polish (288 if not given; 0: no refit); fewer take less time and
+    recover less."""
+    start: Literal["zero", "mean"] = "zero"
+    """Where the magnitudes start: at the pruned model, or at the mean difference."""
+    patience: Maybe[Count] = None
+    """Stop after this many validations without improvement."""
+    checkpoint_every: Count = 20
+    """Optimiser steps between checkpoints."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingMemory(Memory):
+    """What takes less memory, and more time."""
+
+    micro_tokens: Maybe[Count] = None
+    """Padded tokens of one backward pass; larger batches are split (1024 on a CPU, 4096 on a GPU if not given)."""
+    gradient_checkpointing: Switch = False
+    """Keep only each layer's input and recompute the rest for gradients: less memory, a third more time."""
+    reuse: Switch = False
+    """Cache activations below the lowest trained layer: faster over several epochs, but takes memory and disk."""
