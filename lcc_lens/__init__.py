@@ -121,6 +121,8 @@ if TYPE_CHECKING:
     from lcc_lens.pruning.jobs import refit as refit
     from lcc_lens.pruning.methods.registry import register_pruner as register_pruner
     from lcc_lens.restoration.best import restore_best as restore_best
+    from lcc_lens.restoration.budget import BudgetPlan as BudgetPlan
+    from lcc_lens.restoration.budget import plan_budget as plan_budget
     from lcc_lens.restoration.injections.base import Composite as Composite
     from lcc_lens.restoration.injections.base import Injection as Injection
     from lcc_lens.restoration.injections.constants import LccInjection as LccInjection
