@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
+from lcc_lens.core import hub
 from lcc_lens.core.errors import RequestError
 from lcc_lens.data.prompts import Example, Item, Record
 from lcc_lens.data.registry import DATASETS, DatasetSpec, Records
@@ -47,6 +48,7 @@ def available_splits(name: str) -> list[str]:
         raise _no_source(name)
     from datasets import get_dataset_split_names
 
+    hub.answers()
     try:
         return list(get_dataset_split_names(*dataset.hub))
     except Exception as error:  # offline, unreachable, gated: the library raises many types
@@ -141,6 +143,7 @@ def _read_hub(name: str, dataset: DatasetSpec, split: str) -> tuple[list[Record]
 
     assert dataset.hub is not None
     hub_id, configuration = dataset.hub
+    hub.answers()
     try:
         rows = load_dataset(hub_id, configuration, split=split, streaming=dataset.streamed is not None)
         rows = rows.take(dataset.streamed) if dataset.streamed is not None else rows

@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Mapping
 from typing import Any
 
+from lcc_lens.core.text import code, markdown
 from lcc_lens.evaluation.formatting import number, with_spread
 from lcc_lens.evaluation.paper.recipes import UNRESTORED, PaperRecipe, PaperRow
 
@@ -18,25 +19,25 @@ def recipe_table(recipe: PaperRecipe, results: Results | None = None) -> str:
     Accuracies are in per cent. Ours are means over seeds with their standard deviation, of task-specific recovery over
     tasks, each trained and measured on its own.
     """
-    lines = [f"## {recipe.title}", "", _status(recipe, results), "", recipe.note, ""]
+    lines = [f"## {markdown(recipe.title)}", "", _status(recipe, results), "", markdown(recipe.note), ""]
     tasks = recipe.data if recipe.is_of_tasks else recipe.compare.tasks
-    heads = ["accuracy, paper", "ours", "perplexity, paper", "ours", *tasks]
+    heads = ["accuracy, paper", "ours", "perplexity, paper", "ours", *map(markdown, tasks)]
     lines += ["| | " + " | ".join(heads) + " |", "|---|" + len(heads) * "---:|"]
     for row in recipe.rows:
         ours = _ours(recipe, row, results)
         cells = [number(row.accuracy), ours["accuracy"], number(row.perplexity), ours["perplexity"]]
         cells += [ours["tasks"].get(task, "") for task in tasks]
-        lines.append(f"| {row.name} | " + " | ".join(cells) + " |")
+        lines.append(f"| {markdown(row.name)} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
 def _status(recipe: PaperRecipe, results: Results | None) -> str:
-    where = f"{recipe.paper}; `{recipe.model}`, {recipe.seeds} seeds."
+    where = f"{markdown(recipe.paper)}; {code(recipe.model)}, {recipe.seeds} seeds."
     if results is None:
-        return f"*{recipe.status.capitalize()}.* {where}"
+        return f"*{markdown(recipe.status.capitalize())}.* {where}"
     if results["dry_run"]:
-        return f"*A dry run on {results['model']}: its figures mean nothing.* {where}"
-    return f"*Run on {results['model']} (lcc_lens {results['version']}).* {where}"
+        return f"*A dry run on {markdown(results['model'])}: its figures mean nothing.* {where}"
+    return f"*Run on {markdown(results['model'])} (lcc_lens {results['version']}).* {where}"
 
 
 def _ours(recipe: PaperRecipe, row: PaperRow, results: Results | None) -> dict[str, Any]:

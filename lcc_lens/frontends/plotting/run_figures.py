@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from lcc_lens.analysis.head_types.result import HEAD_TYPES_FILE, HeadTypes
-from lcc_lens.analysis.lens.saved import load_lens
+from lcc_lens.analysis.lens.saved import LENS_FILE, load_lens
 from lcc_lens.analysis.scan.result import SCAN_RECORD, Scan
 from lcc_lens.core.errors import LensError, RequestError
 from lcc_lens.core.heads import Head
@@ -94,7 +94,12 @@ def draw_figures(run: str | Path, out: str | Path, *, formats: Sequence[Format] 
 
 
 def run_figures(run: str | Path) -> tuple[dict[str, go.Figure], dict[str, str]]:
-    """The figures that a run folder has the data for, and what the others lack, both by name."""
+    """The figures that a run folder has the data for, and what the others lack, both by name.
+
+    Raises:
+        RequestError: a file of the run is damaged.
+    """
+    _require_whole(Path(run))
     figures: dict[str, go.Figure] = {}
     lacking: dict[str, str] = {}
     for name, draw in _FIGURES.items():
@@ -103,6 +108,21 @@ def run_figures(run: str | Path) -> tuple[dict[str, go.Figure], dict[str, str]]:
         except RequestError as error:
             lacking[name] = str(error)
     return figures, lacking
+
+
+def _require_whole(run: Path) -> None:
+    """Refuse a damaged file; a missing one is listed with the figures that need it."""
+    readers: dict[str, Callable[[Path], object]] = {
+        SCAN_RECORD: lambda file: Scan.load(file.parent), LENS_FILE: lambda file: load_lens(file.parent),
+        RESTORATION_TENSORS: lambda file: Restoration.load(file.parent), RUN_LOG: _steps, COMPARISON: read_comparison,
+    }  # fmt: skip
+    for name, read in readers.items():
+        if (run / name).exists():
+            read(run / name)
+
+
+def _steps(log: Path) -> list[Step]:
+    return read_json_lines(log, Step, "restore again")
 
 
 def _loss_map(run: Path) -> go.Figure:
@@ -121,11 +141,10 @@ def _spectra(run: Path) -> go.Figure:
 def _training(run: Path) -> go.Figure:
     _existing(run / RESTORATION_TENSORS, "lcc-lens restore")
     log = _existing(run / RUN_LOG, "lcc-lens restore")
-    steps = read_json_lines(log, Step, "restore again")
     record = Restoration.load(run).record
     pair = pair_label(record.dense, record.pruned)
     caption = f"{pair}. {record.method}, {record.n_examples} examples of {Path(record.data).name}, seed {record.seed}."
-    return plot_training(steps, record.losses.get("dense"), record.losses.get("pruned"), caption)
+    return plot_training(_steps(log), record.losses.get("dense"), record.losses.get("pruned"), caption)
 
 
 def _gain(run: Path) -> go.Figure:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from lcc_lens.core import hub
 from lcc_lens.core.checkpoint import Checkpoint
 from lcc_lens.core.errors import RequestError, first_line
 from lcc_lens.core.outputs.folders import recover
@@ -56,6 +57,7 @@ def _from_hub(name: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     repo, _, revision = name.partition("@")
+    hub.answers()
     try:
         path = Path(snapshot_download(repo, revision=revision or None, allow_patterns=_FILES, ignore_patterns=_COPIES))
     except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:

@@ -1,0 +1,37 @@
+"""Reach the Hugging Face hub, or work from its cache at once where it does not answer."""
+
+from __future__ import annotations
+
+import functools
+import logging
+
+logger = logging.getLogger(__name__)
+#: Seconds that the hub has to answer in.
+_PATIENCE = 5.0
+
+
+@functools.cache
+def answers() -> bool:
+    """Whether the hub answers; asked once in a process.
+
+    Where it does not, the hub's client is set to work offline, from its cache. It would try five times over half a
+    minute otherwise, for every data set that a default names.
+    """
+    from huggingface_hub import constants, get_session
+
+    if constants.HF_HUB_OFFLINE:
+        return False
+    try:
+        get_session().head(constants.ENDPOINT, timeout=_PATIENCE)
+    except Exception as error:  # the client's library, and so the type, depends on its version
+        logger.info("%s does not answer (%s): working offline", constants.ENDPOINT, error)
+        _work_offline()
+        return False
+    return True
+
+
+def _work_offline() -> None:
+    from datasets import config
+    from huggingface_hub import constants
+
+    constants.HF_HUB_OFFLINE = config.HF_HUB_OFFLINE = config.HF_DATASETS_OFFLINE = True
