@@ -74,6 +74,20 @@ def test_attention_that_differs_from_the_default_is_said(tmp_path: Path, caplog:
     assert default_attention_gap(load_hooked(save_family("qwen3", tmp_path / "qwen3")).model) == 0.0
 
 
+def test_rounding_of_half_precision_is_no_other_attention(tmp_path: Path) -> None:
+    model = build_model()
+    with torch.no_grad():
+        for (
+            layer
+        ) in model.model.layers:  # as in trained models, where a change of one rounding grows from layer to layer
+            layer.self_attn.q_proj.weight *= 8
+            layer.self_attn.o_proj.weight *= 8
+    hooked = load_hooked(save_model(model, tmp_path / "model"), dtype=torch.bfloat16).model
+    assert default_attention_gap(hooked) == 0.0
+    different = load_hooked(save_family("falcon, ALiBi", tmp_path / "falcon"), dtype=torch.bfloat16).model
+    assert default_attention_gap(different) > 1e-3
+
+
 def test_retyped_export_keeps_the_entries_that_older_versions_read(tmp_path: Path) -> None:
     directory = save_family("mistral", tmp_path / "mistral")
     config = read_json(directory / "config.json")
