@@ -1,16 +1,16 @@
-"""The subcommand explore: a page of a run."""
+"""Subcommands that show a run: explore and figures."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Literal
 
 import tyro
 
 from lcc_lens.core.errors import RequestError
-from lcc_lens.frontends.cli.options import Common, Maybe
-from lcc_lens.frontends.cli.show import console
+from lcc_lens.frontends.cli.options import Common, Maybe, Out, RunPath, Tabled
+from lcc_lens.frontends.cli.show import console, show_drawn
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,3 +45,24 @@ class Explore(Common):
             read_model=self.tokens,
         )  # fmt: skip
         console().print(f"page  {page}", soft_wrap=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Figures(Tabled):
+    """Draw every figure that a run has the data for, and name what would produce the others."""
+
+    example: ClassVar[str] = "runs/mine figures/mine --formats png html"
+
+    run: RunPath
+    """A directory of scan, restore or compare."""
+    out: Out
+    """The folder to write."""
+    formats: tuple[Literal["html", "png", "svg", "pdf"], ...] = ("html", "png", "svg", "pdf")
+    """HTML opens everywhere; images need a Chromium browser."""
+
+    def execute(self) -> None:
+        from lcc_lens.frontends.plotting.run_figures import draw_figures
+
+        drawn = draw_figures(self.run, self.out, formats=self.formats)
+        show_drawn(drawn, self.out)
+        self.write(drawn.table)

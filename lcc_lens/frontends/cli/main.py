@@ -23,9 +23,8 @@ from lcc_lens.core.text import visible
 from lcc_lens.frontends.cli.comparing import Compare
 from lcc_lens.frontends.cli.demonstrating import Demo
 from lcc_lens.frontends.cli.diagnosing import Doctor
-from lcc_lens.frontends.cli.exploring import Explore
+from lcc_lens.frontends.cli.exploring import Explore, Figures
 from lcc_lens.frontends.cli.exporting import Export
-from lcc_lens.frontends.cli.figures import Figures
 from lcc_lens.frontends.cli.measuring import Eval, Report
 from lcc_lens.frontends.cli.options import device_map_of, option
 from lcc_lens.frontends.cli.prompting import MeritsOf, Prompts
