@@ -102,11 +102,16 @@ def causes_refusal(pair: Pair) -> str | None:
     if pair.one_at_a_time:
         return "expected both models in memory to find causes, got one at a time; load both"
     for model in (pair.dense, pair.pruned):
+        if any(parameter.is_meta for parameter in model.parameters()):  # type: ignore[attr-defined]
+            return "expected all weights in memory to find causes, got layers on disk; load without a device map"
         reason = attention_refusal(model)
         if reason is not None:
             return f"expected attention that can be given other weights to find causes, got {reason}"
-        if any(parameter.is_meta for parameter in model.parameters()):  # type: ignore[attr-defined]
-            return "expected all weights in memory to find causes, got layers on disk; load without a device map"
+    try:
+        for layer in range(pair.n_layers):
+            AttentionWeights(pair, layer)
+    except RequestError as error:
+        return str(error)
     return None
 
 

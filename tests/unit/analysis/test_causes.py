@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from support.commands import call
 from support.pairs import FAMILIES, encoded
 from support.tiny import D_HEAD, D_MODEL, N_HEADS, N_LAYERS, build_model, save_model
 from torch import Tensor
@@ -115,10 +116,10 @@ def plain_calls(model, tokens: Tensor) -> list[dict]:
     """By layer, what a plain model calls attention and MLP with."""
     calls: list[dict] = [{} for _ in range(N_LAYERS)]
     handles = []
-    for layer, call in zip(model.model.layers, calls, strict=True):
-        keep = lambda module, args, kwargs, call=call: call.update(kwargs)  # noqa: E731
+    for layer, kept in zip(model.model.layers, calls, strict=True):
+        keep = lambda module, args, kwargs, kept=kept: kept.update(kwargs)  # noqa: E731
         handles.append(layer.self_attn.register_forward_pre_hook(keep, with_kwargs=True))
-        handles.append(layer.mlp.register_forward_pre_hook(lambda m, args, call=call: call.update(mlp=args[0])))
+        handles.append(layer.mlp.register_forward_pre_hook(lambda m, args, kept=kept: kept.update(mlp=args[0])))
     with torch.no_grad():
         model(tokens[None], use_cache=False)
     for handle in handles:
@@ -331,3 +332,27 @@ def test_scans_of_other_data_are_not_compared(pair: Pair, found: Scan, question_
     with pytest.raises(RequestError, match="expected two scans of the same n_examples"):
         divided.against(found)
     assert divided.against(scan(pair, load_data(str(question_file), n=9), selectors=(), display=0)).before is None
+
+
+def test_the_command_divides_differences(
+    dense_dir: Path, pruned_dir: Path, question_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--data", question_file, "--examples", 6, "--selectors", "own", "--causes"]
+    assert call("scan", dense_dir, pruned_dir, tmp_path / "run", *words, "--out", tmp_path / "heads.csv") == 0
+    assert "heads that changed most" in capsys.readouterr().out
+    columns = (tmp_path / "heads.csv").read_text().splitlines()[0].split(",")
+    assert {"own", "inherited", "pattern", "value", "value_stderr", "value_constant"} <= set(columns)
+    assert Scan.load(tmp_path / "run").causes is not None
+
+
+def test_attention_with_other_parameters_is_named(tmp_path: Path, dense_dir: Path) -> None:
+    save_model(build_model(0, attention_bias=True), tmp_path / "biased")
+    with_more = load_pair(dense_dir, tmp_path / "biased")  # biases that the dense model lacks count as zeros
+    assert causes_refusal(with_more) is None
+    with_fewer = load_pair(tmp_path / "biased", dense_dir)
+    assert "expected k_proj.bias of layer 0 in the same shape in both models" in (causes_refusal(with_fewer) or "")
+
+
+def test_weights_on_disk_are_refused(dense_dir: Path, pruned_dir: Path) -> None:
+    pair = load_pair(dense_dir, pruned_dir, device_map="disk")
+    assert "expected all weights in memory to find causes" in (causes_refusal(pair) or "")
