@@ -13,9 +13,9 @@ from torch.nn.functional import linear
 
 from lcc_lens.analysis.causes.attention_weights import AttentionWeights, matched
 from lcc_lens.analysis.causes.checks import attention_refusal, can_swap_mlp
-from lcc_lens.analysis.causes.shapley import COMBINATIONS, Combination, shapley_parts
+from lcc_lens.analysis.causes.shapley import COMBINATIONS, shapley_parts
 from lcc_lens.analysis.causes.statistics import PartStatistics, RunningParts
-from lcc_lens.analysis.causes.swapped import Call, Part, PlainModule, watched_inputs
+from lcc_lens.analysis.causes.swapped import Call, Part, PlainModule, watched_modules
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.heads import all_heads
 from lcc_lens.core.progress import track
@@ -156,56 +156,64 @@ class _Division:
 
     def add(self, batch: Batch, where: TokenPositions, example: Int[Tensor, " sample"]) -> None:
         """Run both models over a batch and add the parts at some positions."""
-        inputs: dict[tuple[Part, int], Tensor] = {}
+        seen: dict[tuple[Part, int], tuple[Tensor, Tensor]] = {}
 
-        def keep(part: Part, layer: int, call: Call) -> None:
-            inputs[part, layer] = call.hidden if part == "attn" else _at(call.hidden, where)
-
-        def divide(part: Part, layer: int, call: Call) -> None:
-            dense = inputs.pop((part, layer)).to(call.hidden.device)
+        def keep(part: Part, layer: int, call: Call, value: Tensor) -> None:
             if part == "attn":
-                parts = self._head_parts(layer, call, dense, where)
-                self.heads.update(layer, parts.to(self.heads.device), example.to(self.heads.device))
+                seen[part, layer] = call.hidden, self.pair.kept_heads(layer, self._heads(call, value, where))
             elif self.mlp is not None:
-                parts = _mlp_parts(self.pair, layer, call, dense, _at(call.hidden, where))
-                self.mlp.update(layer, parts.to(self.mlp.device), example.to(self.mlp.device))
+                seen[part, layer] = _at(call.hidden, where), _at(value, where)
+
+        def divide(part: Part, layer: int, call: Call, value: Tensor) -> None:
+            running = self.heads if part == "attn" else self.mlp
+            if running is not None:
+                dense = tuple(x.to(value.device) for x in seen.pop((part, layer)))
+                split = self._head_parts if part == "attn" else self._mlp_parts
+                parts = split(layer, call, dense, value, where)
+                running.update(layer, parts.to(running.device), example.to(running.device))
 
         with torch.inference_mode():
             for model, visit in ((self.pair.dense, keep), (self.pair.pruned, divide)):
-                with watched_inputs(model, visit):
+                with watched_modules(model, visit):
                     run_without_logits(model, batch.tokens.to(device_of(model)), [])
         for running in (self.heads, self.mlp):
             if running is not None:
                 running.count(example)
 
     def _head_parts(
-        self, layer: int, call: Call, dense: Tensor, where: TokenPositions
+        self, layer: int, call: Call, dense: tuple[Tensor, ...], z: Tensor, where: TokenPositions
     ) -> Float[Tensor, "cause sample head d_head"]:
-        weights, outputs = self.attention[layer], {}
-        for is_dense_input, qk_dense, v_dense in COMBINATIONS:
+        weights, (x_dense, z_dense) = self.attention[layer], dense
+        outputs = {(False, False, False): self._heads(call, z, where), (True, True, True): z_dense}
+        for x_is_dense, qk_dense, v_dense in COMBINATIONS[1:-1]:
             chosen = weights.chosen(qk_dense=qk_dense, v_dense=v_dense)
-            z = weights.plain.before_output(call, dense if is_dense_input else call.hidden, chosen)
-            z = _at(z.reshape(*call.hidden.shape[:2], -1), where)
-            outputs[is_dense_input, qk_dense, v_dense] = z.float().unflatten(-1, (self.pair.n_heads, self.pair.d_head))
-        return shapley_parts(outputs)
+            found = weights.plain.before_output(call, x_dense if x_is_dense else call.hidden, chosen)
+            outputs[x_is_dense, qk_dense, v_dense] = self._heads(call, found, where)
+        return shapley_parts({combination: output.float() for combination, output in outputs.items()})
 
+    def _mlp_parts(
+        self, layer: int, call: Call, dense: tuple[Tensor, ...], post: Tensor, where: TokenPositions
+    ) -> Float[Tensor, "cause sample 1 d_model"]:
+        """The same of an MLP's output, which is linear in the post-activation, so that few products give all parts."""
+        plain, other = (PlainModule.of(model, layer, "mlp") for model in (self.pair.pruned, self.pair.dense))
+        x, (x_dense, both), neither = _at(call.hidden, where), dense, _at(post, where)
+        by_input = plain.before_output(call, x_dense[None])[0]
+        by_gate = plain.before_output(call, x[None], matched(other.values(), plain.values(), layer))[0]
+        down = plain.output_values()
+        down_dense = matched(other.output_values(), down, layer)
+        parts = []
+        for before, after in ((by_input - neither, both - by_gate), (by_gate - neither, both - by_input)):
+            pruned = linear(before / 3 + after / 6, down["weight"])
+            parts.append(pruned + linear(before / 6 + after / 3, down_dense["weight"]))
+        change = {name: down_dense[name] - down[name] for name in down}
+        mean = (neither + both) / 3 + (by_input + by_gate) / 6
+        parts.append(linear(mean, change["weight"], change.get("bias")))
+        return torch.stack(parts).float()[:, :, None]
 
-def _mlp_parts(
-    pair: Pair, layer: int, call: Call, dense: Tensor, pruned: Tensor
-) -> Float[Tensor, "cause sample 1 d_model"]:
-    """The parts of an MLP's output; a token's depends on this token alone."""
-    plain, dense_plain = PlainModule.of(pair.pruned, layer, "mlp"), PlainModule.of(pair.dense, layer, "mlp")
-    gates = matched(dense_plain.values(), plain.values(), layer)
-    ends = (plain.output_values(), matched(dense_plain.output_values(), plain.output_values(), layer))
-    outputs: dict[Combination, Tensor] = {}
-    for is_dense_input in (False, True):
-        for gate_dense in (False, True):
-            hidden = (dense if is_dense_input else pruned)[None]
-            post = plain.before_output(call, hidden, gates if gate_dense else None)
-            for down_dense, end in enumerate(ends):
-                out = linear(post.flatten(0, -2), end["weight"], end.get("bias"))
-                outputs[is_dense_input, gate_dense, bool(down_dense)] = out.float()[:, None]
-    return shapley_parts(outputs)
+    def _heads(self, call: Call, z: Tensor, where: TokenPositions) -> Float[Tensor, "sample head d_head"]:
+        """Head outputs at some positions."""
+        chosen = _at(z.reshape(*call.hidden.shape[:2], -1), where)
+        return chosen.reshape(len(chosen), -1, self.pair.d_head)
 
 
 def _same_mlps(pair: Pair) -> bool:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from torch import Tensor
 
 from lcc_lens.analysis.causes.attention_weights import head_rows
-from lcc_lens.analysis.causes.swapped import Call, Part, PlainModule, watched_inputs
+from lcc_lens.analysis.causes.swapped import Call, Part, PlainModule, watched_modules
 from lcc_lens.models.hooked.forward import run_without_logits
 from lcc_lens.models.hooked.hooked_transformer import is_hooked_transformer
-from lcc_lens.models.hooked.hooks import HookedModel, mlp_name, readers, z_name
+from lcc_lens.models.hooked.hooks import HookedModel
 from lcc_lens.models.hooked.self_checks import OTHER_KERNELS, check_tokens, is_close, tried_once
 from lcc_lens.models.hooked.sites import has_mlp_site
 
@@ -22,10 +22,9 @@ def attention_refusal(model: HookedModel) -> str | None:
     if is_hooked_transformer(model):
         return "HookedTransformer's copies of them; use LCC_LENS_HOOKS=bridge"
     n_heads, d_head = int(model.cfg.n_heads), int(model.cfg.d_head)
-    once: list[Tensor] = []
-    twice: list[Tensor] = []
+    verdicts: list[bool] = []
 
-    def compute(part: Part, layer: int, call: Call) -> None:
+    def compute(part: Part, layer: int, call: Call, z: Tensor) -> None:
         if part == "attn":
             plain = PlainModule.of(model, layer, part)
             doubled = {}
@@ -34,38 +33,31 @@ def attention_refusal(model: HookedModel) -> str | None:
                 rows = head_rows(name, value.shape[axis], n_heads, d_head)[2].flatten().to(value.device)
                 if len(rows):
                     doubled[name] = value.index_copy(axis, rows, 2 * value.index_select(axis, rows))
-            once.append(plain.before_output(call, call.hidden))
-            twice.append(plain.before_output(call, call.hidden, doubled))
+            once, twice = (plain.before_output(call, call.hidden, weights) for weights in ({}, doubled))
+            verdicts.append(all(_is_same(found, factor * z, model) for factor, found in ((1, once), (2, twice))))
 
-    expected: list[Tensor] = []
-    with watched_inputs(model, compute):
-        layers = range(int(model.cfg.n_layers))
-        run_without_logits(model, check_tokens(model), readers(z_name, layers, lambda _, z: expected.append(z.clone())))
-    is_same = len(once) == len(expected) and all(
-        is_close(found.reshape(z.shape), factor * z, OTHER_KERNELS, model.cfg.dtype)
-        for factor, runs in ((1, once), (2, twice))
-        for found, z in zip(runs, expected, strict=True)
-    )
-    return None if is_same else "one whose queries, keys and values are not told apart"
+    with watched_modules(model, compute):
+        run_without_logits(model, check_tokens(model), [])
+    is_swappable = len(verdicts) == int(model.cfg.n_layers) and all(verdicts)
+    return None if is_swappable else "one whose queries, keys and values are not told apart"
 
 
 @tried_once(on_failure=False)
 def can_swap_mlp(model: HookedModel) -> bool:
     """Whether every layer's MLP is one module whose post-activation it computes; tried once per model."""
-    found: list[Tensor] = []
-    expected: list[Tensor] = []
+    verdicts: list[bool] = []
 
-    def compute(part: Part, layer: int, call: Call) -> None:
+    def compute(part: Part, layer: int, call: Call, post: Tensor) -> None:
         if part == "mlp":
-            found.append(PlainModule.of(model, layer, part).before_output(call, call.hidden))
+            found = PlainModule.of(model, layer, part).before_output(call, call.hidden)
+            verdicts.append(_is_same(found, post, model))
 
     if not has_mlp_site(model):
         return False
-    n_layers = int(model.cfg.n_layers)
-    with watched_inputs(model, compute):
-        hooks = readers(mlp_name, range(n_layers), lambda _, post: expected.append(post.clone()))
-        run_without_logits(model, check_tokens(model), hooks)
-    return len(found) == n_layers and all(
-        is_close(h.reshape(post.shape), post, OTHER_KERNELS, model.cfg.dtype)
-        for h, post in zip(found, expected, strict=True)
-    )
+    with watched_modules(model, compute):
+        run_without_logits(model, check_tokens(model), [])
+    return len(verdicts) == int(model.cfg.n_layers) and all(verdicts)
+
+
+def _is_same(found: Tensor, expected: Tensor, model: HookedModel) -> bool:
+    return is_close(found.reshape(expected.shape), expected, OTHER_KERNELS, model.cfg.dtype)

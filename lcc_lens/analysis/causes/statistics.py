@@ -94,11 +94,11 @@ class RunningParts:
         self, layer: int, parts: Float[Tensor, "cause sample part width"], example: Int[Tensor, " sample"]
     ) -> None:
         """Add one layer's parts on a batch; ``example`` counts from 0 within the batch, and every one is whole."""
-        parts = parts.to(self.dtype)
         difference, own, sums = parts.sum(0), parts[1:].sum(0), self.sums
-        counts = torch.bincount(example).to(parts)
+        counts = torch.bincount(example).to(parts.device, self.dtype)
 
         def by_example(values: Tensor) -> Tensor:
+            values = values.to(self.dtype)  # the standard error is a small difference of large sums
             return values.new_zeros(len(counts), *values.shape[1:]).index_add_(0, example, values)
 
         squared = by_example(difference.square().sum(-1))

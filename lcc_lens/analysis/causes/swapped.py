@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Literal, cast
 
 from jaxtyping import Float
@@ -21,6 +20,8 @@ _OUTPUTS: Mapping[Part, frozenset[str]] = {
     "attn": frozenset(name.rpartition(".")[2] for name in ATTENTION_OUTPUTS),
     "mlp": frozenset(name.rpartition(".")[2] for name in MLP_OUTPUTS),
 }
+#: TransformerLens' name of the output layer of each part.
+_ENDS: Mapping[Part, str] = {"attn": "o", "mlp": "out"}
 _CACHES = ("past_key_values", "past_key_value", "layer_past")
 
 
@@ -118,7 +119,7 @@ class PlainModule:
         def stop(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             raise _Stop(inputs[0])
 
-        handle = self.output.register_forward_pre_hook(stop)
+        handle = self.output.register_forward_pre_hook(stop, prepend=True)  # before a visit of this place
         try:
             with shadowed({self.parameters[name]: value for name, value in (weights or {}).items()}):
                 self.module.forward(*args, **kwargs)
@@ -129,21 +130,43 @@ class PlainModule:
         raise RuntimeError("the module does not call its output layer")
 
 
+#: Called with part and layer, how the model calls the module, and what its output layer reads.
+Visit = Callable[[Part, int, Call, Tensor], None]
+
+
 @contextmanager
-def watched_inputs(model: HookedModel, visit: Callable[[Part, int, Call], None]) -> Iterator[None]:
-    """Call ``visit(part, layer, call)`` before every layer's attention and MLP inside the block."""
+def watched_modules(model: HookedModel, visit: Visit) -> Iterator[None]:
+    """Call ``visit(part, layer, call, value)`` in every layer's attention and MLP, before the output layer computes.
+
+    Hooks that change the value at this point, such as constants of a restoration, come after it.
+    """
     can_fuse(model)  # tried by passes of its own, before they are watched
     with ExitStack() as stack:
         for layer, block in enumerate(cast("Any", model).blocks):
-            for part in ("attn", "mlp"):
-                if (module := block._modules.get(part)) is not None:
-                    hook = partial(_visit, visit, part, layer)
-                    stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+            for part, end in _ENDS.items():
+                module = block._modules.get(part)
+                output = None if module is None else module._modules.get(end)
+                if module is not None and output is not None:
+                    watch = _Watch(visit, part, layer)
+                    stack.callback(module.register_forward_pre_hook(watch.enter, with_kwargs=True).remove)
+                    stack.callback(output.register_forward_pre_hook(watch.leave).remove)
         yield
 
 
-def _visit(visit: Callable[..., None], part: Part, layer: int, module: nn.Module, args: Any, kwargs: Any) -> None:
-    visit(part, layer, Call(args, kwargs))
+class _Watch:
+    """The call of one module, until its output layer is reached."""
+
+    def __init__(self, visit: Visit, part: Part, layer: int) -> None:
+        self.visit, self.part, self.layer = visit, part, layer
+        self.call: Call | None = None
+
+    def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.call = Call(args, kwargs)
+
+    def leave(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        call, self.call = self.call, None
+        if call is not None:
+            self.visit(self.part, self.layer, call, inputs[0])
 
 
 @contextmanager

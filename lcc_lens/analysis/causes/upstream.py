@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from lcc_lens.analysis.causes.causes import causes_refusal
-from lcc_lens.analysis.causes.swapped import Call, Part, PlainModule, watched_inputs
+from lcc_lens.analysis.causes.swapped import Call, Part, PlainModule, watched_modules
 from lcc_lens.core.config import tokens_per_pass
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.heads import Head, check_heads
@@ -190,17 +190,17 @@ class _Tracer:
         valid = batch.is_valid().to(device_of(self.pair.pruned))
         inputs: list[Tensor] = []
 
-        def keep(part: Part, layer: int, call: Call) -> None:
+        def keep(part: Part, layer: int, call: Call, z: Tensor) -> None:
             if part == "attn" and layer == self.head.layer:
                 inputs.append(call.hidden)
 
-        def measure(part: Part, layer: int, call: Call) -> None:
+        def measure(part: Part, layer: int, call: Call, z: Tensor) -> None:
             if part == "attn" and layer == self.head.layer:
                 found.append(self._measure(call, inputs[0], (dense, pruned), valid, patched))
 
         with torch.no_grad():
             for model, visit, streams in ((models[0], keep, dense), (models[1], measure, pruned)):
-                with watched_inputs(model, visit):
+                with watched_modules(model, visit):
                     run_without_logits(model, batch.tokens.to(device_of(model)), streams.hooks)
         return found[0]
 
