@@ -92,6 +92,7 @@ if TYPE_CHECKING:
     from lcc_lens.frontends.plotting.recoveries import recovery_points as recovery_points
     from lcc_lens.frontends.plotting.reports import plot_report as plot_report
     from lcc_lens.frontends.plotting.run_figures import draw_figures as draw_figures
+    from lcc_lens.frontends.plotting.studies import plot_prompt_study as plot_prompt_study
     from lcc_lens.frontends.plotting.studies import plot_pruning_quality as plot_pruning_quality
     from lcc_lens.frontends.plotting.studies import plot_selector_study as plot_selector_study
     from lcc_lens.frontends.plotting.training import plot_training as plot_training

@@ -33,6 +33,10 @@ SMALLER: dict[str, dict[str, str]] = {
         " examples=64": " examples=16", "validation=8": "validation=2", "responses=32": "responses=4",
         "blocks=6": "blocks=2", "block_length=256": "block_length=24", "scan_examples=32": "scan_examples=6",
     },
+    "06_prompts_beside_weights": {
+        'DATA = "arc_easy"': 'DATA = "{questions}"', 'TEXTS = "boolq"': 'TEXTS = "{text}"', "n=32": "n=8",
+        "n=64": "n=12", "n=48": "n=6",
+    },
 }  # fmt: skip
 #: Figures in each.
 DRAWN = {
@@ -40,6 +44,7 @@ DRAWN = {
     "02_inside_a_lost_component": 3,
     "03_restore_and_export": 2,
     "04_does_it_really_restore": 2,
+    "06_prompts_beside_weights": 1,
 }
 
 

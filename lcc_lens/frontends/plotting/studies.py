@@ -1,4 +1,4 @@
-"""Figures of studies over several models, tasks and seeds: selectors and pruners compared."""
+"""Figures of studies over several models, tasks and seeds: selectors, pruners and prompts compared."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import plotly.graph_objects as go
 from lcc_lens.core.errors import RequestError
 from lcc_lens.frontends.plotting.forest import Mark, Panel, forest
 from lcc_lens.frontends.plotting.labels import GOLD, SELECTOR_LABELS
-from lcc_lens.frontends.plotting.theme import COLORS, SERIES
+from lcc_lens.frontends.plotting.theme import COLORS, COLUMN, SEQUENTIAL, SERIES, error_bars, rounded, styled
+from lcc_lens.prompting.study import PromptStudy
 
 _ROW = 40
 
@@ -82,6 +83,47 @@ def plot_pruning_quality(study: Mapping[str, Any]) -> go.Figure:
         title=f"What pruning costs {study['model']}", caption=caption, plot_height=20 * len(names), below=52,
     )  # fmt: skip
     figure.update_xaxes(tickvals=[30, 100, 1000, 10_000, 100_000], ticktext=["30", "100", "1,000", "10,000", "100,000"])
+    return figure
+
+
+def plot_prompt_study(study: PromptStudy) -> go.Figure:
+    """Every variant's gain on the dense model against its gain on the pruned one; the colour is its length in words.
+
+    Above the diagonal a prompt helps the pruned model more than the dense one, so it brings something back.
+
+    Args:
+        study: see :func:`lcc_lens.prompting.measuring.prompt_study`.
+
+    Raises:
+        RequestError: no variant beside the raw prompt.
+    """
+    rows = [row for row in study.table().to_dict("records") if row["variant"] != "raw"]
+    if not rows:
+        raise RequestError("expected variants beside the raw prompt to draw, got none; measure some")
+    gains = {model: [row[f"gain_{model}"] for row in rows] for model in ("dense", "pruned")}
+    bars = {
+        model: error_bars(gains[model], [(r[f"gain_{model}_low"], r[f"gain_{model}_high"]) for r in rows])
+        for model in gains
+    }
+    ends = [rounded(edge(0.0, *gains["dense"], *gains["pruned"])) for edge in (min, max)]
+    figure = go.Figure()
+    figure.add_scatter(x=ends, y=ends, mode="lines", line={"color": "#9a9a9a", "dash": "dash"}, hoverinfo="skip")
+    words = [rounded(row["words"]) for row in rows]
+    figure.add_scatter(
+        x=[rounded(value) for value in gains["dense"]], y=[rounded(value) for value in gains["pruned"]],
+        error_x=bars["dense"], error_y=bars["pruned"], mode="markers+text", text=[row["variant"] for row in rows],
+        textposition="top center", marker={
+            "size": 11, "color": words, "colorscale": SEQUENTIAL, "colorbar": {"title": "words"},
+            "line": {"color": "#4d4d4d", "width": 1},
+        },
+    )  # fmt: skip
+    caption = (
+        f"{len(study.record.groups)} responses of {study.record.data}; bars are paired 95 % bootstrap intervals over "
+        "examples. On the dashed line a prompt helps both models alike."
+    )
+    styled(figure, "What a prompt gives, dense and pruned", caption, width=COLUMN, plot_height=300, legend=False)
+    figure.update_xaxes(title="gain on the dense model (nats per token)")
+    figure.update_yaxes(title="gain on the pruned model (nats per token)")
     return figure
 
 

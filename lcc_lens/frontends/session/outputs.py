@@ -18,6 +18,7 @@ from lcc_lens.frontends.session.view import SessionView
 from lcc_lens.frontends.session.workbench import Workbench
 from lcc_lens.models.hooked.hooks import HookedModel
 from lcc_lens.models.pair import Pair
+from lcc_lens.prompting.rewriting.rewriter import Rewrites, rewrite_prompt, written_by
 from lcc_lens.restoration.injections.base import Injection
 from lcc_lens.restoration.result import Restoration
 from lcc_lens.restoration.training.objectives import Objective
@@ -117,6 +118,15 @@ class SessionOutputs(SessionView):
         with self._alone():
             cache = self._cache_of("generate", prompt, max_new_tokens)
             return generate(self.pair, self._restorations(), prompt, max_new_tokens, cache=cache)
+
+    def rewrites(self, prompt: str, n: int = 3) -> Rewrites:
+        """Versions of a prompt, by rule and by the dense model, ranked by the dense model's answer in the pruned one.
+
+        See :func:`~lcc_lens.prompting.rewriting.rewriter.rewrite_prompt`; ``n`` are the dense model's.
+        """
+        with self._alone():
+            written = written_by(self.pair.dense, self.pair.tokenizer, self.pair.context, prompt, n)
+            return rewrite_prompt(self.pair, prompt, written)
 
     @contextmanager
     def applied(self) -> Iterator[HookedModel]:

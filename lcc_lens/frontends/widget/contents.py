@@ -13,6 +13,8 @@ from lcc_lens.analysis.scan.scan import Scan
 from lcc_lens.analysis.selectors.names import ALWAYS_SCORED, DEFAULT_SELECTOR, SELECTORS
 from lcc_lens.frontends.explorer.views import View, removed_heads, views_of_scan
 from lcc_lens.frontends.session.session import RestoreSession
+from lcc_lens.prompting.merits import MERITS
+from lcc_lens.prompting.rewriting.rewriter import Rewrites
 from lcc_lens.restoration.injections.methods import METHODS
 from lcc_lens.restoration.injections.spec import MethodSpec
 from lcc_lens.restoration.training.config import Step
@@ -27,7 +29,7 @@ _STYLES = ("base.css", "map.css", "parts.css")
 #: Joined into one module; only the last one exports.
 _SCRIPTS = (
     "dom.js", "theme.js", "map.js", "picking.js", "method.js", "training.js", "curve.js", "readout.js", "prompt.js",
-    "ending.js", "main.js",
+    "rewrites.js", "ending.js", "main.js",
 )  # fmt: skip
 
 
@@ -73,6 +75,19 @@ def prompt_contents(seen: PromptComparison, k: int) -> dict[str, Any]:
         name: [_short(100 * value) for value in seen.change(name).flatten().tolist()] for name in seen.models[1:]
     }
     return {"models": list(seen.models), "tokens": seen.next_tokens(k).to_dict("records"), "changes": changes}
+
+
+def rewrite_contents(prompt: str, rewrites: Rewrites) -> dict[str, Any]:
+    """Versions of a prompt: source, text, merits with what lowers them, and the margin over the raw prompt."""
+    rows = [
+        {
+            "source": c.source, "text": c.text, "merits": [_short(score) for score in c.merits.scores.values()],
+            "lowered": c.merits.reasons, "margin": _short(c.ranked.margin), "chosen": c is rewrites.chosen,
+        }
+        for c in rewrites.candidates
+    ]  # fmt: skip
+    names = [name.replace("concise_cot", "steps") for name in MERITS]
+    return {"prompt": prompt, "names": names, "rows": rows, "verdict": rewrites.verdict}
 
 
 def state_key(session: RestoreSession) -> str:

@@ -17,6 +17,7 @@ from lcc_lens.frontends.widget.contents import (
     curve_contents,
     fixed_contents,
     prompt_contents,
+    rewrite_contents,
     script,
     state_contents,
     state_key,
@@ -47,6 +48,7 @@ class RestoreWidget(anywidget.AnyWidget):
         error: the last error, as one line.
         readout: the last losses, next tokens, changed heads and generations, with the ``key`` of their state. They are
             kept per state, so undo and redo show theirs at once.
+        rewrites: the last versions of the prompt, with merits and likelihoods.
         exported: the last verified export.
 
     Example:
@@ -60,6 +62,7 @@ class RestoreWidget(anywidget.AnyWidget):
     curve: traitlets.List[Point] = traitlets.List().tag(sync=True)
     live: traitlets.List[Point] = traitlets.List().tag(sync=True)
     readout = traitlets.Dict().tag(sync=True)
+    rewrites = traitlets.Dict().tag(sync=True)
     exported = traitlets.Dict().tag(sync=True)
     busy = traitlets.Unicode().tag(sync=True)
     error = traitlets.Unicode().tag(sync=True)
@@ -104,7 +107,7 @@ class RestoreWidget(anywidget.AnyWidget):
         action = message.get("do")
         jobs = {
             "train": self._train, "read": self._read, "export": self._export, "save": self._save, "pin": self._pin,
-            "unpin": self._unpin,
+            "unpin": self._unpin, "rewrite": self._rewrite,
         }  # fmt: skip
         if self.busy == "reading" and action in {*ACTIONS, *jobs}:
             # The browser did not know of this reading yet; the action makes it outdated, so it gives way.
@@ -182,6 +185,14 @@ class RestoreWidget(anywidget.AnyWidget):
         self.session.unpin()
         self._readouts.clear()
         self._worker.begin([self._reading()])
+
+    def _rewrite(self, message: Message) -> None:
+        self.prompt = prompt = str(message.get("prompt", self.prompt))
+
+        def rewrite() -> None:
+            self.rewrites = rewrite_contents(prompt, self.session.rewrites(prompt))
+
+        self._worker.begin([("rewriting", rewrite)])
 
     def _readout_key(self) -> tuple[str, str]:
         return state_key(self.session), self.prompt

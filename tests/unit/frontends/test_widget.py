@@ -436,3 +436,19 @@ def test_without_anywidget_the_widget_is_refused_in_one_line() -> None:
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout == "expected anywidget for the widget, got none; run pip install 'lcc-lens[notebook]'\n"
+
+
+def test_versions_of_the_prompt_are_shown_with_their_merits(
+    widget: RestoreWidget, session: RestoreSession, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lcc_lens.prompting.rewriting.writing.INSTRUCTION", "S_P:")
+    say(widget, do="rewrite", prompt="name 3 rivers")
+    assert widget.error == ""
+    found = session.rewrites("name 3 rivers")
+    assert widget.rewrites["verdict"] == found.verdict
+    assert [row["text"] for row in widget.rewrites["rows"]] == [c.text for c in found.candidates]
+    assert sum(row["chosen"] for row in widget.rewrites["rows"]) == 1
+    assert all(len(row["merits"]) == len(widget.rewrites["names"]) == 4 for row in widget.rewrites["rows"])
+    json.dumps(widget.rewrites, allow_nan=False)
+    say(widget, do="rewrite", prompt="")
+    assert "expected a prompt with at least one word" in widget.error

@@ -14,6 +14,7 @@ from lcc_lens.core.errors import RequestError
 from lcc_lens.data.batches import TokenSequence, batches, pad
 from lcc_lens.data.datasets import Data, load_data
 from lcc_lens.data.prompts import Example
+from lcc_lens.frontends.plotting.studies import plot_prompt_study
 from lcc_lens.models.hooked.hooks import z_name
 from lcc_lens.models.pair import Pair
 from lcc_lens.prompting.measuring import prompt_study
@@ -178,6 +179,18 @@ def test_one_head_s_reaction_is_a_patched_run(pair: Pair) -> None:
         expected = likelihood([(z_name(layer), put)]) - likelihood([])
         assert float(found[i, layer, head]) == pytest.approx(expected, abs=1e-5)
         assert abs(expected) > 1e-6
+
+
+def test_gains_are_drawn(study: PromptStudy, pair: Pair, data: Data) -> None:
+    figure = plot_prompt_study(study)
+    drawn = figure.data[1]
+    assert list(drawn.text) == NAMES[1:]
+    row = study.table().set_index("variant").loc["clear"]
+    assert (drawn.x[0], drawn.y[0]) == pytest.approx((row["gain_dense"], row["gain_pruned"]), rel=1e-4)
+    assert drawn.error_y.array[0] == pytest.approx(row["gain_pruned_high"] - row["gain_pruned"], rel=1e-4)
+    assert list(drawn.marker.color) == pytest.approx(study.table()["words"][1:].tolist(), rel=1e-4)
+    with pytest.raises(RequestError, match="expected variants beside the raw prompt"):
+        plot_prompt_study(prompt_study(pair, prompt_variants(data, ["raw"])))
 
 
 def test_heads_of_a_variant(study: PromptStudy) -> None:

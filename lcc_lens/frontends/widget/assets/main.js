@@ -7,7 +7,8 @@ function render({ model, el: host }) {
     later = null, // what to choose once the session is idle
     unheard = 0; // choices without an answer yet: their state would be older than what is shown
   let asked = ""; // a job that was asked for and has not been heard of yet
-  const JOBS = { train: "training", read: "reading", export: "exporting", save: "saving", pin: "pinning", unpin: "reading" };
+  const JOBS = { train: "training", read: "reading", export: "exporting", save: "saving", pin: "pinning", unpin: "reading",
+    rewrite: "rewriting" };
   const ask = (message) => {
     asked = JOBS[message.do] ?? asked;
     model.send(message);
@@ -22,6 +23,7 @@ function render({ model, el: host }) {
   const train = training(fixed, ask),
     choice = methodChoice(fixed, ask),
     shown = readouts(model, ask, fixed.heads),
+    versions = rewriting(model, ask),
     out = exporting(ask),
     keep = keeping(ask),
     code = codeOf();
@@ -36,7 +38,7 @@ function render({ model, el: host }) {
       "div",
       { class: "columns" },
       hasMap ? el("div", { class: "picked" }, map.root, many.root) : null,
-      el("div", { class: "work" }, choice.root, train.root, shown.root),
+      el("div", { class: "work" }, choice.root, train.root, shown.root, versions.root),
       el("div", { class: "end" }, keep.root, out.root, code.root),
     ),
   );
@@ -75,7 +77,7 @@ function render({ model, el: host }) {
     root.classList.toggle("busy", now.isBusy);
     root.setAttribute("aria-busy", String(now.isBusy));
     failure.textContent = model.get("error");
-    for (const one of [shown, keep, out]) one.follow(now);
+    for (const one of [shown, versions, keep, out]) one.follow(now);
     choice.follow(state, now);
     const { seconds, key } = model.get("readout");
     train.follow(state, now, key === state.key ? seconds : null);
@@ -98,7 +100,8 @@ function render({ model, el: host }) {
     "change:busy": () => ((asked = ""), settle(), follow()),
     "change:error": follow,
     "change:readout": () => (drawCurve(), follow()),
-    "change:prompt": () => (shown.ask(), shown.draw()),
+    "change:prompt": () => (shown.ask(), shown.draw(), versions.draw()),
+    "change:rewrites": () => (versions.draw(), follow()),
     "change:exported": () => (out.draw(model.get("exported")), follow()),
     "change:curve": drawCurve,
     "change:live": drawCurve,
@@ -107,6 +110,7 @@ function render({ model, el: host }) {
   for (const [event, react] of Object.entries(changes)) model.on(event, react);
   out.draw(model.get("exported"));
   drawCurve();
+  versions.draw();
   follow();
   host.append(root);
   for (const node of root.querySelectorAll("button, select, input, [tabindex]"))
