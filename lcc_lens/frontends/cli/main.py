@@ -96,7 +96,7 @@ def _print_example(arguments: Sequence[str]) -> None:
     """End the help of a command with an example."""
     name = arguments[0] if arguments else ""
     if name in COMMANDS:
-        print(f"Example: lcc-lens {name} {COMMANDS[name].example}")
+        print(f"Example: lcc-lens {name.replace('-', ' ')} {COMMANDS[name].example}")
 
 
 def _refuse_several(command: Any) -> None:
