@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -70,17 +71,22 @@ def layer_output(
     model: Any, layer: int, tokens: Int[Tensor, "batch pos"], hooks: Sequence[NamedHook] = ()
 ) -> Float[Tensor, "batch pos d_model"]:
     """A layer's output, without the unembedding."""
+    return _outputs(model, [layer], tokens, hooks)[0]
+
+
+def _outputs(model: Any, layers: Sequence[int], tokens: Tensor, hooks: Sequence[NamedHook] = ()) -> list[Tensor]:
+    """Several layers' outputs from one pass."""
     kept: list[Tensor] = []
 
     def keep(module: Any, inputs: Any, output: Any) -> None:
-        kept.append((output[0] if isinstance(output, tuple) else output).detach())
+        values = (output[0] if isinstance(output, tuple) else output).detach()
+        kept.append(values.clone() if len(layers) > 1 else values)  # a later layer may change its input in place
 
-    handle = model.blocks[layer].register_forward_hook(keep)
-    try:
+    with ExitStack() as stack:
+        for layer in layers:
+            stack.callback(model.blocks[layer].register_forward_hook(keep).remove)
         forward(model, tokens, [*hooks, *logits_at(model, None)])
-    finally:
-        handle.remove()
-    return kept[0]
+    return kept
 
 
 def run_from_layer(
@@ -101,8 +107,7 @@ def can_run_layers_alone(model: HookedModel) -> bool:
     can_fuse(model)
     tokens = check_tokens(model)
     hidden: Tensor | None = None
-    for layer in range(int(model.cfg.n_layers)):
-        whole = layer_output(model, layer, tokens)
+    for layer, whole in enumerate(_outputs(model, range(int(model.cfg.n_layers)), tokens)):
         hidden = _output_alone(model, layer, tokens, hidden, [])
         if not is_close(hidden, whole, SAME_OPERATIONS, whole.dtype):
             return False
