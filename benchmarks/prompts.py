@@ -18,6 +18,8 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import shlex
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -260,6 +262,13 @@ def _rounded(value: Any) -> Any:
     return float(f"{value:.4g}") if isinstance(value, float) else value
 
 
+def _options(given: argparse.Namespace) -> str:
+    """The options that the command was given, without its places."""
+    places = {"--folder", "--out"}
+    words = iter(sys.argv[1:])
+    return shlex.join(word for word in words if word not in places or not next(words, None))
+
+
 def main() -> None:
     """Measure the parts one after the other."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -283,12 +292,16 @@ def main() -> None:
     transformers_logging.disable_progress_bar()
     sizes = {name: value for name, value in vars(given).items() if name not in ("folder", "out")}
     results: dict[str, Any] = {}
+    own = {name: value for name, value in sizes.items() if name not in ("models", "seeds")}
+    if (note := given.folder / "sizes.json").exists() and read_json(note) != own:
+        sys.exit(f"expected the sizes in {note}, got others; name another --folder")
+    write_json(note, own)
     for name in given.models:
         parts: list[Part] = []
         for seed in range(given.seeds):
             parts.append(Part(name, seed, given))
             results[name] = {"seeds": seed + 1, **rows_of(parts, given.restorations)}
-            command = "python benchmarks/prompts.py"
+            command = f"python benchmarks/prompts.py {_options(given)}".strip()
             write_json(given.out, {"command": command, "machine": describe(), "sizes": sizes, "models": results})
 
 
