@@ -33,6 +33,10 @@ SMALLER: dict[str, dict[str, str]] = {
         " examples=64": " examples=16", "validation=8": "validation=2", "responses=32": "responses=4",
         "blocks=6": "blocks=2", "block_length=256": "block_length=24", "scan_examples=32": "scan_examples=6",
     },
+    "05_why_heads_lose": {
+        'TEXTS = "boolq"': 'TEXTS = "{text}"', 'DATA = "wikipedia"': 'DATA = "{text}"', "n=48": "n=6", "n=96": "n=12",
+        "limit=12": "limit=4", "max_length=256": "max_length=48", "length=40": "length=10",
+    },
     "06_prompts_beside_weights": {
         'DATA = "arc_easy"': 'DATA = "{questions}"', 'TEXTS = "boolq"': 'TEXTS = "{text}"', "n=32": "n=8",
         "n=64": "n=12", "n=48": "n=6",
@@ -44,6 +48,7 @@ DRAWN = {
     "02_inside_a_lost_component": 3,
     "03_restore_and_export": 2,
     "04_does_it_really_restore": 2,
+    "05_why_heads_lose": 4,
     "06_prompts_beside_weights": 1,
 }
 

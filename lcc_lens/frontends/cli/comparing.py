@@ -79,8 +79,8 @@ class Compare(Tabled):
     heads: Share = 1.0
     """Fraction of heads to restore."""
     selector: str = DEFAULT_SELECTOR
-    """Score that heads are chosen by: attribution, patching, probe (the paper's), interaction, mse, kl, gradient or
-    random."""
+    """Score that heads are chosen by: attribution, patching, probe (the paper's), interaction, mse, kl, gradient, own
+    or random."""
     part: str = "1/1"
     """i/n: compute every n-th run, starting at the i-th; start the same command with 1/n to n/n in n processes."""
     data: CompareData = CompareData()

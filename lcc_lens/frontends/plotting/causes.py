@@ -153,7 +153,7 @@ def plot_upstream(upstream: Upstream, n: int = 10) -> go.Figure:
         f"Direct effects of the {len(table)} strongest of {len(upstream.writers)} writers on what the head inherited.",
         width=COLUMN, plot_height=260, legend=False,
     )  # fmt: skip
-    figure.update_xaxes(title="layer", range=[-1.8, target.layer + 1.8], showgrid=False)
+    figure.update_xaxes(title="layer", range=[-1.8, 1.2 * target.layer + 2], showgrid=False)
     figure.update_yaxes(visible=False, range=[0, 1.1])
     return figure
 
