@@ -91,7 +91,7 @@ def prune(
     tokens, provenance = None, dict[str, Any]()
     with reserved(Path(out), overwrite=overwrite, inputs=[path, *_files_of([model, *named])]) as folder:
         if config.uses_inputs:
-            seq_len = _length(path, seq_len)
+            seq_len = calibration_length(path, seq_len)
             data = _calibration_data(named, model, folder, n_samples, seq_len, seed)
             tokens = calibration_tokens(data, path, n_samples, seq_len, seed)
             provenance = {"data": data.name, "source": data.source, "groups": sorted(data.groups)}
@@ -154,7 +154,7 @@ def refit(
     config = RefitConfig(follow, ridge, mend)
     paths = resolve(dense), resolve(pruned)
     with reserved(Path(out), overwrite=overwrite, inputs=[*paths, *_files_of([dense, pruned, *named])]) as target:
-        seq_len = _length(paths[1], seq_len)
+        seq_len = calibration_length(paths[1], seq_len)
         data = _calibration_data(named, dense, target, n_samples, seq_len, seed)
         parts = data.parts or (data,)
         _check_calibration(len(parts), n_samples)
@@ -203,7 +203,8 @@ def _files_of(references: Iterable[Any]) -> list[Path]:
     return [Path(name) for name in references if isinstance(name, str | Path) and Path(name).is_file()]
 
 
-def _length(model: Path, seq_len: int | None) -> int:
+def calibration_length(model: Path, seq_len: int | None) -> int:
+    """Tokens of a calibration sequence: as many as were asked for, or 512, or the model's context if shorter."""
     return fitting_length(seq_len, context_of(read_config(model)), option="--seq-len")
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from lcc_lens.core.errors import RequestError
 from lcc_lens.core.outputs.folders import recover
 from lcc_lens.core.reading import read_json
 from lcc_lens.models.loading.references import resolve
-from lcc_lens.pruning.jobs import named_calibration, refit
+from lcc_lens.pruning.jobs import calibration_length, named_calibration, refit
 from lcc_lens.pruning.refit.refit import REFIT_RECORD
 from lcc_lens.restoration.settings import RefitRequest
 
@@ -55,7 +55,8 @@ def refitted_model(
     recover(folder)
     if folder.exists():
         check_refitted(folder, pair_hashes(dense, pruned))
-        changed = _difference(folder, request)
+        length = calibration_length(resolve(pruned), request.seq_len)
+        changed = _difference(folder, replace(request, seq_len=length))
         if changed is None:
             return folder
         if resume:

@@ -23,7 +23,9 @@ from jaxtyping import jaxtyped
 
 PACKAGE = "lcc_lens"
 _SHAPES = {"Bool", "Float", "Int", "Num", "Shaped", "UInt8"}
-_IMPORTS = ast.parse(f"from {__name__} import types_checked as _types, types_and_shapes_checked as _shapes").body
+_IMPORTS = ast.parse(
+    f"from {__name__} import types_checked as checked_by_tests, types_and_shapes_checked as shapes_checked_by_tests"
+).body
 
 
 def check_types() -> None:
@@ -63,7 +65,7 @@ class _Finder(MetaPathFinder):
 
 class _Loader(SourceFileLoader):
     def get_code(self, fullname: str) -> CodeType | None:
-        kept_apart = partial(cache_from_source, optimization="typed1")
+        kept_apart = partial(cache_from_source, optimization="typed2")
         with mock.patch("importlib._bootstrap_external.cache_from_source", kept_apart):
             return super().get_code(fullname)
 
@@ -80,12 +82,14 @@ def _decorate(parent: ast.Module | ast.ClassDef) -> None:
     """Add a checking decorator to the functions, methods and dataclasses of a module or class."""
     for node in parent.body:
         if isinstance(node, ast.ClassDef):
-            node.decorator_list.insert(0, _decorator("_shapes", node))
+            node.decorator_list.insert(0, _decorator("shapes_checked_by_tests", node))
             _decorate(node)
         elif isinstance(node, ast.FunctionDef):
             hints = [node.args, *([node.returns] if node.returns else [])]
             names = {part.id for hint in hints for part in ast.walk(hint) if isinstance(part, ast.Name)}
-            node.decorator_list.append(_decorator("_shapes" if names & _SHAPES else "_types", node))
+            node.decorator_list.append(
+                _decorator("shapes_checked_by_tests" if names & _SHAPES else "checked_by_tests", node)
+            )
 
 
 def _decorator(code: str, node: ast.AST) -> ast.expr:

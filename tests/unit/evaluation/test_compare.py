@@ -19,6 +19,7 @@ from lcc_lens.evaluation.comparison import runner as module
 from lcc_lens.evaluation.comparison.compare import compare, read_part, summary
 from lcc_lens.evaluation.comparison.config import CompareConfig
 from lcc_lens.evaluation.comparison.entry import Entry
+from lcc_lens.evaluation.comparison.results_file import read_comparison
 from lcc_lens.evaluation.lm_eval_tasks import evaluate_task
 from lcc_lens.models.loading.hooked import load_tokenizer
 from lcc_lens.models.loading.plain import load_plain
@@ -215,6 +216,7 @@ def test_a_lost_training_is_measured_whole_again(
     path = tmp_path / "comparison.json"
     found = read_json(path)
     found["cells"]["norms | 0"]["kl"] = 123.0
+    del found["content_sha256"]
     path.write_text(json.dumps(found))
     (tmp_path / "trained" / "norms_0.safetensors").unlink()
     again = compare(dense_dir, pruned_dir, tmp_path, ["norms"], seeds=1, config=scored)["cells"]["norms | 0"]
@@ -420,6 +422,7 @@ def test_processes_share_a_comparison(
     monkeypatch.setattr(module.Runner, "measure_baselines", noted)
     monkeypatch.setattr(module.Runner, "time", timed)
     monkeypatch.setattr(refitted_module, "refit", short)
+    monkeypatch.setattr(refitted_module, "calibration_length", lambda model, seq_len: 16)
     settings = {"seeds": 2, "config": config}
     whole = compare(dense_dir, pruned_dir, tmp_path / "whole", entries, **settings)
     names: dict[int, list[str]] = {0: [], 1: []}
@@ -443,7 +446,7 @@ def test_processes_share_a_comparison(
     assert found["summary"][0]["seeds"] == 2
     assert found["bare"] == whole["bare"]
     assert sorted(done) == 2 * ["bare"] + 2 * ["refit"] + 2 * ["timed behind 4"]  # once for each folder
-    assert read_json(tmp_path / "shared" / "comparison.json") == found
+    assert read_comparison(tmp_path / "shared" / "comparison.json") == found
     assert "refit_seconds" in found
 
 

@@ -86,6 +86,20 @@ def test_a_change_is_refused_where_resuming_was_asked_for(
     assert Restoration.load(run).record.seed == 0
 
 
+def test_a_refit_of_the_default_length_is_used_again(
+    dense_dir: Path, pruned_dir: Path, text_file: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    for module in ("restoration.refitted", "pruning.jobs"):
+        monkeypatch.setattr(f"lcc_lens.{module}.calibration_length", lambda model, seq_len: seq_len or 24)
+    request, folder = RefitRequest([str(text_file)], 4), tmp_path / "refit"
+    refitted_model(dense_dir, pruned_dir, folder, request)
+    written = (folder / "model.safetensors").stat().st_mtime_ns
+    refitted_model(dense_dir, pruned_dir, folder, request, resume=True)
+    assert (folder / "model.safetensors").stat().st_mtime_ns == written
+    assert not caplog.messages
+
+
 def test_a_refit_of_another_request_is_not_used_again(
     dense_dir: Path, pruned_dir: Path, text_file: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
