@@ -432,6 +432,60 @@ def ratio_table(bench: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def prompt_table(study: dict[str, Any]) -> str:
+    """Gains of every variant of prompts on the dense and the pruned models, and how they differ."""
+    parts = []
+    for name, found in study["models"].items():
+        restored = {f"interaction, `{method}`": rows for method, rows in found["restored"].items()}
+        tasks = [f"{task} of pruned, %" for task in found["choices"]]
+        head = ["", "words", "gain on dense", "gain on pruned", "pruned - dense", *restored, *tasks]
+        lines = [f"{name}, {found['examples']} responses", "", _row(head), "|---|" + "---:|" * (len(head) - 1)]
+        for row in found["rows"]:
+            cells = [row["variant"], f"{row['words']:.0f}"]
+            cells += [_interval(row, key) for key in ("gain_dense", "gain_pruned", "pruned_minus_dense")]
+            cells += [_interval(_named(rows, row["variant"]), "interaction") for rows in restored.values()]
+            scored = [_named(rows, row["variant"]) for rows in found["choices"].values()]
+            cells += [f"{100 * other['accuracy_pruned']:.1f}" if other else "" for other in scored]
+            lines.append(_row(cells))
+        spread = {row["model"]: row for row in found["sensitivity"]}
+        lines += ["", f"Standard deviation over the variants: dense {_interval(spread['dense'], 'sensitivity', '')}, "
+                  f"pruned {_interval(spread['pruned'], 'sensitivity', '')}; difference "
+                  f"{_interval(spread['pruned'], 'over_dense')}."]  # fmt: skip
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts)
+
+
+def prompt_head_table(study: dict[str, Any]) -> str:
+    """Where the heads are that react to a prompt, and whether pruning changed them most."""
+    head = ["", "variant", "in the top 10 % by lost norm, %", "in random heads, %", "rank correlation", "highest"]
+    lines = [_row(head), "|---|---|---:|---:|---:|---|"]
+    for name, found in study["models"].items():
+        for row in found["heads"]:
+            random = [100 * row[key] for key in ("share_of_random_heads", "random_low", "random_high")]
+            lines.append(_row([
+                name, row["variant"], f"{100 * row['share_of_lost_heads']:.1f}",
+                "{:.1f} [{:.1f}, {:.1f}]".format(*random), f"{row['rank_correlation']:.2f}",
+                ", ".join(label for label, *_ in row["highest"][:3]),
+            ]))  # fmt: skip
+    return "\n".join(lines)
+
+
+def _row(cells: list[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _named(rows: list[dict[str, Any]], variant: str) -> dict[str, Any] | None:
+    return next((row for row in rows if row["variant"] == variant), None)
+
+
+def _interval(row: dict[str, Any] | None, key: str, sign: str = "+") -> str:
+    """An estimate with its 95 % interval; empty where there is none, a dash for the raw prompt's own zeros."""
+    if row is None:
+        return ""
+    values = [row[key], row[f"{key}_low"], row[f"{key}_high"]]
+    return "–" if not any(values) else "{:{s}.2f} [{:{s}.2f}, {:{s}.2f}]".format(*values, s=sign)
+
+
 #: What stands between ``<!-- name -->`` and ``<!-- /name -->`` in a page: a file and how it is drawn.
 MARKED: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "restorations": ("restorations_wanda50.json", restoration_table),
@@ -442,6 +496,8 @@ MARKED: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "restorations 2:4, two cores": ("restorations_wanda24_scored.json", restoration_table),
     "a quarter of the heads": ("restorations_first_quarter.json", restoration_table),
     "ratios": ("results.json", ratio_table),
+    "prompts": ("prompts.json", prompt_table),
+    "prompt heads": ("prompts.json", prompt_head_table),
 }
 
 
