@@ -259,9 +259,13 @@ def test_refusals_come_before_anything_is_written(
         export_gguf(exported, tmp_path, llama_cpp=clone)
     assert not file.exists()
     file.write_text("mine")
+    with pytest.raises(RequestError, match=r"expected a new file or an earlier output of this command, got .*x\.gguf"):
+        export_gguf(exported, file, llama_cpp=clone, overwrite=True)
+    assert file.read_text() == "mine"
+    file.write_text("GGUF mine")
     with pytest.raises(RequestError, match=r"x\.gguf exists already; name another file or pass --overwrite"):
         export_gguf(exported, file, llama_cpp=clone)
-    assert file.read_text() == "mine"
+    assert file.read_text() == "GGUF mine"
     monkeypatch.setenv(FOLDER_VARIABLE, str(clone))
     assert export_gguf(exported, file, overwrite=True).n_tensors == 42
 
