@@ -213,7 +213,7 @@ WRONG: list[tuple[Any, dict[str, Any], str]] = [
     (lcc.report, {"references": ["a"], "repeats": "two"}, "expected repeats of at least 1, got 'two'"),
     (lcc.RestoreSettings, {"low_rank": 0}, "expected low_rank of at least 1, got 0"),
     (lcc.HeadRequest, {"fraction": 25.0}, "expected fraction above 0 and at most 1, got 25; write 0.25 for 25 %"),
-    (lcc.RefitRequest, {"n_samples": -1}, "expected n_samples of at least 1, got -1"),
+    (lcc.RefitRequest, {"n_samples": -1}, "expected n_samples of at least 0, got -1"),
     (lcc.prune, {"model": "a", "out": "b", "n_samples": 0}, "expected n_samples of at least 1, got 0"),
     (lcc.prune, {"model": "a", "out": "b", "sparsity": 1.0}, r"expected sparsity above 0 and below 1, got 1"),
     (lcc.refit, {"dense": "a", "pruned": "b", "out": "c", "seed": -1}, "expected seed of at least 0"),
