@@ -20,6 +20,7 @@ import lcc_lens as lcc
 from lcc_lens.core.reading import read_json
 from lcc_lens.data.datasets import encode
 from lcc_lens.models.loading import references
+from lcc_lens.restoration.budget import Speed
 from lcc_lens.restoration.result import Restoration
 
 PAGES = {path: (ROOT / path).read_text() for path in ("README.md", "docs/guide.md", "docs/cli.md")}
@@ -75,6 +76,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory, sets: Path) -> Path:
 def place(trained: Path, sets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder to work in, where ``smollm2`` is the tiny model and every data set has a small copy."""
     monkeypatch.setattr(references, "embedded_model", lambda: trained)
+    slow = Speed(read=1e-3, trained=0.05, solved=10.0, loaded=1.0)  # where a budget of minutes takes seconds
+    monkeypatch.setattr("lcc_lens.restoration.budget.measure_speed", lambda *_: slow)
     monkeypatch.setenv("LCC_LENS_DATA", str(sets))
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -85,6 +88,7 @@ def run_commands(page: str, wanted: Callable[[list[str]], bool]) -> list[str]:
     ran = []
     for command in filter(wanted, commands(page)):
         words = SMALLER.get(command[0], "").split()  # of an option that is given twice, the last one counts
+        words = ["--panel-blocks", "1"] if "--budget" in command else words
         again = ["--overwrite"] if command[0] in ("scan", "prune") and (Path(command[2]) / "scan.json").exists() else []
         assert call(*command, *words, *again, "--quiet") == 0, command
         ran.append(command[0])

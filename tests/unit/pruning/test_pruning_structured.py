@@ -316,7 +316,7 @@ def test_a_sliced_model_without_its_head_map(
     with pytest.raises(RequestError, match="expected a head map of 3 layers with 6 of 8 heads"):
         load_pair(grouped_dense, tmp_path / "sliced")
     (tmp_path / "sliced" / HEAD_MAP).write_text('{"heads": []}')
-    with pytest.raises(RequestError, match=r"expected a head map in .*, got another layout"):
+    with pytest.raises(RequestError, match=r"expected .*head_map\.json as lcc-lens reads it, got another layout"):
         load_pair(grouped_dense, tmp_path / "sliced")
 
 
