@@ -192,8 +192,13 @@ def _with_interval(row: dict[str, Any], name: str, sign: str = "+") -> str:
     return "{} [{}, {}]".format(*values)
 
 
-def _cell(value: object, width: int = 48) -> str:
+def _cell(value: object) -> str:
     if isinstance(value, float):
         return "" if value != value else f"{value:.2f}"
-    text = " ".join(str(value).split())
+    return shortened(str(value), 48)
+
+
+def shortened(text: str, width: int) -> str:
+    """A text on one line of at most so many characters."""
+    text = " ".join(text.split())
     return text if len(text) <= width else text[: width - 1] + "…"

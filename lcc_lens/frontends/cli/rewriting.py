@@ -11,6 +11,7 @@ import tyro
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.ranges import Count
 from lcc_lens.frontends.cli.options import Common, DenseModel, Maybe, PrunedModel, RunPath, Switch, Tabled
+from lcc_lens.frontends.cli.prompting import shortened
 from lcc_lens.frontends.cli.show import console, show_facts, show_table
 from lcc_lens.prompting.rewriting.settings import RewriterOptions, RewriterSettings
 
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 
 #: The folder in a run that holds the rewriter, its checkpoint and its preferences.
 _FOLDER, _PREFERENCES = "rewriter", "preferences.json"
+#: Characters of a version that are shown; the table of --out has all of it.
+_SHOWN = 120
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,7 +152,7 @@ class Rewrite(Tabled):
     """Versions to ask the rewriter for."""
     rewriter: Maybe[str] = None
     """Another model that writes, such as MePO's published optimiser, in place of the run's."""
-    max_new_tokens: Count = 64
+    max_new_tokens: Count = 48
     """Tokens of a version at most."""
 
     def execute(self) -> None:
@@ -201,7 +204,8 @@ def show_rewrites(rewrites: Rewrites) -> None:
     columns = ["written by", "prompt", *(name.replace("_", " ") for name in MERITS), "nats per token", "over raw"]
     rows = [
         [
-            c.source, c.text, *(f"{score:.2f}" for score in c.merits.scores.values()), f"{c.ranked.log_likelihood:.3f}",
+            c.source, shortened(c.text, _SHOWN), *(f"{score:.2f}" for score in c.merits.scores.values()),
+            f"{c.ranked.log_likelihood:.3f}",
             "" if c.source == "raw" else f"{c.ranked.margin:+.3f} ± {c.ranked.stderr:.3f}",
         ]
         for c in rewrites.candidates

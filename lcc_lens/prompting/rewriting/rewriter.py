@@ -128,7 +128,7 @@ class Rewriter(Shown):
         *,
         n: Count = 6,
         response: str | None = None,
-        max_new_tokens: Count = 64,
+        max_new_tokens: Count = 48,
         seed: Seed = 0,
     ) -> Rewrites:
         """Write versions of a prompt and rank them (see :func:`rewrite_prompt`).
@@ -202,7 +202,7 @@ def rewrite_prompt(
     target: Target = "pruned",
     response: str | None = None,
     rules: Sequence[str] = WRITTEN,
-    response_tokens: Natural = 48,
+    response_tokens: Natural = 32,
 ) -> Rewrites:
     """Rank versions of a prompt by the likelihood that a model gives to a response.
 

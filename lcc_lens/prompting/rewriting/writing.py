@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from lcc_lens.core.errors import RequestError, first_line
 from lcc_lens.core.progress import track
@@ -83,15 +84,22 @@ def answers(
         "attention_mask": torch.ones_like(ids), "max_new_tokens": max_new_tokens,
         "pad_token_id": tokenizer.eos_token_id, "eos_token_id": tokenizer.eos_token_id,
     }  # fmt: skip
+    if n_sampled:
+        settings |= {
+            "temperature": _TEMPERATURE, "top_p": _TOP_P, "top_k": 0, "num_return_sequences": 1 + n_sampled,
+            "logits_processor": [_first_row_greedy],
+        }  # fmt: skip
     with fused_attention(model), torch.inference_mode(), torch.random.fork_rng():
         torch.manual_seed(seed)
-        rows = list(plain.generate(ids, do_sample=False, **settings))
-        if n_sampled:
-            rows += list(plain.generate(
-                ids, do_sample=True, temperature=_TEMPERATURE, top_p=_TOP_P, top_k=0, num_return_sequences=n_sampled,
-                **settings,
-            ))  # fmt: skip
+        rows = plain.generate(ids, do_sample=n_sampled > 0, **settings)
     return [str(tokenizer.decode(row[ids.shape[1] :], skip_special_tokens=True)).strip() for row in rows]
+
+
+def _first_row_greedy(tokens: Tensor, scores: Tensor) -> Tensor:
+    """Leave the first row its likeliest token alone, so that one pass gives the greedy answer and sampled ones."""
+    greedy = torch.full_like(scores[0], -torch.inf)
+    greedy[scores[0].argmax()] = 0
+    return torch.cat([greedy[None], scores[1:]])
 
 
 def proposals(

@@ -14,7 +14,7 @@ from lcc_lens.data.prompts import ALPACA_PROMPT, Example
 from lcc_lens.models.pair import Pair
 from lcc_lens.prompting.rewriting.preferences import Preferences, preference_pairs
 from lcc_lens.prompting.rewriting.ranking import rank_prompts
-from lcc_lens.prompting.rewriting.writing import candidate_prompts
+from lcc_lens.prompting.rewriting.writing import answers, candidate_prompts
 
 VERSIONS = ["Name a river now", "Say which river", "Rivers, please list them", "What is a river"]
 
@@ -105,6 +105,15 @@ def test_candidates_are_written_by_rule_and_by_the_dense_model(pair: Pair, monke
     assert len(versions) > 2
     assert candidate_prompts(pair, data, 4, max_new_tokens=8) == [versions]
     assert len(candidate_prompts(pair, data, 1)[0]) == 1
+
+
+def test_one_pass_gives_the_greedy_answer_and_sampled_ones(pair: Pair) -> None:
+    tokens = pair.tokenizer("List a river")["input_ids"]
+    (greedy,) = answers(pair.pruned, pair.tokenizer, tokens, max_new_tokens=12)
+    first, *others = answers(pair.pruned, pair.tokenizer, tokens, n_sampled=3, max_new_tokens=12, seed=1)
+    assert first == greedy
+    assert len({first, *others}) > 1
+    assert len(others) == 3
 
 
 def test_refusals(pair: Pair) -> None:

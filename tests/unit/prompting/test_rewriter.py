@@ -104,9 +104,9 @@ def test_refusals(pair: Pair, rewriter: Rewriter, tmp_path: Path) -> None:
     for prompt in ("", "  \n"):
         with pytest.raises(RequestError, match="expected a prompt with at least one word"):
             rewriter.rewrite(prompt, pair)
-    with pytest.raises(RequestError, match="expected a request to rewrite of at most 448 tokens, got 618"):
+    with pytest.raises(RequestError, match="expected a request to rewrite of at most 464 tokens, got 618"):
         rewriter.rewrite("a" * 600, pair)
-    with pytest.raises(RequestError, match="expected a prompt of at most 464 tokens, got 500"):
+    with pytest.raises(RequestError, match="expected a prompt of at most 480 tokens, got 500"):
         rewrite_prompt(pair, "a" * 500, [])
     with pytest.raises(RequestError, match="expected prompts with at least one word, got ' '"):
         rewrite_prompt(pair, "name rivers", [" "], response=RESPONSE)
