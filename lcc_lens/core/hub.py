@@ -30,6 +30,11 @@ def answers() -> bool:
     return True
 
 
+def is_in_use() -> bool:
+    """Whether this process has reached the hub already, so that asking it for more contacts nothing new."""
+    return bool(answers.cache_info().currsize) and answers()
+
+
 def _work_offline() -> None:
     from datasets import config
     from huggingface_hub import constants

@@ -36,14 +36,8 @@ def available_splits(name: str) -> list[str]:
         RequestError: no source has the data set.
     """
     dataset = DATASETS[name]
-    folder = _local_folder(name)
-    if folder is not None:
-        return sorted(file.stem for file in folder.glob("*.jsonl"))
-    if _own_splits(dataset):
-        return list(_own_splits(dataset))
-    embedded = _embedded_folder(dataset)
-    if embedded is not None:
-        return sorted(split.name for split in embedded.iterdir() if any(split.glob("*.arrow")))
+    if splits := local_splits(name):
+        return splits
     if dataset.hub is None:
         raise _no_source(name)
     from datasets import get_dataset_split_names
@@ -53,6 +47,20 @@ def available_splits(name: str) -> list[str]:
         return list(get_dataset_split_names(*dataset.hub))
     except Exception as error:  # offline, unreachable, gated: the library raises many types
         raise _no_source(name) from error
+
+
+def local_splits(name: str) -> list[str]:
+    """The splits of a named data set that are on this machine; none where the hub alone has it."""
+    dataset = DATASETS[name]
+    folder = _local_folder(name)
+    if folder is not None:
+        return sorted(file.stem for file in folder.glob("*.jsonl"))
+    if _own_splits(dataset):
+        return list(_own_splits(dataset))
+    embedded = _embedded_folder(dataset)
+    if embedded is not None:
+        return sorted(split.name for split in embedded.iterdir() if any(split.glob("*.arrow")))
+    return []
 
 
 def read_records(name: str, split: str) -> tuple[list[Record], str]:

@@ -20,6 +20,7 @@ from lcc_lens.models.architecture.zeros import refuse_swapped
 from lcc_lens.models.hooked.activations import Site, site_widths
 from lcc_lens.models.hooked.hooked_transformer import is_hooked_transformer
 from lcc_lens.models.hooked.hooks import HookedModel
+from lcc_lens.models.hooked.offloading import device_of
 from lcc_lens.models.loading.hooked import LoadedModel, ModelIdentity, as_reference, load_hooked
 from lcc_lens.models.loading.provenance import check_provenance
 from lcc_lens.models.loading.references import resolve
@@ -52,6 +53,11 @@ class OneAtATime:
     @property
     def pruned(self) -> HookedModel:
         return self._get("pruned")
+
+    @property
+    def in_memory(self) -> HookedModel:
+        """The model that is loaded, whichever it is."""
+        return self.pruned if self._loaded is None else self._loaded[1]
 
     def _get(self, name: str) -> HookedModel:
         if self._loaded is None or self._loaded[0] != name:
@@ -113,6 +119,12 @@ class Pair(Shown):
     def pruned(self) -> HookedModel:
         """The pruned model."""
         return self.models.pruned
+
+    @property
+    def device(self) -> torch.device:
+        """Where both models compute; loads none of them."""
+        loaded = self.models.in_memory if isinstance(self.models, OneAtATime) else self.models.dense
+        return device_of(loaded)
 
     @property
     def one_at_a_time(self) -> bool:

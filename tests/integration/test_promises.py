@@ -25,7 +25,8 @@ def watch(event, values):
         if values[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
             note(event, values[0])
     elif event in ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "shutil.rmtree"):
-        note(event, values[0])
+        inside = event in ("os.remove", "os.rmdir") and values[1] not in (-1, None)  # of an open folder
+        note(event, os.path.join(os.readlink(f"/proc/self/fd/{{values[1]}}"), values[0]) if inside else values[0])
 def note(event, path):
     real = os.path.realpath(os.fsdecode(path))
     if not real.startswith(kept) and not any(cache in real for cache in caches):

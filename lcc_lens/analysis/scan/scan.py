@@ -223,7 +223,7 @@ def _interruptible(*, can_resume: bool) -> Iterator[None]:
 
 def _state(run: str | Path | None, pair: Pair, plan: ScanPlan, spectra: Sequence[Site], *, joined: bool) -> ScanState:
     request = fingerprint(
-        package_version(), pair.dense_id.sha256, pair.pruned_id.sha256, pair.dtype, device_of(pair.dense).type,
+        package_version(), pair.dense_id.sha256, pair.pruned_id.sha256, pair.dtype, pair.device.type,
         pair.one_at_a_time, sorted(spectra), plan,
     )  # fmt: skip
     if run is None:
