@@ -126,6 +126,9 @@ def shard_layers(model: HookedModel) -> None:
     for block in bridge.blocks:
         fully_shard(block.original_component, mesh=mesh)
     bridge.original_model.to(device)
+    for block in bridge.blocks:  # first outside inference mode, whose tensors no gradient could pass later
+        block.original_component.unshard()
+        block.original_component.reshard()
 
 
 def _offloading_hook(module: nn.Module) -> Any:
