@@ -16,7 +16,7 @@ from support.places import ROOT
 
 from lcc_lens.analysis.scan.scan import Scan, scan
 from lcc_lens.core.errors import LensError, RequestError
-from lcc_lens.core.files import read_tensors
+from lcc_lens.core.files import read_tensors, temporary
 from lcc_lens.core.machine import processes
 from lcc_lens.data.datasets import load_data
 from lcc_lens.models.hooked.offloading import shard_layers
@@ -81,13 +81,15 @@ def test_killed_process_loses_little_and_never_the_best(work: Path, unbroken: Re
     assert 8 - int(record["step"]) <= launched.EVERY
     assert float(record["best_loss"]) == min(float(record["first_loss"]), *measured)
     assert min(measured) < float(record["first_loss"])
-    (run / ".checkpoint.safetensors.abc").write_bytes(b"half")  # as if it had been killed while it wrote
+    half = temporary(run / "checkpoint.safetensors")
+    half = half.with_name(half.name.replace(f"-{os.getpid()}-", f"-{process.pid}-"))
+    half.write_bytes(b"half")  # as if it had been killed while it wrote
     with (run / "log.jsonl").open("a") as log:
         log.write('{"step": 9, "lo')
     resumed = launched.run(work, "killed", resume=True)
     assert same_bits(resumed, unbroken)
     assert resumed.record.losses == unbroken.record.losses
-    assert not (run / ".checkpoint.safetensors.abc").exists()
+    assert not half.exists()
     steps = [[(step["step"], step["loss"]) for step in logged(work / name)] for name in ("killed", "unbroken")]
     assert steps[0] == steps[1]
     assert len(steps[0]) > 8
