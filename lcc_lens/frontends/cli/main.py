@@ -48,8 +48,7 @@ _DIVIDED = (ScanPair, Restore)
 def run(arguments: list[str] | None = None) -> int:
     """Parse and run one command; gives the exit code: 0 done, 1 failed, 2 cannot be served, 130 interrupted."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    if arguments[:2] == ["rewrite", "fit"]:  # a subcommand of two words
-        arguments = ["rewrite-fit", *arguments[2:]]
+    arguments = _one_word(arguments)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):  # a locale without our signs (LC_ALL=C) shows their numbers
             stream.reconfigure(errors="backslashreplace")
@@ -87,9 +86,15 @@ def run(arguments: list[str] | None = None) -> int:
 def parse(arguments: Sequence[str]) -> Any:
     """The command that a command line asks for; prints help or what is wrong, and exits, where it asks for none."""
     return tyro.extras.subcommand_cli_from_dict(
-        COMMANDS, args=arguments, prog="lcc-lens", config=(tyro.conf.OmitArgPrefixes, tyro.conf.DisallowNone),
+        COMMANDS, args=_one_word(arguments), prog="lcc-lens",
+        config=(tyro.conf.OmitArgPrefixes, tyro.conf.DisallowNone),
         description="See what pruning took, and put it back. --version prints the version.",
     )  # fmt: skip
+
+
+def _one_word(arguments: Sequence[str]) -> list[str]:
+    """The arguments with a subcommand of two words as one."""
+    return ["rewrite-fit", *arguments[2:]] if list(arguments[:2]) == ["rewrite", "fit"] else list(arguments)
 
 
 def _print_example(arguments: Sequence[str]) -> None:

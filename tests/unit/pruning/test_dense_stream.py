@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from lcc_lens.core.checkpoint import Checkpoint
 from lcc_lens.models.architecture.linear_maps import find_matrices
 from lcc_lens.pruning.calibration.stream import LayerStream
 from lcc_lens.pruning.refit import dense_stream as module
+from lcc_lens.pruning.refit import refit as refit_module
 from lcc_lens.pruning.refit.dense_stream import DenseStream
 from lcc_lens.pruning.refit.refit import RefitConfig, refit_checkpoint
 
@@ -66,7 +68,7 @@ def test_a_refit_has_the_same_bits_where_nothing_can_be_kept(
         "tokens": TOKENS, "device": CPU, "dtype": torch.bfloat16, "provenance": {}, "config": RefitConfig(),
     }  # fmt: skip
     refit_checkpoint(dense_dir, pruned_dir, tmp_path / "kept", **settings)
-    monkeypatch.setattr(module.DenseStream.__init__, "__kwdefaults__", {"max_bytes": 0})
+    monkeypatch.setattr(refit_module, "DenseStream", partial(module.DenseStream, max_bytes=0))
     refit_checkpoint(dense_dir, pruned_dir, tmp_path / "again", **settings)
     first, second = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("kept", "again"))
     assert first == second
