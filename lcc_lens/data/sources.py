@@ -42,7 +42,7 @@ def available_splits(name: str) -> list[str]:
         raise _no_source(name)
     from datasets import get_dataset_split_names
 
-    hub.answers()
+    hub.reach()
     try:
         return list(get_dataset_split_names(*dataset.hub))
     except Exception as error:  # offline, unreachable, gated: the library raises many types
@@ -151,7 +151,7 @@ def _read_hub(name: str, dataset: DatasetSpec, split: str) -> tuple[list[Record]
 
     assert dataset.hub is not None
     hub_id, configuration = dataset.hub
-    hub.answers()
+    hub.reach()
     try:
         rows = load_dataset(hub_id, configuration, split=split, streaming=dataset.streamed is not None)
         rows = rows.take(dataset.streamed) if dataset.streamed is not None else rows

@@ -1,4 +1,4 @@
-"""Soft prompts: trained embeddings before the prompt, as the upper bound of what a prompt can bring back."""
+"""Soft prompts: trained embeddings before the prompt, as the upper bound of what a prompt can recover."""
 
 from __future__ import annotations
 

@@ -142,7 +142,7 @@ class PromptStudy(Shown):
     def interaction(self) -> pd.DataFrame:
         """One row per variant: the prompt's gain on the restored model less its gain on the pruned one.
 
-        0: prompt and restoration add up. Below 0: they bring back the same; above: each helps the other. ``both`` is
+        0: prompt and restoration add up. Below 0: they recover the same; above: each helps the other. ``both`` is
         what the variant and the restoration bring together over the raw prompt on the pruned model.
 
         Raises:

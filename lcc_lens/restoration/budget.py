@@ -36,10 +36,9 @@ BUDGET_FILE = "budget.json"
 _REFIT_SHARE = 0.35
 #: Fewest sequences that a refit is worth, and fewest blocks that training is worth.
 _FEWEST_REFITTED, _FEWEST_TRAINED = 24, 16
-#: A refit's time per token, in forward passes of one model, and iterations of its solver per linear layer
-#: (benchmarks/budget.json).
+#: A refit's time per token, in forward passes of one model, and iterations of its solver per linear layer: estimates.
 _REFIT_PASSES, _REFIT_ITERATIONS = 5.0, 50
-#: Time to sample a token of self-written text, in time to read one.
+#: Time to sample a token of self-written text, in time to read one: an estimate.
 _SAMPLED = 4.0
 _UNITS = {"s": 1, "m": 60, "h": 3600}
 

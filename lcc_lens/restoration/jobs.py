@@ -66,7 +66,7 @@ def restore_models(
     fraction, selector = heads.needed_by(spec)
     if spec.needs_scan:
         check_scores(run, selector, one_at_a_time=one_at_a_time, data=heads.data)
-    config, source, refitting = with_preset(config, spec), pruned, refitting or RefitRequest()
+    config, source, refitting = with_preset(config, spec), pruned, (refitting or RefitRequest()).completed(spec)
     with writing_run(run, inputs=[resolve(dense), resolve(pruned)]):
         if spec.preset.on_refit and refitting.n_samples:
             with first_process_first():

@@ -8,6 +8,7 @@ from typing import Any
 from lcc_lens.analysis.selectors.linear_probe import Solver
 from lcc_lens.analysis.selectors.names import DEFAULT_SELECTOR
 from lcc_lens.core.ranges import Count, Length, Natural, Share, check_numbers
+from lcc_lens.data.checks import MIX
 from lcc_lens.models.architecture.context import fitting_length
 from lcc_lens.pruning.jobs import REFIT_SAMPLES, Calibration
 from lcc_lens.restoration.injections.constants import Start
@@ -92,6 +93,11 @@ class RefitRequest:
 
     def __post_init__(self) -> None:
         check_numbers(self)
+
+    def completed(self, spec: MethodSpec) -> RefitRequest:
+        """The request with the mix of texts where a method that trains on several domains names no data."""
+        is_open = self.calibration is None and spec.preset.on_pool
+        return replace(self, calibration=MIX) if is_open else self
 
 
 def with_preset(config: TrainConfig | None, spec: MethodSpec) -> TrainConfig:

@@ -137,6 +137,7 @@ def test_an_existing_folder_is_refused_before_the_model_is_loaded(
     (tmp_path / "out" / "file").write_text("kept")
     monkeypatch.setattr(huggingface, "load_hooked", None)
     refused(capsys, 2, "exists already", "export", tmp_path / "run", tmp_path / "out")
+    assert [file.read_text() for file in (tmp_path / "out").iterdir()] == ["kept"]
 
 
 def test_a_missing_package_is_named_before_any_model_is_loaded(

@@ -208,7 +208,7 @@ def _bring_back(target: Path) -> None:
         shutil.rmtree(old, ignore_errors=True)
     elif not target.exists() or not any(target.iterdir()):
         os.replace(old, target)
-        logger.info("brought back %s, which a command that was cut off was replacing", target)
+        logger.info("restored %s, which a command that was cut off was replacing", target)
     else:
         raise RequestError(f"expected {target} or its older copy {old}, got both; delete the one that you do not need")
 

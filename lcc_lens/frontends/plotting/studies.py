@@ -89,7 +89,7 @@ def plot_pruning_quality(study: Mapping[str, Any]) -> go.Figure:
 def plot_prompt_study(study: PromptStudy) -> go.Figure:
     """Every variant's gain on the dense model against its gain on the pruned one; the colour is its length in words.
 
-    Above the diagonal a prompt helps the pruned model more than the dense one, so it brings something back.
+    Above the diagonal a prompt helps the pruned model more than the dense one, so it recovers something.
 
     Args:
         study: see :func:`lcc_lens.prompting.measuring.prompt_study`.
@@ -105,7 +105,8 @@ def plot_prompt_study(study: PromptStudy) -> go.Figure:
         model: error_bars(gains[model], [(r[f"gain_{model}_low"], r[f"gain_{model}_high"]) for r in rows])
         for model in gains
     }
-    ends = [rounded(edge(0.0, *gains["dense"], *gains["pruned"])) for edge in (min, max)]
+    low, high = (float(edge(0.0, *gains["dense"], *gains["pruned"])) for edge in (min, max))
+    ends, margin = [rounded(low), rounded(high)], 0.25 * (high - low)  # with room for labels beside the points
     figure = go.Figure()
     figure.add_scatter(x=ends, y=ends, mode="lines", line={"color": "#9a9a9a", "dash": "dash"}, hoverinfo="skip")
     words = [rounded(row["words"]) for row in rows]
@@ -122,7 +123,7 @@ def plot_prompt_study(study: PromptStudy) -> go.Figure:
         "examples. On the dashed line a prompt helps both models alike."
     )
     styled(figure, "What a prompt gives, dense and pruned", caption, width=COLUMN, plot_height=300, legend=False)
-    figure.update_xaxes(title="gain on the dense model (nats per token)")
+    figure.update_xaxes(title="gain on the dense model (nats per token)", range=[low - margin, high + margin])
     figure.update_yaxes(title="gain on the pruned model (nats per token)")
     return figure
 

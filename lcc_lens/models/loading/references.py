@@ -57,7 +57,7 @@ def _from_hub(name: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     repo, _, revision = name.partition("@")
-    hub.answers()
+    hub.reach()
     try:
         path = Path(snapshot_download(repo, revision=revision or None, allow_patterns=_FILES, ignore_patterns=_COPIES))
     except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:

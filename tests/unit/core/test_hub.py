@@ -32,9 +32,9 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     monkeypatch.setattr(datasets.config, "HF_DATASETS_OFFLINE", False)
     monkeypatch.setattr(huggingface_hub, "get_session", Session)
     monkeypatch.delenv("LCC_LENS_DATA", raising=False)
-    hub.answers.cache_clear()
+    hub.reach.cache_clear()
     yield requests
-    hub.answers.cache_clear()
+    hub.reach.cache_clear()
 
 
 def test_a_hub_that_does_not_answer_is_asked_once(asked: list[str]) -> None:
@@ -49,5 +49,5 @@ def test_a_hub_that_does_not_answer_is_asked_once(asked: list[str]) -> None:
 def test_the_client_works_offline_from_then_on(asked: list[str]) -> None:
     from huggingface_hub import constants
 
-    assert not hub.answers()
+    assert not hub.reach()
     assert constants.HF_HUB_OFFLINE

@@ -52,7 +52,8 @@ def test_norms_of_single_heads_let_heads_go_however_few_they_are(tmp_path: Path)
 def test_zero_row_of_padding_is_no_probe(tmp_path: Path) -> None:
     model = build_model(pad_token_id=1)
     model.model.embed_tokens.weight.data[::3] = 0  # padding, and tokens that nobody trained
-    Unembedding.of(load_hooked(save_model(model, tmp_path / "model")).model)
+    unembedding = Unembedding.of(load_hooked(save_model(model, tmp_path / "model")).model)
+    assert torch.equal(unembedding.weight.cpu().float(), model.lm_head.weight)
 
 
 def test_attention_that_differs_from_the_default_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -65,7 +65,7 @@ def test_restore_keeps_its_plan_and_trains_on_what_it_says(
     dense_dir: Path, pruned_dir: Path, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr("lcc_lens.restoration.budget.measure_speed", lambda *_: Speed(1e-4, 2e-2, 1e-3, 0.0))
+    monkeypatch.setattr("lcc_lens.restoration.budget.measure_speed", lambda *_: Speed(5e-3, 2e-2, 1e-3, 0.0))
     out = tmp_path / "run"
     command = (
         "restore", dense_dir, pruned_dir, out, "--method", "polish", "--data", text_file, "--max-length", "32",
