@@ -28,7 +28,7 @@ INSTALLED_DOCS := $(VENV)/.installed-docs
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-tl3 browser faults slow check fix figures tour families docs notebooks notebook-outputs bench clean chromium
+.PHONY: help setup demo test test-tl3 browser faults slow fuzz check fix figures tour families docs notebooks notebook-outputs bench clean chromium
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -87,6 +87,9 @@ faults: $(INSTALLED)  ## Kill commands, fill their disk, damage their files; the
 
 slow: $(INSTALLED)  ## Run the slow tests: the real model, all families, killed processes
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m slow --durations=10 $(ARGS)
+
+fuzz: $(INSTALLED)  ## Damage files in ways not tried before
+	HF_HUB_OFFLINE=1 LCC_LENS_FUZZ=1 $(BIN)/python -m pytest -m slow tests/integration/test_damaged_state.py $(ARGS)
 
 check: $(INSTALLED)  ## Lint, check the format, check the types
 	$(BIN)/ruff check .

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -75,6 +76,8 @@ def _summary(run: Path) -> Any:
     return summary(read_comparison(run / "comparison.json"))
 
 
+#: Draw other damage at every run (``make fuzz``).
+AFRESH = bool(os.environ.get("LCC_LENS_FUZZ"))
 REQUEST = json.loads((WRITTEN / "run" / "beginning.json").read_text())["request_sha256"]
 #: By file: what reads it, and whether a change of a value within its type is noticed too.
 READERS: dict[str, tuple[Callable[[Path], Any], bool]] = {
@@ -137,7 +140,7 @@ def test_a_damaged_file_is_refused_or_read_alike(made: Path, name: str, data: st
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", READERS)
-@settings(max_examples=400, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=400, derandomize=not AFRESH, deadline=None, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_much_damage_is_refused_or_read_alike(made: Path, name: str, data: st.DataObject) -> None:
     _try(made, name, data)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ import torch
 from lcc_lens.core.config import compute_dtype, default_device, package_version
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.ranges import Count, ranged
+from lcc_lens.core.reading import convert, read_json
 from lcc_lens.core.showing import Record
 from lcc_lens.evaluation.efficiency.compression import compressed_size, matrix_sizes
 from lcc_lens.evaluation.efficiency.timing import DECODE_PROMPT, SpeedConfig, measure_speed, require_context
@@ -25,6 +27,7 @@ Entry = dict[str, Any]
 #: Entries of a model that are columns of the table, and times, whose medians are.
 _COLUMNS = ("sparsity", "pattern", "parameters", "nonzero_parameters", "bytes", "bytes_zstd", "dtype")
 _TIMES = ("prefill_ms", "decode_ms")
+_AGAIN = "make it again with lcc-lens report"
 
 
 class EfficiencyReport(Record):
@@ -48,6 +51,40 @@ class EfficiencyReport(Record):
             f"{model['bytes'] / 1e6:.1f} MB, {model['bytes_zstd'] / 1e6:.1f} MB compressed"
             for name, model in self["models"].items()
         }
+
+
+@dataclass(frozen=True)
+class _Matrix:
+    sparsity: float
+
+
+@dataclass(frozen=True)
+class _Model:
+    sparsity: float
+    pattern: str
+    bytes: int
+    bytes_zstd: int
+    matrices: dict[str, _Matrix]
+
+
+@dataclass(frozen=True)
+class _Report:
+    models: dict[str, _Model]
+    ratios: dict[str, dict[str, Any]]
+    settings: dict[str, Any]
+    machine: dict[str, Any]
+    zero_patterns: dict[str, Any]
+
+
+def read_report(path: Path) -> dict[str, Any]:
+    """The contents of a ``report.json``.
+
+    Raises:
+        RequestError: no file, or one of another layout.
+    """
+    contents = read_json(path, dict[str, Any], _AGAIN)
+    convert(contents, _Report, str(path), _AGAIN)
+    return contents
 
 
 @ranged

@@ -12,10 +12,11 @@ from lcc_lens.analysis.lens.saved import LENS_FILE, load_lens
 from lcc_lens.analysis.scan.result import SCAN_RECORD, Scan
 from lcc_lens.core.errors import LensError, RequestError
 from lcc_lens.core.heads import Head
-from lcc_lens.core.reading import read_json, read_json_lines, reading
+from lcc_lens.core.reading import read_json_lines, reading
 from lcc_lens.core.showing import Shown
 from lcc_lens.evaluation.comparison.compare import COMPARISON
 from lcc_lens.evaluation.comparison.results_file import read_comparison
+from lcc_lens.evaluation.efficiency.report import read_report
 from lcc_lens.frontends.plotting.causes import plot_causes, plot_head_types
 from lcc_lens.frontends.plotting.comparisons import plot_comparison, plot_inference_cost, plot_tasks
 from lcc_lens.frontends.plotting.components import plot_logit_gain, plot_promoted_tokens, plot_spectra
@@ -225,5 +226,5 @@ _FIGURES: dict[str, Callable[[Path], go.Figure]] = {
     "recovery_by_examples": _along("examples"),
     "recovery_by_learning_rate": _along("learning rate"),
     "inference_cost": _of_comparison(plot_inference_cost),
-    "report": _of_file(REPORT, f"lcc-lens report --out RUN/{REPORT}", lambda file: plot_report(read_json(file))),
+    "report": _of_file(REPORT, f"lcc-lens report --out RUN/{REPORT}", lambda file: plot_report(read_report(file))),
 }
