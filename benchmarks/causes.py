@@ -1,81 +1,146 @@
-"""Why the heads of a pruned model lost: causes, head types and circuit tasks, and what finding causes costs.
+"""Why the heads of pruned models lost: causes, head types and circuit tasks, over pruners and calibration seeds.
 
-    lcc-lens prune smollm2 out/wanda50 --method wanda --sparsity 0.5
-    python benchmarks/causes.py smollm2 out/wanda50 [--out benchmarks/causes.json]
+    python benchmarks/causes.py [--folder runs/causes] [--models ...] [--seeds 3]
 
-16 sequences of 256 tokens of C4, float32, one thread. Costs are CPU seconds of a scan without and with causes, and with
-attribution patching, its default selector, once each.
+SmolLM2-135M, float32, one thread. A part is one pruned model; its seed draws the calibration data (64 sequences of C4).
+Every part is measured on the same 16 x 256 tokens of C4. The selector ``own`` is judged by the per-head effects of
+exact patching in ``selector_study.json``, on the examples of its cells. Costs are CPU seconds of a scan without and
+with causes, and with attribution patching, its default selector, once each.
+
+Every part is kept in the folder; the script can be stopped at any time and goes on. The committed file is written anew
+after every part.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
+import shlex
+import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
 import torch
+from run import describe
+from transformers.utils import logging as transformers_logging
 
 import lcc_lens as lcc
 from lcc_lens.core.files import write_json
+from lcc_lens.core.reading import read_json
+from lcc_lens.pruning.jobs import prune
+
+HERE = Path(__file__).parent
+OUT = HERE / "causes.json"
+MODELS: dict[str, dict[str, Any]] = {
+    "Wanda 50 %": {"method": "wanda", "sparsity": 0.5},
+    "Wanda 2:4": {"method": "wanda", "pattern": "2:4"},
+    "SparseGPT 50 %": {"method": "sparsegpt", "sparsity": 0.5},
+    "SlimGPT 20 %": {"method": "slimgpt", "sparsity": 0.2},
+}
+#: The models of the selector study by their names here; examples of a cell that ``own`` reads.
+JUDGED = {"Wanda 50 %": "wanda 50%", "Wanda 2:4": "wanda 2:4"}
+JUDGED_EXAMPLES = 32
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("dense")
-    parser.add_argument("pruned")
-    parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".json"))
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    pair = lcc.load_pair(arguments.dense, arguments.pruned, dtype=torch.float32)
-    data = lcc.load_data("c4", n=16, role="probe")
-    first = lcc.load_data("c4", n=1, role="probe")
-    lcc.scan(pair, first, max_length=32, limit=2, display=0, selectors=("attribution",), causes=True)  # checks, once
-    seconds: dict[str, float] = {}
-    scans: dict[str, lcc.Scan] = {}
-    for name, options in {
-        "plain": {"selectors": ()},
-        "causes": {"selectors": (), "causes": True},
-        "attribution": {"selectors": ("attribution",)},
-    }.items():
-        start = time.process_time()
-        scans[name] = lcc.scan(pair, data, max_length=256, limit=16, display=0, **options)
-        seconds[name] = time.process_time() - start
-        print(name, f"{seconds[name]:.0f} s", flush=True)
-    types = lcc.head_types(pair, n_sequences=6, length=50)
-    result = {**found(scans, types), "cpu_seconds": seconds, "tasks": tasks(pair)}
-    write_json(arguments.out, result)
+def kept(file: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What a file holds; made and written if there is none."""
+    if not file.exists():
+        start = time.perf_counter()
+        write_json(file, make())
+        print(f"{file.parent.name} {file.stem}: {time.perf_counter() - start:.0f} s", flush=True)
+    return dict(read_json(file))
 
 
-def found(scans: dict[str, lcc.Scan], types: lcc.HeadTypes) -> dict[str, Any]:
-    """Means over heads and layers, the head that lost most by itself, selectors and circuits."""
-    scan, attribution = scans["causes"], scans["attribution"].scores("attribution")
-    heads = scan.causes.heads
-    by_cause = heads.by_cause()
-    inherited = by_cause["inherited"].clone()
-    inherited[:2] = torch.inf  # the first layers read nearly the same stream
-    own = lcc.Head(*divmod(int(inherited.argmin()), inherited.shape[1]))
-    scores = {"own": lcc.HeadScores("own", heads.own, heads.own_stderr, 16), "mse": scan.scores("mse")}
-    return {
-        "mean_over_heads": {cause: float(value.double().nanmean()) for cause, value in by_cause.items()},
-        "inherited_by_layer": [float(row.double().nanmean()) for row in by_cause["inherited"]],
-        "mlp_mean": {c: float(value.double().nanmean()) for c, value in scan.causes.mlp.by_cause().items()},
-        "largest_gap_of_the_sum": float((heads.mean.sum(2) - scan.mean_difference).abs().max()),
-        "most_own_head": {
-            "head": str(own),
-            **{cause: float(value[own]) for cause, value in by_cause.items()},
-            "value_constant": float(heads.constant_fraction[own][2]),
-            "relative_loss": float(scan.relative_loss[own]),
-            "sink": types.value["sink"][:, own.layer, own.head].tolist(),
-        },
-        "rank_correlation_with_attribution": {n: attribution.rank_correlation(s) for n, s in scores.items()},
-        "induction": types.strongest("induction").to_dict("records"),
-        "behaviour": types.behaviour()[["model", "first_copy", "repetition"]].to_dict("records"),
-        "samples": scan.record.n_samples,
-    }
+class Part:
+    """One pruned model."""
+
+    def __init__(self, name: str, seed: int, folder: Path) -> None:
+        self.name, self.seed = name, seed
+        self.folder = folder / f"{name}_{seed}".replace(" ", "_").replace(":", "-").replace("%", "")
+
+    def pair(self) -> lcc.Pair:
+        pruned = self.folder / "pruned"
+        if not pruned.exists():
+            prune("smollm2", pruned, calibration="c4", n_samples=64, seed=self.seed, **MODELS[self.name])
+        return lcc.load_pair("smollm2", pruned, dtype=torch.float32)
+
+    def found(self) -> dict[str, Any]:
+        return kept(self.folder / "found.json", self._find)
+
+    def cost(self) -> dict[str, Any]:
+        return kept(self.folder / "cost.json", self._cost)
+
+    def judged(self, cells: list[dict[str, Any]]) -> dict[str, Any]:
+        """By task and seed of the selector study, the rank correlations of ``own`` and ``mse`` with exact patching."""
+        mine = [cell for cell in cells if cell["model"] == JUDGED.get(self.name)]
+        return {
+            f"{cell['task']} {cell['seed']}": kept(
+                self.folder / f"judged_{cell['task']}_{cell['seed']}.json", lambda cell=cell: self._judge(cell)
+            )
+            for cell in mine
+        }
+
+    def _find(self) -> dict[str, Any]:
+        pair = self.pair()
+        scan = _scan(pair, causes=True)
+        assert scan.causes is not None
+        heads, by_cause = scan.causes.heads, scan.causes.heads.by_cause()
+        types = lcc.head_types(pair, data=lcc.load_data("c4", n=16, role="probe"), n_sequences=6, length=50)
+        inherited = by_cause["inherited"].clone()
+        inherited[:2] = torch.inf  # the first layers read nearly the same stream
+        own = lcc.Head(*divmod(int(inherited.argmin()), inherited.shape[1]))
+        return {
+            "samples": scan.record.n_samples,
+            "mean_over_heads": {cause: float(value.double().nanmean()) for cause, value in by_cause.items()},
+            "by_layer": {
+                cause: [float(row.double().nanmean()) for row in value] for cause, value in by_cause.items()
+            },
+            "mlp_mean": {c: float(value.double().nanmean()) for c, value in scan.causes.mlp.by_cause().items()},
+            "largest_gap_of_the_sum": float((heads.mean.sum(2) - scan.mean_difference).abs().max()),
+            "most_own_head": {
+                "head": str(own),
+                **{cause: float(value[own]) for cause, value in by_cause.items()},
+                "value_constant": float(heads.constant_fraction[own][2]),
+                "relative_loss": float(scan.relative_loss[own]),
+            },
+            "induction": types.strongest("induction").to_dict("records"),
+            "previous": types.strongest("previous").to_dict("records"),
+            "behaviour": types.behaviour().to_dict("records"),
+            "tasks": _tasks(pair),
+        }  # fmt: skip
+
+    def _cost(self) -> dict[str, Any]:
+        pair = self.pair()
+        _scan(pair, n=1, max_length=32, limit=2, selectors=("attribution",), causes=True)  # its checks run once
+        seconds = {}
+        for name, options in {
+            "plain": {}, "causes": {"causes": True}, "attribution": {"selectors": ("attribution",)}
+        }.items():  # fmt: skip
+            start = time.process_time()
+            _scan(pair, **options)
+            seconds[name] = time.process_time() - start
+        return seconds
+
+    def _judge(self, cell: dict[str, Any]) -> dict[str, Any]:
+        data = lcc.load_data(cell["task"], JUDGED_EXAMPLES, role="probe", seed=cell["seed"])
+        scan = lcc.scan(
+            self.pair(), data, sites=("z",), display=0, max_length=cell["sizes"]["length"], selectors=("own", "mse")
+        )  # fmt: skip
+        gold = torch.tensor(cell["gold"]).reshape(scan.relative_loss.shape)
+        exact = lcc.HeadScores("patching", gold, torch.zeros_like(gold), cell["sizes"]["patch"])
+        return {name: scan.scores(name).rank_correlation(exact) for name in ("own", "mse")}
 
 
-def tasks(pair: lcc.Pair) -> dict[str, Any]:
+def _scan(pair: lcc.Pair, n: int = 16, **options: Any) -> lcc.Scan:
+    data = lcc.load_data("c4", n=n, role="probe")
+    return lcc.scan(pair, data, **{"max_length": 256, "limit": 16, "display": 0, "selectors": (), **options})
+
+
+def _tasks(pair: lcc.Pair) -> dict[str, Any]:
     """Logit differences of both tasks, or why there are none."""
     rows: dict[str, Any] = {}
     for name in ("indirect-object", "greater-than"):
@@ -84,6 +149,47 @@ def tasks(pair: lcc.Pair) -> dict[str, Any]:
         except lcc.RequestError as error:
             rows[name] = str(error)
     return rows
+
+
+def _rounded(value: Any) -> Any:
+    """Few digits, for a file that people read."""
+    if isinstance(value, dict):
+        return {key: _rounded(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_rounded(item) for item in value]
+    return float(f"{value:.4g}") if isinstance(value, float) else value
+
+
+def _options() -> str:
+    """The options that the command was given, without its folder."""
+    words = iter(sys.argv[1:])
+    return shlex.join(word for word in words if word != "--folder" or not next(words, None))
+
+
+def main() -> None:
+    """Measure the parts one after the other: every model with the first seed, then the further seeds."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, default=Path("runs/causes"))
+    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
+    parser.add_argument("--seeds", type=int, default=3)
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    cells = read_json(HERE / "selector_study.json")["cells"]
+    study: dict[str, Any] = {
+        "command": shlex.join(["python", "benchmarks/causes.py", *shlex.split(_options())]),
+        "machine": describe(), "parts": {name: [] for name in given.models}, "judged": {}, "cpu_seconds": {},
+    }  # fmt: skip
+    for seed in range(given.seeds):
+        for name in given.models:
+            study["parts"][name].append(Part(name, seed, given.folder).found())
+            write_json(OUT, _rounded(study))
+    first = [Part(name, 0, given.folder) for name in given.models]
+    study["cpu_seconds"] = first[0].cost()
+    for part in first:
+        study["judged"][part.name] = part.judged(cells)
+        write_json(OUT, _rounded(study))
 
 
 if __name__ == "__main__":
