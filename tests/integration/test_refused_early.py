@@ -88,7 +88,7 @@ def test_a_percentage_is_refused_with_the_fraction(tmp_path: Path, capsys: pytes
         ("compare", ["--selector", "atribution"], "attribution"),
         ("compare", ["--data", "boolqq"], "boolq"),
         ("compare", ["--texts", "boolqq"], "boolq"),
-        ("eval", ["--tasks", "boolqq"], "boolq"),
+        pytest.param("eval", ["--tasks", "boolqq"], "boolq", marks=pytest.mark.slow),  # reads all of lm-eval's tasks
     ],
 )
 def test_an_unknown_name_is_refused_with_the_nearest(
