@@ -6,7 +6,7 @@ import itertools
 import math
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -20,6 +20,7 @@ from lcc_lens.core.machine.memory import release_memory
 from lcc_lens.core.ranges import Count, Natural
 from lcc_lens.core.reading import read_record, write_record
 from lcc_lens.data.batches import TokenSequence
+from lcc_lens.models.architecture.context import fitting_length
 from lcc_lens.models.architecture.linear_maps import find_matrices
 from lcc_lens.models.hooked.offloading import device_of
 from lcc_lens.models.pair import Pair, load_pair
@@ -200,28 +201,39 @@ def fit_budget(
 
 def measure_speed(pair: Pair, spec: MethodSpec, config: TrainConfig, length: int, loaded: float = 0.0) -> Speed:
     """Time a forward pass, optimiser steps and a product of the refit's solver, on random tokens."""
-    generator = torch.Generator().manual_seed(0)
-    words = torch.randint(pair.pruned.cfg.d_vocab, (2, length), generator=generator)
-    sequences = [TokenSequence(row, 1) for row in words]
+    sequences = _random_sequences(pair, length)
     short = replace(
         config, epochs=3, batch_size=len(sequences), validate_every=10**6, checkpoint_every=10**6, patience=None,
         reuse=False,
     )  # fmt: skip
-
-    def read() -> None:
-        validation_loss(pair.dense, None, sequences, config.micro_tokens)
-
-    read()
-    with timed() as reading:
-        read()
+    read = _read_seconds(pair, sequences, config.micro_tokens)
     injection = spec.build(
         Ingredients.of(pair, None, (), sequences=sequences, low_rank=spec.preset.low_rank or LOW_RANK)
     )
     teacher = pair.dense if config.objective.needs_teacher else None
     # the validation after the last step counts to neither
     step = next(itertools.islice(train(pair.pruned, injection, sequences, sequences, short, teacher=teacher), 1, None))
-    n_tokens = len(sequences) * length
-    return Speed(reading() / n_tokens, step.seconds / n_tokens, _solver_seconds(pair), loaded)
+    return Speed(read, step.seconds / (len(sequences) * length), _solver_seconds(pair), loaded)
+
+
+def time_refit(pair: Pair, request: RefitRequest) -> float:
+    """Seconds that a refit would take here, from a forward pass on random tokens and a product of its solver."""
+    length = fitting_length(request.seq_len, pair.context)
+    read = _read_seconds(pair, _random_sequences(pair, length))
+    return _REFIT_ITERATIONS * _solver_seconds(pair) + _REFIT_PASSES * request.n_samples * length * read
+
+
+def _random_sequences(pair: Pair, length: int) -> list[TokenSequence]:
+    generator = torch.Generator().manual_seed(0)
+    return [TokenSequence(row, 1) for row in torch.randint(pair.pruned.cfg.d_vocab, (2, length), generator=generator)]
+
+
+def _read_seconds(pair: Pair, sequences: Sequence[TokenSequence], micro_tokens: int | None = None) -> float:
+    """Seconds per token of a forward pass of the dense model, after one to warm up."""
+    validation_loss(pair.dense, None, sequences, micro_tokens)
+    with timed() as reading:
+        validation_loss(pair.dense, None, sequences, micro_tokens)
+    return reading() / sum(map(len, sequences))
 
 
 def _solver_seconds(pair: Pair) -> float:

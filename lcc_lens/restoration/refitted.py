@@ -12,9 +12,13 @@ from lcc_lens.core.checkpoint import Checkpoint
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.outputs.folders import recover
 from lcc_lens.core.reading import read_json
+from lcc_lens.models.architecture.linear_maps import find_matrices
+from lcc_lens.models.hooked.hooks import HookedModel
 from lcc_lens.models.loading.references import resolve
 from lcc_lens.pruning.jobs import calibration_length, named_calibration, refit
 from lcc_lens.pruning.refit.refit import REFIT_RECORD
+from lcc_lens.restoration.injections.changes import Shift
+from lcc_lens.restoration.injections.weights import FixedWeights, layer_maps
 from lcc_lens.restoration.settings import RefitRequest
 
 logger = logging.getLogger(__name__)
@@ -67,6 +71,26 @@ def refitted_model(
         overwrite=True,
     )  # fmt: skip
     return folder
+
+
+def refit_as_change(model: HookedModel, pruned: Path, folder: Path) -> FixedWeights:
+    """The refitted model in a folder as a change of the pruned model's weights, on the CPU.
+
+    Args:
+        model: the hooked pruned model; ``pruned``: its directory.
+    """
+    before, after = (
+        {matrix.name: matrix for layer in find_matrices(Checkpoint(path)) for matrix in layer}
+        for path in (pruned, folder)
+    )
+    names = {module: Checkpoint(pruned).stored_name(f"{module}.weight") for module in layer_maps(model)}
+    return FixedWeights(
+        {
+            module: Shift(after[name].read().float() - before[name].read().float())
+            for module, name in names.items()
+            if name in before
+        }
+    )
 
 
 def _difference(folder: Path, request: RefitRequest) -> str | None:

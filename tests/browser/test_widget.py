@@ -22,7 +22,8 @@ OPEN = """
 import lcc_lens as lcc
 pair = lcc.load_pair({dense!r}, {pruned!r})
 scan = lcc.Scan.load({run!r})
-session = lcc.RestoreSession(pair, scan, lcc.load_data({questions!r}), batch_size=4)
+data = lcc.load_data({questions!r})
+session = lcc.RestoreSession(pair, scan, data, batch_size=4, refitting=lcc.RefitRequest(data, 8, 32))
 widget = lcc.RestoreWidget(session, prompt="is 3 plus 2 more than")
 widget
 """
@@ -243,6 +244,38 @@ def test_how_long_clicks_take(notebook, capsys: pytest.CaptureFixture) -> None:
     assert "d_model per norm" in page.locator(".lcc-restore .costs").inner_text()
     assert page.locator(".lcc-restore .picked.unused").count() == 1
     picture(page, "widget-method")
+
+
+def test_best_is_chosen_refits_and_trains_beside_another(notebook) -> None:
+    page, place = notebook, parts(notebook)
+    offered = page.locator(".lcc-restore select.method option").all_inner_texts()
+    assert offered == ["lcc", "best", "gain", "norms", "low-rank", "lcc+gain", "mean-shift"]
+    place["selector"].select_option("mse")
+    line_appears(page, "session.choose('mse'")
+    place["steps"].fill("8")
+    place["train"].click()
+    line_appears(page, "session.train(8)")
+    page.locator(".lcc-restore button.pin").click()
+    page.locator(".lcc-restore .loss-pinned").wait_for()
+    at_rest(page)
+    page.locator(".lcc-restore select.method").select_option("best")
+    line_appears(page, "session.set_method('best')")
+    assert "least-squares refit, then a low-rank change" in page.locator(".lcc-restore .costs").inner_text()
+    estimate = page.locator(".lcc-restore .estimate").inner_text()
+    assert re.fullmatch(r"The refit, which comes first, takes about .+\. 8 steps take about .+\.", estimate)
+    picture(page, "widget-best-before")
+    place["train"].click()
+    assert place["stop"].is_enabled()
+    line_appears(page, "session.refit()\nsession.train(8)")
+    assert page.locator(".lcc-restore .curve line.level").count() == 2
+    losses = {
+        name: float(page.locator(f".lcc-restore .loss-{name}").inner_text())
+        for name in ("pruned", "restored", "pinned")
+    }
+    assert losses["restored"] < losses["pruned"] > losses["pinned"]
+    assert page.locator(".lcc-restore .estimate").inner_text().startswith("8 steps")
+    page.set_viewport_size({"width": 1500, "height": 1900})
+    picture(page, "widget-best")
 
 
 def test_two_views_of_a_widget_show_the_same(notebook) -> None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from lcc_lens.analysis.lens.prompt import Applicable, PromptComparison, compare_tokens, prompt_tokens
 from lcc_lens.core.errors import RequestError
 from lcc_lens.exporters.huggingface import ExportReport, export
+from lcc_lens.frontends.session.refitting import is_refitted
 from lcc_lens.frontends.session.saving import save_state
 from lcc_lens.frontends.session.side_by_side import generate
 from lcc_lens.frontends.session.state import SessionState, Timeline
@@ -20,8 +21,8 @@ from lcc_lens.models.hooked.hooks import HookedModel
 from lcc_lens.models.pair import Pair
 from lcc_lens.prompting.rewriting.rewriter import Rewrites, rewrite_prompt, written_by
 from lcc_lens.restoration.injections.base import Injection
+from lcc_lens.restoration.injections.spec import MethodSpec
 from lcc_lens.restoration.result import Restoration
-from lcc_lens.restoration.training.objectives import Objective
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -57,9 +58,19 @@ class SessionOutputs(SessionView):
         return self._bench.seconds_per_step.get((self.method, len(self.heads)))
 
     @property
-    def is_response_loss(self) -> bool:
-        """Whether training minimises what :meth:`loss` measures."""
-        return self._bench.config.objective == Objective()
+    def seconds_to_refit(self) -> float | None:
+        """Seconds until the refit that the method starts from is there; 0 if it needs none, None if not measured."""
+        return self._bench.refit.seconds if self._needs_refit else 0.0
+
+    def time_refit(self) -> float:
+        """Estimate :attr:`seconds_to_refit` from a short measurement on random tokens, made once."""
+        with self._alone():
+            return self._bench.refit.measure() if self._needs_refit else 0.0
+
+    @property
+    def _needs_refit(self) -> bool:
+        """Whether the method starts from a refit that the current injection does not have."""
+        return MethodSpec.parse(self.method).preset.on_refit and not is_refitted(self._state.injection)
 
     def can_run(self, method: str) -> bool:
         """Whether :meth:`set_method` takes a method."""
@@ -103,6 +114,11 @@ class SessionOutputs(SessionView):
                 with self._pinned.applied_to(self.pair.pruned) as pinned:
                     self._pinned_loss = self._bench.loss_of(pinned)
             return {**losses, "pinned": self._pinned_loss}
+
+    def levels(self) -> dict[str, float]:
+        """What training minimises, of ``dense`` and ``pruned`` on the held-out data: reference lines of its curve."""
+        with self._alone():
+            return self._bench.levels(self.method)
 
     def compare_prompt(self, prompt: str) -> PromptComparison:
         """A prompt in all models, head by head (see :func:`~lcc_lens.analysis.lens.prompt.compare_prompt`)."""

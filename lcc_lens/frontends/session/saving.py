@@ -11,6 +11,7 @@ from lcc_lens.core.errors import RequestError
 from lcc_lens.core.files import read_tensors, write_tensors
 from lcc_lens.core.heads import Head
 from lcc_lens.core.reading import convert, parse_json
+from lcc_lens.frontends.session.refitting import is_refitted
 from lcc_lens.frontends.session.state import SessionState
 from lcc_lens.models.pair import Pair
 from lcc_lens.restoration.injections.base import Injection
@@ -31,25 +32,26 @@ class _Saved:
     scale: float
     steps: tuple[Step, ...]
     held_out: float | None
+    refitted: bool = False
 
 
 def save_state(state: SessionState, pair: Pair, run: Path) -> None:
     """Write a state into a run folder, atomically."""
     saved = _Saved(
         pair.dense_id.sha256, pair.pruned_id.sha256, state.method, tuple(map(str, state.heads)), state.rank,
-        state.scale, state.steps, state.held_out,
+        state.scale, state.steps, state.held_out, is_refitted(state.injection),
     )  # fmt: skip
     tensors = {name: value.cpu().contiguous() for name, value in state.trained().state_dict().items()}
     write_tensors(run / SESSION, tensors, {"session": json.dumps(asdict(saved))})
 
 
-def load_state(run: Path, pair: Pair, build: Callable[[str, tuple[Head, ...], int | None], Injection]) -> SessionState:
+def load_state(run: Path, pair: Pair, build: Callable[..., Injection]) -> SessionState:
     """Read a state, bit for bit as it was saved.
 
     Args:
         run: the run folder.
         pair: the session's models.
-        build: makes a method's injection of heads and rank.
+        build: makes the injection of a method, heads, rank and ``refitted``.
 
     Raises:
         RequestError: no saved session, a damaged one, one of other weights, or one with other shapes.
@@ -62,7 +64,7 @@ def load_state(run: Path, pair: Pair, build: Callable[[str, tuple[Head, ...], in
     if (saved.dense_sha256, saved.pruned_sha256) != (pair.dense_id.sha256, pair.pruned_id.sha256):
         raise RequestError(f"expected a session of this pair in {run}, got one of other weights; name another folder")
     heads = tuple(map(Head.parse, saved.heads))
-    injection = build(saved.method, heads, saved.rank)
+    injection = build(saved.method, heads, saved.rank, refitted=saved.refitted)
     try:
         injection.load_state_dict(tensors)
     except RuntimeError as error:

@@ -7,7 +7,6 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from lcc_lens.analysis.scan.scan import Scan
 from lcc_lens.analysis.selectors.names import DEFAULT_SELECTOR
@@ -21,12 +20,11 @@ from lcc_lens.frontends.session.workbench import Workbench
 from lcc_lens.models.architecture.context import fitting_length
 from lcc_lens.models.pair import Pair
 from lcc_lens.restoration.checks import refuse_removed
+from lcc_lens.restoration.injections.base import Injection
 from lcc_lens.restoration.injections.spec import MethodSpec
+from lcc_lens.restoration.settings import RefitRequest
 from lcc_lens.restoration.training.config import Step, Steps, TrainConfig
 from lcc_lens.restoration.training.objectives import Objective
-
-if TYPE_CHECKING:
-    pass
 
 #: Steps between two measurements on the held-out data: the parameters that stopping keeps are at most this old.
 _VALIDATE_EVERY = 5
@@ -35,8 +33,7 @@ _VALIDATE_EVERY = 5
 class RestoreSession(SessionOutputs):
     """Restore a pair step by step; :attr:`history` records every action as a line of code.
 
-    Only :meth:`train`, :meth:`time_step`, :meth:`loss`, :meth:`compare_prompt`, :meth:`next_tokens`, :meth:`generate`,
-    :meth:`export`, :meth:`save` and :meth:`pin` run a model, and every call leaves both models unchanged. Activations
+    Choosing and undoing run no model; what runs one leaves both models unchanged. Activations
     below the lowest restored layer are cached per example for the whole session (see
     :mod:`lcc_lens.restoration.training.reuse`). Properties and :meth:`stop` may be used from any thread at any time;
     every other call is refused while one is running.
@@ -47,12 +44,14 @@ class RestoreSession(SessionOutputs):
         data: training examples (role ``train``).
         validation: held-out examples of the same kind; if not given, a tenth of the training examples' groups.
         method: one of :data:`~lcc_lens.restoration.injections.METHODS`, or several joined by ``+``.
-        objective: what training minimises; if not given, the loss of the response.
+        objective: what training minimises; if not given, the method's own: the loss of the response, of ``best`` the
+            language-model loss and the KL divergence from the dense model in equal parts.
         batch_size: examples per optimiser step.
         max_length: most tokens per example; 256, or the models' context if shorter.
-        low_rank: rank of a masked low-rank update.
+        low_rank: rank of a masked low-rank update; 8 if not given, 16 for ``best``.
         seed: for the order of the examples and for random selectors.
         exportable: refuse a model whose checkpoint cannot hold the result.
+        refitting: what ``best`` refits on; see :class:`~lcc_lens.restoration.settings.RefitRequest`.
 
     Raises:
         RequestError: an unknown method, no scan for a method that restores heads, a scan of other weights, overlapping
@@ -76,19 +75,17 @@ class RestoreSession(SessionOutputs):
         objective: Objective | None = None,
         batch_size: int = 8,
         max_length: int | None = None,
-        low_rank: int = 8,
+        low_rank: int | None = None,
         seed: int = 0,
         exportable: bool = True,
+        refitting: RefitRequest | None = None,
     ) -> None:
-        config = TrainConfig(
-            batch_size=batch_size, validate_every=_VALIDATE_EVERY, seed=seed, objective=objective or Objective(),
-            reuse=True,
-        )  # fmt: skip
+        config = TrainConfig(batch_size=batch_size, validate_every=_VALIDATE_EVERY, seed=seed, reuse=True)
         MethodSpec.parse(method)  # before data are encoded
         length = fitting_length(max_length, pair.context, default=256)
         bench = Workbench.open(
-            pair, scan, data, validation, config=config, max_length=length, low_rank=low_rank,
-            exportable=exportable,
+            pair, scan, data, validation, config=config, objective=objective, max_length=length, low_rank=low_rank,
+            exportable=exportable, refitting=refitting,
         )  # fmt: skip
         self.scan, self.seed, self._stop = scan, seed, threading.Event()
         super().__init__(pair, bench, _first_state(bench, method, ()))
@@ -169,6 +166,22 @@ class RestoreSession(SessionOutputs):
                 raise RequestError(f"expected a finite scale, got {scale}")
             self._timeline.record(replace(self._state, scale=float(scale)), f"session.set_scale({float(scale)!r})")
 
+    def refit(self) -> None:
+        """Refit the pruned model's remaining weights, as ``best`` starts; :meth:`train` does it where it was not done.
+
+        :meth:`stop` ends it; the next call goes on after the layers that were finished.
+
+        Raises:
+            RequestError: a method that starts from no refit, one that has it already, or a model that cannot be
+                refitted.
+            Stopped: it was stopped.
+        """
+        with self._alone():
+            if not self._needs_refit:
+                raise RequestError(f"expected a method that has yet to refit, got {self.method}; go on with train")
+            self._stop.clear()
+            self._refit()
+
     def train(
         self,
         n_steps: int = 20,
@@ -193,12 +206,13 @@ class RestoreSession(SessionOutputs):
         """
         with self._alone():
             self._stop.clear()
-            injection = copy.deepcopy(self._state.trained())
-            if not injection.n_trained:
-                raise RequestError(f"expected a method that trains, got {self.method}, which has a closed form")
             limit = n_steps if stop_after is None else min(n_steps, stop_after)
             if limit < 1:
                 raise RequestError(f"expected at least 1 step, got {limit}")
+            injection = self._to_train()
+            if self._needs_refit:
+                self._refit()
+                injection = self._to_train()
 
             def is_over(step: Step) -> bool:
                 if on_step is not None:
@@ -221,13 +235,10 @@ class RestoreSession(SessionOutputs):
             RequestError: no heads are chosen, or the method trains nothing.
         """
         with self._alone():
-            injection = copy.deepcopy(self._state.trained())
-            if not injection.n_trained:
-                raise RequestError(f"expected a method that trains, got {self.method}, which has a closed form")
-            return self._bench.time_step(injection, self._state)
+            return self._bench.time_step(self._to_train(), self._state)
 
     def stop(self) -> None:
-        """End a running :meth:`train` after its current step, keeping the best so far; otherwise do nothing."""
+        """End a running :meth:`train` after its current step, keeping the best so far, or a refit; else do nothing."""
         self._stop.set()
 
     def undo(self) -> None:
@@ -247,6 +258,17 @@ class RestoreSession(SessionOutputs):
         """
         with self._alone():
             self._timeline.redo()
+
+    def _to_train(self) -> Injection:
+        """A copy of the current injection."""
+        injection = copy.deepcopy(self._state.trained())
+        if not injection.n_trained:
+            raise RequestError(f"expected a method that trains, got {self.method}, which has a closed form")
+        return injection
+
+    def _refit(self) -> None:
+        injection = self._bench.refit.before(self._state.trained(), self._stop)
+        self._timeline.record(replace(self._state, injection=injection, held_out=None), "session.refit()")
 
     def _rebuild(self, heads: tuple[Head, ...], rank: int | None, line: str) -> None:
         injection, state = self._bench.build(self.method, heads, rank), self._state

@@ -13,6 +13,7 @@ from lcc_lens.core.errors import InterruptedRun, RequestError
 from lcc_lens.core.heads import Head
 from lcc_lens.data.batches import TokenSequence
 from lcc_lens.data.datasets import Data
+from lcc_lens.frontends.session.refitting import SessionRefit, on_blank_refit
 from lcc_lens.frontends.session.state import SessionState
 from lcc_lens.models.hooked.hooks import HookedModel
 from lcc_lens.models.pair import Pair
@@ -22,9 +23,10 @@ from lcc_lens.restoration.injections.ingredients import Ingredients
 from lcc_lens.restoration.injections.spec import MethodSpec
 from lcc_lens.restoration.record import RestorationRecord
 from lcc_lens.restoration.scans import check_scan
+from lcc_lens.restoration.settings import LOW_RANK, RefitRequest, with_preset
 from lcc_lens.restoration.training.config import Step, TrainConfig
 from lcc_lens.restoration.training.loop import train
-from lcc_lens.restoration.training.objectives import Source
+from lcc_lens.restoration.training.objectives import Objective, Source
 from lcc_lens.restoration.training.reuse import CachedTeacher, StartedLater, reused
 from lcc_lens.restoration.training.validation import validation_loss
 from lcc_lens.restoration.training_data import training_sequences
@@ -43,8 +45,9 @@ class Trained:
 class Workbench:
     """Builds, trains and measures injections on the same data.
 
-    ``data`` is the training data's name, ``held_out`` the sequences that choose the best parameters, and ``config``
-    the settings of every training. See :class:`~lcc_lens.frontends.session.session.RestoreSession` for the rest.
+    ``data`` is the training data's name, ``held_out`` the sequences that choose the best parameters, ``config`` the
+    settings of every training but for the objective, which is the method's own if None. See
+    :class:`~lcc_lens.frontends.session.session.RestoreSession` for the rest.
     """
 
     pair: Pair
@@ -53,21 +56,24 @@ class Workbench:
     sequences: Sequence[TokenSequence]
     held_out: Sequence[TokenSequence]
     config: TrainConfig
-    low_rank: int
+    objective: Objective | None
+    low_rank: int | None
     exportable: bool
+    refit: SessionRefit
     seconds_per_step: dict[tuple[str, int], float] = field(default_factory=dict)
     """Measured, by method and number of heads."""
-    _teacher: CachedTeacher | None = field(init=False)
+    _teacher: CachedTeacher = field(init=False)
     _started: StartedLater | None = field(default=None, init=False)
-    _baseline: dict[str, float] = field(default_factory=dict, init=False)
+    _baselines: dict[Objective, dict[str, float]] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
-        self._teacher = CachedTeacher(self.pair.dense) if self.config.objective.needs_teacher else None
+        self._teacher = CachedTeacher(self.pair.dense)
 
     @classmethod
     def open(
         cls, pair: Pair, scan: Scan | None, data: Data, validation: Data | None, *, config: TrainConfig,
-        max_length: int, low_rank: int, exportable: bool,
+        objective: Objective | None, max_length: int, low_rank: int | None, exportable: bool,
+        refitting: RefitRequest | None,
     ) -> Workbench:  # fmt: skip
         """Check a session's request and encode its data."""
         if scan is not None:
@@ -77,7 +83,10 @@ class Workbench:
                 "expected both models in memory, got a pair that loads one at a time; load it without one_at_a_time"
             )
         sequences, held_out = training_sequences(pair, scan, data, validation, max_length, None, None)
-        return cls(pair, scan, data.name, sequences, held_out, config, low_rank, exportable)
+        roles = [part for part in (data, validation) if part is not None and part.role is not None]
+        groups = frozenset[str]().union(*(part.groups for part in roles))
+        refit = SessionRefit(pair, refitting or RefitRequest(), groups)
+        return cls(pair, scan, data.name, sequences, held_out, config, objective, low_rank, exportable, refit)
 
     def spec(self, method: str) -> MethodSpec:
         """A method, parsed and checked.
@@ -87,7 +96,7 @@ class Workbench:
                 exported.
         """
         spec = MethodSpec.parse(method)
-        if spec.compare_only or spec.preset.on_refit or spec.preset.choose_heads:
+        if spec.compare_only or spec.preset.on_pool or spec.preset.choose_heads:
             raise RequestError(f"expected a method for a session, got {method}; run it by compare or restore")
         if self.scan is None and spec.on_heads:
             raise RequestError(f"expected a scan of this pair for {method}, got none; scan it first")
@@ -95,13 +104,25 @@ class Workbench:
             require_slots(self.pair, spec)
         return spec
 
-    def build(self, method: str, heads: tuple[Head, ...], rank: int | None) -> Injection:
-        """A method's injection before any training."""
+    def settings(self, method: str) -> TrainConfig:
+        """The settings of a method's training."""
+        spec = MethodSpec.parse(method)
+        objective = self.objective or Objective.parse(spec.preset.objective or "response")
+        return with_preset(replace(self.config, objective=objective), spec)
+
+    def build(self, method: str, heads: tuple[Head, ...], rank: int | None, *, refitted: bool = False) -> Injection:
+        """A method's injection before any training; ``refitted``: on top of a refit, to be loaded."""
+        spec = self.spec(method)
         ingredients = Ingredients.of(
-            self.pair, self.scan, heads, rank=rank, low_rank=self.low_rank, sequences=self.sequences,
+            self.pair, self.scan, heads, rank=rank, low_rank=self._rank_of(spec), sequences=self.sequences,
             seed=self.config.seed,
         )  # fmt: skip
-        return self.spec(method).build(ingredients)
+        injection = spec.build(ingredients)
+        return on_blank_refit(self.pair, injection) if refitted else injection
+
+    def _rank_of(self, spec: MethodSpec) -> int:
+        """The rank of low-rank changes."""
+        return self.low_rank or spec.preset.low_rank or LOW_RANK
 
     def train(
         self,
@@ -118,10 +139,12 @@ class Workbench:
             lr: see :class:`~lcc_lens.restoration.training.config.TrainConfig`.
             is_over: called after every step; whether to stop there.
         """
-        first_loss = self._objective(injection) if state.held_out is None else state.held_out
+        config = self.settings(state.method)
+        first_loss = self._objective(injection, config) if state.held_out is None else state.held_out
         steps, is_cut = list[Step](), False
         # closing the iteration puts the best parameters into the injection
-        with closing(self._steps(injection, n_steps, lr, len(state.steps), first_loss)) as training:
+        config = config if lr is None else replace(config, lr=lr)
+        with closing(self._steps(injection, n_steps, config, len(state.steps), first_loss)) as training:
             try:
                 for step in training:
                     steps.append(step)
@@ -148,22 +171,24 @@ class Workbench:
 
     def losses(self, injection: Injection | None) -> dict[str, float]:
         """Held-out loss in nats per response token; without an injection the restored model is the pruned one."""
-        if not self._baseline:
-            models = {"dense": self.pair.dense, "pruned": self.pair.pruned}
-            self._baseline = {name: self.loss_of(model) for name, model in models.items()}
+        baseline = self._baseline(Objective())
         if injection is None:
-            return {**self._baseline, "restored": self._baseline["pruned"]}
-        return {**self._baseline, "restored": validation_loss(self._model_for(injection), injection, self.held_out)}
+            return {**baseline, "restored": baseline["pruned"]}
+        return {**baseline, "restored": validation_loss(self._model_for(injection), injection, self.held_out)}
+
+    def levels(self, method: str) -> dict[str, float]:
+        """What a method's training minimises, of the dense and the pruned model on the held-out data."""
+        return self._baseline(self.settings(method).objective)
 
     def record(self, state: SessionState, history: Sequence[str]) -> RestorationRecord:
         """Provenance and losses of a state."""
-        config, n_steps, injection = self.config, len(state.steps), state.trained()
+        config, n_steps, injection = self.settings(state.method), len(state.steps), state.trained()
         data, n_examples = self.data, min(len(self.sequences), n_steps * config.batch_size)
         if self.scan is not None and not injection.n_trained:
             data, n_examples = self.scan.record.data, self.scan.record.n_examples
         settings = {
             "objective": asdict(config.objective), "batch_size": config.batch_size, "rank": state.rank,
-            "low_rank": self.low_rank, "scale": state.scale, "steps": n_steps,
+            "low_rank": self._rank_of(self.spec(state.method)), "scale": state.scale, "steps": n_steps,
             "heads": [str(head) for head in state.heads], "history": list(history),
         }  # fmt: skip
         return RestorationRecord(
@@ -175,19 +200,33 @@ class Workbench:
         )  # fmt: skip
 
     def _steps(
-        self, injection: Injection, n_steps: int, lr: float | None, n_before: int, first_loss: float
+        self, injection: Injection, n_steps: int, config: TrainConfig, n_before: int, first_loss: float
     ) -> Generator[Step, None, None]:
-        config = replace(self.config, lr=lr, seed=self.config.seed + n_before)
+        config = replace(config, seed=config.seed + n_before)
         first, n = n_before * config.batch_size, len(self.sequences)
         upcoming = [self.sequences[index % n] for index in range(first, first + n_steps * config.batch_size)]
         yield from train(
-            self._model_for(injection), injection, upcoming, self.held_out, config, teacher=self._teacher,
-            first_loss=first_loss,
+            self._model_for(injection), injection, upcoming, self.held_out, config,
+            teacher=self._teacher_for(config.objective), first_loss=first_loss,
         )  # fmt: skip
 
-    def _objective(self, injection: Injection) -> float:
-        settings = self.config.micro_tokens, self.config.objective, self._teacher
+    def _objective(self, injection: Injection, config: TrainConfig) -> float:
+        settings = config.micro_tokens, config.objective, self._teacher_for(config.objective)
         return validation_loss(self._model_for(injection), injection, self.held_out, *settings)
+
+    def _baseline(self, objective: Objective) -> dict[str, float]:
+        """An objective of both models on the held-out data, measured once."""
+        if objective not in self._baselines:
+            models = {"dense": self.pair.dense, "pruned": self.pair.pruned}
+            teacher = self._teacher_for(objective)
+            self._baselines[objective] = {
+                name: validation_loss(model, None, self.held_out, None, objective, teacher)
+                for name, model in models.items()
+            }
+        return self._baselines[objective]
+
+    def _teacher_for(self, objective: Objective) -> CachedTeacher | None:
+        return self._teacher if objective.needs_teacher else None
 
     def _model_for(self, injection: Injection) -> HookedModel | Source:
         """The pruned model, started at the injection's lowest layer where the layers below can be cached."""

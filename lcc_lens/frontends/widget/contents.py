@@ -15,14 +15,13 @@ from lcc_lens.frontends.explorer.views import View, removed_heads, views_of_scan
 from lcc_lens.frontends.session.session import RestoreSession
 from lcc_lens.prompting.merits import MERITS
 from lcc_lens.prompting.rewriting.rewriter import Rewrites
-from lcc_lens.restoration.injections.methods import METHODS
 from lcc_lens.restoration.injections.spec import MethodSpec
 from lcc_lens.restoration.training.config import Step
 
 #: Number of the step, training loss, held-out loss or None.
 Point = list[int | float | None]
 #: Methods to choose from, where the model takes them.
-METHODS_OFFERED = ("lcc", "gain", "norms", "low-rank", "lcc+gain", "mean-shift")
+METHODS_OFFERED = ("lcc", "best", "gain", "norms", "low-rank", "lcc+gain", "mean-shift")
 #: Most points of a loss curve; longer curves are thinned.
 _MOST_POINTS = 400
 _STYLES = ("base.css", "map.css", "parts.css")
@@ -53,7 +52,7 @@ def fixed_contents(session: RestoreSession) -> dict[str, Any]:
         "views": [] if scan is None else [_view(view) for view in views_of_scan(scan)],
         "removed": [] if scan is None else removed_heads(scan),
         "rankings": {} if scan is None else _rankings(scan, session.seed),
-        "methods": _methods(session), "is_response_loss": session.is_response_loss,
+        "methods": _methods(session),
     }  # fmt: skip
 
 
@@ -64,6 +63,7 @@ def state_contents(session: RestoreSession) -> dict[str, Any]:
         "method": session.method, "on_heads": spec.on_heads, "has_scale": spec.needs_components,
         "heads": [str(head) for head in session.heads], "rank": session.rank, "scale": session.scale,
         "n_steps": len(session.steps), "n_trained": session.n_trained, "seconds_per_step": session.seconds_per_step,
+        "seconds_to_refit": session.seconds_to_refit,
         "history": list(session.history), "key": state_key(session),
         "can_undo": bool(session.history), "can_redo": bool(session.undone),
     }  # fmt: skip
@@ -108,16 +108,16 @@ def step_contents(number: int, step: Step) -> Point:
 
 
 def _methods(session: RestoreSession) -> list[dict[str, Any]]:
-    """The methods to choose from, each with what it does and costs; one without ``name`` runs elsewhere."""
+    """The methods to choose from, each with what it does and costs."""
     names = dict.fromkeys((session.method, *METHODS_OFFERED))
-    found = [{"name": name, "does": _described(name)} for name in names if session.can_run(name)]
-    return [*found, {"name": "", "does": f"best: {METHODS['best'].does}; it refits first: lcc.restore_best"}]
+    return [{"name": name, "does": _described(name)} for name in names if session.can_run(name)]
 
 
 def _described(method: str) -> str:
     spec = MethodSpec.parse(method)
     place = "biases" if spec.bias_sites else "existing weights"
-    return f"{'; '.join(part.does for part in spec.parts)}. Trains {spec.n_trained or 'nothing'}, folds into {place}"
+    does = spec.preset.does or "; ".join(part.does for part in spec.parts)
+    return f"{does}. Trains {spec.n_trained or 'nothing'}, folds into {place}"
 
 
 def _view(view: View) -> dict[str, Any]:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import anywidget
 import traitlets
 
 from lcc_lens.core.errors import RequestError
+from lcc_lens.core.metrics import learned_warning
+from lcc_lens.core.progress import tracked_by
 from lcc_lens.frontends.session.session import RestoreSession
+from lcc_lens.frontends.session.stopping import stoppable
 from lcc_lens.frontends.widget.actions import ACTIONS, Message
 from lcc_lens.frontends.widget.contents import (
     Point,
@@ -24,7 +27,7 @@ from lcc_lens.frontends.widget.contents import (
     step_contents,
     style,
 )
-from lcc_lens.frontends.widget.worker import Job, Stopped, Worker, error_line, stoppable
+from lcc_lens.frontends.widget.worker import Job, Worker, error_line
 from lcc_lens.restoration.training.config import Step
 
 #: Likeliest next tokens shown per model, and number of tokens that each model generates.
@@ -44,7 +47,7 @@ class RestoreWidget(anywidget.AnyWidget):
         reads_at_once: measure losses and run the prompt after every action; if False, after training and on request.
 
     Attributes:
-        busy: the running job; empty when idle.
+        busy: the running job; empty when idle. ``progress``: how far a long one is.
         error: the last error, as one line.
         readout: the last losses, next tokens, changed heads and generations, with the ``key`` of their state. They are
             kept per state, so undo and redo show theirs at once.
@@ -65,6 +68,7 @@ class RestoreWidget(anywidget.AnyWidget):
     rewrites = traitlets.Dict().tag(sync=True)
     exported = traitlets.Dict().tag(sync=True)
     busy = traitlets.Unicode().tag(sync=True)
+    progress = traitlets.Unicode().tag(sync=True)
     error = traitlets.Unicode().tag(sync=True)
     prompt = traitlets.Unicode().tag(sync=True)
     reads_at_once = traitlets.Bool(True).tag(sync=True)
@@ -124,7 +128,7 @@ class RestoreWidget(anywidget.AnyWidget):
             if kept is not None:  # as it was read in this state: undo and redo wait for nothing
                 self.readout = kept
             elif self.reads_at_once:
-                self._worker.begin([self._reading()])
+                self._begin(self._reading)
         elif action in jobs:
             jobs[action](message)
         else:
@@ -146,12 +150,24 @@ class RestoreWidget(anywidget.AnyWidget):
             self.live = []
             self.refresh()
 
+        def refit() -> None:
+            with tracked_by(self._track):
+                self.session.refit()
+            self.refresh()
+
         self._stopped.clear()
-        self._worker.begin([("training", train), self._reading()])
+        first = [("refitting", refit)] if self.session.seconds_to_refit != 0.0 else []
+        self._begin(*first, ("training", train), self._reading)
+
+    def _track(self, items: Iterable[Any], total: int, description: str) -> Iterator[Any]:
+        for n, item in enumerate(items, start=1):
+            self.progress = f"{description} {n}/{total}"
+            yield item
+        self.progress = ""
 
     def _read(self, message: Message) -> None:
         self.prompt = str(message.get("prompt", self.prompt))
-        self._worker.begin([self._reading()])
+        self._begin(self._reading)
 
     def _export(self, message: Message) -> None:
         out, overwrite = str(message["out"]), bool(message.get("overwrite", False))
@@ -165,11 +181,11 @@ class RestoreWidget(anywidget.AnyWidget):
                 "line": f"session.export({out!r}{', overwrite=True' if overwrite else ''})",
             }  # fmt: skip
 
-        self._worker.begin([("exporting", export)])
+        self._begin(("exporting", export))
 
     def _save(self, message: Message) -> None:
         run = str(message["run"])
-        self._worker.begin([("saving", lambda: self.session.save(run))])
+        self._begin(("saving", lambda: self.session.save(run)))
 
     def _pin(self, message: Message) -> None:
         """Keep the current restoration, or a run's, beside the one at work."""
@@ -179,12 +195,12 @@ class RestoreWidget(anywidget.AnyWidget):
             self.session.pin(run)
             self._readouts.clear()
 
-        self._worker.begin([("pinning", pin), self._reading()])
+        self._begin(("pinning", pin), self._reading)
 
     def _unpin(self, message: Message) -> None:
         self.session.unpin()
         self._readouts.clear()
-        self._worker.begin([self._reading()])
+        self._begin(self._reading)
 
     def _rewrite(self, message: Message) -> None:
         self.prompt = prompt = str(message.get("prompt", self.prompt))
@@ -192,46 +208,57 @@ class RestoreWidget(anywidget.AnyWidget):
         def rewrite() -> None:
             self.rewrites = rewrite_contents(prompt, self.session.rewrites(prompt))
 
-        self._worker.begin([("rewriting", rewrite)])
+        self._begin(("rewriting", rewrite))
 
     def _readout_key(self) -> tuple[str, str]:
         return state_key(self.session), self.prompt
 
-    def _reading(self) -> Job:
+    def _begin(self, *jobs: Job) -> None:
+        """Start jobs; all but a training, which ends after a step, can be stopped at any module of a model."""
+
+        def until_stopped(run: Callable[[], None]) -> Callable[[], None]:
+            def stopped_early() -> None:
+                with stoppable(self._skipped):
+                    run()
+
+            return stopped_early
+
         self._skipped.clear()
+        self._worker.begin([(name, run if name == "training" else until_stopped(run)) for name, run in jobs])
+
+    @property
+    def _reading(self) -> Job:
         return "reading", self._read_now
 
     def _read_now(self) -> None:
         """Show each part once it is computed, the slowest last, until the rest is skipped."""
         session, prompt = self.session, self.prompt
-        parts: dict[str, Callable[[], Any]] = {"losses": session.loss}
+        parts: dict[str, Callable[[], Any]] = {"losses": session.loss, "levels": session.levels}
+        if session.steps:
+            parts["warning"] = lambda: learned_warning(readout["losses"]) or ""
         if prompt:
             parts["seen"] = lambda: prompt_contents(session.compare_prompt(prompt), _NEXT_TOKENS)
             parts["texts"] = lambda: session.generate(prompt, _GENERATED)
         if session.n_trained:
-            parts["seconds"] = session.time_step
-        readout: dict[str, Any] = {"key": state_key(session), "prompt": prompt}
-        try:
-            with stoppable(self._skipped):
-                for name, read in parts.items():
-                    if self._skipped.is_set():
-                        return
-                    readout = {**readout, name: read()}
-                    self.readout = readout
-        except Stopped:
-            return
+            parts |= {"seconds": session.time_step, "to_refit": session.time_refit}
+        readout: dict[str, Any] = {"key": state_key(session), "method": session.method, "prompt": prompt}
+        for name, read in parts.items():
+            if self._skipped.is_set():
+                return
+            readout = {**readout, name: read()}
+            self.readout = readout
         self._readouts[self._readout_key()] = readout
 
     def _stop(self) -> None:
         self._stopped.set()
-        if self.busy == "reading":  # what follows a training is read all the same
+        if self.busy != "training":  # what follows a training is read all the same
             self._skipped.set()
         self.session.stop()
 
     def _show_job(self, name: str) -> None:
         try:
             if not name:
-                self.live = []
+                self.live, self.progress = [], ""
                 self.refresh()
         finally:
             self.busy = name

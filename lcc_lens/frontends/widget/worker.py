@@ -3,40 +3,12 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
-
-from torch import nn
-from torch.nn.modules.module import register_module_forward_pre_hook
+from collections.abc import Callable, Sequence
 
 from lcc_lens.core.errors import LensError, RequestError
+from lcc_lens.frontends.session.stopping import Stopped
 
 Job = tuple[str, Callable[[], None]]
-
-
-class Stopped(LensError):
-    """The reader stopped a job in the middle."""
-
-
-@contextmanager
-def stoppable(stop: threading.Event) -> Iterator[None]:
-    """End this thread's forward passes inside the block at their next module once the event is set.
-
-    Raises:
-        Stopped: the event was set.
-    """
-    thread = threading.get_ident()
-
-    def check(module: nn.Module, inputs: Any) -> None:
-        if stop.is_set() and threading.get_ident() == thread:
-            raise Stopped("stopped; nothing was changed")
-
-    hook = register_module_forward_pre_hook(check)
-    try:
-        yield
-    finally:
-        hook.remove()
 
 
 class Worker:
@@ -45,7 +17,7 @@ class Worker:
     Args:
         on_state: called with the name of a job when it starts, and with "" when all have ended; from the worker's
             thread.
-        on_error: called with an error as one line; an error ends the list.
+        on_error: called with an error as one line; an error ends the list, and so does a job that was stopped.
     """
 
     def __init__(self, on_state: Callable[[str], None], on_error: Callable[[str], None]) -> None:
@@ -80,6 +52,8 @@ class Worker:
             for name, job in jobs:
                 self._on_state(name)
                 job()
+        except Stopped:
+            pass
         except Exception as error:
             self._on_error(error_line(error))
         finally:

@@ -44,6 +44,21 @@ class WeightInjection(Injection):
         return dict(zip(self._names, members, strict=True))
 
 
+class FixedWeights(WeightInjection):
+    """Changes of weights that are not trained, such as a refit's; copies share its tensors.
+
+    Args:
+        changes: by plain name of their module.
+    """
+
+    def __init__(self, changes: Mapping[str, Change]) -> None:
+        super().__init__(changes, default_lr=1.0)
+        self.requires_grad_(False)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> FixedWeights:
+        return self
+
+
 def masked_low_rank(model: HookedModel, *, rank: int = 8, seed: int = 0) -> WeightInjection:
     r"""$W + M \odot BA$ on every linear layer of the decoder layers, initially the identity."""
     if rank < 1:

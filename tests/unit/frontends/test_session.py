@@ -8,6 +8,7 @@ import math
 import os
 import signal
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -21,8 +22,10 @@ from lcc_lens.core.errors import RequestError
 from lcc_lens.core.heads import Head
 from lcc_lens.data.datasets import load_data
 from lcc_lens.frontends.session.session import RestoreSession
+from lcc_lens.frontends.session.stopping import Stopped
 from lcc_lens.models.loading.plain import load_plain
 from lcc_lens.models.pair import load_pair
+from lcc_lens.pruning.refit.refit import _LayerRefit
 from lcc_lens.restoration.result import Restoration
 from lcc_lens.restoration.training.objectives import Objective
 from lcc_lens.restoration.training.validation import validation_loss
@@ -49,6 +52,22 @@ def numbers(session: RestoreSession) -> dict[str, torch.Tensor]:
 
 def same_bits(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
     return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def layers_refitted(monkeypatch: pytest.MonkeyPatch, stop: Callable[[], None]) -> list[object]:
+    """The layers that are refitted from here on; ``stop`` is called after the first one."""
+    layers: list[object] = []
+    run = _LayerRefit.run
+
+    def refit(layer: _LayerRefit, *inputs: object) -> object:
+        weights = run(layer, *inputs)
+        layers.append(layer)
+        if len(layers) == 1:
+            stop()
+        return weights
+
+    monkeypatch.setattr(_LayerRefit, "run", refit)
+    return layers
 
 
 def hooked(session: RestoreSession) -> torch.Tensor:
@@ -317,9 +336,67 @@ def test_another_method_begins_anew_and_is_undone(session: RestoreSession, pair,
         session.undo()
     assert session.method == "lcc"
     assert same_bits(numbers(session), trained)
-    for method, message in (("lora", "expected a method for a session"), ("best", "run it by compare or restore")):
+    for method, message in (("lora", "expected a method for a session"), ("polish", "run it by compare or restore")):
         with pytest.raises(RequestError, match=message):
             session.set_method(method)
+
+
+@pytest.fixture
+def best(pair, found: Scan, data, question_file: Path) -> RestoreSession:
+    """A session by ``best``, which refits on a few sequences of the same questions."""
+    refitting = lcc.RefitRequest(lcc.load_data(str(question_file)), n_samples=4, seq_len=32)
+    return RestoreSession(pair, found, data, batch_size=4, method="best", refitting=refitting)
+
+
+def test_best_refits_first_and_then_trains_towards_the_dense_model(
+    best: RestoreSession, pair, found: Scan, data, tmp_path: Path
+) -> None:
+    assert best.n_trained == lcc.RestoreSession(pair, None, data, method="low-rank", low_rank=16).n_trained
+    assert best.levels()["dense"] < best.levels()["pruned"] != best.loss()["pruned"]
+    assert best.time_refit() == best.seconds_to_refit > 0
+    best.refit()
+    assert best.seconds_to_refit == 0
+    refitted = hooked(best)
+    lcc.refit(
+        pair.dense_id.path, pair.pruned_id.path, tmp_path / "refit", calibration=data, n_samples=4, seq_len=32
+    )  # fmt: skip
+    plain = load_plain(tmp_path / "refit", dtype=torch.float32, attention="eager")
+    assert torch.allclose(plain(TOKENS).logits, refitted, atol=1e-5)
+    before = best.loss()["restored"]
+    steps = best.train(6)
+    assert steps[0].lr == 5e-3
+    assert best.loss()["restored"] < before
+    assert best.history == ("session.refit()", "session.train(6)")
+    report = best.export(tmp_path / "out")
+    assert report.logit_difference < 1e-4 < 1e-3 < report.logit_effect
+    for name, weight in load_plain(pair.pruned_id.path).named_parameters():
+        if "layers" in name and weight.ndim == 2:
+            restored = load_plain(tmp_path / "out").get_parameter(name)
+            assert torch.equal(restored == 0, weight == 0)
+    best.save(tmp_path / "run")
+    again = RestoreSession(pair, found, data, batch_size=4)
+    again.load(tmp_path / "run")
+    assert again.method == "best"
+    assert same_bits(numbers(again), numbers(best))
+    with pytest.raises(RequestError, match="expected a method that has yet to refit, got best"):
+        again.refit()
+    best.undo()
+    best.undo()
+    assert best.loss()["restored"] == best.loss()["pruned"]
+    best.train(6)  # refits by itself, from memory
+    assert best.history == ("session.refit()", "session.train(6)")
+    assert same_bits(numbers(best), numbers(again))
+
+
+def test_a_stopped_refit_changes_nothing_and_goes_on_later(best: RestoreSession, monkeypatch) -> None:
+    layers = layers_refitted(monkeypatch, best.stop)
+    with pytest.raises(Stopped, match="nothing was changed"):
+        best.refit()
+    assert (best.history, best.loss()["restored"]) == ((), best.loss()["pruned"])
+    assert len(layers) == 1
+    best.refit()
+    assert best.history == ("session.refit()",)
+    assert len(layers) == 3  # the first layer was finished
 
 
 def test_a_saved_session_goes_on(session: RestoreSession, pair, found: Scan, data, tmp_path: Path) -> None:

@@ -135,6 +135,7 @@ def test_training_shows_every_step_and_then_what_came_of_it(widget: RestoreWidge
     changed = 100 * session.compare_prompt(PROMPT).change("restored")
     assert widget.readout["seen"]["changes"]["restored"] == pytest.approx(changed.flatten().tolist(), rel=1e-3)
     assert widget.readout["seconds"] == session.time_step()
+    assert "below the dense one's" in widget.readout["warning"]  # the task was learned
     say(widget, do="train", steps=2)
     assert [point[0] for point in widget.curve] == list(range(1, 15))
 
@@ -199,15 +200,15 @@ def test_a_reading_that_somebody_waits_for_is_cut_short(widget: RestoreWidget, s
     parts = []
 
     def skip(change) -> None:
-        parts.append(set(change["new"]) - {"key", "prompt"})
+        parts.append(set(change["new"]) - {"key", "method", "prompt"})
         if len(parts) == 2:
             widget._handle_custom_msg({"do": "skip"}, [])
 
     widget.observe(skip, "readout")
     say(widget, do="read")
-    assert parts == [{"losses"}, {"losses", "seen"}]
+    assert parts == [{"losses"}, {"losses", "levels"}]
     say(widget, do="read")
-    assert parts[-1] == {"losses", "seen", "texts", "seconds"}
+    assert parts[-1] == {"losses", "levels", "seen", "texts", "seconds", "to_refit"}
 
 
 def test_what_is_asked_during_a_reading_cuts_it_short_and_is_done(
@@ -266,9 +267,9 @@ def test_a_stopped_reading_ends_within_a_pass(widget: RestoreWidget, session: Re
 
 def test_methods_are_chosen_with_what_they_cost(widget: RestoreWidget, session: RestoreSession) -> None:
     offered = {method["name"]: method["does"] for method in widget.fixed["methods"]}
-    assert {"lcc", "gain", "norms", "low-rank"} < offered.keys()
+    assert {"lcc", "best", "gain", "norms", "low-rank"} < offered.keys()
     assert "Trains d_head per head, folds into existing weights" in offered["gain"]
-    assert "restore_best" in offered[""]
+    assert "a least-squares refit, then" in offered["best"]
     say(widget, do="choose", heads=["L1H2", "L0H3"])
     say(widget, do="method", method="gain")
     assert widget.state["n_trained"] == 2 * D_HEAD
@@ -277,6 +278,29 @@ def test_methods_are_chosen_with_what_they_cost(widget: RestoreWidget, session: 
     assert (widget.state["on_heads"], widget.state["heads"]) == (False, [])
     say(widget, do="undo")
     assert widget.state["heads"] == ["L0H3", "L1H2"]
+
+
+def test_best_refits_before_it_trains_and_shows_how_far_it_is(pair, found: Scan, question_file: Path) -> None:
+    data = load_data(str(question_file))
+    session = RestoreSession(pair, found, data, batch_size=4, refitting=lcc.RefitRequest(data, 4, 32))
+    widget = RestoreWidget(session, prompt="", reads_at_once=True)
+    jobs, progress = [], []
+    widget.observe(lambda change: jobs.append(change["new"]), "busy")
+    widget.observe(lambda change: progress.append(change["new"]), "progress")
+    say(widget, do="method", method="best")
+    assert widget.readout["to_refit"] > 0 < widget.readout["seconds"]
+    assert widget.readout["levels"]["pruned"] != widget.readout["losses"]["pruned"]  # the levels of its own objective
+    del jobs[:]
+    say(widget, do="train", steps=4)
+    assert widget.error == ""
+    assert jobs == ["refitting", "training", "reading", ""]
+    assert f"refitting layers {N_LAYERS}/{N_LAYERS}" in progress
+    assert progress[-1] == ""
+    assert widget.state["history"][1:] == ["session.refit()", "session.train(4)"]
+    assert widget.readout["losses"]["restored"] < widget.readout["losses"]["pruned"]
+    say(widget, do="undo")
+    say(widget, do="train", steps=1)
+    assert jobs[4:] == ["reading", "", "training", "reading", ""]  # the refit is there already
 
 
 def test_sessions_are_saved_loaded_and_compared(widget: RestoreWidget, session: RestoreSession, tmp_path: Path) -> None:
@@ -366,7 +390,7 @@ def test_a_method_without_heads_has_no_map(pair, question_file: Path) -> None:
     widget = RestoreWidget(RestoreSession(pair, None, load_data(str(question_file)), method="norms", batch_size=4))
     assert widget.fixed["layers"] == 0
     assert not widget.state["has_scale"]
-    assert [m["name"] for m in widget.fixed["methods"]] == ["norms", "low-rank", ""]
+    assert [m["name"] for m in widget.fixed["methods"]] == ["norms", "best", "low-rank"]
     say(widget, do="train", steps=5)
     assert widget.error == ""
     assert widget.readout["losses"]["restored"] < widget.readout["losses"]["pruned"]

@@ -28,6 +28,9 @@ function formatted(value, unit = "") {
   return text.replace("-", "\u2212") + (unit ? `\u00a0${unit}` : "");
 }
 
+/** Seconds, or minutes of a longer time. */
+const duration = (seconds) => (seconds < 90 ? formatted(seconds, "s") : formatted(seconds / 60, "min"));
+
 const percent = (share) => (share > 0 && share < 0.001 ? "<0.1\u00a0%" : `${(100 * share).toFixed(1)}\u00a0%`);
 
 /** A label above a control. */

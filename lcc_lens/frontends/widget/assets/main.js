@@ -66,28 +66,27 @@ function render({ model, el: host }) {
     const onHeads = hasMap && state.on_heads;
     const now = {
       isBusy: busy !== "",
-      isStoppable: busy === "training" || busy === "reading",
+      isStoppable: busy !== "",
       hasHeads: !onHeads || chosen.size > 0,
     };
     map?.paint(chosen);
     many?.follow(chosen);
     if (hasMap) root.querySelector(".picked").classList.toggle("unused", !onHeads);
     n.textContent = onHeads ? `${chosen.size} ${chosen.size === 1 ? "head" : "heads"} chosen` : "";
-    status.textContent = busy ? `${busy} \u2026` : "ready";
+    status.textContent = busy ? `${model.get("progress") || busy} \u2026` : "ready";
     root.classList.toggle("busy", now.isBusy);
     root.setAttribute("aria-busy", String(now.isBusy));
     failure.textContent = model.get("error");
     for (const one of [shown, versions, keep, out]) one.follow(now);
     choice.follow(state, now);
-    const { seconds, key } = model.get("readout");
-    train.follow(state, now, key === state.key ? seconds : null);
+    const { seconds, to_refit, key } = model.get("readout");
+    train.follow(state, now, key === state.key ? { seconds, to_refit } : {});
     shown.draw();
     code.draw(state.history, model.get("exported"));
   }
   const drawCurve = () => {
-    const { losses } = model.get("readout");
-    const levels = losses && fixed.is_response_loss ? { dense: losses.dense, pruned: losses.pruned } : {};
-    train.draw([...model.get("curve"), ...model.get("live")], levels);
+    const { levels, method } = model.get("readout"); // of the objective that the method trains on
+    train.draw([...model.get("curve"), ...model.get("live")], method === model.get("state").method ? levels : {});
   };
   const heard = (message) => {
     asked = "";
@@ -96,8 +95,9 @@ function render({ model, el: host }) {
     follow();
   };
   const changes = {
-    "change:state": () => (adopt(), follow()),
+    "change:state": () => (adopt(), drawCurve(), follow()),
     "change:busy": () => ((asked = ""), settle(), follow()),
+    "change:progress": follow,
     "change:error": follow,
     "change:readout": () => (drawCurve(), follow()),
     "change:prompt": () => (shown.ask(), shown.draw(), versions.draw()),

@@ -3,8 +3,7 @@
 /** The select of the method; `ask` sends a message. */
 function methodChoice(fixed, ask) {
   const pick = el("select", { class: "method", "aria-label": "Method", onchange: () => ask({ do: "method", method: pick.value }) },
-    fixed.methods.map(({ name, does }) =>
-      el("option", { value: name, disabled: name === "" }, name || does.split(":")[0] + " (not here)")));
+    fixed.methods.map(({ name }) => el("option", {}, name)));
   const costs = el("p", { class: "quiet costs" });
   const follow = (state, { isBusy }) => {
     pick.value = state.method;
@@ -13,8 +12,6 @@ function methodChoice(fixed, ask) {
     const parts = [`${does.charAt(0).toUpperCase()}${does.slice(1)}.`];
     if (state.n_trained) parts.push(`${state.n_trained.toLocaleString("en")} parameters.`);
     if (state.seconds_per_step) parts.push(`${formatted(state.seconds_per_step, "s")} a step.`);
-    const other = fixed.methods.find(({ name }) => name === "");
-    if (other) parts.push(`Not here: ${other.does}.`);
     costs.textContent = parts.join(" ");
   };
   return { root: part("Method", "choosing", pick, costs), follow };

@@ -13,6 +13,6 @@ function changedHeads({ models, changes }, heads) {
   const rows = order.map(([, place]) =>
     el("tr", {}, el("td", {}, labelOf(place, heads)), names.map((name) =>
       el("td", {}, bar(name, (changes[name][place] ?? 0) / most), el("span", {}, formatted(changes[name][place], "%"))))));
-  const head = el("tr", {}, el("th", {}, "head, changed"), names.map((name) => el("th", { class: name }, name)));
+  const head = el("tr", {}, el("th", {}, "head output changed by"), names.map((name) => el("th", { class: name }, name)));
   return el("table", { class: "tokens changed" }, el("thead", {}, head), el("tbody", {}, rows));
 }

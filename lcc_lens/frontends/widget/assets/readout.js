@@ -20,15 +20,17 @@ function readouts(model, ask, heads) {
   atOnce.addEventListener("change", () => keep("reads_at_once", atOnce.checked));
   const note = el("p", { class: "quiet note" }),
     places = ["losses", "tokens", "changed", "texts"].map((name) => el("div", { class: `place-${name}` }));
+  const care = el("p", { class: "quiet care" });
   const asking = el("div", { class: "row2 tight asking" }, field("Prompt", prompt), read,
     el("label", { class: "check" }, atOnce, "after every action"), pin);
-  const root = part("Dense, pruned, restored", "readouts", asking, note, ...places);
+  const root = part("Dense, pruned, restored", "readouts", asking, note, places[0], care, ...places.slice(1));
 
   function draw() {
-    const { losses, seen, texts, key, prompt: asked } = model.get("readout");
+    const { losses, warning, seen, texts, key, prompt: asked } = model.get("readout");
     if (!losses) return (note.textContent = "Losses, next tokens and generations appear here after reading.");
     const isOld = key !== model.get("state").key || asked !== model.get("prompt");
     note.textContent = isOld ? "Outdated since the last action; press Read." : "Held-out loss in nats per token.";
+    care.textContent = warning && !isOld ? `Read with care: ${warning}.` : "";
     const parts = [
       lossBars(losses),
       seen && tokenTable(seen),

@@ -19,7 +19,7 @@ function training(fixed, ask) {
   const train = () => ({ do: "train", steps: Number(steps.value), lr: lr.value === "" ? null : Number(lr.value) });
   const buttons = {
     train: button("train primary", "Train", train, "Train further and keep the best"),
-    stop: button("stop", "Stop", () => ({ do: "stop" }), "Stop after this step and keep the best so far"),
+    stop: button("stop", "Stop", () => ({ do: "stop" }), "Stop; a training keeps its best so far"),
     undo: button("undo", "Undo", () => ({ do: "undo" }), "Undo the last action"),
     redo: button("redo", "Redo", () => ({ do: "redo" }), "Redo the undone action"),
   };
@@ -29,11 +29,12 @@ function training(fixed, ask) {
   scale.addEventListener("change", () => ask({ do: "scale", scale: Number(scale.value) }));
   const shown = el("div", { class: "drawing" }),
     estimate = el("p", { class: "quiet estimate" });
-  let seconds = null;
+  let seconds = null,
+    refit = null;
   const guess = () => {
-    const whole = seconds === null ? null : seconds * Number(steps.value);
-    estimate.textContent =
-      whole === null ? "" : `${steps.value} steps take about ${whole < 90 ? formatted(whole, "s") : formatted(whole / 60, "min")}.`;
+    const parts = seconds === null ? [] : [`${steps.value} steps take about ${duration(seconds * Number(steps.value))}.`];
+    if (refit !== 0) parts.unshift(refit === null ? "The refit comes first." : `The refit, which comes first, takes about ${duration(refit)}.`);
+    estimate.textContent = parts.join(" ");
   };
   steps.addEventListener("input", guess);
   const sliders = el("div", { class: "row2" }, field("Rank", rank, rankSays), field("Scale", scale, scaleSays));
@@ -47,7 +48,8 @@ function training(fixed, ask) {
   );
   /** Show the session's state, and enable the controls that apply to it. */
   function follow(state, { isBusy, hasHeads, isStoppable }, measured) {
-    seconds = state.seconds_per_step ?? measured ?? null;
+    seconds = state.seconds_per_step ?? measured.seconds ?? null;
+    refit = state.seconds_to_refit ?? measured.to_refit ?? null;
     guess();
     sliders.hidden = !state.has_scale;
     rank.value = state.rank ?? most;
