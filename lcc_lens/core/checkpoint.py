@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from lcc_lens.core.errors import LensError, RequestError
 from lcc_lens.core.files import sha256_file
 from lcc_lens.core.reading import read_json
+from lcc_lens.core.side_files import settings_files
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,9 +34,10 @@ _FETCH = "fetch the checkpoint again"
 
 @dataclass(frozen=True)
 class _Index:
-    """What of ``model.safetensors.index.json`` counts: the shard of every tensor."""
+    """What of ``model.safetensors.index.json`` counts: the shard of every tensor, and what transformers asks for."""
 
     weight_map: dict[str, str]
+    metadata: Any = None
 
 
 class StoredTensor(NamedTuple):
@@ -83,7 +85,7 @@ class Checkpoint:
         Raises:
             RequestError: none, one missing, one named by a path, or two models of which one would have to be chosen.
         """
-        shards = tuple(sorted(set(self._index.values())))
+        shards = tuple(sorted(set(self._index.weight_map.values())))
         if any(_DIVIDED.fullmatch(file.name) for file in self.path.iterdir()):
             raise RequestError(f"expected a whole model in {self.path}, got the parts of a divided one; save it whole")
         if (self.path / WEIGHTS).is_file():
@@ -100,19 +102,24 @@ class Checkpoint:
             )
         if not shards:
             raise RequestError(f"expected {WEIGHTS} in {self.path}, {self._other_weights()}")
+        if not isinstance(self._index.metadata, dict):
+            raise RequestError(
+                f"expected the object 'metadata' in {self.path / WEIGHTS_INDEX}, as transformers does, got none; "
+                'add "metadata": {} to it'
+            )
         return tuple(self.path / name for name in shards)
 
     @cached_property
-    def _index(self) -> Mapping[str, str]:
-        """The shard of every tensor, as the index says; empty if there is none."""
+    def _index(self) -> _Index:
+        """The index of shards; an empty one if there is none."""
         file = self.path / WEIGHTS_INDEX
-        weight_map = read_json(file, _Index, _FETCH).weight_map if file.exists() else {}
-        for name in weight_map.values():
+        index = read_json(file, _Index, _FETCH) if file.exists() else _Index({})
+        for name in index.weight_map.values():
             if re.search(r"[/\\\0]", name) or not name.endswith(".safetensors"):
                 raise RequestError(
                     f"expected names of safetensors files beside {file}, got {name!r}; correct the index"
                 )
-        return weight_map
+        return index
 
     def _other_weights(self) -> str:
         """What lies there in place of the weights, in words."""
@@ -139,7 +146,10 @@ class Checkpoint:
                 )
             tensors[name] = stored
         if self.weight_files[0].name != WEIGHTS:
-            listed, held = set(self._index.items()), {(name, stored.file.name) for name, stored in tensors.items()}
+            listed, held = (
+                set(self._index.weight_map.items()),
+                {(name, stored.file.name) for name, stored in tensors.items()},
+            )
             for name, file in sorted(listed ^ held):
                 place = "in the index alone" if (name, file) in listed else f"in {file}, unknown to the index"
                 raise RequestError(
@@ -223,6 +233,7 @@ class Checkpoint:
                 f"{self.path / 'config.json'}; rename the file and remove the entry"
             )
         _ = self.tensors
+        settings_files(self.path)
 
     def refuse_adapter(self) -> None:
         """Refuse an adapter, alone or beside weights: transformers would load the model that it names as its base."""

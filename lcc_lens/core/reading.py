@@ -97,10 +97,13 @@ def convert(value: Any, kind: Kind[T], where: str, advice: str = _REBUILD, *, cl
 @overload
 def read_json(path: Path, *, advice: str = ...) -> Any: ...
 @overload
-def read_json(path: Path, kind: Kind[T], advice: str = ..., *, closed: bool = ...) -> T: ...
-def read_json(path: Path, kind: Any = object, advice: str = _REBUILD, *, closed: bool = False) -> Any:
-    """Read a JSON file as a type; see :func:`convert`."""
-    return convert(parse_json(read_text(path), str(path), advice), kind, str(path), advice, closed=closed)
+def read_json(path: Path, kind: Kind[T], advice: str = ..., *, closed: bool = ..., finite: bool = ...) -> T: ...
+def read_json(
+    path: Path, kind: Any = object, advice: str = _REBUILD, *, closed: bool = False, finite: bool = False
+) -> Any:
+    """Read a JSON file as a type; see :func:`convert` and :func:`parse_json`."""
+    value = parse_json(read_text(path), str(path), advice, finite=finite)
+    return convert(value, kind, str(path), advice, closed=closed)
 
 
 def read_json_lines(path: Path, kind: Kind[T], advice: str = _REBUILD, *, torn: bool = False) -> list[T]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lcc_lens.core.checkpoint import WEIGHTS_INDEX, Checkpoint
+from lcc_lens.core.checkpoint import WEIGHTS, WEIGHTS_INDEX, Checkpoint
 from lcc_lens.core.errors import LensError, RequestError
 from lcc_lens.core.files import give_mode, write_json
 from lcc_lens.core.side_files import copy_side_files, without_untrusted
@@ -169,16 +169,16 @@ def _packed(
         shards[-1].append(piece)
         size += n_bytes
     if len(shards) == 1:
-        return {"model.safetensors": shards[0]}
+        return {WEIGHTS: shards[0]}
     return {f"model-{i:05d}-of-{len(shards):05d}.safetensors": shard for i, shard in enumerate(shards, 1)}
 
 
 def _write_index(directory: Path, files: Sequence[str]) -> None:
-    """Write the index of several shards, from their headers; a single file needs none."""
+    """Write the index of shards, from their headers; ``model.safetensors`` needs none."""
     from safetensors import safe_open
 
     (directory / WEIGHTS_INDEX).unlink(missing_ok=True)
-    if len(files) == 1:
+    if list(files) == [WEIGHTS]:
         return
     weight_map: dict[str, str] = {}
     n_parameters = 0

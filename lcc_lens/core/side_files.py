@@ -11,6 +11,7 @@ from lcc_lens.core.errors import RequestError
 from lcc_lens.core.files import write_json
 from lcc_lens.core.reading import read_json
 
+_FETCH = "fetch the checkpoint again"
 #: Notes about a checkpoint that would be untrue of a copy with other weights.
 _NOTES = ("README.md", "pruning.json", "converted.json")
 _COPIED = re.compile(
@@ -31,9 +32,7 @@ def side_files(path: Path) -> tuple[Path, ...]:
     Raises:
         RequestError: one is a link to a file elsewhere, which a copy would hand on.
     """
-    folders = (path, *(path / name for name in _FOLDERS))
-    files = [file for folder in folders if folder.is_dir() for file in sorted(folder.iterdir())]
-    chosen = tuple(file for file in files if _is_copied(file))
+    chosen = _chosen(path)
     for file in chosen:
         if not _is_inside(file, path):
             raise RequestError(
@@ -43,12 +42,23 @@ def side_files(path: Path) -> tuple[Path, ...]:
     return chosen
 
 
+def settings_files(path: Path) -> dict[Path, dict[str, Any]]:
+    """The settings among the side files of a checkpoint, ``config.json`` and others, with their entries.
+
+    Raises:
+        RequestError: one holds no JSON object, or numbers that are no JSON.
+    """
+    files = [file for file in _chosen(path) if file.name.endswith("config.json")]
+    return {file: read_json(file, dict[str, Any], _FETCH, finite=True) for file in files}
+
+
 def copy_side_files(source: Path, target: Path) -> None:
     """Copy the side files of a checkpoint; settings lose the entries that would let them choose code to run."""
+    settings = settings_files(source)
     for file in side_files(source):
         place = target / file.relative_to(source)
         place.parent.mkdir(exist_ok=True)
-        entries = read_json(file) if file.name.endswith("config.json") else None
+        entries = settings.get(file)
         cleaned = without_untrusted(entries)
         if cleaned == entries:
             shutil.copyfile(file, place)
@@ -61,6 +71,12 @@ def without_untrusted(entries: Any) -> Any:
     if not isinstance(entries, dict):
         return entries
     return {name: without_untrusted(value) for name, value in entries.items() if name not in UNTRUSTED_ENTRIES}
+
+
+def _chosen(path: Path) -> tuple[Path, ...]:
+    folders = (path, *(path / name for name in _FOLDERS))
+    files = [file for folder in folders if folder.is_dir() for file in sorted(folder.iterdir())]
+    return tuple(file for file in files if _is_copied(file))
 
 
 def _is_copied(file: Path) -> bool:

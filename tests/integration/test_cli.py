@@ -80,6 +80,14 @@ def test_a_table_of_another_kind_is_refused_before_anything_runs(
     assert not list(tmp_path.iterdir())
 
 
+def test_an_input_is_not_replaced_by_the_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    preferences = tmp_path / "preferences.json"
+    preferences.write_text('[{"prompt": "a", "chosen": "b", "rejected": "c"}]')
+    before = preferences.read_text()
+    refused(capsys, 2, "an earlier output of this command", "merits", preferences, "--out", preferences)
+    assert preferences.read_text() == before
+
+
 def test_doctor_writes_its_findings(pruned_dir: Path, tmp_path: Path) -> None:
     assert call("doctor", pruned_dir, "--out", tmp_path / "doctor.json", "--quiet") == 0
     rows = json.loads((tmp_path / "doctor.json").read_text())

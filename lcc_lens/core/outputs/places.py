@@ -12,6 +12,14 @@ from lcc_lens.core.machine.processes import is_first_process
 from lcc_lens.core.outputs.folders import folder_to_write
 from lcc_lens.core.outputs.locks import LOCK, locked_alone, try_writing
 
+#: Files of a run that others may have too, and what those of this program hold near their beginning.
+_SIGNS = {
+    "scan.json": b'"dense_sha256"', "config.json": b'"dense_sha256"', "beginning.json": b'"dense_sha256"',
+    "metrics.json": b'"dense_sha256"', "log.jsonl": b'{"step": ', "checkpoint.safetensors": b'"sealed_sha256"',
+    "loss_map.html": b"PlotlyConfig",
+}  # fmt: skip
+_BEGINNING = 1 << 16
+
 
 @contextmanager
 def writing_run(run: Path | None, *, inputs: Iterable[Path] = ()) -> Iterator[None]:
@@ -20,7 +28,8 @@ def writing_run(run: Path | None, *, inputs: Iterable[Path] = ()) -> Iterator[No
     Of several processes that work together the first one holds it.
 
     Raises:
-        RequestError: the directory holds a model, cannot be written, or another command writes it.
+        RequestError: the directory holds a model or another program's files of the same names, cannot be written, or
+            another command writes it.
     """
     if run is None or not is_first_process():
         yield
@@ -29,9 +38,26 @@ def writing_run(run: Path | None, *, inputs: Iterable[Path] = ()) -> Iterator[No
     is_input = target in {path.resolve() for path in inputs}
     if is_input or any(target.glob("model*.safetensors")):
         raise RequestError(f"expected a run directory, got the model in {run}; name another folder")
+    with disk_errors(run):
+        _refuse_foreign(target)
     with locked_alone(target / f".{LOCK}", target):
         remove_leftovers(target)
         yield
+
+
+def _refuse_foreign(run: Path) -> None:
+    """Refuse a folder whose files would be replaced although none of them is this program's."""
+    here = [name for name in _SIGNS if (run / name).is_file()]
+    if here and not any(_SIGNS[name] in _beginning(run / name) for name in here):
+        raise RequestError(
+            f"expected a run directory or a new folder, got {run} with a {here[0]} that lcc-lens did not write; name "
+            "another folder"
+        )
+
+
+def _beginning(file: Path) -> bytes:
+    with file.open("rb") as handle:
+        return handle.read(_BEGINNING)
 
 
 def tidy_run(run: Path) -> None:

@@ -8,7 +8,9 @@ import sys
 import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import fields, is_dataclass
 from io import TextIOWrapper
+from pathlib import Path
 from typing import Any
 
 import tyro
@@ -68,7 +70,7 @@ def run(arguments: list[str] | None = None) -> int:
         check_numbers(command, option)
         _refuse_several(command)
         if getattr(command, "table", None) is not None:
-            require_table_file(command.table)
+            require_table_file(command.table, _inputs(command))
         with placed(device_map_of(command)), nullcontext() if quiet else shown():
             command.execute()
     except LensError as error:
@@ -90,6 +92,19 @@ def parse(arguments: Sequence[str]) -> Any:
         config=(tyro.conf.OmitArgPrefixes, tyro.conf.DisallowNone),
         description="See what pruning took, and put it back. --version prints the version.",
     )  # fmt: skip
+
+
+def _inputs(command: Any) -> list[Path]:
+    """The files that a command names beside its table."""
+    named = [getattr(command, field.name) for field in fields(command) if field.name != "table"]
+    parts = [part for value in named for part in (_inputs(value) if is_dataclass(value) else _texts(value))]
+    return [path for path in map(Path, parts) if os.path.isfile(path)]
+
+
+def _texts(value: Any) -> list[str | Path]:
+    """The words of an option."""
+    items = value if isinstance(value, list | tuple) else [value]
+    return [item for item in items if isinstance(item, str | Path)]
 
 
 def _one_word(arguments: Sequence[str]) -> list[str]:

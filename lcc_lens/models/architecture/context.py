@@ -22,13 +22,18 @@ def context_of(config: Any) -> int | None:
 
     Rotary embeddings whose scaling depends on the length (longrope, dynamic) count up to their original context: beyond
     it, a sequence's result would depend on its neighbours in the batch and on the key-value cache.
+
+    Raises:
+        RequestError: the configuration names fewer positions than a token to read and one to predict.
     """
     text = config.get_text_config()
     limits = [getattr(text, name, None) for name in _NAMES]
     for rope in _rope_parameters(text):
         if (rope.get("rope_type") or rope.get("type")) in _BY_LENGTH:
             limits += [rope.get("original_max_position_embeddings"), _original(text)]
-    known = [limit for limit in limits if isinstance(limit, int) and limit > 0]
+    known = [limit for limit in limits if isinstance(limit, int)]
+    if known and min(known) < 2:
+        raise RequestError(f"expected a model of at least 2 positions, got {min(known)} in config.json; correct it")
     return min(known) if known else None
 
 

@@ -28,8 +28,10 @@ def read_config(model_dir: Path) -> Any:
 
 
 def _forget_choices(config: Any) -> None:
-    """Leave code and kernels to transformers: a configuration may name some that would be fetched from the hub."""
+    """Leave code, kernels and the kind of output to us: a configuration may name some that the hub would send."""
     for part in (config, *(getattr(config, name, None) for name in getattr(config, "sub_configs", ()))):
+        if part is not None:
+            part.return_dict = True
         for name in UNTRUSTED_ENTRIES:
             if getattr(part, name, None) is not None:
                 delattr(part, name) if name in vars(part) else setattr(part, name, None)

@@ -33,9 +33,11 @@ def require_complete(checkpoint: Checkpoint) -> Checkpoint:
         The checkpoint.
 
     Raises:
-        RequestError: a tensor is missing, unknown, of another shape or format, or not finite.
+        RequestError: a tensor is missing, unknown, of another shape or format, or not finite; or settings beside the
+            weights do not load.
     """
     checkpoint.require_whole()
+    _refuse_generation_settings(checkpoint.path)
     _require_complete(checkpoint.path, checkpoint.state)
     return checkpoint
 
@@ -48,6 +50,21 @@ def _require_complete(path: Path, state: tuple[tuple[int, ...], ...]) -> None:
     _refuse_other_shapes(path, report)
     _refuse_other_tensors(checkpoint, report)
     _refuse_non_finite(checkpoint)
+
+
+def _refuse_generation_settings(path: Path) -> None:
+    """Refuse a ``generation_config.json`` with which transformers loads no model."""
+    from transformers import GenerationConfig
+
+    try:
+        GenerationConfig.from_pretrained(path, local_files_only=True)
+    except OSError:  # there is none
+        return
+    except Exception as error:
+        raise RequestError(
+            f"expected settings that transformers takes in {path / 'generation_config.json'}, got others "
+            f"({first_line(error)}); correct or delete the file"
+        ) from error
 
 
 def _loading_report(checkpoint: Checkpoint) -> Mapping[str, Any]:

@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from lcc_lens.core.checkpoint import WEIGHTS_INDEX, Checkpoint
+from lcc_lens.core.checkpoint import WEIGHTS, WEIGHTS_INDEX, Checkpoint
 from lcc_lens.core.errors import RequestError
-from lcc_lens.core.files import sha256_file
+from lcc_lens.core.files import sha256_file, write_json
 from lcc_lens.core.reading import read_json
 from lcc_lens.core.rewriting import copy_checkpoint, rewrite_weights
 
@@ -106,6 +106,18 @@ def test_a_copy_of_shards_lists_added_tensors(sharded: Path, tmp_path: Path) -> 
     }  # fmt: skip
     untouched = before.tensors.keys() - {NORM}
     assert all(torch.equal(before.read(name), after.read(name)) for name in untouched)
+
+
+def test_a_copy_of_a_single_shard_keeps_its_index_and_loads(dense_dir: Path, tmp_path: Path) -> None:
+    path = shutil.copytree(dense_dir, tmp_path / "model")
+    name = "model-00001-of-00001.safetensors"
+    (path / WEIGHTS).rename(path / name)
+    weight_map = dict.fromkeys(Checkpoint(dense_dir).tensors, name)
+    write_json(path / WEIGHTS_INDEX, {"metadata": {}, "weight_map": weight_map})
+    target = tmp_path / "copy"
+    target.mkdir()
+    copy_checkpoint(Checkpoint(path), target, replaced={NORM: torch.full((40,), 2.0)})
+    assert bool((AutoModelForCausalLM.from_pretrained(target).model.norm.weight == 2).all())
 
 
 def test_rewriting_splits_tensors_and_packs_shards(dense_dir: Path, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ import pytest
 from lcc_lens.core import files
 from lcc_lens.core.errors import DiskFullError, RequestError
 from lcc_lens.core.files import atomic_path, remove_leftovers, temporary, write_json, write_text
-from lcc_lens.core.outputs import folders, locks
+from lcc_lens.core.outputs import folders, locks, places
 from lcc_lens.core.outputs.folders import (
     MARK,
     atomic_directory,
@@ -268,6 +268,19 @@ def test_a_run_is_no_model(tmp_path: Path) -> None:
     with pytest.raises(RequestError, match="got the model"), writing_run(tmp_path / "x", inputs=[tmp_path / "x"]):
         raise AssertionError
     assert names(tmp_path) == ["model.safetensors"]
+
+
+@pytest.mark.parametrize("name", places._SIGNS)
+def test_files_of_others_are_not_replaced_by_those_of_a_run(name: str, tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    with writing_run(tmp_path):
+        pass
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(RequestError, match=f"with a {name} that lcc-lens did not write"), writing_run(tmp_path):
+        raise AssertionError
+    (tmp_path / "scan.json").write_text('{"dense_sha256": 1}')
+    with writing_run(tmp_path):  # a run of ours, whatever else it holds
+        pass
 
 
 # kills

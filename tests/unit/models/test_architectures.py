@@ -102,6 +102,12 @@ def test_retyped_export_keeps_the_entries_that_older_versions_read(tmp_path: Pat
     assert written["torch_dtype"] == "float32"
 
 
+def test_a_configuration_does_not_choose_the_kind_of_output(tmp_path: Path) -> None:
+    path = save_model(build_model(), tmp_path / "model")
+    write_json(path / "config.json", {**read_json(path / "config.json"), "return_dict": False})
+    assert examine(path).is_sound
+
+
 def test_doctor_reads_every_site_that_a_scan_reads(dense_dir: Path) -> None:
     found = {finding.name: finding for finding in examine(dense_dir).model}
     assert found["scan"].found == "z (6 wide), mlp (44 wide), resid (40 wide)"

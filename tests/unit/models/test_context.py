@@ -65,6 +65,11 @@ def test_context_is_what_the_positions_or_their_scaling_allow(config: object, ex
     assert context_of(config) == expected
 
 
+def test_a_context_of_one_token_is_refused() -> None:
+    with pytest.raises(RequestError, match="expected a model of at least 2 positions, got -5"):
+        context_of(hf.LlamaConfig(max_position_embeddings=-5))
+
+
 def test_a_default_is_cut_and_said_and_a_request_is_refused(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, "lcc_lens"):
         assert fitting_length(None, 128) == 128

@@ -49,8 +49,8 @@ def configure(folder: Path, **entries: object) -> None:
     write_json(folder / "config.json", {**read_json(folder / "config.json"), **entries})
 
 
-def index(folder: Path, weight_map: dict[str, str]) -> None:
-    write_json(folder / WEIGHTS_INDEX, {"metadata": {}, "weight_map": weight_map})
+def index(folder: Path, weight_map: dict[str, str], metadata: object = ()) -> None:
+    write_json(folder / WEIGHTS_INDEX, {"metadata": {} if metadata == () else metadata, "weight_map": weight_map})
 
 
 def shard(folder: Path, *, keep: bool = False) -> dict[str, str]:
@@ -205,6 +205,15 @@ KINDS: dict[str, tuple[Callable[[Path], None], str]] = {
         configured(compression_config={"quant_method": "compressed-tensors"}), "got compressed-tensors quantisation",
     ),
     "a quantised part": (configured(text_config={"quantization_config": {"quant_method": "awq"}}), "got awq quantis"),
+    "an index without metadata": (
+        lambda f: index(f, shard(f), None), "the object 'metadata' in",
+    ),
+    "settings that are no JSON": (with_file("generation_config.json", "{"), "expected JSON in .*generation_config"),
+    "settings in a list": (with_file("tokenizer_config.json", "[]"), "another layout .expected object, got list"),
+    "generation that cannot be": (
+        with_file("generation_config.json", '{"max_new_tokens": -3}'), "settings that transformers takes in",
+    ),
+    "an infinity among the settings": (with_file("processor_config.json", '{"a": NaN}'), "expected finite numbers"),
     "a quantiser's file": (with_file("quantize_config.json"), r"got quantize_config\.json quantisation"),
     "a configuration of null": (with_file("config.json", "null"), "expected an object"),
     "heads of no size": (configured(head_dim=0), "expected a causal language model"),
