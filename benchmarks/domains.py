@@ -1,4 +1,4 @@
-"""Recovery on every kind of text, given equal tokens: refit, polish and LoRA on one pool of five sources.
+"""Recovery on every kind of text, given equal tokens: polish, low rank and LoRA on one pool of five sources.
 
     python benchmarks/domains.py [--folder runs/domains] [--seeds 1]
 
@@ -25,7 +25,13 @@ from lcc_lens.pruning.jobs import prune
 OUT = Path(__file__).parent / "domains_wanda50.json"
 POOL = ("alpaca", "c4", "wikitext", "python", "self")
 LOSS = "3*distillation+lm"
-ENTRIES = ("refit", f"refit+all-weights:{LOSS}=1e-4", f"lora:{LOSS}=1e-3", f"all-weights:{LOSS}=2e-4")
+ENTRIES = (
+    "refit",
+    f"refit+all-weights:{LOSS}=1e-4",
+    f"lora:{LOSS}=1e-3",
+    f"refit+low-rank:{LOSS}=5e-3",
+    f"all-weights:{LOSS}=2e-4",
+)  # fmt: skip
 
 
 def main() -> None:
