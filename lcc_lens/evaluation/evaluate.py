@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lcc_lens.core.checkpoint import Checkpoint
 from lcc_lens.core.config import package_version
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.ranges import Count, Length, ranged
@@ -20,6 +21,7 @@ from lcc_lens.data.user_files import is_data_file
 from lcc_lens.evaluation.lm_eval_tasks import HARNESS_FOLDERS, evaluate_task
 from lcc_lens.models.architecture.context import context_of, fitting_length
 from lcc_lens.models.architecture.layers import read_config
+from lcc_lens.models.architecture.whole_weights import require_complete
 from lcc_lens.models.hooked.losses import sequence_loss
 from lcc_lens.models.loading.hooked import load_tokenizer
 from lcc_lens.models.loading.plain import load_plain
@@ -58,6 +60,8 @@ def evaluate(
     """The contents of ``results.json``: the scores of every model on every task, by the model's name."""
     check_tasks(tasks)
     paths = [resolve(reference) for reference in references]
+    for path in paths:
+        require_complete(Checkpoint(path))  # of every model before the first one runs
     contexts = [context for path in paths if (context := context_of(read_config(path))) is not None]
     length = fitting_length(length, min(contexts, default=None), option="--length")  # perplexity depends on it
     models = {

@@ -16,6 +16,8 @@ from lcc_lens.core.errors import RequestError
 from lcc_lens.core.heads import HEAD_MAP, HeadMap, read_head_map
 from lcc_lens.core.machine.memory import release_memory
 from lcc_lens.core.showing import Shown
+from lcc_lens.models.architecture.context import context_of, fitting_length
+from lcc_lens.models.architecture.layers import read_config
 from lcc_lens.models.architecture.zeros import refuse_swapped
 from lcc_lens.models.hooked.activations import Site, site_widths
 from lcc_lens.models.hooked.hooked_transformer import is_hooked_transformer
@@ -212,9 +214,23 @@ def load_pair(
 def _check_references(dense: object, pruned: object) -> None:
     """Refuse a wrong second path, and models in the wrong order, before the first model is loaded."""
     if isinstance(pruned, str | Path):
-        path = resolve(pruned)
         if isinstance(dense, str | Path):
-            refuse_swapped(resolve(dense), path)
+            check_models(dense, pruned)
+        else:
+            resolve(pruned)
+
+
+def check_models(dense: str | Path, pruned: str | Path, max_length: int | None = None) -> None:
+    """Refuse what the files alone tell, before any model or data are loaded.
+
+    Raises:
+        RequestError: a reference of no model, the dense model in the place of the pruned one, or sequences longer than
+            a model's context.
+    """
+    paths = resolve(dense), resolve(pruned)
+    refuse_swapped(*paths)
+    for path in paths if max_length is not None else ():
+        fitting_length(max_length, context_of(read_config(path)))
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from lcc_lens.data.prompts import Example
 from lcc_lens.models.architecture.context import fitting_length
 from lcc_lens.models.hooked.hooks import HookedModel
 from lcc_lens.models.loading.hooked import load_hooked
+from lcc_lens.models.loading.references import resolve
 from lcc_lens.models.pair import Pair
 from lcc_lens.prompting.likelihoods import encode_response, token_log_likelihoods
 from lcc_lens.prompting.reactions import head_reactions, require_relative_positions
@@ -189,6 +190,12 @@ def _measured(
     mean = torch.stack([values.double().mean().float() for values in right])
     is_right = [float(r.double().sum()) > float(w.double().sum()) for r, w in zip(right, wrong, strict=bool(wrong))]
     return mean, torch.tensor(is_right)
+
+
+def check_restored(restored: str | Path | None) -> None:
+    """Refuse a reference that is neither a run with a restoration nor a model, before any model is loaded."""
+    if restored is not None and not (Path(restored) / RESTORATION_TENSORS).exists():
+        resolve(restored)
 
 
 @contextmanager

@@ -27,8 +27,8 @@ from lcc_lens.pruning.methods.pruners import Choice, Split
 from lcc_lens.pruning.methods.settings import PruneConfig
 from lcc_lens.pruning.methods.structured import Schedule
 from lcc_lens.pruning.output.report import PruningReport
-from lcc_lens.pruning.prune import prune_checkpoint
-from lcc_lens.pruning.refit.refit import REFIT_RECORD, RefitConfig, refit_checkpoint
+from lcc_lens.pruning.prune import prune_checkpoint, require_prunable
+from lcc_lens.pruning.refit.refit import REFIT_RECORD, RefitConfig, refit_checkpoint, require_refittable
 from lcc_lens.pruning.refit.report import RefitReport
 
 #: Data, names of data (several joined by ``+``), or a sequence of them, from which equally many sequences are cut.
@@ -88,12 +88,13 @@ def prune(
     target = _target(method, sparsity, pattern)
     config = PruneConfig(method, target, seed=seed, sliced=sliced, schedule=schedule, choice=choice, split=split)
     path, device, named = resolve(model), default_device(), named_calibration(calibration, PRUNE_DATA)
+    length = calibration_length(path, seq_len) if config.uses_inputs else 0
+    require_prunable(path, config, n_samples * length)
     tokens, provenance = None, dict[str, Any]()
     with reserved(Path(out), overwrite=overwrite, inputs=[path, *_files_of([model, *named])]) as folder:
         if config.uses_inputs:
-            seq_len = calibration_length(path, seq_len)
-            data = _calibration_data(named, model, folder, n_samples, seq_len, seed)
-            tokens = calibration_tokens(data, path, n_samples, seq_len, seed)
+            data = _calibration_data(named, model, folder, n_samples, length, seed)
+            tokens = calibration_tokens(data, path, n_samples, length, seed)
             provenance = {"data": data.name, "source": data.source, "groups": sorted(data.groups)}
         report = prune_checkpoint(
             path, folder, config, calibration=tokens, device=device, dtype=compute_dtype(device), overwrite=overwrite,
@@ -153,6 +154,7 @@ def refit(
     _check_calibration(len(named), n_samples)
     config = RefitConfig(follow, ridge, mend)
     paths = resolve(dense), resolve(pruned)
+    require_refittable(*paths)
     with reserved(Path(out), overwrite=overwrite, inputs=[*paths, *_files_of([dense, pruned, *named])]) as target:
         seq_len = calibration_length(paths[1], seq_len)
         data = _calibration_data(named, dense, target, n_samples, seq_len, seed)

@@ -74,13 +74,9 @@ def prune_checkpoint(
     Reference:
         Sun et al. 2023 (Wanda); Frantar & Alistarh 2023 (SparseGPT); Ling et al. 2024 (SlimGPT).
     """
-    checkpoint = require_complete(Checkpoint(model_dir))
-    side_files(model_dir)
-    plan = find_matrices(checkpoint)
-    for matrix in (matrix for layer in plan for matrix in layer):
-        require_fit(config.pattern, matrix.d_in, matrix.name)
-    tasks, anatomies = _tasks(model_dir, plan, config)
-    tokens = _checked(calibration, model_dir, plan, config) if config.uses_inputs else None
+    n_tokens = None if calibration is None else calibration.numel()
+    checkpoint, plan, (tasks, anatomies) = require_prunable(model_dir, config, n_tokens)
+    tokens = _checked(calibration, model_dir) if config.uses_inputs else None
     with reserved(out, overwrite=overwrite, inputs=[model_dir]) as target:
         # Twice: the finished layers lie beside the output until it is whole.
         require_space(target, 2 * checkpoint.n_bytes + _SIDE_FILES_BYTES)
@@ -98,6 +94,33 @@ def prune_checkpoint(
             raise
         finished.discard()
     return report
+
+
+def require_prunable(
+    model_dir: Path, config: PruneConfig, n_tokens: int | None
+) -> tuple[Checkpoint, list[list[Matrix]], tuple[list[LayerTask], list[LayerAnatomy] | None]]:
+    """The model, its matrices and the tasks of its layers; refuses what cannot be served, before any data are read.
+
+    Args:
+        n_tokens: tokens of the calibration, for methods that use it.
+
+    Raises:
+        RequestError: a pattern or structure that does not fit the model, or no or too few calibration tokens.
+    """
+    checkpoint = require_complete(Checkpoint(model_dir))
+    side_files(model_dir)
+    plan = find_matrices(checkpoint)
+    for matrix in (matrix for layer in plan for matrix in layer):
+        require_fit(config.pattern, matrix.d_in, matrix.name)
+    if config.uses_inputs and not n_tokens:
+        raise RequestError(f"expected calibration sequences for {config.method}, got none; name calibration data")
+    widest = max((matrix for layer in plan for matrix in layer), key=lambda matrix: matrix.d_in)
+    if config.uses_inputs and config.method in INVERTING and (n_tokens or 0) < widest.d_in:
+        raise RequestError(
+            f"expected at least {widest.d_in} calibration tokens for {config.method}, as many as {widest.name} has "
+            f"inputs, got {n_tokens}; raise --n-samples or --seq-len"
+        )
+    return checkpoint, plan, _tasks(model_dir, plan, config)
 
 
 def _tasks(
@@ -119,15 +142,9 @@ def _tasks(
     return tasks, anatomies
 
 
-def _checked(
-    tokens: Int[Tensor, "sequence pos"] | None,
-    model_dir: Path,
-    plan: Sequence[Sequence[Matrix]],
-    config: PruneConfig,
-) -> Int[Tensor, "sequence pos"]:
-    """Refuse tokens that the model cannot read, and too few of them for an invertible second moment."""
-    if tokens is None or tokens.numel() == 0:
-        raise RequestError(f"expected calibration sequences for {config.method}, got none; name calibration data")
+def _checked(tokens: Int[Tensor, "sequence pos"] | None, model_dir: Path) -> Int[Tensor, "sequence pos"]:
+    """Refuse tokens that the model cannot read."""
+    assert tokens is not None  # as require_prunable has seen
     text_config = read_config(model_dir).get_text_config()
     low, high = int(tokens.min()), int(tokens.max())
     if low < 0 or high >= text_config.vocab_size:
@@ -138,12 +155,6 @@ def _checked(
     longest = context_of(text_config) or tokens.shape[1]
     if tokens.shape[1] > longest:
         raise RequestError(f"expected sequences of at most {longest} tokens, got {tokens.shape[1]}; shorten them")
-    widest = max((matrix for layer in plan for matrix in layer), key=lambda matrix: matrix.d_in)
-    if config.method in INVERTING and tokens.numel() < widest.d_in:
-        raise RequestError(
-            f"expected at least {widest.d_in} calibration tokens for {config.method}, as many as {widest.name} has "
-            f"inputs, got {tokens.numel()}; raise --n-samples or --seq-len"
-        )
     return tokens
 
 

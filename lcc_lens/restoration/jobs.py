@@ -13,7 +13,8 @@ from lcc_lens.data.datasets import Data
 from lcc_lens.models.architecture.context import context_of
 from lcc_lens.models.architecture.layers import read_config
 from lcc_lens.models.loading.references import resolve
-from lcc_lens.models.pair import Pair, load_pair
+from lcc_lens.models.pair import Pair, check_models, load_pair
+from lcc_lens.pruning.refit.refit import require_refittable
 from lcc_lens.restoration.checks import check_restores
 from lcc_lens.restoration.injections.spec import MethodSpec
 from lcc_lens.restoration.refitted import REFITTED, refitted_model
@@ -59,14 +60,14 @@ def restore_models(
     Raises:
         RequestError: see :func:`~lcc_lens.restoration.restore.restore`.
     """
-    spec, run = MethodSpec.parse(method), Path(run)
-    check_restores(spec, one_at_a_time=one_at_a_time)
-    settings, heads = (settings or RestoreSettings()).fitting(_context(pruned)), heads or HeadRequest()
-    check_selectors([heads.selector])
-    fraction, selector = heads.needed_by(spec)
-    if spec.needs_scan:
-        check_scores(run, selector, one_at_a_time=one_at_a_time, data=heads.data)
-    config, source, refitting = with_preset(config, spec), pruned, (refitting or RefitRequest()).completed(spec)
+    spec, run, heads = MethodSpec.parse(method), Path(run), heads or HeadRequest()
+    settings, refitting = settings or RestoreSettings(), (refitting or RefitRequest()).completed(spec)
+    check_job(
+        dense, pruned, run, spec, heads, max_length=settings.max_length, refits=refitting.n_samples > 0,
+        one_at_a_time=one_at_a_time,
+    )  # fmt: skip
+    settings, (fraction, selector) = settings.fitting(_context(pruned)), heads.needed_by(spec)
+    config, source = with_preset(config, spec), pruned
     with writing_run(run, inputs=[resolve(dense), resolve(pruned)]):
         if spec.preset.on_refit and refitting.n_samples:
             with first_process_first():
@@ -85,6 +86,34 @@ def restore_models(
             on_step=on_step, before_refit=pruned if spec.preset.on_refit else None, **asdict(settings),
         )  # fmt: skip
     return restoration, pair
+
+
+def check_job(
+    dense: str | Path,
+    pruned: str | Path,
+    run: Path,
+    spec: MethodSpec,
+    heads: HeadRequest,
+    *,
+    max_length: int | None = None,
+    refits: bool = True,
+    one_at_a_time: bool = False,
+) -> None:
+    """Refuse what :func:`restore_models` could not serve, from files alone, before data are read or models loaded.
+
+    Args:
+        refits: whether a method that starts from a refit makes one.
+
+    Raises:
+        RequestError: see :func:`restore_models`.
+    """
+    check_restores(spec, one_at_a_time=one_at_a_time)
+    check_selectors([heads.selector])
+    check_models(dense, pruned, max_length)
+    if spec.preset.on_refit and refits:
+        require_refittable(resolve(dense), resolve(pruned))
+    if spec.needs_scan:
+        check_scores(run, heads.needed_by(spec)[1], one_at_a_time=one_at_a_time, data=heads.data)
 
 
 def _scan_data(heads: HeadRequest, dense: str | Path, run: Path, seed: int) -> Data:

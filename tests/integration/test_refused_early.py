@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -13,11 +14,13 @@ from support.commands import refused
 
 import lcc_lens as lcc
 from lcc_lens.core.errors import RequestError
+from lcc_lens.core.files import write_json
 from lcc_lens.core.ranges import Range, ranges_of
 from lcc_lens.evaluation.comparison.config import CompareConfig
 from lcc_lens.evaluation.task_recovery import TaskMeasures
 from lcc_lens.frontends.cli.main import COMMANDS
 from lcc_lens.frontends.demo import DemoConfig
+from lcc_lens.models.self_written import DenseWriter
 from lcc_lens.pruning.methods.settings import PruneConfig
 from lcc_lens.pruning.refit.refit import RefitConfig
 
@@ -111,9 +114,66 @@ def test_dense_and_pruned_in_the_wrong_order_are_refused(
         "refit": ["--calibration", text_file, "--n-samples", 2, "--seq-len", 16],
         "compare": ["--data", question_file, "--texts", text_file, "--methods", "lcc"],
     }  # fmt: skip
-    message = f"expected the dense model {'first' if command == 'refit' else 'before the pruned one'}, got {pruned_dir}"
+    message = f"expected the dense model before the pruned one, got {pruned_dir}"
     refused(capsys, 2, message, command, pruned_dir, dense_dir, tmp_path / "run", *data[command])
     assert not (tmp_path / "run").exists()
+
+
+@pytest.fixture
+def no_text_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Text that the dense model writes takes minutes, so whoever asks for it has checked everything else."""
+
+    def write(*_: object) -> None:
+        raise AssertionError("data were read first")
+
+    monkeypatch.setattr(DenseWriter, "write", write)
+
+
+@pytest.mark.usefixtures("no_text_is_written")
+@pytest.mark.parametrize(
+    ("command", "options", "message"),
+    [
+        ("prune DENSE OUT", ["--calibration", "self", "--pattern", "4:7"], "expected"),
+        ("prune DENSE OUT", ["--calibration", "self", "--method", "sparsegpt", "--n-samples", 1, "--seq-len", 8],
+         "calibration tokens for sparsegpt"),
+        ("prune DENSE OUT", ["--calibration", "self", "--seq-len", 9999], "context of 512 tokens, got 9999"),
+        ("refit PRUNED DENSE OUT", ["--calibration", "self"], "expected the dense model before the pruned one"),
+        ("refit DENSE OTHER OUT", ["--calibration", "self"], "expected the dense model that"),
+        ("refit DENSE PRUNED OUT", ["--calibration", "self", "--seq-len", 9999], "tokens, got 9999"),
+        ("scan PRUNED DENSE OUT", ["--data", "self"], "expected the dense model before the pruned one"),
+        ("scan DENSE PRUNED OUT", ["--data", "self", "--max-length", 9999], "context of 512 tokens, got 9999"),
+        ("scan DENSE PRUNED OUT", ["--data", "self", "--one-at-a-time", "--selectors", "patching"], "both models"),
+        ("restore PRUNED DENSE OUT", ["--data", "self"], "expected the dense model before the pruned one"),
+        ("restore PRUNED DENSE OUT", ["--data", "self", "--method", "best"], "before the pruned one"),
+        ("restore DENSE OTHER OUT", ["--data", "self", "--method", "best"], "expected the dense model that"),
+        ("restore DENSE PRUNED OUT", ["--data", "self", "--max-length", 9999], "context of 512 tokens, got 9999"),
+        ("compare PRUNED DENSE OUT", ["--data", "self", "--texts", "self"], "before the pruned one"),
+        ("compare DENSE OTHER OUT", ["--data", "self", "--methods", "best"], "expected the dense model that"),
+        ("prompts DENSE PRUNED OUT", ["--data", "self", "--restored", "nowhere"], "nowhere"),
+    ],
+)  # fmt: skip
+def test_all_else_is_checked_before_data_are_read(
+    command: str, options: list[Any], message: str, dense_dir: Path, pruned_dir: Path, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    other = tmp_path / "other"  # was pruned from another model
+    shutil.copytree(pruned_dir, other)
+    write_json(other / "pruning.json", {"dense_sha256": "0" * 64})
+    places = {"DENSE": dense_dir, "PRUNED": pruned_dir, "OTHER": other, "OUT": tmp_path / "out"}
+    name, *words = command.split()
+    refused(capsys, 2, message, name, *(places[word] for word in words), *options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_every_model_is_checked_before_the_first_is_measured(
+    dense_dir: Path, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    shutil.copytree(dense_dir, tmp_path / "cut")
+    (weights,) = (tmp_path / "cut").glob("*.safetensors")
+    weights.write_bytes(weights.read_bytes()[:-100])
+    monkeypatch.setattr("lcc_lens.evaluation.evaluate.load_plain", None)
+    refused(capsys, 2, str(weights), "eval", dense_dir, tmp_path / "cut", "--tasks", text_file)
 
 
 def test_a_sliced_model_in_the_place_of_the_dense_one_is_refused(

@@ -11,9 +11,7 @@ from lcc_lens.core.files import locked
 from lcc_lens.core.machine.memory import release_memory
 from lcc_lens.evaluation.comparison.config import CompareConfig
 from lcc_lens.evaluation.comparison.data import ComparisonData
-from lcc_lens.models.architecture.zeros import refuse_swapped
 from lcc_lens.models.loading.hooked import load_hooked
-from lcc_lens.models.loading.references import resolve
 from lcc_lens.models.pair import Pair, load_pair
 from lcc_lens.restoration.injections.spec import MethodSpec
 from lcc_lens.restoration.refitted import REFITTED, check_refitted, pair_hashes, refitted_model
@@ -34,7 +32,6 @@ class ComparedModels:
 
     def __init__(self, dense: str | Path, pruned: str | Path, folder: Path, config: CompareConfig) -> None:
         self.dense, self.pruned, self.folder, self._config = dense, pruned, folder, config
-        refuse_swapped(resolve(dense), resolve(pruned))
         self.hashes = pair_hashes(dense, pruned)
         self._loaded: tuple[bool, Pair] | None = None
         self._teacher: CachedTeacher | None = None

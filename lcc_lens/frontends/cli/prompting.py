@@ -111,7 +111,8 @@ class Prompts(Tabled):
     def execute(self) -> None:
         from lcc_lens.core.outputs.places import writing_run
         from lcc_lens.data.checks import check_data, or_mix
-        from lcc_lens.models.pair import load_pair
+        from lcc_lens.models.pair import check_models, load_pair
+        from lcc_lens.prompting.measuring import check_restored
         from lcc_lens.prompting.study import joined_studies
         from lcc_lens.prompting.variants import RAW, check_variants
 
@@ -119,6 +120,8 @@ class Prompts(Tabled):
         variants = tuple(dict.fromkeys((RAW, *self.variants)))
         name = self.data.data or or_mix("alpaca", instead="arc_easy")[0]
         check_data([name])
+        check_models(self.dense, self.pruned, self.data.max_length)
+        check_restored(self.restored)
         with writing_run(self.run):
             pair = load_pair(self.dense, self.pruned, one_at_a_time=self.memory.one_at_a_time)
             study = joined_studies([self._study(pair, name, variants, seed) for seed in range(self.data.seeds)])

@@ -68,23 +68,23 @@ class Restore(Tabled):
     memory: TrainingMemory = field(default_factory=TrainingMemory)
 
     def execute(self) -> None:
-        from lcc_lens.analysis.selectors.registry import check_selectors
         from lcc_lens.data.checks import check_data
         from lcc_lens.evaluation.task_recovery import note_task
         from lcc_lens.restoration.advice import better_method
-        from lcc_lens.restoration.checks import check_restores
         from lcc_lens.restoration.injections.spec import MethodSpec
-        from lcc_lens.restoration.jobs import restore_models
+        from lcc_lens.restoration.jobs import check_job, restore_models
         from lcc_lens.restoration.settings import SCAN_DATA, RestoreSettings
 
         self._check_folder()
         spec = MethodSpec.parse(self.method)
-        check_restores(spec, one_at_a_time=self.memory.one_at_a_time)
         heads = self._heads()
-        check_selectors([heads.selector])
         config, measures = self._config(spec), self._measures()
         train_data = self._train_data(spec)
         check_data([train_data, self._scan_data or SCAN_DATA, *(self.data.panel or ())])
+        check_job(
+            self.dense, self.pruned, self.run, spec, heads, max_length=self.data.max_length,
+            refits=self.training.refit_samples != 0, one_at_a_time=self.memory.one_at_a_time,
+        )  # fmt: skip
         plan = self._plan(train_data)
         n_examples = self._n_examples if plan is None else plan.examples
         data, validation = self._examples(spec, train_data, n_examples)

@@ -91,16 +91,20 @@ class ScanPair(Tabled):
     memory: ScanMemory = ScanMemory()
 
     def execute(self) -> None:
+        from lcc_lens.analysis.scan.request import check_in_memory
         from lcc_lens.analysis.scan.scan import has_scan, scan
         from lcc_lens.analysis.selectors.registry import check_selectors
         from lcc_lens.data.checks import check_data
-        from lcc_lens.models.pair import load_pair
+        from lcc_lens.models.pair import check_models, load_pair
         from lcc_lens.restoration.training_data import load_role, run_writer
 
         if has_scan(self.run) and not self.overwrite:
             raise RequestError(f"{self.run} holds a scan already; name another run or pass --overwrite")
         check_selectors(self.scores.selectors or ())
+        if self.memory.one_at_a_time:
+            check_in_memory(self.scores.selectors or ())
         check_data([self.data.data])
+        check_models(self.dense, self.pruned, self.data.max_length)
         writer = run_writer(self.dense, self.run, self.data.examples, self.data.max_length or 512)
         data = load_role(self.data.data, self.data.examples, "probe", self.seed, writer)
         scores, memory = self.scores, self.memory

@@ -101,8 +101,8 @@ def refit_checkpoint(
         SparseGPT's compensation with a fixed mask (Frantar & Alistarh 2023); reconstruction as in arXiv 2510.14444.
     """
     config = config or RefitConfig()
-    checkpoints = require_complete(Checkpoint(dense)), require_complete(Checkpoint(pruned))
-    plans = _plans(*checkpoints)
+    plans = require_refittable(dense, pruned)
+    checkpoints = Checkpoint(dense), Checkpoint(pruned)
     with reserved(out, overwrite=overwrite, inputs=[dense, pruned]) as target:
         require_space(target, 2 * checkpoints[1].n_bytes)
         digests = {"dense_sha256": checkpoints[0].sha256, "pruned_sha256": checkpoints[1].sha256}
@@ -141,12 +141,17 @@ def _write_refitted(
     return report
 
 
-def _plans(dense: Checkpoint, pruned: Checkpoint) -> tuple[list[list[Matrix]], list[list[Matrix]]]:
-    """The matrices of both models, which are refused unless they are a dense model and its zeroed version."""
-    side_files(pruned.path)
-    _check_shapes(*(plans := (find_matrices(dense), find_matrices(pruned))))
-    check_provenance(dense, pruned)
-    refuse_swapped(dense.path, pruned.path)
+def require_refittable(dense: Path, pruned: Path) -> tuple[list[list[Matrix]], list[list[Matrix]]]:
+    """The matrices of both models, which are refused unless they are a dense model and its zeroed version.
+
+    Raises:
+        RequestError: incomplete files, other shapes (a sliced model's), another pair's models, or the two swapped.
+    """
+    refuse_swapped(dense, pruned)
+    checkpoints = require_complete(Checkpoint(dense)), require_complete(Checkpoint(pruned))
+    side_files(pruned)
+    _check_shapes(*(plans := (find_matrices(checkpoints[0]), find_matrices(checkpoints[1]))))
+    check_provenance(*checkpoints)
     return plans
 
 
