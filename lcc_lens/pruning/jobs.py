@@ -90,15 +90,15 @@ def prune(
     path, device, named = resolve(model), default_device(), named_calibration(calibration, PRUNE_DATA)
     length = calibration_length(path, seq_len) if config.uses_inputs else 0
     require_prunable(path, config, n_samples * length)
-    tokens, provenance = None, dict[str, Any]()
+    tokens, provenance = None, dict[str, Any](dense=str(model))
     with reserved(Path(out), overwrite=overwrite, inputs=[path, *_files_of([model, *named])]) as folder:
         if config.uses_inputs:
             data = _calibration_data(named, model, folder, n_samples, length, seed)
             tokens = calibration_tokens(data, path, n_samples, length, seed)
-            provenance = {"data": data.name, "source": data.source, "groups": sorted(data.groups)}
+            provenance |= {"data": data.name, "source": data.source, "groups": sorted(data.groups)}
         report = prune_checkpoint(
             path, folder, config, calibration=tokens, device=device, dtype=compute_dtype(device), overwrite=overwrite,
-            provenance={"dense": str(model), **provenance},
+            provenance=provenance,
         )  # fmt: skip
     return PruningReport(report)
 

@@ -29,8 +29,6 @@ from lcc_lens.evaluation.panel import mean_and_worst
 from lcc_lens.models.architecture.context import context_of
 from lcc_lens.models.architecture.layers import read_config
 from lcc_lens.models.loading.references import resolve
-from lcc_lens.models.pair import check_models
-from lcc_lens.pruning.refit.refit import require_refittable
 
 logger = logging.getLogger(__name__)
 COMPARISON = "comparison.json"
@@ -79,13 +77,10 @@ def compare(
     parsed, config, run = [Entry.parse(text) for text in entries], config or CompareConfig(), Path(run)
     check_comparison(parsed, config, part=part, seeds=seeds)
     config = _fitting(config, Path(out or run / COMPARISON), pruned)
-    check_models(dense, pruned)
-    if any(entry.on_refit for entry in parsed):
-        require_refittable(resolve(dense), resolve(pruned))
     runner = Runner(dense, pruned, run, config)
     runs = {f"{entry.text} | {seed}": (entry, seed) for seed in range(seeds) for entry in parsed}
     kept = ComparisonFile(Path(out or run / COMPARISON), run, runner.models.hashes, config, [*runs])
-    runner.models.check_refit()
+    runner.models.check_refit(any(entry.on_refit for entry in parsed))
     for name in [*runs][part[0] :: part[1]]:
         before = kept.results["cells"].get(name, {})
         if "perplexity" in before and before["tasks"].keys() >= {*config.tasks}:

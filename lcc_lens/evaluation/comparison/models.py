@@ -12,7 +12,9 @@ from lcc_lens.core.machine.memory import release_memory
 from lcc_lens.evaluation.comparison.config import CompareConfig
 from lcc_lens.evaluation.comparison.data import ComparisonData
 from lcc_lens.models.loading.hooked import load_hooked
-from lcc_lens.models.pair import Pair, load_pair
+from lcc_lens.models.loading.references import resolve
+from lcc_lens.models.pair import Pair, check_models, load_pair
+from lcc_lens.pruning.refit.refit import require_refittable
 from lcc_lens.restoration.injections.spec import MethodSpec
 from lcc_lens.restoration.refitted import REFITTED, check_refitted, pair_hashes, refitted_model
 from lcc_lens.restoration.scans import scan_for
@@ -32,14 +34,17 @@ class ComparedModels:
 
     def __init__(self, dense: str | Path, pruned: str | Path, folder: Path, config: CompareConfig) -> None:
         self.dense, self.pruned, self.folder, self._config = dense, pruned, folder, config
+        check_models(dense, pruned)
         self.hashes = pair_hashes(dense, pruned)
         self._loaded: tuple[bool, Pair] | None = None
         self._teacher: CachedTeacher | None = None
         self._separate_teacher: CachedTeacher | None = None
 
-    def check_refit(self) -> None:
-        """Refuse a refitted model of another pair in the folder."""
+    def check_refit(self, is_needed: bool) -> None:
+        """Refuse a refitted model of another pair in the folder, and a pair that cannot be refitted if it is needed."""
         check_refitted(self.folder / REFITTED, self.hashes)
+        if is_needed:
+            require_refittable(resolve(self.dense), resolve(self.pruned))
 
     def pair(self, *, on_refit: bool, results: dict[str, Any] | None = None) -> Pair:
         """The pair with the pruned or the refitted model; a refit's seconds are noted in the results."""
