@@ -96,11 +96,10 @@ def prune(
             data = _calibration_data(named, model, folder, n_samples, length, seed)
             tokens = calibration_tokens(data, path, n_samples, length, seed)
             provenance |= {"data": data.name, "source": data.source, "groups": sorted(data.groups)}
-        report = prune_checkpoint(
+        return PruningReport(prune_checkpoint(
             path, folder, config, calibration=tokens, device=device, dtype=compute_dtype(device), overwrite=overwrite,
             provenance=provenance,
-        )  # fmt: skip
-    return PruningReport(report)
+        ))  # fmt: skip
 
 
 def _target(method: str, sparsity: float | None, pattern: str | None) -> Pattern:
