@@ -25,15 +25,16 @@ from lcc_lens.analysis.lens.tokens import PromotedTokens, TokenScore
 from lcc_lens.analysis.scan.scan import Scan
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.heads import Head, read_head_map
-from lcc_lens.core.reading import read_json, read_json_lines, read_record, write_record
+from lcc_lens.core.reading import read_json, read_json_lines, read_record, reading, write_record
 from lcc_lens.evaluation.comparison.compare import summary
 from lcc_lens.evaluation.comparison.results_file import read_comparison
+from lcc_lens.evaluation.efficiency.report import read_report
 from lcc_lens.evaluation.paper.recipes import read_recipe
 from lcc_lens.frontends.explorer.page_data import page_data
 from lcc_lens.frontends.explorer.results import results_table
 from lcc_lens.frontends.explorer.run_contents import RunContents
 from lcc_lens.frontends.explorer.token_tables import TokenTables
-from lcc_lens.frontends.plotting.run_figures import run_figures
+from lcc_lens.frontends.plotting.reports import plot_report
 from lcc_lens.models.loading.hooked import load_tokenizer
 from lcc_lens.models.loading.plain import load_plain
 from lcc_lens.pruning.jobs import recorded_groups
@@ -56,16 +57,9 @@ def _page(run: Path) -> Any:
     return page_data(contents, TokenTables.load(run), None, example_bytes=1000)
 
 
-def _figure(name: str) -> Callable[[Path], Any]:
-    """A figure of a run; what is refused says why it is not drawn."""
-
-    def draw(run: Path) -> Any:
-        figures, lacking = run_figures(run)
-        if name in lacking:
-            raise RequestError(lacking[name])
-        return figures[name].to_json()
-
-    return draw
+def _report_figure(run: Path) -> Any:
+    with reading(run / "report.json"):
+        return plot_report(read_report(run / "report.json")).to_json()
 
 
 def _model(run: Path) -> Any:
@@ -91,7 +85,7 @@ READERS: dict[str, tuple[Callable[[Path], Any], bool]] = {
     "comparison.json": (_summary, True),
     LENS_FILE: (load_lens, False),
     "log.jsonl": (lambda run: (read_json_lines(run / "log.jsonl", Step), _page(run)), False),
-    "report.json": (_figure("report"), False),
+    "report.json": (_report_figure, False),
     "results.json": (lambda run: results_table(run / "results.json"), False),
     "pruning.json": (lambda run: recorded_groups(run / "pruning.json"), False),
     "head_map.json": (read_head_map, False),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -37,6 +38,12 @@ def module_name(path: Path, package: Path = PACKAGE) -> str:
 
 
 FILES = {module_name(path): path for path in sorted(PACKAGE.rglob("*.py"))}
+TEXTS = {name: path.read_text(encoding="utf-8") for name, path in FILES.items()}
+parse = functools.cache(ast.parse)
+
+
+def is_package(module: str) -> bool:
+    return FILES[module].name == "__init__.py"
 
 
 def room_of(module: str) -> str:
@@ -65,7 +72,7 @@ def imported_modules(source: str, module: str, *, is_package: bool, known: set[s
 
     The package itself is the exception: it imports on demand (``__getattr__``), so only what runs at once counts.
     """
-    tree = ast.parse(source)
+    tree = parse(source)
     found: set[str] = set()
     here = ["lcc_lens", *(module.split(".") if module else [])]
     for node in run_on_import(tree) if module == "" else ast.walk(tree):
@@ -113,14 +120,14 @@ def find_cycle(imports: dict[str, set[str]]) -> list[str]:
 def unsafe_calls(source: str) -> list[str]:
     """Lines that could run foreign code on loading, or that assume one kind of device."""
     found = []
-    for node in ast.walk(ast.parse(source)):
+    for node in ast.walk(parse(source)):
         line = getattr(node, "lineno", 0)
         if isinstance(node, ast.Import | ast.ImportFrom):
             names = [node.module or ""] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
             found += [f"line {line}: import {name}" for name in names if name.split(".")[0] in PICKLES]
             if isinstance(node, ast.ImportFrom) and node.module == "torch":
                 found += [f"line {line}: torch.load" for alias in node.names if alias.name == "load"]
-        elif isinstance(node, ast.Attribute) and ast.unparse(node) == "torch.load":
+        elif isinstance(node, ast.Attribute) and node.attr == "load" and ast.unparse(node) == "torch.load":
             found.append(f"line {line}: torch.load")
         elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "cuda":
             found.append(f"line {line}: .cuda(")
@@ -145,21 +152,19 @@ def test_every_room_has_a_floor() -> None:
     assert not strays, f"add {', '.join(sorted(strays))} to FLOORS in {Path(__file__).name}"
 
 
-@pytest.mark.parametrize("module", FILES)
-def test_imports_point_down(module: str) -> None:
-    path = FILES[module]
-    upward = upward_imports(
-        path.read_text(encoding="utf-8"), module, is_package=path.name == "__init__.py", known=set(FILES)
-    )
-    assert not upward, f"{module or 'lcc_lens'} imports {', '.join(upward)}, which stands on no earlier floor"
+def test_imports_point_down() -> None:
+    upward = {
+        name or "lcc_lens": found
+        for name, text in TEXTS.items()
+        if (found := upward_imports(text, name, is_package=is_package(name), known=set(FILES)))
+    }
+    assert not upward
 
 
 def test_no_modules_import_each_other_in_a_circle() -> None:
     imports = {
-        name: imported_modules(
-            path.read_text(encoding="utf-8"), name, is_package=path.name == "__init__.py", known=set(FILES)
-        )
-        for name, path in FILES.items()
+        name: imported_modules(text, name, is_package=is_package(name), known=set(FILES))
+        for name, text in TEXTS.items()
     }
     assert find_cycle(imports) == []
 
@@ -179,13 +184,12 @@ def test_the_house_stays_small_enough_to_see() -> None:
 
 
 def test_modules_and_functions_fit_on_a_screen_or_two() -> None:
-    texts = {name or "lcc_lens": path.read_text(encoding="utf-8") for name, path in FILES.items()}
-    long = [name for name, text in texts.items() if text.count("\n") > MAX_LINES_OF_A_MODULE]
+    long = [name for name, text in TEXTS.items() if text.count("\n") > MAX_LINES_OF_A_MODULE]
     assert not long, f"more than {MAX_LINES_OF_A_MODULE} lines in {', '.join(long)}"
     functions = {
         f"{name}.{node.name}": (node.end_lineno or 0) - node.lineno + 1
-        for name, text in texts.items()
-        for node in ast.walk(ast.parse(text))
+        for name, text in TEXTS.items()
+        for node in ast.walk(parse(text))
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
     }
     long = [name for name, lines in functions.items() if lines > MAX_LINES_OF_A_FUNCTION]
@@ -195,17 +199,16 @@ def test_modules_and_functions_fit_on_a_screen_or_two() -> None:
 def test_a_folder_opens_with_what_it_is_for_and_imports_nothing() -> None:
     for name, path in FILES.items():
         if path.name == "__init__.py" and name:
-            tree = ast.parse(path.read_text(encoding="utf-8"))
+            tree = parse(TEXTS[name])
             assert ast.get_docstring(tree), f"{name} does not say what it is for"
             eager = [node for node in run_on_import(tree) if isinstance(node, ast.ImportFrom | ast.Import)]
             modules = {getattr(node, "module", "") or "" for node in eager}
             assert not any(module.startswith("lcc_lens") for module in modules), f"{name} imports when it is opened"
 
 
-@pytest.mark.parametrize("module", FILES)
-def test_nothing_unsafe_is_called(module: str) -> None:
-    found = unsafe_calls(FILES[module].read_text(encoding="utf-8"))
-    assert not found, f"{FILES[module].relative_to(ROOT)}: {'; '.join(found)}"
+def test_nothing_unsafe_is_called() -> None:
+    unsafe = {name: found for name, text in TEXTS.items() if (found := unsafe_calls(text))}
+    assert not unsafe
 
 
 @pytest.mark.parametrize("module", ["lcc_lens", "lcc_lens.frontends.cli.main"])
