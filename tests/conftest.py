@@ -18,8 +18,7 @@ from support.typed import check_types
 
 check_types()
 
-from support.pairs import families  # noqa: E402, F401 (a fixture)
-from support.tiny import PARAGRAPHS, QUESTIONS, build_model, save_model  # noqa: E402
+# What takes seconds to import is imported where it is used: the process that starts the others needs none of it.
 
 #: The test module that ran last.
 MODULE = pytest.StashKey[str]()
@@ -42,7 +41,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def dense_dir(folder: Path) -> Path:
+    from support.tiny import build_model, save_model
+
     return save_model(build_model(), folder / "dense")
+
+
+@pytest.fixture(scope="session")
+def families(tmp_path_factory: pytest.TempPathFactory):
+    """A pair by family: the pruned model lacks half of every matrix's weights."""
+    from support.pairs import Families
+
+    return Families(tmp_path_factory)
 
 
 @pytest.fixture(scope="session")
@@ -55,6 +64,8 @@ def pruned_dir(folder: Path, dense_dir: Path, text_file: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def text_file(folder: Path) -> Path:
+    from support.tiny import PARAGRAPHS
+
     path = folder / "text.txt"
     path.write_text("\n\n".join(PARAGRAPHS))
     return path
@@ -62,6 +73,8 @@ def text_file(folder: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def question_file(folder: Path) -> Path:
+    from support.tiny import QUESTIONS
+
     path = folder / "questions.jsonl"
     path.write_text("".join(json.dumps(question) + "\n" for question in QUESTIONS))
     return path

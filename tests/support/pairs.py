@@ -45,14 +45,15 @@ def build(family: str, seed: int):
     return Qwen2ForCausalLM(Qwen2Config(**shape))
 
 
-@pytest.fixture(scope="session")
-def families(tmp_path_factory: pytest.TempPathFactory):
+class Families:
     """A pair by family: the pruned model lacks half of every matrix's weights."""
-    made: dict[str, Pair] = {}
 
-    def of(family: str) -> Pair:
-        if family not in made:
-            folder = tmp_path_factory.mktemp(family)
+    def __init__(self, folders: pytest.TempPathFactory) -> None:
+        self.folders, self.made = folders, dict[str, Pair]()
+
+    def __call__(self, family: str) -> Pair:
+        if family not in self.made:
+            folder = self.folders.mktemp(family)
             model = build(family, seed=3).eval()
             save_model(model, folder / "dense")
             generator = torch.Generator().manual_seed(0)
@@ -61,10 +62,8 @@ def families(tmp_path_factory: pytest.TempPathFactory):
                     if weight.ndim == 2 and (".layers." in name or ".h." in name):
                         weight *= torch.rand(weight.shape, generator=generator) < 0.5
             save_model(model, folder / "pruned")
-            made[family] = load_pair(folder / "dense", folder / "pruned")
-        return made[family]
-
-    return of
+            self.made[family] = load_pair(folder / "dense", folder / "pruned")
+        return self.made[family]
 
 
 def encoded(pair: Pair, n: int) -> list[TokenSequence]:
