@@ -42,8 +42,7 @@ class Measures:
     """What is measured."""
 
     texts: Annotated[Maybe[tuple[str, ...]], tyro.conf.arg(metavar="DATA [DATA ...]")] = None
-    """Texts to measure recovery on: names or your own files (one for each kind of text that can be had, if not given);
-    the first is the main figure."""
+    """Texts to measure recovery on, names or files (one of each kind if not given); the first is the main figure."""
     blocks: Count = 8
     """Blocks of 512 tokens of each."""
     tasks: Annotated[tuple[str, ...], tyro.conf.arg(metavar="TASK [TASK ...]")] = ()
@@ -79,8 +78,7 @@ class Compare(Tabled):
     heads: Share = 1.0
     """Fraction of heads to restore."""
     selector: str = DEFAULT_SELECTOR
-    """Score that heads are chosen by: attribution, patching, probe (the paper's), interaction, mse, kl, gradient, own
-    or random."""
+    """Score that heads are chosen by: attribution, probe (the paper's), or another of scan's."""
     part: str = "1/1"
     """i/n: compute every n-th run, starting at the i-th; start the same command with 1/n to n/n in n processes."""
     data: CompareData = CompareData()

@@ -37,7 +37,7 @@ class Demo(Tabled):
         show_panel(result.results["panel"])
         shares = {name: value for name, value in result.results["share_recovered"].items() if value is not None}
         show_table(
-            "share of the lost log-likelihood recovered", ["data", "share"],
+            "lost log-likelihood recovered", ["data", "recovered"],
             [[name, f"{value:.1%}"] for name, value in shares.items()],
         )  # fmt: skip
         self.write(Evaluation(result.results).table)

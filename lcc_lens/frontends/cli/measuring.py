@@ -31,8 +31,7 @@ class Eval(Common):
     models: Models
     """Model references."""
     tasks: Annotated[Maybe[tuple[str, ...]], tyro.conf.arg(metavar="TASK [TASK ...]")] = None
-    """Text (perplexity), instructions (response loss), or lm-eval's tasks (accuracy); wikitext boolq arc_easy if not
-    given, or wikipedia where wikitext cannot be had."""
+    """Text (perplexity), instructions (response loss), lm-eval tasks (accuracy); wikitext boolq arc_easy by default."""
     limit: Maybe[Count] = None
     """Blocks, responses or items per task at most."""
     length: Maybe[Length] = None
@@ -71,7 +70,7 @@ class Timing:
 
 @dataclass(frozen=True, kw_only=True)
 class Report(Common):
-    """See whether models are really as sparse as they say, whether they are faster, and whether they load."""
+    """Measure how sparse, how large and how fast models really are, and whether they load."""
 
     example: ClassVar[str] = "smollm2 out/wanda50 out/restored --out report.json"
 

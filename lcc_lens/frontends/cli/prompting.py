@@ -31,8 +31,7 @@ class MeritsOf(Tabled):
     example: ClassVar[str] = "prompts.txt"
 
     data: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="FILE|DATA")]
-    """A .txt file (a prompt per paragraph), a .jsonl file, a .json file of preferences (each chosen prompt beside its
-    original), or a data set."""
+    """A data set, or a file: .txt (a prompt per paragraph), .jsonl, or .json (preferences, as MePO's)."""
     model: Maybe[str] = None
     """A model that adds likelihoods (nats per token) and tokens per word."""
     examples: Count = 32

@@ -27,8 +27,7 @@ class Calibration:
     """Text whose activations the method reads."""
 
     calibration: Maybe[str] = None
-    """Data by name, or a .jsonl or .txt file, or several joined by + (c4 if not given, or mix). self is text that the
-    dense model writes, mix that with Wikipedia, how-to, questions and code."""
+    """Data by name or file, several joined by + (c4 if not given, or mix); self is text that the model writes."""
     n_samples: Count = 128
     """Calibration sequences."""
     seq_len: Maybe[Length] = None

@@ -44,8 +44,7 @@ class RestoreData:
     """What it is trained, scanned and measured on."""
 
     data: Maybe[str] = None
-    """Training data: instructions, questions or text, several joined by + (alpaca if not given, or the mix; polish: the
-    mix)."""
+    """Training data, several joined by + (alpaca if not given, or mix where it cannot be had; polish: mix)."""
     examples: Maybe[Count] = None
     """Training examples at most (480 if not given; 200 of a task, no fewer)."""
     max_length: Maybe[Length] = None
@@ -73,8 +72,7 @@ class Training:
     epochs: Maybe[Count] = None
     """Passes over the training data (1 if not given; 3 over a task)."""
     lr: Maybe[Rate] = None
-    """Learning rate of the method's first part, which decays linearly to zero (its own if not given; best: 5e-3;
-    polish: 1e-4)."""
+    """Learning rate of the method's first part; it falls to zero (its own if not given; best: 5e-3, polish: 1e-4)."""
     tune_lr: Switch = False
     """Choose the learning rate by a few steps at each of five first."""
     batch_size: Count = 8
@@ -89,8 +87,7 @@ class Training:
     low_rank: Maybe[Count] = None
     """Rank of low-rank (8 if not given; best: 16)."""
     refit_samples: Maybe[Natural] = None
-    """Calibration sequences of the refit of best and polish (288 if not given; 0: no refit); fewer take less time and
-    recover less."""
+    """Calibration sequences of best's and polish's refit (288 if not given; 0: none); fewer are faster and worse."""
     start: Literal["zero", "mean"] = "zero"
     """Where the magnitudes start: at the pruned model, or at the mean difference."""
     patience: Maybe[Count] = None

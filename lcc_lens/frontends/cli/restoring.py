@@ -52,8 +52,7 @@ class Restore(Tabled):
     heads: Maybe[Share] = None
     """Fraction of all heads to restore (0.25 if not given)."""
     selector: Maybe[str] = None
-    """Score that heads are chosen by: attribution (if not given), patching, probe (the paper's), interaction, mse, kl,
-    gradient, own or random."""
+    """Score that heads are chosen by: attribution (if not given), probe (the paper's), or another of scan's."""
     paper: Annotated[Switch, tyro.conf.arg(help=PAPER_HELP)] = False
     hooks_only: Switch = False
     """Restore even where no checkpoint can hold the result (for lcc_lens.load_restored)."""

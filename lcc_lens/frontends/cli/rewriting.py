@@ -31,7 +31,7 @@ _SHOWN = 120
 
 @dataclass(frozen=True, kw_only=True)
 class PreferenceData:
-    """What is preferred."""
+    """Preferences to train on."""
 
     data: Maybe[str] = None
     """Training instructions or questions (alpaca if not given, or arc_easy where it cannot be had)."""
@@ -140,7 +140,7 @@ class FitRewriter(Common):
 
 @dataclass(frozen=True, kw_only=True)
 class Rewrite(Tabled):
-    """Rewrite prompts, rank the versions, and say whether one is surely better than the raw prompt."""
+    """Rewrite prompts, rank the versions, and say whether one is significantly better than the raw prompt."""
 
     example: ClassVar[str] = 'runs/mine "name some rivers"'
 

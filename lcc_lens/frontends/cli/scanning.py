@@ -31,8 +31,7 @@ class ScanData:
     """What the models are compared on."""
 
     data: str = "boolq"
-    """Data to compare on; data with right and wrong answers also give the probe's scores. self is text that the dense
-    model writes; + joins several."""
+    """Data to compare on, several joined by +; those with right and wrong answers also give the probe's scores."""
     examples: Count = 256
     """Examples (blocks of text for a corpus)."""
     max_length: Maybe[Length] = None
@@ -56,7 +55,7 @@ class Scores:
 
 @dataclass(frozen=True, kw_only=True)
 class ScanMemory(Memory):
-    """What memory goes into."""
+    """What takes memory."""
 
     spectra: Annotated[Sites, tyro.conf.arg(metavar="SITE [SITE ...]")] = ("z",)
     """Sites to compute singular values at; memory grows with the square of the site's width."""

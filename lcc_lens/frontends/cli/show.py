@@ -110,14 +110,14 @@ def show_losses(losses: dict[str, float], n_heads: int, run_dir: Path) -> None:
     rows = [[name, f"{value:.4f}"] for name, value in losses.items()]
     share = share_recovered(losses["dense"], losses["pruned"], losses["restored"])
     learned = ", the task learned" if share is not None and learned_warning(losses) else ""
-    rows.append(["share recovered", "nothing was lost" if share is None else f"{share:.1%}{learned}"])
+    rows.append(["recovered", "nothing was lost" if share is None else f"{share:.1%}{learned}"])
     title = "held-out response loss" + (f", {n_heads} heads" if n_heads else "")
     show_table(title, ["model", "nats per token"], rows)
     console().print(f"restoration {run_dir}", soft_wrap=True)
 
 
 def loss_table(losses: dict[str, float]) -> pd.DataFrame:
-    """The losses of :func:`show_losses` as numbers: model, nats per token, share recovered."""
+    """The losses of :func:`show_losses` as numbers: model, nats per token, fraction recovered."""
     import pandas as pd
 
     from lcc_lens.core.metrics import share_recovered

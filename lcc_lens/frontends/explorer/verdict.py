@@ -87,8 +87,8 @@ def _scan_figures(scan: Scan) -> list[dict[str, Any]]:
          "note": f"of its output; {n_layers} layers × {n_heads} heads"},
         {"name": "changed most", "value": f"{100 * float(scan.relative_loss[worst]):.0f} %", "note": f"{worst}",
          "head": str(worst)},
-        {"name": "correctable by a constant", "value": f"{100 * scan.mendable_share():.0f} %",
-         "note": "of the squared difference of all heads"},
+        {"name": "constant share", "value": f"{100 * scan.mendable_share():.0f} %",
+         "note": "of the squared difference of all heads: what constants can correct"},
     ]  # fmt: skip
 
 

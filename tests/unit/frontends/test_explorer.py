@@ -189,7 +189,7 @@ def test_the_verdict_in_words_and_numbers(run: Path, found: Scan) -> None:
     worst = Head(*divmod(int(found.relative_loss.argmax()), N_HEADS))
     assert str(worst) in said.sentences[0]
     constant = found.heads.n_samples * found.mean_difference.square().sum() / found.heads.squared_difference.sum()
-    assert figures["correctable by a constant"] == f"{100 * float(constant):.0f} %"
+    assert figures["constant share"] == f"{100 * float(constant):.0f} %"
     assert all(f"{value:.3f}" in said.sentences[1] for value in LOSSES.values())
 
 
