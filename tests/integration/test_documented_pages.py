@@ -183,7 +183,8 @@ def test_training_cost(place: Path, trained: Path, monkeypatch: pytest.MonkeyPat
     spec.loader.exec_module(module)
     results = module.collect([Path(folder) for folder in folders])
     assert [run["seed"] for run in results["runs"]] == [0, 1, 2]
-    assert "lost log-likelihood recovered" in module.table(results)
+    for task, key, *_ in module.COLUMNS.values():  # of the table, whose last row needs models that lost something
+        assert all(run["models"][model][task][key] > 0 for run in results["runs"] for model in ("dense", "restored"))
 
 
 def _environment() -> dict[str, str]:
