@@ -16,7 +16,7 @@ from lcc_lens.core.showing import Shown
 if TYPE_CHECKING:
     import pandas as pd
 
-_LABEL = re.compile(r"^L(\d+)H(\d+)$")
+_LABEL = re.compile(r"^L(\d{1,9})H(\d{1,9})$")
 
 
 class Head(NamedTuple):

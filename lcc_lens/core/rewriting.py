@@ -25,7 +25,7 @@ _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 def parse_size(size: int | str) -> int:
     """Bytes from a number or a text such as ``5GB``."""
-    match = re.fullmatch(r"(\d+)\s*(|KB|MB|GB)", str(size).strip(), flags=re.IGNORECASE)
+    match = re.fullmatch(r"(\d{1,18})\s*(|KB|MB|GB)", str(size).strip(), flags=re.IGNORECASE)
     if match is None or int(match[1]) == 0:
         raise RequestError(f"expected a size such as 5GB or a number of bytes, got {size!r}")
     return int(match[1]) * _UNITS[match[2].upper()]

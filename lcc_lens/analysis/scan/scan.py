@@ -79,7 +79,8 @@ def scan(
         positions: tokens to compare: ``all``; the question's ``last`` (as in the paper); the ``end``; those that
             predict the ``response``; or chosen positions (negative ones count from the end).
         sites: compare ``mlp`` (post-activation) and ``resid`` (residual stream) too; heads always.
-        spectra: sites with singular values and directions (``mlp-lcc`` needs ``mlp``'s); memory is width squared.
+        spectra: sites with singular values and directions, heads always (``mlp-lcc`` needs ``mlp``'s); memory is width
+            squared.
         selectors: scores to compute; if not given ``attribution`` (with both models in memory), and ``probe`` and
             ``interaction`` where the data have right and wrong answers; ``mse`` and ``random`` always.
         max_length: tokens per example at most; 512, or the models' context if shorter.
@@ -97,6 +98,7 @@ def scan(
         InterruptedRun: Ctrl-C, after the state was saved.
     """
     check_sites([*sites, *spectra])
+    spectra = tuple(site for site in SITES if site == "z" or site in spectra)
     data = as_data(data)
     named = None if selectors is None else check_selectors(selectors)
     length = fitting_length(max_length, pair.context)

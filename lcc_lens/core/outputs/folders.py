@@ -109,6 +109,8 @@ def require_free(out: Path, *, overwrite: bool, inputs: Iterable[Path] = ()) -> 
 def recover(folder: Path) -> None:
     """Bring a folder in order that a killed command was writing, unless another command is at it now."""
     target = Path(os.path.realpath(folder))
+    if not target.name or target.is_symlink():  # the root, or a link to itself
+        return
     if _old_copy(target).exists() or _is_done(target):
         with suppress(RequestError), locked_alone(hidden_sibling(target, LOCK), target):
             _tidy(target)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import re
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -153,10 +154,10 @@ def check_comparison(
 
 def read_part(text: str) -> tuple[int, int]:
     """Read ``i/n``, counted from 1, as the ``part`` of :func:`compare`."""
-    i, slash, n = text.partition("/")
-    if not (slash and i.isdecimal() and n.isdecimal() and 1 <= int(i) <= int(n)):
+    found = re.fullmatch(r"(\d{1,9})/(\d{1,9})", text)
+    if found is None or not 1 <= int(found[1]) <= int(found[2]):
         raise RequestError(f"expected a part i/n with i of 1 to n, got {text!r}; correct it")
-    return int(i) - 1, int(n)
+    return int(found[1]) - 1, int(found[2])
 
 
 def _run(runner: Runner, entry: Entry, seed: int, kept: ComparisonFile, before: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lcc_lens.core.errors import RequestError
+from lcc_lens.core.ranges import Rate, check_numbers
 from lcc_lens.core.registry import nearest
 from lcc_lens.evaluation.baselines.methods import BASELINES
 from lcc_lens.models.hooked.sites import ConstantSite
@@ -41,8 +42,11 @@ class Entry:
     on_refit: bool
     control: str | None
     objective: Objective
-    lr: float | None = None
+    lr: Rate | None = None
     tunes_lr: bool = False
+
+    def __post_init__(self) -> None:
+        check_numbers(self, lambda name: f"{name} in {self.text!r}")
 
     @property
     def method(self) -> str | None:

@@ -7,9 +7,9 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, redirect_stderr
 from dataclasses import fields, is_dataclass
-from io import TextIOWrapper
+from io import StringIO, TextIOWrapper
 from pathlib import Path
 from typing import Any
 
@@ -57,9 +57,12 @@ def run(arguments: list[str] | None = None) -> int:
     if arguments == ["--version"]:
         print(f"lcc-lens {package_version()}")
         return 0
+    said = StringIO()
     try:
-        command = parse(arguments)
+        with redirect_stderr(said):
+            command = parse(arguments)
     except SystemExit as stop:
+        print(visible(said.getvalue()), end="", file=sys.stderr)  # repeats arguments, which may be names of files
         if stop.code == 0:
             _print_example(arguments)
         return stop.code if isinstance(stop.code, int) else 2

@@ -46,7 +46,9 @@ class Eval(Common):
         _require(self.out, [*self.models, *(self.tasks or ())])
         if not self.models:
             raise RequestError("expected at least one model, got none; name some")
-        tasks = self.tasks or (*or_mix("wikitext", instead="wikipedia"), "boolq", "arc_easy")
+        tasks = self.tasks
+        if tasks is None:
+            tasks = (*or_mix("wikitext", instead="wikipedia"), "boolq", "arc_easy")
         results = evaluate(self.models, tasks, limit=self.limit, length=self.length)
         try:
             _write(self.out, results)

@@ -92,7 +92,7 @@ def parse_pattern(text: str) -> NofM:
         >>> parse_pattern("2:4")
         NofM(n=2, m=4)
     """
-    match = re.fullmatch(r"(\d+):(\d+)", text.strip())
+    match = re.fullmatch(r"(\d{1,9}):(\d{1,9})", text.strip())
     if match is None:
         raise RequestError(f"expected a pattern N:M, got {text!r}; write 2:4 to keep two weights of every four")
     return NofM(int(match[1]), int(match[2]))

@@ -24,6 +24,7 @@ from lcc_lens.models.hooked.offloading import device_of
 _FIELDS = {"response": "response", "distillation": "distillation", "heads": "heads", "lm": "text"}
 #: Older names that are still accepted.
 _ALIASES = {"text": "lm"}
+_LARGEST_WEIGHT = 1e9
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,7 @@ class Objective:
         The weights are scaled to a sum of 1. ``text`` is an older name of ``lm``.
 
         Raises:
-            RequestError: another name, a name twice, or a weight that is no number.
+            RequestError: another name, a name twice, or a weight that is no number from 0 to a thousand million.
         """
         weights: dict[str, float] = {}
         for part in text.split("+"):
@@ -109,7 +110,7 @@ class Objective:
                 weights[name] = float(weight) if weight else 1.0
             except ValueError:
                 known = False
-            if not known or not 0 < weights[name] < math.inf:
+            if not known or not 0 < weights[name] < _LARGEST_WEIGHT:
                 names = ", ".join(_FIELDS)
                 raise RequestError(
                     f"expected an objective ({names}, joined by +, as in response+3*heads), got {text!r}; "

@@ -72,6 +72,13 @@ def test_scan_equals_plain_models_one_example_at_a_time(
         assert float(delta.abs().max()) > 0.1
 
 
+def test_heads_have_directions_whatever_other_spectra_are_asked_for(pair, question_file: Path, tmp_path: Path) -> None:
+    data = load_data(str(question_file), n=4)
+    found = scan(pair, data, spectra=("mlp",), selectors=("mse",), display=0, run=tmp_path)
+    assert found.components.directions.shape == (N_LAYERS, N_HEADS, D_HEAD, D_HEAD)
+    assert found.others["mlp"].singular_values is not None
+
+
 def test_layer_table_pools_heads_beside_the_other_sites(
     pair, dense_dir: Path, pruned_dir: Path, question_file: Path
 ) -> None:

@@ -27,6 +27,7 @@ from lcc_lens.core.outputs.folders import (
     unfinished_work,
 )
 from lcc_lens.core.outputs.places import require_file, writing_run
+from lcc_lens.models.loading.references import resolve
 
 
 @pytest.fixture(autouse=True)
@@ -259,6 +260,14 @@ def test_the_lock_of_a_killed_process_is_free(tmp_path: Path) -> None:
     (tmp_path / ".out.lcc-lens-lock").write_text("process 1 on moon")
     write(tmp_path / "out")
     assert names(tmp_path) == ["out"]
+
+
+def test_the_root_and_a_link_to_itself_have_nothing_to_recover(tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    recover(Path("/"))
+    recover(tmp_path / "loop")
+    with pytest.raises(RequestError, match="which is not there"):
+        resolve(tmp_path / "loop")
 
 
 def test_a_run_is_no_model(tmp_path: Path) -> None:

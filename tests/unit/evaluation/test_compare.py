@@ -63,6 +63,8 @@ def test_entries_are_read(text: str, expected: tuple) -> None:
     ("refit@dense", "expected a control of a method that trains"),
     ("refit+lcc@dense", "that trains on the pruned model"),
     ("lcc=fast", "expected a learning rate or 'tuned' after =, got 'fast'"),
+    ("lcc=nan", "expected lr in 'lcc=nan' above 0 and at most 1000, got nan"), ("lcc=1e308", "and at most 1000"),
+    ("lcc:1e308*response+1e308*heads", "expected an objective"),
     ("norms@random-heads", "expected a method that acts on heads"), ("lora@random-heads", "that acts on heads"),
     ("mlp-lcc@random-heads", "expected a method that acts on heads"), ("flap+lcc", "expected a method"),
 ])  # fmt: skip
@@ -455,7 +457,7 @@ def test_parts_are_read(text: str, expected: tuple[int, int]) -> None:
     assert read_part(text) == expected
 
 
-@pytest.mark.parametrize("text", ["0/2", "3/2", "2", "a/b", "1/", "-1/2"])
+@pytest.mark.parametrize("text", ["0/2", "3/2", "2", "a/b", "1/", "-1/2", f"1/{'9' * 5000}"])
 def test_wrong_parts_are_refused(text: str) -> None:
     with pytest.raises(RequestError, match=f"expected a part i/n with i of 1 to n, got '{text}'"):
         read_part(text)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from support.commands import call
 from support.small_sets import ARC
 
 from lcc_lens.core.errors import RequestError
@@ -170,3 +171,4 @@ def test_task_without_data_is_refused_before_any_model_is_loaded(tmp_path: Path)
 def test_no_task_is_refused() -> None:
     with pytest.raises(RequestError, match="expected at least one task"):
         check_tasks([])
+    assert call("eval", "nowhere", "--tasks") == 2

@@ -70,6 +70,14 @@ def test_errors_and_notes_are_one_visible_line(
     assert "\x1b" not in main._Formatter("lcc-lens: %(message)s").format(record)
 
 
+@pytest.mark.parametrize("arguments", [["doctor", "a", HOSTILE], ["doctor", "a", f"--{HOSTILE}"], [HOSTILE]])
+def test_wrong_usage_repeats_no_control_characters(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(*arguments) == 2
+    error = capsys.readouterr().err
+    assert "owned" in error
+    assert not {"\x1b", "\x07", "\x9b", "\u202e", "\r"} & set(error)
+
+
 def test_a_name_does_not_enter_the_card(tmp_path: Path) -> None:
     record = RestorationRecord(
         HOSTILE, "out/<img src=x onerror=alert(1)>|`|", "", HOSTILE, "lcc", HOSTILE, 3, 0, losses={"a|<i>": 1.0}

@@ -148,7 +148,7 @@ def test_patterns_survive_their_text(n: int, extra: int) -> None:
     assert pattern.sparsity == pytest.approx(extra / (n + extra))
 
 
-@pytest.mark.parametrize("text", ["", "2", "2:", "2:4:8", "a:b", "-2:4", "0.5", "2/4"])
+@pytest.mark.parametrize("text", ["", "2", "2:", "2:4:8", "a:b", "-2:4", "0.5", "2/4", f"2:{'9' * 5000}"])
 def test_text_that_is_no_pattern_is_refused(text: str) -> None:
     with pytest.raises(RequestError, match="expected a pattern N:M, got"):
         parse_pattern(text)
