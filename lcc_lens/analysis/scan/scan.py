@@ -79,8 +79,7 @@ def scan(
         positions: tokens to compare: ``all``; the question's ``last`` (as in the paper); the ``end``; those that
             predict the ``response``; or chosen positions (negative ones count from the end).
         sites: compare ``mlp`` (post-activation) and ``resid`` (residual stream) too; heads always.
-        spectra: sites with singular values and directions, heads always (``mlp-lcc`` needs ``mlp``'s); memory is width
-            squared.
+        spectra: sites with singular values and directions, heads always; memory is width squared.
         selectors: scores to compute; if not given ``attribution`` (with both models in memory), and ``probe`` and
             ``interaction`` where the data have right and wrong answers; ``mse`` and ``random`` always.
         max_length: tokens per example at most; 512, or the models' context if shorter.
@@ -98,17 +97,26 @@ def scan(
         InterruptedRun: Ctrl-C, after the state was saved.
     """
     check_sites([*sites, *spectra])
-    spectra = tuple(site for site in SITES if site == "z" or site in spectra)
     data = as_data(data)
     named = None if selectors is None else check_selectors(selectors)
     length = fitting_length(max_length, pair.context)
     right, wrong = pair_sequences(data, pair, length, limit)
     names = possible_selectors(named, pair, data, len(right), wrong)
     tokens = batch_tokens or tokens_per_pass(device_of(pair.dense))
-    plan = ScanPlan(tuple(right), wrong, positions, _compared_sites(pair, sites), tokens)
+    plan = ScanPlan(tuple(right), wrong, positions, _with_heads(sites, pair), tokens)
     settings = ScoreSettings(probe_rank, probe_solver, probe_folds, selector_examples, seed, tokens)
     check_plan(plan.sequences, positions, settings, None if wrong is None or "probe" not in names else pair.d_head)
-    return _run(pair, data, plan, spectra, names, settings, length, _Extras.of(display, causes, names, pair), run)
+    return _run(
+        pair,
+        data,
+        plan,
+        _with_heads(spectra, pair),
+        names,
+        settings,
+        length,
+        _Extras.of(display, causes, names, pair),
+        run,
+    )
 
 
 def has_scan(run: Path) -> bool:
@@ -120,7 +128,7 @@ def has_scan(run: Path) -> bool:
     return True
 
 
-def _compared_sites(pair: Pair, requested: Sequence[Site]) -> tuple[Site, ...]:
+def _with_heads(requested: Sequence[Site], pair: Pair) -> tuple[Site, ...]:
     """Head outputs, and the requested sites that this pair has."""
     return tuple(site for site in SITES if site == "z" or (site in requested and site in pair.sites))
 
