@@ -73,19 +73,29 @@ def limit_tokens(tokenizer: PreTrainedTokenizerBase, n_embeddings: int) -> None:
     _N_EMBEDDINGS[tokenizer] = n_embeddings
 
 
-def token_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """The tokens of a text, without the special ones around it.
+def token_ids(tokenizer: PreTrainedTokenizerBase, text: str, *, special: bool = False) -> list[int]:
+    """The tokens of a text that the model knows, see :func:`known_ids`.
 
-    A special token that the model has no embedding for, such as a literal ``[PAD]``, is read letter by letter.
+    Args:
+        special: with the special ones around it.
+    """
+    return known_ids(tokenizer, lambda: list(tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]))
+
+
+def known_ids(tokenizer: PreTrainedTokenizerBase, encode: Callable[[], list[int]]) -> list[int]:
+    """What a tokenizer encodes; a special token without an embedding, such as ``[PAD]``, is read letter by letter.
 
     Raises:
         RequestError: the tokenizer makes of it what the model does not know.
     """
-    settings: dict[str, Any] = {"add_special_tokens": False, "verbose": False}
-    ids: list[int] = tokenizer(text, **settings)["input_ids"]
-    n_known = _N_EMBEDDINGS.get(tokenizer, sys.maxsize)
+    ids, n_known = encode(), _N_EMBEDDINGS.get(tokenizer, sys.maxsize)
     if max(ids, default=0) >= n_known:
-        ids = tokenizer(text, **settings, split_special_tokens=True)["input_ids"]
+        splits = tokenizer.split_special_tokens
+        tokenizer.split_special_tokens = True
+        try:
+            ids = encode()
+        finally:
+            tokenizer.split_special_tokens = splits
     if max(ids, default=0) >= n_known:
         raise RequestError(
             f"expected tokens up to {n_known - 1}, got {max(ids)} from the tokenizer; copy the model's own tokenizer"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from lm_eval.models.huggingface import HFLM
 from torch import Tensor
 
 from lcc_lens.core.errors import RequestError
-from lcc_lens.data.batches import Batch, TokenSequence, batches
+from lcc_lens.data.batches import Batch, TokenSequence, batches, known_ids
 from lcc_lens.models.hooked.losses import logits_where, token_nll
 
 #: A request of lm-eval: its texts, the tokens of the context, and the tokens of the answer.
@@ -36,6 +37,11 @@ class AnswerScorer(HFLM):  # type: ignore[misc]  # lm-eval is not typed
     def __init__(self, model: Any, tokenizer: Any, *, max_length: int, max_tokens: int = 1024) -> None:
         super().__init__(pretrained=model, tokenizer=tokenizer, max_length=max_length, batch_size=1)
         self._max_tokens = max_tokens
+
+    def tok_encode(self, string: str, *arguments: Any, **settings: Any) -> list[int]:
+        """The tokens of a text, as lm-eval encodes it; see :func:`~lcc_lens.data.batches.known_ids`."""
+        encode = partial(super().tok_encode, string, *arguments, **settings)
+        return known_ids(self.tokenizer, encode)
 
     def _loglikelihood_tokens(
         self, requests: Sequence[Request], disable_tqdm: bool = False, override_bs: int | None = None

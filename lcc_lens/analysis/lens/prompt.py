@@ -15,6 +15,7 @@ from torch import Tensor
 from lcc_lens.analysis.lens.readings import Reading, in_pruned_order, read_text
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.heads import all_heads
+from lcc_lens.data.batches import token_ids
 from lcc_lens.models.hooked.hooks import HookedModel
 from lcc_lens.models.pair import Pair
 
@@ -230,7 +231,7 @@ def prompt_tokens(pair: Pair, prompt: str) -> Int[Tensor, " pos"]:
     Raises:
         RequestError: it has no token, or more than the model's context.
     """
-    ids = pair.tokenizer(prompt)["input_ids"]
+    ids = token_ids(pair.tokenizer, prompt, special=True)
     if not ids:
         raise RequestError("expected a prompt with at least one token, got none; write some text")
     if len(ids) > pair.context:

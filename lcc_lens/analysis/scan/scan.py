@@ -103,20 +103,10 @@ def scan(
     right, wrong = pair_sequences(data, pair, length, limit)
     names = possible_selectors(named, pair, data, len(right), wrong)
     tokens = batch_tokens or tokens_per_pass(device_of(pair.dense))
-    plan = ScanPlan(tuple(right), wrong, positions, _with_heads(sites, pair), tokens)
+    plan = ScanPlan(tuple(right), wrong, positions, _compared_sites(pair, sites), tokens)
     settings = ScoreSettings(probe_rank, probe_solver, probe_folds, selector_examples, seed, tokens)
     check_plan(plan.sequences, positions, settings, None if wrong is None or "probe" not in names else pair.d_head)
-    return _run(
-        pair,
-        data,
-        plan,
-        _with_heads(spectra, pair),
-        names,
-        settings,
-        length,
-        _Extras.of(display, causes, names, pair),
-        run,
-    )
+    return _run(pair, data, plan, spectra, names, settings, length, _Extras.of(display, causes, names, pair), run)
 
 
 def has_scan(run: Path) -> bool:
@@ -128,7 +118,7 @@ def has_scan(run: Path) -> bool:
     return True
 
 
-def _with_heads(requested: Sequence[Site], pair: Pair) -> tuple[Site, ...]:
+def _compared_sites(pair: Pair, requested: Sequence[Site]) -> tuple[Site, ...]:
     """Head outputs, and the requested sites that this pair has."""
     return tuple(site for site in SITES if site == "z" or (site in requested and site in pair.sites))
 
@@ -213,7 +203,7 @@ def _scan_work(run: str | Path | None, pair: Pair, plan: ScanPlan, spectra: Sequ
         state = _state(run, pair, plan, spectra, joined=is_divided and not is_first_process())
         if is_divided:
             state.begin()
-        work = ScanWork(pair, plan, [site for site in spectra if site in plan.sites], state, is_divided)
+        work = ScanWork(pair, plan, [site for site in plan.sites if site == "z" or site in spectra], state, is_divided)
     if is_divided:  # no process writes before all have read the state
         wait_for_all(_AGAIN)
     with state:

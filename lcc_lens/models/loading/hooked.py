@@ -134,7 +134,9 @@ def load_hooked(
     _check_device_map(device or default_device(), device_map or default_device_map(), is_bridge=is_bridge)
     plain, sha256 = _read(path, device=device, dtype=dtype, device_map=device_map)
     tokenizer = load_tokenizer(path)
-    _refuse_other_tokenizer(tokenizer, plain.get_input_embeddings().num_embeddings, path)
+    n_embeddings = int(plain.get_input_embeddings().num_embeddings)
+    _refuse_other_tokenizer(tokenizer, n_embeddings, path)
+    limit_tokens(tokenizer, n_embeddings)
     tokens = spread_tokens(plain.config.get_text_config().vocab_size, plain.device, context_of(plain.config))
     with torch.inference_mode():
         expected = plain(tokens).logits.float()

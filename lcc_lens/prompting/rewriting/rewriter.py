@@ -17,6 +17,7 @@ from lcc_lens.core.files import read_sealed, write_sealed
 from lcc_lens.core.ranges import Count, Natural, Seed, ranged
 from lcc_lens.core.reading import convert, parse_json
 from lcc_lens.core.showing import Shown
+from lcc_lens.data.batches import token_ids
 from lcc_lens.models.hooked.hooks import HookedModel
 from lcc_lens.models.pair import Pair
 from lcc_lens.prompting.frames import split_prompt
@@ -231,7 +232,7 @@ def rewrite_prompt(
         return framed.having(core)
 
     if response is None:
-        tokens = chat_tokens(tokenizer, framed.core) if is_bare else list(tokenizer(prompt)["input_ids"])
+        tokens = chat_tokens(tokenizer, framed.core) if is_bare else token_ids(tokenizer, prompt, special=True)
         if len(tokens) + response_tokens > pair.context:
             raise RequestError(
                 f"expected a prompt of at most {pair.context - response_tokens} tokens, got {len(tokens)}; shorten it"

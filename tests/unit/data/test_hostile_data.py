@@ -11,11 +11,14 @@ import pytest
 import torch
 from support.tiny import build_model, save_model, tiny_tokenizer
 
+from lcc_lens.analysis.lens.prompt import prompt_tokens
 from lcc_lens.core.errors import RequestError
 from lcc_lens.data.batches import token_ids
 from lcc_lens.data.datasets import Data, encode, load_data
 from lcc_lens.data.prompts import Example
+from lcc_lens.evaluation.lm_eval_model import AnswerScorer
 from lcc_lens.models.loading.hooked import load_tokenizer
+from lcc_lens.models.pair import load_pair
 
 LINES = {
     "half of a surrogate pair": ('{"text": "a \\ud800 b"}', "got half of a surrogate pair"),
@@ -94,6 +97,10 @@ def test_a_literal_pad_without_an_embedding_is_read_as_text(tmp_path: Path) -> N
     data = Data("own", "text", (Example("", text * 9, "g"),), "here")
     with torch.no_grad():
         assert model(torch.stack([s.tokens for s in encode(data, loaded, max_length=20)])).logits.isfinite().all()
+    assert not loaded.split_special_tokens
+    assert AnswerScorer(model, loaded, max_length=64)._encode_pair(text, " that") == (ids, token_ids(loaded, " that"))
+    pair = load_pair(tmp_path, tmp_path)
+    assert prompt_tokens(pair, text).tolist() == ids
 
 
 def test_too_few_held_out_responses_are_refused(tmp_path: Path, dense_dir: Path) -> None:
