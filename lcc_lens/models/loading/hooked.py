@@ -133,10 +133,7 @@ def load_hooked(
     is_bridge = in_memory is None and (hooks or hook_kind()) == "bridge"
     _check_device_map(device or default_device(), device_map or default_device_map(), is_bridge=is_bridge)
     plain, sha256 = _read(path, device=device, dtype=dtype, device_map=device_map)
-    tokenizer = load_tokenizer(path)
-    n_embeddings = int(plain.get_input_embeddings().num_embeddings)
-    _refuse_other_tokenizer(tokenizer, n_embeddings, path)
-    limit_tokens(tokenizer, n_embeddings)
+    tokenizer = _own_tokenizer(path, plain.get_input_embeddings().num_embeddings)
     tokens = spread_tokens(plain.config.get_text_config().vocab_size, plain.device, context_of(plain.config))
     with torch.inference_mode():
         expected = plain(tokens).logits.float()
@@ -266,7 +263,9 @@ def _check_device_map(device: torch.device, device_map: DeviceMap | None, *, is_
         )
 
 
-def _refuse_other_tokenizer(tokenizer: PreTrainedTokenizerBase, n_embeddings: int, path: Path) -> None:
+def _own_tokenizer(path: Path, n_embeddings: int) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model, whose words have embeddings."""
+    tokenizer = load_tokenizer(path)
     added = tokenizer.get_added_vocab().keys()  # added padding often has no embedding, which does no harm
     largest = max(number for token, number in tokenizer.get_vocab().items() if token not in added)
     if largest >= n_embeddings:
@@ -274,3 +273,5 @@ def _refuse_other_tokenizer(tokenizer: PreTrainedTokenizerBase, n_embeddings: in
             f"expected a tokenizer whose tokens the model in {path} knows, got token {largest} for {n_embeddings} "
             "embeddings; copy the tokenizer that belongs to it"
         )
+    limit_tokens(tokenizer, n_embeddings)
+    return tokenizer
