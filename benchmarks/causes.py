@@ -14,6 +14,7 @@ after every part.
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import shlex
 import sys
@@ -50,7 +51,7 @@ def kept(file: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """What a file holds; made and written if there is none."""
     if not file.exists():
         start = time.perf_counter()
-        write_json(file, make())
+        write_json(file, _rounded(make()))
         print(f"{file.parent.name} {file.stem}: {time.perf_counter() - start:.0f} s", flush=True)
     return dict(read_json(file))
 
@@ -90,7 +91,7 @@ class Part:
         assert scan.causes is not None
         heads, by_cause = scan.causes.heads, scan.causes.heads.by_cause()
         types = lcc.head_types(pair, data=lcc.load_data("c4", n=16, role="probe"), n_sequences=6, length=50)
-        inherited = by_cause["inherited"].clone()
+        inherited = by_cause["inherited"].nan_to_num(torch.inf)
         inherited[:2] = torch.inf  # the first layers read nearly the same stream
         own = lcc.Head(*divmod(int(inherited.argmin()), inherited.shape[1]))
         return {
@@ -152,12 +153,14 @@ def _tasks(pair: lcc.Pair) -> dict[str, Any]:
 
 
 def _rounded(value: Any) -> Any:
-    """Few digits, for a file that people read."""
+    """Few digits, for a file that people read; None where nothing was lost, so that no fraction is defined."""
     if isinstance(value, dict):
         return {key: _rounded(item) for key, item in value.items()}
     if isinstance(value, list):
         return [_rounded(item) for item in value]
-    return float(f"{value:.4g}") if isinstance(value, float) else value
+    if isinstance(value, float):
+        return None if math.isnan(value) else float(f"{value:.4g}")
+    return value
 
 
 def _options() -> str:
