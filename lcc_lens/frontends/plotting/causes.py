@@ -132,7 +132,8 @@ def plot_upstream(upstream: Upstream, n: int = 10) -> go.Figure:
     largest = max(float(table["direct"].abs().max()), 1e-9)
     heights = [(row + 1) / (len(table) + 1) for row in range(len(table))]
     figure = go.Figure()
-    for y, row in zip(heights, table.sort_values("layer").to_dict("records"), strict=True):
+    table = table.sort_values("layer")
+    for y, row in zip(heights, table.to_dict("records"), strict=True):
         color = COLORS["pruned"] if row["direct"] > 0 else COLORS["dense"]
         figure.add_scatter(
             x=[row["layer"], target.layer], y=[y, 0.5], mode="lines", hoverinfo="skip",
@@ -140,8 +141,7 @@ def plot_upstream(upstream: Upstream, n: int = 10) -> go.Figure:
         )  # fmt: skip
         exact = "" if row["exact"] != row["exact"] else f", patched {100 * row['exact']:.1f} %"
         figure.add_scatter(
-            x=[row["layer"]], y=[y], mode="markers+text", text=[row["writer"]], textposition="top center",
-            marker={"color": color, "size": 9},
+            x=[row["layer"]], y=[y], mode="markers", marker={"color": color, "size": 9},
             hovertemplate=f"{row['writer']}: {100 * row['direct']:.1f} %{exact}<extra></extra>",
         )  # fmt: skip
     figure.add_scatter(
@@ -153,8 +153,8 @@ def plot_upstream(upstream: Upstream, n: int = 10) -> go.Figure:
         f"Direct effects of the {len(table)} strongest of {len(upstream.writers)} writers on what the head inherited.",
         width=COLUMN, plot_height=260, legend=False,
     )  # fmt: skip
-    figure.update_xaxes(title="layer", range=[-1.8, 1.2 * target.layer + 2], showgrid=False)
-    figure.update_yaxes(visible=False, range=[0, 1.1])
+    figure.update_xaxes(title="layer", range=[-1.5, 1.2 * target.layer + 2], showgrid=False)
+    figure.update_yaxes(tickvals=heights, ticktext=list(table["writer"]), range=[0, 1.05], showgrid=False)
     return figure
 
 

@@ -340,9 +340,10 @@ def test_head_types_show_what_is_left_of_the_strongest(pair) -> None:
 def test_upstream_is_a_graph_of_the_strongest_writers(pair) -> None:
     upstream = trace_upstream(pair, (1, 2), PARAGRAPHS[:2], exact=2)
     figure = plot_upstream(upstream, n=3)
-    nodes = [trace.text[0] for trace in figure.data if trace.mode == "markers+text"]
-    assert nodes[-1] == "L1H2"
-    assert set(nodes[:-1]) == set(upstream.table()["writer"][:3])
+    assert [trace.text[0] for trace in figure.data if trace.mode == "markers+text"] == ["L1H2"]
+    strongest = upstream.table().head(3).sort_values("layer")
+    assert list(figure.layout.yaxis.ticktext) == list(strongest["writer"])
+    assert [trace.x[0] for trace in figure.data if trace.mode == "markers"] == list(strongest["layer"])
     widths = [trace.line.width for trace in figure.data if trace.mode == "lines"]
     assert max(widths) == pytest.approx(6.5)
 
