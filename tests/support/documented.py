@@ -27,7 +27,7 @@ SMALLER = {
     "restore": "--examples 96 --scan-examples 16 --refit-samples 6 --items 8",
     "prompts": "--examples 4 --seeds 1 --variants clear filler", "merits": "--examples 4",
     "refit": "--calibration c4 --n-samples 4 --seq-len 32",
-    "compare": "--seeds 1 --examples 8 --responses 4 --blocks 2 --max-length 200 --speed-rounds 0 --limit 2 --texts c4",
+    "compare": "--seeds 1 --examples 8 --responses 4 --blocks 2 --max-length 400 --speed-rounds 0 --limit 2 --texts c4",
     "eval": "--limit 2 --length 64", "report": "--no-latency", "figures": "--formats html",
     "rewrite fit": "--examples 8 --candidates 4 --version-tokens 8 --steps 2 --batch-size 2",
     "rewrite": "--n 2 --max-new-tokens 8",
