@@ -135,8 +135,7 @@ def load_hooked(
     plain, sha256 = _read(path, device=device, dtype=dtype, device_map=device_map)
     tokenizer = _own_tokenizer(path, plain.get_input_embeddings().num_embeddings)
     tokens = spread_tokens(plain.config.get_text_config().vocab_size, plain.device, context_of(plain.config))
-    with torch.inference_mode():
-        expected = plain(tokens).logits.float()
+    expected = _plain_logits(plain, tokens, path)
     names = {id(module): name for name, module in plain.named_modules()}
     if is_bridge:
         model = _bridge(plain, tokenizer, path)
@@ -201,6 +200,19 @@ def _output_projections(model: Any, plain: PreTrainedModel) -> list[torch.nn.Mod
     if is_hooked_transformer(model):
         return [plain.get_submodule(name) for name in copied_projection_names(model, "z")]
     return [block.attn.o.original_component for block in model.blocks]
+
+
+def _plain_logits(plain: PreTrainedModel, tokens: Tensor, path: Path) -> Tensor:
+    """The logits that a model under hooks is held to."""
+    try:
+        with torch.inference_mode():
+            logits: Tensor = plain(tokens).logits.float()
+    except (RuntimeError, ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
+        raise LensError(
+            f"expected the model in {path} to run in plain transformers, got an error ({first_line(error)}); check its "
+            "config.json"
+        ) from error
+    return logits
 
 
 def _check_hooked(model: Any, tokens: Tensor, expected: Tensor, reference: str) -> None:

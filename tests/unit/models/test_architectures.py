@@ -42,6 +42,16 @@ def test_heads_of_other_sizes_are_refused_at_once_and_doctor_says_so(family: str
     assert "scan" not in found
 
 
+def test_a_model_that_transformers_cannot_run_is_said_to_be_one(tmp_path: Path) -> None:
+    config = hf.PersimmonConfig(
+        vocab_size=257, hidden_size=40, intermediate_size=44, num_hidden_layers=2, num_attention_heads=4, eos_token_id=0
+    )  # its rotary part would be five wide
+    directory = save_model(hf.PersimmonForCausalLM(config), tmp_path / "model")
+    with pytest.raises(LensError, match="to run in plain transformers, got an error"):
+        load_hooked(directory)
+    assert not examine(directory).is_sound
+
+
 def test_norms_of_single_heads_let_heads_go_however_few_they_are(tmp_path: Path) -> None:
     directory = save_family("qwen3, one key-value head", tmp_path / "one")
     anatomies = find_anatomies(directory, find_matrices(Checkpoint(directory)))
