@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM
 
 import lcc_lens
 from lcc_lens.core.config import package_version
+from lcc_lens.core.errors import DiskFullError
 from lcc_lens.core.files import sha256_file
 from lcc_lens.core.heads import Head
 from lcc_lens.frontends.cli.main import COMMANDS, parse, run
@@ -98,6 +99,25 @@ def test_doctor_writes_its_findings(pruned_dir: Path, tmp_path: Path) -> None:
     assert call("eval", pruned_dir, "--tasks", pruned_dir.parent / "text.txt", "--limit", 2, "--length", 20,
                 "--out", tmp_path / "scores.csv") == 0  # fmt: skip
     assert (tmp_path / "scores.csv").read_text().startswith("model,task,perplexity,")
+
+
+def test_results_are_shown_where_the_disk_is_full_by_then(
+    dense_dir: Path,
+    text_file: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def full(*arguments: object) -> None:
+        raise DiskFullError("no space left")
+
+    monkeypatch.setattr("lcc_lens.frontends.cli.measuring.write_json", full)
+    assert (
+        call("eval", dense_dir, "--tasks", text_file, "--limit", 1, "--length", 20, "--out", tmp_path / "r.json") == 1
+    )
+    said = capsys.readouterr()
+    assert "perplexity" in said.out
+    assert "no space left" in said.err
 
 
 def test_magnitude_and_pattern(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -246,7 +246,8 @@ def test_every_command_refuses_and_writes_nothing(model: Path, pruned_dir: Path,
         ["eval", str(model), "--tasks", str(text_file), "--out", file],
         ["compare", str(model), str(pruned_dir), run, "--methods", "lcc"],
         ["report", str(model), "--no-latency", "--out", file],
-        ["gguf", str(model), file],
+        ["prompts", str(model), str(pruned_dir), run],
+        ["rewrite", "fit", str(pruned_dir), str(model), run],
     ]
     for call in calls:
         assert main_of([*call, "--quiet"]) == 2, call
