@@ -8,6 +8,7 @@ import shutil
 import stat
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 from lcc_lens.core.config import package_version
@@ -127,6 +128,28 @@ def note_written(file: Path) -> None:
     if mark.is_file():
         record = read_json(mark)
         write_json(mark, {**record, "files": sorted({*record["files"], file.name})})
+
+
+def claim_files(folder: Path, names: Iterable[str]) -> None:
+    """Note in a folder's mark the files that will be written there.
+
+    Raises:
+        RequestError: one of them is there already, and this program did not write it.
+    """
+    mark = folder / MARK
+    written = set(read_json(mark, _Mark, "remove it").files) if mark.is_file() else set()
+    if taken := [name for name in names if (folder / name).exists() and name not in written]:
+        raise RequestError(
+            f"expected to replace only what lcc-lens wrote, got another {taken[0]} in {folder}; name another folder"
+        )
+    with disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(mark, {"written_by": f"lcc-lens {package_version()}", "files": sorted({*written, *names})})
+
+
+@dataclass(frozen=True)
+class _Mark:
+    files: list[str]
 
 
 def folder_to_write(path: Path) -> Path:

@@ -12,6 +12,7 @@ from lcc_lens.analysis.lens.saved import LENS_FILE, load_lens
 from lcc_lens.analysis.scan.result import SCAN_RECORD, Scan
 from lcc_lens.core.errors import LensError, RequestError
 from lcc_lens.core.heads import Head
+from lcc_lens.core.outputs.folders import claim_files
 from lcc_lens.core.reading import read_json_lines, reading
 from lcc_lens.core.showing import Shown
 from lcc_lens.evaluation.comparison.compare import COMPARISON
@@ -67,7 +68,8 @@ def draw_figures(run: str | Path, out: str | Path, *, formats: Sequence[Format] 
         formats: ``html``, or images, which need kaleido and a Chromium browser.
 
     Raises:
-        RequestError: the run has the data for no figure, a format is unknown, or a file is damaged.
+        RequestError: the run has the data for no figure, a format is unknown, a file is damaged, or a file of the
+            folder would be replaced that is not a figure of this package's.
         LensError: images cannot be drawn; requested HTML pages have been written.
 
     Example:
@@ -83,6 +85,7 @@ def draw_figures(run: str | Path, out: str | Path, *, formats: Sequence[Format] 
         first = next(iter(lacking.values()))
         raise RequestError(f"expected a run with data for a figure in {run}, got none; {first}")
     paths = {out / f"{name}.{kind}": figure for name, figure in figures.items() for kind in formats}
+    claim_files(out, [path.name for path in paths])
     for path, figure in paths.items():
         if path.suffix == ".html":
             write_html(figure, path, alone=False)

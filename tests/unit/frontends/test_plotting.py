@@ -24,6 +24,7 @@ from lcc_lens.analysis.lens.tokens import PromotedTokens, TokenScore
 from lcc_lens.analysis.scan.scan import Scan, scan
 from lcc_lens.core.errors import LensError, RequestError
 from lcc_lens.core.heads import Head
+from lcc_lens.core.outputs.folders import MARK
 from lcc_lens.frontends.cli.show import show_drawn
 from lcc_lens.frontends.plotting.causes import plot_causes, plot_head_types, plot_recovered, plot_upstream
 from lcc_lens.frontends.plotting.comparisons import plot_comparison, plot_inference_cost, plot_tasks
@@ -282,6 +283,20 @@ def test_run_draws_what_it_has_and_names_what_makes_the_rest(found: Scan, tmp_pa
         draw_figures(tmp_path / "run", tmp_path / "out", formats=[])
 
 
+def test_figures_replace_figures_alone(found: Scan, tmp_path: Path) -> None:
+    found.save(tmp_path / "run")
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "spectra.html").write_text("mine")
+    with pytest.raises(RequestError, match=r"got another spectra\.html in .*out; name another folder"):
+        draw_figures(tmp_path / "run", out, formats=["html"])
+    assert [path.name for path in out.iterdir()] == ["spectra.html"]
+    (out / "spectra.html").rename(out / "mine.html")
+    for _ in range(2):
+        draw_figures(tmp_path / "run", out, formats=["html"])
+    assert (out / "mine.html").read_text() == "mine"
+
+
 def test_run_with_everything_lacks_nothing_but_variation(
     pair, found: Scan, tmp_path: Path, comparison: dict[str, Any], gain: LogitGain, promoted: PromotedTokens
 ) -> None:
@@ -385,7 +400,8 @@ def test_missing_browser_leaves_the_pages(found: Scan, tmp_path: Path, monkeypat
     with pytest.raises(LensError, match=r"expected kaleido and a Chromium browser.*the HTML pages are in") as error:
         draw_figures(tmp_path / "run", tmp_path / "out")
     assert "\n" not in str(error.value)
-    assert sorted(path.suffix for path in (tmp_path / "out").iterdir()) == [".html", ".html", ".html", ".js"]
+    pages = [path for path in (tmp_path / "out").iterdir() if path.name != MARK]
+    assert sorted(path.suffix for path in pages) == [".html", ".html", ".html", ".js"]
 
 
 def test_a_png_names_its_figure(found: Scan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
