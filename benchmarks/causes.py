@@ -179,7 +179,7 @@ def main() -> None:
     torch.set_num_threads(1)
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    cells = read_json(HERE / "selector_study.json")["cells"]
+    cells = [cell for cell in read_json(HERE / "selector_study.json")["cells"] if cell["seed"] < given.seeds]
     study: dict[str, Any] = {
         "command": shlex.join(["python", "benchmarks/causes.py", *shlex.split(_options())]),
         "machine": describe(), "parts": {name: [] for name in given.models}, "judged": {}, "cpu_seconds": {},

@@ -12,12 +12,12 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from run import describe
 
-from lcc_lens.core.files import write_json
 from lcc_lens.core.progress import shown
-from lcc_lens.core.reading import read_json
+from lcc_lens.core.reading import read_record, write_record
 from lcc_lens.evaluation.comparison.compare import compare
 from lcc_lens.evaluation.comparison.config import CompareConfig
 from lcc_lens.pruning.jobs import prune
@@ -50,7 +50,7 @@ def main() -> None:
             prune("smollm2", pruned, calibration="c4")
         compare("smollm2", pruned, asked.folder, ENTRIES, seeds=asked.seeds, config=config, out=OUT)
     command = f"python benchmarks/domains.py --seeds {asked.seeds}"
-    write_json(OUT, {**read_json(OUT), "command": command, "machine": describe()})
+    write_record(OUT, {**read_record(OUT, dict[str, Any]), "command": command, "machine": describe()})
 
 
 if __name__ == "__main__":

@@ -14,6 +14,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from cause_tables import TABLES as CAUSES
+
 HERE = Path(__file__).parent
 ROOT = HERE.parent
 #: The pages with marked tables.
@@ -470,6 +472,44 @@ def prompt_head_table(study: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+#: Rows of the study of domains, by how the entry begins.
+DOMAIN_ROWS = {
+    "refit": "`refit`, no training",
+    "refit+all-weights": "`polish`: `refit`, then all remaining weights and norm gains",
+    "refit+low-rank": "`refit`, then `low-rank`", "lora": "LoRA (peft; q, k, v, o)",
+    "all-weights": "all remaining weights and norm gains, no refit",
+}  # fmt: skip
+
+
+def domain_table(study: dict[str, Any]) -> str:
+    """Lost log-perplexity recovered on every kind of text; a star where the kind was not in the pool."""
+    from lcc_lens.evaluation.comparison.compare import summary
+
+    rows = {row["entry"].partition(":")[0]: row for row in summary(study)}
+    texts = [Path(text).stem for text in study["settings"]["texts"]]
+    shown = next(iter(rows.values()))["domains"]
+    names = [text if shown[text]["in_pool"] else f"{text} *" for text in texts]
+    lines = [_row(["", "mean", "worst", *names, "KL to dense", "seeds"]), "|---|" + "---:|" * (len(texts) + 4)]
+    for name, label in DOMAIN_ROWS.items():
+        if (row := rows.get(name)) is None:
+            continue
+        cells = [_percent_of(row, "recovered_mean"), _percent_of(row, "recovered_worst")]
+        cells += [f"{100 * row['domains'][text]['recovered']:.1f}" for text in texts]
+        lines.append(_row([label, *cells, f"{row['kl']:.3f}", str(row["seeds"])]))
+    return "\n".join(lines)
+
+
+def domain_overview(study: dict[str, Any]) -> str:
+    """The mean and the worst of the domains alone."""
+    lines = [line.split("|") for line in domain_table(study).splitlines()]
+    return "\n".join("|".join([*line[:4], *line[-3:]]) for line in lines)
+
+
+def _percent_of(row: dict[str, Any], key: str) -> str:
+    spread = row[f"{key}_sd"]
+    return f"{100 * row[key]:.1f}" + ("" if spread is None else f" ± {100 * spread:.1f}")
+
+
 def _row(cells: list[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
@@ -498,6 +538,9 @@ MARKED: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "ratios": ("results.json", ratio_table),
     "prompts": ("prompts.json", prompt_table),
     "prompt heads": ("prompts.json", prompt_head_table),
+    "domains": ("domains_wanda50.json", domain_table),
+    "domains, in short": ("domains_wanda50.json", domain_overview),
+    **{mark: ("causes.json", draw) for mark, draw in CAUSES.items()},
 }
 
 
