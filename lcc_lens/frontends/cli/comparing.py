@@ -9,7 +9,7 @@ import tyro
 
 from lcc_lens.analysis.selectors.names import DEFAULT_SELECTOR
 from lcc_lens.core.ranges import Count, Length, Natural, Share
-from lcc_lens.frontends.cli.options import DenseModel, Maybe, PrunedModel, RunPath, Switch, Tabled
+from lcc_lens.frontends.cli.options import SELECTOR_HELP, DenseModel, Maybe, PrunedModel, RunPath, Switch, Tabled
 from lcc_lens.frontends.cli.show import show_comparison
 
 _METHODS = (
@@ -77,8 +77,7 @@ class Compare(Tabled):
     """How many seeds (the draw of examples, their order, initial values)."""
     heads: Share = 1.0
     """Fraction of heads to restore."""
-    selector: str = DEFAULT_SELECTOR
-    """Score that heads are chosen by: attribution, probe (the paper's), or another of scan's."""
+    selector: Annotated[str, tyro.conf.arg(help=SELECTOR_HELP)] = DEFAULT_SELECTOR
     part: str = "1/1"
     """i/n: compute every n-th run, starting at the i-th; start the same command with 1/n to n/n in n processes."""
     data: CompareData = CompareData()

@@ -24,6 +24,10 @@ Switch = tyro.conf.FlagCreatePairsOff[bool]
 _T = TypeVar("_T")
 #: An option that need not be given; its help says what holds then.
 Maybe = Annotated[_T | None, tyro.conf.arg(help_behavior_hint="")]
+SELECTOR_HELP = (
+    "Score that heads are chosen by: attribution (if not given), patching, probe (the paper's), interaction, mse, kl, "
+    "gradient, own or random."
+)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,7 @@ from lcc_lens.core.errors import RequestError
 from lcc_lens.core.machine.processes import is_first_process
 from lcc_lens.core.ranges import Seed, Share
 from lcc_lens.data.prompts import RecoveryTask
-from lcc_lens.frontends.cli.options import DenseModel, Maybe, PrunedModel, RunPath, Switch, Tabled
+from lcc_lens.frontends.cli.options import SELECTOR_HELP, DenseModel, Maybe, PrunedModel, RunPath, Switch, Tabled
 from lcc_lens.frontends.cli.restore_options import (
     BUDGET_HELP,
     METHODS_HELP,
@@ -51,8 +51,7 @@ class Restore(Tabled):
     budget: Annotated[Maybe[str], tyro.conf.arg(help=BUDGET_HELP)] = None
     heads: Maybe[Share] = None
     """Fraction of all heads to restore (0.25 if not given)."""
-    selector: Maybe[str] = None
-    """Score that heads are chosen by: attribution (if not given), probe (the paper's), or another of scan's."""
+    selector: Annotated[Maybe[str], tyro.conf.arg(help=SELECTOR_HELP)] = None
     paper: Annotated[Switch, tyro.conf.arg(help=PAPER_HELP)] = False
     hooks_only: Switch = False
     """Restore even where no checkpoint can hold the result (for lcc_lens.load_restored)."""

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from support.pairs import families  # noqa: F401 (a fixture)
 from support.restorations import restoration_of
 
 from lcc_lens.core.errors import RequestError
@@ -133,7 +132,7 @@ def sequences(pair: Pair, *prompts: str) -> list[TokenSequence]:
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gemma2"])
-def test_patching_every_head_gives_the_other_prompt_s_logits(families: Any, family: str) -> None:  # noqa: F811
+def test_patching_every_head_gives_the_other_prompt_s_logits(families: Any, family: str) -> None:
     pair = families(family)
     source, target = sequences(pair, "Think first. Is 3 odd?\nAnswer:", "Is 3 odd?\nAnswer:")
     other, plain, patched = patched_logits(pair, source, target)
@@ -141,7 +140,7 @@ def test_patching_every_head_gives_the_other_prompt_s_logits(families: Any, fami
     assert (plain - other).abs().max() > 1e-2
 
 
-def test_learned_absolute_positions_are_refused(families: Any) -> None:  # noqa: F811
+def test_learned_absolute_positions_are_refused(families: Any) -> None:
     pair = families("gpt2")
     source, target = sequences(pair, "Think first. Is 3 odd?\nAnswer:", "Is 3 odd?\nAnswer:")
     other, _, patched = patched_logits(pair, source, target)
