@@ -14,13 +14,13 @@ def cause_table(study: dict[str, Any]) -> str:
     """Fractions of the squared difference by cause, of heads and of MLPs."""
     heads, mlps = ("inherited", "pattern", "value"), ("inherited", "gate_up", "down")
     lines = [
-        "| | heads: inherited, % | pattern | value | MLPs: inherited, % | gate, up | down | seeds |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|",
+        "| | heads inherit, % | pattern | value | MLPs inherit, % | gate, up | down |",
+        "|---|---:|---:|---:|---:|---:|---:|",
     ]
     for name, parts in study["parts"].items():
         cells = [_percent(part["mean_over_heads"][cause] for part in parts) for cause in heads]
         cells += [_percent(part["mlp_mean"][cause] for part in parts) for cause in mlps]
-        lines.append(f"| {name} | {' | '.join(cells)} | {len(parts)} |")
+        lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

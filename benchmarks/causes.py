@@ -14,10 +14,7 @@ after every part.
 from __future__ import annotations
 
 import argparse
-import math
 import os
-import shlex
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -26,7 +23,7 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
-from run import describe
+from run import command_given, describe, rounded
 from transformers.utils import logging as transformers_logging
 
 import lcc_lens as lcc
@@ -51,7 +48,7 @@ def kept(file: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """What a file holds; made and written if there is none."""
     if not file.exists():
         start = time.perf_counter()
-        write_json(file, _rounded(make()))
+        write_json(file, rounded(make()))
         print(f"{file.parent.name} {file.stem}: {time.perf_counter() - start:.0f} s", flush=True)
     return dict(read_json(file))
 
@@ -152,23 +149,6 @@ def _tasks(pair: lcc.Pair) -> dict[str, Any]:
     return rows
 
 
-def _rounded(value: Any) -> Any:
-    """Few digits, for a file that people read; None where nothing was lost, so that no fraction is defined."""
-    if isinstance(value, dict):
-        return {key: _rounded(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_rounded(item) for item in value]
-    if isinstance(value, float):
-        return None if math.isnan(value) else float(f"{value:.4g}")
-    return value
-
-
-def _options() -> str:
-    """The options that the command was given, without its folder."""
-    words = iter(sys.argv[1:])
-    return shlex.join(word for word in words if word != "--folder" or not next(words, None))
-
-
 def main() -> None:
     """Measure the parts one after the other: every model with the first seed, then the further seeds."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -181,18 +161,18 @@ def main() -> None:
     transformers_logging.disable_progress_bar()
     cells = [cell for cell in read_json(HERE / "selector_study.json")["cells"] if cell["seed"] < given.seeds]
     study: dict[str, Any] = {
-        "command": shlex.join(["python", "benchmarks/causes.py", *shlex.split(_options())]),
+        "command": command_given("--folder"),
         "machine": describe(), "parts": {name: [] for name in given.models}, "judged": {}, "cpu_seconds": {},
     }  # fmt: skip
     for seed in range(given.seeds):
         for name in given.models:
             study["parts"][name].append(Part(name, seed, given.folder).found())
-            write_json(OUT, _rounded(study))
+            write_json(OUT, rounded(study))
     first = [Part(name, 0, given.folder) for name in given.models]
     study["cpu_seconds"] = first[0].cost()
     for part in first:
         study["judged"][part.name] = part.judged(cells)
-        write_json(OUT, _rounded(study))
+        write_json(OUT, rounded(study))
 
 
 if __name__ == "__main__":

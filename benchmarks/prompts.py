@@ -18,8 +18,6 @@ from __future__ import annotations
 import argparse
 import math
 import os
-import shlex
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -29,7 +27,7 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
-from run import describe
+from run import command_given, describe, rounded
 from transformers.utils import logging as transformers_logging
 
 from lcc_lens.analysis.scan.scan import Scan, has_scan, scan
@@ -208,7 +206,7 @@ def rows_of(parts: Sequence[Part], methods: Sequence[str]) -> dict[str, Any]:
         "heads": heads_of(first, parts[0].scanned()),
     }  # fmt: skip
     result["overlap"] = _overlaps(parts)
-    return _rounded(result)
+    return rounded(result)
 
 
 def _records(study: PromptStudy, other: Any = None) -> list[dict[str, Any]]:
@@ -253,22 +251,6 @@ def heads_of(study: PromptStudy, found: Scan, n_draws: int = 2000) -> list[dict[
     return rows
 
 
-def _rounded(value: Any) -> Any:
-    """Few digits, for a file that people read."""
-    if isinstance(value, dict):
-        return {key: _rounded(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_rounded(item) for item in value]
-    return float(f"{value:.4g}") if isinstance(value, float) else value
-
-
-def _options(given: argparse.Namespace) -> str:
-    """The options that the command was given, without its places."""
-    places = {"--folder", "--out"}
-    words = iter(sys.argv[1:])
-    return shlex.join(word for word in words if word not in places or not next(words, None))
-
-
 def main() -> None:
     """Measure the parts one after the other."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -301,7 +283,7 @@ def main() -> None:
         for seed in range(given.seeds):
             parts.append(Part(name, seed, given))
             results[name] = {"seeds": seed + 1, **rows_of(parts, given.restorations)}
-            command = f"python benchmarks/prompts.py {_options(given)}".strip()
+            command = command_given("--folder", "--out")
             write_json(given.out, {"command": command, "machine": describe(), "sizes": sizes, "models": results})
 
 

@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import argparse
 import functools
+import math
 import os
 import platform
+import shlex
 import statistics
 import subprocess
 import sys
@@ -19,6 +21,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -190,6 +193,24 @@ def describe() -> dict[str, object]:
         "torch": torch.__version__,
         "lcc_lens": package_version(),
     }
+
+
+def rounded(value: Any) -> Any:
+    """Few digits, for a file that people read; None for NaN, where no number is defined."""
+    if isinstance(value, dict):
+        return {key: rounded(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [rounded(item) for item in value]
+    if isinstance(value, float):
+        return None if math.isnan(value) else float(f"{value:.4g}")
+    return value
+
+
+def command_given(*places: str) -> str:
+    """The command of a script as it was given, without the options that name places."""
+    words = iter(sys.argv[1:])
+    kept = [word for word in words if word not in places or not next(words, None)]
+    return shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *kept])
 
 
 def main() -> None:

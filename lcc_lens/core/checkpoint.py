@@ -146,10 +146,8 @@ class Checkpoint:
                 )
             tensors[name] = stored
         if self.weight_files[0].name != WEIGHTS:
-            listed, held = (
-                set(self._index.weight_map.items()),
-                {(name, stored.file.name) for name, stored in tensors.items()},
-            )
+            listed = set(self._index.weight_map.items())
+            held = {(name, stored.file.name) for name, stored in tensors.items()}
             for name, file in sorted(listed ^ held):
                 place = "in the index alone" if (name, file) in listed else f"in {file}, unknown to the index"
                 raise RequestError(

@@ -6,9 +6,8 @@ import logging
 import os
 import shutil
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 
 from lcc_lens.core.config import package_version
@@ -30,7 +29,7 @@ _CARD = "tags: [pruned, restorelcc, lcc-lens]"
 def reserved(out: Path, *, overwrite: bool, inputs: Iterable[Path] = ()) -> Iterator[Path]:
     """Hold a folder that will be written: no other command writes it, and it can be written.
 
-    What a killed command left of the folder is brought in order first: the copy that it was replacing comes back.
+    What a killed command left of the folder is brought in order first: the copy that it was replacing is restored.
 
     Args:
         out: the folder; a link is followed.
@@ -52,7 +51,7 @@ def reserved(out: Path, *, overwrite: bool, inputs: Iterable[Path] = ()) -> Iter
         try:
             yield target
         finally:
-            _bring_back(target)
+            _restore_copy(target)
 
 
 @contextmanager
@@ -124,32 +123,25 @@ def unfinished_work(out: Path) -> Path:
 
 def note_written(file: Path) -> None:
     """Add a file that was just written into a folder of this program to the folder's mark."""
-    mark = file.parent / MARK
-    if mark.is_file():
-        record = read_json(mark)
-        write_json(mark, {**record, "files": sorted({*record["files"], file.name})})
+    written = _marked_files(file.parent)
+    if written is not None:
+        _write_mark(file.parent, [*written, file.name])
 
 
-def claim_files(folder: Path, names: Iterable[str]) -> None:
+def claim_files(folder: Path, names: Sequence[str]) -> None:
     """Note in a folder's mark the files that will be written there.
 
     Raises:
         RequestError: one of them is there already, and this program did not write it.
     """
-    mark = folder / MARK
-    written = set(read_json(mark, _Mark, "remove it").files) if mark.is_file() else set()
+    written = _marked_files(folder) or []
     if taken := [name for name in names if (folder / name).exists() and name not in written]:
         raise RequestError(
             f"expected to replace only what lcc-lens wrote, got another {taken[0]} in {folder}; name another folder"
         )
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        write_json(mark, {"written_by": f"lcc-lens {package_version()}", "files": sorted({*written, *names})})
-
-
-@dataclass(frozen=True)
-class _Mark:
-    files: list[str]
+        _write_mark(folder, [*written, *names])
 
 
 def folder_to_write(path: Path) -> Path:
@@ -184,12 +176,22 @@ def _foreign_files(folder: Path) -> list[str] | None:
     """Files in a folder that this program did not write; None where it did not write the folder."""
     files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if not _is_plain_folder(path))
     if (folder / MARK).is_file():
-        record = read_json(folder / MARK)
-        written = record.get("files") if isinstance(record, dict) else None
-        return [name for name in files if name != MARK and name not in written] if isinstance(written, list) else None
+        written = _marked_files(folder)
+        return None if written is None else [name for name in files if name != MARK and name not in written]
     if not (any((folder / name).is_file() for name in _RECORDS) or _has_card(folder)):
         return None
     return [name for name in files if "/" in name or not name.endswith((*_SUFFIXES, ".model", ".md"))]
+
+
+def _marked_files(folder: Path) -> list[str] | None:
+    """The files that a folder's mark names; None without a mark, or with one of another layout."""
+    record = read_json(folder / MARK) if (folder / MARK).is_file() else None
+    files = record.get("files") if isinstance(record, dict) else None
+    return files if isinstance(files, list) else None
+
+
+def _write_mark(folder: Path, files: Iterable[str]) -> None:
+    write_json(folder / MARK, {"written_by": f"lcc-lens {package_version()}", "files": sorted(set(files))})
 
 
 def _is_plain_folder(path: Path) -> bool:
@@ -206,7 +208,7 @@ def _finish(part: Path, target: Path) -> None:
     mode = stat.S_IMODE(part.stat().st_mode)
     entries = [path for path in sorted(part.rglob("*")) if not path.is_symlink()]
     files = [path.relative_to(part).as_posix() for path in entries if path.is_file()]
-    write_json(part / MARK, {"written_by": f"lcc-lens {package_version()}", "files": files})
+    _write_mark(part, files)
     for path in entries:
         path.chmod(mode if path.is_dir() else mode & 0o666)
     if target.exists():
@@ -221,10 +223,10 @@ def _tidy(target: Path) -> None:
     """Remove work that was finished before its process was killed, and end a replacement that was cut off."""
     if _is_done(target):
         shutil.rmtree(unfinished_work(target), ignore_errors=True)
-    _bring_back(target)
+    _restore_copy(target)
 
 
-def _bring_back(target: Path) -> None:
+def _restore_copy(target: Path) -> None:
     """Keep the new copy of a folder that was being replaced if it is in its place, else the old one."""
     old = _old_copy(target)
     if not old.exists():

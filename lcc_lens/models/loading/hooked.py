@@ -218,7 +218,7 @@ def _plain_logits(plain: PreTrainedModel, tokens: Tensor, path: Path) -> Tensor:
 def _check_hooked(model: Any, tokens: Tensor, expected: Tensor, reference: str) -> None:
     cfg = model.cfg
     names = [z_name(layer) for layer in range(int(cfg.n_layers))]
-    wanted = (*tokens.shape, cfg.n_heads, cfg.d_head)
+    shape = (*tokens.shape, cfg.n_heads, cfg.d_head)
     try:
         logits, seen = run_with_activations(model, tokens, names)
     except (RuntimeError, ValueError, KeyError, IndexError, AttributeError) as error:
@@ -227,9 +227,9 @@ def _check_hooked(model: Any, tokens: Tensor, expected: Tensor, reference: str) 
             "supported"
         ) from error
     for layer, name in enumerate(names):
-        if tuple(seen[name].shape) != wanted:
+        if tuple(seen[name].shape) != shape:
             raise LensError(
-                f"expected hook_z of shape {wanted} in every layer of {reference}, got {tuple(seen[name].shape)} in "
+                f"expected hook_z of shape {shape} in every layer of {reference}, got {tuple(seen[name].shape)} in "
                 f"layer {layer}; this architecture is not supported"
             )
     logits = logits.float()

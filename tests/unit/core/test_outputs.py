@@ -309,7 +309,7 @@ def killed_at(monkeypatch: pytest.MonkeyPatch, place: int) -> None:
 
     monkeypatch.setattr(folders.os, "replace", counted(os.replace))
     monkeypatch.setattr(folders.shutil, "rmtree", counted(shutil.rmtree))
-    monkeypatch.setattr(folders, "_bring_back", lambda target: None)
+    monkeypatch.setattr(folders, "_restore_copy", lambda target: None)
 
 
 @pytest.mark.parametrize("reading", [False, True])
