@@ -161,7 +161,7 @@ def test_stop_keeps_the_best_and_is_repeatable(session: RestoreSession, pair, fo
     assert same_bits(numbers(again), numbers(session))
 
 
-def test_undo_and_redo_restore_copy_every_bit(session: RestoreSession) -> None:
+def test_undo_and_redo_restore_every_bit(session: RestoreSession) -> None:
     states = [(session.heads, session.rank, session.scale, session.steps, numbers(session), hooked(session))]
     for action in (
         lambda: session.choose("mse", share=0.5), lambda: session.train(6, lr=0.05), lambda: session.set_rank(2),
