@@ -1,16 +1,17 @@
-"""Recovery on every kind of text, given equal tokens: polish, low rank and LoRA on one pool of five sources.
+"""Recovery on every kind of text, given equal tokens: what trains surviving weights, and LoRA, on one pool of text.
 
-    python benchmarks/domains.py [--folder runs/domains] [--seeds 1]
+    python benchmarks/domains.py [STUDY] [--folder runs/domains] [--seeds 1] [--part 1/2]
 
-SmolLM2-135M, Wanda 50 % calibrated on C4 (``LCC_LENS_DATA`` names the sets). The refit is calibrated on the five
-sources, and every row trains on the same 400 blocks of 512 tokens of them, with the same loss (KL divergence from the
-dense model plus a third of the cross-entropy). Finished runs are kept in ``benchmarks/domains_wanda50.json``; delete it
-to begin anew.
+SmolLM2-135M, calibrated on C4 (``LCC_LENS_DATA`` names the sets). In each study the refit is calibrated on a pool of
+several sources, and every row trains on the same blocks of 512 tokens of that pool, with the same loss (KL divergence
+from the dense model plus a third of the cross-entropy). Finished runs are kept in ``benchmarks/domains_STUDY.json``;
+delete it to begin anew. ``--part`` divides the runs among processes.
 """
 
 from __future__ import annotations
 
 import argparse
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,39 +19,73 @@ from run import describe
 
 from lcc_lens.core.progress import shown
 from lcc_lens.core.reading import read_record, write_record
-from lcc_lens.evaluation.comparison.compare import compare
+from lcc_lens.data.checks import MIX
+from lcc_lens.evaluation.comparison.compare import compare, read_part
 from lcc_lens.evaluation.comparison.config import CompareConfig
 from lcc_lens.pruning.jobs import prune
 
-OUT = Path(__file__).parent / "domains_wanda50.json"
-POOL = ("alpaca", "c4", "wikitext", "python", "self")
 LOSS = "3*distillation+lm"
-ENTRIES = (
-    "refit",
-    f"refit+all-weights:{LOSS}=1e-4",
-    f"lora:{LOSS}=1e-3",
-    f"refit+low-rank:{LOSS}=5e-3",
-    f"all-weights:{LOSS}=2e-4",
-)  # fmt: skip
+SOURCES = ("alpaca", "c4", "wikitext", "python", "self")
+
+
+@dataclass(frozen=True)
+class Study:
+    """One pool of text, and what trains on it."""
+
+    entries: tuple[str, ...]
+    pool: tuple[str, ...] = (MIX,)
+    blocks: int = 400
+    pattern: str | None = None
+    """``n:m``; half of every row's weights if None."""
+
+    @property
+    def pruned(self) -> str:
+        """The folder of the pruned model."""
+        return f"pruned{(self.pattern or '').replace(':', '')}"
+
+
+def _at_rates(method: str, *rates: str) -> tuple[str, ...]:
+    return tuple(f"{method}:{LOSS}={rate}" for rate in rates)
+
+
+TRAINED = (*_at_rates("refit+low-rank", "5e-3"), *_at_rates("lora", "1e-3"))
+STUDIES = {
+    "wanda50": Study(
+        ("refit", *_at_rates("refit+all-weights", "1e-4"), *_at_rates("lora", "1e-3"),
+         *_at_rates("refit+low-rank", "5e-3"), *_at_rates("all-weights", "2e-4")),
+        pool=SOURCES,
+    ),
+    "rates": Study(
+        ("refit", *_at_rates("refit+low-rank", "5e-3", "1e-2", "2e-3"), *_at_rates("lora", "1e-3", "3e-3", "1e-2"),
+         *_at_rates("lora-all", "1e-3", "3e-3"), *_at_rates("refit+all-weights", "3e-4", "1e-4")),
+        blocks=100,
+    ),
+    "mix": Study(("refit", *TRAINED)),
+    "mix_wanda24": Study(("refit", *TRAINED), pattern="2:4"),
+}  # fmt: skip
 
 
 def main() -> None:
     """Prune once, then compare."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("study", nargs="?", choices=STUDIES, default="wanda50")
     parser.add_argument("--folder", type=Path, default=Path("runs/domains"))
     parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--part", type=read_part, default=(0, 1))
     asked = parser.parse_args()
-    pruned = asked.folder / "pruned"
+    study, out = STUDIES[asked.study], Path(__file__).parent / f"domains_{asked.study}.json"
+    pruned = asked.folder / study.pruned
+    run = asked.folder if asked.study == "wanda50" else asked.folder / asked.study
     config = CompareConfig(
-        data="+".join(POOL), examples=400, max_length=512, refit_data=POOL, refit_samples=160, blocks=8, responses=32,
-        validation=16, selector="mse", speed_rounds=0,
+        data="+".join(study.pool), examples=study.blocks, max_length=512, refit_data=study.pool, refit_samples=160,
+        blocks=8, responses=32, validation=16, selector="mse", speed_rounds=0,
     )  # fmt: skip
     with shown():
         if not pruned.exists():
-            prune("smollm2", pruned, calibration="c4")
-        compare("smollm2", pruned, asked.folder, ENTRIES, seeds=asked.seeds, config=config, out=OUT)
-    command = f"python benchmarks/domains.py --seeds {asked.seeds}"
-    write_record(OUT, {**read_record(OUT, dict[str, Any]), "command": command, "machine": describe()})
+            prune("smollm2", pruned, calibration="c4", pattern=study.pattern)
+        compare("smollm2", pruned, run, study.entries, seeds=asked.seeds, config=config, out=out, part=asked.part)
+    command = f"python benchmarks/domains.py {asked.study} --seeds {asked.seeds}"
+    write_record(out, {**read_record(out, dict[str, Any]), "command": command, "machine": describe()})
 
 
 if __name__ == "__main__":

@@ -35,6 +35,7 @@ def _lofit_heads(search: HeadSearch) -> list[Head]:
 
 LORA = _adapter("lora", "LoRA beside the attention's projections")
 DORA = _adapter("dora", "DoRA beside the attention's projections")
+LORA_ALL = _adapter("lora-all", "LoRA beside every projection of attention and MLP")
 LORA_VO = _adapter("lora-vo", "LoRA beside the value and output projections")
 DORA_VO = _adapter("dora-vo", "DoRA beside the value and output projections")
 EORA = Method(
@@ -55,6 +56,6 @@ PERP_LORA = Method(
 )  # fmt: skip
 
 BASELINES: dict[str, Method | Preset] = {
-    "lora": LORA, "dora": DORA, "lora-vo": LORA_VO, "dora-vo": DORA_VO, "lofit": LOFIT, "eora": EORA, "flap": FLAP,
+    "lora": LORA, "dora": DORA, "lora-all": LORA_ALL, "lora-vo": LORA_VO, "dora-vo": DORA_VO, "lofit": LOFIT, "eora": EORA, "flap": FLAP,
     "perp": PERP, "perp-lora": PERP_LORA,
 }  # fmt: skip

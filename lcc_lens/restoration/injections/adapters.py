@@ -22,10 +22,13 @@ from lcc_lens.restoration.injections.weights import layer_maps
 AdapterKind = Literal["lora", "dora"]
 #: The attention's projections, as llama-like architectures name them.
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+#: Those of the MLP.
+MLP = ("gate_proj", "up_proj", "down_proj")
 #: Adapters by name: peft's kind, and the linear layers that they stand beside.
 ADAPTERS: dict[str, tuple[AdapterKind, tuple[str, ...]]] = {
     "lora": ("lora", ATTENTION),
     "dora": ("dora", ATTENTION),
+    "lora-all": ("lora", ATTENTION + MLP),
     "lora-vo": ("lora", ("v_proj", "o_proj")),
     "dora-vo": ("dora", ("v_proj", "o_proj")),
 }

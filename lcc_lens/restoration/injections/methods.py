@@ -200,7 +200,8 @@ METHODS: Registry[Method | Preset] = Registry(
         ),
     },
     lazy={
-        "lora": f"{_BASELINES}:LORA", "dora": f"{_BASELINES}:DORA", "lora-vo": f"{_BASELINES}:LORA_VO",
+        "lora": f"{_BASELINES}:LORA", "dora": f"{_BASELINES}:DORA",
+        "lora-all": f"{_BASELINES}:LORA_ALL", "lora-vo": f"{_BASELINES}:LORA_VO",
         "dora-vo": f"{_BASELINES}:DORA_VO", "lofit": f"{_BASELINES}:LOFIT", "eora": f"{_BASELINES}:EORA",
         "flap": f"{_BASELINES}:FLAP", "perp": f"{_BASELINES}:PERP", "perp-lora": f"{_BASELINES}:PERP_LORA",
     },
