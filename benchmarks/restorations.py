@@ -39,11 +39,11 @@ from lcc_lens.evaluation.comparison.entry import Entry
 from lcc_lens.evaluation.comparison.runner import Runner
 from lcc_lens.evaluation.task_recovery import RECOVERY_TASKS, TASK_EPOCHS, TASK_EXAMPLES
 from lcc_lens.pruning.jobs import REFIT_DATA, prune, refit
-from lcc_lens.restoration.best import BEST_ENTRY
 from lcc_lens.restoration.refitted import REFITTED
 
 HERE, DENSE = Path(__file__).parent, "smollm2"
 BEST_METHOD, BEST_OBJECTIVE = "low-rank", "text+distillation"
+BEST_ENTRY = f"{REFITTED}+{BEST_METHOD}:{BEST_OBJECTIVE}=0.005"
 MODELS: dict[str, dict[str, Any]] = {
     "wanda50": {"sparsity": 0.5},
     "wanda24": {"pattern": "2:4"},
@@ -195,7 +195,7 @@ def prepared(folder: Path, name: str, *, needs_refit: bool) -> tuple[Path, dict[
 
 
 def time_best(folder: Path, name: str, n_steps: int = 12) -> None:
-    """Seconds of the refit and of training steps of LoRA and of ``best``, with nothing else at work."""
+    """Seconds of the refit and of training steps of LoRA and of the low rank after it, with nothing else at work."""
     with locked(folder, f"{name} alone"):
         pruned, refitting = prepared(folder, name, needs_refit=True)
         runner = Runner(DENSE, pruned, folder / name, CompareConfig(**DATA, selector="mse", speed_rounds=0))

@@ -234,8 +234,8 @@ RESTORED = {
     "flap": "FLAP's biases, no training",
     "low-rank:text+distillation": "`low-rank`, text and distillation",
     "refit": "`refit`, no training",
-    "refit+low-rank:text+distillation": "`best` as it was first: `refit`, then `low-rank`, text and distillation",
-    "refit+low-rank:text+distillation=0.005": "`best`: `refit`, then `low-rank`, text and distillation",
+    "refit+low-rank:text+distillation": "the same at another learning rate, as it was first",
+    "refit+low-rank:text+distillation=0.005": "`refit+low-rank`, text and distillation",
     "refit+low-rank": "`refit`, then `low-rank`",
     "refit+low-rank:distillation": "`refit`, then `low-rank`, distilled",
     "refit+low-rank+lcc:distillation": "`refit`, then `low-rank+lcc`, distilled",
@@ -246,7 +246,7 @@ RESTORED = {
 }
 
 
-#: The line of a comparison that is `best` as it is now.
+#: The line of a comparison in the paper's setting that recovers most.
 BEST = "refit+low-rank:text+distillation=0.005"
 
 
@@ -280,14 +280,14 @@ def restoration_table(study: dict[str, Any]) -> str:
 
 
 def overview_table(studies: dict[str, dict[str, Any]]) -> str:
-    """The README's table: the paper's method, LoRA and `best`, by pruned model.
+    """The README's table: the paper's method, LoRA and the best line, by pruned model.
 
     Args:
         studies: comparisons by the name of the pruned model.
     """
     from lcc_lens.evaluation.comparison.compare import summary
 
-    labels = {"lcc": "`lcc`, the paper's", "lora": "LoRA (peft; q, k, v, o)", BEST: "`best`"}
+    labels = {"lcc": "`lcc`, the paper's", "lora": "LoRA (peft; q, k, v, o)", BEST: "`refit+low-rank`"}
     header = [
         f"{name}: {what}" for name in studies for what in ("WikiText recovered, %", "C4 perplexity", "KL to dense")
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -20,7 +21,7 @@ MAX_REPETITION = 0.5
 #: Tokens of a text at least.
 SHORTEST = 16
 #: Sequences that are sampled side by side: by models of up to a billion weights, and by larger ones.
-_BATCH, _BATCH_OF_LARGE, _LARGE = 64, 16, 10**9
+MOST_AT_ONCE, _MOST_OF_LARGE, _LARGE = 64, 16, 10**9
 #: Give up after so many sampled tokens per token that was asked for.
 _PATIENCE = 4
 _SEEDS = (
@@ -75,7 +76,7 @@ def sample_texts(
         LLM-QAT's data-free data (arXiv 2305.17888).
     """
     device = next(model.parameters()).device
-    batch = _BATCH if sum(p.numel() for p in model.parameters()) <= _LARGE else _BATCH_OF_LARGE
+    batch = MOST_AT_ONCE if sum(p.numel() for p in model.parameters()) <= _LARGE else _MOST_OF_LARGE
     starts, draw = torch.Generator().manual_seed(seed), torch.Generator(device).manual_seed(seed)
     texts: dict[str, int] = {}
     n_repeated = n_sampled = 0
@@ -101,6 +102,21 @@ def repetition(tokens: Sequence[int]) -> float:
     """The fraction of a text's 4-grams that occurred in it before; 0 for one without any."""
     grams = [tuple(tokens[i : i + 4]) for i in range(len(tokens) - 3)]
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
+
+
+def writing_seconds(model: Any, *, n_tokens: int = 4) -> tuple[float, float]:
+    """Seconds of one more token of a batch of texts: a fixed part, and a part for each text; measured here."""
+    generator = torch.Generator(next(model.parameters()).device).manual_seed(0)
+
+    def taken(n_texts: int) -> float:
+        start = time.perf_counter()
+        _continued(model, [[0]] * n_texts, 1 + n_tokens, 1.0, int(model.config.get_text_config().vocab_size), generator)
+        return (time.perf_counter() - start) / n_tokens
+
+    taken(1)  # warm up
+    few, many = taken(4), taken(32)
+    each = max(many - few, 0.0) / 28
+    return max(few - 4 * each, 0.0), each
 
 
 def _starts(tokenizer: PreTrainedTokenizerBase, n: int, generator: torch.Generator) -> list[list[int]]:

@@ -7,15 +7,10 @@ from pathlib import Path
 
 from lcc_lens.data.datasets import Data
 from lcc_lens.pruning.jobs import REFIT_SAMPLES, Calibration
-from lcc_lens.restoration.injections.spec import MethodSpec
 from lcc_lens.restoration.jobs import restore_models
 from lcc_lens.restoration.result import Restoration
 from lcc_lens.restoration.settings import RefitRequest, RestoreSettings
 from lcc_lens.restoration.training.config import Step, TrainConfig
-
-_BEST = MethodSpec.parse("best")
-#: The same as an entry of a comparison, as kept files have it.
-BEST_ENTRY = f"refit+{_BEST.text}:{_BEST.preset.objective}={_BEST.preset.lr:g}"
 
 
 def restore_best(
@@ -44,12 +39,12 @@ def restore_best(
         dense: reference of the dense model.
         pruned: reference of the same model with zeros.
         run: the run directory.
-        data: training examples (role ``train``).
-        config: settings of the training. If not given, the objective is the language-model loss and the KL divergence
-            from the dense model in equal parts. Its learning rate is 5e-3 if it names none.
-        validation: see :func:`~lcc_lens.restoration.restore.restore`.
+        data: training examples (role ``train``); ``mix`` holds several kinds of text.
+        config: settings of the training. If not given, the objective is the KL divergence from the dense model plus a
+            third of the language-model loss. Its learning rate is 5e-3 if it names none.
+        validation: what the best parameters are chosen by; if not given, text of the domains that ``data`` lacks.
         low_rank: the rank; 16 if not given.
-        calibration: data for the refit; see :func:`~lcc_lens.pruning.jobs.refit`.
+        calibration: data for the refit (``mix`` if not given); see :func:`~lcc_lens.pruning.jobs.refit`.
         n_samples: sequences of it.
         seq_len: tokens per sequence; 512, or the model's context if shorter.
         max_length: tokens per training example at most; 512, or the model's context if shorter.
@@ -61,10 +56,11 @@ def restore_best(
         RequestError: a sliced model, data that overlap, or a refitted model of another pair in the run directory.
 
     Example:
-        >>> restore_best("smollm2", "out/wanda50", "runs/best", load_data("alpaca", n=480))  # doctest: +SKIP
+        >>> data = load_data("wikipedia+howto+python", role="train")  # doctest: +SKIP
+        >>> restore_best("smollm2", "out/wanda50", "runs/best", data, limit=400)  # doctest: +SKIP
     """
     settings = RestoreSettings(low_rank=low_rank, max_length=max_length, limit=limit)
     return restore_models(
-        dense, pruned, run, data, method=_BEST.name, config=config, validation=validation, settings=settings,
+        dense, pruned, run, data, method="best", config=config, validation=validation, settings=settings,
         refitting=RefitRequest(calibration, n_samples, seq_len), resume=resume, on_step=on_step,
     )[0]  # fmt: skip

@@ -2,60 +2,83 @@
 
 from __future__ import annotations
 
-import itertools
+import bisect
+import logging
 import math
 import re
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from lcc_lens.core.checkpoint import Checkpoint
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.machine.memory import release_memory
+from lcc_lens.core.machine.processes import first_process_first
 from lcc_lens.core.ranges import Count, Natural
 from lcc_lens.core.reading import read_record, write_record
-from lcc_lens.data.batches import TokenSequence
-from lcc_lens.models.architecture.context import fitting_length
-from lcc_lens.models.architecture.linear_maps import find_matrices
-from lcc_lens.models.hooked.offloading import device_of
+from lcc_lens.data.checks import MIX
+from lcc_lens.data.registry import fraction_of
 from lcc_lens.models.pair import Pair, load_pair
 from lcc_lens.pruning.jobs import REFIT_SAMPLES
-from lcc_lens.restoration.injections.ingredients import Ingredients
 from lcc_lens.restoration.injections.spec import MethodSpec
-from lcc_lens.restoration.settings import LOW_RANK, RefitRequest, with_preset
+from lcc_lens.restoration.settings import RefitRequest, with_preset
+from lcc_lens.restoration.speed import Speed, measure_speed, refit_seconds
 from lcc_lens.restoration.training.config import TrainConfig
-from lcc_lens.restoration.training.loop import train
-from lcc_lens.restoration.training.validation import validation_loss
+from lcc_lens.restoration.training_data import n_validation
 
+logger = logging.getLogger(__name__)
 BUDGET_FILE = "budget.json"
+#: What a method that refits first may take where neither a time nor sizes are named.
+DEFAULT_BUDGET = "15m"
 #: Fraction of the time that a refit may take; the rest is trained.
 _REFIT_SHARE = 0.35
-#: Fewest sequences that a refit is worth, and fewest blocks that training is worth.
-_FEWEST_REFITTED, _FEWEST_TRAINED = 24, 16
-#: A refit's time per token, in forward passes of one model, and iterations of its solver per linear layer: estimates.
-_REFIT_PASSES, _REFIT_ITERATIONS = 5.0, 50
-#: Time to sample a token of self-written text, in time to read one: an estimate.
-_SAMPLED = 4.0
+#: Fewest sequences that a refit is worth; fewest blocks that training is worth, and the most that a plan names.
+_FEWEST_REFITTED, _FEWEST_TRAINED, _MOST_TRAINED = 24, 16, 4096
+#: A forward pass of a validation, with its losses and the dense model's logits, in plain forward passes.
+_VALIDATED = 1.5
+#: Fraction of the time that a plan leaves for what it does not know.
+_RESERVE = 0.05
 _UNITS = {"s": 1, "m": 60, "h": 3600}
 
 
 @dataclass(frozen=True)
-class Speed:
-    """What one machine takes for one pair, in seconds."""
+class Costs:
+    """What the stages of a restoration take, in seconds.
 
-    read: float
-    """Per token of a forward pass of one model."""
-    trained: float
-    """Per token of an optimiser step, the dense model's pass included."""
-    solved: float
-    """Per iteration of the refit's solver over all linear layers."""
-    loaded: float
-    """To load both models."""
+    Args:
+        speed: see :func:`~lcc_lens.restoration.speed.measure_speed`.
+        length: tokens of a block.
+        n_measured: tokens that three models read at the end, to measure recovery.
+        self_written: fraction of the training text that the dense model writes first.
+    """
+
+    speed: Speed
+    length: int = 512
+    n_measured: int = 0
+    self_written: float = 0.2
+
+    def refit(self, samples: int) -> float:
+        """A refit on so many sequences; none takes none."""
+        if not samples:
+            return 0.0
+        written = self.speed.written(math.ceil(fraction_of("self", MIX) * samples), self.length)
+        return refit_seconds(self.speed, samples * self.length) + written
+
+    def train(self, blocks: int) -> float:
+        """A training on so many blocks, with its validations and the losses that are measured before and after it."""
+        n_steps = -(-blocks // TrainConfig.batch_size)
+        n_passes = _VALIDATED * (3 + n_steps // TrainConfig.validate_every) + 4
+        validated = n_passes * n_validation(blocks) * self.length * self.speed.read
+        return blocks * self.length * self.speed.trained + validated
+
+    def write(self, blocks: int) -> float:
+        """The dense model's writing of its part of so many blocks to train on."""
+        return self.speed.written(math.ceil(self.self_written * blocks), self.length)
+
+    def measure(self) -> float:
+        """What follows the training."""
+        return 3 * self.n_measured * self.speed.read + self.speed.loaded
 
 
 @dataclass(frozen=True)
@@ -76,6 +99,10 @@ class BudgetPlan:
     """Blocks of text to train on."""
     seconds: dict[str, float]
     """Expected, by stage."""
+    costs: Costs | None = None
+    """What they follow from."""
+    started: float = field(default_factory=time.monotonic, compare=False)
+    """Where the time begins to count, on this machine's clock."""
 
     @property
     def refitting(self) -> RefitRequest:
@@ -109,7 +136,7 @@ def plan_budget(
     pruned: str | Path,
     budget: str,
     *,
-    method: str = "polish",
+    method: str = "best",
     length: int = 512,
     n_measured: int = 0,
     self_written: float = 0.2,
@@ -118,16 +145,17 @@ def plan_budget(
 ) -> BudgetPlan:
     """Choose the sizes of a refit and of the training after it so that both end within a time budget.
 
-    A forward pass, two optimiser steps and one product of the solver are timed on random tokens first. A third of the
-    time goes to the refit, which is left out where so little of it is not worth its fixed cost.
+    Forward passes, optimiser steps, a product of the refit's solver and sampled tokens are timed first. A third of the
+    time goes to the refit, which is left out where so little of it is not worth its fixed cost. ``restore_models``
+    measures again after the refit, and trains on as many blocks as then fit, at most those of the plan.
 
     Args:
         dense: reference of the dense model; ``pruned``: of the pruned one.
         budget: a time such as ``15m``.
-        method: a method that refits first (``polish``, ``best``).
+        method: a method that refits first (``best``, ``polish``).
         length: tokens of a block.
         n_measured: tokens that three models read at the end, to measure recovery.
-        self_written: fraction of the training text that the dense model writes first.
+        self_written: fraction of the texts that the dense model writes first.
         config: settings of the training; the method's own if not given.
         run: the run directory, whose plan of the same request is used again.
 
@@ -138,136 +166,103 @@ def plan_budget(
     Example:
         >>> plan_budget("smollm2", "out/wanda50", "15m")  # doctest: +SKIP
     """
-    spec, seconds = MethodSpec.parse(method), parse_budget(budget)
+    started, spec, seconds = time.monotonic(), MethodSpec.parse(method), parse_budget(budget)
     if not spec.preset.on_refit:
-        raise RequestError(f"expected a method that refits first for a budget, got {method}; name polish or best")
+        raise RequestError(f"expected a method that refits first for a budget, got {method}; name best or polish")
     request = {"budget": seconds, "method": method, "length": length, "measured": n_measured}
-    kept = None if run is None else _kept_plan(run, request)
-    if kept is not None:
-        return kept
-    start = time.perf_counter()
-    pair = load_pair(dense, pruned)
-    loaded = time.perf_counter() - start
-    speed = measure_speed(pair, spec, with_preset(config, spec), length, loaded)
-    del pair
-    release_memory()
-    spent = time.perf_counter() - start
-    plan = fit_budget(speed, seconds, spent, length=length, n_measured=n_measured, self_written=self_written)
-    if run is not None:
-        run.mkdir(parents=True, exist_ok=True)
-        write_record(run / BUDGET_FILE, {"request": request, "plan": asdict(plan), "speed": asdict(speed)})
+    with first_process_first():
+        kept = None if run is None else _kept(run)
+        if kept is not None and kept.request == request:
+            return replace(kept.plan, started=started)
+        pair = load_pair(dense, pruned)
+        loaded = time.monotonic() - started
+        speed = measure_speed(pair, spec, with_preset(config, spec), length, loaded)
+        del pair
+        release_memory()
+        costs, spent = Costs(speed, length, n_measured, self_written), time.monotonic() - started
+        plan = replace(fit_budget(costs, seconds, spent), started=started)
+        if run is not None:
+            run.mkdir(parents=True, exist_ok=True)
+            _keep(run, _Kept(request, plan))
     return plan
 
 
-def fit_budget(
-    speed: Speed,
-    budget: float,
-    spent: float = 0.0,
-    *,
-    length: int = 512,
-    n_measured: int = 0,
-    self_written: float = 0.2,
-) -> BudgetPlan:
-    """The largest refit and training that end within a budget, by what this machine takes for each.
+def fit_budget(costs: Costs, budget: float, spent: float = 0.0) -> BudgetPlan:
+    """The largest refit and training that end within a budget.
 
     Args:
-        speed: see :func:`measure_speed`; ``budget``: seconds; ``spent``: seconds of it that are gone.
-        length, n_measured, self_written: see :func:`plan_budget`.
+        costs: of both; ``budget``: seconds; ``spent``: seconds of it that are gone.
 
     Raises:
         RequestError: a budget below the smallest training.
     """
-    measured = 3 * n_measured * speed.read + 2 * speed.loaded
-    left = budget - spent - measured
-    sequence = _REFIT_PASSES * length * speed.read
-    solved = _REFIT_ITERATIONS * speed.solved
-    # every block is trained once; held-out text, a tenth of it, is read about twice; some is written first
-    block = length * (speed.trained + 0.4 * speed.read + self_written * _SAMPLED * speed.read)
-    least = _FEWEST_TRAINED * block
-    if left < least:
-        needed = 1.05 * (spent + measured + least)
+    outside = spent + costs.measure() + costs.speed.loaded
+    left = (1 - _RESERVE) * budget - outside
+
+    def trained(blocks: int) -> float:
+        return costs.write(blocks) + costs.train(blocks)
+
+    if left < trained(_FEWEST_TRAINED):
+        needed = (outside + trained(_FEWEST_TRAINED)) / (1 - _RESERVE)
         raise RequestError(
             f"expected a budget of at least {_minutes_up(needed)} here, got {_duration(budget)}; name that, or measure "
             "less at the end (--panel-blocks)"
         )
-    n_refit = int((_REFIT_SHARE * left - solved) / sequence)
-    n_refit = min(n_refit, REFIT_SAMPLES) if n_refit >= _FEWEST_REFITTED else 0
-    refit = solved + n_refit * sequence if n_refit else 0.0
-    examples = max(int((left - refit) / block), _FEWEST_TRAINED)
-    return BudgetPlan(
-        budget, n_refit, examples, {"refit": refit, "train": examples * block, "measure": spent + measured}
-    )  # fmt: skip
+    n_refit = _most(costs.refit, _REFIT_SHARE * left, range(_FEWEST_REFITTED, REFIT_SAMPLES + 1))
+    examples = _most(trained, left - costs.refit(n_refit), range(_FEWEST_TRAINED, _MOST_TRAINED + 1))
+    seconds = {
+        "refit": costs.refit(n_refit), "write text": costs.write(examples), "train": costs.train(examples),
+        "measure": outside,
+    }  # fmt: skip
+    return BudgetPlan(budget, n_refit, examples, seconds, costs)
 
 
-def measure_speed(pair: Pair, spec: MethodSpec, config: TrainConfig, length: int, loaded: float = 0.0) -> Speed:
-    """Time a forward pass, optimiser steps and a product of the refit's solver, on random tokens."""
-    sequences = _random_sequences(pair, length)
-    short = replace(
-        config, epochs=3, batch_size=len(sequences), validate_every=10**6, checkpoint_every=10**6, patience=None,
-        reuse=False,
-    )  # fmt: skip
-    read = _read_seconds(pair, sequences, config.micro_tokens)
-    injection = spec.build(
-        Ingredients.of(pair, None, (), sequences=sequences, low_rank=spec.preset.low_rank or LOW_RANK)
-    )
-    teacher = pair.dense if config.objective.needs_teacher else None
-    # the validation after the last step counts to neither
-    step = next(itertools.islice(train(pair.pruned, injection, sequences, sequences, short, teacher=teacher), 1, None))
-    return Speed(read, step.seconds / (len(sequences) * length), _solver_seconds(pair), loaded)
+def blocks_in_time(plan: BudgetPlan, pair: Pair, spec: MethodSpec, config: TrainConfig, run: Path) -> int:
+    """The blocks to train on in the time that a plan has left after the refit; a resumed run keeps its number.
+
+    Args:
+        plan: see :func:`plan_budget`; ``pair``: with the refitted model; ``config``: of the training.
+    """
+    if plan.costs is None:
+        return plan.examples
+    with first_process_first():
+        kept = _kept(run)
+        if kept is not None and kept.trained is not None:
+            return kept.trained
+        costs = replace(plan.costs, speed=measure_speed(pair, spec, config, plan.costs.length, plan.costs.speed.loaded))
+        left = (1 - _RESERVE / 2) * plan.budget - (time.monotonic() - plan.started) - costs.measure()
+        blocks = _most(costs.train, left, range(_FEWEST_TRAINED, plan.examples + 1)) or _FEWEST_TRAINED
+        if blocks < plan.examples:
+            logger.info("training on %d blocks instead of %d, which fit the time that is left", blocks, plan.examples)
+        if kept is not None:
+            _keep(run, replace(kept, trained=blocks))
+    return blocks
 
 
-def time_refit(pair: Pair, request: RefitRequest) -> float:
-    """Seconds that a refit would take here, from a forward pass on random tokens and a product of its solver."""
-    length = fitting_length(request.seq_len, pair.context)
-    read = _read_seconds(pair, _random_sequences(pair, length))
-    return _REFIT_ITERATIONS * _solver_seconds(pair) + _REFIT_PASSES * request.n_samples * length * read
-
-
-def _random_sequences(pair: Pair, length: int) -> list[TokenSequence]:
-    generator = torch.Generator().manual_seed(0)
-    return [TokenSequence(row, 1) for row in torch.randint(pair.pruned.cfg.d_vocab, (2, length), generator=generator)]
-
-
-def _read_seconds(pair: Pair, sequences: Sequence[TokenSequence], micro_tokens: int | None = None) -> float:
-    """Seconds per token of a forward pass of the dense model, after one to warm up."""
-    validation_loss(pair.dense, None, sequences, micro_tokens)
-    with timed() as reading:
-        validation_loss(pair.dense, None, sequences, micro_tokens)
-    return reading() / sum(map(len, sequences))
-
-
-def _solver_seconds(pair: Pair) -> float:
-    """Seconds of one iteration of the refit's solver in every linear layer: a product of weights and second moments."""
-    shapes = [(m.d_out, m.d_in) for layer in find_matrices(Checkpoint(pair.pruned_id.path)) for m in layer]
-    seconds = {}
-    for d_out, d_in in set(shapes):
-        weight, moments = (torch.ones(n, d_in, device=device_of(pair.pruned)) for n in (d_out, d_in))
-        weight @ moments
-        with timed() as taken:
-            float((weight @ moments)[0, 0])  # waits for a GPU
-        seconds[d_out, d_in] = taken()
-    return sum(seconds[shape] for shape in shapes)
-
-
-@contextmanager
-def timed() -> Iterator[Callable[[], float]]:
-    """Yield a function that says, after the block, how many seconds it took."""
-    start = end = time.perf_counter()
-    yield lambda: end - start
-    end = time.perf_counter()
-
-
-def _kept_plan(run: Path, request: dict[str, Any]) -> BudgetPlan | None:
-    """The plan in a run directory, if it is of the same request."""
-    file = run / BUDGET_FILE
-    kept = read_record(file, _Kept) if file.exists() else None
-    return kept.plan if kept is not None and kept.request == request else None
+def _most(seconds: Callable[[int], float], most: float, counts: range) -> int:
+    """The largest of the counts that takes no more than so many seconds; 0 where none does."""
+    n = bisect.bisect_right(counts, most, key=seconds)
+    return counts[n - 1] if n else 0
 
 
 @dataclass(frozen=True)
 class _Kept:
+    """What a run directory keeps of its plan, and how many blocks the run trained on in the end."""
+
     request: dict[str, Any]
     plan: BudgetPlan
+    trained: int | None = None
+
+
+def _kept(run: Path) -> _Kept | None:
+    file = run / BUDGET_FILE
+    return read_record(file, _Kept) if file.exists() else None
+
+
+def _keep(run: Path, kept: _Kept) -> None:
+    record = asdict(kept)
+    del record["plan"]["started"]
+    write_record(run / BUDGET_FILE, record)
 
 
 def _duration(seconds: float) -> str:

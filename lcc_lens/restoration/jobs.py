@@ -15,6 +15,7 @@ from lcc_lens.models.architecture.layers import read_config
 from lcc_lens.models.loading.references import resolve
 from lcc_lens.models.pair import Pair, check_models, load_pair
 from lcc_lens.pruning.refit.refit import require_refittable
+from lcc_lens.restoration.budget import BudgetPlan, blocks_in_time
 from lcc_lens.restoration.checks import check_restores
 from lcc_lens.restoration.injections.spec import MethodSpec
 from lcc_lens.restoration.refitted import REFITTED, refitted_model
@@ -38,11 +39,15 @@ def restore_models(
     settings: RestoreSettings | None = None,
     heads: HeadRequest | None = None,
     refitting: RefitRequest | None = None,
+    budget: BudgetPlan | None = None,
     one_at_a_time: bool = False,
     resume: bool = False,
     on_step: Callable[[Step], None] | None = None,
 ) -> tuple[Restoration, Pair]:
-    """Restore a pruned model by any method, with all that the method needs before it trains.
+    """Restore a pruned model by any method; gives the restoration and its pair, with the refitted model if there is one.
+
+    What the method needs first is made: a refit, a scan. Errors are those of
+    :func:`~lcc_lens.restoration.restore.restore`.
 
     Args:
         dense: reference of the dense model; ``pruned``: of the pruned one.
@@ -51,14 +56,9 @@ def restore_models(
         method: one of :data:`~lcc_lens.restoration.injections.methods.METHODS`, or several joined by ``+``.
         config: training settings; the method's own if not given; ``validation``: see ``restore``.
         settings: ranks, lengths and controls; ``heads``: how heads are chosen; ``refitting``: a refit's calibration.
+        budget: a plan whose time decides how much is trained on after the refit.
         one_at_a_time: hold one model in memory at a time; ``resume``: go on from the run directory's checkpoint;
             ``on_step``: called after every optimiser step.
-
-    Returns:
-        The restoration, and the pair that it belongs to (with the refitted model, if there is one).
-
-    Raises:
-        RequestError: see :func:`~lcc_lens.restoration.restore.restore`.
     """
     spec, run, heads = MethodSpec.parse(method), Path(run), heads or HeadRequest()
     settings, refitting = settings or RestoreSettings(), (refitting or RefitRequest()).completed(spec)
@@ -81,11 +81,12 @@ def restore_models(
         chosen = [] if scan is None else scan.select(selector, share=fraction, seed=config.seed)
         if spec.preset.on_pool and validation is None:
             validation = pool_validation(data, config.seed)
-        restoration = restore(
+        limit = settings.limit if budget is None else blocks_in_time(budget, pair, spec, config, run)
+        return restore(
             pair, scan, chosen, data, method=spec, config=config, validation=validation, run=run, resume=resume,
-            on_step=on_step, before_refit=pruned if spec.preset.on_refit else None, **asdict(settings),
-        )  # fmt: skip
-    return restoration, pair
+            on_step=on_step, before_refit=pruned if spec.preset.on_refit else None,
+            **asdict(settings) | {"limit": limit},
+        ), pair  # fmt: skip
 
 
 def check_job(

@@ -65,8 +65,13 @@ def training_sequences(
             check_disjoint(part.groups, calibration, name, "the pruning's calibration data")
     return (
         encode(data, pair.tokenizer, max_length=max_length, limit=limit),
-        encode(validation, pair.tokenizer, max_length=max_length, limit=limit and max(8, limit // 10)),
+        encode(validation, pair.tokenizer, max_length=max_length, limit=limit and n_validation(limit)),
     )
+
+
+def n_validation(n_training: int) -> int:
+    """Held-out sequences that choose the best parameters: a tenth of the training's, at least 8 and at most 64."""
+    return max(8, min(64, n_training // 10))
 
 
 def _split_off(data: Data) -> tuple[Data, Data]:

@@ -10,7 +10,7 @@ from support.documented import run_commands, train_tiny
 from support.small_sets import write_sets
 
 from lcc_lens.models.loading import references
-from lcc_lens.restoration.budget import Speed
+from lcc_lens.restoration.speed import Speed
 
 
 @pytest.fixture(scope="session")

@@ -56,6 +56,6 @@ PERP_LORA = Method(
 )  # fmt: skip
 
 BASELINES: dict[str, Method | Preset] = {
-    "lora": LORA, "dora": DORA, "lora-all": LORA_ALL, "lora-vo": LORA_VO, "dora-vo": DORA_VO, "lofit": LOFIT, "eora": EORA, "flap": FLAP,
-    "perp": PERP, "perp-lora": PERP_LORA,
+    "lora": LORA, "dora": DORA, "lora-all": LORA_ALL, "lora-vo": LORA_VO, "dora-vo": DORA_VO, "lofit": LOFIT,
+    "eora": EORA, "flap": FLAP, "perp": PERP, "perp-lora": PERP_LORA,
 }  # fmt: skip

@@ -58,6 +58,15 @@ class Entry:
         """The sites behind which the result needs biases."""
         return () if self.spec is None else self.spec.bias_sites
 
+    def trains_like(self, other: Entry) -> bool:
+        """Whether both are the same training, however they are written."""
+
+        def training(entry: Entry) -> tuple[object, ...]:
+            method = None if entry.spec is None else entry.spec.text
+            return method, entry.on_refit, entry.control, entry.objective, entry.lr, entry.tunes_lr
+
+        return training(self) == training(other)
+
     @classmethod
     def parse(cls, text: str) -> Entry:
         """Read an entry."""

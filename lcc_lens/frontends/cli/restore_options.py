@@ -11,14 +11,15 @@ from lcc_lens.core.ranges import Count, Length, Natural, Positive, Rate
 from lcc_lens.frontends.cli.options import Maybe, Memory, Switch
 
 METHODS_HELP = (
-    "lcc: trained magnitudes over lost directions plus an offset, a constant per head. Its controls: offset without "
-    "directions; mean-shift (the scan's mean difference, nothing trained); random-basis (the same training over random "
-    "directions); mean-shift-sequential (each layer's mean measured after the layers below it are corrected; -mlp: "
-    "MLPs too). mlp-lcc, mlp-offset, mlp-mean-shift, mlp-gain: the same at the MLP. Changed weights, whose zeros stay: "
-    "gain (of head outputs), norms, low-rank (on every linear layer), masked (all remaining weights). Joined by + they "
-    "train together: lcc+low-rank. best: a refit by least squares, then a low-rank change that follows the dense "
-    "model. polish: the refit, then all remaining weights and norm gains follow the dense model on text "
-    "of several domains. perp, perp-lora and lofit are baselines; the other baselines run in compare."
+    "best if not given, and lcc where heads, a selector, a scan, directions, a task or --paper are named. lcc: "
+    "trained magnitudes over lost directions plus an offset, a constant per head. Its controls: offset without "
+    "directions; mean-shift (the scan's mean difference, nothing trained); random-basis (the same training over "
+    "random directions); mean-shift-sequential (each layer's mean measured after the layers below it are corrected; "
+    "-mlp: MLPs too). mlp-lcc, mlp-offset, mlp-mean-shift, mlp-gain: the same at the MLP. Changed weights, whose "
+    "zeros stay: gain (of head outputs), norms, low-rank (on every linear layer), masked (all remaining weights). "
+    "Joined by + they train together: lcc+low-rank. best: a refit by least squares, then a low-rank change that "
+    "follows the dense model on text of several domains. polish: the same with all remaining weights and norm gains. "
+    "perp, perp-lora and lofit are baselines; the other baselines run in compare."
 )
 PAPER_HELP = (
     "The paper's own settings at once: its probe (200 steps, K = 1) on a quarter of the heads, 3 epochs, a learning "
@@ -29,13 +30,13 @@ TASK_HELP = (
     "measure the task's held-out items and another text's perplexity. Sets data, examples, epochs."
 )
 BUDGET_HELP = (
-    "Time that it may take, such as 5m, 15m or 1h, for a method that refits first (polish, best): a short measurement "
-    "of this machine chooses the sizes of the refit and of the training."
+    "Time that it may take, such as 5m, 15m or 1h, for a method that refits first (best, polish): a short measurement "
+    "of this machine chooses the sizes of the refit and of the training (15m if neither it nor sizes are given)."
 )
 OBJECTIVE_HELP = (
     "Minimise the loss of the response (response) or of all tokens (lm), the distance to the dense model's "
     "distribution (distillation) or to its head outputs (heads), or several joined by +, as in lm+3*distillation "
-    "(response if not given; best: lm+distillation)."
+    "(response if not given; best, polish: 3*distillation+lm)."
 )
 
 
@@ -44,9 +45,9 @@ class RestoreData:
     """What it is trained, scanned and measured on."""
 
     data: Maybe[str] = None
-    """Training data, several joined by + (alpaca if not given, or mix where it cannot be had; polish: mix)."""
+    """Training data, several joined by + (alpaca if not given, or mix where it cannot be had; best, polish: mix)."""
     examples: Maybe[Count] = None
-    """Training examples at most (480 if not given; 200 of a task, no fewer)."""
+    """Training examples at most (480, or what --budget allows, if not given; 200 of a task, no fewer)."""
     max_length: Maybe[Length] = None
     """Tokens per example at most (512, or the models' context if shorter)."""
     scan_data: Maybe[str] = None
@@ -87,7 +88,7 @@ class Training:
     low_rank: Maybe[Count] = None
     """Rank of low-rank (8 if not given; best: 16)."""
     refit_samples: Maybe[Natural] = None
-    """Calibration sequences of best's and polish's refit (288 if not given; 0: none); fewer are faster and worse."""
+    """Calibration sequences of best's and polish's refit (288, or what --budget allows, if not given; 0: none)."""
     start: Literal["zero", "mean"] = "zero"
     """Where the magnitudes start: at the pruned model, or at the mean difference."""
     patience: Maybe[Count] = None

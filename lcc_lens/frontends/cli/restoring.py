@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Restore(Tabled):
-    """Train a constant per head that recovers what pruning took (scans first where RUN holds no scan)."""
+    """Recover what pruning took: by the best method in 15 minutes, or by a constant per head if heads are named."""
 
     example: ClassVar[str] = "smollm2 out/wanda50 runs/mine --data alpaca --heads 0.25"
 
@@ -46,7 +46,7 @@ class Restore(Tabled):
     """The model pruned from it."""
     run: RunPath
     """The run directory: holds the scan, receives the restoration."""
-    method: Annotated[str, tyro.conf.arg(help=METHODS_HELP)] = "lcc"
+    method: Annotated[Maybe[str], tyro.conf.arg(help=METHODS_HELP)] = None
     task: Annotated[Maybe[RecoveryTask], tyro.conf.arg(help=TASK_HELP)] = None
     budget: Annotated[Maybe[str], tyro.conf.arg(help=BUDGET_HELP)] = None
     heads: Maybe[Share] = None
@@ -74,7 +74,7 @@ class Restore(Tabled):
         from lcc_lens.restoration.settings import SCAN_DATA, RestoreSettings
 
         self._check_folder()
-        spec = MethodSpec.parse(self.method)
+        spec = MethodSpec.parse(self.chosen_method)
         heads = self._heads()
         config, measures = self._config(spec), self._measures()
         train_data = self._train_data(spec)
@@ -83,7 +83,7 @@ class Restore(Tabled):
             self.dense, self.pruned, self.run, spec, heads, max_length=self.data.max_length,
             refits=self.training.refit_samples != 0, one_at_a_time=self.memory.one_at_a_time,
         )  # fmt: skip
-        plan = self._plan(train_data)
+        plan = self._plan(spec, train_data)
         n_examples = self._n_examples if plan is None else plan.examples
         data, validation = self._examples(spec, train_data, n_examples)
         training = self.training
@@ -93,15 +93,16 @@ class Restore(Tabled):
             tune_lr=training.tune_lr, exportable=not self.hooks_only,
         )  # fmt: skip
         restoration, pair = restore_models(
-            self.dense, self.pruned, self.run, data, method=self.method, config=config,
+            self.dense, self.pruned, self.run, data, method=self.chosen_method, config=config,
             validation=validation, settings=settings, heads=heads, one_at_a_time=self.memory.one_at_a_time,
-            refitting=self._refitting(plan), resume=self.resume,
+            refitting=self._refitting(plan), budget=plan,
+            resume=self.resume,
         )  # fmt: skip
         if is_first_process():
             show_losses(restoration.record.losses, len(restoration.record.settings["heads"]), self.run)
             before_refit = self.pruned if spec.preset.on_refit else None
             self._measure_panel(restoration, pair, before_refit, validation)
-            if not self.quiet and (advice := better_method(self.method, self.run, epochs=config.epochs)):
+            if not self.quiet and (advice := better_method(self.chosen_method)):
                 console().print(advice, soft_wrap=True)
             if measures is None:
                 self.write(lambda: loss_table(restoration.record.losses))
@@ -110,6 +111,14 @@ class Restore(Tabled):
             note_task(self.run, recovery)
             show_recovery(recovery, self.run)
             self.write(recovery.table)
+
+    @property
+    def chosen_method(self) -> str:
+        """The method that is named; else the paper's where its heads, scan or directions are, else the best."""
+        named = (self.heads, self.selector, self.task, self.data.scan_data, self.training.rank, self.training.mlp_rank)
+        switches = (self.paper, self.data.shuffle_responses, self.memory.one_at_a_time)
+        is_papers = any(switches) or any(value is not None for value in named)
+        return self.method or ("lcc" if is_papers else "best")
 
     def _heads(self) -> HeadRequest:
         """How heads are chosen: as named, else as in the paper if asked for, else by default."""
@@ -148,22 +157,27 @@ class Restore(Tabled):
                 "expected a task or data of your own, got both; leave out --task, or --data and --scan-data"
             )
 
-    def _plan(self, train_data: str) -> BudgetPlan | None:
-        """The sizes that fit the time budget, told before the work; None without a budget."""
+    def _plan(self, spec: MethodSpec, train_data: str) -> BudgetPlan | None:
+        """The sizes that fit the time budget, told before the work; None where sizes are named."""
         from lcc_lens.data.panel import available_panel
         from lcc_lens.data.registry import fraction_of
         from lcc_lens.models.architecture.context import DEFAULT_LENGTH
-        from lcc_lens.restoration.budget import plan_budget
+        from lcc_lens.restoration.budget import DEFAULT_BUDGET, plan_budget
 
-        if self.budget is None:
+        named = {
+            "--task": self.task, "--examples": self.data.examples, "--refit-samples": self.training.refit_samples,
+            "--epochs": self.training.epochs,
+        }  # fmt: skip
+        given = [name for name, value in named.items() if value is not None]
+        budget = self.budget or (None if given or not spec.preset.on_refit else DEFAULT_BUDGET)
+        if budget is None:
             return None
-        named = {"--task": self.task, "--examples": self.data.examples, "--refit-samples": self.training.refit_samples}
-        if given := [name for name, value in named.items() if value is not None]:
+        if given:
             raise RequestError(f"expected --budget to choose the sizes, got {given[0]} too; leave one of them out")
         length = self.data.max_length or DEFAULT_LENGTH
         n_measured = len(self.data.panel or available_panel()) * self.data.panel_blocks * DEFAULT_LENGTH
         plan = plan_budget(
-            self.dense, self.pruned, self.budget, method=self.method, length=length, n_measured=n_measured,
+            self.dense, self.pruned, budget, method=spec.name, length=length, n_measured=n_measured,
             self_written=fraction_of("self", train_data), run=self.run,
         )  # fmt: skip
         console().print(f"plan for {plan}", highlight=False, soft_wrap=True)

@@ -7,7 +7,6 @@ from typing import Literal
 
 from lcc_lens.evaluation.baselines.methods import BASELINES
 from lcc_lens.evaluation.comparison.entry import TUNED, Entry
-from lcc_lens.restoration.best import BEST_ENTRY
 
 SELECTOR_LABELS = {
     "patching": "activation patching",
@@ -86,7 +85,7 @@ def entry_label(text: str) -> str:
     entry = Entry.parse(text)
     if entry.method is None:
         return "refit, untrained"
-    if text in ("best", BEST_ENTRY):
+    if entry.trains_like(Entry.parse("best")):
         return "best (refit, masked low rank)"
     whole, _, rate = text.partition("=")
     objective = whole.partition(":")[2]

@@ -14,11 +14,11 @@ from lcc_lens.models.hooked.offloading import device_of
 from lcc_lens.models.pair import Pair
 from lcc_lens.pruning.jobs import recorded_groups
 from lcc_lens.pruning.refit.refit import REFIT_RECORD
-from lcc_lens.restoration.budget import time_refit
 from lcc_lens.restoration.injections.base import Composite, Injection
 from lcc_lens.restoration.injections.weights import FixedWeights
 from lcc_lens.restoration.refitted import REFITTED, refit_as_change, refitted_model
 from lcc_lens.restoration.settings import RefitRequest
+from lcc_lens.restoration.speed import time_refit
 
 
 class SessionRefit:

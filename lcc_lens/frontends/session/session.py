@@ -44,8 +44,8 @@ class RestoreSession(SessionOutputs):
         data: training examples (role ``train``).
         validation: held-out examples of the same kind; if not given, a tenth of the training examples' groups.
         method: one of :data:`~lcc_lens.restoration.injections.METHODS`, or several joined by ``+``.
-        objective: what training minimises; if not given, the method's own: the loss of the response, of ``best`` the
-            language-model loss and the KL divergence from the dense model in equal parts.
+        objective: what training minimises; if not given, the method's own: the loss of the response, of ``best`` the KL
+            divergence from the dense model plus a third of the language-model loss.
         batch_size: examples per optimiser step.
         max_length: most tokens per example; 256, or the models' context if shorter.
         low_rank: rank of a masked low-rank update; 8 if not given, 16 for ``best``.

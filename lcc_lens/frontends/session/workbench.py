@@ -96,7 +96,7 @@ class Workbench:
                 exported.
         """
         spec = MethodSpec.parse(method)
-        if spec.compare_only or spec.preset.on_pool or spec.preset.choose_heads:
+        if spec.compare_only or spec.preset.choose_heads:
             raise RequestError(f"expected a method for a session, got {method}; run it by compare or restore")
         if self.scan is None and spec.on_heads:
             raise RequestError(f"expected a scan of this pair for {method}, got none; scan it first")

@@ -39,7 +39,6 @@ from lcc_lens.frontends.plotting.studies import plot_selector_study
 from lcc_lens.frontends.plotting.theme import COLORS, styled, with_source
 from lcc_lens.frontends.plotting.training import plot_training
 from lcc_lens.frontends.plotting.writing import drawn_from, figure_json, figure_sha256, write_image, write_images
-from lcc_lens.restoration.best import BEST_ENTRY
 from lcc_lens.restoration.injections.constants import MeanShift
 from lcc_lens.restoration.training.config import Step
 
@@ -177,7 +176,7 @@ def test_lens_is_read_as_it_was_saved(tmp_path: Path, gain: LogitGain, promoted:
     [
         ("lcc", "LCC", "restored"),
         ("refit", "refit, untrained", "restored"),
-        (BEST_ENTRY, "best (refit, masked low rank)", "restored"),
+        ("refit+low-rank:3*distillation+lm=5e-3", "best (refit, masked low rank)", "restored"),
         ("refit+low-rank+lcc:distillation", "refit, masked low rank + LCC; distillation", "restored"),
         ("lora-vo=1e-3", "LoRA (v, o); rate 1e-3", "baseline"),
         ("lcc@dense", "LCC, on the dense model", "control"),

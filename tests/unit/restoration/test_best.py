@@ -61,7 +61,7 @@ def test_by_one_command(
     real = refitted.refit
 
     def on_own_text(*args, calibration, n_samples, seq_len, overwrite):
-        assert (calibration, n_samples, seq_len) == (None, 9, None)
+        assert (calibration, n_samples, seq_len) == ("mix", 9, None)
         return real(*args, calibration=[str(files["text"])], n_samples=4, seq_len=16, overwrite=overwrite)
 
     monkeypatch.setattr(refitted, "refit", on_own_text)
@@ -70,7 +70,7 @@ def test_by_one_command(
     asked = read_json(tmp_path / "run" / "config.json")["restore"]
     assert (asked["method"], asked["low_rank"]) == ("low-rank", 16)
     assert asked["lr"] == METHODS["best"].lr
-    assert (asked["objective"]["text"], asked["objective"]["distillation"]) == (0.5, 0.5)
+    assert (asked["objective"]["text"], asked["objective"]["distillation"]) == (0.25, 0.75)
     losses = read_json(tmp_path / "run" / "metrics.json")["validation"]["losses"]
     assert list(losses) == ["dense", "pruned", "refitted", "restored"]
     assert main(["export", str(tmp_path / "run"), str(tmp_path / "out"), "--quiet"]) == 0

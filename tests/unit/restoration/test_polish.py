@@ -116,9 +116,9 @@ def test_without_validation_every_part_gives_some(pair, pool: Data) -> None:
         assert any("Verse" in text for text in part)
 
 
-def test_the_refit_of_a_pool_reads_the_mix_and_that_of_best_its_own_data() -> None:
+def test_the_refit_of_a_pool_reads_the_mix_unless_other_data_are_named() -> None:
     requests = {name: RefitRequest().completed(MethodSpec.parse(name)) for name in ("polish", "best")}
-    assert {name: request.calibration for name, request in requests.items()} == {"polish": "mix", "best": None}
+    assert {name: request.calibration for name, request in requests.items()} == {"polish": "mix", "best": "mix"}
     assert RefitRequest("c4").completed(MethodSpec.parse("polish")).calibration == "c4"
 
 
