@@ -6,30 +6,26 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import torch
 
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.ranges import Count, Seed, ranged
 from lcc_lens.core.showing import Shown
 from lcc_lens.data.batches import TokenSequence, encode_pair, in_equal_parts, require_tokens, text_blocks
 from lcc_lens.data.checks import check_role
-from lcc_lens.data.negatives import contrast, distinct_wrongs, with_other_answers
+from lcc_lens.data.drawing import draw, drawn_order, leaves, reserved_groups
+from lcc_lens.data.negatives import contrast, with_other_answers
 from lcc_lens.data.prompts import Example, Item, Kind, Record
 from lcc_lens.data.registry import DATASETS, part_names, require_dataset
-from lcc_lens.data.roles import Role, digest, in_role
-from lcc_lens.data.sources import TextWriter, available_splits, choose_split, read_named
-from lcc_lens.data.user_files import is_data_file, read_file
+from lcc_lens.data.roles import Role, digest
+from lcc_lens.data.sources import TextWriter
+from lcc_lens.data.user_files import is_data_file
 
 if TYPE_CHECKING:
     import pandas as pd
     from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
-
-_Pairs = list[tuple[Record, Item | Example]]
 
 
 @dataclass(frozen=True, repr=False)
@@ -78,6 +74,11 @@ class Data(Shown):
         """Short hashes of the groups, which no other role may contain."""
         return frozenset(digest(example.group) for example in self.examples)
 
+    def without(self, groups: frozenset[str]) -> Data:
+        """The data without the examples of some groups, in all parts."""
+        kept = tuple(example for example in self.examples if digest(example.group) not in groups)
+        return replace(self, examples=kept, parts=tuple(part.without(groups) for part in self.parts))
+
     def with_shuffled_responses(self, seed: int = 0) -> Data:
         """Give every prompt the response of another example, as a control that does not teach the task.
 
@@ -89,7 +90,7 @@ class Data(Shown):
                 f"expected at least 2 prompts with responses to shuffle, got {len(self)} of kind {self.kind} in "
                 f"{self.source}; name other data"
             )
-        order = _order(len(self), seed)
+        order = drawn_order(len(self), seed)
         donor = dict(zip(order, order[1:] + order[:1], strict=True))
         examples = (replace(e, response=self.examples[donor[i]].response) for i, e in enumerate(self.examples))
         return replace(self, examples=tuple(examples))
@@ -134,14 +135,11 @@ def load_data(
     """
     require_dataset(name)
     if names := part_names(name):
-        n_each = None if n is None else -(-n // len(names))
-        own = None if writer is None else writer.divided(len(names))
-        parts = [load_data(part, n_each, role=role, seed=seed, as_text=True, writer=own) for part in names]
-        pool = joined([part if part.parts else _shuffled(part, seed) for part in parts])
-        return replace(pool, name=name)
+        pool = replace(_pool(names, n, role, seed, writer), name=name)
+        return pool if role is None else pool.without(reserved_groups(leaves(name), role))
     if not is_data_file(name) and DATASETS[name].is_self_written:
         return _written(name, n, role, seed, writer)
-    kind, pairs, source = _draw(name, n, role, seed)
+    kind, pairs, source = draw(name, n, role, seed)
     reads = [read for _, read in pairs]
     if as_text or kind == "text":
         return Data(name, "text", tuple(map(_text_of, reads)), source, role)
@@ -165,8 +163,21 @@ def joined(parts: Sequence[Data]) -> Data:
     )  # fmt: skip
 
 
+def _pool(names: Sequence[str], n: int | None, role: Role | None, seed: int, writer: TextWriter | None) -> Data:
+    """Several data sets as running text, in parts; some of these may have parts themselves."""
+    n_each = None if n is None else -(-n // len(names))
+    own = None if writer is None else writer.divided(len(names))
+    parts = []
+    for name in names:
+        if inner := part_names(name):
+            parts.append(replace(_pool(inner, n_each, role, seed, own), name=name))
+        else:
+            parts.append(_shuffled(load_data(name, n_each, role=role, seed=seed, as_text=True, writer=own), seed))
+    return joined(parts)
+
+
 def _shuffled(data: Data, seed: int) -> Data:
-    return replace(data, examples=tuple(data.examples[i] for i in _order(len(data), seed)))
+    return replace(data, examples=tuple(data.examples[i] for i in drawn_order(len(data), seed)))
 
 
 def _text_of(read: Item | Example) -> Example:
@@ -184,29 +195,7 @@ def _written(name: str, n: int | None, role: Role | None, seed: int, writer: Tex
 
 def load_records(name: str, n: int | None = None, *, role: Role | None = None, seed: int = 0) -> list[Record]:
     """The raw records of :func:`load_data` with the same arguments, for tasks that read the hub's fields."""
-    return [record for record, _ in _draw(name, n, role, seed)[1]]
-
-
-def _draw(name: str, n: int | None, role: Role | None, seed: int) -> tuple[Kind, _Pairs, str]:
-    """The kind of a data set or file, the drawn records with their examples, and where they came from."""
-    check_role(role)
-    require_dataset(name)
-    if is_data_file(name):
-        kind, pairs, source = read_file(Path(name))
-        pairs = [pair for pair in pairs if role is None or in_role(pair[1], role, has_held_out=False)]
-    else:
-        kind, pairs, source = _read_named(name, role)
-    pairs = _with_a_wrong_answer(pairs, source)
-    if role is not None and not pairs:
-        raise RequestError(
-            f"expected examples for the role {role} in {source}, got none: its examples (of a .txt, its "
-            "paragraphs) are divided among the roles by their text; add more"
-        )
-    if n is not None:
-        pairs = [pairs[i] for i in _order(len(pairs), seed)[:n]]
-    if not pairs:
-        raise RequestError(f"expected examples in {source}, got none; add some")
-    return kind, pairs, source
+    return [record for record, _ in draw(name, n, role, seed)[1]]
 
 
 def encode(
@@ -262,37 +251,6 @@ def text_sequences(
     if data.parts:
         cut = [partial(text_sequences, part, tokenizer, length, seed=seed) for part in data.parts]
         return in_equal_parts(cut, limit)
-    order = range(len(data)) if seed is None else _order(len(data), seed)
+    order = range(len(data)) if seed is None else drawn_order(len(data), seed)
     texts = (data.examples[i].prompt + data.examples[i].response for i in order)
     return text_blocks("\n\n".join(texts), tokenizer, length, limit)
-
-
-def _read_named(name: str, role: Role | None) -> tuple[Kind, _Pairs, str]:
-    dataset, splits = DATASETS[name], available_splits(name)
-    split, has_own = choose_split(dataset, splits, role)
-    pairs, origin = read_named(name, split)
-    if role is not None and not (role == "held-out" and has_own):
-        pairs = [pair for pair in pairs if in_role(pair[1], role, has_held_out=has_own)]
-        if has_own:  # splits may share a passage
-            held_out = {read.group for _, read in read_named(name, choose_split(dataset, splits, "held-out")[0])[0]}
-            pairs = [pair for pair in pairs if pair[1].group not in held_out]
-    return dataset.kind, pairs, origin
-
-
-def _with_a_wrong_answer(pairs: _Pairs, source: str) -> _Pairs:
-    """Leave out questions whose wrong answers all equal the right one."""
-    kept = [(record, read) for record, read in pairs if isinstance(read, Example) or distinct_wrongs(read)]
-    if len(kept) < len(pairs):
-        n_equal = len(pairs) - len(kept)
-        if not kept:
-            raise RequestError(
-                f"expected wrong answers that differ from the right ones in {source}, got none in {n_equal} questions; "
-                "correct the answers"
-            )
-        logger.warning("skipped %d of %d questions whose wrong answers equal the right one", n_equal, len(pairs))
-    return kept
-
-
-def _order(n: int, seed: int) -> list[int]:
-    order: list[int] = torch.randperm(n, generator=torch.Generator().manual_seed(seed)).tolist()
-    return order

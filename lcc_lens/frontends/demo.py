@@ -16,6 +16,7 @@ from lcc_lens.core.files import write_json, write_text
 from lcc_lens.core.metrics import share_recovered
 from lcc_lens.core.ranges import Count, Length, Rate, Seed, Sparsity, check_numbers
 from lcc_lens.core.showing import Shown
+from lcc_lens.data.checks import is_available
 from lcc_lens.data.datasets import Data, encode, load_data, load_records
 from lcc_lens.data.prompts import Example
 from lcc_lens.data.registry import domains
@@ -36,8 +37,13 @@ from lcc_lens.models.loading.plain import load_plain
 from lcc_lens.models.loading.references import resolve
 from lcc_lens.models.pair import load_pair
 from lcc_lens.pruning.jobs import prune
+from lcc_lens.restoration.best import restore_best
+from lcc_lens.restoration.refitted import REFITTED
 from lcc_lens.restoration.restore import restore
+from lcc_lens.restoration.result import Restoration
 from lcc_lens.restoration.training.config import TrainConfig
+
+_SOURCES = ("wikipedia", "howto", "python")
 
 
 @dataclass(frozen=True)
@@ -58,6 +64,8 @@ class DemoConfig:
     text_length: Length = 512
     n_panel_blocks: Count = 3
     n_items: Count = 50
+    n_refit: Count = 24
+    n_best: Count = 64
     batch_size: Count = 4
     lr: Rate = 3e-2
     seed: Seed = 0
@@ -73,6 +81,7 @@ class DemoResult(Shown):
 
     pruned: Path
     restored: Path
+    best: Path
     page: Path
     results: dict[str, Any]
     seconds: dict[str, float]
@@ -101,7 +110,7 @@ def run_demo(config: DemoConfig, *, stage: Callable[[str], None] | None = None) 
     """
     timer = _Timer(stage)
     folder = config.folder
-    pruned, restored, run = folder / "pruned", folder / "restored", folder / "run"
+    pruned, restored, best, run = (folder / name for name in ("pruned", "restored", "best", "run"))
     data = _demo_data(config)
 
     with timer.step("prune", f"remove {config.sparsity:.0%} of the weights (Wanda)"):
@@ -125,23 +134,28 @@ def run_demo(config: DemoConfig, *, stage: Callable[[str], None] | None = None) 
     read_tokens(pair.pruned, pair.tokenizer, scanned, restoration).save(run)
     read_texts(pair, scanned, restoration, [config.prompt]).save(run)
     del pair  # frees two models for the evaluation
-    with timer.step("export", "fold into a plain Hugging Face directory and verify"):
+    with timer.step("best", "refit, then train a low-rank change: the method that recovers most"):
+        mended = _best(pruned, folder / "run_best", config)
+    with timer.step("export", "fold into plain Hugging Face directories and verify"):
         report = export(restoration, pruned, restored, overwrite=True)
+        export(mended, folder / "run_best" / REFITTED, best, overwrite=True)
     with timer.step("evaluate", "compare dense, pruned and restored"):
-        paths = {"dense": resolve(config.model), "pruned": pruned, "restored": restored}
+        paths = {"dense": resolve(config.model), "pruned": pruned, "restored": restored, "best": best}
         models: dict[str, Any] = {
             name: {"path": str(path), "tasks": _scores(path, data, config)} for name, path in paths.items()
         }
     with timer.step("panel", "measure each kind of text"):
-        panel = _panel(paths, data, config)
+        panels = _panels(paths, data, config)
     scores = {name: format_scores(entry["tasks"]) for name, entry in models.items()}
     write_text(
-        restored / "README.md", model_card(restoration, {**scores, **panel_metrics(panel)}, report.logit_difference)
+        restored / "README.md",
+        model_card(restoration, {**scores, **panel_metrics(panels["restored"])}, report.logit_difference),
     )
     results = {
         "models": models,
         "share_recovered": _shares(models),
-        "panel": panel,
+        "panel": panels["restored"],
+        "panel_best": panels["best"],
         "export": {k: v for k, v in dataclasses.asdict(report).items() if k not in ("path", "added", "changed")},
         "config": {**dataclasses.asdict(config), "folder": str(folder)},
         "seconds": {name: round(value, 1) for name, value in timer.seconds.items()},
@@ -149,7 +163,7 @@ def run_demo(config: DemoConfig, *, stage: Callable[[str], None] | None = None) 
     }
     write_json(folder / "results.json", results)
     page = explore(run, folder / "index.html", results=folder / "results.json", read_model=False)
-    return DemoResult(pruned, restored, page, results, timer.seconds)
+    return DemoResult(pruned, restored, best, page, results, timer.seconds)
 
 
 @dataclass(frozen=True)
@@ -196,14 +210,27 @@ def _scores(path: Path, data: _DemoData, config: DemoConfig) -> dict[str, Any]:
     }
 
 
-def _panel(paths: Mapping[str, Path], data: _DemoData, config: DemoConfig) -> dict[str, Any]:
-    """Recovery on every domain that can be had."""
+def _best(pruned: Path, run: Path, config: DemoConfig) -> Restoration:
+    """Restore by ``best`` at the demo's size, on texts that need no network."""
+    sources = "+".join(name for name in _SOURCES if is_available(name))
+    return restore_best(
+        config.model, pruned, run, load_data(sources, role="train", seed=config.seed), calibration=sources,
+        n_samples=config.n_refit, seq_len=config.calibration_length, max_length=config.calibration_length,
+        limit=config.n_best,
+    )  # fmt: skip
+
+
+def _panels(paths: Mapping[str, Path], data: _DemoData, config: DemoConfig) -> dict[str, dict[str, Any]]:
+    """Recovery on every domain that can be had, of both restored models."""
     blocks = panel_blocks(
         load_tokenizer(paths["dense"]), blocks=config.n_panel_blocks, length=config.text_length,
         without=data.validation.groups,
     )  # fmt: skip
     losses = {name: panel_losses(load_plain(path), blocks) for name, path in paths.items()}
-    return panel_recovery(losses["dense"], losses["pruned"], losses["restored"], domains("boolq"))
+    seen = {"restored": domains("boolq"), "best": frozenset().union(*map(domains, _SOURCES))}
+    return {
+        name: panel_recovery(losses["dense"], losses["pruned"], losses[name], kinds) for name, kinds in seen.items()
+    }
 
 
 def _shares(models: dict[str, Any]) -> dict[str, float | None]:

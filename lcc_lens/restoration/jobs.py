@@ -44,7 +44,7 @@ def restore_models(
     resume: bool = False,
     on_step: Callable[[Step], None] | None = None,
 ) -> tuple[Restoration, Pair]:
-    """Restore a pruned model by any method; gives the restoration and its pair, with the refitted model if there is one.
+    """Restore a pruned model by any method; gives the restoration and its pair, refitted if it was.
 
     What the method needs first is made: a refit, a scan. Errors are those of
     :func:`~lcc_lens.restoration.restore.restore`.

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from lcc_lens.core.ranges import Seed
 from lcc_lens.frontends.cli.options import Tabled
-from lcc_lens.frontends.cli.show import console, show_panel, show_results, show_table
+from lcc_lens.frontends.cli.show import console, show_panels, show_results, show_table
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,16 +30,19 @@ class Demo(Tabled):
 
         def stage(title: str) -> None:
             if not self.quiet:
-                console().print(f"{next(stages)}/6 {title}", style="bold")
+                console().print(f"{next(stages)}/7 {title}", style="bold")
 
         result = run_demo(DemoConfig(folder=self.folder, seed=self.seed), stage=stage)
-        show_results(result.results["models"], "dense, pruned, restored on held-out data")
-        show_panel(result.results["panel"])
+        show_results(
+            result.results["models"],
+            "dense, pruned, and restored by lcc (a constant per head) and by best, on held-out data",
+        )
+        show_panels({"lcc": result.results["panel"], "best": result.results["panel_best"]})
         shares = {name: value for name, value in result.results["share_recovered"].items() if value is not None}
         show_table(
-            "lost log-likelihood recovered", ["data", "recovered"],
+            "lost log-likelihood recovered by lcc", ["data", "recovered"],
             [[name, f"{value:.1%}"] for name, value in shares.items()],
         )  # fmt: skip
         self.write(Evaluation(result.results).table)
-        console().print(f"model  {result.restored}")
+        console().print(f"models {result.restored}, {result.best}", soft_wrap=True)
         console().print(f"page   {result.page}", soft_wrap=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -157,6 +158,19 @@ def show_panel(measured: dict[str, Any]) -> None:
     show_table("perplexity and lost log-perplexity recovered, by kind of held-out text", ["", *columns], rows)
     if warning is not None:
         console().print(f"warning: {warning['']}", highlight=False, markup=False, soft_wrap=True)
+
+
+def show_panels(measured: Mapping[str, dict[str, Any]]) -> None:
+    """Print what several restorations recovered by domain, with mean and worst, side by side."""
+    from lcc_lens.evaluation.panel import panel_metrics
+
+    metrics = {name: panel_metrics(panel) for name, panel in measured.items()}
+    kinds = next(iter(measured.values()))["domains"]
+    rows = [[kind, *(found[kind]["recovered"] for found in metrics.values())] for kind in kinds]
+    for which in ("mean", "worst"):
+        values = [panel[which] for panel in measured.values()]
+        rows.append([which, *("" if value is None else f"{value:.1%}" for value in values)])
+    show_table("lost log-perplexity recovered, by kind of held-out text", ["", *metrics], rows)
 
 
 def show_results(models: dict[str, Any], title: str) -> None:
