@@ -85,6 +85,26 @@ def test_where_a_part_is_too_small_the_others_give_more(tmp_path: Path) -> None:
     assert len(text_sequences(joined(parts), tokenizer, 16, 999)) == n_all
 
 
+def test_no_role_of_a_pool_holds_what_another_role_of_its_parts_does(root: Path) -> None:
+    """ARC's easy set has questions that the challenge set tests, and BoolQ's passages are Wikipedia's."""
+    questions = [
+        {"question": f"Is {i} odd?", "choices": {"text": ["yes", "no"], "label": ["A", "B"]}, "answerKey": "A"}
+        for i in range(120)
+    ]
+    written(root / "arc_easy" / "train.jsonl", *questions[:100])
+    written(root / "arc_challenge" / "train.jsonl", *questions[40:])
+    written(root / "arc_challenge" / "test.jsonl", *questions[:30])
+    name = "arc_easy+arc_challenge"
+    roles = {role: load_data(name, role=role).groups for role in ROLES}
+    assert not any(first & second for first, second in combinations(roles.values(), 2))
+    assert frozenset().union(*roles.values()) == load_data(name).groups | roles["held-out"]
+    alone = {part: load_data(part, role="train") for part in part_names(name)}
+    assert alone["arc_easy"].groups & roles["held-out"]  # each set by itself keeps them
+    pool = load_data(name, role="train")
+    assert {part.name: part.groups <= alone[part.name].groups for part in pool.parts} == dict.fromkeys(alone, True)
+    assert frozenset().union(*(part.groups for part in pool.parts)) == pool.groups
+
+
 def test_domains_are_those_of_all_parts() -> None:
     assert part_names("c4+notes.txt") == ("c4", "notes.txt")
     assert domains("mix") == {"self-written", "encyclopedia", "how-to", "questions", "code"}
