@@ -53,20 +53,31 @@ def training_sequences(
     max_length = fitting_length(max_length, pair.context)
     if validation is None:
         data, validation = _split_off(data)
-    check_disjoint(data.groups, validation.groups, "training data", "validation data")
+    data = _apart(data, validation.groups, "training data", "validation data")
     if shuffle is not None:
         data = data.with_shuffled_responses(shuffle)
     records = (pair.pruned_id.path / name for name in ("pruning.json", REFIT_RECORD))
     calibration = frozenset[str]().union(*map(recorded_groups, records))
+    scanned = frozenset[str]() if scan is None else frozenset(scan.record.groups)
+    parts = []
     for part, name in ((data, "training data"), (validation, "validation data")):
         if part.role is not None:  # data without a role are the caller's responsibility
-            if scan is not None:
-                check_disjoint(part.groups, frozenset(scan.record.groups), name, "the scan's data")
-            check_disjoint(part.groups, calibration, name, "the pruning's calibration data")
+            part = _apart(part, scanned, name, "the scan's data")
+            part = _apart(part, calibration, name, "the pruning's calibration data")
+        parts.append(part)
+    data, validation = parts
     return (
         encode(data, pair.tokenizer, max_length=max_length, limit=limit),
         encode(validation, pair.tokenizer, max_length=max_length, limit=limit and n_validation(limit)),
     )
+
+
+def _apart(data: Data, groups: frozenset[str], name: str, other: str) -> Data:
+    """Data without what others hold: a pool leaves it out, one data set with such a sequence is refused."""
+    if data.parts:
+        return data.without(groups)
+    check_disjoint(data.groups, groups, name, other)
+    return data
 
 
 def n_validation(n_training: int) -> int:

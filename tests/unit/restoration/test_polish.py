@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -114,6 +115,16 @@ def test_without_validation_every_part_gives_some(pair, pool: Data) -> None:
     for part in texts:
         assert any("Paragraph" in text for text in part)
         assert any("Verse" in text for text in part)
+
+
+def test_a_pool_leaves_out_what_chooses_the_parameters(pair, pool: Data) -> None:
+    verses = replace(pool.parts[1], role="held-out")
+    training, _ = training_sequences(pair, None, pool, verses, 32, None, None)
+    text = " ".join(pair.tokenizer.decode(sequence.tokens) for sequence in training)
+    assert "Paragraph" in text
+    assert "Verse" not in text
+    with pytest.raises(RequestError, match="expected training data and validation data without a shared sequence"):
+        training_sequences(pair, None, pool.parts[1], verses, 32, None, None)
 
 
 def test_the_refit_of_a_pool_reads_the_mix_unless_other_data_are_named() -> None:
