@@ -18,7 +18,7 @@ from lcc_lens.data.checks import check_data
 from lcc_lens.data.datasets import Data, encode, load_data
 from lcc_lens.data.registry import DATASETS, named_kind
 from lcc_lens.data.user_files import is_data_file
-from lcc_lens.evaluation.lm_eval_tasks import HARNESS_FOLDERS, evaluate_task
+from lcc_lens.evaluation.lm_eval_tasks import HARNESS_FOLDERS, evaluate_task, harness_version
 from lcc_lens.models.architecture.context import context_of, fitting_length
 from lcc_lens.models.architecture.layers import read_config
 from lcc_lens.models.architecture.whole_weights import require_complete
@@ -69,7 +69,7 @@ def evaluate(
         for name, reference, _ in zip(unique_names(references), references, paths, strict=True)
     }
     settings = {"limit": limit, "length": length}
-    return Evaluation(models=models, settings=settings, version=package_version())
+    return Evaluation(models=models, settings=settings, harness=harness_version(), version=package_version())
 
 
 @ranged

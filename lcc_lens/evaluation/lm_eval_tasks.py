@@ -8,6 +8,7 @@ import math
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -79,6 +80,11 @@ def evaluate_task(
         samples = sorted(next(iter(results["samples"].values())), key=lambda sample: sample["doc_id"])
         scored["items"] = "".join(str(int(sample["acc"])) for sample in samples)
     return scored
+
+
+def harness_version() -> str:
+    """lm-eval's name and version, which results record."""
+    return f"lm-eval {version('lm-eval')}"
 
 
 def _task_spec(task: str, folder: Path, records: Sequence[Record] | None) -> tuple[Any, Any]:

@@ -132,7 +132,7 @@ def measure_panel(
         texts: see :func:`panel_blocks`, as ``blocks``, ``length`` and ``without``.
 
     Returns:
-        See :func:`panel_recovery`.
+        See :func:`panel_recovery`; also ``blocks`` of each text at most, and their ``length`` in tokens.
 
     Example:
         >>> measure_panel(restoration, pair)["worst"]  # doctest: +SKIP
@@ -147,7 +147,8 @@ def measure_panel(
     )
     with restoration.applied_to(pair.pruned) as model:
         restored = _hooked_losses(model, cut)
-    return panel_recovery(dense, pruned, restored, seen_domains(pair.pruned_id.path, restoration.record.data))
+    found = panel_recovery(dense, pruned, restored, seen_domains(pair.pruned_id.path, restoration.record.data))
+    return {**found, "blocks": blocks, "length": min(length, pair.context)}
 
 
 def seen_domains(pruned: Path, *data: str) -> frozenset[str]:
@@ -160,21 +161,6 @@ def seen_domains(pruned: Path, *data: str) -> frozenset[str]:
 def note_panel(run: Path, measured: dict[str, Any]) -> None:
     """Add the panel to the run's ``metrics.json``."""
     write_record(run / RUN_METRICS, {**read_record(run / RUN_METRICS, dict[str, Any]), "panel": measured})
-
-
-def panel_metrics(measured: Mapping[str, Any]) -> dict[str, dict[str, str]]:
-    """A panel as text by domain and column, with its mean, its worst, and a warning where a domain got worse."""
-    rows = {}
-    for name, row in measured["domains"].items():
-        perplexities = {model: f"{row['perplexity'][model]:.2f}" for model in ("dense", "pruned", "restored")}
-        recovered = "nothing was lost" if row["recovered"] is None else f"{row['recovered']:.1%}"
-        rows[name] = {**perplexities, "recovered": recovered, "kind trained on": "yes" if row["in_pool"] else "no"}
-    if measured["mean"] is not None:
-        rows["mean over domains"] = {"recovered": f"{measured['mean']:.1%}"}
-        rows[f"worst domain ({measured['worst_domain']})"] = {"recovered": f"{measured['worst']:.1%}"}
-    if measured["worse"]:
-        rows["warning"] = {"": f"worse than the pruned model on {', '.join(measured['worse'])}"}
-    return rows
 
 
 def _hooked_losses(model: HookedModel, blocks: Mapping[str, Sequence[TokenSequence]]) -> dict[str, float]:

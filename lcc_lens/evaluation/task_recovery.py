@@ -18,7 +18,7 @@ from lcc_lens.data.prompts import Record, RecoveryTask
 from lcc_lens.data.registry import named_kind
 from lcc_lens.data.splits import split_examples
 from lcc_lens.evaluation.evaluate import Evaluation, check_tasks
-from lcc_lens.evaluation.lm_eval_tasks import evaluate_task
+from lcc_lens.evaluation.lm_eval_tasks import evaluate_task, harness_version
 from lcc_lens.models.hooked.fused_attention import fused_attention
 from lcc_lens.models.hooked.hooks import HookedModel
 from lcc_lens.models.hooked.losses import sequence_loss
@@ -109,9 +109,9 @@ class TaskMeasures:
             pruned: the pruned model, if the pair has one that was refitted from it.
 
         Returns:
-            ``models`` as in ``results.json``, with ``items`` (1 for each one right), and ``gain`` in accuracy over the
-            pruned model, ``share_recovered`` of the lost accuracy, and their 95 % intervals from resampled items (None
-            if nothing was lost; the interval None if it includes no loss).
+            ``models`` as in ``results.json``, with ``items`` (1 for each one right), ``harness`` and ``seed``, ``gain``
+            in accuracy over the pruned model, ``share_recovered`` of the lost accuracy, and their 95 % intervals from
+            resampled items (None if nothing was lost; the interval None if it includes no loss).
         """
         records = load_records(self.task, self.items, role="held-out", seed=self.seed)
         length = min(self.block_length, pair.context)
@@ -126,7 +126,8 @@ class TaskMeasures:
             models["pruned"] = {"tasks": self._scores(load_plain(path), load_tokenizer(path), records, blocks)}
         with restoration.applied_to(pair.pruned) as restored:
             models["restored"] = {"tasks": self._hooked(restored, pair, records, blocks)}
-        return Evaluation(task=self.task, text=self.text, models=models, **self._gain(models))
+        about = {"task": self.task, "text": self.text, "seed": self.seed, "harness": harness_version()}
+        return Evaluation(models=models, **about, **self._gain(models))
 
     def _hooked(
         self, model: HookedModel, pair: Pair, records: Sequence[Record], blocks: Sequence[TokenSequence]

@@ -19,7 +19,9 @@ from lcc_lens.core.reading import read_json
 from lcc_lens.core.rewriting import Splits, copy_checkpoint, parse_size, rewrite_weights
 from lcc_lens.core.showing import Shown
 from lcc_lens.core.side_files import side_files, without_untrusted
+from lcc_lens.exporters.eval_results import made_by, write_eval_results
 from lcc_lens.exporters.folding import edited_tensors, require_same_weights, shares_values
+from lcc_lens.exporters.measured import Measured
 from lcc_lens.exporters.model_card import model_card
 from lcc_lens.models.architecture.joint_bias_slots import JointSlots, find_joint_slots
 from lcc_lens.models.hooked.offloading import device_of, each_parameter, entry_device
@@ -67,6 +69,8 @@ def export(
     out: str | Path,
     *,
     metrics: Mapping[str, Any] | None = None,
+    run: str | Path | None = None,
+    comparison: str | Path | None = None,
     dtype: torch.dtype | None = None,
     max_shard_size: int | str | None = None,
     overwrite: bool = False,
@@ -83,6 +87,8 @@ def export(
         pruned: reference of the pruned model that was restored.
         out: the directory to write.
         metrics: measured numbers for the model card.
+        run: the run directory: what ``restore`` measured there goes onto the card and into ``.eval_results``.
+        comparison: a comparison of the same models (its folder or file): its controls go onto the card.
         dtype: the format of the weights; the pruned checkpoint's if not given. Another format rounds every tensor.
         max_shard_size: bytes per weight file at most, or a text such as ``5GB``; the same files as the pruned
             checkpoint's if not given.
@@ -101,9 +107,13 @@ def export(
         parse_size(max_shard_size)
     side_files(checkpoint.path)
     require_same_weights(restoration, checkpoint)
+    paths = [None if path is None else Path(path) for path in (run, comparison)]
+    measured = Measured.of(restoration.record, *paths)
     with reserved(out, overwrite=overwrite, inputs=[checkpoint.path]):
         require_space(out, 2 * checkpoint.n_bytes)
-        return _write(restoration, pruned, checkpoint, out, metrics or {}, dtype, max_shard_size, overwrite=overwrite)
+        return _write(
+            restoration, pruned, checkpoint, out, metrics or {}, measured, dtype, max_shard_size, overwrite=overwrite
+        )
 
 
 def _write(
@@ -112,6 +122,7 @@ def _write(
     checkpoint: Checkpoint,
     out: Path,
     metrics: Mapping[str, Any],
+    measured: Measured,
     dtype: torch.dtype | None,
     max_shard_size: int | str | None,
     *,
@@ -134,7 +145,8 @@ def _write(
             _rewrite(part, dtype, max_shard_size)
         identical = _count_identical(checkpoint, Checkpoint(part), set(replaced), slots.splits, dtype)
         checkpoint.require_unchanged(restoration.record.pruned_sha256)
-        write_text(part / "README.md", model_card(restoration, metrics, difference))
+        write_text(part / "README.md", model_card(restoration, metrics, difference, measured))
+        write_eval_results(part, measured.scores, "restored", made_by(restoration.record))
     edited = tuple(sorted(added)), tuple(sorted(replaced))
     return ExportReport(out, *edited, identical, zeros, difference, expected.effect)
 

@@ -7,20 +7,27 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from lcc_lens.core.metrics import learned_warning
 from lcc_lens.core.text import code, markdown
+from lcc_lens.exporters.measured import Measured, Rows
 from lcc_lens.restoration.result import Restoration
 
+#: Before the table of results that were measured after the export.
+_EVALUATED = "<!-- evaluated after the export -->"
 
-def model_card(restoration: Restoration, metrics: Mapping[str, Any], difference: float) -> str:
+
+def model_card(
+    restoration: Restoration, metrics: Mapping[str, Any], difference: float, measured: Measured | None = None
+) -> str:
     """The text of an export's model card.
 
     Args:
         restoration: what was exported.
         metrics: measured numbers by name and column; names with the same columns share a table.
         difference: the largest logit difference to the hooked model.
+        measured: tables and warnings of what is known beside ``metrics``; what the record alone says if not given.
     """
     record = restoration.record
+    measured = measured or Measured.of(record)
     lines = [
         "---", "library_name: transformers", "tags: [pruned, restorelcc, lcc-lens]", "---", "",
         f"# {markdown(Path(record.pruned).name)}, restored", "",
@@ -40,12 +47,29 @@ def model_card(restoration: Restoration, metrics: Mapping[str, Any], difference:
     if record.losses:
         lines += ["", "Loss on held-out responses while training, nats per token:", "", "| model | loss |", "|---|---|"]
         lines += [f"| {markdown(name)} | {value:.4f} |" for name, value in record.losses.items()]
-        if record.n_trained != 0 and (warning := learned_warning(record.losses)):
-            lines += ["", f"**Read with care**: {warning}."]
-    for columns, alike in groupby(metrics.items(), lambda entry: tuple(entry[1])):
+    if measured.warnings:
+        lines += ["", "**Read with care**:", "", *(f"- {markdown(warning)}" for warning in measured.warnings)]
+    lines += _tables(metrics)
+    for title, rows in measured.tables.items():
+        lines += ["", f"{markdown(title)}:", *_tables(rows)]
+    return "\n".join(lines) + "\n"
+
+
+def with_evaluation(card: str, title: str, rows: Rows) -> str:
+    """A model card with a table of later results at its end, in place of an earlier one."""
+    return (
+        "\n".join([card.partition(_EVALUATED)[0].rstrip(), "", _EVALUATED, f"{markdown(title)}:", *_tables(rows)])
+        + "\n"
+    )
+
+
+def _tables(rows: Rows) -> list[str]:
+    """Rows as tables, one for each set of columns."""
+    lines = []
+    for columns, alike in groupby(rows.items(), lambda entry: tuple(entry[1])):
         lines += ["", "| | " + " | ".join(map(markdown, columns)) + " |", "|---|" + "---|" * len(columns)]
         lines += [f"| {markdown(name)} | {' | '.join(map(markdown, values.values()))} |" for name, values in alike]
-    return "\n".join(lines) + "\n"
+    return lines
 
 
 def _what_is_folded(restoration: Restoration) -> str:

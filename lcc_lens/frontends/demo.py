@@ -24,8 +24,9 @@ from lcc_lens.data.roles import Role
 from lcc_lens.data.splits import assert_disjoint, split_examples
 from lcc_lens.evaluation.evaluate import format_scores
 from lcc_lens.evaluation.lm_eval_tasks import evaluate_task
-from lcc_lens.evaluation.panel import panel_blocks, panel_losses, panel_metrics, panel_recovery
+from lcc_lens.evaluation.panel import panel_blocks, panel_losses, panel_recovery
 from lcc_lens.exporters.huggingface import export
+from lcc_lens.exporters.measured import panel_metrics
 from lcc_lens.exporters.model_card import model_card
 from lcc_lens.frontends.explorer.page import explore
 from lcc_lens.frontends.explorer.texts import read_texts

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from lcc_lens.core.errors import RequestError
 from lcc_lens.frontends.cli.options import Maybe, Out, Placement, RunPath, Switch, Tabled
@@ -39,6 +39,8 @@ class Export(Tabled):
     """The directory to write."""
     pruned: Maybe[str] = None
     """Where the pruned model lies now (where the run found it or beside the run, if not given)."""
+    comparison: Maybe[Path] = None
+    """The folder of a comparison of the same models, whose controls go onto the card (the run's own, if not given)."""
     overwrite: Switch = False
     """Replace an existing directory and GGUF file."""
     files: Files = Files()
@@ -60,7 +62,7 @@ class Export(Tabled):
         pruned = self.pruned or recorded_model(record.pruned, record.pruned_sha256, self.run)
         dtype = None if self.files.dtype is None else getattr(torch, self.files.dtype)
         report = export(
-            restoration, pruned, self.out, metrics=_measured(self.run), dtype=dtype,
+            restoration, pruned, self.out, run=self.run, comparison=self.comparison, dtype=dtype,
             max_shard_size=self.files.max_shard_size, overwrite=self.overwrite,
         )  # fmt: skip
         show_facts(f"exported and verified: {self.out}", report)
@@ -85,13 +87,3 @@ class Export(Tabled):
 
         report = export_gguf(self.out, file, llama_cpp=self.files.llama_cpp, overwrite=self.overwrite)
         show_facts(f"for llama.cpp: {file}", report)
-
-
-def _measured(run: Path) -> dict[str, dict[str, str]]:
-    """What the run measured on the panel of domains, for the model card."""
-    from lcc_lens.core.reading import read_record
-    from lcc_lens.evaluation.panel import panel_metrics
-    from lcc_lens.restoration.run_folder import RUN_METRICS
-
-    panel = read_record(run / RUN_METRICS, dict[str, Any]).get("panel") if (run / RUN_METRICS).exists() else None
-    return {} if panel is None else panel_metrics(panel)

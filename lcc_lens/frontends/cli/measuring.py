@@ -38,20 +38,28 @@ class Eval(Common):
     """Tokens per block of text (512, or the models' context if shorter)."""
     out: Maybe[Path] = None
     """A file to write: results.json, or .csv for the table alone."""
+    add_to: Maybe[Path] = None
+    """One of the models, an export, whose model card and .eval_results get the scores."""
 
     def execute(self) -> None:
         from lcc_lens.data.checks import or_mix
-        from lcc_lens.evaluation.evaluate import evaluate
+        from lcc_lens.evaluation.evaluate import evaluate, unique_names
+        from lcc_lens.exporters.eval_results import add_evaluation
 
         _require(self.out, [*self.models, *(self.tasks or ())])
         if not self.models:
             raise RequestError("expected at least one model, got none; name some")
+        if self.add_to is not None and self.add_to not in map(Path, self.models):
+            raise RequestError(f"expected --add-to to name one of the models, got {self.add_to}; evaluate it, too")
         tasks = self.tasks
         if tasks is None:
             tasks = (*or_mix("wikitext", instead="wikipedia"), "boolq", "arc_easy")
         results = evaluate(self.models, tasks, limit=self.limit, length=self.length)
         try:
             _write(self.out, results)
+            if self.add_to is not None:
+                names = dict(zip(map(Path, self.models), unique_names(self.models), strict=True))
+                add_evaluation(self.add_to, results, names[self.add_to])
         finally:  # shown even where the disk is full by now
             show_results(results["models"], str(self.out) if self.out else "results")
 

@@ -149,7 +149,7 @@ def show_recovery(found: dict[str, Any], run: Path) -> None:
 
 def show_panel(measured: dict[str, Any]) -> None:
     """Print recovery by domain, its mean and worst, and a warning where a domain got worse."""
-    from lcc_lens.evaluation.panel import panel_metrics
+    from lcc_lens.exporters.measured import panel_metrics
 
     metrics = panel_metrics(measured)
     warning = metrics.pop("warning", None)

@@ -13,7 +13,8 @@ from lcc_lens.core.errors import RequestError
 from lcc_lens.data.datasets import load_data
 from lcc_lens.evaluation.comparison.compare import summary
 from lcc_lens.evaluation.comparison.tables import comparison_tables
-from lcc_lens.evaluation.panel import panel_blocks, panel_metrics, panel_recovery, seen_domains
+from lcc_lens.evaluation.panel import panel_blocks, panel_recovery, seen_domains
+from lcc_lens.exporters.measured import panel_metrics
 
 DENSE, PRUNED = {"c4": 2.0, "python": 1.0, "howto": 3.0}, {"c4": 3.0, "python": 2.0, "howto": 3.0}
 
