@@ -98,7 +98,7 @@ def evaluate_model(
     model, tokenizer = load_plain(path, dtype=dtype), load_tokenizer(path)
     scores: dict[str, Scores] = {}
     for task in tasks:
-        if _is_loss_task(task):
+        if is_loss_task(task):
             data = _loss_data(task, limit)
             scores[task] = _named_loss(
                 data, sequence_loss(model, encode(data, tokenizer, max_length=length, limit=limit))
@@ -127,7 +127,7 @@ def check_tasks(tasks: Sequence[str]) -> None:
     """Refuse unknown tasks and tasks without data."""
     if not tasks:
         raise RequestError(f"expected at least one task, got none; name some of {', '.join(DATASETS)}")
-    unknown = [task for task in tasks if not _is_loss_task(task) and task not in HARNESS_FOLDERS]
+    unknown = [task for task in tasks if not is_loss_task(task) and task not in HARNESS_FOLDERS]
     if unknown:
         from lm_eval.tasks import TaskManager
 
@@ -143,7 +143,8 @@ def check_tasks(tasks: Sequence[str]) -> None:
     check_data(task for task in tasks if is_data_file(task) or task in DATASETS)
 
 
-def _is_loss_task(task: str) -> bool:
+def is_loss_task(task: str) -> bool:
+    """Whether a task is measured by a loss of ours rather than by an accuracy of lm-eval's."""
     return is_data_file(task) or named_kind(task) in ("text", "instruction")
 
 

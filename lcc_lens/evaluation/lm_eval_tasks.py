@@ -64,8 +64,7 @@ def evaluate_task(
     with tempfile.TemporaryDirectory() as folder, _quiet(f"task {task}"):
         manager, name = _task_spec(task, Path(folder), records)
         max_tokens = batch_tokens or tokens_per_pass(model.device)
-        max_length = min(context_of(model.config) or 2048, 2048)
-        lm = AnswerScorer(model, tokenizer, max_length=max_length, max_tokens=max_tokens)
+        lm = AnswerScorer(model, tokenizer, max_length=request_length(model.config), max_tokens=max_tokens)
         loaded = manager.load([name])
         results = run_lm_eval(lm, loaded, limit=limit, bootstrap_iters=0, log_samples=with_items)
     scores = next(iter(results["results"].values()))
@@ -82,6 +81,11 @@ def evaluate_task(
     return scored
 
 
+def request_length(config: Any) -> int:
+    """The tokens of a request at most; longer ones are cut from the left."""
+    return min(context_of(config) or 2048, 2048)
+
+
 def harness_version() -> str:
     """lm-eval's name and version, which results record."""
     return f"lm-eval {version('lm-eval')}"
@@ -89,11 +93,30 @@ def harness_version() -> str:
 
 def _task_spec(task: str, folder: Path, records: Sequence[Record] | None) -> tuple[Any, Any]:
     """lm-eval's task manager and the task's name in it; the task reads our records where there are any."""
-    import lm_eval
     from lm_eval.tasks import TaskManager
 
     if task not in HARNESS_FOLDERS:
         return TaskManager(), task
+    write_local_task(task, folder, records)
+    return TaskManager(include_path=str(folder), include_defaults=False), task
+
+
+def write_local_task(task: str, folder: Path, records: Sequence[Record] | None = None) -> None:
+    """Write one of our data sets' tasks as a task of lm-eval's that reads its items from a file beside it.
+
+    It has the name of lm-eval's own task and is found first where lm-eval is told to include the folder.
+
+    Args:
+        task: one of :data:`HARNESS_FOLDERS`.
+        folder: gets the items and the task's file.
+        records: the items; those of the task's own evaluation split if not given.
+
+    Raises:
+        RequestError: no source of the split.
+    """
+    import lm_eval
+    from lm_eval.tasks import TaskManager
+
     folder_of_task = Path(lm_eval.__file__).parent / "tasks" / HARNESS_FOLDERS[task]
     entry = TaskManager(include_path=str(folder_of_task), include_defaults=False).task_index[task]
     evaluated = str(entry.cfg.get("test_split") or entry.cfg["validation_split"])
@@ -103,21 +126,20 @@ def _task_spec(task: str, folder: Path, records: Sequence[Record] | None) -> tup
         if evaluated not in splits:
             raise RequestError(f"expected a validation split of {task}, got {', '.join(splits)}; add the file")
         records, _ = read_records(task, evaluated)
-    file = folder / "items.jsonl"
-    file.write_text("".join(json.dumps(_with_hub_fields(task, record)) + "\n" for record in records), encoding="utf-8")
+    items, file = folder / f"{task}_items.jsonl", folder / f"{task}.yaml"
+    items.write_text("".join(json.dumps(_with_hub_fields(task, record)) + "\n" for record in records), encoding="utf-8")
     settings = {
         "include": str(entry.yaml_path),
-        "task": f"{task}_local",
+        "task": task,
         "dataset_path": "json",
         "dataset_name": None,
-        "dataset_kwargs": {"data_files": {"validation": str(file)}, "cache_dir": str(folder)},
+        "dataset_kwargs": {"data_files": {"validation": str(items)}, "cache_dir": str(folder / "cache")},
         "training_split": None,
         "fewshot_split": None,
         "validation_split": "validation",
         "test_split": None,
     }
-    (folder / f"{task}.yaml").write_text(json.dumps(settings), encoding="utf-8")  # JSON is YAML
-    return TaskManager(include_path=str(folder), include_defaults=False), f"{task}_local"
+    file.write_text(json.dumps(settings), encoding="utf-8")  # JSON is YAML
 
 
 def _with_hub_fields(task: str, record: Record) -> Mapping[str, Any]:

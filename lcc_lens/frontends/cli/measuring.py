@@ -41,9 +41,13 @@ class Eval(Common):
     add_to: Maybe[Path] = None
     """One of the models, an export, whose model card and .eval_results get the scores."""
 
+    lm_eval_yaml: Maybe[Path] = None
+    """A folder for a YAML per model, by which lm-eval itself gives the same accuracies (lm-eval run --config FILE)."""
+
     def execute(self) -> None:
         from lcc_lens.data.checks import or_mix
         from lcc_lens.evaluation.evaluate import evaluate, unique_names
+        from lcc_lens.evaluation.lm_eval_config import accuracy_tasks, write_lm_eval_configs
         from lcc_lens.exporters.eval_results import add_evaluation
 
         _require(self.out, [*self.models, *(self.tasks or ())])
@@ -54,12 +58,16 @@ class Eval(Common):
         tasks = self.tasks
         if tasks is None:
             tasks = (*or_mix("wikitext", instead="wikipedia"), "boolq", "arc_easy")
+        if self.lm_eval_yaml is not None:
+            accuracy_tasks(tasks)
         results = evaluate(self.models, tasks, limit=self.limit, length=self.length)
         try:
             _write(self.out, results)
             if self.add_to is not None:
                 names = dict(zip(map(Path, self.models), unique_names(self.models), strict=True))
                 add_evaluation(self.add_to, results, names[self.add_to])
+            if self.lm_eval_yaml is not None:
+                write_lm_eval_configs(self.lm_eval_yaml, self.models, tasks, limit=self.limit)
         finally:  # shown even where the disk is full by now
             show_results(results["models"], str(self.out) if self.out else "results")
 
