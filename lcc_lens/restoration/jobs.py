@@ -24,6 +24,7 @@ from lcc_lens.restoration.result import Restoration
 from lcc_lens.restoration.scans import check_scores, scan_for
 from lcc_lens.restoration.settings import SCAN_DATA, HeadRequest, RefitRequest, RestoreSettings, with_preset
 from lcc_lens.restoration.training.config import Step, TrainConfig
+from lcc_lens.restoration.training.tracking import Log, check_log
 from lcc_lens.restoration.training_data import load_role, pool_validation, run_writer
 
 
@@ -43,6 +44,7 @@ def restore_models(
     one_at_a_time: bool = False,
     resume: bool = False,
     on_step: Callable[[Step], None] | None = None,
+    log: Log | None = None,
 ) -> tuple[Restoration, Pair]:
     """Restore a pruned model by any method; gives the restoration and its pair, refitted if it was.
 
@@ -55,16 +57,15 @@ def restore_models(
         data: training examples (role ``train``).
         method: one of :data:`~lcc_lens.restoration.injections.methods.METHODS`, or several joined by ``+``.
         config: training settings; the method's own if not given; ``validation``: see ``restore``.
-        settings: ranks, lengths and controls; ``heads``: how heads are chosen; ``refitting``: a refit's calibration.
+        settings: ranks, lengths, controls; ``heads``: how they are chosen; ``refitting``: a refit's calibration.
         budget: a plan whose time decides how much is trained on after the refit.
-        one_at_a_time: hold one model in memory at a time; ``resume``: go on from the run directory's checkpoint;
-            ``on_step``: called after every optimiser step.
+        one_at_a_time: hold one model in memory at a time; ``resume``, ``on_step``, ``log``: see ``restore``.
     """
     spec, run, heads = MethodSpec.parse(method), Path(run), heads or HeadRequest()
     settings, refitting = settings or RestoreSettings(), (refitting or RefitRequest()).completed(spec)
     check_job(
         dense, pruned, run, spec, heads, max_length=settings.max_length, refits=refitting.n_samples > 0,
-        one_at_a_time=one_at_a_time,
+        one_at_a_time=one_at_a_time, log=log,
     )  # fmt: skip
     settings, (fraction, selector) = settings.fitting(_context(pruned)), heads.needed_by(spec)
     config, source = with_preset(config, spec), pruned
@@ -84,7 +85,7 @@ def restore_models(
         limit = settings.limit if budget is None else blocks_in_time(budget, pair, spec, config, run)
         return restore(
             pair, scan, chosen, data, method=spec, config=config, validation=validation, run=run, resume=resume,
-            on_step=on_step, before_refit=pruned if spec.preset.on_refit else None,
+            on_step=on_step, log=log, before_refit=pruned if spec.preset.on_refit else None,
             **asdict(settings) | {"limit": limit},
         ), pair  # fmt: skip
 
@@ -99,6 +100,7 @@ def check_job(
     max_length: int | None = None,
     refits: bool = True,
     one_at_a_time: bool = False,
+    log: Log | None = None,
 ) -> None:
     """Refuse what :func:`restore_models` could not serve, from files alone, before data are read or models loaded.
 
@@ -108,6 +110,7 @@ def check_job(
     Raises:
         RequestError: see :func:`restore_models`.
     """
+    check_log(log)
     check_restores(spec, one_at_a_time=one_at_a_time)
     check_selectors([heads.selector])
     check_models(dense, pruned, max_length)

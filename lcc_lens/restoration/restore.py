@@ -37,6 +37,7 @@ from lcc_lens.restoration.training.config import Step, TrainConfig
 from lcc_lens.restoration.training.loop import train
 from lcc_lens.restoration.training.lr_range import range_test
 from lcc_lens.restoration.training.state import learning_rates
+from lcc_lens.restoration.training.tracking import Log, check_log, training_log
 from lcc_lens.restoration.training.validation import validation_loss
 from lcc_lens.restoration.training_data import training_sequences
 
@@ -64,6 +65,7 @@ def restore(
     run: str | Path | None = None,
     resume: bool = False,
     on_step: Callable[[Step], None] | None = None,
+    log: Log | None = None,
     before_refit: str | Path | None = None,
 ) -> Restoration:
     """Train a constant per chosen head and keep the best (Eq. 8), or restore by another method or a control.
@@ -78,7 +80,7 @@ def restore(
             together (``lcc+low-rank``).
         config: training settings; the method's own objective and learning rate where none are given.
         run: the run directory, where everything is written; ``resume``: go on from its checkpoint.
-        on_step: called after every optimiser step.
+        on_step: called after every step; ``log``: ``"trackio"``, or an object with ``log(metrics, step=...)``.
         before_refit: the pruned model that the pair's was refitted from: recovery is counted from its loss.
 
     Raises:
@@ -93,10 +95,9 @@ def restore(
     settings = RestoreSettings(
         rank, mlp_rank, low_rank, start, max_length, limit, shuffle_responses, tune_lr, exportable
     ).fitting(pair.context).completed(spec)  # fmt: skip
-    steps = _Steps(pair, scan, heads, spec, with_preset(config, spec), settings, before_refit)
+    steps = _Steps(pair, scan, heads, spec, with_preset(config, spec), settings, before_refit, log)
     steps.check()
-    models = [pair.dense_id.path, pair.pruned_id.path]
-    with writing_run(None if run is None else Path(run), inputs=models):
+    with writing_run(None if run is None else Path(run), inputs=[pair.dense_id.path, pair.pruned_id.path]):
         steps.encode(data, validation)
         steps.open_folder(run, resume=resume)
         steps.build_injection()
@@ -117,12 +118,14 @@ class _Steps:
         config: TrainConfig,
         settings: RestoreSettings,
         before_refit: str | Path | None,
+        log: Log | None,
     ) -> None:
-        self.pair, self.scan, self.heads = pair, scan, heads
+        self.pair, self.scan, self.heads, self.log = pair, scan, heads, log
         self.spec, self.config, self.settings, self.before_refit = spec, config, settings, before_refit
 
     def check(self) -> None:
         """Refuse what cannot be served, before any work."""
+        check_log(self.log)
         check_request(self.pair, self.scan, self.heads, self.spec, self.config, self.settings)
         if self.spec.preset.on_refit and self.before_refit is None:
             raise RequestError(
@@ -192,18 +195,23 @@ class _Steps:
 
     def train(self, on_step: Callable[[Step], None] | None) -> None:
         """Train the injection, every step logged; it ends with the parameters of the lowest held-out loss."""
-        if self.injection.n_trained:
-            tested, n_epoch = self.beginning.lr_range, -(-len(self.training) // self.config.batch_size)
-            steps = train(
-                self.pair.pruned, self.injection, self.training, self.held_out, self.config, teacher=self.teacher,
-                run=self.folder.root, resume=self.folder.resumes, identity=fingerprint(self.inputs, self.kept),
-                first_loss=None if tested is None else tested.start_loss,
-            )  # fmt: skip
-            for step in track(steps, self.config.epochs * n_epoch, "restore"):
-                self.folder.add(step)
-                if on_step is not None:
-                    on_step(step)
-        self.losses["restored"] = self._loss(self.pair.pruned, self.injection)
+        models = {"dense": self.pair.dense_id.reference, "pruned": self.pair.pruned_id.reference}
+        about = {**models, "data": self.data.source, **self.kept}
+        with training_log(self.log, self.folder.root, about, resume=self.folder.resumes) as tracked:
+            if self.injection.n_trained:
+                tested, n_epoch = self.beginning.lr_range, -(-len(self.training) // self.config.batch_size)
+                steps = train(
+                    self.pair.pruned, self.injection, self.training, self.held_out, self.config, teacher=self.teacher,
+                    run=self.folder.root, resume=self.folder.resumes, identity=fingerprint(self.inputs, self.kept),
+                    first_loss=None if tested is None else tested.start_loss,
+                )  # fmt: skip
+                for step in track(steps, self.config.epochs * n_epoch, "restore"):
+                    self.folder.add(step)
+                    tracked.add(step)
+                    if on_step is not None:
+                        on_step(step)
+            self.losses["restored"] = self._loss(self.pair.pruned, self.injection)
+            tracked.finish(self.losses)
 
     def freeze(self) -> Restoration:
         """Freeze the injection with its record, and write it."""

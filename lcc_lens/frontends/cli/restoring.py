@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated, ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 import tyro
 
@@ -61,6 +61,8 @@ class Restore(Tabled):
     """Resume from the run's checkpoint."""
     overwrite: Switch = False
     """Replace an existing restoration."""
+    log: Maybe[Literal["trackio"]] = None
+    """Also log every step there (pip install trackio; trackio show opens its dashboard)."""
     data: RestoreData = field(default_factory=RestoreData)
     training: Training = field(default_factory=Training)
     memory: TrainingMemory = field(default_factory=TrainingMemory)
@@ -81,7 +83,7 @@ class Restore(Tabled):
         check_data([train_data, self._scan_data or SCAN_DATA, *(self.data.panel or ())])
         check_job(
             self.dense, self.pruned, self.run, spec, heads, max_length=self.data.max_length,
-            refits=self.training.refit_samples != 0, one_at_a_time=self.memory.one_at_a_time,
+            refits=self.training.refit_samples != 0, one_at_a_time=self.memory.one_at_a_time, log=self.log,
         )  # fmt: skip
         plan = self._plan(spec, train_data)
         n_examples = self._n_examples if plan is None else plan.examples
@@ -95,8 +97,7 @@ class Restore(Tabled):
         restoration, pair = restore_models(
             self.dense, self.pruned, self.run, data, method=self.chosen_method, config=config,
             validation=validation, settings=settings, heads=heads, one_at_a_time=self.memory.one_at_a_time,
-            refitting=self._refitting(plan), budget=plan,
-            resume=self.resume,
+            refitting=self._refitting(plan), budget=plan, resume=self.resume, log=self.log,
         )  # fmt: skip
         if is_first_process():
             show_losses(restoration.record.losses, len(restoration.record.settings["heads"]), self.run)
