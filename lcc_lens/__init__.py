@@ -67,6 +67,7 @@ if TYPE_CHECKING:
     from lcc_lens.evaluation.paper.run import run_recipe as run_recipe
     from lcc_lens.evaluation.task_recovery import TaskMeasures as TaskMeasures
     from lcc_lens.evaluation.task_recovery import load_task_data as load_task_data
+    from lcc_lens.exporters.components import save_components as save_components
     from lcc_lens.exporters.eval_results import add_evaluation as add_evaluation
     from lcc_lens.exporters.gguf import export_gguf as export_gguf
     from lcc_lens.exporters.hub import push_to_hub as push_to_hub
