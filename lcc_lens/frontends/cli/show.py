@@ -162,7 +162,7 @@ def show_panel(measured: dict[str, Any]) -> None:
 
 def show_panels(measured: Mapping[str, dict[str, Any]]) -> None:
     """Print what several restorations recovered by domain, with mean and worst, side by side."""
-    from lcc_lens.evaluation.panel import panel_metrics
+    from lcc_lens.exporters.measured import panel_metrics
 
     metrics = {name: panel_metrics(panel) for name, panel in measured.items()}
     kinds = next(iter(measured.values()))["domains"]
