@@ -148,10 +148,8 @@ def run_demo(config: DemoConfig, *, stage: Callable[[str], None] | None = None) 
     with timer.step("panel", "measure each kind of text"):
         panels = _panels(paths, data, config)
     scores = {name: format_scores(entry["tasks"]) for name, entry in models.items()}
-    write_text(
-        restored / "README.md",
-        model_card(restoration, {**scores, **panel_metrics(panels["restored"])}, report.logit_difference),
-    )
+    card = model_card(restoration, {**scores, **panel_metrics(panels["restored"])}, report.logit_difference)
+    write_text(restored / "README.md", card)
     results = {
         "models": models,
         "share_recovered": _shares(models),
