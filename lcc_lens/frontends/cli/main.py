@@ -18,6 +18,7 @@ import tyro
 from lcc_lens.core.config import bound_kernel_cache, package_version, placed
 from lcc_lens.core.errors import LensError, RequestError
 from lcc_lens.core.machine.processes import is_first_process, n_processes
+from lcc_lens.core.machine.threads import threads_chosen
 from lcc_lens.core.progress import shown
 from lcc_lens.core.ranges import check_numbers
 from lcc_lens.core.showing import require_table_file
@@ -74,7 +75,7 @@ def run(arguments: list[str] | None = None) -> int:
         _refuse_several(command)
         if getattr(command, "table", None) is not None:
             require_table_file(command.table, _inputs(command))
-        with placed(device_map_of(command)), nullcontext() if quiet else shown():
+        with placed(device_map_of(command)), threads_chosen(), nullcontext() if quiet else shown():
             command.execute()
     except LensError as error:
         return _fail(str(error), error.exit_code)

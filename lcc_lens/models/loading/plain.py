@@ -10,6 +10,7 @@ import torch
 from lcc_lens.core.checkpoint import Checkpoint
 from lcc_lens.core.config import DeviceMap, compute_dtype, default_device, default_device_map
 from lcc_lens.core.errors import LensError, RequestError, first_line
+from lcc_lens.core.machine.threads import settle_threads
 from lcc_lens.core.progress import loading_models
 from lcc_lens.models.architecture.layers import read_config
 from lcc_lens.models.architecture.whole_weights import require_complete
@@ -44,6 +45,7 @@ def load_plain(
     from transformers import AutoModelForCausalLM
 
     device = device or default_device()
+    settle_threads(device)
     dtype = dtype or compute_dtype(device)
     checkpoint = require_complete(Checkpoint(path))
     places = placement(path, device, device_map or default_device_map())

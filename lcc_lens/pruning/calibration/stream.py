@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lcc_lens.core.config import default_device_map
 from lcc_lens.core.errors import LensError, RequestError
 from lcc_lens.core.machine.memory import trim_heap
+from lcc_lens.core.machine.threads import settle_threads
 from lcc_lens.core.progress import loading_models
 from lcc_lens.models.architecture.layers import decoder_layers, read_config
 from lcc_lens.models.architecture.linear_maps import Matrix
@@ -195,6 +196,7 @@ class LayerStream:
         """Load a model and compute the inputs of its first layer."""
         from transformers import AutoModelForCausalLM
 
+        settle_threads(device)
         places = placement(model_dir, device, default_device_map())
         # transformers chooses the attention: sdpa, or eager for architectures that sdpa cannot compute (Gemma 2).
         with loading_models():
