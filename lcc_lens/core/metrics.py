@@ -69,7 +69,7 @@ def learned_warning(losses: Mapping[str, float]) -> str | None:
     return None
 
 
-def standard_error(values: Float[Tensor, "example ..."]) -> Float[Tensor, ...]:
+def standard_error(values: Float[Tensor, "example ..."]) -> Float[Tensor, "..."]:
     """The standard error of the mean over the first axis; NaN for a single example."""
     n = len(values)
     return values.std(0) / math.sqrt(n) if n > 1 else torch.full_like(values[0], math.nan)

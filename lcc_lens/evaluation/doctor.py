@@ -16,6 +16,7 @@ from lcc_lens.core.checkpoint import Checkpoint
 from lcc_lens.core.config import compute_dtype, default_device, package_version
 from lcc_lens.core.errors import LensError
 from lcc_lens.core.machine.memory import release_memory
+from lcc_lens.core.machine.wheels import DATA_WHEEL, INSTALL_WHEELS, MODEL_WHEEL
 from lcc_lens.core.showing import Shown
 from lcc_lens.data.batches import Batch
 from lcc_lens.evaluation.efficiency.timing import now
@@ -39,7 +40,8 @@ from lcc_lens.pruning.output.slicing import allowed_groups, require_sliceable, s
 
 #: ``no`` is a feature that does not work but can be replaced; ``failed`` a model that nothing here can use.
 Verdict = Literal["yes", "no", "failed"]
-_PACKAGES = ("torch", "transformers", "transformer-lens", "safetensors", "accelerate", "peft", "gguf")
+_WHEELS = tuple(wheel.partition("==")[0] for wheel in (MODEL_WHEEL, DATA_WHEEL))
+_PACKAGES = ("torch", "transformers", "transformer-lens", "safetensors", "accelerate", "peft", "gguf", *_WHEELS)
 #: Width of the timed matrix products, how many there are at most, and the seconds after which no more follow.
 _WIDTH, _REPEATS, _SECONDS = 512, 5, 0.1
 _FORMATS = (torch.float32, torch.bfloat16)
@@ -231,6 +233,8 @@ def _machine_findings(machine: Machine) -> Iterator[Finding]:
     yield Finding("versions", "yes", f"Python {machine.python}, {versions}")
     if "peft" not in installed:
         yield Finding("LoRA and DoRA", "no", "peft is not installed", "pip install 'lcc-lens[baselines]'")
+    if absent := [wheel for wheel in _WHEELS if wheel not in installed]:
+        yield Finding("embedded model and data", "no", f"{' and '.join(absent)} not installed", INSTALL_WHEELS)
     cuda = "" if torch.cuda.is_available() or not torch.version.cuda else "; torch's CUDA build sees no GPU"
     free = "" if machine.free_bytes is None else f", {machine.free_bytes / 2**30:.1f} GiB free"
     yield Finding("device", "yes", f"{machine.device}{free}{cuda}")

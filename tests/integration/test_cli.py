@@ -94,10 +94,15 @@ def test_an_input_is_not_replaced_by_the_table(tmp_path: Path, capsys: pytest.Ca
     assert preferences.read_text() == before
 
 
-def test_doctor_writes_its_findings(pruned_dir: Path, tmp_path: Path) -> None:
+def test_doctor_writes_its_findings(pruned_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert call("doctor", pruned_dir, "--out", tmp_path / "doctor.json", "--quiet") == 0
     rows = json.loads((tmp_path / "doctor.json").read_text())
     assert {row["subject"] for row in rows} == {"model", "machine"}
+    capsys.readouterr()
+    assert call("doctor", pruned_dir, "--json") == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["reference"] == str(pruned_dir)
+    assert [row["name"] for row in rows] == [row["name"] for row in (*printed["model"], *printed["machine"])]
     assert call("eval", pruned_dir, "--tasks", pruned_dir.parent / "text.txt", "--limit", 2, "--length", 20,
                 "--out", tmp_path / "scores.csv") == 0  # fmt: skip
     assert (tmp_path / "scores.csv").read_text().startswith("model,task,perplexity,")

