@@ -1,6 +1,6 @@
 """Recovery on every kind of text, given equal tokens: what trains surviving weights, and LoRA, on one pool of text.
 
-    python benchmarks/domains.py [STUDY] [--folder runs/domains] [--seeds 1] [--part 1/2]
+    python benchmarks/domains.py [STUDY] [--folder runs/domains] [--seeds 1] [--entries ENTRY ...] [--part 1/2]
 
 SmolLM2-135M, calibrated on C4 (``LCC_LENS_DATA`` names the sets). In each study the refit is calibrated on a pool of
 several sources, and every row trains on the same blocks of 512 tokens of that pool, with the same loss (KL divergence
@@ -71,6 +71,7 @@ def main() -> None:
     parser.add_argument("study", nargs="?", choices=STUDIES, default="wanda50")
     parser.add_argument("--folder", type=Path, default=Path("runs/domains"))
     parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--entries", nargs="+", help="of the study; all if not given")
     parser.add_argument("--part", type=read_part, default=(0, 1))
     asked = parser.parse_args()
     study, out = STUDIES[asked.study], Path(__file__).parent / f"domains_{asked.study}.json"
@@ -83,7 +84,8 @@ def main() -> None:
     with shown():
         if not pruned.exists():
             prune("smollm2", pruned, calibration="c4", pattern=study.pattern)
-        compare("smollm2", pruned, run, study.entries, seeds=asked.seeds, config=config, out=out, part=asked.part)
+        entries = asked.entries or study.entries
+        compare("smollm2", pruned, run, entries, seeds=asked.seeds, config=config, out=out, part=asked.part)
     command = f"python benchmarks/domains.py {asked.study} --seeds {asked.seeds}"
     write_record(out, {**read_record(out, dict[str, Any]), "command": command, "machine": describe()})
 
