@@ -61,7 +61,7 @@ STUDIES = {
         blocks=100,
     ),
     "mix": Study(("refit", *TRAINED)),
-    "mix_wanda24": Study(("refit", *TRAINED), pattern="2:4"),
+    "wanda24": Study(("refit", *TRAINED), blocks=100, pattern="2:4"),
 }  # fmt: skip
 
 

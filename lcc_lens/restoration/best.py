@@ -7,9 +7,10 @@ from pathlib import Path
 
 from lcc_lens.data.datasets import Data
 from lcc_lens.pruning.jobs import REFIT_SAMPLES, Calibration
+from lcc_lens.restoration.budget import BudgetPlan
 from lcc_lens.restoration.jobs import restore_models
 from lcc_lens.restoration.result import Restoration
-from lcc_lens.restoration.settings import RefitRequest, RestoreSettings
+from lcc_lens.restoration.settings import TRAIN_EXAMPLES, RefitRequest, RestoreSettings
 from lcc_lens.restoration.training.config import Step, TrainConfig
 
 
@@ -19,11 +20,12 @@ def restore_best(
     run: str | Path,
     data: Data,
     *,
+    budget: BudgetPlan | None = None,
     config: TrainConfig | None = None,
     validation: Data | None = None,
     low_rank: int | None = None,
     calibration: Calibration | None = None,
-    n_samples: int = REFIT_SAMPLES,
+    n_samples: int | None = None,
     seq_len: int | None = None,
     max_length: int | None = None,
     limit: int | None = None,
@@ -40,15 +42,17 @@ def restore_best(
         pruned: reference of the same model with zeros.
         run: the run directory.
         data: training examples (role ``train``); ``mix`` holds several kinds of text.
+        budget: what fits a time, by :func:`~lcc_lens.restoration.budget.plan_budget`, in place of ``n_samples`` and
+            ``limit``.
         config: settings of the training. If not given, the objective is the KL divergence from the dense model plus a
             third of the language-model loss. Its learning rate is 5e-3 if it names none.
         validation: what the best parameters are chosen by; if not given, text of the domains that ``data`` lacks.
         low_rank: the rank; 16 if not given.
         calibration: data for the refit (``mix`` if not given); see :func:`~lcc_lens.pruning.jobs.refit`.
-        n_samples: sequences of it.
+        n_samples: sequences of it; 288 if not given.
         seq_len: tokens per sequence; 512, or the model's context if shorter.
         max_length: tokens per training example at most; 512, or the model's context if shorter.
-        limit: training sequences at most.
+        limit: training sequences at most; of running text 480 if not given.
         resume: go on from the run directory's checkpoint.
         on_step: called after every optimiser step.
 
@@ -59,8 +63,11 @@ def restore_best(
         >>> data = load_data("wikipedia+howto+python", role="train")  # doctest: +SKIP
         >>> restore_best("smollm2", "out/wanda50", "runs/best", data, limit=400)  # doctest: +SKIP
     """
+    limit = TRAIN_EXAMPLES if limit is None and data.kind == "text" else limit
     settings = RestoreSettings(low_rank=low_rank, max_length=max_length, limit=limit)
+    planned = REFIT_SAMPLES if budget is None else budget.refit_samples
+    refitting = RefitRequest(calibration, planned if n_samples is None else n_samples, seq_len)
     return restore_models(
         dense, pruned, run, data, method="best", config=config, validation=validation, settings=settings,
-        refitting=RefitRequest(calibration, n_samples, seq_len), resume=resume, on_step=on_step,
+        refitting=refitting, budget=budget, resume=resume, on_step=on_step,
     )[0]  # fmt: skip

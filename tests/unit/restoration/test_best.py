@@ -18,6 +18,7 @@ from lcc_lens.models.hooked.losses import sequence_loss
 from lcc_lens.models.loading.hooked import load_tokenizer
 from lcc_lens.models.loading.plain import load_plain
 from lcc_lens.restoration import best, refitted
+from lcc_lens.restoration.budget import BudgetPlan
 from lcc_lens.restoration.injections.methods import METHODS
 
 
@@ -75,3 +76,16 @@ def test_by_one_command(
     assert list(losses) == ["dense", "pruned", "refitted", "restored"]
     assert main(["export", str(tmp_path / "run"), str(tmp_path / "out"), "--quiet"]) == 0
     assert compare_zeros(pruned_dir, tmp_path / "out").is_equal
+
+
+def test_a_plan_or_sizes_of_ones_own_decide_how_much_is_read(
+    dense_dir: Path, pruned_dir: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+    monkeypatch.setattr(best, "restore_models", lambda *_, **given: asked.append(given) or [None])
+    data, plan = load_data(str(text_file), role="train"), BudgetPlan(900.0, 96, 200, {})
+    for options in ({"budget": plan}, {"n_samples": 24, "limit": 50}, {}):
+        best.restore_best(dense_dir, pruned_dir, tmp_path, data, **options)
+    assert [given["refitting"].n_samples for given in asked] == [96, 24, 288]
+    assert [given["settings"].limit for given in asked[1:]] == [50, 480]
+    assert [given["budget"] for given in asked] == [plan, None, None]
