@@ -85,6 +85,7 @@ if TYPE_CHECKING:
     from lcc_lens.frontends.plotting.components import plot_logit_gain as plot_logit_gain
     from lcc_lens.frontends.plotting.components import plot_promoted_tokens as plot_promoted_tokens
     from lcc_lens.frontends.plotting.components import plot_spectra as plot_spectra
+    from lcc_lens.frontends.plotting.domains import plot_domains as plot_domains
     from lcc_lens.frontends.plotting.head_maps import plot_loss_map as plot_loss_map
     from lcc_lens.frontends.plotting.head_maps import plot_selectors as plot_selectors
     from lcc_lens.frontends.plotting.prompts import plot_attention as plot_attention

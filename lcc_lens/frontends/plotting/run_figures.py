@@ -21,6 +21,7 @@ from lcc_lens.evaluation.efficiency.report import read_report
 from lcc_lens.frontends.plotting.causes import plot_causes, plot_head_types
 from lcc_lens.frontends.plotting.comparisons import plot_comparison, plot_inference_cost, plot_tasks
 from lcc_lens.frontends.plotting.components import plot_logit_gain, plot_promoted_tokens, plot_spectra
+from lcc_lens.frontends.plotting.domains import plot_domains
 from lcc_lens.frontends.plotting.head_maps import plot_loss_map, plot_selectors
 from lcc_lens.frontends.plotting.labels import pair_label
 from lcc_lens.frontends.plotting.recoveries import Along, plot_recovery, recovery_points
@@ -224,6 +225,7 @@ _FIGURES: dict[str, Callable[[Path], go.Figure]] = {
     "promoted_tokens": _tokens,
     "training": _training,
     "comparison": _of_comparison(plot_comparison),
+    "domains": _of_comparison(plot_domains),
     "tasks": _of_comparison(plot_tasks),
     "recovery_by_heads": _along("heads"),
     "recovery_by_examples": _along("examples"),

@@ -29,6 +29,7 @@ from lcc_lens.frontends.cli.show import show_drawn
 from lcc_lens.frontends.plotting.causes import plot_causes, plot_head_types, plot_recovered, plot_upstream
 from lcc_lens.frontends.plotting.comparisons import plot_comparison, plot_inference_cost, plot_tasks
 from lcc_lens.frontends.plotting.components import plot_logit_gain, plot_promoted_tokens, plot_spectra
+from lcc_lens.frontends.plotting.domains import plot_domains
 from lcc_lens.frontends.plotting.head_maps import plot_loss_map, plot_selectors
 from lcc_lens.frontends.plotting.labels import entry_kind, entry_label
 from lcc_lens.frontends.plotting.prompts import plot_attention, plot_prompt
@@ -206,6 +207,22 @@ def test_comparison_lies_between_dense_and_pruned(comparison: dict[str, Any]) ->
     assert spread[0] == pytest.approx(12.706 * 0.01 / 2**0.5 / 2**0.5, rel=1e-3)  # t of one degree of freedom
     with pytest.raises(RequestError, match="expected a comparison with finished runs"):
         plot_comparison({**comparison, "cells": {"lcc | 0": {"error": "no"}}})
+
+
+def test_every_kind_of_text_has_a_column_and_new_kinds_a_star(comparison: dict[str, Any]) -> None:
+    def with_code(measured: dict[str, Any], loss: float) -> dict[str, Any]:
+        return {**measured, "texts": {**measured["texts"], "python": {"perplexity": 2.718**loss, "losses": [loss] * 3}}}
+
+    bare = {name: with_code(comparison["bare"][name], loss) for name, loss in (("dense", 1.0), ("pruned", 2.0))}
+    cells = {name: with_code(cell, 2.1) for name, cell in comparison["cells"].items()}
+    settings = {**comparison["settings"], "texts": ["wikitext", "python"], "data": "python"}
+    figure = plot_domains({**comparison, "bare": bare, "cells": cells, "settings": settings})
+    drawn = figure.data[0]
+    assert list(drawn.x) == ["<b>mean</b>", "<b>worst</b>", "wikitext *", "python"]
+    assert list(drawn.y) == ["LCC; rate 1e-2", "LCC", "LoRA"]  # the best on top; the dense model's control is left out
+    assert list(drawn.z[-1]) == pytest.approx([9.75, -10.0, 29.5, -10.0], abs=0.1)
+    with pytest.raises(RequestError, match="expected a comparison that measured several kinds of text, got none"):
+        plot_domains(comparison)
 
 
 def test_tasks_show_the_gain_on_the_same_items(comparison: dict[str, Any]) -> None:
