@@ -38,6 +38,7 @@ _PARTS = {
     "norms": "norm gains",
     "low-rank": "masked low rank",
     "masked": "surviving weights",
+    "all-weights": "surviving weights and norms",
     "lofit": "LoFiT",
     "eora": "EoRA, untrained",
     "flap": "FLAP's biases, untrained",
@@ -45,6 +46,7 @@ _PARTS = {
     "perp-lora": "PERP (masked LoRA)",
     "lora": "LoRA",
     "dora": "DoRA",
+    "lora-all": "LoRA (all linear layers)",
     "lora-vo": "LoRA (v, o)",
     "dora-vo": "DoRA (v, o)",
 }
