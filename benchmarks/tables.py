@@ -472,12 +472,15 @@ def prompt_head_table(study: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-#: Rows of the study of domains, by how the entry begins.
+#: Rows of the studies of domains, by how the entry begins.
 DOMAIN_ROWS = {
     "refit": "`refit`, no training",
+    "refit+low-rank": "`best`: `refit`, then `low-rank`",
     "refit+all-weights": "`polish`: `refit`, then all remaining weights and norm gains",
-    "refit+low-rank": "`refit`, then `low-rank`", "lora": "LoRA (peft; q, k, v, o)",
+    "lora": "LoRA (peft; q, k, v, o)",
+    "lora-all": "LoRA (all linear layers)",
     "all-weights": "all remaining weights and norm gains, no refit",
+    "lcc": "`lcc`, the paper's",
 }  # fmt: skip
 
 
@@ -485,23 +488,26 @@ def domain_table(study: dict[str, Any]) -> str:
     """Lost log-perplexity recovered on every kind of text; a star where the kind was not in the pool."""
     from lcc_lens.evaluation.comparison.compare import summary
 
-    rows = {row["entry"].partition(":")[0]: row for row in summary(study)}
+    rows = [row for row in summary(study) if row["seeds"]]
     texts = [Path(text).stem for text in study["settings"]["texts"]]
-    shown = next(iter(rows.values()))["domains"]
+    shown = rows[0]["domains"]
     names = [text if shown[text]["in_pool"] else f"{text} *" for text in texts]
     lines = [_row(["", "mean", "worst", *names, "KL to dense", "seeds"]), "|---|" + "---:|" * (len(texts) + 4)]
     for name, label in DOMAIN_ROWS.items():
-        if (row := rows.get(name)) is None:
-            continue
-        cells = [_percent_of(row, "recovered_mean"), _percent_of(row, "recovered_worst")]
-        cells += [f"{100 * row['domains'][text]['recovered']:.1f}" for text in texts]
-        lines.append(_row([label, *cells, f"{row['kl']:.3f}", str(row["seeds"])]))
+        own = [row for row in rows if row["entry"].partition(":")[0] == name]
+        for row in sorted(own, key=lambda row: -row["recovered_mean"]):
+            cells = [_percent_of(row, "recovered_mean"), _percent_of(row, "recovered_worst")]
+            cells += [f"{100 * row['domains'][text]['recovered']:.1f}" for text in texts]
+            rate = f", rate {row['entry'].partition('=')[2]}" if len(own) > 1 else ""
+            lines.append(_row([f"{label}{rate}", *cells, f"{row['kl']:.3f}", str(row["seeds"])]))
     return "\n".join(lines)
 
 
 def domain_overview(study: dict[str, Any]) -> str:
-    """The mean and the worst of the domains alone."""
+    """The mean and the worst of the domains alone, of every method at its best rate."""
     lines = [line.split("|") for line in domain_table(study).splitlines()]
+    methods = [line[1].partition(", rate")[0] for line in lines]
+    lines = [line for i, line in enumerate(lines) if methods.index(methods[i]) == i]
     return "\n".join("|".join([*line[:4], *line[-3:]]) for line in lines)
 
 
