@@ -10,7 +10,16 @@ import plotly.graph_objects as go
 from lcc_lens.core.errors import RequestError
 from lcc_lens.frontends.plotting.forest import Mark, Panel, forest
 from lcc_lens.frontends.plotting.labels import GOLD, SELECTOR_LABELS
-from lcc_lens.frontends.plotting.theme import COLORS, COLUMN, SEQUENTIAL, SERIES, error_bars, rounded, styled
+from lcc_lens.frontends.plotting.theme import (
+    COLORS,
+    COLUMN,
+    SEQUENTIAL,
+    SERIES,
+    error_bars,
+    label_places,
+    rounded,
+    styled,
+)
 from lcc_lens.prompting.study import PromptStudy
 
 _ROW = 40
@@ -109,11 +118,14 @@ def plot_prompt_study(study: PromptStudy) -> go.Figure:
     ends, margin = [rounded(low), rounded(high)], 0.25 * (high - low)  # with room for labels beside the points
     figure = go.Figure()
     figure.add_scatter(x=ends, y=ends, mode="lines", line={"color": "#9a9a9a", "dash": "dash"}, hoverinfo="skip")
+    span = 1.1 * (high - low) or 1.0
+    x, y = ([(value - low) / span for value in gains[model]] for model in ("dense", "pruned"))
+    places = label_places(x, y, [row["variant"] for row in rows], width=260, height=300)
     words = [rounded(row["words"]) for row in rows]
     figure.add_scatter(
         x=[rounded(value) for value in gains["dense"]], y=[rounded(value) for value in gains["pruned"]],
         error_x=bars["dense"], error_y=bars["pruned"], mode="markers+text", text=[row["variant"] for row in rows],
-        textposition="top center", marker={
+        textposition=places, marker={
             "size": 11, "color": words, "colorscale": SEQUENTIAL, "colorbar": {"title": "words"},
             "line": {"color": "#4d4d4d", "width": 1},
         },

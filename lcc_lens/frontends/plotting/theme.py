@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import textwrap
 from collections.abc import Sequence
+from dataclasses import dataclass
 from html import escape
 from typing import Any
 
@@ -76,6 +77,55 @@ def styled(
         showlegend=legend,
     )  # fmt: skip
     return figure
+
+
+def label_places(
+    x: Sequence[float], y: Sequence[float], labels: Sequence[str], *, width: int, height: int
+) -> list[str]:
+    """Plotly's ``textposition`` of every point's label, so that labels overlap as little as may be.
+
+    Args:
+        x, y: the points, as fractions of the plot; ``width``, ``height``: of the plot in pixels.
+
+    Example:
+        >>> label_places([0.5, 0.5], [0.5, 0.52], ["this", "that"], width=300, height=300)
+        ['top center', 'bottom center']
+    """
+    taken = [_Box(px * width, py * height, 12.0, 12.0) for px, py in zip(x, y, strict=True)]
+    chosen = []
+    for px, py, label in zip(x, y, labels, strict=True):
+        wide = 6.5 * len(label)
+        boxes = {
+            place: _Box(px * width + right * (wide / 2 + 8), py * height + up * 14, wide, 14.0)
+            for place, (right, up) in _PLACES.items()
+        }
+        best = min(boxes, key=lambda place: sum(boxes[place].overlap(other) for other in taken))
+        taken.append(boxes[best])
+        chosen.append(best)
+    return chosen
+
+
+#: Where a label may stand: how far to the right, in half its width, and how far up.
+_PLACES = {
+    "top center": (0, 1), "bottom center": (0, -1), "middle right": (1, 0), "middle left": (-1, 0),
+    "top right": (1, 1), "top left": (-1, 1), "bottom right": (1, -1), "bottom left": (-1, -1),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Box:
+    """A rectangle by its centre and size, in pixels."""
+
+    x: float
+    y: float
+    width: float
+    height: float
+
+    def overlap(self, other: _Box) -> float:
+        """The area that both cover."""
+        wide = min((self.width + other.width) / 2 - abs(self.x - other.x), self.width, other.width)
+        high = min((self.height + other.height) / 2 - abs(self.y - other.y), self.height, other.height)
+        return max(wide, 0.0) * max(high, 0.0)
 
 
 def with_source(figure: go.Figure, source: str) -> go.Figure:

@@ -37,7 +37,7 @@ from lcc_lens.frontends.plotting.recoveries import Recovery, plot_recovery, reco
 from lcc_lens.frontends.plotting.reports import plot_report
 from lcc_lens.frontends.plotting.run_figures import Drawn, draw_figures, run_figures
 from lcc_lens.frontends.plotting.studies import plot_selector_study
-from lcc_lens.frontends.plotting.theme import COLORS, styled, with_source
+from lcc_lens.frontends.plotting.theme import COLORS, label_places, styled, with_source
 from lcc_lens.frontends.plotting.training import plot_training
 from lcc_lens.frontends.plotting.writing import drawn_from, figure_json, figure_sha256, write_image, write_images
 from lcc_lens.restoration.injections.constants import MeanShift
@@ -99,6 +99,13 @@ def test_title_and_caption_are_escaped_and_wrapped() -> None:
     lines = figure.layout.title.text.split("<br>")
     assert len(lines) > 3
     assert figure.layout.height == figure.layout.margin.t + 100 + figure.layout.margin.b
+
+
+def test_labels_of_close_points_stand_apart() -> None:
+    near = [0.5, 0.505, 0.51, 0.515]
+    places = label_places(near, near, ["steps"] * 4, width=300, height=300)
+    assert len(set(places)) == 4
+    assert label_places([0.1, 0.9], [0.1, 0.9], ["a", "b"], width=300, height=300) == ["top center"] * 2
 
 
 def test_selectors_stand_beside_the_gold_standard(found: Scan) -> None:
