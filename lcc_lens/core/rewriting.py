@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from lcc_lens.core.checkpoint import WEIGHTS, WEIGHTS_INDEX, Checkpoint
 from lcc_lens.core.errors import LensError, RequestError
 from lcc_lens.core.files import give_mode, write_json
-from lcc_lens.core.side_files import copy_side_files, without_untrusted
+from lcc_lens.core.side_files import copy_side_files, with_older_entries, without_untrusted
 
 if TYPE_CHECKING:
     import torch
@@ -62,7 +62,7 @@ def copy_checkpoint(
     for number, file in enumerate(source.weight_files):
         _copy_weights(file, target / file.name, replaced, (added or {}) if number == 0 else {}, resize=resize)
     copy_side_files(source.path, target)
-    write_json(target / "config.json", without_untrusted({**source.config, **(config or {})}))
+    write_json(target / "config.json", with_older_entries(without_untrusted({**source.config, **(config or {})})))
     _write_index(target, [file.name for file in source.weight_files])
 
 

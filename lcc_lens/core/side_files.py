@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,11 @@ UNTRUSTED_ENTRIES = (
     "auto_map", "attn_implementation", "_attn_implementation", "_attn_implementation_internal",
     "experts_implementation", "_experts_implementation", "_experts_implementation_internal", "fusion_config",
 )  # fmt: skip
+
+#: By type of model, transformers 4's other names of entries.
+_OLDER_NAMES = {"gpt_neox": {"rope_theta": "rotary_emb_base", "partial_rotary_factor": "rotary_pct"}}
+#: The kinds of attention whose rotary embeddings a configuration may list apart, and transformers 4's base of theirs.
+_BASES = {"full_attention": "rope_theta", "sliding_attention": "rope_local_base_freq"}
 
 
 def side_files(path: Path) -> tuple[Path, ...]:
@@ -71,6 +77,29 @@ def without_untrusted(entries: Any) -> Any:
     if not isinstance(entries, dict):
         return entries
     return {name: without_untrusted(value) for name, value in entries.items() if name not in UNTRUSTED_ENTRIES}
+
+
+def with_older_entries(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration with its rotary embeddings in transformers 4's entries, too; those that it has stay.
+
+    Transformers 5 writes ``rope_parameters`` alone. Transformers 4 reads over them, takes its defaults, and computes
+    other numbers without a word.
+
+    Example:
+        >>> with_older_entries({"rope_parameters": {"rope_type": "default", "rope_theta": 1e5}})["rope_theta"]
+        100000.0
+    """
+    rope = config.get("rope_parameters")
+    if not isinstance(rope, Mapping):
+        return dict(config)
+    by_kind = {kind: rope[kind] for kind in _BASES if isinstance(rope.get(kind), Mapping)}
+    older = {_BASES[kind]: own["rope_theta"] for kind, own in by_kind.items() if "rope_theta" in own}
+    own = by_kind.get("full_attention", rope)
+    older |= {name: own[name] for name in ("rope_theta", "partial_rotary_factor") if name in own}
+    if own.get("rope_type", "default") != "default":
+        older["rope_scaling"] = {name: value for name, value in own.items() if name not in older}
+    names = _OLDER_NAMES.get(str(config.get("model_type")), {})
+    return {**{names.get(name, name): value for name, value in older.items()}, **config}
 
 
 def _chosen(path: Path) -> tuple[Path, ...]:

@@ -18,7 +18,7 @@ from lcc_lens.core.outputs.folders import atomic_directory, reserved
 from lcc_lens.core.reading import read_json
 from lcc_lens.core.rewriting import Splits, copy_checkpoint, parse_size, rewrite_weights
 from lcc_lens.core.showing import Shown
-from lcc_lens.core.side_files import side_files, without_untrusted
+from lcc_lens.core.side_files import side_files, with_older_entries, without_untrusted
 from lcc_lens.exporters.eval_results import made_by, write_eval_results
 from lcc_lens.exporters.folding import edited_tensors, require_same_weights, shares_values
 from lcc_lens.exporters.measured import Measured
@@ -31,8 +31,6 @@ from lcc_lens.models.loading.plain import load_plain
 from lcc_lens.models.loading.references import resolve
 from lcc_lens.restoration.result import Restoration
 
-#: Entries of older configurations that newer ones hold elsewhere.
-_OLDER_ENTRIES = ("rope_theta", "rope_scaling", "partial_rotary_factor", "torch_dtype")
 _PROBE_TEXT = "A tokenizer reads 12 words, and\n  a line; déjà vu."
 
 
@@ -161,9 +159,7 @@ def _joint_slots(restoration: Restoration, loaded: LoadedModel, checkpoint: Chec
 
 def _retype(part: Path, slots: JointSlots, *, tokenizer_class: str) -> None:
     """Write the other architecture's configuration; name the tokenizer's class, which may follow from the old one."""
-    before = read_json(part / "config.json")
-    older = {name: before[name] for name in _OLDER_ENTRIES if name in before}  # transformers 4 reads nothing else
-    write_json(part / "config.json", {**without_untrusted(slots.config), **older})
+    write_json(part / "config.json", with_older_entries(without_untrusted(slots.config)))
     if slots.splits:
         rewrite_weights(part, splits=slots.splits)
     settings = part / "tokenizer_config.json"
