@@ -25,10 +25,18 @@ INSTALLED := $(VENV)/.installed
 INSTALLED_TL3 := $(VENV_TL3)/.installed
 INSTALLED_NOTEBOOK := $(VENV)/.installed-notebook
 INSTALLED_DOCS := $(VENV)/.installed-docs
+INSTALLED_RELEASE := $(VENV)/.installed-release
+
+# What is tried on other versions: the rooms that lean on other packages most, and the README from end to end.
+CORE_TESTS := tests/unit/core tests/unit/models tests/unit/restoration tests/unit/exporters tests/conformance \
+	tests/integration/test_arrival.py tests/integration/test_documented.py
+# Their environment, one for a target and a Python; more packages for it: make test-newest WITH=transformers==5.24.0
+ROW = build/$@-$(notdir $(PYTHON))
+WITH ?=
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-tl3 browser faults slow fuzz check fix figures tour families docs notebooks notebook-outputs bench clean chromium
+.PHONY: help setup demo test test-tl3 test-lowest test-newest dist browser faults slow fuzz check fix figures tour families docs notebooks notebook-outputs bench clean chromium
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -52,6 +60,10 @@ $(INSTALLED_DOCS): $(INSTALLED)
 	@$(PIP_INSTALL) --constraint constraints.txt --editable '.[docs]'
 	@touch $@
 
+$(INSTALLED_RELEASE): $(INSTALLED)
+	@$(PIP_INSTALL) --constraint constraints.txt --editable '.[release]'
+	@touch $@
+
 $(INSTALLED_TL3): $(INSTALLED) constraints-tl3.txt
 	@echo "Installing TransformerLens 3 into $(VENV_TL3), on top of $(VENV)"
 	@$(BIN)/python -m venv --clear $(VENV_TL3)
@@ -72,6 +84,19 @@ test: $(INSTALLED)  ## Run the tests, without the slow ones
 
 test-tl3: $(INSTALLED_TL3)  ## Run the tests of HookedTransformer, on TransformerLens 3
 	HF_HUB_OFFLINE=1 $(BIN_TL3)/python -m pytest tests/unit/models/test_hooked_transformer.py tests/unit/models/test_models.py $(ARGS)
+
+test-lowest: RESOLUTION := lowest-direct
+test-newest: RESOLUTION := highest
+test-lowest:  ## Run the core tests with the lowest versions that pyproject.toml admits (PYTHON=python3.10)
+test-newest:  ## Run the core tests with the newest versions that there are
+test-lowest test-newest:
+	@echo "Installing into $(ROW), resolution $(RESOLUTION)"
+	@$(PYTHON) -m venv --clear $(ROW)
+	@$(ROW)/bin/python -m pip --quiet --disable-pip-version-check install uv
+	@$(ROW)/bin/uv pip install --quiet --python $(ROW) --resolution $(RESOLUTION) --editable '.[baselines]' $(WITH)
+	@$(ROW)/bin/uv pip install --quiet --python $(ROW) --editable '.[test]'
+	@$(ROW)/bin/uv pip list --quiet --python $(ROW) --exclude-editable > $(ROW)/versions.txt
+	HF_HUB_OFFLINE=1 $(ROW)/bin/python -m pytest -o filterwarnings=default $(CORE_TESTS) $(ARGS)
 
 browser: $(INSTALLED) | $(if $(BROWSER),,chromium)  ## Run the tests in a real browser (pictures in build/screenshots)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m browser -n 0 $(ARGS)
@@ -112,6 +137,12 @@ families: $(INSTALLED)  ## Try every family of models and write docs/families.md
 docs: $(INSTALLED_DOCS)  ## Build the documentation into build/site; any warning fails
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 	@echo "build/site/index.html"
+
+dist: $(INSTALLED_RELEASE)  ## Build the packages into dist/, check them, and try the wheel in an empty environment
+	rm -rf dist
+	$(BIN)/python -m build --outdir dist
+	$(BIN)/python -m twine check --strict dist/*
+	$(BIN)/python tests/support/distribution.py
 
 notebooks: $(INSTALLED_NOTEBOOK)  ## Open the notebooks in JupyterLab
 	$(BIN)/jupyter lab notebooks

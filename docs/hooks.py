@@ -24,6 +24,7 @@ PAGES = {
 }  # fmt: skip
 #: A relative link out of ``docs/`` to a page or figure at the root of the site.
 _OUTSIDE = re.compile(r"\]\((?:\.\./)+(?=figures/|ARCHITECTURE|CONTRIBUTING|CHANGELOG)")
+_BADGE = re.compile(r"\[!\[([^\]]+)\]\(https?:[^)]+\)\]")
 _WORKER = "https://unpkg.com/iframe-worker/shim"
 _STYLE = re.compile(r"<style scoped>.*?</style>", re.DOTALL)
 _MATH = re.compile(r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>', re.DOTALL)
@@ -49,6 +50,8 @@ def notebook_page(notebook: dict[str, Any], name: str) -> tuple[str, dict[str, b
     """A notebook as Markdown with the outputs it was saved with, and its pictures by file name."""
     parts, pictures = [], dict[str, bytes]()
     for cell in notebook["cells"]:
+        if cell["id"] == "install":  # what Colab needs says nothing to a reader
+            continue
         source = "".join(cell["source"])
         parts.append(source if cell["cell_type"] == "markdown" else f"```python\n{source}\n```")
         for output in cell.get("outputs", ()):
@@ -67,7 +70,8 @@ def notebook_page(notebook: dict[str, Any], name: str) -> tuple[str, dict[str, b
 
 
 def on_page_markdown(markdown: str, page: Any, **context: Any) -> str:
-    """Rewrite the repository's links for the site, whose root is ``docs/``."""
+    """Rewrite the repository's links for the site, whose root is ``docs/``; a badge becomes text and is not fetched."""
+    markdown = _BADGE.sub(r"[\1]", markdown)
     if page.file.src_uri == "index.md":
         return markdown.replace("](docs/", "](").replace('src="docs/', 'src="')
     depth = page.file.src_uri.count("/")
