@@ -75,6 +75,7 @@ class Stranger:
         self.variables = {
             **kept, "HF_HUB_OFFLINE": "1", "LCC_LENS_CACHE": str(folder / "cache"), "PIP_QUIET": "1",
             "PIP_CONSTRAINT": str(ROOT / "constraints.txt"), "PIP_DISABLE_PIP_VERSION_CHECK": "1",
+            "PIP_NO_COMPILE": "1",
         }  # fmt: skip
 
     def run(self, *command: object, code: int = 0) -> str:
