@@ -95,6 +95,7 @@ test-lowest test-newest:
 	@$(ROW)/bin/python -m pip --quiet --disable-pip-version-check install uv
 	@$(ROW)/bin/uv pip install --quiet --python $(ROW) --resolution $(RESOLUTION) --editable '.[baselines]' $(WITH)
 	@$(ROW)/bin/uv pip install --quiet --python $(ROW) --editable '.[test]'
+	@$(ROW)/bin/uv pip install --quiet --python $(ROW) --no-deps $(EMBEDDED)
 	@$(ROW)/bin/uv pip list --quiet --python $(ROW) --exclude-editable > $(ROW)/versions.txt
 	HF_HUB_OFFLINE=1 $(ROW)/bin/python -m pytest -o filterwarnings=default $(CORE_TESTS) $(ARGS)
 
