@@ -8,6 +8,7 @@ from lcc_lens.analysis.scan.scan import Scan
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.heads import Head
 from lcc_lens.models.architecture.joint_bias_slots import find_joint_slots
+from lcc_lens.models.hooked.offloading import is_sharded
 from lcc_lens.models.hooked.sites import projection_names
 from lcc_lens.models.pair import Pair
 from lcc_lens.restoration.injections.spec import MethodSpec
@@ -38,6 +39,11 @@ def check_request(
         raise RequestError(
             f"expected both models in memory for {what}, got one at a time; load both, or choose mean-shift or the "
             "response's loss"
+        )
+    if not all(part.biases for part in spec.parts) and is_sharded(pair.pruned):
+        raise RequestError(
+            f"expected a method of constants (such as lcc) for a model whose layers several processes share, got "
+            f"{spec.name}, which changes weights; load the whole model in each process"
         )
     if settings.exportable:
         require_slots(pair, spec)

@@ -20,6 +20,7 @@ from lcc_lens.data.batches import sequences_sha256
 from lcc_lens.data.datasets import Data
 from lcc_lens.models.hooked.hooks import HookedModel
 from lcc_lens.models.hooked.losses import sequence_loss
+from lcc_lens.models.hooked.offloading import in_step_if_sharded
 from lcc_lens.models.loading.plain import load_plain
 from lcc_lens.models.loading.references import resolve
 from lcc_lens.models.pair import Pair
@@ -97,7 +98,8 @@ def restore(
     ).fitting(pair.context).completed(spec)  # fmt: skip
     steps = _Steps(pair, scan, heads, spec, with_preset(config, spec), settings, before_refit, log)
     steps.check()
-    with writing_run(None if run is None else Path(run), inputs=[pair.dense_id.path, pair.pruned_id.path]):
+    inputs = [pair.dense_id.path, pair.pruned_id.path]
+    with in_step_if_sharded(pair.dense, pair.pruned), writing_run(None if run is None else Path(run), inputs=inputs):
         steps.encode(data, validation)
         steps.open_folder(run, resume=resume)
         steps.build_injection()

@@ -21,6 +21,7 @@ from lcc_lens.core.machine import processes
 from lcc_lens.data.datasets import load_data
 from lcc_lens.models.hooked.offloading import shard_layers
 from lcc_lens.models.pair import Pair
+from lcc_lens.restoration.restore import restore
 from lcc_lens.restoration.result import Restoration
 
 LAUNCH = (
@@ -185,6 +186,27 @@ def test_layers_divided_among_processes_give_the_same_scan(work: Path, pair: Pai
     found = Scan.load(work / "sharded")._tensors()
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+@pytest.mark.slow
+def test_layers_divided_among_processes_are_trained_through(work: Path) -> None:
+    with started(*LAUNCH, "-m", "support.launched", str(work), "trained", "0", "restore-sharded") as process:
+        _, errors = process.communicate()
+    assert process.returncode == 0, errors
+    expected = launched.restore_sharded(work, "trained-alone")._tensors()
+    found = Restoration.load(work / "trained")._tensors()
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.allclose(found[name], tensor, rtol=1e-4, atol=1e-5), name
+    assert logged(work / "trained")[-1]["loss"] == pytest.approx(logged(work / "trained-alone")[-1]["loss"], rel=1e-5)
+
+
+def test_weights_that_processes_share_are_not_changed(
+    pair: Pair, question_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lcc_lens.restoration.checks.is_sharded", lambda _: True)
+    with pytest.raises(RequestError, match="expected a method of constants .* several processes share, got low-rank"):
+        restore(pair, None, (), load_data(str(question_file)), method="low-rank")
 
 
 def test_one_process_divides_no_model(pair: Pair) -> None:

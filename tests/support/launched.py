@@ -76,7 +76,22 @@ def scan_sharded(folder: Path, name: str) -> None:
         found.save(folder / name)
 
 
-if __name__ == "__main__" and sys.argv[4] == "sharded":
+def restore_sharded(folder: Path, name: str) -> Restoration:
+    """Restore by a constant per head towards the dense model; several processes share the layers."""
+    pair, found = load_pair(folder / "dense", folder / "pruned"), Scan.load(folder / "scan")
+    if n_processes() > 1:
+        for model in (pair.dense, pair.pruned):
+            shard_layers(model)
+    config = TrainConfig(lr=0.1, batch_size=5, validate_every=2, seed=1, objective=Objective(1.0, 1.0))
+    return restore(
+        pair, found, found.select("mse", share=0.6), load_data(str(folder / "questions.jsonl")), config=config,
+        run=folder / name,
+    )  # fmt: skip
+
+
+if __name__ == "__main__" and sys.argv[4] == "restore-sharded":
+    restore_sharded(Path(sys.argv[1]), sys.argv[2])
+elif __name__ == "__main__" and sys.argv[4] == "sharded":
     scan_sharded(Path(sys.argv[1]), sys.argv[2])
 elif __name__ == "__main__" and sys.argv[4] == "scan":
     scan_until(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]))

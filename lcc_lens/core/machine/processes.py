@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 T = TypeVar("T")
+_in_step: ContextVar[bool] = ContextVar("all processes compute the same", default=False)
 #: How long processes wait for each other; the first one may scan or refit meanwhile.
 _TIMEOUT = timedelta(hours=12)
 _RESUME = "go on from the last checkpoint with --resume"
@@ -37,9 +39,23 @@ def is_first_process() -> bool:
     return process_index() == 0
 
 
+@contextmanager
+def in_step() -> Iterator[None]:
+    """Within the block all processes compute the same, on all items: a model whose layers they share needs it."""
+    token = _in_step.set(True)
+    try:
+        yield
+    finally:
+        _in_step.reset(token)
+
+
 def own_part(items: Sequence[T]) -> Sequence[T]:
     """The items that this process works on."""
-    return items[process_index() :: n_processes()] if n_processes() > 1 else items
+    return items[process_index() :: n_processes()] if _divides_work() else items
+
+
+def _divides_work() -> bool:
+    return n_processes() > 1 and not _in_step.get()
 
 
 def process_device() -> torch.device:
@@ -49,12 +65,12 @@ def process_device() -> torch.device:
 
 
 def summed(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Sums over all processes, identical in each; with one process the tensors themselves.
+    """Sums over all processes, identical in each; with one process, or :func:`in_step`, the tensors themselves.
 
     Raises:
         LensError: another process has ended.
     """
-    if n_processes() == 1:
+    if not _divides_work():
         return list(tensors)
     import torch
     from accelerate.utils import reduce

@@ -7,6 +7,7 @@ before its forward pass and frees them after it.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from lcc_lens.core.config import DeviceMap
 from lcc_lens.core.errors import RequestError
-from lcc_lens.core.machine.processes import n_processes, process_device
+from lcc_lens.core.machine.processes import in_step, n_processes, process_device
 from lcc_lens.models.hooked.hooks import HookedModel
 
 
@@ -129,6 +130,16 @@ def shard_layers(model: HookedModel) -> None:
     for block in bridge.blocks:  # first outside inference mode, whose tensors no gradient could pass later
         block.original_component.unshard()
         block.original_component.reshard()
+
+
+def is_sharded(model: HookedModel) -> bool:
+    """Whether :func:`shard_layers` divided the model's layers."""
+    return any(hasattr(parameter, "to_local") for parameter in cast("nn.Module", model).parameters())
+
+
+def in_step_if_sharded(*models: HookedModel) -> AbstractContextManager[None]:
+    """Within the block all processes run the same passes if :func:`shard_layers` divided one of the models."""
+    return in_step() if any(map(is_sharded, models)) else nullcontext()
 
 
 def _offloading_hook(module: nn.Module) -> Any:
