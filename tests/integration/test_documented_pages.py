@@ -68,10 +68,16 @@ def test_exports(place: Path) -> None:
     lcc.prune("smollm2", "out/wanda50", method="magnitude")
     restore = ["restore", "smollm2", "out/wanda50", "runs/restored", "--hooks-only", "--data", "alpaca", "--quiet"]
     assert call(*restore, "--selector", "mse", "--examples", 32, "--scan-examples", 16, "--panel-blocks", 0) == 0
-    (block,) = blocks("docs/export.md", "python")
+    block, steering = blocks("docs/export.md", "python")
     space: dict[str, Any] = {"lcc_lens": lcc, "tokens": TOKENS}
     exec(block.replace("generate(...)", "generate(tokens, max_new_tokens=4)"), space)
     assert float((space["model"](TOKENS).logits - load_plain(Path("out/wanda50"))(TOKENS).logits).abs().max()) > 1e-3
+
+    pair = lcc.load_pair("smollm2", "out/wanda50")
+    lcc.save_components(lcc.Restoration.load("runs/restored"), "out/components", pair.pruned)
+    alone = steering.partition("# steering-vectors")[0]
+    exec(alone, space := {"pruned": pair.pruned, "tokens": TOKENS})
+    assert float((space["logits"] - pair.pruned(TOKENS)).abs().max()) > 1e-3
 
     clone, *_ = blocks("docs/export.md", "")
     assert clone.startswith("git clone https://github.com/ggml-org/llama.cpp")
@@ -117,7 +123,8 @@ def test_layers_divided_among_processes(after_readme: Path, trained: Path) -> No
     (block,) = blocks("docs/scale.md", "python")
     Path("divided.py").write_text(
         "import sys\nimport torch\nimport lcc_lens as lcc\n"
-        "dense, pruned, run = sys.argv[1:]\ndata = lcc.load_data('boolq', n=12, role='probe')\n" + block
+        "dense, pruned, run = sys.argv[1:]\ndata = lcc.load_data('boolq', n=12, role='probe')\n"
+        "training = lcc.load_data('alpaca', n=12, role='train')\n" + block
     )
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
@@ -126,6 +133,7 @@ def test_layers_divided_among_processes(after_readme: Path, trained: Path) -> No
     alone = lcc.scan(lcc.load_pair(trained, "out/wanda50"), lcc.load_data("boolq", n=12, role="probe"))
     divided = lcc.Scan.load("run")._tensors()
     assert all(torch.equal(divided[name], value) for name, value in alone._tensors().items())
+    assert lcc.Restoration.load("run").record.method == "lcc"
 
 
 def test_the_job_for_slurm_starts_these_commands(place: Path) -> None:

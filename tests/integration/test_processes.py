@@ -205,7 +205,7 @@ def test_weights_that_processes_share_are_not_changed(
     pair: Pair, question_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("lcc_lens.restoration.checks.is_sharded", lambda _: True)
-    with pytest.raises(RequestError, match="expected a method of constants .* several processes share, got low-rank"):
+    with pytest.raises(RequestError, match=r"expected a method of constants .* several processes share, got low-rank"):
         restore(pair, None, (), load_data(str(question_file)), method="low-rank")
 
 
