@@ -61,6 +61,7 @@ STUDIES = {
         blocks=100,
     ),
     "mix": Study(("refit", *TRAINED)),
+    "mix_102k": Study(TRAINED[:1], blocks=200),
     "wanda24": Study(("refit", *TRAINED), blocks=100, pattern="2:4"),
 }  # fmt: skip
 
