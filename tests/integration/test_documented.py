@@ -52,16 +52,8 @@ def test_the_commands_of_the_readme_restore(place: Path) -> None:
 
 @pytest.mark.slow
 def test_the_guide_runs_from_pruning_to_an_interactive_session(place: Path) -> None:
-    assert run_commands("docs/guide.md") == [
-        "prune",
-        "scan",
-        "restore",
-        "restore",
-        "compare",
-        "export",
-        "report",
-        "figures",
-    ]
+    commands = ["prune", "scan", "restore", "restore", "compare", "export", "report", "figures"]
+    assert run_commands("docs/guide.md") == commands
     assert_restored(Restoration.load("runs/mine").record.losses)
     compared = read_json(Path("runs/compared/comparison.json"))["summary"]
     assert [(row["entry"], row["errors"]) for row in compared] == [
