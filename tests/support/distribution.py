@@ -34,7 +34,7 @@ LARGEST = 2_000_000
 PIPELINE = ("prune", "scan", "restore", "export")
 EXAMPLE_ENDS = """
 losses = restoration.record.losses
-assert losses["dense"] < losses["restored"] < losses["pruned"], losses
+assert max(losses["dense"], losses["restored"]) < losses["pruned"], losses
 assert len(heads) == 68
 """
 
