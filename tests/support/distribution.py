@@ -107,8 +107,10 @@ def try_without_wheels(stranger: Stranger) -> None:
 
 def try_pages(stranger: Stranger) -> None:
     """The README's commands from pruning to the export, and its Python example, in small sizes."""
-    write_sets(stranger.folder / "sets")
-    stranger.variables["LCC_LENS_DATA"] = str(stranger.folder / "sets")  # Alpaca travels in no wheel
+    sets = stranger.folder / "sets"
+    sets.mkdir()
+    (write_sets(stranger.folder / "made", n=400) / "alpaca").rename(sets / "alpaca")  # which travels in no wheel
+    stranger.variables["LCC_LENS_DATA"] = str(sets)
     for name, *arguments in commands("README.md"):
         if name in PIPELINE:
             stranger.run("lcc-lens", name, *arguments, *SMALLER.get(name, "").split(), "--quiet")
