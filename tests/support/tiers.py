@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from importlib.metadata import version
 from typing import Any
 
 import pytest
+
+HAS_TL4 = int(version("transformer-lens").split(".")[0]) >= 4
+#: What docs/models.md says that TransformerLens 3 does not do.
+NEEDS_TL4 = pytest.mark.skipif(not HAS_TL4, reason="needs TransformerLens 4")
 
 
 def mostly_slow(cases: Iterable[Any], *fast: Any) -> list[Any]:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from support.conformance import save_family
 from support.restorations import restoration_of
-from support.tiers import mostly_slow
+from support.tiers import NEEDS_TL4, mostly_slow
 from torch import nn
 
 from lcc_lens.analysis.scan.scan import Scan, scan
@@ -40,6 +40,7 @@ from lcc_lens.restoration.restore import restore
 from lcc_lens.restoration.training.config import TrainConfig
 from lcc_lens.restoration.training.objectives import Objective
 
+pytestmark = NEEDS_TL4
 export_module = import_module("lcc_lens.exporters.huggingface")  # lcc_lens.exporters.huggingface is the function
 TOKENS = torch.arange(1, 25).reshape(2, 12)
 
