@@ -77,8 +77,7 @@ def restore(
         pair: the hooked models; ``scan``: their scan, for methods that need one; ``heads``: the heads to act on.
         data: training examples (role ``train``); ``validation``: held-out ones of the same kind, by default a tenth of
             the training groups. ``mean-shift`` uses only the latter.
-        method: one of :data:`~lcc_lens.restoration.injections.methods.METHODS`, or several joined by ``+``, which train
-            together (``lcc+low-rank``).
+        method: one of :data:`~lcc_lens.restoration.injections.methods.METHODS`, or several joined by ``+``.
         config: training settings; the method's own objective and learning rate where none are given.
         run: the run directory, where everything is written; ``resume``: go on from its checkpoint.
         on_step: called after every step; ``log``: ``"trackio"``, or an object with ``log(metrics, step=...)``.
