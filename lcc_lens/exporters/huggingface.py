@@ -19,6 +19,7 @@ from lcc_lens.core.reading import read_json
 from lcc_lens.core.rewriting import Splits, copy_checkpoint, parse_size, rewrite_weights
 from lcc_lens.core.showing import Shown
 from lcc_lens.core.side_files import side_files, with_older_entries, without_untrusted
+from lcc_lens.exporters.engines import EngineName, require_served
 from lcc_lens.exporters.eval_results import made_by, write_eval_results
 from lcc_lens.exporters.folding import edited_tensors, require_same_weights, shares_values
 from lcc_lens.exporters.measured import Measured
@@ -69,6 +70,7 @@ def export(
     metrics: Mapping[str, Any] | None = None,
     run: str | Path | None = None,
     comparison: str | Path | None = None,
+    for_engine: EngineName | None = None,
     dtype: torch.dtype | None = None,
     max_shard_size: int | str | None = None,
     overwrite: bool = False,
@@ -87,6 +89,7 @@ def export(
         metrics: measured numbers for the model card.
         run: the run directory: what ``restore`` measured there goes onto the card and into ``.eval_results``.
         comparison: a comparison of the same models (its folder or file): its controls go onto the card.
+        for_engine: the engine that will serve it: refused where its loader would drop a bias that holds constants.
         dtype: the format of the weights; the pruned checkpoint's if not given. Another format rounds every tensor.
         max_shard_size: bytes per weight file at most, or a text such as ``5GB``; the same files as the pruned
             checkpoint's if not given.
@@ -110,8 +113,9 @@ def export(
     with reserved(out, overwrite=overwrite, inputs=[checkpoint.path]):
         require_space(out, 2 * checkpoint.n_bytes)
         return _write(
-            restoration, pruned, checkpoint, out, metrics or {}, measured, dtype, max_shard_size, overwrite=overwrite
-        )
+            restoration, pruned, checkpoint, out, metrics or {}, measured, for_engine, dtype, max_shard_size,
+            overwrite=overwrite,
+        )  # fmt: skip
 
 
 def _write(
@@ -121,6 +125,7 @@ def _write(
     out: Path,
     metrics: Mapping[str, Any],
     measured: Measured,
+    for_engine: EngineName | None,
     dtype: torch.dtype | None,
     max_shard_size: int | str | None,
     *,
@@ -129,6 +134,8 @@ def _write(
     """Write the folder and verify it before it appears; one model is in memory at a time."""
     loaded = load_hooked(pruned, dtype=torch.float32)
     slots = _joint_slots(restoration, loaded, checkpoint)
+    if for_engine is not None:
+        require_served(for_engine, {**checkpoint.config, **slots.config}["architectures"][0], slots)
     expected = _Expected.of(restoration, loaded, checkpoint)
     expected.require_effect()
     with atomic_directory(out, overwrite=overwrite) as part:

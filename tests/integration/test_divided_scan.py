@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +22,7 @@ from lcc_lens.analysis.scan.state import ScanState
 from lcc_lens.core.errors import LensError, RequestError
 from lcc_lens.core.machine import processes
 from lcc_lens.data.datasets import Data, load_data
+from lcc_lens.frontends.cli.main import COMMANDS
 from lcc_lens.frontends.cli.main import run as run_command
 from lcc_lens.models.hooked.activations import SITES
 from lcc_lens.models.pair import Pair, load_pair
@@ -177,11 +179,15 @@ def test_shards_of_a_lost_folder_are_missed(pairs: list[Pair], data: Data, toget
     assert "expected 6 finished parts of the scan" in str(first)
 
 
+@pytest.mark.parametrize("name", sorted(COMMANDS.keys() - {"scan", "restore"}))
 def test_commands_that_cannot_be_divided_are_refused(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    for name, value in (("WORLD_SIZE", "2"), ("RANK", "0"), ("LOCAL_RANK", "0")):
-        monkeypatch.setenv(name, value)
-    assert run_command(["prune", "nothing", str(tmp_path / "out")]) == 2
-    message = "expected scan or restore in 2 processes, got prune; run it without a launcher"
+    for variable, value in (("WORLD_SIZE", "2"), ("RANK", "0"), ("LOCAL_RANK", "0")):
+        monkeypatch.setenv(variable, value)
+    monkeypatch.chdir(tmp_path)  # the example's paths do not exist: nothing is looked at before the refusal
+    assert run_command([*name.split("-"), *shlex.split(COMMANDS[name].example)]) == 2
+    advice = "start its parts with --part" if name == "compare" else "run it without a launcher"
+    message = f"expected scan or restore in 2 processes, got {name.replace('-', ' ')}; {advice}"
     assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
+
+import tyro
 
 from lcc_lens.core.errors import RequestError
 from lcc_lens.frontends.cli.options import Maybe, Out, Placement, RunPath, Switch, Tabled
@@ -19,6 +21,8 @@ class Files:
     """Round the weights to this format (the pruned model's, if not given)."""
     max_shard_size: Maybe[str] = None
     """Bytes per weight file at most, such as 5GB (the pruned model's files, if not given)."""
+    for_engine: Annotated[Maybe[Literal["vllm", "sglang"]], tyro.conf.arg(name="for")] = None
+    """The engine that will serve it: refused where its loader would drop a bias that holds constants."""
     push_to_hub: Maybe[str] = None
     """Upload the verified directory to this repository (owner/name), private, under your own login."""
     gguf: Maybe[Path] = None
@@ -62,8 +66,9 @@ class Export(Tabled):
         pruned = self.pruned or recorded_model(record.pruned, record.pruned_sha256, self.run)
         dtype = None if self.files.dtype is None else getattr(torch, self.files.dtype)
         report = export(
-            restoration, pruned, self.out, run=self.run, comparison=self.comparison, dtype=dtype,
-            max_shard_size=self.files.max_shard_size, overwrite=self.overwrite,
+            restoration, pruned, self.out, run=self.run, comparison=self.comparison,
+            for_engine=self.files.for_engine, dtype=dtype, max_shard_size=self.files.max_shard_size,
+            overwrite=self.overwrite,
         )  # fmt: skip
         show_facts(f"exported and verified: {self.out}", report)
         self.write(report.table)

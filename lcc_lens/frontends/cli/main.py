@@ -130,10 +130,9 @@ def _refuse_several(command: Any) -> None:
         RequestError: says what may be launched.
     """
     if n_processes() > 1 and not isinstance(command, _DIVIDED):
-        name = type(command).__name__.lower()
-        raise RequestError(
-            f"expected scan or restore in {n_processes()} processes, got {name}; run it without a launcher"
-        )
+        name = next(name for name, kind in COMMANDS.items() if kind is type(command)).replace("-", " ")
+        advice = "start its parts with --part" if isinstance(command, Compare) else "run it without a launcher"
+        raise RequestError(f"expected scan or restore in {n_processes()} processes, got {name}; {advice}")
 
 
 def _fail(message: str, code: int) -> int:
