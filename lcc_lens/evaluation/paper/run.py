@@ -16,6 +16,7 @@ from lcc_lens.core.ranges import Count, ranged
 from lcc_lens.core.reading import read_json
 from lcc_lens.core.showing import Record
 from lcc_lens.evaluation.comparison.accuracies import mean_accuracy
+from lcc_lens.evaluation.comparison.cluster import Cluster, compare_on_cluster
 from lcc_lens.evaluation.comparison.compare import check_comparison, compare
 from lcc_lens.evaluation.comparison.entry import Entry
 from lcc_lens.evaluation.comparison.tables import result_facts, results_table
@@ -58,6 +59,7 @@ def run_recipe(
     examples: Count | None = None,
     limit: Count | None = None,
     dry_run: str | Path | None = None,
+    cluster: Cluster | None = None,
     on_cell: Callable[[str, dict[str, Any]], None] | None = None,
 ) -> RecipeResults:
     """Prune, compare on every data set, and write ``results.json`` and ``table.md`` as they come.
@@ -71,7 +73,8 @@ def run_recipe(
         examples: another number of training examples.
         limit: items of each task at most.
         dry_run: a tiny model to try every step on with little data; the results mean nothing.
-        on_cell: called with the name and results of every new run.
+        cluster: where every run of the comparisons is a job; the pruning is done here.
+        on_cell: called with the name and results of every new run that is computed here.
 
     Raises:
         RequestError: data are missing, or the folder is another recipe's; nothing is written.
@@ -93,10 +96,12 @@ def run_recipe(
         version=package_version(), comparisons={},
     )  # fmt: skip
     for data in recipe.data:
-        compared = compare(
-            recipe.model, pruned, out / data, recipe.entries, seeds=recipe.seeds, config=recipe.comparison(data),
-            on_cell=on_cell,
-        )  # fmt: skip
+        run = (recipe.model, pruned, out / data, recipe.entries)
+        settings: dict[str, Any] = {"seeds": recipe.seeds, "config": recipe.comparison(data)}
+        if cluster is None:
+            compared = compare(*run, **settings, on_cell=on_cell)
+        else:
+            compared = compare_on_cluster(*run, **settings, cluster=cluster)
         results["comparisons"][data] = {"bare": _unrestored(compared["bare"]), "rows": compared["summary"]}
         write_json(out / RECIPE_RESULTS, results)
         write_text(out / RECIPE_TABLE, recipe_table(recipe, results))

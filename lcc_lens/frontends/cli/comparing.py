@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, ClassVar
 
 import tyro
 
 from lcc_lens.analysis.selectors.names import DEFAULT_SELECTOR
 from lcc_lens.core.ranges import Count, Length, Natural, Share
-from lcc_lens.frontends.cli.options import SELECTOR_HELP, DenseModel, Maybe, PrunedModel, RunPath, Switch, Tabled
+from lcc_lens.frontends.cli.options import (
+    SELECTOR_HELP,
+    ClusterJobs,
+    DenseModel,
+    Maybe,
+    PrunedModel,
+    RunPath,
+    Switch,
+    Tabled,
+)
 from lcc_lens.frontends.cli.show import show_comparison
 
 _METHODS = (
@@ -80,11 +89,13 @@ class Compare(Tabled):
     selector: Annotated[str, tyro.conf.arg(help=SELECTOR_HELP)] = DEFAULT_SELECTOR
     part: str = "1/1"
     """i/n: compute every n-th run, starting at the i-th; start the same command with 1/n to n/n in n processes."""
+    jobs: ClusterJobs = field(default_factory=ClusterJobs)
     data: CompareData = CompareData()
     measures: Measures = Measures()
 
     def execute(self) -> None:
         from lcc_lens.data.panel import available_panel
+        from lcc_lens.evaluation.comparison.cluster import compare_on_cluster
         from lcc_lens.evaluation.comparison.compare import COMPARISON, compare, read_part, require_a_measured_run
         from lcc_lens.evaluation.comparison.config import CompareConfig, default_data
         from lcc_lens.evaluation.comparison.entry import all_entries
@@ -97,9 +108,13 @@ class Compare(Tabled):
             data=data.data or default_data(), texts=measures.texts or available_panel(),
         )  # fmt: skip
         entries = all_entries(self.methods, baselines=self.baselines, controls=self.controls, heads=self.heads)
-        results = compare(
-            self.dense, self.pruned, self.run, entries, seeds=self.seeds, config=config, part=read_part(self.part)
-        )  # fmt: skip
+        cluster, part = self.jobs.chosen(), read_part(self.part)
+        if cluster is None:
+            results = compare(self.dense, self.pruned, self.run, entries, seeds=self.seeds, config=config, part=part)
+        else:
+            results = compare_on_cluster(
+                self.dense, self.pruned, self.run, entries, cluster=cluster, seeds=self.seeds, config=config
+            )
         show_comparison(results["bare"], results["summary"], self.run / COMPARISON)
         self.write(results.table)
         require_a_measured_run(results["summary"])

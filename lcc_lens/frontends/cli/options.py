@@ -14,6 +14,8 @@ from lcc_lens.core.showing import write_table
 if TYPE_CHECKING:
     import pandas as pd
 
+    from lcc_lens.evaluation.comparison.cluster import Cluster
+
 Out = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="OUT")]
 RunPath = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
 DenseModel = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="DENSE")]
@@ -68,6 +70,22 @@ class Memory(Placement):
 
     one_at_a_time: Switch = False
     """Hold one model in memory at a time."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClusterJobs:
+    """Every run of the comparison as a job of a cluster, by submitit."""
+
+    cluster: Maybe[Literal["slurm", "local"]] = None
+    """Submit a job for each run, wait, and collect; the same command goes on after an interruption."""
+    cluster_options: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME=VALUE [NAME=VALUE ...]")] = ()
+    """submitit's parameters of a job, such as slurm_partition=gpu gpus_per_node=1 timeout_min=240."""
+
+    def chosen(self) -> Cluster | None:
+        """The cluster that was asked for."""
+        from lcc_lens.evaluation.comparison.cluster import Cluster
+
+        return None if self.cluster is None else Cluster.parse(self.cluster, self.cluster_options)
 
 
 def option(name: str) -> str:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, ClassVar
 
 import tyro
 
 from lcc_lens.core.ranges import Count
-from lcc_lens.frontends.cli.options import Maybe, Tabled
+from lcc_lens.frontends.cli.options import ClusterJobs, Maybe, Tabled
 from lcc_lens.frontends.cli.show import console
 
 
@@ -35,6 +35,7 @@ class Recipe(Tabled):
     """Items of each task at most."""
     dry_run: Maybe[str] = None
     """A tiny model to run every step on, with hardly any data; checks that it runs, the results mean nothing."""
+    jobs: ClusterJobs = field(default_factory=ClusterJobs)
 
     def execute(self) -> None:
         from lcc_lens.evaluation.comparison.compare import require_a_measured_run
@@ -45,7 +46,7 @@ class Recipe(Tabled):
         recipe, out = read_recipe(self.file), self.out or Path("runs") / self.file.stem
         results = run_recipe(
             recipe, out, model=self.model, seeds=self.seeds, examples=self.examples, limit=self.limit,
-            dry_run=self.dry_run,
+            dry_run=self.dry_run, cluster=self.jobs.chosen(),
         )  # fmt: skip
         console().print((out / RECIPE_TABLE).read_text(encoding="utf-8"), soft_wrap=True)
         for comparison in results["comparisons"].values():
