@@ -23,7 +23,7 @@ ENTRIES = ("norms", "mean-shift")
 
 @pytest.fixture
 def config(text_file: Path, tmp_path: Path) -> CompareConfig:
-    rows = ({"prompt": f"Say number {i} twice:", "response": f" number {i}, number {i}"} for i in range(120))
+    rows = ({"prompt": f"Say number {i} twice:", "response": f" number {i}, number {i}"} for i in range(240))
     (tmp_path / "many.jsonl").write_text("\n".join(map(json.dumps, rows)))
     return CompareConfig(
         data=str(tmp_path / "many.jsonl"), texts=(str(text_file),), examples=24, validation=4, responses=4, blocks=2,
