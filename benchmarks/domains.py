@@ -48,21 +48,21 @@ def _at_rates(method: str, *rates: str) -> tuple[str, ...]:
     return tuple(f"{method}:{LOSS}={rate}" for rate in rates)
 
 
-TRAINED = (*_at_rates("refit+low-rank", "5e-3"), *_at_rates("lora", "1e-3"))
+TRAINED = (*_at_rates("refit+low-rank", "5e-3"), *_at_rates("lora", "1e-2"), *_at_rates("lora-all", "3e-3"))
 STUDIES = {
     "wanda50": Study(
         ("refit", *_at_rates("refit+all-weights", "1e-4"), *_at_rates("lora", "1e-3"),
          *_at_rates("refit+low-rank", "5e-3"), *_at_rates("all-weights", "2e-4")),
         pool=SOURCES,
     ),
-    "rates": Study(
+    "mix_51k": Study(
         ("refit", *_at_rates("refit+low-rank", "5e-3", "1e-2", "2e-3"), *_at_rates("lora", "1e-3", "3e-3", "1e-2"),
-         *_at_rates("lora-all", "1e-3", "3e-3"), *_at_rates("refit+all-weights", "3e-4", "1e-4")),
+         *_at_rates("lora-all", "1e-3", "3e-3"), *_at_rates("refit+all-weights", "3e-4", "1e-4"), f"lcc:{LOSS}"),
         blocks=100,
     ),
-    "mix": Study(("refit", *TRAINED)),
-    "mix_102k": Study(TRAINED[:1], blocks=200),
-    "wanda24": Study(("refit", *TRAINED), blocks=100, pattern="2:4"),
+    "mix_102k": Study(TRAINED, blocks=200),
+    "mix_205k": Study(TRAINED),
+    "mix_51k_wanda24": Study(("refit", *TRAINED), blocks=100, pattern="2:4"),
 }  # fmt: skip
 
 

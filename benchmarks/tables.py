@@ -545,7 +545,8 @@ MARKED: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "prompts": ("prompts.json", prompt_table),
     "prompt heads": ("prompts.json", prompt_head_table),
     "domains": ("domains_wanda50.json", domain_table),
-    "domains, in short": ("domains_wanda50.json", domain_overview),
+    "domains, mix": ("domains_mix_51k.json", domain_table),
+    "domains, in short": ("domains_mix_51k.json", domain_overview),
     **{mark: ("causes.json", draw) for mark, draw in CAUSES.items()},
 }
 

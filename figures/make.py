@@ -28,6 +28,7 @@ from lcc_lens.core.errors import RequestError
 from lcc_lens.core.files import write_text
 from lcc_lens.core.reading import read_json
 from lcc_lens.frontends.plotting.comparisons import plot_comparison, plot_inference_cost, plot_tasks
+from lcc_lens.frontends.plotting.domains import plot_domains
 from lcc_lens.frontends.plotting.recoveries import plot_recovery, recovery_by_selector, recovery_points
 from lcc_lens.frontends.plotting.reports import plot_report
 from lcc_lens.frontends.plotting.run_figures import run_figures
@@ -72,6 +73,7 @@ def recovery_by_examples(all_examples: dict[str, Any]) -> go.Figure:
 #: Figures whose measurements do not name model and pruning.
 PAIRS = {
     "comparison": WANDA50,
+    "domains": WANDA50,
     "inference_cost": WANDA50,
     "selector_study": "SmolLM2-135M, Wanda 50 % and 2:4.",
     "tasks": "SmolLM2-135M, Wanda 2:4.",
@@ -81,6 +83,7 @@ SOURCES: dict[str, tuple[str, Callable[[dict[str, Any]], go.Figure]]] = {
     "selector_study": ("selector_study.json", plot_selector_study),
     "recovery_by_heads": ("selector_study.json", recovery_by_heads),
     "comparison": ("restorations_wanda50.json", plot_comparison),
+    "domains": ("domains_mix_51k.json", plot_domains),
     "tasks": ("restorations_wanda24_scored.json", plot_tasks),
     "inference_cost": ("restorations_first.json", plot_inference_cost),
     "recovery_by_learning_rate": ("restorations_wanda50.json", recovery_by_rate),
