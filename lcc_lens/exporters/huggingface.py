@@ -166,7 +166,9 @@ def _joint_slots(restoration: Restoration, loaded: LoadedModel, checkpoint: Chec
 
 def _retype(part: Path, slots: JointSlots, *, tokenizer_class: str) -> None:
     """Write the other architecture's configuration; name the tokenizer's class, which may follow from the old one."""
-    write_json(part / "config.json", with_older_entries(without_untrusted(slots.config)))
+    before = read_json(part / "config.json", dict[str, Any])
+    older = {name: before[name] for name in ("torch_dtype",) if name in before}  # transformers 4 reads no other name
+    write_json(part / "config.json", {**with_older_entries(without_untrusted(slots.config)), **older})
     if slots.splits:
         rewrite_weights(part, splits=slots.splits)
     settings = part / "tokenizer_config.json"

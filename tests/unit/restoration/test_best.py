@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from unittest.mock import create_autospec
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from lcc_lens.models.loading.plain import load_plain
 from lcc_lens.restoration import best, refitted
 from lcc_lens.restoration.budget import BudgetPlan
 from lcc_lens.restoration.injections.methods import METHODS
+from lcc_lens.restoration.result import Restoration
 
 
 @pytest.fixture
@@ -81,8 +83,8 @@ def test_by_one_command(
 def test_a_plan_or_sizes_of_ones_own_decide_how_much_is_read(
     dense_dir: Path, pruned_dir: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked = []
-    monkeypatch.setattr(best, "restore_models", lambda *_, **given: asked.append(given) or [None])
+    asked, trained = [], create_autospec(Restoration, instance=True)
+    monkeypatch.setattr(best, "restore_models", lambda *_, **given: asked.append(given) or [trained])
     data, plan = load_data(str(text_file), role="train"), BudgetPlan(900.0, 96, 200, {})
     for options in ({"budget": plan}, {"n_samples": 24, "limit": 50}, {}):
         best.restore_best(dense_dir, pruned_dir, tmp_path, data, **options)
