@@ -42,7 +42,7 @@ def write_eval_results(folder: Path, scores: Sequence[Score], own: str, notes: s
 
     entries: dict[str, list[EvalResultEntry]] = {}
     for score in scores:
-        spec = DATASETS.get(score.data)
+        spec = DATASETS[score.data] if score.data in DATASETS else None
         if spec is None or spec.hub is None or (score.metric == "perplexity" and spec.embedded):
             continue
         name, configuration = spec.hub
