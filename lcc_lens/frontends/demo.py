@@ -66,7 +66,7 @@ class DemoConfig:
     n_panel_blocks: Count = 3
     n_items: Count = 50
     n_refit: Count = 24
-    n_best: Count = 64
+    n_best: Count = 32
     batch_size: Count = 4
     lr: Rate = 3e-2
     seed: Seed = 0

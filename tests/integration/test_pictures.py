@@ -112,12 +112,12 @@ def test_demo_ends_with_numbers_a_model_and_a_page(
     titles: list[str] = []
     config = DemoConfig(
         model=str(dense_dir), folder=tmp_path / "demo", n_calibration=4, calibration_length=64, n_probe=8, n_train=24,
-        n_validation=4, n_held_out=10, max_length=160, n_text_blocks=3, text_length=64, n_items=5, lr=0.1,
+        n_validation=4, n_held_out=10, max_length=160, n_text_blocks=3, text_length=64, n_items=5, lr=0.1, n_refit=4, n_best=8,
     )  # fmt: skip
     result = run_demo(config, stage=titles.append)
-    assert len(titles) == 6
+    assert len(titles) == 7
     results = json.loads((tmp_path / "demo" / "results.json").read_text())
-    assert list(results["models"]) == ["dense", "pruned", "restored"]
+    assert list(results["models"]) == ["dense", "pruned", "restored", "best"]
     for model in results["models"].values():
         assert {"perplexity", "tokens"} <= model["tasks"]["held-out text"].keys()
         assert model["tasks"]["held-out responses"]["response_loss"] > 0
