@@ -42,8 +42,10 @@ def write_eval_results(folder: Path, scores: Sequence[Score], own: str, notes: s
 
     entries: dict[str, list[EvalResultEntry]] = {}
     for score in scores:
-        spec = DATASETS[score.data] if score.data in DATASETS else None
-        if spec is None or spec.hub is None or (score.metric == "perplexity" and spec.embedded):
+        if score.data not in DATASETS:  # a file of one's own
+            continue
+        spec = DATASETS[score.data]
+        if spec.hub is None or (score.metric == "perplexity" and spec.embedded):
             continue
         name, configuration = spec.hub
         said = "; ".join(part for part in (score.notes, notes if score.model == own else "") if part)

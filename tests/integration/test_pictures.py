@@ -112,7 +112,8 @@ def test_demo_ends_with_numbers_a_model_and_a_page(
     titles: list[str] = []
     config = DemoConfig(
         model=str(dense_dir), folder=tmp_path / "demo", n_calibration=4, calibration_length=64, n_probe=8, n_train=24,
-        n_validation=4, n_held_out=10, max_length=160, n_text_blocks=3, text_length=64, n_items=5, lr=0.1, n_refit=4, n_best=8,
+        n_validation=4, n_held_out=10, max_length=160, n_text_blocks=3, text_length=64, n_items=5, lr=0.1,
+        n_refit=4, n_best=8,
     )  # fmt: skip
     result = run_demo(config, stage=titles.append)
     assert len(titles) == 7
