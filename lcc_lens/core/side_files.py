@@ -28,6 +28,8 @@ UNTRUSTED_ENTRIES = (
 
 #: By type of model, transformers 4's other names of entries.
 _OLDER_NAMES = {"gpt_neox": {"rope_theta": "rotary_emb_base", "partial_rotary_factor": "rotary_pct"}}
+#: Types of models that transformers 4 does not have, whose configurations refuse its entries.
+_NEWER = ("gemma4",)
 #: The kinds of attention whose rotary embeddings a configuration may list apart, and transformers 4's base of theirs.
 _BASES = {"full_attention": "rope_theta", "sliding_attention": "rope_local_base_freq"}
 
@@ -90,7 +92,7 @@ def with_older_entries(config: Mapping[str, Any]) -> dict[str, Any]:
         100000.0
     """
     rope = config.get("rope_parameters")
-    if not isinstance(rope, Mapping):
+    if not isinstance(rope, Mapping) or str(config.get("model_type")).startswith(_NEWER):
         return dict(config)
     by_kind = {kind: rope[kind] for kind in _BASES if isinstance(rope.get(kind), Mapping)}
     older = {_BASES[kind]: own["rope_theta"] for kind, own in by_kind.items() if "rope_theta" in own}
