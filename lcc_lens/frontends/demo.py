@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -44,6 +45,7 @@ from lcc_lens.restoration.restore import restore
 from lcc_lens.restoration.result import Restoration
 from lcc_lens.restoration.training.config import TrainConfig
 
+#: What ``best`` reads in the demo.
 _SOURCES = ("wikipedia", "howto", "python")
 
 
@@ -136,10 +138,10 @@ def run_demo(config: DemoConfig, *, stage: Callable[[str], None] | None = None) 
     read_texts(pair, scanned, restoration, [config.prompt]).save(run)
     del pair  # frees two models for the evaluation
     with timer.step("best", "refit, then train a low-rank change: the method that recovers most"):
-        mended = _best(pruned, folder / "run_best", config)
+        by_best = _best(pruned, folder / "run_best", config)
     with timer.step("export", "fold into plain Hugging Face directories and verify"):
         report = export(restoration, pruned, restored, overwrite=True)
-        export(mended, folder / "run_best" / REFITTED, best, overwrite=True)
+        export(by_best, folder / "run_best" / REFITTED, best, overwrite=True)
     with timer.step("evaluate", "compare dense, pruned and restored"):
         paths = {"dense": resolve(config.model), "pruned": pruned, "restored": restored, "best": best}
         models: dict[str, Any] = {
@@ -212,6 +214,7 @@ def _scores(path: Path, data: _DemoData, config: DemoConfig) -> dict[str, Any]:
 def _best(pruned: Path, run: Path, config: DemoConfig) -> Restoration:
     """Restore by ``best`` at the demo's size, on texts that need no network."""
     sources = "+".join(name for name in _SOURCES if is_available(name))
+    shutil.rmtree(run / REFITTED, ignore_errors=True)  # with another seed it is of another pruned model
     return restore_best(
         config.model, pruned, run, load_data(sources, role="train", seed=config.seed), calibration=sources,
         n_samples=config.n_refit, seq_len=config.calibration_length, max_length=config.calibration_length,
