@@ -474,11 +474,11 @@ def prompt_head_table(study: dict[str, Any]) -> str:
 
 #: Rows of the studies of domains, by how the entry begins.
 DOMAIN_ROWS = {
-    "refit": "`refit`, no training",
-    "refit+low-rank": "`best`: `refit`, then `low-rank`",
-    "refit+all-weights": "`polish`: `refit`, then all remaining weights and norm gains",
-    "lora": "LoRA (peft; q, k, v, o)",
-    "lora-all": "LoRA (all linear layers)",
+    "refit": "`refit`",
+    "refit+low-rank": "`best`",
+    "refit+all-weights": "`polish`",
+    "lora": "LoRA (q, k, v, o)",
+    "lora-all": "LoRA (all linear)",
     "all-weights": "all remaining weights and norm gains, no refit",
     "lcc": "`lcc`, the paper's",
 }  # fmt: skip
@@ -579,9 +579,10 @@ def between(text: str, begin: str, end: str, new: str) -> str:
 
 def write_marked() -> None:
     """Draw every marked table again, in the page that has its mark."""
+    tables = marked_tables()
     for page in PAGES:
         text = page.read_text(encoding="utf-8")
-        for name, table in marked_tables().items():
+        for name, table in tables.items():
             if f"<!-- {name} -->" in text:
                 text = between(text, f"<!-- {name} -->\n", f"\n<!-- /{name} -->", table)
         page.write_text(text, encoding="utf-8")
