@@ -57,7 +57,8 @@ STUDIES = {
     ),
     "mix_51k": Study(
         ("refit", *_at_rates("refit+low-rank", "5e-3", "1e-2", "2e-3"), *_at_rates("lora", "1e-3", "3e-3", "1e-2"),
-         *_at_rates("lora-all", "1e-3", "3e-3", "1e-2"), *_at_rates("refit+all-weights", "3e-4", "1e-4"), f"lcc:{LOSS}"),
+         *_at_rates("lora-all", "1e-3", "3e-3", "1e-2"), *_at_rates("refit+all-weights", "3e-4", "1e-4"),
+         f"lcc:{LOSS}"),
         blocks=100,
     ),
     "mix_102k": Study(TRAINED, blocks=200),
