@@ -64,6 +64,30 @@ def judged_table(study: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def recovered_table(study: dict[str, Any]) -> str:
+    """What is left of the squared difference by cause, and of the circuits, after each restoration."""
+    lines = [
+        "| | left, % | inherited | pattern | value | constant | induction left, % | loss on a repetition "
+        "| indirect object |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    name, parts = next(iter(study["parts"].items()))
+    rows = [(f"pruned, {name}", parts[0], 1.0, {**parts[0]["mean_over_heads"], "constant": 0.0}, "pruned")]
+    rows += [(f"`{method}`", found, found["remaining"], found["by_cause"], "restored")
+             for method, found in study["recovered"].items()]  # fmt: skip
+    for label, found, left, by_cause, model in rows:
+        place = ("dense", "pruned", "restored").index(model)
+        cells = [
+            _percent([left]),
+            *(_percent([by_cause[cause]]) for cause in ("inherited", "pattern", "value", "constant")),
+        ]
+        cells += [_percent([_left(found["induction"], "induction", model)])]
+        cells += [_spread([found["behaviour"][place]["repetition"]])]
+        cells += [_spread([found["tasks"]["indirect-object"][place]["difference"]])]
+        lines.append(f"| {' | '.join([label, *cells])} |")
+    return "\n".join(lines)
+
+
 def _left(heads: list[dict[str, Any]], kind: str, model: str) -> float:
     """The summed score of the dense model's ten strongest heads, over the dense model's."""
     return float(sum(head[f"{kind}_{model}"] for head in heads) / sum(head[f"{kind}_dense"] for head in heads))
@@ -90,4 +114,5 @@ def _spread(values: Iterable[float | None], digits: str = ".2f") -> str:
 
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "causes": cause_table, "causes by depth": depth_table, "circuits": circuit_table, "own": judged_table,
+    "recovered by cause": recovered_table,
 }  # fmt: skip

@@ -5,7 +5,8 @@
 SmolLM2-135M, float32, one thread. A part is one pruned model; its seed draws the calibration data (64 sequences of C4).
 Every part is measured on the same 16 x 256 tokens of C4. The selector ``own`` is judged by the per-head effects of
 exact patching in ``selector_study.json``, on the examples of its cells. Costs are CPU seconds of a scan without and
-with causes, and with attribution patching, its default selector, once each.
+with causes, and with attribution patching, its default selector, once each. The first part of the first model is
+restored by the commands in ``RESTORED``, and the same scan says what is left of its heads' differences.
 
 Every part is kept in the folder; the script can be stopped at any time and goes on. The committed file is written anew
 after every part.
@@ -15,6 +16,8 @@ from __future__ import annotations
 
 import argparse
 import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -42,6 +45,11 @@ MODELS: dict[str, dict[str, Any]] = {
 #: The models of the selector study by their names here; examples of a cell that ``own`` reads.
 JUDGED = {"Wanda 50 %": "wanda 50%", "Wanda 2:4": "wanda 2:4"}
 JUDGED_EXAMPLES = 32
+#: Options of ``lcc-lens restore`` for each restoration of the first part.
+RESTORED = {
+    "lcc": "--method lcc --heads 1 --data alpaca --examples 480",
+    "best": "--method best --refit-samples 160 --examples 100",
+}
 
 
 def kept(file: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -82,12 +90,14 @@ class Part:
             for cell in mine
         }
 
+    def recovered(self, method: str) -> dict[str, Any]:
+        return kept(self.folder / f"recovered_{method}.json", lambda: self._recover(method))
+
     def _find(self) -> dict[str, Any]:
         pair = self.pair()
         scan = _scan(pair, causes=True)
         assert scan.causes is not None
         heads, by_cause = scan.causes.heads, scan.causes.heads.by_cause()
-        types = lcc.head_types(pair, data=lcc.load_data("c4", n=16, role="probe"), n_sequences=6, length=50)
         inherited = by_cause["inherited"].nan_to_num(torch.inf)
         inherited[:2] = torch.inf  # the first layers read nearly the same stream
         own = lcc.Head(*divmod(int(inherited.argmin()), inherited.shape[1]))
@@ -105,11 +115,34 @@ class Part:
                 "value_constant": float(heads.constant_fraction[own][2]),
                 "relative_loss": float(scan.relative_loss[own]),
             },
-            "induction": types.strongest("induction").to_dict("records"),
-            "previous": types.strongest("previous").to_dict("records"),
-            "behaviour": types.behaviour().to_dict("records"),
-            "tasks": _tasks(pair),
+            **_circuits(pair),
         }  # fmt: skip
+
+    def _recover(self, method: str) -> dict[str, Any]:
+        """What is left of the squared difference by cause, and of the circuits, in the restored model.
+
+        A method that refits restores the refitted model, which is the middle one of the three then.
+        """
+        run = self.folder / method
+        before = _scan(self.pair(), causes=True)
+        command = ["restore", "smollm2", str(self.folder / "pruned"), str(run), *RESTORED[method].split()]
+        if not (run / "restoration.safetensors").exists():
+            subprocess.run(
+                [sys.executable, "-m", "lcc_lens", *command, "--panel-blocks", "0", "--overwrite"], check=True
+            )
+        base = run / "refit" if (run / "refit").exists() else self.folder / "pruned"
+        pair, restoration = lcc.load_pair("smollm2", base, dtype=torch.float32), lcc.Restoration.load(run)
+        with restoration.applied_to(pair.pruned):
+            recovered = before.against(_scan(pair, causes=True))
+        assert recovered.after is not None
+        return {
+            "options": RESTORED[method],
+            "remaining": float(recovered.remaining.double().nanmean()),
+            "median": float(recovered.remaining.double().nanmedian()),
+            "by_layer": [float(row.double().nanmean()) for row in recovered.remaining],
+            "by_cause": {cause: float(value.double().nanmean()) for cause, value in recovered.after.items()},
+            **_circuits(pair, restoration),
+        }
 
     def _cost(self) -> dict[str, Any]:
         pair = self.pair()
@@ -138,12 +171,24 @@ def _scan(pair: lcc.Pair, n: int = 16, **options: Any) -> lcc.Scan:
     return lcc.scan(pair, data, **{"max_length": 256, "limit": 16, "display": 0, "selectors": (), **options})
 
 
-def _tasks(pair: lcc.Pair) -> dict[str, Any]:
+def _circuits(pair: lcc.Pair, restoration: lcc.Restoration | None = None) -> dict[str, Any]:
+    """The strongest heads of a type, what they do, and both tasks, in all models."""
+    texts = lcc.load_data("c4", n=16, role="probe")
+    types = lcc.head_types(pair, restoration, data=texts, n_sequences=6, length=50)
+    return {
+        "induction": types.strongest("induction").to_dict("records"),
+        "previous": types.strongest("previous").to_dict("records"),
+        "behaviour": types.behaviour().to_dict("records"),
+        "tasks": _tasks(pair, restoration),
+    }
+
+
+def _tasks(pair: lcc.Pair, restoration: lcc.Restoration | None) -> dict[str, Any]:
     """Logit differences of both tasks, or why there are none."""
     rows: dict[str, Any] = {}
     for name in ("indirect-object", "greater-than"):
         try:
-            rows[name] = lcc.circuit_task(pair, name, effects=False).table().to_dict("records")
+            rows[name] = lcc.circuit_task(pair, name, restoration, effects=False).table().to_dict("records")
         except lcc.RequestError as error:
             rows[name] = str(error)
     return rows
@@ -163,6 +208,7 @@ def main() -> None:
     study: dict[str, Any] = {
         "command": command_given("--folder"),
         "machine": describe(), "parts": {name: [] for name in given.models}, "judged": {}, "cpu_seconds": {},
+        "recovered": {},
     }  # fmt: skip
     for seed in range(given.seeds):
         for name in given.models:
@@ -172,6 +218,9 @@ def main() -> None:
     study["cpu_seconds"] = first[0].cost()
     for part in first:
         study["judged"][part.name] = part.judged(cells)
+        write_json(OUT, rounded(study))
+    for method in RESTORED:
+        study["recovered"][method] = first[0].recovered(method)
         write_json(OUT, rounded(study))
 
 

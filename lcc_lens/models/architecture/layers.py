@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float
@@ -90,7 +90,7 @@ def is_transposed(module: nn.Module) -> bool:
 
 def linear_weight(module: nn.Module) -> Float[Tensor, "d_out d_in"]:
     """The weight of a linear layer with one row per output, whatever its layout."""
-    weight = module.get_parameter("weight")
+    weight = cast("Tensor", module.weight)  # no parameter while a change of it is applied
     return weight.T if is_transposed(module) else weight
 
 

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import Any, cast
 from weakref import WeakKeyDictionary
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -110,9 +111,10 @@ def changed_weights(model: HookedModel, changes: Mapping[str, Callable[[Tensor],
     bridge = cast("Any", model)  # a hooked run of HookedTransformer does not call the model itself, but its embedding
     first_module = bridge.embed if is_hooked_transformer(model) else bridge.original_model
     handle = first_module.register_forward_pre_hook(refresh)
-    for at, old, _ in changed:
+    for at, _, _ in changed:
         del at.owner._parameters[at.attribute]
-        at.owner.__dict__[at.attribute] = old  # until the first forward pass
+    with torch.no_grad():
+        refresh()  # for what reads weights before the first forward pass
     try:
         yield model
     finally:

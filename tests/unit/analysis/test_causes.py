@@ -25,6 +25,7 @@ from lcc_lens.models.pair import Pair, load_pair
 from lcc_lens.pruning.jobs import prune
 from lcc_lens.restoration.injections.constants import MeanShift
 from lcc_lens.restoration.restore import restore
+from lcc_lens.restoration.training.config import TrainConfig
 
 #: Causes of attention beside the input, in the order of combinations.
 _OWN = {"pattern": ("q_proj", "k_proj"), "value": ("v_proj",)}
@@ -326,6 +327,25 @@ def test_an_exported_restoration_is_scanned_like_a_pruned_model(
     with restoration.applied_to(pair.pruned):
         hooked = scan(pair, data, causes=True, selectors=(), display=0)
     assert torch.allclose(left.remaining[1:], divided.against(hooked).remaining[1:], atol=1e-4)
+
+
+def test_changed_weights_are_divided_under_hooks_as_exported(
+    dense_dir: Path, pruned_dir: Path, pair: Pair, question_file: Path, divided: Scan, tmp_path: Path
+) -> None:
+    data = load_data(str(question_file), n=9)
+    restoration = restore(pair, None, [], data, method="low-rank", config=TrainConfig(lr=0.05))
+    export(restoration, pruned_dir, tmp_path / "out")
+    exported = divided.against(
+        scan(load_pair(dense_dir, tmp_path / "out"), data, causes=True, selectors=(), display=0)
+    )
+    with restoration.applied_to(pair.pruned):
+        hooked = divided.against(scan(pair, data, causes=True, selectors=(), display=0))
+    assert float((hooked.remaining - 1).abs().max()) > 1e-2
+    assert torch.allclose(hooked.remaining, exported.remaining, atol=1e-3)
+    assert hooked.after is not None
+    assert exported.after is not None
+    for cause, left in exported.after.items():
+        assert torch.allclose(hooked.after[cause], left, atol=1e-3), cause
 
 
 def test_scans_of_other_data_are_not_compared(pair: Pair, found: Scan, question_file: Path, divided: Scan) -> None:
