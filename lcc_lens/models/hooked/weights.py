@@ -111,11 +111,11 @@ def changed_weights(model: HookedModel, changes: Mapping[str, Callable[[Tensor],
     bridge = cast("Any", model)  # a hooked run of HookedTransformer does not call the model itself, but its embedding
     first_module = bridge.embed if is_hooked_transformer(model) else bridge.original_model
     handle = first_module.register_forward_pre_hook(refresh)
-    for at, _, _ in changed:
-        del at.owner._parameters[at.attribute]
-    with torch.no_grad():
-        refresh()  # for what reads weights before the first forward pass
     try:
+        with torch.no_grad():
+            refresh()  # for what reads weights before the first forward pass
+        for at, _, _ in changed:
+            del at.owner._parameters[at.attribute]
         yield model
     finally:
         handle.remove()
