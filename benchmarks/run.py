@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import math
 import os
 import platform
@@ -26,23 +27,25 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
+from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from lcc_lens.analysis.scan.scan import Scan, scan
 from lcc_lens.core.config import compute_dtype, default_device, package_version
 from lcc_lens.core.files import write_json
 from lcc_lens.core.machine.memory import peak_memory, release_memory
+from lcc_lens.core.reading import read_json
 from lcc_lens.data.batches import Batch, batches
 from lcc_lens.data.datasets import encode, load_data
 from lcc_lens.evaluation.efficiency.timing import interleaved
 from lcc_lens.exporters.huggingface import export
 from lcc_lens.frontends.demo import passages
-from lcc_lens.models.hooked.losses import logits_where, token_nll
+from lcc_lens.models.hooked.losses import logits_where, token_kl_divergence, token_nll
 from lcc_lens.models.hooked.offloading import device_of
 from lcc_lens.models.loading.plain import load_plain
 from lcc_lens.models.loading.references import resolve
 from lcc_lens.models.pair import Pair, load_pair
-from lcc_lens.pruning.jobs import prune
+from lcc_lens.pruning.jobs import prune, refit
 from lcc_lens.restoration.injections.adapters import adapters
 from lcc_lens.restoration.injections.base import Injection
 from lcc_lens.restoration.injections.constants import LccInjection
@@ -52,6 +55,7 @@ from lcc_lens.restoration.record import RestorationRecord
 from lcc_lens.restoration.result import Restoration
 from lcc_lens.restoration.training.config import TrainConfig
 from lcc_lens.restoration.training.loop import optimise
+from lcc_lens.restoration.training.objectives import Objective
 from lcc_lens.restoration.training.state import TrainingState
 
 #: Methods whose training step is timed; the first also against LoRA's.
@@ -115,6 +119,58 @@ def bench_training(pair: Pair, found: Scan, repeats: int) -> dict[str, dict[str,
         for name in ("lora", *STEPS) if base == "bare" else STEPS[:1]:
             rows[f"training step, {name} / {floor}"] = _ratios(seconds[name], seconds[base])
     return rows
+
+
+def bench_polish(pair: Pair, repeats: int) -> dict[str, dict[str, float]]:
+    """A step of ``polish`` against a step that trains all weights by the same loss and leaves zeros alone to change."""
+    sequences = encode(passages("train", 8, 0), pair.tokenizer, max_length=256)
+    config = TrainConfig(objective=Objective.parse("3*distillation+lm"), micro_tokens=1024)
+    injection = MethodSpec.parse("all-weights").build(Ingredients.of(pair, None, ()))
+    state = TrainingState(injection, config, n_sequences=len(sequences), identity="")
+    student, teacher = load_plain(pair.pruned_id.path), load_plain(pair.dense_id.path)
+    masters = [weight.detach().float().requires_grad_() for weight in student.parameters()]
+    optimiser = torch.optim.AdamW(masters, lr=1e-4)
+    grouped = batches(sequences, max_tokens=1024)
+
+    def plain() -> None:
+        for batch in grouped:
+            tokens, counted = batch.tokens.to(student.device), batch.is_target().to(student.device)
+            with torch.inference_mode():
+                expected = logits_where(teacher, tokens, counted)
+            found, targets = logits_where(student, tokens, counted), batch.targets().to(student.device)
+            distance = token_kl_divergence(expected.clone(), found)
+            (3 * distance + token_nll(found, targets)).sum().backward()
+        with torch.no_grad():
+            for weight, master in zip(student.parameters(), masters, strict=True):
+                master.grad, weight.grad = weight.grad.float(), None
+            optimiser.step()
+            for weight, master in zip(student.parameters(), masters, strict=True):
+                weight.copy_(master)
+
+    row = compare(lambda: optimise(pair.pruned, injection, state, sequences, pair.dense), plain, repeats)
+    return {"polish step / plain distillation step, all weights": row}
+
+
+def bench_refit(folder: Path, n_samples: int = 64) -> dict[str, dict[str, float]]:
+    """A refit against the forward passes of both models over its tokens, once."""
+    data = load_data("python", 4 * n_samples, role="calibration")
+    tokenizer = AutoTokenizer.from_pretrained(folder / "pruned")
+    models = [load_plain(resolve("smollm2")), load_plain(folder / "pruned")]
+    blocks = [s.tokens for s in encode(data, tokenizer, max_length=512) if len(s) == 512][:n_samples]
+
+    def read() -> None:
+        with torch.inference_mode():
+            for model, block in itertools.product(models, blocks):
+                model(block[None].to(model.device), logits_to_keep=1)
+
+    def fit() -> None:
+        refit(
+            "smollm2", folder / "pruned", folder / "refit", calibration="python", n_samples=len(blocks), overwrite=True
+        )
+
+    return {
+        f"refit of {len(blocks)} x 512 tokens / forward passes of both models": compare(fit, read, 1, warm_up=False)
+    }
 
 
 def _ratios(ours: list[float], theirs: list[float]) -> dict[str, float]:
@@ -213,9 +269,22 @@ def command_given(*places: str) -> str:
     return shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *kept])
 
 
+#: What is measured, by its name on the command line.
+PARTS: dict[str, Callable[[Pair, Scan, Path, int], dict[str, dict[str, float]]]] = {
+    "training": lambda pair, found, folder, repeats: bench_training(pair, found, repeats),
+    "polish": lambda pair, found, folder, repeats: bench_polish(pair, repeats),
+    "refit": lambda pair, found, folder, repeats: bench_refit(folder),
+    "latency": bench_latency,
+    "memory": lambda pair, found, folder, repeats: bench_memory(folder, min(3, repeats)),
+}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument(
+        "--parts", nargs="+", choices=PARTS, help="measure these anew; others stay as the file has them"
+    )
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results.json")
@@ -225,18 +294,15 @@ def main() -> None:
     if arguments.memory_of:
         print_memory(arguments.memory_of, arguments.folder)
         return
-    results: dict[str, dict[str, float]] = {}
+    asked = arguments.parts or list(PARTS)
+    results = read_json(arguments.out)["ratios"] if arguments.parts else {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         prune("smollm2", folder / "pruned", method="magnitude")
         pair = load_pair(resolve("smollm2"), folder / "pruned")
         found = scan(pair, load_data("boolq", 8, role="probe"), max_length=256, run=folder / "scan")
-        for part in (
-            bench_training(pair, found, arguments.repeats),
-            bench_latency(pair, found, folder, arguments.repeats),
-            bench_memory(folder, min(3, arguments.repeats)),
-        ):
-            for title, row in part.items():
+        for part in asked:
+            for title, row in PARTS[part](pair, found, folder, arguments.repeats).items():
                 results[title] = row
                 print(f"{title:<55} {row['ratio']:.3f}  ({row['smallest']:.3f} to {row['largest']:.3f})", flush=True)
     write_json(arguments.out, {"command": "make bench", "machine": describe(), "ratios": results})
