@@ -74,7 +74,7 @@ def recovered_table(study: dict[str, Any]) -> str:
     name, parts = next(iter(study["parts"].items()))
     rows = [(f"pruned, {name}", parts[0], 1.0, {**parts[0]["mean_over_heads"], "constant": 0.0}, "pruned")]
     rows += [(f"`{method}`", found, found["remaining"], found["by_cause"], "restored")
-             for method, found in study["recovered"].items()]  # fmt: skip
+             for method, found in study.get("recovered", {}).items()]  # fmt: skip
     for label, found, left, by_cause, model in rows:
         place = ("dense", "pruned", "restored").index(model)
         cells = [
