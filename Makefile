@@ -109,7 +109,7 @@ chromium:
 	@$(SUDO) apt-get update -qq && $(SUDO) apt-get install -y -qq --no-install-recommends chromium
 
 faults: $(INSTALLED)  ## Kill commands, fill their disk, damage their files; they go on to the same bytes
-	HF_HUB_OFFLINE=1 timeout 600 $(BIN)/python -m pytest tests/faults -m faults --durations=5 $(ARGS)
+	HF_HUB_OFFLINE=1 timeout 1800 $(BIN)/python -m pytest tests/faults -m faults --durations=5 $(ARGS)
 
 slow: $(INSTALLED)  ## Run the slow tests: the real model, all families, killed processes
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m slow --durations=10 $(ARGS)
