@@ -19,6 +19,7 @@ from lcc_lens.core.ranges import Count, Natural
 from lcc_lens.core.reading import read_record, write_record
 from lcc_lens.data.checks import MIX
 from lcc_lens.data.registry import fraction_of
+from lcc_lens.models.architecture.context import fitting_length
 from lcc_lens.models.pair import Pair, load_pair
 from lcc_lens.pruning.jobs import REFIT_SAMPLES
 from lcc_lens.restoration.injections.spec import MethodSpec
@@ -137,7 +138,7 @@ def plan_budget(
     budget: str,
     *,
     method: str = "best",
-    length: int = 512,
+    length: int | None = None,
     n_measured: int = 0,
     self_written: float = 0.2,
     config: TrainConfig | None = None,
@@ -153,7 +154,7 @@ def plan_budget(
         dense: reference of the dense model; ``pruned``: of the pruned one.
         budget: a time such as ``15m``.
         method: a method that refits first (``best``, ``polish``).
-        length: tokens of a block.
+        length: tokens of a block; 512, or the models' context if shorter.
         n_measured: tokens that three models read at the end, to measure recovery.
         self_written: fraction of the texts that the dense model writes first.
         config: settings of the training; the method's own if not given.
@@ -175,7 +176,7 @@ def plan_budget(
         if kept is not None and kept.request == request:
             return replace(kept.plan, started=started)
         pair = load_pair(dense, pruned)
-        loaded = time.monotonic() - started
+        loaded, length = time.monotonic() - started, fitting_length(length, pair.context)
         speed = measure_speed(pair, spec, with_preset(config, spec), length, loaded)
         del pair
         release_memory()
@@ -205,7 +206,7 @@ def fit_budget(costs: Costs, budget: float, spent: float = 0.0) -> BudgetPlan:
     if left < trained(_FEWEST_TRAINED):
         needed = (outside + trained(_FEWEST_TRAINED)) / (1 - _RESERVE)
         raise RequestError(
-            f"expected a budget of at least {_minutes_up(needed)} here, got {_duration(budget)}; name that, or measure "
+            f"expected a budget of at least {_as_option(needed)} here, got {_as_option(budget)}; name that, or measure "
             "less at the end (--panel-blocks)"
         )
     n_refit = _most(costs.refit, _REFIT_SHARE * left, range(_FEWEST_REFITTED, REFIT_SAMPLES + 1))
@@ -269,5 +270,7 @@ def _duration(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
 
 
-def _minutes_up(seconds: float) -> str:
-    return f"{math.ceil(seconds)}s" if seconds < 90 else f"{math.ceil(seconds / 60)}m"
+def _as_option(seconds: float) -> str:
+    """A time as ``--budget`` reads it, rounded up: to seconds where they matter."""
+    whole = math.ceil(seconds)
+    return f"{whole}s" if whole < 300 and whole % 60 else f"{math.ceil(whole / 60)}m"

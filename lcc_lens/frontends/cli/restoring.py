@@ -175,10 +175,9 @@ class Restore(Tabled):
             return None
         if given:
             raise RequestError(f"expected --budget to choose the sizes, got {given[0]} too; leave one of them out")
-        length = self.data.max_length or DEFAULT_LENGTH
         n_measured = len(self.data.panel or available_panel()) * self.data.panel_blocks * DEFAULT_LENGTH
         plan = plan_budget(
-            self.dense, self.pruned, budget, method=spec.name, length=length, n_measured=n_measured,
+            self.dense, self.pruned, budget, method=spec.name, length=self.data.max_length, n_measured=n_measured,
             self_written=fraction_of("self", train_data), run=self.run,
         )  # fmt: skip
         console().print(f"plan for {plan}", highlight=False, soft_wrap=True)

@@ -335,9 +335,7 @@ def test_changed_weights_are_divided_under_hooks_as_exported(
     data = load_data(str(question_file), n=9)
     restoration = restore(pair, None, [], data, method="low-rank", config=TrainConfig(lr=0.05))
     export(restoration, pruned_dir, tmp_path / "out")
-    exported = divided.against(
-        scan(load_pair(dense_dir, tmp_path / "out"), data, causes=True, selectors=(), display=0)
-    )
+    exported = divided.against(scan(load_pair(dense_dir, tmp_path / "out"), data, causes=True, selectors=(), display=0))
     with restoration.applied_to(pair.pruned):
         hooked = divided.against(scan(pair, data, causes=True, selectors=(), display=0))
     assert float((hooked.remaining - 1).abs().max()) > 1e-2

@@ -10,15 +10,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from support.commands import call, refused
+from support.tiny import build_model, save_model
 
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.reading import read_json
 from lcc_lens.frontends.cli.restoring import Restore
 from lcc_lens.models.pair import load_pair
+from lcc_lens.pruning.jobs import prune
 from lcc_lens.restoration.budget import (
     BUDGET_FILE,
     BudgetPlan,
     Costs,
+    _as_option,
     blocks_in_time,
     fit_budget,
     parse_budget,
@@ -64,10 +67,26 @@ def test_a_refit_that_is_not_worth_its_fixed_cost_is_left_out() -> None:
 
 
 def test_a_budget_below_the_smallest_stage_names_one_that_will_do() -> None:
-    with pytest.raises(RequestError, match=r"expected a budget of at least (\d+)(s|m) here, got 10 s") as refused:
+    with pytest.raises(RequestError, match=r"expected a budget of at least (\d+)(s|m) here, got 10s") as refused:
         fit_budget(SLOW, 10.0)
     named = str(refused.value).split("at least ")[1].split(" ")[0]
     assert fit_budget(SLOW, parse_budget(named)).examples >= 16
+
+
+def test_a_plan_reads_no_more_than_the_models_context(tmp_path: Path, text_file: Path) -> None:
+    save_model(build_model(max_position_embeddings=24), tmp_path / "dense")
+    prune(tmp_path / "dense", tmp_path / "pruned", calibration=str(text_file), n_samples=2, seq_len=16)
+    plan = plan_budget(tmp_path / "dense", tmp_path / "pruned", "5m")
+    assert plan.costs is not None
+    assert plan.costs.length == 24
+    with pytest.raises(RequestError, match="expected a limit within the models' context of 24 tokens, got 48"):
+        plan_budget(tmp_path / "dense", tmp_path / "pruned", "5m", length=48)
+
+
+@pytest.mark.parametrize(("needed", "named"), [(100.2, "101s"), (120.0, "2m"), (299.0, "299s"), (301.0, "6m")])
+def test_a_refusal_names_times_as_the_option_reads_them(needed: float, named: str) -> None:
+    assert _as_option(needed) == named
+    assert parse_budget(named) >= needed
 
 
 def test_a_method_without_a_refit_is_refused(dense_dir: Path, pruned_dir: Path) -> None:
