@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import tempfile
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 
+os.environ.setdefault("LCC_LENS_DTYPE", "float32")  # as in the tests
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import pytest
@@ -33,9 +35,11 @@ from lcc_lens.exporters.sidecar import load_restored
 from lcc_lens.models.architecture.anatomy import find_anatomies
 from lcc_lens.models.architecture.bias_slots import find_slots
 from lcc_lens.models.architecture.linear_maps import find_matrices
+from lcc_lens.models.architecture.zeros import compare_zeros
 from lcc_lens.models.hooked.fused_attention import default_attention_gap, fused_attention
 from lcc_lens.models.pair import Pair, load_pair
 from lcc_lens.pruning.jobs import prune
+from lcc_lens.restoration.best import restore_best
 from lcc_lens.restoration.restore import restore
 from lcc_lens.restoration.result import Restoration
 
@@ -114,6 +118,7 @@ FAMILIES: dict[str, tuple[str, dict[str, object]]] = {
 
 #: Their experts are one tensor, which pruners refuse; so attention alone is pruned here, by size.
 MIXTURES = ("mixtral", "qwen3_moe", "qwen2_moe", "olmoe", "granitemoe", "gpt_oss", "deepseek_v3")
+NOT_TRIED = "not tried: no hooks"
 
 
 @dataclass(frozen=True)
@@ -122,7 +127,7 @@ class Conformance:
 
     ``pruning`` and ``hooks`` are ``yes`` or the reason why not; ``export`` the way in which constants are stored, or
     None with the reason in ``refused``; ``slicing`` whether heads and neurons can be cut out; ``causes`` whose
-    differences are divided by cause: ``heads, MLPs``, ``heads``, or None.
+    differences are divided by cause: ``heads, MLPs``, ``heads``, or None; ``best`` is ``yes`` or the reason why not.
     """
 
     model_type: str
@@ -133,6 +138,7 @@ class Conformance:
     export: str | None
     refused: str | None
     causes: str | None
+    best: str
 
 
 def conform(family: str, folder: Path) -> Conformance:
@@ -148,8 +154,8 @@ def conform(family: str, folder: Path) -> Conformance:
         pair = load_pair(dense, pruned)
     except LensError as error:
         return Conformance(
-            kind, reason_of(error).replace(f"{folder}/", ""), pruning, slicing, False, None, "not tried: no hooks", None
-        )
+            kind, reason_of(error).replace(f"{folder}/", ""), pruning, slicing, False, None, NOT_TRIED, None, NOT_TRIED
+        )  # fmt: skip
     with fused_attention(pair.pruned) as is_fused:
         pass
     data = load_data(str(questions))
@@ -168,8 +174,23 @@ def conform(family: str, folder: Path) -> Conformance:
     else:
         with pytest.raises(LensError, match="load_restored"):
             export(restoration, pruned, folder / "out")
-    causes = divided(found)
-    return Conformance(kind, "yes", pruning, slicing, bool(is_fused), way, None if way else refused, causes)
+    best = outcome(lambda: restored_weights(dense, pruned, questions, text, folder))
+    return Conformance(
+        kind, "yes", pruning, slicing, bool(is_fused), way, None if way else refused, divided(found), best
+    )
+
+
+def restored_weights(dense: Path, pruned: Path, questions: Path, text: Path, folder: Path) -> None:
+    """Refit, train a low-rank change and export it, which compares the copy's logits with the hooked model's."""
+    others, run = folder / "others.jsonl", folder / "best"
+    others.write_text("".join(json.dumps(question) + "\n" for question in QUESTIONS[8:12]))
+    data, validation = (load_data(str(file)) for file in (questions, others))
+    restoration = restore_best(
+        dense, pruned, run, data, validation=validation, calibration=str(text), n_samples=2, seq_len=32, low_rank=2
+    )
+    logits_of(load_pair(dense, run / "refit"), restoration, least=1e-3)
+    export(restoration, run / "refit", folder / "best_exported")
+    assert compare_zeros(pruned, folder / "best_exported").is_equal
 
 
 def divided(found: Scan) -> str | None:
@@ -217,13 +238,13 @@ def save_family(family: str, path: Path) -> Path:
     return save_model(AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **settings)).eval(), path)
 
 
-def logits_of(pair: Pair, restoration: Restoration) -> torch.Tensor:
+def logits_of(pair: Pair, restoration: Restoration, least: float = 0.1) -> torch.Tensor:
     """The hooked pruned model's logits with the restoration, which must move them."""
     with torch.no_grad():
         before = pair.pruned(TOKENS)
         with restoration.applied_to(pair.pruned) as restored:
             after = restored(TOKENS)
-    assert float((after - before).abs().max()) > 0.1
+    assert float((after - before).abs().max()) > least
     return after
 
 
@@ -249,11 +270,12 @@ the table works if the same checks pass, and `lcc-lens doctor MODEL` says which 
 - **slimgpt**: heads and neurons can be removed one by one
 - **fused**: the model's own attention kernels run under the hooks
 - **constants**: what holds them in an export
+- **best**: a refit, then a low-rank change under hooks, exported with the pruned model's zeros
 - **causes**: whose differences `scan --causes` divides: those of a mixture's experts, and of MLPs that are no module of
   their own, are not
 
-| family | hooks | prune | slimgpt | fused | constants | causes |
-|---|---|---|---|---|---|---|
+| family | hooks | prune | slimgpt | fused | constants | best | causes |
+|---|---|---|---|---|---|---|---|
 """
 
 
@@ -273,7 +295,7 @@ def document(results: dict[str, dict[str, object]]) -> str:
         cells = [name, cell(found["hooks"]), cell(found["pruning"]), cell(found["slicing"]), fused]
         sidecar = ": the sidecar" if found["hooks"] == "yes" else ""
         cells.append(found["export"] or cell(found["refused"]) + sidecar)
-        cells.append(found["causes"] or "none")
+        cells += [cell(found["best"]), found["causes"] or "none"]
         lines.append(f"| {' | '.join(cells)} |")
     numbered = [f"{number}. {note}" for number, note in enumerate(notes, 1)]
     return HEADER.format(**results["versions"]) + "\n".join([*lines, "", "What was refused:", "", *numbered, ""])

@@ -1,18 +1,26 @@
-"""HookedTransformer's copies of output and down projections, by the checkpoint's names of the originals."""
+"""Copies of weights that hooked models compute with, by the checkpoint's names of the originals.
+
+HookedTransformer copies output and down projections. TransformerBridge copies the rows of a joint layer, such as
+``c_attn`` of GPT-2, into layers of queries, keys and values.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from bisect import bisect_right
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
 import torch
+from jaxtyping import Int
 from torch import Tensor, nn
 
 from lcc_lens.core.errors import RequestError
 from lcc_lens.models.architecture.anatomy import ATTENTION_OUTPUTS, MLP_OUTPUTS
-from lcc_lens.models.architecture.layers import decoder_layers, linear_weight
+from lcc_lens.models.architecture.layers import decoder_layers, is_linear, is_transposed, linear_weight
 from lcc_lens.models.hooked.offloading import weight_in_memory
 
 _Site = Literal["z", "mlp"]
@@ -23,6 +31,13 @@ _READERS: Mapping[_Site, tuple[tuple[str, ...], str, str]] = {
     "z": (ATTENTION_OUTPUTS, "attn", "W_O"),
     "mlp": (MLP_OUTPUTS, "mlp", "W_out"),
 }
+#: By part of a bridge's layer: its function that splits a joint layer, and its layers of the results, in their order.
+_SPLITS: Mapping[str, tuple[str, tuple[str, ...]]] = {
+    "attn": ("split_qkv_matrix", ("q", "k", "v")),
+    "mlp": ("split_gate_up_matrix", ("gate", "in")),
+}
+#: By bridge: for each plain name of a joint layer, the places of its copies and the rows that they hold.
+_SPLIT: WeakKeyDictionary[Any, dict[str, list[tuple[str, Tensor]]]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -91,6 +106,59 @@ def copied_weights(model: Any) -> dict[str, WeightLocation]:
         for site in _READERS
         for layer, name in enumerate(copied_projection_names(model, site))
     }
+
+
+def split_rows(model: Any, modules: Mapping[str, nn.Module]) -> dict[str, list[tuple[nn.Module, Int[Tensor, " row"]]]]:
+    """By name of a joint layer, a bridge's layers that compute with copies of its rows, and these rows.
+
+    Args:
+        model: a bridge; ``modules``: the plain model's modules by name.
+    """
+    if model not in _SPLIT:
+        _SPLIT[model] = {}
+        for layer, block in enumerate(model.blocks):
+            for part, (split, copies) in _SPLITS.items():
+                if getattr(block._modules.get(part), split, None) is not None:
+                    _find_rows(model, f"blocks.{layer}.{part}", split, copies, modules)
+    return {
+        name: [(model.get_submodule(path).original_component, rows) for path, rows in found]
+        for name, found in _SPLIT[model].items()
+    }
+
+
+def _find_rows(model: Any, path: str, split: str, copies: tuple[str, ...], modules: Mapping[str, nn.Module]) -> None:
+    """Find which rows of which layer the copies hold: split layers whose weights are the numbers of their rows."""
+    bridge = model.get_submodule(path)
+    inside = {id(module) for module in bridge.original_component.modules()}
+    joint = {name: m for name, m in modules.items() if id(m) in inside and is_linear(m)}
+    ends = list(accumulate(len(linear_weight(module)) for module in joint.values()))
+    with _numbered(joint):
+        parts = getattr(bridge, split)(bridge.original_component)
+    for copy, part in zip(copies, parts, strict=False):
+        rows = part.weight.detach()[:, 0].long()
+        name = list(joint)[bisect_right(ends, int(rows[0]))]
+        rows = rows - (ends[list(joint).index(name)] - len(linear_weight(joint[name])))
+        own = bridge._modules[copy].original_component.weight
+        if int(rows.min()) >= 0 and int(rows.max()) < len(linear_weight(joint[name])):
+            if torch.equal(own, linear_weight(joint[name])[rows.to(own.device)]):
+                _SPLIT[model].setdefault(name, []).append((f"{path}.{copy}", rows))
+
+
+@contextmanager
+def _numbered(modules: Mapping[str, nn.Module]) -> Iterator[None]:
+    """Let every row of every layer hold its number, counted over all of them, inside the block."""
+    first = 0
+    try:
+        for module in modules.values():
+            weight = linear_weight(module)
+            numbers = torch.arange(first, first + len(weight), dtype=torch.float32, device=weight.device)
+            rows = numbers[:, None].expand(weight.shape)
+            module.__dict__["weight"] = rows.T if is_transposed(module) else rows
+            first += len(weight)
+        yield
+    finally:
+        for module in modules.values():
+            module.__dict__.pop("weight", None)
 
 
 def _copied_weight(model: Any, site: _Site, layer: int) -> WeightLocation:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any, cast
 from weakref import WeakKeyDictionary
 
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from lcc_lens.core.errors import RequestError
 from lcc_lens.models.architecture.layers import is_transposed, linear_weight
-from lcc_lens.models.hooked.copied_weights import WeightLocation, copied_weights
+from lcc_lens.models.hooked.copied_weights import WeightLocation, copied_weights, split_rows
 from lcc_lens.models.hooked.hooked_transformer import is_hooked_transformer
 from lcc_lens.models.hooked.hooks import HookedModel
 from lcc_lens.models.hooked.offloading import require_in_memory
@@ -103,10 +104,15 @@ def changed_weights(model: HookedModel, changes: Mapping[str, Callable[[Tensor],
     if changes and not is_hooked_transformer(model):
         require_in_memory(cast("Any", model).original_model, "changes of weights")
     changed = [(weights[name], weights[name].weight, change) for name, change in changes.items()]
+    copies = {} if is_hooked_transformer(model) else split_rows(model, plain_modules(model))
+    split = [copies.get(name, ()) for name in changes]
 
     def refresh(*_: Any) -> None:
-        for at, old, change in changed:
-            at.owner.__dict__[at.attribute] = at.layout(change(at.matrix(old)), old)
+        for (at, old, change), parts in zip(changed, split, strict=True):
+            new = change(at.matrix(old))
+            at.owner.__dict__[at.attribute] = at.layout(new, old)
+            for part, rows in parts:
+                part.__dict__["weight"] = new[rows.to(new.device)]
 
     bridge = cast("Any", model)  # a hooked run of HookedTransformer does not call the model itself, but its embedding
     first_module = bridge.embed if is_hooked_transformer(model) else bridge.original_model
@@ -122,3 +128,5 @@ def changed_weights(model: HookedModel, changes: Mapping[str, Callable[[Tensor],
         for at, old, _ in changed:
             at.owner.__dict__.pop(at.attribute, None)
             at.owner._parameters[at.attribute] = cast("nn.Parameter", old)
+        for part, _ in chain.from_iterable(split):
+            part.__dict__.pop("weight", None)

@@ -137,8 +137,8 @@ def layer_maps(model: HookedModel) -> dict[str, nn.Module]:
 def check_reached(model: HookedModel, injection: Injection) -> None:
     """Refuse an injection whose changed weights a hooked forward pass does not read, fused or stepwise.
 
-    TransformerLens computes joint query-key-value layers (gpt2, gpt_neox) from copies, so that changing the original
-    has no effect.
+    TransformerLens may compute with copies of weights. Those of joint layers follow; a change of another original has
+    no effect.
     """
     changes = {name: change for part in injection.parts for name, change in part.changes().items()}
     if not changes:

@@ -40,7 +40,6 @@ from lcc_lens.restoration.training.validation import validation_loss, validation
 from lcc_lens.restoration.training_data import training_sequences
 
 #: Joint query-key-value maps, which TransformerLens computes from copies.
-REFUSED = {("gpt2", "low-rank"), ("gpt_neox", "low-rank")}
 WEIGHT_METHODS = ("gain", "norms", "low-rank", "masked")
 TOKENS = torch.arange(12)[None]
 
@@ -314,15 +313,11 @@ def test_range_test_leaves_the_injection_and_counts_divergence(
 @pytest.mark.parametrize(
     "family", mostly_slow(["gpt2", "gpt_neox", "gemma2", "mistral", "phi", "opt"], "gpt2", "gemma2")
 )
-def test_families_fold_or_refuse(family: str, method: str, tmp_path: Path) -> None:
-    """An export compares itself with the hooked model; what hooks compute from copies is refused before."""
+def test_families_fold(family: str, method: str, tmp_path: Path) -> None:
+    """An export compares itself with the hooked model, whose bridge computes joint layers from copies."""
     path = save_model(FAMILIES[family](), tmp_path / "model")
     loaded = load_hooked(path, dtype=torch.float32)
     given = Ingredients(loaded.model, None, (), loaded.output_projections)
-    if (family, method) in REFUSED:
-        with pytest.raises(RequestError, match="got one that computes with a copy of it"):
-            MethodSpec.parse(method).build(given)
-        return
     injection = MethodSpec.parse(method).build(given)
     record = RestorationRecord("d", str(path), "", loaded.identity.sha256, method, "none", 0, 0)
     report = export(Restoration.of(disturbed(injection), record), path, tmp_path / "out")
