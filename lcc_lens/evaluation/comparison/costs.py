@@ -20,7 +20,7 @@ from lcc_lens.models.hooked.hooks import HookedModel
 from lcc_lens.models.hooked.sites import ConstantSite, projection_names
 from lcc_lens.models.loading.plain import load_plain
 from lcc_lens.models.pair import Pair
-from lcc_lens.restoration.injections.adapters import ADAPTERS, adapted
+from lcc_lens.restoration.injections.adapters import ADAPTERS, adapted, targeted
 from lcc_lens.restoration.injections.base import Injection
 from lcc_lens.restoration.injections.weights import IN_LAYER, layer_maps
 
@@ -88,10 +88,9 @@ def _served(path: Path, projections: Mapping[ConstantSite, tuple[str, ...]], kin
         if module is not None:
             module.bias = nn.Parameter(torch.zeros(shape).to(module.weight), requires_grad=False)
     if kind in ADAPTERS or kind == EVERY_LAYER:
-        adapter, targets = ADAPTERS.get(kind, ("lora", ()))
+        adapter, targets = ADAPTERS.get(kind, ("lora", "all"))
         linear = [name for name, m in model.named_modules() if is_linear(m) and IN_LAYER.search(name)]
-        names = [name for name in linear if not targets or name.rsplit(".", 1)[-1] in targets]
-        adapted(model, names, kind=adapter, rank=rank, seed=0)
+        adapted(model, targeted(linear, targets, projections["z"]), kind=adapter, rank=rank, seed=0)
         for layer in model.modules():  # in the model's number format
             for name, parameter in layer.named_parameters(recurse=False):
                 if parameter.dtype != model.dtype:

@@ -73,6 +73,11 @@ def changeable_weights(model: HookedModel) -> dict[str, WeightLocation]:
     }
 
 
+def split_layers(model: HookedModel) -> frozenset[str]:
+    """The plain names of the joint layers, such as ``c_attn``, that a bridge computes by copies of their rows."""
+    return frozenset() if is_hooked_transformer(model) else frozenset(split_rows(model, plain_modules(model)))
+
+
 def named_weight(model: HookedModel, name: str) -> Float[Tensor, "out in"]:
     """The weight of a linear layer by its plain name."""
     location = changeable_weights(model)[name]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, Literal, cast
 
@@ -14,21 +14,20 @@ from lcc_lens.core.errors import RequestError
 from lcc_lens.core.fingerprint import fingerprint
 from lcc_lens.models.architecture.layers import is_transposed, linear_weight
 from lcc_lens.models.hooked.hooks import HookedModel
-from lcc_lens.models.hooked.weights import plain_model
+from lcc_lens.models.hooked.sites import projection_names
+from lcc_lens.models.hooked.weights import changed_weights, plain_model, split_layers
 from lcc_lens.restoration.injections.base import Injection
 from lcc_lens.restoration.injections.footprint import Footprint
 from lcc_lens.restoration.injections.weights import layer_maps
 
 AdapterKind = Literal["lora", "dora"]
-#: The attention's projections, as llama-like architectures name them.
-ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
-#: Those of the MLP.
-MLP = ("gate_proj", "up_proj", "down_proj")
-#: Adapters by name: peft's kind, and the linear layers that they stand beside.
-ADAPTERS: dict[str, tuple[AdapterKind, tuple[str, ...]]] = {
-    "lora": ("lora", ATTENTION),
-    "dora": ("dora", ATTENTION),
-    "lora-all": ("lora", ATTENTION + MLP),
+#: The linear layers that adapters stand beside: those of attention, all of the decoder, or by last parts of names.
+Targets = Literal["attention", "all"] | Sequence[str]
+#: Adapters by name: peft's kind, and the linear layers.
+ADAPTERS: dict[str, tuple[AdapterKind, Targets]] = {
+    "lora": ("lora", "attention"),
+    "dora": ("dora", "attention"),
+    "lora-all": ("lora", "all"),
     "lora-vo": ("lora", ("v_proj", "o_proj")),
     "dora-vo": ("dora", ("v_proj", "o_proj")),
 }
@@ -40,7 +39,8 @@ class AdapterInjection(Injection):
     They cannot be folded into pruned weights: merging fills the zeros, and kept separate they cost inference time.
 
     Args:
-        layers: adapter layers by the path of the module in the plain model that they replace.
+        layers: adapter layers by the path of the module in the plain model that they replace. A joint layer that the
+            hooked model splits into copies stays, and its weight gains the adapter's product instead.
         names: those modules' plain names.
         default_lr: the learning rate if none is given.
         dropout: of the adapters' inputs, in training alone. The parameters seed it, so a resumed run draws the same.
@@ -66,13 +66,20 @@ class AdapterInjection(Injection):
     @contextmanager
     def attached(self, model: HookedModel) -> Iterator[HookedModel]:
         """Attach the adapters within the ``with`` block."""
-        original = plain_model(model)
-        plain = {path: original.get_submodule(path) for path in self._paths}
+        original, joint = plain_model(model), split_layers(model)
+        added = {n: _Added(m) for n, m in zip(self._names, self.members, strict=True) if n in joint}
+        placed = {
+            path: layer
+            for name, path, layer in zip(self._names, self._paths, self.members, strict=True)
+            if name not in joint
+        }
+        plain = {path: original.get_submodule(path) for path in placed}
         try:
-            for path, layer in zip(self._paths, self.members, strict=True):
-                _put(original, path, layer)
-            with self._drawing() if self.dropout else nullcontext():
-                yield model
+            with changed_weights(model, added) if added else nullcontext():
+                for path, layer in placed.items():
+                    _put(original, path, layer)
+                with self._drawing() if self.dropout else nullcontext():
+                    yield model
         finally:
             for path, module in plain.items():
                 _put(original, path, module)
@@ -98,6 +105,17 @@ class AdapterInjection(Injection):
         }
 
 
+class _Added:
+    """Adds an adapter's product to the weight that it stands beside."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        self.layer = cast("Any", layer)
+
+    def __call__(self, weight: Tensor) -> Tensor:
+        delta: Tensor = self.layer.get_delta_weight("default")
+        return weight + (delta.T if is_transposed(self.layer.get_base_layer()) else delta).to(weight)
+
+
 def adapters(
     model: HookedModel,
     *,
@@ -105,7 +123,7 @@ def adapters(
     rank: int = 8,
     alpha: int | None = None,
     dropout: float = 0.0,
-    targets: Sequence[str] = ATTENTION,
+    targets: Targets = "attention",
     seed: int = 0,
 ) -> AdapterInjection:
     """Build peft's LoRA or DoRA for linear layers of the decoder; the model itself does not change.
@@ -114,16 +132,23 @@ def adapters(
         kind: ``lora`` (arXiv 2106.09685) or ``dora`` (arXiv 2402.09353).
         rank: of the adapters; ``alpha``: divided by the rank it scales them (twice the rank if not given).
         dropout: of their inputs, in training.
-        targets: last parts of the linear layers' names.
+        targets: ``attention`` or ``all``, or last parts of the linear layers' names.
+
+    Raises:
+        RequestError: no such layers; or DoRA, or dropout, beside a joint layer that the hooked model splits.
     """
-    original = plain_model(model)
-    chosen = {id(m): name for name, m in layer_maps(model).items() if name.rsplit(".", 1)[-1] in targets}
+    original, maps = plain_model(model), layer_maps(model)
+    found = targeted(maps, targets, projection_names(model, "z") if targets == "attention" else ())
+    chosen = {id(maps[name]): name for name in found}
     names = {path: chosen[id(module)] for path, module in original.named_modules() if id(module) in chosen}
     paths = list(names)
     if not paths:
         raise RequestError(
             f"expected linear layers named {', '.join(targets)}, got none in this architecture; name others"
         )
+    joint = [name for name in found if name in split_layers(model)]
+    if joint and (kind == "dora" or dropout):
+        raise RequestError(f"expected no joint layers for DoRA or dropout, got {joint[0]}; use LoRA without dropout")
     plain = {path: original.get_submodule(path) for path in paths}
     if kind == "dora":
         _refuse_zero_rows({names[path]: module for path, module in plain.items()})
@@ -140,6 +165,20 @@ def adapters(
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
     return AdapterInjection(layers, list(names.values()), dropout=dropout)
+
+
+def targeted(names: Iterable[str], targets: Targets, outputs: Sequence[str]) -> list[str]:
+    """The names of the linear layers that adapters stand beside.
+
+    Args:
+        names: of the decoder's linear layers; ``outputs``: of the attention's output projections.
+    """
+    if targets == "all":
+        return list(names)
+    if targets == "attention":
+        inside = tuple(f"{name.rpartition('.')[0]}." for name in outputs)
+        return [name for name in names if name.startswith(inside)]
+    return [name for name in names if name.rsplit(".", 1)[-1] in targets]
 
 
 def _refuse_zero_rows(layers: Mapping[str, nn.Module]) -> None:
@@ -167,7 +206,7 @@ def adapted(
         raise RequestError("expected peft for LoRA and DoRA, got none; install lcc-lens[baselines]") from error
     config = LoraConfig(
         r=rank, lora_alpha=alpha or 2 * rank, lora_dropout=dropout, target_modules=list(paths), use_dora=kind == "dora",
-        bias="none",
+        bias="none", fan_in_fan_out=all(is_transposed(model.get_submodule(path)) for path in paths),
     )  # fmt: skip
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.conformance import save_family
+from support.tiers import mostly_slow
 from support.tiny import build_model, save_model
 
 from lcc_lens.core.errors import RequestError
@@ -15,15 +17,19 @@ from lcc_lens.evaluation.baselines.eora import eora
 from lcc_lens.evaluation.baselines.flap import flap
 from lcc_lens.evaluation.baselines.lofit import lofit_heads
 from lcc_lens.evaluation.comparison.costs import merging_costs
+from lcc_lens.models.architecture.layers import is_linear, is_transposed, linear_weight
 from lcc_lens.models.hooked.fused_attention import fused_attention
 from lcc_lens.models.hooked.sites import projection_names
 from lcc_lens.models.hooked.weights import plain_modules
+from lcc_lens.models.loading.hooked import load_hooked
+from lcc_lens.models.loading.plain import load_plain
 from lcc_lens.models.pair import load_pair
 from lcc_lens.pruning.jobs import prune
 from lcc_lens.restoration.injections.adapters import adapters
 from lcc_lens.restoration.injections.base import Composite
 from lcc_lens.restoration.injections.ingredients import Ingredients
 from lcc_lens.restoration.injections.spec import MethodSpec
+from lcc_lens.restoration.injections.weights import IN_LAYER
 from lcc_lens.restoration.record import RestorationRecord
 from lcc_lens.restoration.result import Restoration
 from lcc_lens.restoration.training.config import TrainConfig
@@ -65,6 +71,34 @@ def test_lora_is_peft_s_own(pair) -> None:
     with torch.no_grad():
         B += torch.randn(B.shape)
         assert torch.allclose(layer(x), layer.base_layer(x) + 2 * x @ A.T @ B.T, atol=1e-4)
+
+
+@pytest.mark.parametrize("targets", ["attention", "all"])
+@pytest.mark.parametrize("family", mostly_slow(["gpt2", "gpt_neox", "phi3", "bloom"], "gpt2"))
+def test_lora_beside_joint_layers_computes_what_merging_gives(family: str, targets: str, tmp_path: Path) -> None:
+    path = save_family(family, tmp_path / "model")
+    model = load_hooked(path, dtype=torch.float32).model
+    injection = adapters(model, rank=2, targets=targets)
+    with torch.no_grad():
+        for layer in injection.members:
+            layer.lora_B["default"].weight.normal_(std=0.1)
+        before, plain = model(TOKENS), load_plain(path, dtype=torch.float32)
+        with injection.applied_to(model):
+            hooked = model(TOKENS)
+        for name, change in injection.merged_weights().items():
+            at = plain.get_submodule(name)
+            merged = change(linear_weight(at))
+            at.weight.copy_(merged.T if is_transposed(at) else merged)
+        assert float((hooked - before).abs().max()) > 1e-2
+        assert torch.allclose(hooked, plain(TOKENS).logits, atol=1e-3)
+        assert torch.equal(model(TOKENS), before)
+    n_linear = sum(is_linear(m) and IN_LAYER.search(n) is not None for n, m in plain.named_modules())
+    assert len(injection.members) == (n_linear if targets == "all" else 2 * model.cfg.n_layers)
+
+
+def test_dora_beside_a_joint_layer_is_refused(families) -> None:
+    with pytest.raises(RequestError, match="expected no joint layers for DoRA or dropout, got transformer"):
+        adapters(families("gpt2").pruned, kind="dora", rank=2)
 
 
 def test_targets_that_are_not_there(pair) -> None:
