@@ -115,7 +115,7 @@ def check_job(
     check_selectors([heads.selector])
     check_models(dense, pruned, max_length)
     if spec.preset.on_refit and refits:
-        require_refittable(resolve(dense), resolve(pruned))
+        require_refittable(resolve(dense), resolve(pruned), instead="restore by the method lcc, which refits nothing")
     if spec.needs_scan:
         check_scores(run, heads.needed_by(spec)[1], one_at_a_time=one_at_a_time, data=heads.data)
 

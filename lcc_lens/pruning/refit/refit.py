@@ -141,8 +141,13 @@ def _write_refitted(
     return report
 
 
-def require_refittable(dense: Path, pruned: Path) -> tuple[list[list[Matrix]], list[list[Matrix]]]:
+def require_refittable(
+    dense: Path, pruned: Path, instead: str | None = None
+) -> tuple[list[list[Matrix]], list[list[Matrix]]]:
     """The matrices of both models, which are refused unless they are a dense model and its zeroed version.
+
+    Args:
+        instead: what serves models that have no such matrices, for the message.
 
     Raises:
         RequestError: incomplete files, other shapes (a sliced model's), another pair's models, or the two swapped.
@@ -150,7 +155,12 @@ def require_refittable(dense: Path, pruned: Path) -> tuple[list[list[Matrix]], l
     refuse_swapped(dense, pruned)
     checkpoints = require_complete(Checkpoint(dense)), require_complete(Checkpoint(pruned))
     side_files(pruned)
-    _check_shapes(*(plans := (find_matrices(checkpoints[0]), find_matrices(checkpoints[1]))))
+    try:
+        _check_shapes(*(plans := (find_matrices(checkpoints[0]), find_matrices(checkpoints[1]))))
+    except RequestError as error:
+        if instead is None:
+            raise
+        raise RequestError(f"{error}; or {instead}") from error
     check_provenance(*checkpoints)
     return plans
 

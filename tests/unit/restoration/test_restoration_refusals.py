@@ -8,16 +8,21 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.conformance import save_family
 from support.tiny import D_HEAD, build_model, save_model
+from transformers import AutoModelForCausalLM
 
 from lcc_lens.analysis.scan.scan import Scan
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.heads import Head
 from lcc_lens.data.datasets import encode, load_data
 from lcc_lens.models.loading.hooked import identity_of, load_hooked
+from lcc_lens.pruning.refit.refit import require_refittable
 from lcc_lens.restoration.injections.spec import MethodSpec
+from lcc_lens.restoration.jobs import check_job
 from lcc_lens.restoration.restore import restore
 from lcc_lens.restoration.result import Restoration
+from lcc_lens.restoration.settings import HeadRequest
 
 TOKENS = torch.arange(12)[None]
 ON_HEADS = ("lcc", "offset", "mean-shift", "random-basis", "gain", "mean-shift-sequential")
@@ -80,3 +85,16 @@ def test_responses_that_the_length_limit_cuts_off(pair, found: Scan, tmp_path: P
     with pytest.raises(RequestError, match=r"expected responses that begin within 4 tokens .*: all \d+ are cut off"):
         restore(pair, found, [Head(0, 0)], data, max_length=4, run=tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_model_that_no_refit_serves_is_told_what_does(tmp_path: Path) -> None:
+    dense = save_family("olmoe", tmp_path / "dense")
+    model = AutoModelForCausalLM.from_pretrained(dense)
+    with torch.no_grad():
+        model.model.layers[0].self_attn.v_proj.weight[:, ::2] = 0
+    pruned = save_model(model, tmp_path / "pruned")
+    message = r"expected decoder layers of plain matrices, got .*experts.*; or restore by the method lcc"
+    with pytest.raises(RequestError, match=message):
+        check_job(dense, pruned, tmp_path / "run", MethodSpec.parse("best"), HeadRequest())
+    with pytest.raises(RequestError, match=r"experts or convolutions$"):
+        require_refittable(dense, pruned)
