@@ -185,24 +185,40 @@ def special_prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return full[: full.index(plain[0])] if plain and plain[0] in full else []
 
 
-def batches(sequences: Sequence[TokenSequence], *, max_tokens: int = 1024, max_batch: int = 32) -> list[Batch]:
+def batches(
+    sequences: Sequence[TokenSequence], *, max_tokens: int = 1024, max_batch: int = 32, longest: int | None = None
+) -> list[Batch]:
     """Group sequences of similar length, longest first, so that padding is small and memory peaks in the first batch.
+
+    Shapes are few, since libraries keep memory for each new one: 1, 2, 4, 8, ... sequences, padded to a
+    :func:`rounded_length` or to ``longest``.
 
     Args:
         sequences: in any order; ``Batch.index`` has their positions in this list.
         max_tokens: padded tokens per batch at most (a longer sequence is a batch of its own).
         max_batch: sequences per batch at most.
+        longest: pad to so many tokens at most; the length of the longest sequence if not given. Where sequences come in
+            many lists, the same for all keeps the shapes few.
     """
     order = sorted(range(len(sequences)), key=lambda i: -len(sequences[i]))  # sorted() keeps ties in order
-    ends = _cheapest_ends([len(sequences[i]) for i in order], max_tokens, max_batch)
-    return [pad(sequences, order[start:end]) for start, end in zip([0, *ends], ends, strict=False)]
+    most = max(map(len, sequences), default=0) if longest is None else longest
+    lengths = [max(len(sequences[i]), min(rounded_length(len(sequences[i])), most)) for i in order]
+    ends = _cheapest_ends(lengths, max_tokens, max_batch)
+    return [pad(sequences, order[i:end], lengths[i]) for i, end in zip([0, *ends], ends, strict=False)]
+
+
+def rounded_length(n: int) -> int:
+    """The next of few lengths, eight from each power of two to the next: 1, 2, ..., 16, 18, ..., 32, 36, ..."""
+    step = 1 << max(0, n.bit_length() - 4)
+    return -(-n // step) * step
 
 
 def _cheapest_ends(lengths: Sequence[int], max_tokens: int, max_batch: int) -> list[int]:
     """Ends of batches of descending lengths that minimise padded tokens plus the fixed cost per batch."""
     cost, start_of = [0] + [0] * len(lengths), [0] * (len(lengths) + 1)
+    sizes = [1 << power for power in range(max_batch.bit_length())]
     for end in range(1, len(lengths) + 1):
-        starts = range(end - 1, max(end - 1 - max_batch, -1), -1)
+        starts = [end - size for size in sizes if size <= end]
         allowed = [i for i in starts if i == end - 1 or (end - i) * lengths[i] <= max_tokens]
         cost[end], start_of[end] = min((cost[i] + (end - i) * lengths[i] + _COST_OF_A_BATCH, i) for i in allowed)
     ends = [len(lengths)] if lengths else []
@@ -211,11 +227,14 @@ def _cheapest_ends(lengths: Sequence[int], max_tokens: int, max_batch: int) -> l
     return ends
 
 
-def pad(sequences: Sequence[TokenSequence], index: Sequence[int]) -> Batch:
-    """Right-pad the chosen sequences with token 0, which no valid position attends to, into one batch."""
+def pad(sequences: Sequence[TokenSequence], index: Sequence[int], length: int = 0) -> Batch:
+    """Right-pad the chosen sequences with token 0, which no valid position attends to, into one batch.
+
+    It is as long as the longest of them, or ``length`` where that is more.
+    """
     chosen = [sequences[i] for i in index]
     lengths = torch.tensor([len(s) for s in chosen])
-    tokens = torch.zeros(len(chosen), int(lengths.max()), dtype=torch.long)
+    tokens = torch.zeros(len(chosen), max(length, int(lengths.max())), dtype=torch.long)
     for row, sequence in enumerate(chosen):
         tokens[row, : len(sequence)] = sequence.tokens
     return Batch(tokens, lengths, torch.tensor([s.loss_from for s in chosen]), tuple(index))

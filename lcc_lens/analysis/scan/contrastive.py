@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from lcc_lens.data.batches import Batch, TokenSequence, batches, shared_prefix
+from lcc_lens.data.batches import Batch, TokenSequence, batches, rounded_length, shared_prefix
 from lcc_lens.models.hooked.activations import Site, SiteVisitor, TokenPositions, visit_sites
 from lcc_lens.models.hooked.hooks import HookedModel
 from lcc_lens.models.hooked.kv_cache import (
@@ -34,6 +34,7 @@ def visit_pairs(
     places: Mapping[Site, TokenPositions],
     visit: SiteVisitor,
     visit_wrong: SiteVisitor,
+    longest: int | None = None,
 ) -> None:
     """Run the right answers, then the wrong ones from their first different token on; attention is causal.
 
@@ -43,15 +44,17 @@ def visit_pairs(
         right: the right sequences, whole, in the batch's order; ``wrong``: the wrong ones.
         places: positions to read in the right sequences, counted from the prefix's end.
         visit_wrong: receives the head outputs at the last token of every wrong sequence.
+        longest: tokens that a whole sequence is padded to at most.
     """
     model = prefix.model
     shared = torch.tensor([shared_length(r, w) for r, w in zip(right, wrong, strict=True)])
     rest = [TokenSequence(w.tokens[int(n) :], 1) for w, n in zip(wrong, shared, strict=True)]
-    span = int(shared.max()) + max(map(len, rest))  # includes the gap in rows that share fewer tokens
+    # includes padding, and the gap in rows that share fewer tokens
+    span = rounded_length(int(shared.max())) + rounded_length(max(map(len, rest)))
     can_continue = span <= attention_reach(model) and can_reuse_cache(model)
     cache = prefix.visit(batch.tokens, places, visit, keep=can_continue)
     if cache is None:
-        _visit_ends(model, wrong, visit_wrong)
+        _visit_ends(model, wrong, visit_wrong, longest)
     else:
         _visit_rest(model, cache, shared, rest, visit_wrong)
 
@@ -65,18 +68,19 @@ def _visit_rest(
 ) -> None:
     """Run the remaining tokens from a KV cache, in batches of similar length."""
     ends = _InOrder(visit)
-    for batch in batches(rest):
+    for batch in batches(rest, longest=rounded_length(max(map(len, rest)))):
         index = list(batch.index)
-        continue_from_cache(
-            model, cache_rows(cache, index, int(shared[index].max())), shared[index], batch, ends.take(index)
-        )
+        rows = cache_rows(cache, index, rounded_length(int(shared[index].max())))
+        continue_from_cache(model, rows, shared[index], batch, ends.take(index))
     ends.pass_on()
 
 
-def _visit_ends(model: HookedModel, sequences: Sequence[TokenSequence], visit: SiteVisitor) -> None:
+def _visit_ends(
+    model: HookedModel, sequences: Sequence[TokenSequence], visit: SiteVisitor, longest: int | None
+) -> None:
     """Run whole sequences, for models that cannot reuse a KV cache."""
     ends = _InOrder(visit)
-    for batch in batches(sequences):
+    for batch in batches(sequences, longest=longest):
         visit_sites(model, batch.tokens, {"z": TokenPositions.ends(batch)}, ends.take(batch.index))
     ends.pass_on()
 

@@ -19,7 +19,7 @@ from lcc_lens.models.hooked.kv_cache import PrefixCache
 from lcc_lens.models.hooked.offloading import device_of
 from lcc_lens.models.pair import Pair
 
-#: Examples per shard if only some positions are compared: enough to sort by length again for the pruned model.
+#: Examples per shard at most if only some positions are compared: enough to sort by length again for the pruned model.
 SHARD = 128
 #: Last tokens of contrastive pairs at which head outputs are read besides the sampled positions.
 ENDS = ("question", "right", "wrong")
@@ -73,12 +73,24 @@ class ScanPlan:
         ends = [self.question_end(example)] if self.wrong is not None else []
         return min([len(self.sequences[example]) - 1, *self.sampled(example), *ends])
 
+    @cached_property
+    def longest(self) -> int:
+        """The number of tokens of the longest sequence."""
+        return max(map(len, (*self.sequences, *(self.wrong or ()))))
+
     def shards(self) -> list[tuple[int, ...]]:
-        """The examples in shards, longest first."""
+        """The examples in shards, longest first: a batch each, or as many that are read at few positions."""
         if self.positions == "all":
             return [batch.index for batch in batches(self.sequences, max_tokens=self.batch_tokens)]
-        order = sorted(range(len(self.sequences)), key=lambda i: -len(self.sequences[i]))
-        return [tuple(order[start : start + SHARD]) for start in range(0, len(order), SHARD)]
+        shards: list[list[int]] = []
+        n_read = 0
+        for i in sorted(range(len(self.sequences)), key=lambda i: -len(self.sequences[i])):
+            n_read += len(self.sampled(i))
+            if not shards or len(shards[-1]) == SHARD or n_read > self.batch_tokens:
+                shards.append([])
+                n_read = len(self.sampled(i))
+            shards[-1].append(i)
+        return [tuple(shard) for shard in shards]
 
     def dense_batches(self, shard: Sequence[int]) -> list[tuple[int, Batch]]:
         """A shard's batches for the dense model, each with its prefix's number and without that prefix.
@@ -114,7 +126,8 @@ class ScanPlan:
         for number in sorted({self.prefix_of[i] for i in shard}):
             members = [k for k, i in enumerate(shard) if self.prefix_of[i] == number]
             parts = [self._part(shard[k], ends[k]) for k in members]
-            for batch in batches(parts, max_tokens=self.batch_tokens):
+            longest = self.longest - len(self.prefixes[number])
+            for batch in batches(parts, max_tokens=self.batch_tokens, longest=longest):
                 grouped.append((number, replace(batch, index=tuple(members[k] for k in batch.index))))
         return grouped
 
@@ -170,7 +183,7 @@ def dense_pass(pair: Pair, plan: ScanPlan, shard: Sequence[int]) -> Generator[No
         else:
             places["z"] = _joined(where, _question_ends(plan, members), batch)
             right, wrong = ([sequences[i] for i in members] for sequences in (plan.sequences, plan.wrong))
-            visit_pairs(prefixes[number], batch, right, wrong, places, reader.visit, reader.visit_wrong)
+            visit_pairs(prefixes[number], batch, right, wrong, places, reader.visit, reader.visit_wrong, plan.longest)
         yield
     return {**{str(site): r.by_layer() for site, r in rows.items()}, **{name: r.by_layer() for name, r in ends.items()}}
 

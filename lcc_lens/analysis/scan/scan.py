@@ -224,7 +224,7 @@ def _interruptible(*, can_resume: bool) -> Iterator[None]:
 def _state(run: str | Path | None, pair: Pair, plan: ScanPlan, spectra: Sequence[Site], *, joined: bool) -> ScanState:
     request = fingerprint(
         package_version(), pair.dense_id.sha256, pair.pruned_id.sha256, pair.dtype, pair.device.type,
-        pair.one_at_a_time, sorted(spectra), plan,
+        pair.one_at_a_time, sorted(spectra), plan, plan.shards(),
     )  # fmt: skip
     if run is None:
         return ScanState(None, request)

@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from lcc_lens.core.errors import LensError, RequestError
+from lcc_lens.core.machine.memory import trim_heap
 from lcc_lens.core.progress import track
 from lcc_lens.data.batches import Batch, TokenSequence, batches
 from lcc_lens.models.hooked.forward import forward
@@ -52,7 +53,7 @@ def response_gradients(
 
     Args:
         sequences: questions with their right answers, whose log-likelihood is differentiated.
-        batch_tokens: padded tokens per pass at most; decides speed and memory.
+        batch_tokens: padded tokens per forward pass at most, half as many with a backward pass; decides memory.
         n_groups: maximum number of groups of examples for the jackknife.
 
     Raises:
@@ -65,7 +66,7 @@ def response_gradients(
     shape = pair.n_layers, pair.n_heads
     attribution = torch.zeros(len(sequences), *shape)
     gradient, square = torch.zeros(n_groups, *shape, pair.d_head), torch.zeros(n_groups, *shape)
-    grouped = batches(sequences, max_tokens=batch_tokens)
+    grouped = batches(sequences, max_tokens=max(1, batch_tokens // 2))  # a backward pass keeps all layers' activations
     for batch in track(grouped, len(grouped), "head gradients"):
         rows = torch.tensor(batch.index)
         by_layer = _batch_gradients(pair, batch)
@@ -73,6 +74,7 @@ def response_gradients(
         constant = torch.stack([constant for _, constant in by_layer], dim=1)
         gradient.index_add_(0, rows % n_groups, constant)
         square.index_add_(0, rows % n_groups, constant.square().sum(-1))
+        trim_heap()
     sizes = torch.bincount(torch.arange(len(sequences)) % n_groups, minlength=n_groups)
     return ResponseGradients(attribution, gradient, square, sizes)
 

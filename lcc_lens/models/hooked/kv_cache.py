@@ -78,7 +78,7 @@ class PrefixCache:
 
 
 def cache_rows(cache: Any, rows: Sequence[int], length: int) -> Any:
-    """A new cache with some rows of another one, cut to a length."""
+    """A new cache with some rows of another one, cut to a length where that is shorter."""
     from transformers import DynamicCache
 
     chosen = DynamicCache()
@@ -90,14 +90,15 @@ def cache_rows(cache: Any, rows: Sequence[int], length: int) -> Any:
 def continue_from_cache(
     model: HookedModel, cache: Any, shared: Int[Tensor, " row"], rest: Batch, visit: SiteVisitor
 ) -> None:
-    """Run the rest of sequences whose first ``shared`` tokens are in a cache, as long as the longest of them.
+    """Run the rest of sequences whose first ``shared`` tokens are in a cache, which may hold more of each.
 
     The gap between a row's shared tokens and its rest is masked. ``visit`` receives the head outputs at the last token
     of every row.
     """
-    is_past = torch.arange(int(shared.max())) < shared[:, None]
+    is_past = torch.arange(cache.get_seq_length()) < shared[:, None]
     mask = torch.cat([is_past, rest.is_valid()], dim=1).long()
-    positions = shared[:, None] + torch.arange(rest.tokens.shape[1])
+    within = torch.minimum(torch.arange(rest.tokens.shape[1]), rest.lengths[:, None] - 1)  # padding has a position, too
+    positions = shared[:, None] + within
     device = device_of(model)
     visit_sites(
         model, rest.tokens, {"z": TokenPositions.ends(rest)}, visit, past_key_values=cache,

@@ -78,12 +78,17 @@ class PreferenceObjective(Objective):
         """The number of pairs."""
         return {_NAME: len(sequences)}
 
-    def batches(self, sequences: Sequence[TokenSequence], max_tokens: int) -> Sequence[Batch]:
+    def longest(self, sequences: Sequence[TokenSequence]) -> int:
+        """The length of the longest answer with its request, chosen or rejected."""
+        return max(map(len, _longer(sequences)))
+
+    def batches(
+        self, sequences: Sequence[TokenSequence], max_tokens: int, longest: int | None = None
+    ) -> Sequence[Batch]:
         """Group pairs so that both answers of a pair are in one batch."""
         pairs = [sequence for sequence in sequences if isinstance(sequence, PreferenceSequence)]
-        longer = [max((pair, pair.rejected), key=len) for pair in pairs]
-        grouped = batches(longer, max_tokens=max(1, max_tokens // 2))
-        return [_batch_of([pairs[i] for i in batch.index], batch.index) for batch in grouped]
+        grouped = batches(_longer(pairs), max_tokens=max(1, max_tokens // 2), longest=longest)
+        return [_batch_of([pairs[i] for i in batch.index], batch) for batch in grouped]
 
     def terms(
         self,
@@ -105,11 +110,17 @@ class PreferenceObjective(Objective):
         return chosen - rejected - batch.reference.to(chosen)
 
 
-def _batch_of(pairs: Sequence[PreferenceSequence], index: tuple[int, ...]) -> PreferenceBatch:
+def _longer(sequences: Sequence[TokenSequence]) -> list[TokenSequence]:
+    """The longer one of every pair of answers."""
+    return [max((s, s.rejected), key=len) for s in sequences if isinstance(s, PreferenceSequence)]
+
+
+def _batch_of(pairs: Sequence[PreferenceSequence], longer: Batch) -> PreferenceBatch:
+    """Both answers of pairs, as long as the batch of the longer ones."""
     both = [*pairs, *(pair.rejected for pair in pairs)]
-    padded = pad(both, range(len(both)))
+    padded = pad(both, range(len(both)), longer.tokens.shape[1])
     reference = torch.tensor([pair.reference for pair in pairs])
-    return PreferenceBatch(padded.tokens, padded.lengths, padded.loss_from, index, reference)
+    return PreferenceBatch(padded.tokens, padded.lengths, padded.loss_from, longer.index, reference)
 
 
 def preference_sequences(

@@ -93,11 +93,11 @@ def _steps(
     run: Path | None,
 ) -> Iterator[Step]:
     """The remaining steps of a run, until the last one, divergence, patience or Ctrl-C; saves the state."""
-    config = state.config
+    config, longest = state.config, state.config.objective.longest(sequences)
     with Interruption().watched() as interruption:
         for index in state.remaining_batches(sequences):
             start, lr = time.perf_counter(), state.begin_step()
-            loss, n_targets = optimise(model, state.injection, state, [sequences[i] for i in index], teacher)
+            loss, n_targets = optimise(model, state.injection, state, [sequences[i] for i in index], teacher, longest)
             if not math.isfinite(loss):
                 return _warn_of_divergence(state.step + 1, state.n_steps, f"a loss of {loss}", state.rates[0])
             state.step += 1
@@ -140,8 +140,12 @@ def optimise(
     state: TrainingState,
     chosen: Sequence[TokenSequence],
     teacher: HookedModel | Source | None,
+    longest: int | None = None,
 ) -> tuple[float, int]:
     """One optimiser step over one batch, with gradients summed over micro-batches and processes.
+
+    Args:
+        longest: see :func:`~lcc_lens.data.batches.batches`.
 
     Returns:
         The objective, and the number of response tokens.
@@ -152,7 +156,7 @@ def optimise(
     total = 0.0
     with injection.attached(hooked_of(model)):
         max_tokens = state.config.micro_tokens or tokens_per_pass(device_of(hooked_of(model)))
-        for batch in objective.batches(own_part(chosen), max_tokens):
+        for batch in objective.batches(own_part(chosen), max_tokens, longest):
             loss = objective.loss(model, batch, counts, injection.hooks(), teacher)
             loss.backward()
             total += float(loss.detach())

@@ -139,9 +139,15 @@ class Objective:
         counts = {"response": response, "distillation": by_teacher, "heads": by_teacher, "lm": whole}
         return {name: counts[name] for name, weight in self.weights.items() if weight}
 
-    def batches(self, sequences: Sequence[TokenSequence], max_tokens: int) -> Sequence[Batch]:
-        """Group sequences into batches of at most ``max_tokens`` padded tokens."""
-        return batches(sequences, max_tokens=max_tokens)
+    def longest(self, sequences: Sequence[TokenSequence]) -> int:
+        """The length of the longest row of these sequences."""
+        return max(map(len, sequences))
+
+    def batches(
+        self, sequences: Sequence[TokenSequence], max_tokens: int, longest: int | None = None
+    ) -> Sequence[Batch]:
+        """Group sequences into batches of at most ``max_tokens`` padded tokens, in rows of at most ``longest``."""
+        return batches(sequences, max_tokens=max_tokens, longest=longest)
 
     def loss(
         self,

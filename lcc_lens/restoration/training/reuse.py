@@ -160,7 +160,10 @@ class StateCache:
         """A batch's tensors on a device, zero at padding; ``compute`` returns that of one sequence's tokens."""
         rows = zip(batch.tokens, batch.lengths.tolist(), strict=True)
         states = [self._one(tokens[:n], device, compute) for tokens, n in rows]
-        return torch.nn.utils.rnn.pad_sequence(states, batch_first=True)
+        whole = states[0].new_zeros(*batch.tokens.shape, states[0].shape[-1])
+        for row, state in zip(whole, states, strict=True):
+            row[: len(state)] = state
+        return whole
 
     def _one(
         self, tokens: Int[Tensor, " pos"], device: torch.device, compute: Callable[[Tensor], Tensor]

@@ -20,7 +20,7 @@ from torch import Tensor
 from lcc_lens.analysis.scan import passes
 from lcc_lens.analysis.scan.contrastive import shared_length, visit_pairs
 from lcc_lens.analysis.scan.scan import scan
-from lcc_lens.data.batches import TokenSequence, encode_pair, pad
+from lcc_lens.data.batches import TokenSequence, encode_pair, pad, rounded_length
 from lcc_lens.data.datasets import Data
 from lcc_lens.data.prompts import Example
 from lcc_lens.models.hooked import kv_cache
@@ -116,7 +116,8 @@ def test_wrong_answers_are_read_from_where_they_part(tmp_path: Path, tokenizer: 
     read = n_read(model)
     paired(model, right, wrong)
     longest_rest = max(len(w) - shared_length(r, w) for r, w in zip(right, wrong, strict=True))
-    assert read == [6 * max(map(len, right)), 6 * longest_rest]
+    assert read[0] == 6 * max(map(len, right))
+    assert sum(read[1:]) <= 6 * rounded_length(longest_rest)
     assert longest_rest < max(map(len, wrong)) / 2
 
 
@@ -215,6 +216,7 @@ def test_probes_read_what_plain_models_give(
 
 def test_what_all_examples_begin_with_is_read_once(pair, n_read: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     scan(pair, made_up(), positions="last", display=0)  # what is tried once is tried
+    monkeypatch.setattr("lcc_lens.data.batches.rounded_length", lambda n: n)
     read = [n_read(model) for model in (pair.dense, pair.pruned)]
     tokens = []
     for least in (16, 1000):
