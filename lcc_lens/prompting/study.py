@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +22,6 @@ from lcc_lens.core.showing import Shown
 from lcc_lens.data.datasets import Data
 from lcc_lens.data.prompts import Example
 from lcc_lens.data.roles import digest
-from lcc_lens.models.pair import Pair
 from lcc_lens.prompting.variants import RAW
 
 if TYPE_CHECKING:
@@ -50,10 +49,17 @@ class StudyRecord:
     response_tokens: int
     version: str
 
-    def answers(self, pair: Pair, data: Data, variants: Sequence[str], restored: object, response_tokens: int) -> bool:
-        """Whether the study is of these models, examples and variants; some examples may have been too long."""
-        asked = (pair.dense_id.sha256, pair.pruned_id.sha256, data.name, data.source, tuple(variants), response_tokens)
-        known = (self.dense_sha256, self.pruned_sha256, self.data, self.source, self.variants, self.response_tokens)
+    def answers(
+        self, hashes: Mapping[str, str], data: Data, variants: Sequence[str], restored: object, response_tokens: int
+    ) -> bool:
+        """Whether the study is of these models, examples and variants; some examples may have been too long.
+
+        Args:
+            hashes: ``dense_sha256`` and ``pruned_sha256``.
+        """
+        asked = (dict(hashes), data.name, data.source, tuple(variants), response_tokens)
+        own = {"dense_sha256": self.dense_sha256, "pruned_sha256": self.pruned_sha256}
+        known = (own, self.data, self.source, self.variants, self.response_tokens)
         named = None if restored is None else str(restored)
         return asked == known and self.restored == named and {*self.groups} <= {*map(example_key, data.examples)}
 

@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any
 from lcc_lens.core.config import package_version
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.files import write_json, write_text
+from lcc_lens.core.machine.cluster import Cluster
 from lcc_lens.core.outputs.folders import require_free
 from lcc_lens.core.ranges import Count, ranged
 from lcc_lens.core.reading import read_json
 from lcc_lens.core.showing import Record
 from lcc_lens.evaluation.comparison.accuracies import mean_accuracy
-from lcc_lens.evaluation.comparison.cluster import Cluster, compare_on_cluster
+from lcc_lens.evaluation.comparison.cluster import compare_on_cluster
 from lcc_lens.evaluation.comparison.compare import check_comparison, compare
 from lcc_lens.evaluation.comparison.entry import Entry
 from lcc_lens.evaluation.comparison.tables import result_facts, results_table
@@ -87,6 +88,8 @@ def run_recipe(
     check_tasks([*recipe.data, *recipe.compare.texts, *recipe.compare.tasks])
     for data in recipe.data:
         check_comparison([Entry.parse(text) for text in recipe.entries], recipe.comparison(data), seeds=recipe.seeds)
+    if cluster is not None:
+        cluster.check()
     _settle(out, {**asdict(recipe), "dry_run": dry_run is not None})
     pruned = out / "pruned"
     if not pruned.exists():

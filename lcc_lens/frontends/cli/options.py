@@ -14,7 +14,7 @@ from lcc_lens.core.showing import write_table
 if TYPE_CHECKING:
     import pandas as pd
 
-    from lcc_lens.evaluation.comparison.cluster import Cluster
+    from lcc_lens.core.machine.cluster import Cluster
 
 Out = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="OUT")]
 RunPath = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
@@ -74,7 +74,7 @@ class Memory(Placement):
 
 @dataclass(frozen=True, kw_only=True)
 class ClusterJobs:
-    """Every run of the comparison as a job of a cluster, by submitit."""
+    """Every run as a job of a cluster, by submitit."""
 
     cluster: Maybe[Literal["slurm", "local"]] = None
     """Submit a job for each run, wait, and collect; the same command goes on after an interruption."""
@@ -83,7 +83,7 @@ class ClusterJobs:
 
     def chosen(self) -> Cluster | None:
         """The cluster that was asked for."""
-        from lcc_lens.evaluation.comparison.cluster import Cluster
+        from lcc_lens.core.machine.cluster import Cluster
 
         return None if self.cluster is None else Cluster.parse(self.cluster, self.cluster_options)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
@@ -10,11 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 import tyro
 
 from lcc_lens.core.ranges import Count, Length, Seed
-from lcc_lens.frontends.cli.options import DenseModel, Maybe, Memory, PrunedModel, RunPath, Switch, Tabled
+from lcc_lens.frontends.cli.options import ClusterJobs, DenseModel, Maybe, Memory, PrunedModel, RunPath, Switch, Tabled
 from lcc_lens.frontends.cli.show import console, show_table
 
 if TYPE_CHECKING:
-    from lcc_lens.models.pair import Pair
     from lcc_lens.prompting.study import PromptStudy
 
 _VARIANTS = (
@@ -105,61 +103,26 @@ class Prompts(Tabled):
     )  # fmt: skip
     data: PromptData = PromptData()
     reactions: HeadReactions = HeadReactions()
+    jobs: ClusterJobs = field(default_factory=ClusterJobs)
     memory: Memory = field(default_factory=Memory)
 
     def execute(self) -> None:
-        from lcc_lens.core.outputs.places import writing_run
-        from lcc_lens.data.checks import check_data, or_mix
-        from lcc_lens.models.pair import check_models, load_pair
-        from lcc_lens.prompting.measuring import check_restored
-        from lcc_lens.prompting.study import joined_studies
-        from lcc_lens.prompting.variants import RAW, check_variants
+        from lcc_lens.data.checks import or_mix
+        from lcc_lens.prompting.draws import StudyRequest, study_draws
+        from lcc_lens.prompting.variants import check_variants
 
         check_variants(self.variants)
-        variants = tuple(dict.fromkeys((RAW, *self.variants)))
-        name = self.data.data or or_mix("alpaca", instead="arc_easy")[0]
-        check_data([name])
-        check_models(self.dense, self.pruned, self.data.max_length)
-        check_restored(self.restored)
-        with writing_run(self.run):
-            pair = load_pair(self.dense, self.pruned, one_at_a_time=self.memory.one_at_a_time)
-            study = joined_studies([self._study(pair, name, variants, seed) for seed in range(self.data.seeds)])
-            study.save(self.run)
+        data, reactions = self.data, self.reactions
+        request = StudyRequest(
+            self.dense, self.pruned, data.data or or_mix("alpaca", instead="arc_easy")[0], self.variants, self.restored,
+            examples=data.examples, max_length=data.max_length, response_tokens=data.response_tokens,
+            soft_examples=data.soft_examples, heads=reactions.heads, head_examples=reactions.head_examples,
+            one_at_a_time=self.memory.one_at_a_time,
+        )  # fmt: skip
+        study = study_draws(request, self.run, seeds=data.seeds, cluster=self.jobs.chosen())
         show_study(study)
         console().print(f"study {self.run}", soft_wrap=True)
         self.write(study.table)
-
-    def _study(self, pair: Pair, name: str, variants: Sequence[str], seed: int) -> PromptStudy:
-        """The study of one draw: read if the folder has it, measured and saved if not."""
-        from lcc_lens.data.datasets import load_data
-        from lcc_lens.prompting.measuring import prompt_study
-        from lcc_lens.prompting.study import PromptStudy
-        from lcc_lens.prompting.variants import RAW, SOFT, prompt_variants
-
-        data = load_data(name, self.data.examples, role="held-out", seed=seed)
-        file = self.run / f"prompts_{seed}.safetensors"
-        written = [v for v in variants if v not in (RAW, SOFT)] if self.reactions.heads else []
-        if file.exists():
-            kept = PromptStudy.load(file)
-            if kept.record.answers(pair, data, variants, self.restored, self.data.response_tokens) and (
-                set(written) <= set(kept.reactions)
-            ):
-                return kept
-        study = prompt_study(
-            pair, prompt_variants(data, variants), self.restored, heads=written,
-            soft_prompt=self._soft(pair, name, seed) if SOFT in variants else None,
-            head_examples=self.reactions.head_examples, max_length=self.data.max_length,
-            response_tokens=self.data.response_tokens,
-        )  # fmt: skip
-        study.save(file)
-        return study
-
-    def _soft(self, pair: Pair, name: str, seed: int) -> Any:
-        from lcc_lens.data.datasets import load_data
-        from lcc_lens.prompting.soft_prompt import fit_soft_prompt
-
-        data = load_data(name, self.data.soft_examples, role="train", seed=seed)
-        return fit_soft_prompt(pair, data, max_length=self.data.max_length, seed=seed)
 
 
 def show_study(study: PromptStudy) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import json
 from pathlib import Path
@@ -10,14 +9,17 @@ from typing import Any
 
 import pytest
 from support.commands import call, refused
+from support.jobs import run_here
+from support.small_sets import write_sets
 
 from lcc_lens.core.errors import LensError, RequestError
-from lcc_lens.evaluation.comparison.cluster import JOBS, Cluster, compare_on_cluster, compute_one
+from lcc_lens.core.machine.cluster import JOBS, Cluster
+from lcc_lens.evaluation.comparison.cluster import compare_on_cluster, compute_one
 from lcc_lens.evaluation.comparison.compare import compare
 from lcc_lens.evaluation.comparison.config import CompareConfig
 from lcc_lens.evaluation.comparison.runner import Runner
 
-submitit = pytest.importorskip("submitit")
+pytest.importorskip("submitit")
 ENTRIES = ("norms", "mean-shift")
 
 
@@ -33,12 +35,7 @@ def config(text_file: Path, tmp_path: Path) -> CompareConfig:
 
 @pytest.fixture
 def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """submitit's own executor for debugging: a job runs when it is waited for."""
-    monkeypatch.setattr(submitit, "AutoExecutor", functools.partial(_executor, submitit.AutoExecutor))
-
-
-def _executor(kind: Any, folder: Path, cluster: str) -> Any:
-    return kind(folder, cluster="debug")
+    run_here(monkeypatch)
 
 
 @pytest.fixture
@@ -90,10 +87,17 @@ def test_what_cannot_be_submitted_is_refused(
     }  # fmt: skip
     with pytest.raises(RequestError, match="expected options name=value such as timeout_min=240, got 'gpu'"):
         Cluster.parse("slurm", ["gpu"])
-    find = importlib.util.find_spec
-    monkeypatch.setattr("importlib.util.find_spec", lambda name, *r: None if name == "submitit" else find(name, *r))
     command = ("compare", dense_dir, pruned_dir, tmp_path / "run", "--cluster", "local")
-    refused(capsys, 2, "expected the package submitit for a cluster, got none", *command)
+    with monkeypatch.context() as patch:
+        find = importlib.util.find_spec
+        patch.setattr("importlib.util.find_spec", lambda name, *r: None if name == "submitit" else find(name, *r))
+        refused(capsys, 2, "expected the package submitit for a cluster, got none", *command)
+    refused(
+        capsys, 2, "options that submitit takes, got \"Parameter 'colour'", *command, "--cluster-options", "colour=1"
+    )
+    monkeypatch.setattr("shutil.which", lambda *_: None)
+    slurm = (*command[:-1], "slurm")
+    refused(capsys, 2, "expected a cluster and options that submitit takes, got", *slurm)
     assert not (tmp_path / "run").exists()
 
 
@@ -107,3 +111,45 @@ def test_the_command_runs_jobs_in_processes(
     cells = json.loads((tmp_path / "run" / "comparison.json").read_text())["cells"]
     assert [name for name, cell in cells.items() if "perplexity" in cell] == ["norms | 0", "mean-shift | 0"]
     assert len(list((tmp_path / "run" / JOBS).glob("*_result.pkl"))) == 2
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    """A recipe of two runs that train nothing."""
+    rows = [{"name": name, "entry": name} for name in ("dense", "pruned", *ENTRIES)]
+    values = {
+        "title": "Two runs", "paper": "none", "status": "not run at size", "note": "", "model": "none", "seeds": 1,
+        "prune": {"method": "magnitude", "sparsity": 0.5}, "data": ["rte"], "rows": rows,
+    }  # fmt: skip
+    path = tmp_path / "two.json"
+    path.write_text(json.dumps(values))
+    return path
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_recipe_runs_its_comparisons_as_jobs(
+    recipe: Path, dense_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LCC_LENS_DATA", str(write_sets(tmp_path / "sets", n=240)))
+    submitted = run_here(monkeypatch)
+    command = ("recipe", recipe, "--dry-run", dense_dir, "--quiet", "--out")
+    for name, options in (("whole", ()), ("jobs", ("--cluster", "local")), ("jobs", ("--cluster", "local"))):
+        assert call(*command, tmp_path / name, *options) == 0
+    assert submitted == ["norms | 0", "mean-shift | 0"]
+    whole, jobs = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("whole", "jobs"))
+    kept = ("entry", "perplexity", "accuracy", "errors")
+    found = [[[row[key] for key in kept] for row in one["comparisons"]["rte"]["rows"]] for one in (whole, jobs)]
+    assert found[0] == found[1]
+    assert [row[3] for row in found[1]] == [[], []]
+
+
+@pytest.mark.slow
+def test_the_recipes_jobs_are_processes(
+    recipe: Path, dense_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LCC_LENS_DATA", str(write_sets(tmp_path / "sets", n=240)))
+    out = tmp_path / "run"
+    assert call("recipe", recipe, "--dry-run", dense_dir, "--quiet", "--out", out, "--cluster", "local") == 0
+    rows = json.loads((out / "results.json").read_text())["comparisons"]["rte"]["rows"]
+    assert [(row["entry"], row["seeds"], row["errors"]) for row in rows] == [(entry, 1, []) for entry in ENTRIES]
+    assert len(list((out / "rte" / JOBS).glob("*_result.pkl"))) == 2

@@ -7,7 +7,11 @@ from pathlib import Path
 
 import pytest
 from support.commands import call, refused
+from support.jobs import run_here
 
+from lcc_lens.core.errors import LensError
+from lcc_lens.core.machine.cluster import JOBS
+from lcc_lens.prompting import draws
 from lcc_lens.prompting.study import PromptStudy
 
 
@@ -49,3 +53,47 @@ def test_refusals(tmp_path: Path, capsys: pytest.CaptureFixture[str], instructio
     refused(capsys, 2, "did you mean 'filler'", "prompts", *places, "--variants", "raw", "fillr")
     refused(capsys, 2, "did you mean 'alpaca'", "prompts", *places, "--data", "alpacca")
     assert not (tmp_path / "run" / "prompts.safetensors").exists()
+
+
+@pytest.fixture
+def command(dense_dir: Path, pruned_dir: Path, instructions: Path) -> list[object]:
+    data = ["--data", instructions, "--examples", 3, "--seeds", 2, "--variants", "clear"]
+    return ["prompts", dense_dir, pruned_dir, *data, "--quiet"]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_every_draw_is_a_job_that_is_computed_once(
+    command: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    assert call(*command, whole) == 0
+    submitted = run_here(monkeypatch)
+    measured = draws._measured
+
+    def fails_once(request: draws.StudyRequest, pair: object, seed: int) -> PromptStudy:
+        if seed == 1 and len(submitted) == 2:
+            raise LensError("no machine today")
+        return measured(request, pair, seed)
+
+    monkeypatch.setattr(draws, "_measured", fails_once)
+    capsys.readouterr()
+    refused(capsys, 1, "expected 2 finished draws, got 1; the others are kept", *command, run, "--cluster", "local")
+    assert submitted == ["draw 0", "draw 1"]
+    assert call(*command, run, "--cluster", "local") == 0
+    assert submitted == ["draw 0", "draw 1", "draw 1"]
+    assert call(*command, run, "--cluster", "local") == 0
+    assert len(submitted) == 3
+    expected, found = PromptStudy.load(whole), PromptStudy.load(run)
+    assert expected.record == found.record
+    assert expected.log_likelihood.equal(found.log_likelihood)
+    monkeypatch.setattr(draws, "_measured", None)  # a late job finds the results
+    request = draws.StudyRequest(str(command[1]), str(command[2]), str(command[4]), ("clear",), examples=3)
+    draws.compute_draw(request, run, 1)
+
+
+@pytest.mark.slow  # every job is a process that imports everything
+def test_draws_are_processes(command: list[object], tmp_path: Path) -> None:
+    pytest.importorskip("submitit")
+    assert call(*command, tmp_path / "run", "--cluster", "local") == 0
+    assert len(list((tmp_path / "run" / JOBS).glob("*_result.pkl"))) == 2
+    assert len(PromptStudy.load(tmp_path / "run").record.groups) > 3
