@@ -12,7 +12,7 @@ from support.tiny import PARAGRAPHS, build_model, save_model
 from lcc_lens.analysis.causes.upstream import _Tracer, trace_upstream
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.heads import Head
-from lcc_lens.data.batches import batches
+from lcc_lens.data.batches import pad
 from lcc_lens.data.datasets import encode
 from lcc_lens.data.in_memory import as_data
 from lcc_lens.models.pair import load_pair
@@ -34,8 +34,8 @@ def test_the_writers_changes_sum_to_that_of_the_stream(families, family: str) ->
         return measure(call, x_dense, streams, valid, patched)
 
     tracer._measure = check
-    (batch,) = batches(encode(as_data(TEXTS), pair.tokenizer, max_length=40), max_tokens=4096)
-    tracer.effects(batch, None)
+    sequences = encode(as_data(TEXTS), pair.tokenizer, max_length=40)
+    tracer.effects(pad(sequences, range(len(sequences))), None)
     assert torch.allclose(seen["sum"], seen["stream"], atol=1e-4)
     assert len(seen["parts"]) == 1 + 2 * (pair.n_heads + 1) == len(tracer.writers)
     if family != "gpt2":  # the rest of a layer is its MLP, so it changes where the MLP does

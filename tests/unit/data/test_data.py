@@ -12,7 +12,7 @@ import torch
 from support.tiny import tiny_tokenizer
 
 from lcc_lens.core.errors import RequestError
-from lcc_lens.data.batches import TokenSequence, batches, encode_pair, text_blocks
+from lcc_lens.data.batches import TokenSequence, batches, encode_pair, rounded_length, text_blocks
 from lcc_lens.data.datasets import Data, encode, load_data, load_records
 from lcc_lens.data.labels import ONE_CLASS, one_class
 from lcc_lens.data.prompts import Example
@@ -386,8 +386,8 @@ def test_batches_cost_least_of_all_ways_to_cut(seed: int) -> None:
 
     def cost(sizes: list[int]) -> float:
         starts = [sum(sizes[:i]) for i in range(len(sizes))]
-        tokens = [n * lengths[start] for n, start in zip(sizes, starts, strict=True)]
-        fits = all(n == 1 or (n <= 4 and t <= 500) for n, t in zip(sizes, tokens, strict=True))
+        tokens = [n * min(rounded_length(lengths[i]), lengths[0]) for n, i in zip(sizes, starts, strict=True)]
+        fits = all(n == 1 or (n in (2, 4) and t <= 500) for n, t in zip(sizes, tokens, strict=True))
         return sum(tokens) + 64 * len(sizes) if fits else float("inf")
 
     def cuts(n: int) -> list[list[int]]:
