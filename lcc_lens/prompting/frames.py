@@ -15,6 +15,10 @@ _TEMPLATES = tuple(
         r"(?P<before>.*<\|start_header_id\|>user<\|end_header_id\|>\n\n)(?P<core>.*?)(?P<after><\|eot_id\|>.*)",
         # Llama 2, with or without a system turn
         r"(?P<before>.*\[INST\](?: <<SYS>>.*?<</SYS>>)?\s*)(?P<core>.*?)(?P<after>\s*\[/INST\].*)",
+        # Gemma
+        r"(?P<before>.*<start_of_turn>user\n)(?P<core>.*?)(?P<after><end_of_turn>.*)",
+        # Phi 3 and Zephyr
+        r"(?P<before>.*<\|user\|>\n?)(?P<core>.*?)(?P<after>(?:<\|end\|>|</s>)?\s*<\|assistant\|>.*)",
         # Alpaca's; an input stays after the instruction
         r"(?P<before>.*### Instruction:\n)(?P<core>.*?)(?P<after>\n\n### (?:Input|Response):\n.*)",
         # tasks of lm-eval; a passage stays before the question

@@ -22,15 +22,16 @@ if TYPE_CHECKING:
 
 
 def token_log_likelihoods(
-    model: HookedModel, sequences: Sequence[TokenSequence], what: str | None = None
+    model: HookedModel, sequences: Sequence[TokenSequence], what: str | None = None, longest: int | None = None
 ) -> list[Float[Tensor, " token"]]:
     """For every sequence the log-likelihood of each counted token in nats, on the CPU, without gradients.
 
     Args:
         what: the name of a progress bar; none is shown without it.
+        longest: see :func:`~lcc_lens.data.batches.batches`.
     """
     device, result = device_of(model), [torch.empty(0)] * len(sequences)
-    grouped = batches(sequences, max_tokens=tokens_per_pass(device))
+    grouped = batches(sequences, max_tokens=tokens_per_pass(device), longest=longest)
     with torch.inference_mode():
         for batch in track(grouped, len(grouped), what) if what else grouped:
             logits = forward(model, batch.tokens.to(device), logits_at(model, batch.is_target().to(device)))[0]

@@ -207,7 +207,7 @@ def _likelihoods(loaded: LoadedModel, text: str, original: str | None) -> tuple[
         whole = [*start, *token_ids(loaded.tokenizer, original)]
         _require_room(len(whole), loaded.context)
         sequences.append(TokenSequence(torch.tensor(whole), len(start)))
-    means = [float(values.mean()) for values in token_log_likelihoods(loaded.model, sequences)]
+    means = [float(values.mean()) for values in token_log_likelihoods(loaded.model, sequences, longest=loaded.context)]
     return means[0] if len(lead) > 1 else None, means[-1] if original is not None else None
 
 

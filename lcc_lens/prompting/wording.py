@@ -6,8 +6,16 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 
-#: A character of a script without blanks between words is a word of its own (kana, Han).
-_WORD = re.compile(r"[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff]|[^\W\d_](?:[^\W\d_]|['’\-](?=[^\W\d_]))*")
+#: Signs within words, which are no letters: accents, vowels of Hebrew, Arabic, Thai, and of Indic scripts.
+_MARKS = "\u0300-\u036f\u0591-\u05bd\u064b-\u065f\u0670\u0e31\u0e34-\u0e3a\u0e47-\u0e4e" + "".join(
+    f"{chr(block)}-{chr(block + 3)}{chr(block + 0x3C)}{chr(block + 0x3E)}-{chr(block + 0x4D)}"
+    for block in range(0x0900, 0x0D80, 0x80)
+)
+#: A character of a script without blanks between words is a word of its own (kana, Han), and so is an emoji.
+_WORD = re.compile(
+    r"[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\u2600-\u27bf\U0001f300-\U0001faff]"
+    rf"|[^\W\d_](?:[^\W\d_]|[{_MARKS}]|['’\-](?=[^\W\d_]))*"
+)
 _NUMBER = re.compile(r"\d+(?:[.,:/]\d+)*")
 _QUOTATION = re.compile(
     r"\"([^\"\n]+)\"|“([^”]+)”|«([^»]+)»|„([^“”]+)[“”]|`([^`\n]+)`|「([^」]+)」|(?<!\w)'([^'\n]+)'(?!\w)"

@@ -157,6 +157,7 @@ class Rewrite(Tabled):
 
     def execute(self) -> None:
         from lcc_lens.models.loading.hooked import load_hooked
+        from lcc_lens.models.loading.references import resolve
         from lcc_lens.models.pair import load_pair
         from lcc_lens.prompting.rewriting.rewriter import REWRITER, Rewriter
         from lcc_lens.prompting.tables import read_prompts
@@ -167,7 +168,8 @@ class Rewrite(Tabled):
             prompts = [text for text, _ in read_prompts(self.prompt)]
         fitted = Rewriter.load(folder) if (folder / REWRITER).exists() else None
         pair = load_pair(*self._models(fitted))
-        other = None if self.rewriter is None else load_hooked(self.rewriter)
+        is_loaded = self.rewriter is None or resolve(self.rewriter).resolve() == pair.dense_id.path.resolve()
+        other = None if is_loaded else load_hooked(self.rewriter or "")
         tables = []
         for prompt in prompts:
             rewrites = self._rewritten(pair, prompt, fitted, other)
@@ -186,15 +188,16 @@ class Rewrite(Tabled):
         return record.dense, record.pruned
 
     def _rewritten(self, pair: Pair, prompt: str, fitted: Rewriter | None, other: LoadedModel | None) -> Rewrites:
-        from lcc_lens.prompting.rewriting.rewriter import rewrite_prompt, written_by
+        from lcc_lens.prompting.rewriting.rewriter import DENSE, REWRITTEN, rewrite_prompt, written_by
 
-        if other is None and fitted is not None:
+        if self.rewriter is None and fitted is not None:
             return fitted.rewrite(prompt, pair, n=self.n, max_new_tokens=self.max_new_tokens)
         source, model = (pair, pair.dense) if other is None else (other, other.model)
         written = written_by(
             model, source.tokenizer, source.context, prompt, self.n, max_new_tokens=self.max_new_tokens
         )  # fmt: skip
-        return rewrite_prompt(pair, prompt, written, target="pruned" if fitted is None else fitted.record.target)
+        target = "pruned" if fitted is None else fitted.record.target
+        return rewrite_prompt(pair, prompt, written, target=target, by=DENSE if other is None else REWRITTEN)
 
 
 def show_rewrites(rewrites: Rewrites) -> None:

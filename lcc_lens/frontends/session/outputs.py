@@ -19,7 +19,7 @@ from lcc_lens.frontends.session.view import SessionView
 from lcc_lens.frontends.session.workbench import Workbench
 from lcc_lens.models.hooked.hooks import HookedModel
 from lcc_lens.models.pair import Pair
-from lcc_lens.prompting.rewriting.rewriter import Rewrites, rewrite_prompt, written_by
+from lcc_lens.prompting.rewriting.rewriter import DENSE, Rewrites, rewrite_prompt, written_by
 from lcc_lens.restoration.injections.base import Injection
 from lcc_lens.restoration.injections.spec import MethodSpec
 from lcc_lens.restoration.result import Restoration
@@ -142,7 +142,7 @@ class SessionOutputs(SessionView):
         """
         with self._alone():
             written = written_by(self.pair.dense, self.pair.tokenizer, self.pair.context, prompt, n)
-            return rewrite_prompt(self.pair, prompt, written)
+            return rewrite_prompt(self.pair, prompt, written, by=DENSE)
 
     @contextmanager
     def applied(self) -> Iterator[HookedModel]:

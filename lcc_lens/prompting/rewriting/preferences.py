@@ -15,7 +15,6 @@ from lcc_lens.core.progress import track
 from lcc_lens.core.ranges import Count, Length, ranged
 from lcc_lens.core.showing import Shown
 from lcc_lens.data.datasets import Data
-from lcc_lens.data.prompts import Example
 from lcc_lens.models.architecture.context import fitting_length
 from lcc_lens.models.pair import Pair
 from lcc_lens.prompting.frames import split_prompt
@@ -123,7 +122,7 @@ def preference_pairs(
     found, n_unsure, n_copies, n_long = [], 0, 0, 0
     for example, versions in track(zip(data.examples, candidates, strict=True), len(data), "rank candidates"):
         framed = split_prompt(example.prompt)
-        kept = _without_copies(example, framed.core, versions)
+        kept = without_copies(example.response, framed.core, versions)
         n_copies += len(versions) - len(kept)
         try:
             ranked = rank_prompts(
@@ -161,10 +160,10 @@ def _check(data: Data, candidates: Sequence[Sequence[str]], target: str) -> None
             raise RequestError(f"expected a prompt and a response in example {number} of {data.name}, got an empty one")
 
 
-def _without_copies(example: Example, raw: str, versions: Sequence[str]) -> list[str]:
-    """The candidates that give no more of the response away than the raw prompt."""
-    given_away = overlap(raw, example.response)
-    return [version for version in versions if overlap(version, example.response) <= given_away]
+def without_copies(response: str, raw: str, versions: Sequence[str]) -> list[str]:
+    """The versions that give no more of the response away than the raw prompt."""
+    given_away = overlap(raw, response)
+    return [version for version in versions if overlap(version, response) <= given_away]
 
 
 def _surely(ranked: Sequence[Ranked], raw: str) -> Preference | None:

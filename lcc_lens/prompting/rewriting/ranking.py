@@ -70,7 +70,7 @@ def rank_prompts(
             f"expected a prompt with its response of up to {max_length} tokens, got a longer one; shorten it"
         )
     fitting = [(text, sequence) for text, sequence in zip(texts, encoded, strict=True) if sequence is not None]
-    values = [part.double() for part in token_log_likelihoods(model, [s for _, s in fitting])]
+    values = [part.double() for part in token_log_likelihoods(model, [s for _, s in fitting], longest=max_length)]
     ranked = []
     for (text, _), tokens in zip(fitting, values, strict=True):
         n = min(len(tokens), len(values[0]))  # a response may begin with another token after another prompt

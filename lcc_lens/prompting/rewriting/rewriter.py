@@ -17,16 +17,17 @@ from lcc_lens.core.files import read_sealed, write_sealed
 from lcc_lens.core.ranges import Count, Natural, Seed, ranged
 from lcc_lens.core.reading import convert, parse_json
 from lcc_lens.core.showing import Shown
-from lcc_lens.data.batches import token_ids
+from lcc_lens.data.batches import special_prefix, token_ids
 from lcc_lens.models.hooked.hooks import HookedModel
 from lcc_lens.models.pair import Pair
 from lcc_lens.prompting.frames import split_prompt
 from lcc_lens.prompting.merits import Merits, merits
-from lcc_lens.prompting.rewriting.preferences import Target
+from lcc_lens.prompting.rewriting.preferences import Target, without_copies
 from lcc_lens.prompting.rewriting.ranking import Ranked, rank_prompts
 from lcc_lens.prompting.rewriting.settings import RewriterSettings
-from lcc_lens.prompting.rewriting.writing import WRITTEN, answers, chat_text, chat_tokens, proposals
+from lcc_lens.prompting.rewriting.writing import BASE_MODEL_TURN, WRITTEN, answers, chat_text, proposals
 from lcc_lens.prompting.variants import RAW, VARIANTS
+from lcc_lens.prompting.wording import n_words
 from lcc_lens.restoration.injections.adapters import AdapterInjection, adapters
 
 if TYPE_CHECKING:
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 REWRITER = "rewriter.safetensors"
+#: Who wrote a version: the user, a trained rewriter or another model, or the dense model without an adapter.
+USER, REWRITTEN, DENSE = "user", "rewriter", "dense"
 _AGAIN = "fit the rewriter again"
 #: Modules that have an adapter, as MePO's.
 TARGETS = ("q_proj", "v_proj")
@@ -76,20 +79,24 @@ class Rewrites(Shown):
         candidates: the versions.
         response: the response that was scored; the dense model's answer to the raw prompt unless one was given.
         chosen: the first version, if it is surely better than the raw prompt; else the raw prompt.
+        n_copies: versions that were dropped since they give more of the response away than the raw prompt.
     """
 
     candidates: tuple[Candidate, ...]
     response: str
     target: Target
     chosen: Candidate
+    n_copies: int = 0
 
     @property
     def verdict(self) -> str:
         """The choice, in one sentence."""
+        copies = f"; {self.n_copies} dropped that give the response away" if self.n_copies else ""
         if self.chosen.source == RAW:
-            return "the raw prompt is already the best"
+            unsure = "" if self.candidates[0] is self.chosen else ": no version is better by two standard errors"
+            return f"the raw prompt is already the best{unsure}{copies}"
         margin, stderr = self.chosen.ranked.margin, self.chosen.ranked.stderr
-        return f"chosen: {self.chosen.text}  ({margin:+.3f} ± {stderr:.3f} nats per token over the raw prompt)"
+        return f"chosen: {self.chosen.text}  ({margin:+.3f} ± {stderr:.3f} nats per token over the raw prompt){copies}"
 
     def table(self) -> pd.DataFrame:
         """One row per version: source, prompt, four merits, log-likelihood, margin, stderr, whether it is chosen."""
@@ -143,7 +150,7 @@ class Rewriter(Shown):
                 model, pair.tokenizer, split_prompt(prompt).core, n, context=pair.context, seed=seed,
                 max_new_tokens=max_new_tokens,
             )  # fmt: skip
-        return rewrite_prompt(pair, prompt, written, target=self.record.target, response=response)
+        return rewrite_prompt(pair, prompt, written, target=self.record.target, response=response, by=REWRITTEN)
 
     def model_of(self, pair: Pair) -> HookedModel:
         """The pair's model that the rewriter was trained on.
@@ -204,6 +211,7 @@ def rewrite_prompt(
     response: str | None = None,
     rules: Sequence[str] = WRITTEN,
     response_tokens: Natural = 32,
+    by: str = USER,
 ) -> Rewrites:
     """Rank versions of a prompt by the likelihood that a model gives to a response.
 
@@ -216,30 +224,28 @@ def rewrite_prompt(
         target: the model whose likelihoods decide.
         rules: variants (see :func:`~lcc_lens.prompting.variants.prompt_variants`) that compete too.
         response_tokens: tokens of the dense model's answer.
+        by: who wrote ``written``, as the table says it.
 
     Raises:
         RequestError: a prompt that is empty or too long, or a dense model that answers nothing.
     """
-    framed = split_prompt(prompt)
-    versions = {framed.core: RAW, **{VARIANTS[name](framed.core, prompt): name for name in rules}}
-    versions.update({text: "rewriter" for text in written if text not in versions})
-    tokenizer = pair.tokenizer
+    framed, tokenizer = split_prompt(prompt), pair.tokenizer
+    empty = next((text for text in (framed.core, *written) if not n_words(text)), None)
+    if empty is not None:
+        raise RequestError(f"expected prompts with at least one word, got {empty!r}; leave it out")
     is_bare = not framed.before.strip() and not framed.after.strip()
 
     def whole(core: str) -> str:
-        if is_bare and tokenizer.chat_template:
-            return chat_text(tokenizer, core)
-        return framed.having(core)
+        return chat_text(tokenizer, core, BASE_MODEL_TURN) if is_bare else framed.having(core)
 
     if response is None:
-        tokens = chat_tokens(tokenizer, framed.core) if is_bare else token_ids(tokenizer, prompt, special=True)
-        if len(tokens) + response_tokens > pair.context:
-            raise RequestError(
-                f"expected a prompt of at most {pair.context - response_tokens} tokens, got {len(tokens)}; shorten it"
-            )
-        (response,) = answers(pair.dense, tokenizer, tokens, max_new_tokens=response_tokens)
+        response = _answer(pair, whole(framed.core), response_tokens)
     if not response.strip():
         raise RequestError("expected a response to rank prompts by, got none from the dense model; pass response")
+    versions = {framed.core: RAW, **{VARIANTS[name](framed.core, prompt): name for name in rules}}
+    given = [text for text in dict.fromkeys(written) if text not in versions]
+    kept = without_copies(response, framed.core, given)
+    versions.update(dict.fromkeys(kept, by))
     model = pair.dense if target == "dense" else pair.pruned
     ranked = rank_prompts(
         model, tokenizer, whole(framed.core), [whole(text) for text in versions], response, max_length=pair.context,
@@ -252,7 +258,19 @@ def rewrite_prompt(
         candidates.append(Candidate(source, text, merits(text, framed.core), found))
     raw = next(candidate for candidate in candidates if candidate.source == RAW)
     first = candidates[0]
-    return Rewrites(tuple(candidates), response, target, first if first.ranked.is_better else raw)
+    chosen = first if first.ranked.is_better else raw
+    return Rewrites(tuple(candidates), response, target, chosen, len(given) - len(kept))
+
+
+def _answer(pair: Pair, prompt: str, n_tokens: int) -> str:
+    """The dense model's greedy answer to a whole prompt."""
+    tokens = special_prefix(pair.tokenizer) + token_ids(pair.tokenizer, prompt)
+    if len(tokens) + n_tokens > pair.context:
+        raise RequestError(
+            f"expected a prompt of at most {pair.context - n_tokens} tokens, got {len(tokens)}; shorten it"
+        )
+    (answer,) = answers(pair.dense, pair.tokenizer, tokens, max_new_tokens=n_tokens)
+    return answer
 
 
 def written_by(

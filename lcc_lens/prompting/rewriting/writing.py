@@ -10,10 +10,12 @@ from torch import Tensor
 
 from lcc_lens.core.errors import RequestError, first_line
 from lcc_lens.core.progress import track
-from lcc_lens.data.batches import special_prefix, token_ids
+from lcc_lens.data.batches import TokenSequence, pad, rounded_length, special_prefix, token_ids
 from lcc_lens.data.datasets import Data
+from lcc_lens.models.hooked.forward import run_without_logits
 from lcc_lens.models.hooked.fused_attention import fused_attention
 from lcc_lens.models.hooked.hooks import HookedModel
+from lcc_lens.models.hooked.kv_cache import attention_reach, cache_rows, can_reuse_cache
 from lcc_lens.models.hooked.offloading import device_of
 from lcc_lens.models.hooked.weights import plain_model
 from lcc_lens.models.pair import Pair
@@ -36,6 +38,8 @@ INSTRUCTION = (
 #: Versions that need no model, in the order in which they are taken.
 WRITTEN = ("clear", "precise", "concise-cot", "merits")
 _BASE_MODEL_CUE = "\n\nGolden Prompt:\n"
+#: What stands between a prompt and its answer where there is no chat template.
+BASE_MODEL_TURN = "\n"
 _TEMPERATURE, _TOP_P = 1.0, 0.95
 
 
@@ -78,21 +82,35 @@ def answers(
     max_new_tokens: int = 96,
     seed: int = 0,
 ) -> list[str]:
-    """The greedy answer to a request, followed by sampled ones."""
-    plain, ids = plain_model(model), torch.tensor([list(tokens)], device=device_of(model))
+    """The greedy answer to a request, followed by sampled ones: one batch, whose request is read once."""
+    plain, n = plain_model(model), 1 + n_sampled
+    ids = torch.tensor([list(tokens)] * n, device=device_of(model))
     settings: dict[str, Any] = {
         "attention_mask": torch.ones_like(ids), "max_new_tokens": max_new_tokens,
         "pad_token_id": tokenizer.eos_token_id, "eos_token_id": tokenizer.eos_token_id,
     }  # fmt: skip
     if n_sampled:
         settings |= {
-            "temperature": _TEMPERATURE, "top_p": _TOP_P, "top_k": 0, "num_return_sequences": 1 + n_sampled,
-            "logits_processor": [_first_row_greedy],
+            "temperature": _TEMPERATURE, "top_p": _TOP_P, "top_k": 0, "logits_processor": [_first_row_greedy]
         }  # fmt: skip
+    if len(tokens) > 1 and len(tokens) <= attention_reach(model) and can_reuse_cache(model):
+        settings["past_key_values"] = _read_once(model, tokens[:-1], n, len(tokens) + max_new_tokens)
     with fused_attention(model), torch.inference_mode(), torch.random.fork_rng():
         torch.manual_seed(seed)
         rows = plain.generate(ids, do_sample=n_sampled > 0, **settings)
-    return [str(tokenizer.decode(row[ids.shape[1] :], skip_special_tokens=True)).strip() for row in rows]
+    texts = (str(tokenizer.decode(row[ids.shape[1] :], skip_special_tokens=True)) for row in rows)
+    return [text.rstrip("\ufffd").strip() for text in texts]  # the last character may be half written
+
+
+def _read_once(model: HookedModel, tokens: Sequence[int], n: int, longest: int) -> Any:
+    """The KV cache of some tokens in ``n`` rows, from one row; padded to at most ``longest``, as a batch is."""
+    from transformers import DynamicCache
+
+    cache, length = DynamicCache(), min(rounded_length(len(tokens)), longest)
+    batch = pad([TokenSequence(torch.tensor(tokens), 1)], (0,), length)
+    with torch.inference_mode():
+        run_without_logits(model, batch.tokens.to(device_of(model)), [], past_key_values=cache)
+        return cache_rows(cache, [0] * n, len(tokens))
 
 
 def _first_row_greedy(tokens: Tensor, scores: Tensor) -> Tensor:

@@ -63,12 +63,26 @@ def test_a_lost_quotation_and_a_lost_word_lower_preservation() -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["三つの川を挙げてください", "列出三条河流", "Назови три реки", "اذكر ثلاثة أنهار", "ตั้งชื่อแม่น้ำ"]
+    "text",
+    [
+        "三つの川を挙げてください",
+        "列出三条河流",
+        "Назови три реки",
+        "اذكر ثلاثة أنهار",
+        "ตั้งชื่อแม่น้ำ",
+        "नदियाँ बताओ",
+        "🍎 + 🍎",
+    ],
 )
 def test_other_scripts_have_words(text: str) -> None:
     assert n_words(text) > 0
     assert merits(text, text).preservation == 1
     assert merits("go", text).preservation == 0
+
+
+def test_signs_within_words_do_not_part_them() -> None:
+    assert (n_words("नदियाँ बताओ"), n_words("ตั้งชื่อแม่น้ำ"), n_words("cafe\u0301 noir"), n_words("مُحَمَّد")) == (2, 1, 2, 1)
+    assert merits("नदी", "नदियाँ").preservation == 0
 
 
 def test_a_model_adds_its_likelihoods(dense_dir: Path) -> None:
@@ -110,6 +124,9 @@ def test_refusals(dense_dir: Path) -> None:
             "<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\nSay 1.<|im_end|>\n<|im_start|>assistant\n",
             "Say 1.",
         ),
+        ("<start_of_turn>user\nSay 1.<end_of_turn>\n<start_of_turn>model\n", "Say 1."),
+        ("<|system|>\nBe kind.<|end|>\n<|user|>\nSay 1.<|end|>\n<|assistant|>\n", "Say 1."),
+        ("<|system|>\nBe kind.</s>\n<|user|>\nSay 1.</s>\n<|assistant|>\n", "Say 1."),
         ("[INST] <<SYS>>\nBe kind.\n<</SYS>>\n\nSay 1. [/INST]", "Say 1."),
         ("  Say 1.\n", "Say 1."),
         ("", ""),

@@ -12,6 +12,7 @@ from lcc_lens.core.errors import RequestError
 from lcc_lens.data.datasets import Data
 from lcc_lens.data.prompts import ALPACA_PROMPT, Example
 from lcc_lens.models.pair import Pair
+from lcc_lens.prompting.rewriting import writing
 from lcc_lens.prompting.rewriting.preferences import Preferences, preference_pairs
 from lcc_lens.prompting.rewriting.ranking import rank_prompts
 from lcc_lens.prompting.rewriting.writing import answers, candidate_prompts
@@ -114,6 +115,25 @@ def test_one_pass_gives_the_greedy_answer_and_sampled_ones(pair: Pair) -> None:
     assert first == greedy
     assert len({first, *others}) > 1
     assert len(others) == 3
+
+
+def test_a_request_is_read_once_for_all_answers(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokens, read = pair.tokenizer("List a river, please")["input_ids"], []
+    run = pair.dense.original_model.forward
+
+    def note(*args: object, **options: object) -> object:
+        read.append(tuple((args[0] if args else options["input_ids"]).shape))
+        return run(*args, **options)
+
+    settings = {"n_sampled": 3, "max_new_tokens": 6, "seed": 1}
+    with monkeypatch.context() as patch:
+        patch.setattr(writing, "can_reuse_cache", lambda model: False)
+        each = answers(pair.dense, pair.tokenizer, tokens, **settings)
+    answers(pair.dense, pair.tokenizer, tokens, max_new_tokens=1)  # what is tried once is tried
+    monkeypatch.setattr(pair.dense.original_model, "forward", note)
+    assert answers(pair.dense, pair.tokenizer, tokens, **settings) == each
+    assert read[0] == (1, 20)  # the first 19 tokens, padded
+    assert set(read[1:]) == {(4, 1)}
 
 
 def test_refusals(pair: Pair) -> None:

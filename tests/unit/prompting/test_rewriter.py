@@ -25,6 +25,7 @@ from lcc_lens.prompting.rewriting.settings import RewriterSettings
 
 PAIRS = [Preference(f"river {i}", f"List {i} rivers", f"rivers {i}") for i in range(6)]
 RESPONSE = "It is the Elbe, and a dozen other rivers."
+BEST = "the raw prompt is already the best"
 
 
 @pytest.fixture(autouse=True)
@@ -54,19 +55,20 @@ def test_versions_are_ranked_with_their_merits(pair: Pair, rewriter: Rewriter) -
 
 def test_the_raw_prompt_may_stay(pair: Pair) -> None:
     alone = rewrite_prompt(pair, "name 3 rivers", [], response=RESPONSE, rules=())
-    assert alone.verdict == "the raw prompt is already the best"
+    assert alone.verdict == BEST
     assert [c.source for c in alone.candidates] == ["raw"]
     others = [rewrite_prompt(pair, t, [], response=RESPONSE) for t in ("name 3 rivers", "river", "Elbe?", "so")]
     for found in others:
         is_better = found.candidates[0].ranked.is_better
-        assert (found.verdict == "the raw prompt is already the best") == (not is_better)
+        assert found.verdict.startswith(BEST) == (not is_better)
+        assert (found.verdict == BEST) == (found.candidates[0].source == "raw")
         assert found.chosen.source == "raw" or found.chosen is found.candidates[0]
 
 
 def test_a_template_stays_around_the_versions(pair: Pair) -> None:
     chat = "<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\nname rivers<|im_end|>\n<|im_start|>assistant\n"
     found = rewrite_prompt(pair, chat, ["list rivers"], response=RESPONSE)
-    assert "list rivers" in {c.text for c in found.candidates}
+    assert {c.text: c.source for c in found.candidates}["list rivers"] == "user"
     assert all(c.ranked.prompt.startswith("<|im_start|>system\nBe kind.<|im_end|>") for c in found.candidates)
     assert all(c.ranked.prompt.endswith("<|im_start|>assistant\n") for c in found.candidates)
 
@@ -78,6 +80,29 @@ def test_a_bare_prompt_gets_the_chat_template(dense_dir: Path, pruned_dir: Path)
     assert {c.ranked.prompt for c in found.candidates} == {
         "[user]name rivers[assistant]", "[user]list rivers[assistant]"
     }  # fmt: skip
+
+
+def test_without_a_chat_template_the_answer_begins_on_a_line_of_its_own(pair: Pair) -> None:
+    found = rewrite_prompt(pair, "name rivers", ["list rivers"], response=RESPONSE, rules=())
+    assert {c.ranked.prompt for c in found.candidates} == {"name rivers\n", "list rivers\n"}
+
+
+@pytest.mark.parametrize("prompt", ["说出三条河流", "اذكر ثلاثة أنهار", "🍎🍎 + 🍎 = ?", "नदियाँ बताओ"])
+def test_prompts_in_any_script_are_rewritten(pair: Pair, rewriter: Rewriter, prompt: str) -> None:
+    found = rewriter.rewrite(prompt, pair, n=2, max_new_tokens=12)
+    raw = next(c for c in found.candidates if c.source == "raw")
+    assert (raw.text, raw.merits.preservation) == (prompt, 1)
+    assert {"raw", "clear", "precise", "concise-cot", "merits"} <= {c.source for c in found.candidates}
+
+
+def test_versions_that_give_the_response_away_are_dropped_and_counted(pair: Pair) -> None:
+    given = ["list rivers", "Say: it is the Elbe", "Elbe"]
+    found = rewrite_prompt(pair, "name rivers", given, response=RESPONSE, rules=())
+    assert {c.text for c in found.candidates} == {"name rivers", "list rivers", "Elbe"}
+    assert found.n_copies == 1
+    assert found.verdict.endswith("; 1 dropped that give the response away")
+    kept = rewrite_prompt(pair, "It is the Elbe?", given[1:2], response=RESPONSE, rules=())
+    assert kept.n_copies == 0  # the raw prompt gives as much away
 
 
 def test_without_a_response_the_dense_model_answers(pair: Pair) -> None:
@@ -106,10 +131,14 @@ def test_refusals(pair: Pair, rewriter: Rewriter, tmp_path: Path) -> None:
             rewriter.rewrite(prompt, pair)
     with pytest.raises(RequestError, match="expected a request to rewrite of at most 464 tokens, got 618"):
         rewriter.rewrite("a" * 600, pair)
-    with pytest.raises(RequestError, match="expected a prompt of at most 480 tokens, got 500"):
+    with pytest.raises(RequestError, match="expected a prompt of at most 480 tokens, got 501"):
         rewrite_prompt(pair, "a" * 500, [])
     with pytest.raises(RequestError, match="expected prompts with at least one word, got ' '"):
         rewrite_prompt(pair, "name rivers", [" "], response=RESPONSE)
+    chatting = load_pair(pair.dense_id.path, pair.pruned_id.path)
+    chatting.tokenizer.chat_template = "{% for m in messages %}user: {{ m['content'] }}{% endfor %}"
+    with pytest.raises(RequestError, match="expected prompts with at least one word, got ' '"):
+        rewrite_prompt(chatting, "name rivers", [" "], response=RESPONSE)  # the template has words
     with pytest.raises(RequestError, match="expected a response to rank prompts by"):
         rewrite_prompt(pair, "name rivers", [], response=" ")
     other = dataclasses.replace(rewriter, record=dataclasses.replace(rewriter.record, model_sha256="0" * 64))
@@ -147,7 +176,11 @@ def test_the_commands_fit_and_rewrite(
     assert {"clarity", "precision", "concise_cot", "preservation", "log_likelihood"} <= rows[0].keys()
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("name 3 rivers\n\nsay so\n")
-    assert call("rewrite", run, prompts, "--n", 1, "--rewriter", dense_dir, "--max-new-tokens", 8) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lcc_lens.models.loading.hooked.load_hooked", None)  # the pair has that model already
+        shorter = ("--n", 1, "--max-new-tokens", 8, "--out", table)
+        assert call("rewrite", run, prompts, "--rewriter", dense_dir, *shorter) == 0
+    assert {"raw", "dense"} <= {row["source"] for row in json.loads(table.read_text())}
 
 
 def test_the_commands_refuse(dense_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
