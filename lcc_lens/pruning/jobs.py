@@ -28,7 +28,8 @@ from lcc_lens.pruning.methods.settings import PruneConfig
 from lcc_lens.pruning.methods.structured import Schedule
 from lcc_lens.pruning.output.report import PruningReport
 from lcc_lens.pruning.prune import prune_checkpoint, require_prunable
-from lcc_lens.pruning.refit.refit import REFIT_RECORD, RefitConfig, refit_checkpoint, require_refittable
+from lcc_lens.pruning.refit.checks import require_refittable
+from lcc_lens.pruning.refit.refit import REFIT_RECORD, RefitConfig, refit_checkpoint
 from lcc_lens.pruning.refit.report import RefitReport
 
 #: Data, names of data (several joined by ``+``), or a sequence of them, from which equally many sequences are cut.

@@ -14,7 +14,7 @@ from lcc_lens.evaluation.comparison.data import ComparisonData
 from lcc_lens.models.loading.hooked import load_hooked
 from lcc_lens.models.loading.references import resolve
 from lcc_lens.models.pair import Pair, check_models, load_pair
-from lcc_lens.pruning.refit.refit import require_refittable
+from lcc_lens.pruning.refit.checks import require_refittable
 from lcc_lens.restoration.injections.spec import MethodSpec
 from lcc_lens.restoration.refitted import REFITTED, check_refitted, pair_hashes, refitted_model
 from lcc_lens.restoration.scans import scan_for

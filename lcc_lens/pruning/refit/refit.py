@@ -13,23 +13,21 @@ from torch import Tensor
 
 from lcc_lens.core.checkpoint import Checkpoint
 from lcc_lens.core.config import package_version
-from lcc_lens.core.errors import LensError, RequestError
+from lcc_lens.core.errors import LensError
 from lcc_lens.core.files import require_space, write_json
 from lcc_lens.core.fingerprint import fingerprint
 from lcc_lens.core.outputs.folders import atomic_directory, reserved
 from lcc_lens.core.progress import track
 from lcc_lens.core.ranges import Count, Fraction, Positive, check_numbers
 from lcc_lens.core.rewriting import copy_checkpoint
-from lcc_lens.core.side_files import side_files
-from lcc_lens.models.architecture.linear_maps import Matrix, StoredWeights, find_matrices
-from lcc_lens.models.architecture.whole_weights import require_complete
-from lcc_lens.models.architecture.zeros import compare_zeros, refuse_swapped
-from lcc_lens.models.loading.provenance import check_provenance
+from lcc_lens.models.architecture.linear_maps import Matrix, StoredWeights
+from lcc_lens.models.architecture.zeros import compare_zeros
 from lcc_lens.pruning.calibration.finished_layers import FinishedLayers
 from lcc_lens.pruning.calibration.stream import LayerStream
 from lcc_lens.pruning.methods.moments import InputMoments, exact_products
 from lcc_lens.pruning.methods.obs import output_error
 from lcc_lens.pruning.methods.pruners import Removed
+from lcc_lens.pruning.refit.checks import require_refittable
 from lcc_lens.pruning.refit.dense_stream import DenseStream
 from lcc_lens.pruning.refit.least_squares import NormalEquations, masked_least_squares
 from lcc_lens.pruning.refit.residual_correction import RefittedProjection, ResidualCorrection, projections_to_correct
@@ -139,41 +137,6 @@ def _write_refitted(
         report = {**report, "sha256": Checkpoint(part).sha256}
         write_json(part / REFIT_RECORD, report)
     return report
-
-
-def require_refittable(
-    dense: Path, pruned: Path, instead: str | None = None
-) -> tuple[list[list[Matrix]], list[list[Matrix]]]:
-    """The matrices of both models, which are refused unless they are a dense model and its zeroed version.
-
-    Args:
-        instead: what serves models that have no such matrices, for the message.
-
-    Raises:
-        RequestError: incomplete files, other shapes (a sliced model's), another pair's models, or the two swapped.
-    """
-    refuse_swapped(dense, pruned)
-    checkpoints = require_complete(Checkpoint(dense)), require_complete(Checkpoint(pruned))
-    side_files(pruned)
-    try:
-        _check_shapes(*(plans := (find_matrices(checkpoints[0]), find_matrices(checkpoints[1]))))
-    except RequestError as error:
-        if instead is None:
-            raise
-        raise RequestError(f"{error}; or {instead}") from error
-    check_provenance(*checkpoints)
-    return plans
-
-
-def _check_shapes(dense: Sequence[Sequence[Matrix]], pruned: Sequence[Sequence[Matrix]]) -> None:
-    dense_shapes, pruned_shapes = (
-        [[(matrix.name, matrix.d_in, matrix.d_out) for matrix in layer] for layer in plan] for plan in (dense, pruned)
-    )
-    if dense_shapes != pruned_shapes:
-        raise RequestError(
-            "expected a dense model and the same model with zeros, got matrices of other names or sizes; a sliced "
-            "model cannot be refitted"
-        )
 
 
 def _refit_layers(

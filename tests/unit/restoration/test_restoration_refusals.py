@@ -17,7 +17,7 @@ from lcc_lens.core.errors import RequestError
 from lcc_lens.core.heads import Head
 from lcc_lens.data.datasets import encode, load_data
 from lcc_lens.models.loading.hooked import identity_of, load_hooked
-from lcc_lens.pruning.refit.refit import require_refittable
+from lcc_lens.pruning.refit.checks import require_refittable
 from lcc_lens.restoration.injections.spec import MethodSpec
 from lcc_lens.restoration.jobs import check_job
 from lcc_lens.restoration.restore import restore
