@@ -59,7 +59,7 @@ def evaluate_task(
     """
     from lm_eval import evaluate as run_lm_eval
 
-    from lcc_lens.evaluation.lm_eval_model import AnswerScorer
+    from lcc_lens.evaluation.answers.scorer import AnswerScorer
 
     with tempfile.TemporaryDirectory() as folder, _quiet(f"task {task}"):
         manager, name = _task_spec(task, Path(folder), records)

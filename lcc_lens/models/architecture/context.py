@@ -15,6 +15,8 @@ DEFAULT_LENGTH = 512
 _NAMES = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length", "n_ctx")
 #: Rotary embeddings that depend on the longest sequence of a batch once it passes the original context.
 _BY_LENGTH = ("longrope", "dynamic", "su")
+#: What they call the window of local attention.
+_WINDOWS = ("sliding_window", "attention_chunk_size", "window_size")
 
 
 def context_of(config: Any) -> int | None:
@@ -35,6 +37,13 @@ def context_of(config: Any) -> int | None:
     if known and min(known) < 2:
         raise RequestError(f"expected a model of at least 2 positions, got {min(known)} in config.json; correct it")
     return min(known) if known else None
+
+
+def attention_window(config: Any) -> float:
+    """The smallest window of a layer's attention in tokens, by the configuration; infinite without local attention."""
+    text = getattr(config, "text_config", config)
+    windows = [getattr(text, name, None) for name in _WINDOWS]
+    return min((float(window) for window in windows if window), default=float("inf"))
 
 
 def fitting_length(

@@ -10,13 +10,11 @@ from jaxtyping import Int
 from torch import Tensor
 
 from lcc_lens.data.batches import Batch, TokenSequence, pad
+from lcc_lens.models.architecture.context import attention_window
 from lcc_lens.models.hooked.activations import Site, SiteVisitor, TokenPositions, visit_sites
 from lcc_lens.models.hooked.hooks import HookedModel
 from lcc_lens.models.hooked.offloading import device_of
 from lcc_lens.models.hooked.self_checks import OTHER_OPERATIONS, is_close, tried_once
-
-#: Configuration names of the window of local attention.
-_WINDOWS = ("sliding_window", "attention_chunk_size", "window_size")
 
 
 class PrefixCache:
@@ -108,9 +106,7 @@ def continue_from_cache(
 
 def attention_reach(model: HookedModel) -> float:
     """The smallest window of a layer's attention in tokens; infinite without local attention."""
-    config: Any = getattr(getattr(model, "original_model", None), "config", None)
-    windows = [getattr(getattr(config, "text_config", config), name, None) for name in _WINDOWS]
-    return min((float(window) for window in windows if window), default=float("inf"))
+    return attention_window(getattr(getattr(model, "original_model", None), "config", None))
 
 
 @tried_once(on_failure=False)

@@ -87,6 +87,12 @@ class _KLDivergence(_TokenLoss):
         return losses
 
 
+def log_normaliser(logits: Float[Tensor, "token vocab"]) -> Float[Tensor, " token"]:
+    """The logarithm of the sum of all exponentials, which makes logits log-probabilities, in float32 at least."""
+    parts = [torch.logsumexp(_wide(logits[part]), dim=-1) for part in _parts(logits)]
+    return torch.cat(parts) if parts else logits.new_empty(0)
+
+
 def _allocate(ctx: Any, logits: Tensor) -> tuple[Tensor, Tensor | None]:
     """Empty tensors for the losses, and for the gradient if autograd needs it."""
     kept = torch.empty_like(logits) if ctx.needs_input_grad[0] else None
@@ -149,13 +155,26 @@ def _mean_by_example(values: Float[Tensor, " target"], batch: Batch) -> Float[Te
 
 
 def logits_where(
-    model: PreTrainedModel, tokens: Int[Tensor, "batch pos"], mask: Bool[Tensor, "batch pos"]
+    model: PreTrainedModel,
+    tokens: Int[Tensor, "batch pos"],
+    mask: Bool[Tensor, "batch pos"],
+    *,
+    attention_mask: Float[Tensor, "batch 1 pos pos"] | None = None,
+    position_ids: Int[Tensor, "batch pos"] | None = None,
 ) -> Float[Tensor, "target vocab"]:
-    """A plain model's logits at the masked positions, in row-major order; the unembedding computes no others."""
+    """A plain model's logits at the masked positions, in row-major order; the unembedding computes no others.
+
+    Args:
+        attention_mask: what is added to attention scores; causal attention if not given.
+        position_ids: counted from 0 in every row if not given.
+    """
+    given = {"attention_mask": attention_mask, "position_ids": position_ids}
     unembedding = model.get_output_embeddings()
     handle = unembedding.register_forward_pre_hook(lambda module, inputs: (inputs[0][mask][None],))
     try:
-        logits: Tensor = model(tokens, use_cache=False).logits[0]
+        logits: Tensor = model(
+            tokens, use_cache=False, **{name: value for name, value in given.items() if value is not None}
+        ).logits[0]
     finally:
         handle.remove()
     return logits

@@ -18,7 +18,7 @@ from lcc_lens.models.hooked.offloading import device_of
 
 Verdict = TypeVar("Verdict")
 #: Errors of a check on a model that lacks what the faster computation needs.
-_FAILURES = (AttributeError, RuntimeError, TypeError, ValueError, KeyError, IndexError)
+FAILURES = (AttributeError, RuntimeError, TypeError, ValueError, KeyError, IndexError)
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def tried_once(*, on_failure: Any) -> Callable[[Callable[[HookedModel], Verdict]
                 try:
                     with torch.no_grad():
                         verdicts[key] = check(model)
-                except _FAILURES:
+                except FAILURES:
                     verdicts[key] = on_failure
             return verdicts[key]
 

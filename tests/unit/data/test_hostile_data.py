@@ -16,7 +16,7 @@ from lcc_lens.core.errors import RequestError
 from lcc_lens.data.batches import token_ids
 from lcc_lens.data.datasets import Data, encode, load_data
 from lcc_lens.data.prompts import Example
-from lcc_lens.evaluation.lm_eval_model import AnswerScorer
+from lcc_lens.evaluation.answers.scorer import AnswerScorer
 from lcc_lens.models.loading.hooked import load_tokenizer
 from lcc_lens.models.pair import load_pair
 

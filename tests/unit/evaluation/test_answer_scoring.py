@@ -9,7 +9,7 @@ import torch
 from lm_eval.models.huggingface import HFLM
 
 from lcc_lens.core.errors import RequestError
-from lcc_lens.evaluation.lm_eval_model import AnswerScorer
+from lcc_lens.evaluation.answers.scorer import AnswerScorer
 from lcc_lens.models.loading.hooked import load_tokenizer
 from lcc_lens.models.loading.plain import load_plain
 
@@ -69,8 +69,11 @@ def test_logits_are_computed_for_answers_alone(dense_dir: Path) -> None:
     model, tokenizer = load_plain(dense_dir), load_tokenizer(dense_dir)
     seen: list[int] = []
     model.get_output_embeddings().register_forward_hook(lambda module, inputs, output: seen.append(output.shape[1]))
-    AnswerScorer(model, tokenizer, max_length=LIMIT)._loglikelihood_tokens(REQUESTS[:4])
-    assert sum(seen) == 1 + 3 + 4  # two answers of one token share a position
+    scorer = AnswerScorer(model, tokenizer, max_length=LIMIT)
+    scorer._loglikelihood_tokens([])  # the model has been tried
+    seen.clear()
+    scorer._loglikelihood_tokens(REQUESTS[:4])
+    assert sum(seen) == 3 + 4  # the first three answers' first tokens share a position
 
 
 def test_coarse_formats_are_summed_in_float32(dense_dir: Path) -> None:
