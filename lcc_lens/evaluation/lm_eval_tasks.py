@@ -62,7 +62,7 @@ def evaluate_task(
     from lcc_lens.evaluation.answers.scorer import AnswerScorer
 
     with tempfile.TemporaryDirectory() as folder, _quiet(f"task {task}"):
-        manager, name = _task_spec(task, Path(folder), records)
+        manager, name = _task_spec(task, Path(folder), records, limit)
         max_tokens = batch_tokens or tokens_per_pass(model.device)
         lm = AnswerScorer(model, tokenizer, max_length=request_length(model.config), max_tokens=max_tokens)
         loaded = manager.load([name])
@@ -91,17 +91,19 @@ def harness_version() -> str:
     return f"lm-eval {version('lm-eval')}"
 
 
-def _task_spec(task: str, folder: Path, records: Sequence[Record] | None) -> tuple[Any, Any]:
+def _task_spec(task: str, folder: Path, records: Sequence[Record] | None, limit: int | None) -> tuple[Any, Any]:
     """lm-eval's task manager and the task's name in it; the task reads our records where there are any."""
     from lm_eval.tasks import TaskManager
 
     if task not in HARNESS_FOLDERS:
         return TaskManager(), task
-    write_local_task(task, folder, records)
+    write_local_task(task, folder, records, limit)
     return TaskManager(include_path=str(folder), include_defaults=False), task
 
 
-def write_local_task(task: str, folder: Path, records: Sequence[Record] | None = None) -> None:
+def write_local_task(
+    task: str, folder: Path, records: Sequence[Record] | None = None, limit: int | None = None
+) -> None:
     """Write one of our data sets' tasks as a task of lm-eval's that reads its items from a file beside it.
 
     It has the name of lm-eval's own task and is found first where lm-eval is told to include the folder.
@@ -110,6 +112,7 @@ def write_local_task(task: str, folder: Path, records: Sequence[Record] | None =
         task: one of :data:`HARNESS_FOLDERS`.
         folder: gets the items and the task's file.
         records: the items; those of the task's own evaluation split if not given.
+        limit: only the first items, which are all that lm-eval's own limit takes.
 
     Raises:
         RequestError: no source of the split.
@@ -127,7 +130,9 @@ def write_local_task(task: str, folder: Path, records: Sequence[Record] | None =
             raise RequestError(f"expected a validation split of {task}, got {', '.join(splits)}; add the file")
         records, _ = read_records(task, evaluated)
     items, file = folder / f"{task}_items.jsonl", folder / f"{task}.yaml"
-    items.write_text("".join(json.dumps(_with_hub_fields(task, record)) + "\n" for record in records), encoding="utf-8")
+    items.write_text(
+        "".join(json.dumps(_with_hub_fields(task, record)) + "\n" for record in records[:limit]), encoding="utf-8"
+    )
     settings = {
         "include": str(entry.yaml_path),
         "task": task,

@@ -61,6 +61,8 @@ class AnswerScorer(HFLM):  # type: ignore[misc]  # lm-eval is not typed
             )
         reads = [(context + answer)[-(self.max_length + 1) : -1] for _, context, answer in requests]
         trees = token_trees(reads, self._max_nodes)
+        if not (all(tree.is_chain for tree in trees) or self._shares):
+            trees = token_trees(reads, 0)
         scores: dict[int, tuple[float, bool]] = {}
         bar = huggingface.tqdm(total=len(requests), disable=disable_tqdm)
         for is_chain in (True, False):  # apart, since causal attention needs no mask and has no limit
@@ -76,14 +78,14 @@ class AnswerScorer(HFLM):  # type: ignore[misc]  # lm-eval is not typed
                 self.cache_hook.add_partial("loglikelihood", text, scores[index])
         return [scores[index] for index in range(len(requests))]
 
-    @cached_property
+    @property
     def _max_nodes(self) -> int:
-        """Nodes of a tree with branches at most; 0 if the model cannot share what requests have in common.
+        """Nodes of a tree with branches at most: a window of attention counts a row's tokens in some models."""
+        return int(min(self._max_tokens, self.max_length, attention_window(self.config)))
 
-        A window of attention counts rows in some models, positions in others: no row is longer.
-        """
-        max_nodes = int(min(self._max_tokens, self.max_length, attention_window(self.config)))
-        return max_nodes if can_share(self.model, max_nodes) else 0
+    @cached_property
+    def _shares(self) -> bool:
+        return can_share(self.model, self._max_nodes)
 
     def _scores(self, trees: Sequence[TokenTree], answers: Sequence[list[int]]) -> dict[int, tuple[float, bool]]:
         """The scores of all requests in some trees, by their number; logits are computed at answers alone."""

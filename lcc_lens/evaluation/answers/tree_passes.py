@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 #: Tokens that a model is checked with. Many, so that a model which takes rows for sequences is far off.
-_CHECKED = 64
+_CHECKED = 32
 
 
 def tree_logits(

@@ -70,7 +70,7 @@ def test_logits_are_computed_for_answers_alone(dense_dir: Path) -> None:
     seen: list[int] = []
     model.get_output_embeddings().register_forward_hook(lambda module, inputs, output: seen.append(output.shape[1]))
     scorer = AnswerScorer(model, tokenizer, max_length=LIMIT)
-    scorer._loglikelihood_tokens([])  # the model has been tried
+    assert scorer._shares
     seen.clear()
     scorer._loglikelihood_tokens(REQUESTS[:4])
     assert sum(seen) == 3 + 4  # the first three answers' first tokens share a position

@@ -31,31 +31,30 @@ TEXTS = [
     *[(f"The cup did not fit in the box since {what}", " was too small.") for what in ("the cup", "the box")],
     *[("word " * 30, answer) for answer in ("cut from", "cut off")],  # longer than the limit
 ]
-RECURRENT = {
+#: Families in which a context cannot be shared: positions that count keys, and recurrent layers.
+APART = {
     "bloom": lambda: hf.BloomForCausalLM(hf.BloomConfig(**BASE, hidden_size=40, n_layer=3, n_head=5)),
     "mamba": lambda: hf.MambaForCausalLM(hf.MambaConfig(**BASE, hidden_size=40, num_hidden_layers=3, state_size=4)),
 }
-#: The longest row of a tree with branches; 0 where contexts are not shared.
-ROWS = dict.fromkeys(FAMILIES, LIMIT) | {
-    "gemma2": 24, "mistral": 24, "gemma3": 4, "mistral, 4": 4, "bloom": 0, "mamba": 0,
-}  # fmt: skip
+#: The longest row of a tree with branches.
+ROWS = {"gemma2": 24, "mistral": 24, "gemma3": 4, "mistral, 4": 4}
 
 
 def model_of(name: str) -> Any:
     torch.manual_seed(0)
-    return (FAMILIES | RECURRENT)[name]().eval()
+    return (FAMILIES | APART)[name]().eval()
 
 
 def requests(texts: list[tuple[str, ...]], kind: str = "loglikelihood") -> list[Instance]:
     return [Instance(kind, {}, arguments, index) for index, arguments in enumerate(texts)]
 
 
-@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize("name", [*FAMILIES, *APART])
 def test_answers_are_those_of_lm_eval(name: str) -> None:
     model, tokenizer = model_of(name), tiny_tokenizer()
     plain = HFLM(pretrained=model, tokenizer=tokenizer, max_length=LIMIT)
     scorer = AnswerScorer(model, tokenizer, max_length=LIMIT, max_tokens=200)
-    assert scorer._max_nodes == ROWS[name]
+    assert (scorer._max_nodes, scorer._shares) == (ROWS.get(name, LIMIT), name not in APART)
     expected = plain.loglikelihood(requests(TEXTS), disable_tqdm=True)
     found = scorer.loglikelihood(requests(TEXTS), disable_tqdm=True)
     assert [value for value, _ in found] == pytest.approx([value for value, _ in expected], abs=1e-4)
@@ -78,7 +77,7 @@ def test_a_shared_context_is_read_once() -> None:
     read: list[int] = []
     model.get_input_embeddings().register_forward_hook(lambda module, inputs, output: read.append(inputs[0].numel()))
     scorer = AnswerScorer(model, tiny_tokenizer(), max_length=LIMIT)
-    assert scorer._max_nodes
+    assert scorer._shares
     read.clear()
     scorer.loglikelihood(requests([(QUESTION, f" {word}") for word in ("ice", "fire", "coal")]), disable_tqdm=True)
     assert sum(read) == len(QUESTION) + 1 + len("ic") + len("fir") + len("coa")
@@ -108,4 +107,4 @@ def test_a_hooked_model_answers_as_the_plain_one(dense_dir: Path, attention: Cal
 
 def test_half_precision_shares_too() -> None:
     assert can_share(build_model().bfloat16(), LIMIT)
-    assert not can_share(RECURRENT["bloom"]().bfloat16().eval(), LIMIT)
+    assert not can_share(APART["bloom"]().bfloat16().eval(), LIMIT)
