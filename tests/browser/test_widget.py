@@ -20,6 +20,8 @@ pytestmark = pytest.mark.browser
 
 OPEN = """
 import lcc_lens as lcc
+from lcc_lens.prompting.rewriting import writing
+writing.INSTRUCTION = "S_P:"  # MePO's is longer than the tiny model's context
 pair = lcc.load_pair({dense!r}, {pruned!r})
 scan = lcc.Scan.load({run!r})
 data = lcc.load_data({questions!r})
@@ -276,6 +278,57 @@ def test_best_is_chosen_refits_and_trains_beside_another(notebook) -> None:
     assert page.locator(".lcc-restore .estimate").inner_text().startswith("8 steps")
     page.set_viewport_size({"width": 1500, "height": 1900})
     picture(page, "widget-best")
+
+
+def test_a_prompt_is_typed_read_and_rewritten(notebook) -> None:
+    page = notebook
+    cell(page, "L0H4").click()
+    line_appears(page, "session.choose")
+    prompt, rewrite = (page.locator(f".lcc-restore .{name}") for name in ("prompt", "rewrite"))
+    prompt.fill("name 3 rivers, please")
+    prompt.press("Enter")
+    at_rest(page)
+    table = page.locator(".lcc-restore .place-tokens table")
+    table.wait_for()
+    assert table.locator("th").all_inner_texts() == ["next token", "dense", "pruned", "restored"]
+    shares = table.locator("tbody tr").first.locator("td span:not([class])").all_inner_texts()
+    assert len(shares) == 3
+    assert all(share.endswith("%") for share in shares)
+    assert "appear here" in page.locator(".lcc-restore .verdict").inner_text()
+
+    rewrite.click()
+    versions = page.locator(".lcc-restore .versions")
+    versions.wait_for()
+    at_rest(page)
+    heads = versions.locator("th").all_inner_texts()
+    assert heads == ["prompt", "clarity", "precision", "steps", "kept", "over raw"]
+    rows = [row.locator("td").all_inner_texts() for row in versions.locator("tbody tr").all()]
+    (raw,) = (row for row in rows if row[0].startswith("name 3 rivers, please"))
+    assert (raw[4], raw[5]) == ("1.00", "")
+    assert len(rows) >= 5
+    assert all(0 <= float(score) <= 1 for row in rows for score in row[1:5])
+    assert all(row[0].endswith(("raw", "clear", "precise", "concise-cot", "merits", "dense")) for row in rows)
+    verdict = page.locator(".lcc-restore .verdict").inner_text()
+    assert verdict.startswith(("The raw prompt is already the best", "Chosen: "))
+    assert versions.locator(".chosen-version").count() == 1
+    wide = "(node) => [node, ...node.querySelectorAll('*')].every((one) => one.scrollWidth <= one.clientWidth + 1)"
+    assert versions.evaluate(wide)  # no column's text runs into the next one
+    page.set_viewport_size({"width": 1500, "height": 2300})
+    picture(page, "widget-prompt-light")
+    page.evaluate(THEME, "JupyterLab Dark")
+    page.locator('.lcc-restore[data-theme="dark"]').wait_for()
+    picture(page, "widget-prompt-dark")
+
+    step = versions.locator("button", has_text=re.compile("^Think briefly"))
+    written = step.inner_text()
+    step.click()  # the version becomes the prompt, and is read
+    at_rest(page)
+    assert prompt.input_value() == written
+    assert "Of the prompt before" in page.locator(".lcc-restore .verdict").inner_text()
+    prompt.fill("")
+    rewrite.click()
+    page.locator(".lcc-restore .failure", has_text="expected a prompt with at least one word").wait_for()
+    assert page.locator(".lcc-restore .versions").count() == 1  # the last ones stay
 
 
 def test_two_views_of_a_widget_show_the_same(notebook) -> None:

@@ -24,6 +24,8 @@ Point = list[int | float | None]
 METHODS_OFFERED = ("lcc", "best", "gain", "norms", "low-rank", "lcc+gain", "mean-shift")
 #: Most points of a loss curve; longer curves are thinned.
 _MOST_POINTS = 400
+#: Words that fit above a narrow column.
+_MERITS = {"concise_cot": "steps", "preservation": "kept"}
 _STYLES = ("base.css", "map.css", "parts.css")
 #: Joined into one module; only the last one exports.
 _SCRIPTS = (
@@ -86,7 +88,7 @@ def rewrite_contents(prompt: str, rewrites: Rewrites) -> dict[str, Any]:
         }
         for c in rewrites.candidates
     ]  # fmt: skip
-    names = [name.replace("concise_cot", "steps") for name in MERITS]
+    names = [_MERITS.get(name, name) for name in MERITS]
     return {"prompt": prompt, "names": names, "rows": rows, "verdict": rewrites.verdict}
 
 

@@ -20,7 +20,7 @@ function rewriting(model, ask) {
     place.replaceChildren(el("table", { class: "tokens versions" }, el("thead", {}, head), el("tbody", {}, body)));
   }
   const version = (row) =>
-    el("button", { type: "button", class: "version", title: row.source, onclick: () => ask({ do: "read", prompt: row.text }) },
-      row.text);
+    [el("button", { type: "button", class: "version", title: row.text, onclick: () => ask({ do: "read", prompt: row.text }) },
+      row.text), el("span", { class: "quiet" }, row.source)];
   return { root, draw, follow: ({ isBusy }) => (write.disabled = isBusy) };
 }
