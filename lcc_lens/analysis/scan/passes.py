@@ -270,9 +270,11 @@ class _PrunedReader:
         self.ids = next(iter(rows.values())).ids(members)
 
     def visit(self, site: Site, layer: int, values: Tensor) -> None:
-        self.rows[site].put(layer, self.ids, values[: len(self.ids)])
         if len(values) > len(self.ids):
             self.question.put(layer, self.members, values[len(self.ids) :])
+        if len(self.ids) == 0:  # a layer that was compared stays so
+            return
+        self.rows[site].put(layer, self.ids, values[: len(self.ids)])
         if len(self.ids) == self.rows[site].start[-1]:
             self.compare(site, layer)
 

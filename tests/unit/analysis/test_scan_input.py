@@ -107,6 +107,9 @@ def test_positions_outside_some_or_all_sequences(pair: Pair) -> None:
     unequal = made_up(("short", " one", None), ("rather a lot longer", " than that", None), ("brief", " too", None))
     found = scan(pair, unequal, positions=(12, 14))
     assert found.record.n_samples == 2
+    alone = scan(pair, Data("made up", "instruction", unequal.examples[1:2], "this file"), positions=(12, 14))
+    assert torch.allclose(found.mean_difference, alone.mean_difference, atol=1e-6)
+    assert torch.allclose(found.heads.squared_difference, alone.heads.squared_difference, rtol=1e-4)
     assert bool(found.heads.mse_stderr.isnan().all())  # both of one example
     with pytest.raises(RequestError, match="expected at least 2 positions to compare, got 0; scan more examples"):
         scan(pair, unequal, positions=(100,))
