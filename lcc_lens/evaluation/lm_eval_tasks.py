@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from lcc_lens.core.config import tokens_per_pass
 from lcc_lens.core.errors import RequestError
+from lcc_lens.core.machine.garbage import uncollected
 from lcc_lens.core.progress import track
 from lcc_lens.data.prompts import Record
 from lcc_lens.data.sources import available_splits, read_records
@@ -57,9 +58,10 @@ def evaluate_task(
         ``acc``, ``stderr``, ``n``, and ``acc_norm`` if the task has it; ``items``, if requested, as a string of 1
         (right) and 0 (wrong).
     """
-    from lm_eval import evaluate as run_lm_eval
+    with uncollected():
+        from lm_eval import evaluate as run_lm_eval
 
-    from lcc_lens.evaluation.answers.scorer import AnswerScorer
+        from lcc_lens.evaluation.answers.scorer import AnswerScorer
 
     with tempfile.TemporaryDirectory() as folder, _quiet(f"task {task}"):
         manager, name = _task_spec(task, Path(folder), records, limit)

@@ -8,9 +8,7 @@ import statistics
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Any
 
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.metrics import share_recovered
@@ -30,6 +28,9 @@ from lcc_lens.models.pair import Pair
 from lcc_lens.pruning.refit.refit import REFIT_RECORD
 from lcc_lens.restoration.result import Restoration
 from lcc_lens.restoration.run_folder import RUN_METRICS
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 

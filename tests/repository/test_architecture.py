@@ -211,11 +211,33 @@ def test_nothing_unsafe_is_called() -> None:
     assert not unsafe
 
 
-@pytest.mark.parametrize("module", ["lcc_lens", "lcc_lens.frontends.cli.main"])
-def test_import_is_light(module: str) -> None:
+@pytest.mark.parametrize(
+    ("module", "needed"),
+    [
+        ("lcc_lens", set()),
+        ("lcc_lens.frontends.cli.main", set()),
+        ("lcc_lens.frontends.explorer.page", {"torch"}),  # a run is shown without the libraries that run models
+        ("lcc_lens.frontends.plotting.run_figures", {"torch", "plotly"}),
+    ],
+)
+def test_import_is_light(module: str, needed: set[str]) -> None:
     code = f"import sys, {module}; print(*sorted({{name.split('.')[0] for name in sys.modules}}))"
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert not HEAVY & set(run.stdout.split())
+    assert HEAVY & set(run.stdout.split()) == needed
+
+
+def test_only_what_always_needs_a_heavy_package_imports_it_at_its_top() -> None:
+    """Torch apart, which all computes with: the others cost each command seconds that it may not need."""
+    found: dict[str, set[str]] = {}
+    for name, text in TEXTS.items():
+        nodes = [node for node in run_on_import(parse(text)) if isinstance(node, ast.Import | ast.ImportFrom)]
+        named = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+        named |= {node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)}
+        if heavy := {module.partition(".")[0] for module in named} & HEAVY - {"torch"}:
+            found[name] = heavy
+    assert found.pop("evaluation.answers.scorer") == {"lm_eval"}  # a subclass of its model
+    assert {name.rpartition(".")[0] for name in found} == {"frontends.plotting"}
+    assert set.union(*found.values()) == {"plotly"}
 
 
 @pytest.mark.parametrize(

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING
 
 from lcc_lens.core.errors import RequestError
 from lcc_lens.data.batches import TokenSequence
@@ -15,6 +14,9 @@ from lcc_lens.evaluation.comparison.entry import Entry
 from lcc_lens.evaluation.comparison.measures import Measures
 from lcc_lens.evaluation.panel import panel_blocks
 from lcc_lens.restoration.training_data import is_corpus, load_role, run_writer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 class ComparisonData:

@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext, redirect_stderr
 from dataclasses import fields, is_dataclass
+from importlib import import_module
 from io import StringIO, TextIOWrapper
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import tyro
 
 from lcc_lens.core.config import bound_kernel_cache, package_version, placed
 from lcc_lens.core.errors import LensError, RequestError
+from lcc_lens.core.machine.garbage import uncollected
 from lcc_lens.core.machine.processes import is_first_process, n_processes
 from lcc_lens.core.machine.threads import threads_chosen
 from lcc_lens.core.progress import shown
@@ -76,6 +78,7 @@ def run(arguments: list[str] | None = None) -> int:
         if getattr(command, "table", None) is not None:
             require_table_file(command.table, _inputs(command))
         with placed(device_map_of(command)), threads_chosen(), nullcontext() if quiet else shown():
+            _import_torch()
             command.execute()
     except LensError as error:
         return _fail(str(error), error.exit_code)
@@ -87,6 +90,12 @@ def run(arguments: list[str] | None = None) -> int:
         first = (str(error).strip().splitlines() or [""])[0]
         return _fail(f"{type(error).__name__}: {first} (LCC_LENS_DEBUG=1 shows where)", 1)
     return 0
+
+
+def _import_torch() -> None:
+    """Every command computes with it."""
+    with uncollected():
+        import_module("torch")
 
 
 def parse(arguments: Sequence[str]) -> Any:
@@ -146,13 +155,21 @@ class _Formatter(logging.Formatter):
 
 
 def _set_up_logging(quiet: bool) -> None:
-    from transformers.utils import logging as transformers_logging
-
     handler = logging.StreamHandler()
     handler.setFormatter(_Formatter("lcc-lens: %(message)s"))
     logging.basicConfig(level=logging.ERROR if quiet else logging.WARNING, handlers=[handler])
     logging.getLogger().setLevel(logging.ERROR)
     logging.getLogger("lcc_lens").setLevel(logging.ERROR if quiet else logging.INFO)
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
+    _silence_transformers()
     warnings.filterwarnings("ignore")  # third-party deprecations are for the tests, not for users
+
+
+def _silence_transformers() -> None:
+    """Errors alone, and no bars; by its variables where it is not imported yet, which many commands never do."""
+    if "transformers" in sys.modules:
+        from transformers.utils import logging as transformers_logging
+
+        transformers_logging.set_verbosity_error()
+        transformers_logging.disable_progress_bar()
+    else:
+        os.environ |= {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}

@@ -11,9 +11,11 @@ from torch import Tensor, nn
 
 from lcc_lens.core.checkpoint import Checkpoint
 from lcc_lens.core.errors import RequestError, first_line
+from lcc_lens.core.machine.garbage import uncollected
 from lcc_lens.core.side_files import UNTRUSTED_ENTRIES
 
 
+@uncollected()
 def read_config(model_dir: Path) -> Any:
     """The transformers configuration of a checkpoint."""
     from transformers import AutoConfig
@@ -37,6 +39,7 @@ def _forget_choices(config: Any) -> None:
                 delattr(part, name) if name in vars(part) else setattr(part, name, None)
 
 
+@uncollected()
 def skeleton(model_dir: Path, config: Any) -> nn.Module:
     """Build a model on the ``meta`` device, without memory for its weights: for names and shapes.
 

@@ -15,6 +15,7 @@ import torch
 
 from lcc_lens.core.checkpoint import Checkpoint, StoredTensor
 from lcc_lens.core.errors import RequestError, first_line
+from lcc_lens.core.machine.garbage import uncollected
 from lcc_lens.core.progress import loading_models
 from lcc_lens.models.architecture.layers import read_config, skeleton
 
@@ -23,6 +24,7 @@ _FORMATS = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _COMPUTED = ("masked_bias", "position_ids", "inv_freq")
 
 
+@uncollected()
 def require_complete(checkpoint: Checkpoint) -> Checkpoint:
     """Refuse a checkpoint whose tensors are not exactly those of the model that its configuration describes.
 

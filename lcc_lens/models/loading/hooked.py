@@ -15,6 +15,7 @@ from torch import Tensor
 from lcc_lens.core.checkpoint import Checkpoint
 from lcc_lens.core.config import DeviceMap, HookKind, default_device, default_device_map, hook_kind
 from lcc_lens.core.errors import LensError, RequestError, first_line
+from lcc_lens.core.machine.garbage import uncollected
 from lcc_lens.core.showing import Shown
 from lcc_lens.data.batches import limit_tokens
 from lcc_lens.models.architecture.context import context_of
@@ -94,6 +95,7 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     return cast("PreTrainedTokenizerBase", tokenizer)
 
 
+@uncollected()
 def load_hooked(
     reference: str | Path | torch.nn.Module,
     *,

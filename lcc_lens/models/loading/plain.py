@@ -10,6 +10,7 @@ import torch
 from lcc_lens.core.checkpoint import Checkpoint
 from lcc_lens.core.config import DeviceMap, compute_dtype, default_device, default_device_map
 from lcc_lens.core.errors import LensError, RequestError, first_line
+from lcc_lens.core.machine.garbage import uncollected
 from lcc_lens.core.machine.threads import settle_threads
 from lcc_lens.core.progress import loading_models
 from lcc_lens.models.architecture.layers import read_config
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+@uncollected()
 def load_plain(
     path: Path,
     *,
