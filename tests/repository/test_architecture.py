@@ -226,6 +226,16 @@ def test_import_is_light(module: str, needed: set[str]) -> None:
     assert HEAVY & set(run.stdout.split()) == needed
 
 
+def test_transformers_is_silent_though_commands_do_not_import_it() -> None:
+    code = (
+        "import sys\nfrom lcc_lens.frontends.cli.main import _silence_transformers\n_silence_transformers()\n"
+        "assert 'transformers' not in sys.modules\nfrom transformers.utils import logging\n"
+        "print(logging.get_verbosity() == logging.ERROR, logging.is_progress_bar_enabled())"
+    )
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert run.stdout.split() == ["True", "False"]
+
+
 def test_only_what_always_needs_a_heavy_package_imports_it_at_its_top() -> None:
     """Torch apart, which all computes with: the others cost each command seconds that it may not need."""
     found: dict[str, set[str]] = {}
