@@ -15,6 +15,7 @@ import torch
 from lcc_lens.core.checkpoint import Checkpoint
 from lcc_lens.core.config import compute_dtype, default_device, package_version
 from lcc_lens.core.errors import LensError
+from lcc_lens.core.machine.garbage import uncollected
 from lcc_lens.core.machine.memory import release_memory
 from lcc_lens.core.machine.wheels import DATA_WHEEL, INSTALL_WHEELS, MODEL_WHEEL
 from lcc_lens.core.showing import Shown
@@ -118,6 +119,7 @@ class Machine:
         )
 
 
+@uncollected()
 def examine(reference: str | Path) -> Examination:
     """Run the checks of loading, try every feature on the model, and look at the machine.
 
