@@ -37,6 +37,8 @@ class Study:
     blocks: int = 400
     pattern: str | None = None
     """``n:m``; half of every row's weights if None."""
+    batch: int = 8
+    """Blocks of one optimiser step."""
 
     @property
     def pruned(self) -> str:
@@ -61,6 +63,11 @@ STUDIES = {
          f"lcc:{LOSS}"),
         blocks=100,
     ),
+    "mix_51k_batch2": Study(
+        ("refit", *_at_rates("refit+low-rank", "5e-3", "2e-3"), *_at_rates("lora", "1e-2", "3e-3"),
+         *_at_rates("lora-all", "3e-3")),
+        blocks=100, batch=2,
+    ),
     "mix_102k": Study(TRAINED, blocks=200),
     "mix_205k": Study(TRAINED),
     "mix_51k_wanda24": Study(("refit", *TRAINED), blocks=100, pattern="2:4"),
@@ -81,7 +88,7 @@ def main() -> None:
     run = asked.folder if asked.study == "wanda50" else asked.folder / asked.study
     config = CompareConfig(
         data="+".join(study.pool), examples=study.blocks, max_length=512, refit_data=study.pool, refit_samples=160,
-        blocks=8, responses=32, validation=16, selector="mse", speed_rounds=0,
+        blocks=8, responses=32, validation=16, selector="mse", speed_rounds=0, batch_size=study.batch,
     )  # fmt: skip
     with shown():
         if not pruned.exists():
