@@ -11,7 +11,8 @@ from lcc_lens.analysis.scan.scan import Scan, scan
 from lcc_lens.core.machine.processes import is_first_process, n_processes, process_index
 from lcc_lens.core.progress import tracked_by
 from lcc_lens.data.datasets import load_data
-from lcc_lens.models.hooked.offloading import shard_layers
+from lcc_lens.models.hooked.hooks import HookedModel
+from lcc_lens.models.hooked.offloading import is_sharded, shard_layers
 from lcc_lens.models.pair import load_pair
 from lcc_lens.restoration.restore import restore
 from lcc_lens.restoration.result import Restoration
@@ -66,14 +67,21 @@ def scan_until(folder: Path, name: str, die_at: int) -> None:
 def scan_sharded(folder: Path, name: str) -> None:
     """Scan models whose layers are divided among the processes; all run the same passes, and the first one saves."""
     pair = load_pair(folder / "dense", folder / "pruned")
-    for model in (pair.dense, pair.pruned):
-        n_weights = sum(p.numel() for p in model.blocks.parameters())
+    models = (pair.dense, pair.pruned)
+    n_weights = [_n_held(model) for model in models]
+    for model in models:
         shard_layers(model)
-        n_held = sum(getattr(p, "to_local", lambda p=p: p)().numel() for p in model.blocks.parameters())
-        assert n_held < 0.6 * n_weights
     found = scan(pair, load_data(str(folder / "questions.jsonl"), n=20), display=2)
+    for model, n in zip(models, n_weights, strict=True):  # after the passes, too
+        assert is_sharded(model)
+        assert _n_held(model) < 0.6 * n
     if is_first_process():
         found.save(folder / name)
+
+
+def _n_held(model: HookedModel) -> int:
+    """The number of weights of the decoder layers in this process."""
+    return sum(getattr(p, "to_local", lambda p=p: p)().numel() for p in model.blocks.parameters())
 
 
 def restore_sharded(folder: Path, name: str) -> Restoration:
@@ -82,6 +90,7 @@ def restore_sharded(folder: Path, name: str) -> Restoration:
     if n_processes() > 1:
         for model in (pair.dense, pair.pruned):
             shard_layers(model)
+    scan(pair, load_data(str(folder / "questions.jsonl"), n=4))  # what ran before leaves the layers divided
     config = TrainConfig(lr=0.1, batch_size=5, validate_every=2, seed=1, objective=Objective(1.0, 1.0))
     return restore(
         pair, found, found.select("mse", share=0.6), load_data(str(folder / "questions.jsonl")), config=config,

@@ -125,7 +125,8 @@ def shard_layers(model: HookedModel) -> None:
     device = process_device()
     mesh = init_device_mesh(device.type, (n_processes(),))
     for block in bridge.blocks:
-        fully_shard(block.original_component, mesh=mesh)
+        # each layer is the first of its own tree, whose whole weights torch would keep after the first pass
+        fully_shard(block.original_component, mesh=mesh, reshard_after_forward=True)
     bridge.original_model.to(device)
     for block in bridge.blocks:  # first outside inference mode, whose tensors no gradient could pass later
         block.original_component.unshard()
@@ -134,7 +135,7 @@ def shard_layers(model: HookedModel) -> None:
 
 def is_sharded(model: HookedModel) -> bool:
     """Whether :func:`shard_layers` divided the model's layers."""
-    return any(hasattr(parameter, "to_local") for parameter in cast("nn.Module", model).parameters())
+    return any(hasattr(module, "reshard") for module in cast("nn.Module", model).modules())  # torch's FSDPModule
 
 
 def in_step_if_sharded(*models: HookedModel) -> AbstractContextManager[None]:
