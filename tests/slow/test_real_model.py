@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from pathlib import Path
 
 import pytest
@@ -46,20 +45,17 @@ def model_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("cache")
 
 
-@pytest.fixture(scope="module")
-def demo(tmp_path_factory: pytest.TempPathFactory, model_cache: Path) -> DemoResult:
-    before = os.environ.copy()
-    os.environ["LCC_LENS_CACHE"] = str(model_cache)
-    os.environ.pop("LCC_LENS_DATA", None)
-    os.environ.pop("LCC_LENS_DTYPE", None)
-    try:
-        return run_demo(DemoConfig(folder=tmp_path_factory.mktemp("demo")))
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
+def test_demo_restores_a_third_and_its_export_keeps_the_zero_pattern(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One test: two would each run the demo, in two workers."""
+    monkeypatch.delenv("LCC_LENS_DATA", raising=False)
+    demo = run_demo(DemoConfig(folder=tmp_path))
+    _restores_a_third(demo)
+    _export_is_plain(demo)
 
 
-def test_demo_restores_a_third_of_what_pruning_took(demo: DemoResult) -> None:
+def _restores_a_third(demo: DemoResult) -> None:
     tasks = {name: model["tasks"] for name, model in demo.results["models"].items()}
     for kind in ("held-out text", "held-out responses"):
         dense, pruned, restored = (tasks[name][kind]["loss"] for name in ("dense", "pruned", "restored"))
@@ -69,7 +65,7 @@ def test_demo_restores_a_third_of_what_pruning_took(demo: DemoResult) -> None:
     assert 500_000 < demo.page.stat().st_size < 15 * 2**20  # all heads and their tokens, in one file
 
 
-def test_demo_export_is_plain_and_keeps_the_zero_pattern(demo: DemoResult) -> None:
+def _export_is_plain(demo: DemoResult) -> None:
     pruned, restored = load_plain(demo.pruned), load_plain(demo.restored)
     after = dict(restored.named_parameters())
     changed = [name for name, weight in pruned.named_parameters() if not torch.equal(weight, after[name])]
