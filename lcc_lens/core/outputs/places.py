@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 from lcc_lens.core.errors import RequestError
@@ -63,9 +63,8 @@ def _beginning(file: Path) -> bytes:
 def tidy_run(run: Path) -> None:
     """Remove what a killed command left half written in a run directory, unless another command holds it now."""
     lock = run / f".{LOCK}"
-    if lock.exists():
-        with suppress(RequestError), locked_alone(lock, run):
-            remove_leftovers(run)
+    with suppress(RequestError, OSError), locked_alone(lock, run) if lock.exists() else nullcontext():
+        remove_leftovers(run)
 
 
 def require_file(path: Path | None, *, begins: tuple[bytes, ...] = (b"",), inputs: Iterable[Path] = ()) -> None:
