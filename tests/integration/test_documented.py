@@ -37,7 +37,7 @@ def test_the_python_example_restores_and_its_export_has_an_effect(place: Path, m
     monkeypatch.setattr(lcc, "export", lambda *arguments: reports.append(export(*arguments)))
     (example,) = blocks("README.md", "python")
     space: dict[str, Any] = {}
-    exec(re.sub(r"\bn=(\d+)", lambda size: f"n={int(size[1]) // 4}", example), space)
+    exec(re.sub(r"\bn=(\d+)", lambda size: f"n={int(size[1]) // 16}", example), space)
     assert_restored(space["restoration"].record.losses)
     assert reports[0].logit_effect > 1e-3
     assert len(space["heads"]) == 4

@@ -64,6 +64,7 @@ def test_prompts(after_readme: Path) -> None:
     assert set(space["study"].models) == {"dense", "pruned", "restored"}
 
 
+@pytest.mark.slow
 def test_exports(place: Path) -> None:
     lcc.prune("smollm2", "out/wanda50", method="magnitude")
     restore = ["restore", "smollm2", "out/wanda50", "runs/restored", "--hooks-only", "--data", "alpaca", "--quiet"]

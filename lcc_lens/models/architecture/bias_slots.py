@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -142,18 +143,36 @@ def _serves(path: Path, config: Any, candidate: _Candidate, projections: tuple[s
     export compares logits in any case.
     """
     try:
-        return _is_exact(config, candidate, projections)
+        return _is_exact(_Trial.of(config, candidate, projections))
     except _NOT_BUILT:
         if not candidate.switches or candidate.retyped_as or candidate.place != "output":
             return False
         return _bias_names(skeleton(path, candidate.config), projections, candidate) is not None
 
 
-def _is_exact(config: Any, candidate: _Candidate, projections: tuple[str, ...]) -> bool:
+@dataclass(frozen=True)
+class _Trial:
+    """A candidate beside the configuration that it changes; equal descriptions have equal results."""
+
+    config: Any = field(compare=False)
+    candidate: _Candidate = field(compare=False)
+    projections: tuple[str, ...]
+    described: tuple[object, ...]
+
+    @classmethod
+    def of(cls, config: Any, candidate: _Candidate, projections: tuple[str, ...]) -> _Trial:
+        configs = [(type(c), c.to_json_string(use_diff=False)) for c in (config, candidate.config)]
+        described = (*configs, *(getattr(candidate, part.name) for part in fields(candidate) if part.name != "config"))
+        return cls(config, candidate, projections, described)
+
+
+@lru_cache(maxsize=128)  # a session asks at every click
+def _is_exact(trial: _Trial) -> bool:
     """Whether constants at the site and biases at the candidate's place give a tiny model the same logits."""
+    config, candidate = trial.config, trial.candidate
     plain = build_tiny(shrink(config))
     assert plain is not None
-    projections = projections[: int(shrink(config).num_hidden_layers)]
+    projections = trial.projections[: int(shrink(config).num_hidden_layers)]
     target = build_tiny(shrink(candidate.config), dict(plain.named_parameters()))
     biases = None if target is None else _bias_names(target, projections, candidate)
     if target is None or biases is None:

@@ -51,6 +51,7 @@ def test_other_tasks_and_too_few_examples_are_refused(sets: Path) -> None:
     # one of two choices and one of several; the others differ in their examples, which the first test reads
     [pytest.param(t, marks=() if t in ("rte", "openbookqa") else pytest.mark.slow) for t in RECOVERY_TASKS],
 )
+@pytest.mark.slow
 def test_a_task_is_recovered_by_one_command(
     sets: Path, task: str, dense_dir: Path, pruned_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

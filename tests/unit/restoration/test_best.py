@@ -58,6 +58,7 @@ def test_the_result_is_one_plain_checkpoint(
         best.restore_best(dense_dir, dense_dir, run, data, **settings)
 
 
+@pytest.mark.slow
 def test_by_one_command(
     dense_dir: Path, pruned_dir: Path, files: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

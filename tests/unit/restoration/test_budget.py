@@ -94,6 +94,7 @@ def test_a_method_without_a_refit_is_refused(dense_dir: Path, pruned_dir: Path) 
         plan_budget(dense_dir, pruned_dir, "5m", method="lcc")
 
 
+@pytest.mark.slow
 def test_restore_keeps_its_plan_and_trains_on_what_it_says(
     dense_dir: Path, pruned_dir: Path, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
