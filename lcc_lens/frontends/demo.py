@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lcc_lens.analysis.scan.scan import scan
+from lcc_lens.analysis.scan.scan import Scan, scan
 from lcc_lens.core.config import package_version
 from lcc_lens.core.files import write_json, write_text
 from lcc_lens.core.metrics import share_recovered
@@ -37,7 +37,7 @@ from lcc_lens.models.hooked.losses import sequence_loss
 from lcc_lens.models.loading.hooked import load_tokenizer
 from lcc_lens.models.loading.plain import load_plain
 from lcc_lens.models.loading.references import resolve
-from lcc_lens.models.pair import load_pair
+from lcc_lens.models.pair import Pair, load_pair
 from lcc_lens.pruning.jobs import prune
 from lcc_lens.restoration.best import restore_best
 from lcc_lens.restoration.refitted import REFITTED
@@ -105,11 +105,17 @@ def texts(role: Role, without: frozenset[str] = frozenset()) -> Data:
     return dataclasses.replace(passages, examples=kept)
 
 
-def run_demo(config: DemoConfig, *, stage: Callable[[str], None] | None = None) -> DemoResult:
+def run_demo(
+    config: DemoConfig,
+    *,
+    stage: Callable[[str], None] | None = None,
+    on_scan: Callable[[Scan, Path], None] | None = None,
+) -> DemoResult:
     """Prune, scan, restore, export and evaluate; every step runs again, only the converted model is cached.
 
     Args:
         stage: called with the title of each step.
+        on_scan: called with the scan and its run directory, long before the rest is done.
     """
     timer = _Timer(stage)
     folder = config.folder
@@ -126,16 +132,10 @@ def run_demo(config: DemoConfig, *, stage: Callable[[str], None] | None = None) 
         pair = load_pair(config.model, pruned)
         scanned = scan(pair, data.probe, max_length=2 * config.max_length, seed=config.seed)
         scanned.save(run)
+    if on_scan is not None:
+        on_scan(scanned, run)
     with timer.step("restore", "train a constant per head"):
-        settings = TrainConfig(
-            batch_size=config.batch_size, lr=config.lr, micro_tokens=640, validate_every=15, seed=config.seed
-        )
-        restoration = restore(
-            pair, scanned, scanned.select(share=1.0), data.training, validation=data.validation,
-            config=settings, max_length=config.max_length, run=run,
-        )  # fmt: skip
-    read_tokens(pair.pruned, pair.tokenizer, scanned, restoration).save(run)
-    read_texts(pair, scanned, restoration, [config.prompt]).save(run)
+        restoration = _by_lcc(pair, scanned, data, config)
     del pair  # frees two models for the evaluation
     with timer.step("best", "refit, then train a low-rank change: the method that recovers most"):
         by_best = _best(pruned, folder / "run_best", config)
@@ -144,9 +144,7 @@ def run_demo(config: DemoConfig, *, stage: Callable[[str], None] | None = None) 
         export(by_best, folder / "run_best" / REFITTED, best, overwrite=True)
     with timer.step("evaluate", "compare dense, pruned and restored"):
         paths = {"dense": resolve(config.model), "pruned": pruned, "restored": restored, "best": best}
-        models: dict[str, Any] = {
-            name: {"path": str(path), "tasks": _scores(path, data, config)} for name, path in paths.items()
-        }
+        models = {name: {"path": str(path), "tasks": _scores(path, data, config)} for name, path in paths.items()}
     with timer.step("panel", "measure each kind of text"):
         panels = _panels(paths, data, config)
     scores = {name: format_scores(entry["tasks"]) for name, entry in models.items()}
@@ -209,6 +207,21 @@ def _scores(path: Path, data: _DemoData, config: DemoConfig) -> dict[str, Any]:
         "boolq": evaluate_task(model, tokenizer, "boolq", records=boolq),
         "arc_easy": evaluate_task(model, tokenizer, "arc_easy", records=arc),
     }
+
+
+def _by_lcc(pair: Pair, scanned: Scan, data: _DemoData, config: DemoConfig) -> Restoration:
+    """A constant on every head, trained, and what the page shows of it."""
+    settings = TrainConfig(
+        batch_size=config.batch_size, lr=config.lr, micro_tokens=640, validate_every=15, seed=config.seed
+    )
+    run = config.folder / "run"
+    restoration = restore(
+        pair, scanned, scanned.select(share=1.0), data.training, validation=data.validation, config=settings,
+        max_length=config.max_length, run=run,
+    )  # fmt: skip
+    read_tokens(pair.pruned, pair.tokenizer, scanned, restoration).save(run)
+    read_texts(pair, scanned, restoration, [config.prompt]).save(run)
+    return restoration
 
 
 def _best(pruned: Path, run: Path, config: DemoConfig) -> Restoration:

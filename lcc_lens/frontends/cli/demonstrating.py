@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from lcc_lens.core.ranges import Seed
 from lcc_lens.frontends.cli.options import Tabled
-from lcc_lens.frontends.cli.show import console, show_panels, show_results, show_table
+from lcc_lens.frontends.cli.show import console, show_loss_map, show_panels, show_results, show_table
+
+if TYPE_CHECKING:
+    from lcc_lens.analysis.scan.scan import Scan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +35,11 @@ class Demo(Tabled):
             if not self.quiet:
                 console().print(f"{next(stages)}/7 {title}", style="bold")
 
-        result = run_demo(DemoConfig(folder=self.folder, seed=self.seed), stage=stage)
+        def first_picture(found: Scan, run: Path) -> None:
+            if not self.quiet:
+                console().print(f"what each head lost: {show_loss_map(found, run)}", soft_wrap=True)
+
+        result = run_demo(DemoConfig(folder=self.folder, seed=self.seed), stage=stage, on_scan=first_picture)
         show_results(
             result.results["models"],
             "dense, pruned, and restored by lcc (a constant per head) and by best, on held-out data",

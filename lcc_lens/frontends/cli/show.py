@@ -72,13 +72,24 @@ def show_comparison(bare: dict[str, Any], rows: list[dict[str, Any]], out: Path)
     console().print(f"comparison {out}", soft_wrap=True)
 
 
-def show_scan(found: Scan, run_dir: Path) -> None:
-    """Write the loss map and print the heads that changed most."""
+def show_loss_map(found: Scan, run_dir: Path) -> Path:
+    """Write the loss map; draw it in a terminal with colours, too. Returns the page."""
     from lcc_lens.frontends.plotting.head_maps import plot_loss_map
     from lcc_lens.frontends.plotting.writing import write_html
+    from lcc_lens.frontends.terminal_map import terminal_map
 
-    page = run_dir / "loss_map.html"
+    page, terminal = run_dir / "loss_map.html", console()
     write_html(plot_loss_map(found), page)
+    if terminal.is_terminal and terminal.color_system and terminal.encoding.startswith("utf"):
+        picture = terminal_map(found.relative_loss, found.head_map.removed, terminal.width)
+        if picture is not None:
+            terminal.print(picture)
+    return page
+
+
+def show_scan(found: Scan, run_dir: Path) -> None:
+    """Show the loss map and the heads that changed most."""
+    page = show_loss_map(found, run_dir)
     frame = found.table().query("not is_removed").sort_values("relative_loss", ascending=False).head(10)
     rows = [
         [f"L{row.layer}H{row.head}", f"{row.relative_loss:.1%}", f"{row.cosine:.3f}", f"{row.constant_share:.1%}"]
