@@ -144,7 +144,9 @@ def run_demo(
         export(by_best, folder / "run_best" / REFITTED, best, overwrite=True)
     with timer.step("evaluate", "compare dense, pruned and restored"):
         paths = {"dense": resolve(config.model), "pruned": pruned, "restored": restored, "best": best}
-        models = {name: {"path": str(path), "tasks": _scores(path, data, config)} for name, path in paths.items()}
+        models: dict[str, Any] = {
+            name: {"path": str(path), "tasks": _scores(path, data, config)} for name, path in paths.items()
+        }
     with timer.step("panel", "measure each kind of text"):
         panels = _panels(paths, data, config)
     scores = {name: format_scores(entry["tasks"]) for name, entry in models.items()}

@@ -116,8 +116,12 @@ def test_demo_ends_with_numbers_a_model_and_a_page(
         n_refit=4, n_best=8,
     )  # fmt: skip
     run_demo(dataclasses.replace(config, seed=1))
-    result = run_demo(config, stage=titles.append)  # in the same folder, where another pruned model was refitted
+    shown: list[tuple[Path, int]] = []
+    result = run_demo(  # in the same folder, where another pruned model was refitted
+        config, stage=titles.append, on_scan=lambda found, run: shown.append((run, len(titles)))
+    )
     assert len(titles) == 7
+    assert shown == [(tmp_path / "demo" / "run", 2)]  # before the third step
     results = json.loads((tmp_path / "demo" / "results.json").read_text())
     assert list(results["models"]) == ["dense", "pruned", "restored", "best"]
     for model in results["models"].values():
