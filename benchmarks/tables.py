@@ -546,6 +546,7 @@ MARKED: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "prompt heads": ("prompts.json", prompt_head_table),
     "domains": ("domains_wanda50.json", domain_table),
     "domains, mix": ("domains_mix_51k.json", domain_table),
+    "domains, mix, more text": ("domains_mix_205k.json", domain_table),
     "domains, mix, smaller steps": ("domains_mix_51k_batch2.json", domain_table),
     "domains, in short": ("domains_mix_51k.json", domain_overview),
     **{mark: ("causes.json", draw) for mark, draw in CAUSES.items()},
