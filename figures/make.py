@@ -32,7 +32,7 @@ from lcc_lens.frontends.plotting.domains import plot_domains
 from lcc_lens.frontends.plotting.recoveries import plot_recovery, recovery_by_selector, recovery_points
 from lcc_lens.frontends.plotting.reports import plot_report
 from lcc_lens.frontends.plotting.run_figures import run_figures
-from lcc_lens.frontends.plotting.studies import plot_pruning_quality, plot_selector_study
+from lcc_lens.frontends.plotting.studies import plot_prompt_gains, plot_pruning_quality, plot_selector_study
 from lcc_lens.frontends.plotting.theme import with_source
 from lcc_lens.frontends.plotting.writing import drawn_from, figure_json, figure_sha256, write_images
 
@@ -70,11 +70,19 @@ def recovery_by_examples(all_examples: dict[str, Any]) -> go.Figure:
     return plot_recovery(points, "examples", caption)
 
 
+def prompt_gains(study: dict[str, Any]) -> go.Figure:
+    """The variants of prompts on the first pruned model of the study."""
+    model = next(iter(study["models"].values()))
+    rows = [row for row in model["rows"] if row["variant"] != "ranked"]  # which kept every raw prompt
+    return plot_prompt_gains(rows, model["examples"], "Alpaca")
+
+
 #: Figures whose measurements do not name model and pruning.
 PAIRS = {
     "comparison": WANDA50,
     "domains": WANDA50,
     "inference_cost": WANDA50,
+    "prompts": WANDA50,
     "selector_study": "SmolLM2-135M, Wanda 50 % and 2:4.",
     "tasks": "SmolLM2-135M, Wanda 2:4.",
 }
@@ -90,6 +98,7 @@ SOURCES: dict[str, tuple[str, Callable[[dict[str, Any]], go.Figure]]] = {
     "recovery_by_examples": ("restorations_first.json", recovery_by_examples),
     "pruning_quality": ("pruning_quality.json", plot_pruning_quality),
     "report": ("report.json", plot_report),
+    "prompts": ("prompts.json", prompt_gains),
 }
 
 

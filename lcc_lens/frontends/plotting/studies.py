@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import plotly.graph_objects as go
@@ -12,7 +12,7 @@ from lcc_lens.frontends.plotting.forest import Mark, Panel, forest
 from lcc_lens.frontends.plotting.labels import GOLD, SELECTOR_LABELS
 from lcc_lens.frontends.plotting.theme import (
     COLORS,
-    COLUMN,
+    PAGE,
     SEQUENTIAL,
     SERIES,
     error_bars,
@@ -106,21 +106,30 @@ def plot_prompt_study(study: PromptStudy) -> go.Figure:
     Raises:
         RequestError: no variant beside the raw prompt.
     """
-    rows = [row for row in study.table().to_dict("records") if row["variant"] != "raw"]
+    return plot_prompt_gains(study.table().to_dict("records"), len(study.record.groups), study.record.data)
+
+
+def plot_prompt_gains(table: Sequence[Mapping[str, Any]], n_responses: int, data: str) -> go.Figure:
+    """The same from the rows of the study's table."""
+    rows = [row for row in table if row["variant"] != "raw"]
     if not rows:
         raise RequestError("expected variants beside the raw prompt to draw, got none; measure some")
     gains = {model: [row[f"gain_{model}"] for row in rows] for model in ("dense", "pruned")}
     bars = {
         model: error_bars(gains[model], [(r[f"gain_{model}_low"], r[f"gain_{model}_high"]) for r in rows])
+        | {"color": "#b5b5b5"}
         for model in gains
     }
-    low, high = (float(edge(0.0, *gains["dense"], *gains["pruned"])) for edge in (min, max))
-    ends, margin = [rounded(low), rounded(high)], 0.25 * (high - low)  # with room for labels beside the points
+    low, high = (
+        float(edge(0.0, *(row[f"gain_{model}_{end}"] for row in rows for model in gains)))
+        for edge, end in ((min, "low"), (max, "high"))
+    )
+    ends, margin = [rounded(low), rounded(high)], 0.06 * (high - low)  # with room for labels beside the points
     figure = go.Figure()
     figure.add_scatter(x=ends, y=ends, mode="lines", line={"color": "#9a9a9a", "dash": "dash"}, hoverinfo="skip")
-    span = 1.1 * (high - low) or 1.0
-    x, y = ([(value - low) / span for value in gains[model]] for model in ("dense", "pruned"))
-    places = label_places(x, y, [row["variant"] for row in rows], width=260, height=300)
+    span = high - low + 2 * margin or 1.0
+    x, y = ([(value - low + margin) / span for value in gains[model]] for model in ("dense", "pruned"))
+    places = label_places(x, y, [row["variant"] for row in rows], width=660, height=430)
     words = [rounded(row["words"]) for row in rows]
     figure.add_scatter(
         x=[rounded(value) for value in gains["dense"]], y=[rounded(value) for value in gains["pruned"]],
@@ -131,10 +140,10 @@ def plot_prompt_study(study: PromptStudy) -> go.Figure:
         },
     )  # fmt: skip
     caption = (
-        f"{len(study.record.groups)} responses of {study.record.data}; bars are paired 95 % bootstrap intervals over "
+        f"{n_responses} responses of {data}; bars are paired 95 % bootstrap intervals over "
         "examples. On the dashed line a prompt helps both models alike."
     )
-    styled(figure, "What a prompt gives, dense and pruned", caption, width=COLUMN, plot_height=300, legend=False)
+    styled(figure, "What a prompt gives, dense and pruned", caption, width=PAGE, plot_height=430, legend=False)
     figure.update_xaxes(title="gain on the dense model (nats per token)", range=[low - margin, high + margin])
     figure.update_yaxes(title="gain on the pruned model (nats per token)")
     return figure
