@@ -204,14 +204,16 @@ def show_rewrites(rewrites: Rewrites) -> None:
     """Print the versions of one prompt with their merits and likelihoods, and the choice."""
     from lcc_lens.prompting.merits import MERITS
 
-    columns = ["written by", "prompt", *(name.replace("_", " ") for name in MERITS), "nats per token", "over raw"]
+    for number, candidate in enumerate(rewrites.candidates, 1):
+        console().print(f"{number} {candidate.source}: {shortened(candidate.text, _SHOWN)}")
+    columns = ["", *(name.replace("_", " ") for name in MERITS), "nats per token", "over raw", "±"]
     rows = [
         [
-            c.source, shortened(c.text, _SHOWN), *(f"{score:.2f}" for score in c.merits.scores.values()),
+            str(number), *(f"{score:.2f}" for score in c.merits.scores.values()),
             f"{c.ranked.log_likelihood:.3f}",
-            "" if c.source == "raw" else f"{c.ranked.margin:+.3f} ± {c.ranked.stderr:.3f}",
+            *(["", ""] if c.source == "raw" else [f"{c.ranked.margin:+.3f}", f"{c.ranked.stderr:.3f}"]),
         ]
-        for c in rewrites.candidates
+        for number, c in enumerate(rewrites.candidates, 1)
     ]  # fmt: skip
     show_table(f"versions, by the {rewrites.target} model's likelihood of the response", columns, rows)
     console().print(rewrites.verdict, soft_wrap=True)
