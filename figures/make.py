@@ -73,7 +73,7 @@ def recovery_by_examples(all_examples: dict[str, Any]) -> go.Figure:
 def prompt_gains(study: dict[str, Any]) -> go.Figure:
     """The variants of prompts on the first pruned model of the study."""
     model = next(iter(study["models"].values()))
-    rows = [row for row in model["rows"] if row["variant"] != "ranked"]  # which kept every raw prompt
+    rows = [row for row in model["rows"] if row["gain_dense"] or row["gain_pruned"]]  # others kept the raw prompts
     return plot_prompt_gains(rows, model["examples"], "Alpaca")
 
 
