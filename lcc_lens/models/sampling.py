@@ -12,6 +12,7 @@ import torch
 from lcc_lens.core.errors import LensError
 from lcc_lens.core.progress import track
 from lcc_lens.data.batches import special_prefix
+from lcc_lens.models.architecture.caches import cache_name, cache_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -148,10 +149,12 @@ def _continued(
     """Sample on from a batch of starts up to a length; the tokens of longer starts replace samples."""
     device = generator.device
     tokens, cache = torch.tensor([[start[0]] for start in starts], device=device), None
+    name = cache_name(model.forward)
     for position in track(range(1, length), length - 1, "writing text"):
         # a model without a cache reads everything again
-        output = model(tokens if cache is None else tokens[:, -1:], past_key_values=cache, use_cache=True)
-        cache = output.past_key_values
+        read = tokens if cache is None else tokens[:, -1:]
+        output = model(read, **{name: cache}, use_cache=True)
+        cache = cache_of(output)
         logits = output.logits[:, -1, :n_vocab].float() / temperature
         if not bool(torch.isfinite(logits).all()):
             raise LensError("expected finite logits of the dense model, got NaN or infinity; check its weights")

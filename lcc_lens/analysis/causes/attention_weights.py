@@ -50,7 +50,9 @@ class AttentionWeights:
 
     def _joined(self, name: str, qk: Tensor, v: Tensor) -> Tensor:
         rows, axis = self._value_rows[name].to(qk.device), self.plain.parameters[name].row_axis
-        return qk if qk is v or not len(rows) else qk.index_copy(axis, rows, v.index_select(axis, rows))
+        if qk is v or not len(rows):
+            return qk
+        return v if len(rows) == qk.shape[axis] else qk.index_copy(axis, rows, v.index_select(axis, rows))
 
 
 def head_rows(name: str, n_rows: int, n_heads: int, d_head: int) -> tuple[Tensor, Tensor, Tensor]:

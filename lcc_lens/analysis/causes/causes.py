@@ -15,7 +15,7 @@ from lcc_lens.analysis.causes.attention_weights import AttentionWeights, matched
 from lcc_lens.analysis.causes.checks import attention_refusal, can_swap_mlp
 from lcc_lens.analysis.causes.shapley import COMBINATIONS, shapley_parts
 from lcc_lens.analysis.causes.statistics import PartStatistics, RunningParts
-from lcc_lens.analysis.causes.swapped import Call, Part, PlainModule, watched_modules
+from lcc_lens.analysis.causes.swapped import Call, Part, PlainModule, Projections, watched_modules
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.heads import all_heads
 from lcc_lens.core.progress import track
@@ -185,9 +185,10 @@ class _Division:
     ) -> Float[Tensor, "cause sample head d_head"]:
         weights, (x_dense, z_dense) = self.attention[layer], dense
         outputs = {(False, False, False): self._heads(call, z, where), (True, True, True): z_dense}
+        computed = Projections()  # queries and keys do not depend on which values are read, nor values on them
         for x_is_dense, qk_dense, v_dense in COMBINATIONS[1:-1]:
             chosen = weights.chosen(qk_dense=qk_dense, v_dense=v_dense)
-            found = weights.plain.before_output(call, x_dense if x_is_dense else call.hidden, chosen)
+            found = weights.plain.before_output(call, x_dense if x_is_dense else call.hidden, chosen, computed)
             outputs[x_is_dense, qk_dense, v_dense] = self._heads(call, found, where)
         return shapley_parts({combination: output.float() for combination, output in outputs.items()})
 
@@ -200,14 +201,15 @@ class _Division:
         by_input = plain.before_output(call, x_dense[None])[0]
         by_gate = plain.before_output(call, x[None], matched(other.values(), plain.values(), layer))[0]
         down = plain.output_values()
-        down_dense = matched(other.output_values(), down, layer)
-        parts = []
-        for before, after in ((by_input - neither, both - by_gate), (by_gate - neither, both - by_input)):
-            pruned = linear(before / 3 + after / 6, down["weight"])
-            parts.append(pruned + linear(before / 6 + after / 3, down_dense["weight"]))
-        change = {name: down_dense[name] - down[name] for name in down}
-        mean = (neither + both) / 3 + (by_input + by_gate) / 6
-        parts.append(linear(mean, change["weight"], change.get("bias")))
+        dense_down = matched(other.output_values(), down, layer)
+        change = {name: dense_down[name] - down[name] for name in down}
+        mean = (down["weight"] + dense_down["weight"]) / 2
+        # With p = both + neither and q = by_input + by_gate, Shapley's sums come down to four products.
+        whole, between = linear(both - neither, mean), linear(by_input - by_gate, mean)
+        p, q = linear(both + neither, change["weight"]), linear(by_input + by_gate, change["weight"])
+        own = p / 3 + q / 6
+        parts = ((whole + between) / 2 + (p - q) / 12, (whole - between) / 2 + (p - q) / 12,
+                 own + change["bias"] if "bias" in change else own)  # fmt: skip
         return torch.stack(parts).float()[:, :, None]
 
     def _heads(self, call: Call, z: Tensor, where: TokenPositions) -> Float[Tensor, "sample head d_head"]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, cast
@@ -22,7 +22,6 @@ _OUTPUTS: Mapping[Part, frozenset[str]] = {
 }
 #: TransformerLens' name of the output layer of each part.
 _ENDS: Mapping[Part, str] = {"attn": "o", "mlp": "out"}
-_CACHES = ("past_key_values", "past_key_value", "layer_past")
 
 
 class _Stop(Exception):
@@ -46,7 +45,9 @@ class Call:
 
     def on(self, hidden: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The same call with another input, and without a cache of earlier keys and values."""
-        kwargs = {name: value for name, value in self.kwargs.items() if name not in _CACHES}
+        from transformers import Cache  # slow to import; where a model runs, it has been
+
+        kwargs = {name: value for name, value in self.kwargs.items() if not isinstance(value, Cache)}
         if "use_cache" in kwargs:
             kwargs["use_cache"] = False
         return ((hidden, *self.args[1:]), kwargs) if self.args else ((), {**kwargs, "hidden_states": hidden})
@@ -106,13 +107,20 @@ class PlainModule:
         values = {"weight": weight.T if is_transposed(output) else weight}
         return values if bias is None else {**values, "bias": bias.detach()}
 
-    def before_output(self, call: Call, hidden: Tensor, weights: Mapping[str, Tensor] | None = None) -> Tensor:
+    def before_output(
+        self,
+        call: Call,
+        hidden: Tensor,
+        weights: Mapping[str, Tensor] | None = None,
+        computed: Projections | None = None,
+    ) -> Tensor:
         """What the linear layer at the end reads: head outputs, or the MLP's post-activation.
 
         Args:
             call: how the model calls the module.
             hidden: the module's input.
             weights: by the names of ``parameters``, what the module computes with instead of its own.
+            computed: outputs of linear layers in earlier calls, which are not computed again; new ones are added.
         """
         args, kwargs = call.on(hidden)
 
@@ -121,13 +129,53 @@ class PlainModule:
 
         handle = self.output.register_forward_pre_hook(stop, prepend=True)  # before a visit of this place
         try:
-            with shadowed({self.parameters[name]: value for name, value in (weights or {}).items()}):
+            with ExitStack() as stack:
+                stack.enter_context(shadowed({self.parameters[name]: v for name, v in (weights or {}).items()}))
+                if computed is not None:
+                    stack.enter_context(computed.reused(self.parameters.values(), hidden))
                 self.module.forward(*args, **kwargs)
         except _Stop as stopped:
             return stopped.value
         finally:
             handle.remove()
         raise RuntimeError("the module does not call its output layer")
+
+
+class Projections:
+    """Outputs of the linear layers that read a module's input itself, by layer, weights and input."""
+
+    def __init__(self) -> None:
+        self._outputs: dict[tuple[int, ...], tuple[tuple[Any, ...], Tensor]] = {}
+
+    def __len__(self) -> int:
+        """The number of outputs that were computed."""
+        return len(self._outputs)
+
+    @contextmanager
+    def reused(self, parameters: Iterable[Parameter], hidden: Tensor) -> Iterator[None]:
+        """Inside the block, a layer that has read ``hidden`` with the same weights gives the same output again."""
+        layers = {id(p.owner): p.owner for p in parameters if p.attribute == "weight" and p.value.ndim == 2}
+        try:
+            for layer in layers.values():
+                layer.__dict__["forward"] = self._remembering(layer, hidden)
+            yield
+        finally:
+            for layer in layers.values():
+                layer.__dict__.pop("forward", None)
+
+    def _remembering(self, layer: nn.Module, hidden: Tensor) -> Callable[[Tensor], Tensor]:
+        compute = layer.forward
+
+        def forward(x: Tensor) -> Tensor:
+            if x is not hidden:
+                return cast("Tensor", compute(x))
+            read = (layer, layer.weight, getattr(layer, "bias", None), hidden)
+            key = tuple(map(id, read))
+            if key not in self._outputs:
+                self._outputs[key] = read, compute(x)  # what was read is kept, so that no other object gets its id
+            return self._outputs[key][1].clone()  # a module may change it in place
+
+        return forward
 
 
 #: Called with part and layer, how the model calls the module, and what its output layer reads.

@@ -21,6 +21,7 @@ from lcc_lens.core.errors import RequestError
 from lcc_lens.core.progress import track
 from lcc_lens.core.ranges import Count, check_numbers
 from lcc_lens.evaluation.efficiency.semi_structured import require_kernels, to_semi_structured
+from lcc_lens.models.architecture.caches import cache_name, cache_of
 from lcc_lens.models.architecture.context import context_of
 from lcc_lens.models.architecture.layers import read_config
 from lcc_lens.models.loading.plain import load_plain
@@ -194,12 +195,13 @@ def time_prefill(model: nn.Module, tokens: Int[Tensor, "1 pos"]) -> float:
 
 def time_decode(model: nn.Module, tokens: Int[Tensor, "1 pos"], new_tokens: int) -> float:
     """Milliseconds per token of greedy decoding with the KV cache, without the pass over the prompt."""
+    name = cache_name(model.forward)
     with torch.inference_mode():
         output: Any = model(tokens, use_cache=True, **_last_logits(model))
         start = now(tokens.device)
         for _ in range(new_tokens):
             chosen = output.logits[:, -1:].argmax(dim=-1)
-            output = model(chosen, past_key_values=output.past_key_values, use_cache=True)
+            output = model(chosen, **{name: cache_of(output)}, use_cache=True)
         return 1000 * (now(tokens.device) - start) / new_tokens
 
 

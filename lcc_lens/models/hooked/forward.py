@@ -12,10 +12,12 @@ from jaxtyping import Int
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from lcc_lens.models.architecture.caches import PAST, cache_name
 from lcc_lens.models.hooked.fused_attention import fused_attention
 from lcc_lens.models.hooked.hooked_transformer import is_hooked_transformer
 from lcc_lens.models.hooked.hooks import HookedModel, NamedHook, kept_hooks, logits_at
 from lcc_lens.models.hooked.layer_skipping import is_replaced, replaced_forward
+from lcc_lens.models.hooked.weights import plain_model
 
 
 def forward(
@@ -31,14 +33,16 @@ def forward(
     Args:
         checkpoint_layers: gradient checkpointing (arXiv 1604.06174): keep only each layer's input for the backward pass
             and compute the rest again there; the same gradients for less memory and a third more time.
-        **options: go to the model (a mask, positions, a cache).
+        **options: go to the model: a mask, positions, ``past_key_values``.
     """
     checkpoint_layers = checkpoint_layers and torch.is_grad_enabled()
     checkpointing = _checkpointed_layers(model, hooks) if checkpoint_layers else nullcontext()
     with fused_attention(model) as is_fused, checkpointing:
         # HookedTransformer fills no cache unless it is given one
         if (is_fused or checkpoint_layers) and not is_hooked_transformer(model):
-            options.setdefault("use_cache", "past_key_values" in options)
+            options.setdefault("use_cache", PAST in options)
+        if PAST in options and not is_hooked_transformer(model):
+            options[cache_name(plain_model(model).forward)] = options.pop(PAST)
         return model.run_with_hooks(tokens, fwd_hooks=hooks, **options)
 
 

@@ -12,6 +12,7 @@ from lcc_lens.core.errors import RequestError, first_line
 from lcc_lens.core.progress import track
 from lcc_lens.data.batches import TokenSequence, pad, rounded_length, special_prefix, token_ids
 from lcc_lens.data.datasets import Data
+from lcc_lens.models.architecture.caches import cache_name
 from lcc_lens.models.hooked.forward import run_without_logits
 from lcc_lens.models.hooked.fused_attention import fused_attention
 from lcc_lens.models.hooked.hooks import HookedModel
@@ -94,7 +95,7 @@ def answers(
             "temperature": _TEMPERATURE, "top_p": _TOP_P, "top_k": 0, "logits_processor": [_first_row_greedy]
         }  # fmt: skip
     if len(tokens) > 1 and len(tokens) <= attention_reach(model) and can_reuse_cache(model):
-        settings["past_key_values"] = _read_once(model, tokens[:-1], n, len(tokens) + max_new_tokens)
+        settings[cache_name(plain.generate)] = _read_once(model, tokens[:-1], n, len(tokens) + max_new_tokens)
     with fused_attention(model), torch.inference_mode(), torch.random.fork_rng():
         torch.manual_seed(seed)
         rows = plain.generate(ids, do_sample=n_sampled > 0, **settings)

@@ -14,8 +14,10 @@ from support.tiny import D_HEAD, D_MODEL, N_HEADS, N_LAYERS, build_model, save_m
 from torch import Tensor
 from torch.nn.functional import linear
 
+from lcc_lens.analysis.causes.attention_weights import AttentionWeights
 from lcc_lens.analysis.causes.causes import HEAD_CAUSES, MLP_CAUSES, causes_refusal, find_causes
 from lcc_lens.analysis.causes.shapley import COMBINATIONS, shapley_parts
+from lcc_lens.analysis.causes.swapped import Call, Projections, watched_modules
 from lcc_lens.analysis.scan.scan import Scan, scan
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.heads import Head
@@ -95,6 +97,31 @@ def test_parts_equal_plain_attention_with_swapped_weights(
     assert torch.allclose(found.heads.singular_values, torch.linalg.svdvals(stacked).float(), rtol=1e-3, atol=1e-2)
     own = heads[1:].sum(0).square().mean((1, -1)).float()
     assert torch.allclose(found.heads.own, own, rtol=1e-3)
+
+
+def test_projections_of_the_same_input_by_the_same_weights_are_computed_once(pair: Pair) -> None:
+    weights, x = AttentionWeights(pair, 1), torch.randn(2, 7, D_MODEL)
+    calls: list[Call] = []
+    with watched_modules(pair.pruned, lambda part, layer, call, _: calls.append(call) if layer == 1 else None):
+        pair.pruned(torch.arange(14).reshape(2, 7))
+    computed, combinations = Projections(), [(qk, v) for qk in (False, True) for v in (False, True)]
+    with torch.no_grad():
+        for qk, v in combinations:
+            chosen = weights.chosen(qk_dense=qk, v_dense=v)
+            again = weights.plain.before_output(calls[0], x, chosen, computed)
+            assert again.equal(weights.plain.before_output(calls[0], x, chosen))
+    assert len(computed) == 2 * 3  # of queries, keys and values by the weights of both models, not 4 * 3
+    assert not any("forward" in p.owner.__dict__ for p in weights.plain.parameters.values())
+
+
+def test_a_call_is_repeated_without_its_cache_whatever_its_name() -> None:
+    from transformers import DynamicCache
+
+    x, y, mask = torch.zeros(1, 2, 4), torch.ones(1, 2, 4), torch.ones(1, 1, 2, 2)
+    call = Call((x,), {"attention_mask": mask, "cache": DynamicCache(), "kv": DynamicCache(), "use_cache": True})
+    args, options = call.on(y)
+    assert args[0] is y
+    assert options == {"attention_mask": mask, "use_cache": False}
 
 
 def plain_parts(dense_dir: Path, pruned_dir: Path, sequences: list[Tensor]) -> tuple[Tensor, Tensor]:
