@@ -8,6 +8,8 @@ from typing import Any
 
 #: Rows of layers by depth, of 30.
 DEPTHS = {"0": (0, 1), "1": (1, 2), "2 to 9": (2, 10), "10 to 19": (10, 20), "20 to 29": (20, 30)}
+#: The fraction of heads that selectors choose to train.
+TRAINED_SHARE = 0.25
 
 
 def cause_table(study: dict[str, Any]) -> str:
@@ -54,13 +56,21 @@ def circuit_table(study: dict[str, Any]) -> str:
 
 
 def judged_table(study: dict[str, Any]) -> str:
-    """How the selectors ``own`` and ``mse`` agree with exact patching."""
-    lines = ["| | task | `own` | `mse` | seeds |", "|---|---|---:|---:|---:|"]
+    """How the selector ``own`` agrees with exact patching, and what training its choice removes of the divergence."""
+    lines = [
+        "| | task | `own` | `mse` | trained `own`, % | `attribution` | `random` | seeds |",
+        "|---|---|---:|---:|---:|---:|---:|---:|",
+    ]
     for name, cells in study["judged"].items():
         for task in dict.fromkeys(cell.split()[0] for cell in cells):
             mine = [found for cell, found in cells.items() if cell.split()[0] == task]
             both = [_spread(found[selector] for found in mine) for selector in ("own", "mse")]
-            lines.append(f"| {name} | {task} | {both[0]} | {both[1]} | {len(mine)} |")
+            removed = [
+                _percent(row["kl_removed"] for found in mine for row in found["trained"]
+                         if row["selector"] == selector and row["share"] == TRAINED_SHARE)
+                for selector in ("own", "attribution", "random")
+            ]  # fmt: skip
+            lines.append(f"| {' | '.join([name, task, *both, *removed, str(len(mine))])} |")
     return "\n".join(lines)
 
 

@@ -3,10 +3,11 @@
     python benchmarks/causes.py [--folder runs/causes] [--models ...] [--seeds 3]
 
 SmolLM2-135M, float32, one thread. A part is one pruned model; its seed draws the calibration data (64 sequences of C4).
-Every part is measured on the same 16 x 256 tokens of C4. The selector ``own`` is judged by the per-head effects of
-exact patching in ``selector_study.json``, on the examples of its cells. Costs are CPU seconds of a scan without and
-with causes, and with attribution patching, its default selector, once each. The first part of the first model is
-restored by the commands in ``RESTORED``, and the same scan says what is left of its heads' differences.
+Every part is measured on the same 16 x 256 tokens of C4. The selector ``own`` is judged as the others are in
+``selector_study.json``: by the per-head effects of exact patching and by what training its choice recovers, on the
+examples of its cells, beside that study's rows of random heads and of attribution patching. Costs are CPU seconds of a
+scan without and with causes, and with attribution patching, its default selector, once each. The first part of the
+first model is restored by the commands in ``RESTORED``, and the same scan says what is left of its heads' differences.
 
 Every part is kept in the folder; the script can be stopped at any time and goes on. The committed file is written anew
 after every part.
@@ -27,6 +28,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
 from run import command_given, describe, rounded
+from selector_study import MEASURES, recovered
 from transformers.utils import logging as transformers_logging
 
 import lcc_lens as lcc
@@ -42,9 +44,9 @@ MODELS: dict[str, dict[str, Any]] = {
     "SparseGPT 50 %": {"method": "sparsegpt", "sparsity": 0.5},
     "SlimGPT 20 %": {"method": "slimgpt", "sparsity": 0.2},
 }
-#: The models of the selector study by their names here; examples of a cell that ``own`` reads.
+#: The models of the selector study by their names here, and its selectors that ``own`` is compared with.
 JUDGED = {"Wanda 50 %": "wanda 50%", "Wanda 2:4": "wanda 2:4"}
-JUDGED_EXAMPLES = 32
+BESIDE = ("random", "attribution")
 #: Options of ``lcc-lens restore`` for each restoration of the first part.
 RESTORED = {
     "lcc": "--method lcc --heads 1 --data alpaca --examples 480",
@@ -81,7 +83,7 @@ class Part:
         return kept(self.folder / "cost.json", self._cost)
 
     def judged(self, cells: list[dict[str, Any]]) -> dict[str, Any]:
-        """By task and seed of the selector study, the rank correlations of ``own`` and ``mse`` with exact patching."""
+        """By task and seed of the selector study, how ``own`` agrees with exact patching, and what it recovers."""
         mine = [cell for cell in cells if cell["model"] == JUDGED.get(self.name)]
         return {
             f"{cell['task']} {cell['seed']}": kept(
@@ -157,13 +159,18 @@ class Part:
         return seconds
 
     def _judge(self, cell: dict[str, Any]) -> dict[str, Any]:
-        data = lcc.load_data(cell["task"], JUDGED_EXAMPLES, role="probe", seed=cell["seed"])
-        scan = lcc.scan(
-            self.pair(), data, sites=("z",), display=0, max_length=cell["sizes"]["length"], selectors=("own", "mse")
-        )  # fmt: skip
+        pair, sizes, task, seed = self.pair(), cell["sizes"], cell["task"], cell["seed"]
+        data = lcc.load_data(task, sizes["scan"], role="probe", seed=seed)
+        scan = lcc.scan(pair, data, sites=("z",), display=0, max_length=sizes["length"], selectors=("own", "mse"))
         gold = torch.tensor(cell["gold"]).reshape(scan.relative_loss.shape)
-        exact = lcc.HeadScores("patching", gold, torch.zeros_like(gold), cell["sizes"]["patch"])
-        return {name: scan.scores(name).rank_correlation(exact) for name in ("own", "mse")}
+        exact = lcc.HeadScores("patching", gold, torch.zeros_like(gold), sizes["patch"])
+        note = self.folder / f"trained_{task}_{seed}.json"
+        own = recovered(pair, scan, task, seed, note, ("own",))
+        beside = [row for row in cell["recovery"] if row["selector"] in BESIDE]
+        return {
+            **{name: scan.scores(name).rank_correlation(exact) for name in ("own", "mse")},
+            "trained": [{name: row[name] for name in ("selector", "share", *MEASURES)} for row in (*own, *beside)],
+        }
 
 
 def _scan(pair: lcc.Pair, n: int = 16, **options: Any) -> lcc.Scan:

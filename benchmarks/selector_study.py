@@ -21,6 +21,7 @@ import math
 import os
 import statistics
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +106,9 @@ class Held:
             return forward(model, batch.tokens, [*hooks, *logits_at(model, batch.is_target())])[0]
 
 
-def recovered(pair: Pair, found: Scan, task: str, seed: int, note: Path) -> list[dict[str, Any]]:
+def recovered(
+    pair: Pair, found: Scan, task: str, seed: int, note: Path, selectors: Sequence[str] = SELECTORS
+) -> list[dict[str, Any]]:
     """Train what each selector chooses; equal choices are trained once."""
     sizes = TASKS[task]
     done: dict[str, Any] = read_json(note) if note.exists() else {}
@@ -121,7 +124,7 @@ def recovered(pair: Pair, found: Scan, task: str, seed: int, note: Path) -> list
     dense, pruned = done["bare"]["dense"], done["bare"]["pruned"]
     rows = []
     for share in SHARES:
-        for name in SELECTORS:
+        for name in selectors:
             heads = found.select(name, share=share, seed=seed)
             key = " ".join(map(str, heads))
             if key not in done:
