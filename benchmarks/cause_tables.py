@@ -66,7 +66,7 @@ def judged_table(study: dict[str, Any]) -> str:
             mine = [found for cell, found in cells.items() if cell.split()[0] == task]
             both = [_spread(found[selector] for found in mine) for selector in ("own", "mse")]
             removed = [
-                _percent(row["kl_removed"] for found in mine for row in found["trained"]
+                _percent(row["kl_removed"] for found in mine for row in found.get("trained", [])
                          if row["selector"] == selector and row["share"] == TRAINED_SHARE)
                 for selector in ("own", "attribution", "random")
             ]  # fmt: skip
