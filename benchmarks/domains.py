@@ -1,6 +1,7 @@
 """Recovery on every kind of text, given equal tokens: what trains surviving weights, and LoRA, on one pool of text.
 
     python benchmarks/domains.py [STUDY] [--folder runs/domains] [--seeds 1] [--entries ENTRY ...] [--part 1/2]
+                                [--tasks TASK ...] [--limit 1000]
 
 SmolLM2-135M, calibrated on C4 (``LCC_LENS_DATA`` names the sets). In each study the refit is calibrated on a pool of
 several sources, and every row trains on the same blocks of 512 tokens of that pool, with the same loss (KL divergence
@@ -81,6 +82,8 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("runs/domains"))
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--entries", nargs="+", help="of the study; all if not given")
+    parser.add_argument("--tasks", nargs="+", default=[], help="zero-shot, of finished runs too")
+    parser.add_argument("--limit", type=int, default=1000, help="items of each task at most")
     parser.add_argument("--part", type=read_part, default=(0, 1))
     asked = parser.parse_args()
     study, out = STUDIES[asked.study], Path(__file__).parent / f"domains_{asked.study}.json"
@@ -89,6 +92,7 @@ def main() -> None:
     config = CompareConfig(
         data="+".join(study.pool), examples=study.blocks, max_length=512, refit_data=study.pool, refit_samples=160,
         blocks=8, responses=32, validation=16, selector="mse", speed_rounds=0, batch_size=study.batch,
+        tasks=tuple(asked.tasks), limit=asked.limit if asked.tasks else CompareConfig.limit,
     )  # fmt: skip
     with shown():
         if not pruned.exists():
