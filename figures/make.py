@@ -29,7 +29,12 @@ from lcc_lens.core.files import write_text
 from lcc_lens.core.reading import read_json
 from lcc_lens.frontends.plotting.comparisons import plot_comparison, plot_inference_cost, plot_tasks
 from lcc_lens.frontends.plotting.domains import plot_domains
-from lcc_lens.frontends.plotting.recoveries import plot_recovery, recovery_by_selector, recovery_points
+from lcc_lens.frontends.plotting.recoveries import (
+    domain_points,
+    plot_recovery,
+    recovery_by_selector,
+    recovery_points,
+)
 from lcc_lens.frontends.plotting.reports import plot_report
 from lcc_lens.frontends.plotting.run_figures import run_figures
 from lcc_lens.frontends.plotting.studies import plot_prompt_gains, plot_pruning_quality, plot_selector_study
@@ -70,6 +75,15 @@ def recovery_by_examples(all_examples: dict[str, Any]) -> go.Figure:
     return plot_recovery(points, "examples", caption)
 
 
+def recovery_by_tokens(first: dict[str, Any]) -> go.Figure:
+    """Recovery on every kind of text against the tokens of the mix, from one comparison per number."""
+    more = [read_json(file) for file in sorted(BENCHMARKS.glob("domains_mix_[0-9]*k.json"))]
+    points = domain_points([c for c in more if c["settings"] != first["settings"]] + [first], METHODS)
+    return plot_recovery(
+        points, "tokens", "SmolLM2-135M, Wanda 50 %, text of the mix. Bars: standard deviation of three seeds."
+    )
+
+
 def prompt_gains(study: dict[str, Any]) -> go.Figure:
     """The variants of prompts on the first pruned model of the study."""
     model = next(iter(study["models"].values()))
@@ -77,6 +91,8 @@ def prompt_gains(study: dict[str, Any]) -> go.Figure:
     return plot_prompt_gains(rows, model["examples"], "Alpaca")
 
 
+#: Entries in the figure of recovery against tokens.
+METHODS = {"refit+low-rank": "best", "lora": "LoRA"}
 #: Figures whose measurements do not name model and pruning.
 PAIRS = {
     "comparison": WANDA50,
@@ -96,6 +112,7 @@ SOURCES: dict[str, tuple[str, Callable[[dict[str, Any]], go.Figure]]] = {
     "inference_cost": ("restorations_first.json", plot_inference_cost),
     "recovery_by_learning_rate": ("restorations_wanda50.json", recovery_by_rate),
     "recovery_by_examples": ("restorations_first.json", recovery_by_examples),
+    "recovery_by_tokens": ("domains_mix_51k.json", recovery_by_tokens),
     "pruning_quality": ("pruning_quality.json", plot_pruning_quality),
     "report": ("report.json", plot_report),
     "prompts": ("prompts.json", prompt_gains),

@@ -1,4 +1,4 @@
-"""Figures of recovery against the number of heads, training examples, or the learning rate."""
+"""Figures of recovery against the number of heads, training examples or tokens, or the learning rate."""
 
 from __future__ import annotations
 
@@ -16,11 +16,15 @@ from lcc_lens.evaluation.comparison.entry import Entry
 from lcc_lens.frontends.plotting.labels import SELECTOR_LABELS, entry_label
 from lcc_lens.frontends.plotting.theme import COLORS, COLUMN, SERIES, error_bars, rounded, styled
 
-Along = Literal["heads", "examples", "learning rate"]
-_AXES = {"heads": "heads restored (%)", "examples": "training examples", "learning rate": "learning rate"}
+Along = Literal["heads", "examples", "tokens", "learning rate"]
+_AXES = {
+    "heads": "heads restored (%)", "examples": "training examples", "tokens": "training tokens (thousands)",
+    "learning rate": "learning rate",
+}  # fmt: skip
 _TITLES = {
     "heads": "Recovery against the share of heads",
     "examples": "Recovery against training examples",
+    "tokens": "Recovery against training tokens",
     "learning rate": "Recovery against the learning rate",
 }
 #: Colour and marker of up to eight series.
@@ -32,6 +36,7 @@ _ASIDE = 0.35  # percent of heads
 _HOW = {
     "heads": "compare with several --heads, each into a run of its own",
     "examples": "compare with several --examples, each into a run of its own",
+    "tokens": "compare with several --examples, each into a run of its own",
     "learning rate": "compare lines such as lcc=1e-2 lcc=3e-2 lcc=1e-1",
 }
 
@@ -50,10 +55,10 @@ class Recovery:
 def plot_recovery(
     points: Sequence[Recovery], along: Along, caption: str = "", *, measure: str = "log-perplexity recovered"
 ) -> go.Figure:
-    """Recovered share against heads, examples or learning rate, one line per series.
+    """Recovered share against heads, examples, tokens or learning rate, one line per series.
 
     Args:
-        points: of :func:`recovery_points` or :func:`recovery_by_selector`.
+        points: of :func:`recovery_points`, :func:`domain_points` or :func:`recovery_by_selector`.
         along: the quantity on the x axis.
         caption: data and number of seeds.
         measure: title of the y axis.
@@ -114,6 +119,28 @@ def recovery_points(comparisons: Sequence[Mapping[str, Any]], along: Along) -> l
             ends = row.get("recovered_interval")
             interval = None if ends is None else (ends[0], ends[1])
             points.append(Recovery(entry_label(name), x, row["recovered"], interval, row["seeds"]))
+    return points
+
+
+def domain_points(comparisons: Sequence[Mapping[str, Any]], entries: Mapping[str, str]) -> list[Recovery]:
+    """Points of comparisons on text: the mean over kinds of text and the worst kind, by thousands of training tokens.
+
+    Args:
+        comparisons: results of :func:`lcc_lens.evaluation.comparison.compare.compare`, all of one pruned model.
+        entries: by how an entry begins, its label; of several such entries the one with the best mean counts.
+    """
+    points = []
+    for method, label in entries.items():
+        for comparison in comparisons:
+            rows = [row for row in summary(dict(comparison)) if row["entry"].partition(":")[0] == method]
+            if not rows:
+                continue
+            row, settings = max(rows, key=lambda row: row["recovered_mean"]), comparison["settings"]
+            x = settings["examples"] * settings["max_length"] / 1000
+            for name, what in (("mean", "recovered_mean"), ("worst kind", "recovered_worst")):
+                spread = row[f"{what}_sd"]
+                interval = None if spread is None else (row[what] - spread, row[what] + spread)
+                points.append(Recovery(f"{label}, {name}", x, row[what], interval, row["seeds"]))
     return points
 
 

@@ -33,7 +33,13 @@ from lcc_lens.frontends.plotting.domains import plot_domains
 from lcc_lens.frontends.plotting.head_maps import plot_loss_map, plot_selectors
 from lcc_lens.frontends.plotting.labels import entry_kind, entry_label
 from lcc_lens.frontends.plotting.prompts import plot_attention, plot_prompt
-from lcc_lens.frontends.plotting.recoveries import Recovery, plot_recovery, recovery_by_selector, recovery_points
+from lcc_lens.frontends.plotting.recoveries import (
+    Recovery,
+    domain_points,
+    plot_recovery,
+    recovery_by_selector,
+    recovery_points,
+)
 from lcc_lens.frontends.plotting.reports import plot_report
 from lcc_lens.frontends.plotting.run_figures import Drawn, draw_figures, run_figures
 from lcc_lens.frontends.plotting.studies import plot_selector_study
@@ -216,20 +222,40 @@ def test_comparison_lies_between_dense_and_pruned(comparison: dict[str, Any]) ->
         plot_comparison({**comparison, "cells": {"lcc | 0": {"error": "no"}}})
 
 
-def test_every_kind_of_text_has_a_column_and_new_kinds_a_star(comparison: dict[str, Any]) -> None:
-    def with_code(measured: dict[str, Any], loss: float) -> dict[str, Any]:
-        return {**measured, "texts": {**measured["texts"], "python": {"perplexity": 2.718**loss, "losses": [loss] * 3}}}
+def with_python(comparison: dict[str, Any]) -> dict[str, Any]:
+    """The same with code, a second kind of text, on which every entry is worse than the pruned model."""
 
-    bare = {name: with_code(comparison["bare"][name], loss) for name, loss in (("dense", 1.0), ("pruned", 2.0))}
-    cells = {name: with_code(cell, 2.1) for name, cell in comparison["cells"].items()}
+    def measured(model: dict[str, Any], loss: float) -> dict[str, Any]:
+        return {**model, "texts": {**model["texts"], "python": {"perplexity": 2.718**loss, "losses": [loss] * 3}}}
+
+    bare = {name: measured(comparison["bare"][name], loss) for name, loss in (("dense", 1.0), ("pruned", 2.0))}
+    cells = {name: measured(cell, 2.1) for name, cell in comparison["cells"].items()}
     settings = {**comparison["settings"], "texts": ["wikitext", "python"], "data": "python"}
-    figure = plot_domains({**comparison, "bare": bare, "cells": cells, "settings": settings})
+    return {**comparison, "bare": bare, "cells": cells, "settings": settings}
+
+
+def test_every_kind_of_text_has_a_column_and_new_kinds_a_star(comparison: dict[str, Any]) -> None:
+    figure = plot_domains(with_python(comparison))
     drawn = figure.data[0]
     assert list(drawn.x) == ["<b>mean</b>", "<b>worst</b>", "wikitext *", "python"]
     assert list(drawn.y) == ["LCC; rate 1e-2", "LCC", "LoRA"]  # the best on top; the dense model's control is left out
     assert list(drawn.z[-1]) == pytest.approx([9.75, -10.0, 29.5, -10.0], abs=0.1)
     with pytest.raises(RequestError, match="expected a comparison that measured several kinds of text, got none"):
         plot_domains(comparison)
+
+
+def test_mean_and_worst_kind_of_text_by_training_tokens(comparison: dict[str, Any]) -> None:
+    more = with_python(comparison)
+    more["settings"]["max_length"] = 256
+    fewer = {**more, "settings": {**more["settings"], "examples": 120}}
+    points = domain_points([more, fewer], {"lcc": "constants", "lora": "LoRA"})
+    series = {"constants, mean", "constants, worst kind", "LoRA, mean", "LoRA, worst kind"}
+    assert {point.series for point in points} == series
+    mine = {point.x: point.share for point in points if point.series == "constants, mean"}
+    assert sorted(mine) == [30.72, 122.88]
+    figure = plot_recovery(points, "tokens")
+    assert figure.layout.xaxis.title.text == "training tokens (thousands)"
+    assert list(next(trace for trace in figure.data if trace.name == "LoRA, worst kind").y) == pytest.approx([-10, -10])
 
 
 def test_tasks_show_the_gain_on_the_same_items(comparison: dict[str, Any]) -> None:
