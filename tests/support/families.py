@@ -10,6 +10,7 @@ import torch
 import transformers as hf
 from support.tiny import build_model, save_model
 
+from lcc_lens.models.architecture.caches import PAST, cache_name
 from lcc_lens.models.loading.hooked import load_hooked
 
 BASE = {"vocab_size": 257, "bos_token_id": None, "eos_token_id": 0, "pad_token_id": 0, "tie_word_embeddings": False}
@@ -51,6 +52,10 @@ FAMILIES: dict[str, Callable[[], Any]] = {
 
 
 TOO_SHORT_A_WINDOW = {"gemma3", "mistral, 4"}
+
+
+#: TransformerLens 4.3 hands GPT-2's attention a cache under the name that it had before transformers 5.24.
+FORGETFUL = {"gpt2"} if cache_name(hf.GPT2LMHeadModel.forward) != PAST else set()
 
 
 def family(name: str, path: Path) -> Any:

@@ -10,6 +10,7 @@ from lcc_lens.analysis.lens.prompt import Applicable, prompt_tokens
 from lcc_lens.core.errors import RequestError
 from lcc_lens.models.hooked.fused_attention import fused_attention
 from lcc_lens.models.hooked.hooks import HookedModel
+from lcc_lens.models.hooked.kv_cache import can_continue
 from lcc_lens.models.hooked.offloading import device_of
 from lcc_lens.models.hooked.weights import plain_model
 from lcc_lens.models.pair import Pair
@@ -36,7 +37,7 @@ def generate(
         with fused_attention(model), torch.inference_mode():
             whole = plain.generate(
                 ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens, do_sample=False,
-                pad_token_id=pair.tokenizer.eos_token_id,
+                pad_token_id=pair.tokenizer.eos_token_id, use_cache=can_continue(model),
             )  # fmt: skip
         return str(pair.tokenizer.decode(whole[0, ids.shape[1] :], skip_special_tokens=True))
 

@@ -10,11 +10,14 @@ from jaxtyping import Int
 from torch import Tensor
 
 from lcc_lens.data.batches import Batch, TokenSequence, pad
+from lcc_lens.models.architecture.caches import cache_name, cache_of
 from lcc_lens.models.architecture.context import attention_window
 from lcc_lens.models.hooked.activations import Site, SiteVisitor, TokenPositions, visit_sites
+from lcc_lens.models.hooked.fused_attention import fused_attention
 from lcc_lens.models.hooked.hooks import HookedModel
 from lcc_lens.models.hooked.offloading import device_of
-from lcc_lens.models.hooked.self_checks import OTHER_OPERATIONS, is_close, tried_once
+from lcc_lens.models.hooked.self_checks import OTHER_OPERATIONS, check_tokens, is_close, tried_once
+from lcc_lens.models.hooked.weights import plain_model
 
 
 class PrefixCache:
@@ -136,6 +139,21 @@ def can_reuse_cache(model: HookedModel) -> bool:
             model, tokens[None], {"z": end}, lambda site, layer, z: expected.setdefault(layer, []).append(z.float())
         )
     return all(is_close(reused[i], torch.cat(z), OTHER_OPERATIONS, model.cfg.dtype) for i, z in expected.items())
+
+
+@tried_once(on_failure=False)
+def can_continue(model: HookedModel) -> bool:
+    """Whether the model reads on from its own KV cache as it reads a whole text; tried once per model.
+
+    One that does not has to generate without a cache.
+    """
+    plain, tokens = plain_model(model), check_tokens(model)
+    n = tokens.shape[1] // 2
+    with fused_attention(model):
+        first = plain(tokens[:, :n], use_cache=True)
+        rest = plain(tokens[:, n:], use_cache=True, **{cache_name(plain.forward): cache_of(first)}).logits
+        whole = plain(tokens, use_cache=False).logits[:, n:]
+    return is_close(rest, whole, OTHER_OPERATIONS, model.cfg.dtype)
 
 
 def _ignore(site: Site, layer: int, activation: Tensor) -> None:

@@ -16,7 +16,7 @@ from lcc_lens.models.architecture.caches import cache_name
 from lcc_lens.models.hooked.forward import run_without_logits
 from lcc_lens.models.hooked.fused_attention import fused_attention
 from lcc_lens.models.hooked.hooks import HookedModel
-from lcc_lens.models.hooked.kv_cache import attention_reach, cache_rows, can_reuse_cache
+from lcc_lens.models.hooked.kv_cache import attention_reach, cache_rows, can_continue, can_reuse_cache
 from lcc_lens.models.hooked.offloading import device_of
 from lcc_lens.models.hooked.weights import plain_model
 from lcc_lens.models.pair import Pair
@@ -89,6 +89,7 @@ def answers(
     settings: dict[str, Any] = {
         "attention_mask": torch.ones_like(ids), "max_new_tokens": max_new_tokens,
         "pad_token_id": tokenizer.eos_token_id, "eos_token_id": tokenizer.eos_token_id,
+        "use_cache": can_continue(model),
     }  # fmt: skip
     if n_sampled:
         settings |= {
