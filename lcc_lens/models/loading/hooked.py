@@ -187,9 +187,10 @@ def _bridge(plain: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: Pa
     from transformer_lens.model_bridge import TransformerBridge
 
     try:
-        return TransformerBridge.boot_transformers(
+        bridge = TransformerBridge.boot_transformers(
             str(path), hf_model=plain, tokenizer=tokenizer, device=str(plain.device), dtype=plain.dtype
         )
+        return bridge.requires_grad_(False)  # TransformerLens 3 adds an output bias of its own
     except Exception as error:  # every adapter fails on what it does not know in its own way
         kind = plain.config.model_type
         raise RequestError(

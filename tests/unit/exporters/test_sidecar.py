@@ -15,6 +15,7 @@ from support.tiny import D_MODEL, build_model, save_model
 import lcc_lens as lcc
 from lcc_lens.core.errors import RequestError
 from lcc_lens.exporters.sidecar import BUFFER
+from lcc_lens.models.hooked.fused_attention import default_attention_gap
 from lcc_lens.models.hooked.sites import projection_names
 from lcc_lens.models.pair import load_pair
 from lcc_lens.restoration.injections.changes import Shift
@@ -52,10 +53,10 @@ def test_constants_at_the_mlp_pass_through_its_changed_weight(family: str, tmp_p
     pair = load_pair(pruned, pruned)
     name = projection_names(pair.pruned, "mlp")[2]
     both = with_mlp(restoration_of(pruned), pruned)
-    width = both.mlp.values.shape[1]
+    width, kernels = both.mlp.values.shape[1], "eager" if default_attention_gap(pair.pruned) else None
     shift = Shift(0.1 * torch.randn(pair.pruned.cfg.d_model, width, generator=torch.Generator().manual_seed(3)))
     for one in (mlp_alone(both), both, dataclasses.replace(both, changes=((name, shift),))):
-        assert_equal(lcc.load_restored(pruned, one), logits_of(pair, one))
+        assert_equal(lcc.load_restored(pruned, one, attention=kernels), logits_of(pair, one))
 
 
 def test_changed_weights_alone_can_be_saved_and_the_restoration_stays(tmp_path: Path) -> None:
