@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.commands import call
 from support.pairs import FAMILIES, encoded
+from support.tiers import NEEDS_TL4
 from support.tiny import D_HEAD, D_MODEL, N_HEADS, N_LAYERS, build_model, save_model
 from torch import Tensor
 from torch.nn.functional import linear
@@ -398,6 +399,7 @@ def test_attention_with_other_parameters_is_named(tmp_path: Path, dense_dir: Pat
     assert "expected k_proj.bias of layer 0 in the same shape in both models" in (causes_refusal(with_fewer) or "")
 
 
+@NEEDS_TL4
 def test_weights_on_disk_are_refused(dense_dir: Path, pruned_dir: Path) -> None:
     pair = load_pair(dense_dir, pruned_dir, device_map="disk")
     assert "expected all weights in memory to find causes" in (causes_refusal(pair) or "")
