@@ -11,7 +11,7 @@ PAST = "past_key_values"
 
 
 def cache_name(compute: Callable[..., Any]) -> str:
-    """The name by which a function takes a cache, such as a model's ``forward`` or ``generate``."""
+    """The name by which a model's ``forward`` takes a cache; its ``generate`` takes it by the same."""
     return "cache" if "cache" in inspect.signature(compute).parameters else PAST
 
 

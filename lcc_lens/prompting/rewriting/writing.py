@@ -96,7 +96,7 @@ def answers(
             "temperature": _TEMPERATURE, "top_p": _TOP_P, "top_k": 0, "logits_processor": [_first_row_greedy]
         }  # fmt: skip
     if len(tokens) > 1 and len(tokens) <= attention_reach(model) and can_reuse_cache(model):
-        settings[cache_name(plain.generate)] = _read_once(model, tokens[:-1], n, len(tokens) + max_new_tokens)
+        settings[cache_name(plain.forward)] = _read_once(model, tokens[:-1], n, len(tokens) + max_new_tokens)
     with fused_attention(model), torch.inference_mode(), torch.random.fork_rng():
         torch.manual_seed(seed)
         rows = plain.generate(ids, do_sample=n_sampled > 0, **settings)

@@ -92,10 +92,13 @@ def test_restore_measures_the_panel_and_the_card_shows_it(
     assert list(panel["domains"]) == ["python", "own"]
     assert not any(row["in_pool"] for row in panel["domains"].values())
     shown = capsys.readouterr().out
-    assert panel["mean"] is None or f"{panel['mean']:.1%}" in shown  # another Python's code may have lost nothing
+    has_lost = panel["mean"] is not None  # not always, on the code of another Python
+    assert not has_lost or f"{panel['mean']:.1%}" in shown
     assert ("worse than the pruned model" in shown) == bool(panel["worse"])
     assert call("export", run, out, "--quiet") == 0
-    assert f"| worst domain ({panel['worst_domain']}) | {panel['worst']:.1%} |" in (out / "README.md").read_text()
+    card = (out / "README.md").read_text()
+    assert not has_lost or f"| worst domain ({panel['worst_domain']}) | {panel['worst']:.1%} |" in card
+    assert "| python |" in card
 
 
 def test_rows_of_a_comparison_have_every_domain() -> None:

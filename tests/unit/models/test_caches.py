@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 from support.families import FAMILIES, FORGETFUL, family
 from support.tiers import mostly_slow
+from transformers import Cache
 
 from lcc_lens.frontends.session.side_by_side import generate
 from lcc_lens.models.architecture.caches import cache_name, cache_of
@@ -37,7 +38,7 @@ def test_a_model_that_forgets_its_cache_generates_without_one(dense_dir: Path, p
     for block in faulty.dense.blocks:
         forward = block.attn.original_component.forward
         block.attn.original_component.forward = lambda *args, forward=forward, **options: forward(
-            *args, **{**options, "past_key_values": None}
+            *args, **{name: None if isinstance(value, Cache) else value for name, value in options.items()}
         )
     expected = generate(sound, {}, "what is two plus two?", 8)
     assert not can_continue(faulty.dense)
