@@ -548,6 +548,7 @@ MARKED: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "domains, mix": ("domains_mix_51k.json", domain_table),
     "domains, mix, more text": ("domains_mix_205k.json", domain_table),
     "domains, mix, smaller steps": ("domains_mix_51k_batch2.json", domain_table),
+    "domains, mix, 2:4": ("domains_mix_51k_wanda24.json", domain_table),
     "domains, in short": ("domains_mix_51k.json", domain_overview),
     **{mark: ("causes.json", draw) for mark, draw in CAUSES.items()},
 }
