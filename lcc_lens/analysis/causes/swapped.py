@@ -155,13 +155,8 @@ class Projections:
     def reused(self, parameters: Iterable[Parameter], hidden: Tensor) -> Iterator[None]:
         """Inside the block, a layer that has read ``hidden`` with the same weights gives the same output again."""
         layers = {id(p.owner): p.owner for p in parameters if p.attribute == "weight" and p.value.ndim == 2}
-        try:
-            for layer in layers.values():
-                layer.__dict__["forward"] = self._remembering(layer, hidden)
+        with shadowed({Parameter(x, "forward"): self._remembering(x, hidden) for x in layers.values()}):
             yield
-        finally:
-            for layer in layers.values():
-                layer.__dict__.pop("forward", None)
 
     def _remembering(self, layer: nn.Module, hidden: Tensor) -> Callable[[Tensor], Tensor]:
         compute = layer.forward
@@ -218,8 +213,8 @@ class _Watch:
 
 
 @contextmanager
-def shadowed(values: Mapping[Parameter, Tensor]) -> Iterator[None]:
-    """Let modules compute with other tensors than their parameters inside the block."""
+def shadowed(values: Mapping[Parameter, Any]) -> Iterator[None]:
+    """Let modules compute with other tensors than their parameters, or by another ``forward``, inside the block."""
     before = {at: at.owner.__dict__.get(at.attribute) for at in values}
     for at, value in values.items():
         at.owner.__dict__[at.attribute] = value  # an instance's attribute comes before a parameter of the same name
