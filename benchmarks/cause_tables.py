@@ -110,7 +110,7 @@ def _mean_of_known(values: Iterable[float | None]) -> float | None:
 
 
 def _percent(values: Iterable[float | None]) -> str:
-    return _spread((None if value is None else 100 * value for value in values), ".0f")
+    return _spread((None if value is None else 100 * value for value in values), ".1f")
 
 
 def _spread(values: Iterable[float | None], digits: str = ".2f") -> str:
@@ -119,7 +119,9 @@ def _spread(values: Iterable[float | None], digits: str = ".2f") -> str:
     if not found:
         return "–"
     spread = stdev(found) if len(found) > 1 else 0.0
-    return f"{fmean(found):{digits}}" + (f" ± {spread:{digits}}" if spread else "")
+    mean = f"{fmean(found):{digits}}"
+    mean = mean if mean.strip("-0.") else mean.lstrip("-")  # no minus before a zero
+    return mean + (f" ± {spread:{digits}}" if spread else "")
 
 
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
