@@ -27,6 +27,7 @@ import plotly.io
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.files import write_text
 from lcc_lens.core.reading import read_json
+from lcc_lens.frontends.plotting.causes import plot_cause_study
 from lcc_lens.frontends.plotting.comparisons import plot_comparison, plot_inference_cost, plot_tasks
 from lcc_lens.frontends.plotting.domains import plot_domains
 from lcc_lens.frontends.plotting.recoveries import (
@@ -95,6 +96,7 @@ def prompt_gains(study: dict[str, Any]) -> go.Figure:
 METHODS = {"refit+low-rank": "best", "lora": "LoRA"}
 #: Figures whose measurements do not name model and pruning.
 PAIRS = {
+    "causes": "SmolLM2-135M.",
     "comparison": WANDA50,
     "domains": WANDA50,
     "inference_cost": WANDA50,
@@ -116,6 +118,7 @@ SOURCES: dict[str, tuple[str, Callable[[dict[str, Any]], go.Figure]]] = {
     "pruning_quality": ("pruning_quality.json", plot_pruning_quality),
     "report": ("report.json", plot_report),
     "prompts": ("prompts.json", prompt_gains),
+    "causes": ("causes.json", plot_cause_study),
 }
 
 

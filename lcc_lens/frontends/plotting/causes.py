@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
+from typing import Any
 
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
@@ -83,6 +85,34 @@ def plot_recovered(recovered: Recovered) -> go.Figure:
     return _stacked(figure, "squared difference before (%)")
 
 
+def plot_cause_study(study: Mapping[str, Any]) -> go.Figure:
+    """Causes per layer of the first pruned model of a study, and what every restoration of it leaves, by cause.
+
+    Args:
+        study: the content of ``benchmarks/causes.json``.
+    """
+    name, parts = next(iter(study["parts"].items()))
+    left = {"pruned": parts[0]["mean_over_heads"], **{m: one["by_cause"] for m, one in study["recovered"].items()}}
+    figure = make_subplots(1, 2, subplot_titles=["pruned, by layer", "all layers"], column_widths=[0.68, 0.32])
+    for cause in ("inherited", "pattern", "value"):
+        by_layer = zip(*(part["by_layer"][cause] for part in parts), strict=True)
+        means = [fmean(values) for values in by_layer]
+        _stack(figure, cause, list(range(len(means))), means, 1)
+    for cause in ("inherited", "pattern", "value", "constant"):
+        values = [by_cause.get(cause, 0.0) for by_cause in left.values()]
+        if any(abs(value) > 1e-6 for value in values):
+            _stack(figure, cause, list(left), values, 2)
+    styled(
+        figure, "Why heads lost, and what is left after a restoration",
+        f"Fractions of the pruned heads' squared difference, means over heads. {name}, {parts[0]['samples']:,} tokens, "
+        f"{len(parts)} seeds at the left, one at the right.",
+        width=PAGE, plot_height=260, above=66, legend=True,
+    )  # fmt: skip
+    _stacked(figure, "squared difference before (%)")
+    figure.update_yaxes(rangemode="tozero")
+    return figure.update_xaxes(title="", col=2)
+
+
 def plot_head_types(types: HeadTypes, kinds: Sequence[str] = PATTERN_TYPES, n: int = 10) -> go.Figure:
     """The dense model's strongest heads of each type, and what is left of them in the other models.
 
@@ -158,11 +188,12 @@ def plot_upstream(upstream: Upstream, n: int = 10) -> go.Figure:
     return figure
 
 
-def _stack(figure: go.Figure, cause: str, layers: list[int], fractions: list[float], column: int) -> None:
+def _stack(figure: go.Figure, cause: str, places: Sequence[int | str], fractions: Sequence[float], column: int) -> None:
     name, color = _CAUSES[cause]
+    place = "layer %{x}" if isinstance(places[0], int) else "%{x}"
     figure.add_bar(
-        x=layers, y=[rounded(100 * value) for value in fractions], name=name, marker={"color": color},
-        hovertemplate=f"layer %{{x}}<br>{name}: %{{y:.1f}} %<extra></extra>", row=1, col=column,
+        x=list(places), y=[rounded(100 * value) for value in fractions], name=name, marker={"color": color},
+        hovertemplate=f"{place}<br>{name}: %{{y:.1f}} %<extra></extra>", row=1, col=column,
         legendgroup=name, showlegend=all(trace.name != name for trace in figure.data),
     )  # fmt: skip
 

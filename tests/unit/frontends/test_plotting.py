@@ -26,7 +26,13 @@ from lcc_lens.core.errors import LensError, RequestError
 from lcc_lens.core.heads import Head
 from lcc_lens.core.outputs.folders import MARK
 from lcc_lens.frontends.cli.show import show_drawn
-from lcc_lens.frontends.plotting.causes import plot_causes, plot_head_types, plot_recovered, plot_upstream
+from lcc_lens.frontends.plotting.causes import (
+    plot_cause_study,
+    plot_causes,
+    plot_head_types,
+    plot_recovered,
+    plot_upstream,
+)
 from lcc_lens.frontends.plotting.comparisons import plot_comparison, plot_inference_cost, plot_tasks
 from lcc_lens.frontends.plotting.components import plot_logit_gain, plot_promoted_tokens, plot_spectra
 from lcc_lens.frontends.plotting.domains import plot_domains
@@ -291,6 +297,26 @@ def test_recovery_along_what_was_varied(comparison: dict[str, Any]) -> None:
     assert list(figure.data[0].x) == [120, 480]
     with pytest.raises(RequestError, match="several --heads"):
         plot_recovery(recovery_points([comparison], "heads"), "heads")
+
+
+def test_cause_study_shows_layers_and_what_restorations_leave() -> None:
+    def part(inherited: float) -> dict[str, Any]:
+        fractions = {"inherited": inherited, "pattern": 0.1, "value": 0.9 - inherited}
+        return {
+            "samples": 40,
+            "mean_over_heads": fractions,
+            "by_layer": {name: [f, f] for name, f in fractions.items()},
+        }
+
+    recovered = {"constants": {"by_cause": {"inherited": 0.6, "pattern": 0.1, "value": 0.1, "constant": -0.05}}}
+    study = {"parts": {"Wanda 50 %": [part(0.4), part(0.6)]}, "recovered": recovered}
+    figure = plot_cause_study(study)
+    drawn = {(trace.name, trace.xaxis): trace for trace in figure.data}
+    assert list(drawn["inherited", "x"].y) == pytest.approx([50, 50])  # over seeds
+    assert list(drawn["own values", "x"].x) == [0, 1]
+    assert list(drawn["inherited", "x2"].y) == pytest.approx([40, 60])
+    assert list(drawn["its own constant", "x2"].y) == pytest.approx([0, -5])
+    assert list(drawn["own pattern", "x2"].x) == ["pruned", "constants"]
 
 
 def test_selector_study_takes_its_own_summary() -> None:
