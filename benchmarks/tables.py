@@ -218,7 +218,9 @@ RESTORED = {
     "norms=1e-2": "`norms`, learning rate 1e-2",
     "low-rank": "`low-rank`",
     "masked": "`masked`, all surviving weights",
+    "refit+low-rank:3*distillation+lm=5e-3": "`best`",
     "lora": "LoRA (peft; q, k, v, o)",
+    "lora:3*distillation+lm=1e-2": "LoRA (q, k, v, o)",
     "lora=1e-3": "LoRA, learning rate 1e-3",
     "lora=1e-2": "LoRA, learning rate 1e-2",
     "lora:text+distillation": "LoRA, text and distillation",
@@ -349,11 +351,13 @@ def accuracy_table(study: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+#: `best` and LoRA on the mix.
+ON_TEXT = ("refit+low-rank:3*distillation+lm=5e-3", "lora:3*distillation+lm=1e-2")
 #: Entries, or models as they came, whose accuracies are held against each other.
 DIFFERENCES = (
     ("refit+low-rank:text+distillation=0.005", "lora"), ("refit+low-rank:text+distillation=0.005", "lcc"),
     ("refit+low-rank:text+distillation=0.005", "refit"), ("lcc", "lora"), ("lcc", "random-basis"), ("lcc", "offset"),
-    ("lcc", "lcc@shuffled"), ("lcc", "pruned"), ("lcc@dense", "dense"),
+    ("lcc", "lcc@shuffled"), ("lcc", "pruned"), ("lcc@dense", "dense"), ON_TEXT,
 )  # fmt: skip
 
 
@@ -369,13 +373,13 @@ def difference_table(study: dict[str, Any]) -> str:
         if one.get("tasks"):
             scored.setdefault(entry, {})[int(seed)] = one["tasks"]
     drawn = {seed for seeds in scored.values() for seed in seeds}
-    for name, tasks in (*bare.items(), ("refit", scored["refit"][0])):  # nothing of these is drawn by a seed
-        scored[name] = dict.fromkeys(drawn, tasks)
+    once = {**bare, **({"refit": scored["refit"][0]} if "refit" in scored else {})}  # nothing here is drawn by a seed
+    scored |= {name: dict.fromkeys(drawn, tasks) for name, tasks in once.items()}
     lines = [
         f"| mean of {len(worse)} tasks that pruning made worse | difference, points [95 %, items] | seed by seed |",
         "|---|---:|---:|",
     ]
-    for first, second in DIFFERENCES:
+    for first, second in (both for both in DIFFERENCES if scored.keys() >= {*both}):
         seeds = sorted(scored[first].keys() & scored[second].keys())
         ours, others = ([scored[name][seed] for seed in seeds] for name in (first, second))
         difference, interval = accuracy_difference(ours, others, worse)
@@ -538,6 +542,8 @@ MARKED: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "restorations 2:4": ("restorations_wanda24.json", restoration_table),
     "accuracies": ("restorations_first.json", accuracy_table),
     "accuracies 2:4": ("restorations_wanda24_scored.json", accuracy_table),
+    "accuracies, mix": ("domains_mix_205k.json", accuracy_table),
+    "differences, mix": ("domains_mix_205k.json", difference_table),
     "differences 2:4": ("restorations_wanda24_scored.json", difference_table),
     "restorations 2:4, two cores": ("restorations_wanda24_scored.json", restoration_table),
     "a quarter of the heads": ("restorations_first_quarter.json", restoration_table),
