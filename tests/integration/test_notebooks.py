@@ -35,7 +35,8 @@ SMALLER: dict[str, dict[str, str]] = {
     },
     "05_why_heads_lose": {
         'TEXTS = "boolq"': 'TEXTS = "{text}"', 'DATA = "wikipedia"': 'DATA = "{text}"', "n=48": "n=6", "n=96": "n=12",
-        "limit=12": "limit=4", "max_length=256": "max_length=48", "length=40": "length=10",
+        '"wikipedia+howto+python"': '"{text}"', "n_samples=32, seq_len=256": "n_samples=2, seq_len=24",
+        "limit=48": "limit=8", "limit=12": "limit=4", "max_length=256": "max_length=48", '"length": 40': '"length": 10',
     },
     "06_prompts_beside_weights": {
         'DATA = "arc_easy"': 'DATA = "{questions}"', 'TEXTS = "boolq"': 'TEXTS = "{text}"', "n=32": "n=8",
@@ -48,7 +49,7 @@ DRAWN = {
     "02_inside_a_lost_component": 3,
     "03_restore_and_export": 2,
     "04_does_it_really_restore": 2,
-    "05_why_heads_lose": 4,
+    "05_why_heads_lose": 5,
     "06_prompts_beside_weights": 1,
 }
 

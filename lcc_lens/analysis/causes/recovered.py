@@ -78,4 +78,4 @@ def _ratio(part: Tensor, whole: Tensor) -> Float[Tensor, "layer head"]:
 
 
 def _percent(values: Tensor) -> str:
-    return f"{100 * float(values.double().nanmean()):.1f} %"
+    return f"{round(100 * float(values.double().nanmean()), 1) + 0.0:.1f} %"  # no minus before a zero
