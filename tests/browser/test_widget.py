@@ -124,7 +124,7 @@ def test_select_train_and_export_in_jupyterlab(notebook, folder_of_lab: Path, pr
     cell(page, "L2H2").click()
     assert chosen(page) == box[:-1]
     line_appears(page, "lcc.Head(2, 1)])")
-    assert page.locator(".lcc-restore .note").inner_text() == "Held-out loss in nats per token."
+    page.locator(".lcc-restore .note", has_text="Held-out loss in nats per token.").wait_for()  # reading comes after
 
     place["selector"].select_option("mse")
     place["count"].fill("15")
