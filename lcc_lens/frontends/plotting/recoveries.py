@@ -132,7 +132,8 @@ def domain_points(comparisons: Sequence[Mapping[str, Any]], entries: Mapping[str
     points = []
     for method, label in entries.items():
         for comparison in comparisons:
-            rows = [row for row in summary(dict(comparison)) if row["entry"].partition(":")[0] == method]
+            finished = [row for row in summary(dict(comparison)) if row["recovered_mean"] is not None]
+            rows = [row for row in finished if row["entry"].partition(":")[0] == method]
             if not rows:
                 continue
             row, settings = max(rows, key=lambda row: row["recovered_mean"]), comparison["settings"]
