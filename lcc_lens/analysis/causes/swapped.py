@@ -14,6 +14,7 @@ from lcc_lens.models.architecture.anatomy import ATTENTION_OUTPUTS, MLP_OUTPUTS
 from lcc_lens.models.architecture.layers import is_transposed
 from lcc_lens.models.hooked.fused_attention import can_fuse
 from lcc_lens.models.hooked.hooks import HookedModel
+from lcc_lens.models.hooked.layer_skipping import replaced_forward
 
 Part = Literal["attn", "mlp"]
 _OUTPUTS: Mapping[Part, frozenset[str]] = {
@@ -155,7 +156,9 @@ class Projections:
     def reused(self, parameters: Iterable[Parameter], hidden: Tensor) -> Iterator[None]:
         """Inside the block, a layer that has read ``hidden`` with the same weights gives the same output again."""
         layers = {id(p.owner): p.owner for p in parameters if p.attribute == "weight" and p.value.ndim == 2}
-        with shadowed({Parameter(x, "forward"): self._remembering(x, hidden) for x in layers.values()}):
+        with ExitStack() as stack:
+            for layer in layers.values():
+                stack.enter_context(replaced_forward(layer, self._remembering(layer, hidden)))
             yield
 
     def _remembering(self, layer: nn.Module, hidden: Tensor) -> Callable[[Tensor], Tensor]:
@@ -213,8 +216,8 @@ class _Watch:
 
 
 @contextmanager
-def shadowed(values: Mapping[Parameter, Any]) -> Iterator[None]:
-    """Let modules compute with other tensors than their parameters, or by another ``forward``, inside the block."""
+def shadowed(values: Mapping[Parameter, Tensor]) -> Iterator[None]:
+    """Let modules compute with other tensors than their parameters inside the block."""
     before = {at: at.owner.__dict__.get(at.attribute) for at in values}
     for at, value in values.items():
         at.owner.__dict__[at.attribute] = value  # an instance's attribute comes before a parameter of the same name
