@@ -18,8 +18,8 @@ from lcc_lens.data.batches import Batch, TokenSequence, batches
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-#: Tokens per chunk: few on a CPU, so that the probabilities stay in its cache; many on a GPU, for few kernel launches.
-_CPU_CHUNK, _CHUNK = 64, 1024
+#: Logits per chunk on a CPU, so that the probabilities stay in its cache; tokens on a GPU, for few kernel launches.
+_CPU_LOGITS, _CHUNK = 2**17, 1024
 #: Targets at a time whose distributions over the vocabulary are compared with the dense model's.
 _TARGET_CHUNK = 64
 
@@ -67,10 +67,12 @@ class _NegativeLogLikelihood(_TokenLoss):
     def forward(ctx: Any, logits: Tensor, targets: Tensor) -> Tensor:
         losses, kept = _allocate(ctx, logits)
         for part in _parts(logits):
-            log_q, target = torch.log_softmax(_wide(logits[part]), dim=-1), targets[part, None]
-            losses[part] = -log_q.gather(-1, target)[:, 0]
+            x, target = _below_largest(logits[part]), targets[part, None]
+            likely = x.gather(-1, target)
+            total = x.exp_().sum(-1, keepdim=True)
+            losses[part] = (total.log() - likely)[:, 0]
             if kept is not None:
-                kept[part] = log_q.exp_().scatter_add_(-1, target, log_q.new_full(target.shape, -1.0))
+                kept[part] = x.div_(total).scatter_add_(-1, target, x.new_full(target.shape, -1.0))
         return losses
 
 
@@ -79,11 +81,15 @@ class _KLDivergence(_TokenLoss):
     def forward(ctx: Any, logits: Tensor, dense: Tensor, temperature: float) -> Tensor:
         losses, kept = _allocate(ctx, logits)
         for part in _parts(logits):
-            log_p, log_q = (torch.log_softmax(_wide(x[part]) / temperature, dim=-1) for x in (dense, logits))
-            p = log_p.exp()
-            losses[part] = temperature**2 * (p * log_p.sub_(log_q)).sum(-1)
+            x, y = (_below_largest(values[part]).div_(temperature) for values in (dense, logits))
+            p = x.exp()
+            total_p = p.sum(-1, keepdim=True)
+            mean = x.sub_(y).mul_(p.div_(total_p)).sum(-1)
+            q = y.exp_()
+            total_q = q.sum(-1, keepdim=True)
+            losses[part] = temperature**2 * (mean + (total_q / total_p).log()[:, 0])
             if kept is not None:
-                kept[part] = log_q.exp_().sub_(p).mul_(temperature)
+                kept[part] = q.div_(total_q).sub_(p).mul_(temperature)
         return losses
 
 
@@ -102,8 +108,14 @@ def _allocate(ctx: Any, logits: Tensor) -> tuple[Tensor, Tensor | None]:
 
 
 def _parts(logits: Tensor) -> Iterator[slice]:
-    size = _CPU_CHUNK if logits.device.type == "cpu" else _CHUNK
+    size = max(1, _CPU_LOGITS // logits.shape[1]) if logits.device.type == "cpu" else _CHUNK
     return (slice(start, start + size) for start in range(0, logits.shape[0], size))
+
+
+def _below_largest(logits: Tensor) -> Tensor:
+    """Logits minus the largest of each token, so that no exponential overflows; a tensor of its own."""
+    wide = _wide(logits)
+    return wide - wide.amax(-1, keepdim=True)
 
 
 def _wide(logits: Tensor) -> Tensor:

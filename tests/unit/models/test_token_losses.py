@@ -14,7 +14,7 @@ from lcc_lens.models.hooked.losses import token_kl_divergence, token_nll
 @pytest.fixture(params=[2, 64])
 def logits(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> tuple[torch.Tensor, ...]:
     """Two models' logits of five tokens, and targets; in one chunk and in three."""
-    monkeypatch.setattr(token_losses, "_CPU_CHUNK", request.param)
+    monkeypatch.setattr(token_losses, "_CPU_LOGITS", 11 * request.param)
     generator = torch.Generator().manual_seed(0)
     got, wanted = (4 * torch.randn(5, 11, generator=generator, dtype=torch.float64) for _ in range(2))
     return got.requires_grad_(), wanted, torch.randint(11, (5,), generator=generator)
