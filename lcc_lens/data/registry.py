@@ -167,6 +167,18 @@ def fraction_of(part: str, name: str) -> float:
     return sum(fraction_of(part, other) for other in parts) / len(parts) if parts else float(name == part)
 
 
+def without_self_written(name: str) -> str:
+    """The names of data without the part that the dense model writes.
+
+    Example:
+        >>> without_self_written("mix")
+        'wikipedia+howto+questions+python'
+    """
+    if not fraction_of("self", name):
+        return name
+    return "+".join(filter(None, map(without_self_written, part_names(name))))
+
+
 def require_dataset(name: str) -> None:
     """Refuse a name that is neither a registered data set nor a data file's, nor several of them joined by ``+``.
 

@@ -18,7 +18,7 @@ from lcc_lens.core.machine.processes import first_process_first
 from lcc_lens.core.ranges import Count, Natural
 from lcc_lens.core.reading import read_record, write_record
 from lcc_lens.data.checks import MIX
-from lcc_lens.data.registry import fraction_of
+from lcc_lens.data.registry import fraction_of, part_names, without_self_written
 from lcc_lens.models.architecture.context import fitting_length
 from lcc_lens.models.pair import Pair, load_pair
 from lcc_lens.pruning.jobs import REFIT_SAMPLES
@@ -38,6 +38,8 @@ _REFIT_SHARE = 0.35
 _FEWEST_REFITTED, _FEWEST_TRAINED, _MOST_TRAINED = 24, 16, 4096
 #: A forward pass of a validation, with its losses and the dense model's logits, in plain forward passes.
 _VALIDATED = 1.5
+#: Fraction of the time above which the dense model's writing, which has a fixed cost, is left out of the mix.
+_WRITING_SHARE = 0.15
 #: Fraction of the time that a plan leaves for what it does not know.
 _RESERVE = 0.05
 _UNITS = {"s": 1, "m": 60, "h": 3600}
@@ -52,18 +54,20 @@ class Costs:
         length: tokens of a block.
         n_measured: tokens that three models read at the end, to measure recovery.
         self_written: fraction of the training text that the dense model writes first.
+        refit_self_written: of the refit's.
     """
 
     speed: Speed
     length: int = 512
     n_measured: int = 0
     self_written: float = 0.2
+    refit_self_written: float = fraction_of("self", MIX)
 
     def refit(self, samples: int) -> float:
         """A refit on so many sequences; none takes none."""
         if not samples:
             return 0.0
-        written = self.speed.written(math.ceil(fraction_of("self", MIX) * samples), self.length)
+        written = self._written(self.refit_self_written, samples)
         return refit_seconds(self.speed, samples * self.length) + written
 
     def train(self, blocks: int) -> float:
@@ -75,7 +79,19 @@ class Costs:
 
     def write(self, blocks: int) -> float:
         """The dense model's writing of its part of so many blocks to train on."""
-        return self.speed.written(math.ceil(self.self_written * blocks), self.length)
+        return self._written(self.self_written, blocks)
+
+    @property
+    def least_written(self) -> float:
+        """The dense model's writing for the smallest refit and the smallest training."""
+        return self.write(_FEWEST_TRAINED) + self._written(self.refit_self_written, _FEWEST_REFITTED)
+
+    def without_writing(self) -> Costs:
+        """The costs where the dense model writes nothing."""
+        return replace(self, self_written=0.0, refit_self_written=0.0)
+
+    def _written(self, fraction: float, texts: int) -> float:
+        return self.speed.written(math.ceil(fraction * texts), self.length)
 
     def measure(self) -> float:
         """What follows the training."""
@@ -102,18 +118,22 @@ class BudgetPlan:
     """Expected, by stage."""
     costs: Costs | None = None
     """What they follow from."""
+    writes: bool = True
+    """Whether the dense model writes its part of the mix."""
     started: float = field(default_factory=time.monotonic, compare=False)
     """Where the time begins to count, on this machine's clock."""
 
     @property
     def refitting(self) -> RefitRequest:
         """The refit to ask for."""
-        return RefitRequest(n_samples=self.refit_samples)
+        calibration = None if self.writes else part_names(without_self_written(MIX))
+        return RefitRequest(calibration, n_samples=self.refit_samples)
 
     def __str__(self) -> str:
         sizes = {"refit": f"refit on {self.refit_samples} sequences", "train": f"train on {self.examples} blocks"}
         stages = [f"{sizes.get(name, name)} ({_duration(time)})" for name, time in self.seconds.items() if time]
-        return f"{self.budget / 60:g} minutes: {', '.join(stages)}"
+        without = "" if self.writes else "; no text that the dense model writes"
+        return f"{self.budget / 60:g} minutes: {', '.join(stages)}{without}"
 
 
 def parse_budget(text: str) -> float:
@@ -141,6 +161,7 @@ def plan_budget(
     length: int | None = None,
     n_measured: int = 0,
     self_written: float = 0.2,
+    may_skip_writing: bool = False,
     config: TrainConfig | None = None,
     run: Path | None = None,
 ) -> BudgetPlan:
@@ -157,6 +178,7 @@ def plan_budget(
         length: tokens of a block; 512, or the models' context if shorter.
         n_measured: tokens that three models read at the end, to measure recovery.
         self_written: fraction of the texts that the dense model writes first.
+        may_skip_writing: whether it need not, where that would take much of the time; see ``BudgetPlan.writes``.
         config: settings of the training; the method's own if not given.
         run: the run directory, whose plan of the same request is used again.
 
@@ -170,7 +192,7 @@ def plan_budget(
     started, spec, seconds = time.monotonic(), MethodSpec.parse(method), parse_budget(budget)
     if not spec.preset.on_refit:
         raise RequestError(f"expected a method that refits first for a budget, got {method}; name best or polish")
-    request = {"budget": seconds, "method": method, "length": length, "measured": n_measured}
+    request = {"budget": seconds, "method": method, "length": length, "measured": n_measured, "skips": may_skip_writing}
     with first_process_first():
         kept = None if run is None else _kept(run)
         if kept is not None and kept.request == request:
@@ -181,22 +203,24 @@ def plan_budget(
         del pair
         release_memory()
         costs, spent = Costs(speed, length, n_measured, self_written), time.monotonic() - started
-        plan = replace(fit_budget(costs, seconds, spent), started=started)
+        plan = replace(fit_budget(costs, seconds, spent, may_skip_writing=may_skip_writing), started=started)
         if run is not None:
             run.mkdir(parents=True, exist_ok=True)
             _keep(run, _Kept(request, plan))
     return plan
 
 
-def fit_budget(costs: Costs, budget: float, spent: float = 0.0) -> BudgetPlan:
+def fit_budget(costs: Costs, budget: float, spent: float = 0.0, *, may_skip_writing: bool = False) -> BudgetPlan:
     """The largest refit and training that end within a budget.
 
     Args:
-        costs: of both; ``budget``: seconds; ``spent``: seconds of it that are gone.
+        costs: of both; ``budget``: seconds; ``spent``: seconds of it that are gone; ``may_skip_writing``: see above.
 
     Raises:
         RequestError: a budget below the smallest training.
     """
+    writes = not (may_skip_writing and costs.least_written > _WRITING_SHARE * budget)
+    costs = costs if writes else costs.without_writing()
     outside = spent + costs.measure() + costs.speed.loaded
     left = (1 - _RESERVE) * budget - outside
 
@@ -215,7 +239,7 @@ def fit_budget(costs: Costs, budget: float, spent: float = 0.0) -> BudgetPlan:
         "refit": costs.refit(n_refit), "write text": costs.write(examples), "train": costs.train(examples),
         "measure": outside,
     }  # fmt: skip
-    return BudgetPlan(budget, n_refit, examples, seconds, costs)
+    return BudgetPlan(budget, n_refit, examples, seconds, costs, writes)
 
 
 def blocks_in_time(plan: BudgetPlan, pair: Pair, spec: MethodSpec, config: TrainConfig, run: Path) -> int:

@@ -69,6 +69,7 @@ class Restore(Tabled):
 
     def execute(self) -> None:
         from lcc_lens.data.checks import check_data
+        from lcc_lens.data.registry import without_self_written
         from lcc_lens.evaluation.task_recovery import note_task
         from lcc_lens.restoration.advice import better_method
         from lcc_lens.restoration.injections.spec import MethodSpec
@@ -86,6 +87,8 @@ class Restore(Tabled):
             refits=self.training.refit_samples != 0, one_at_a_time=self.memory.one_at_a_time, log=self.log,
         )  # fmt: skip
         plan = self._plan(spec, train_data)
+        if plan is not None and not plan.writes:
+            train_data = without_self_written(train_data)
         n_examples = self._n_examples if plan is None else plan.examples
         data, validation = self._examples(spec, train_data, n_examples)
         training = self.training
@@ -178,7 +181,7 @@ class Restore(Tabled):
         n_measured = len(self.data.panel or available_panel()) * self.data.panel_blocks * DEFAULT_LENGTH
         plan = plan_budget(
             self.dense, self.pruned, budget, method=spec.name, length=self.data.max_length, n_measured=n_measured,
-            self_written=fraction_of("self", train_data), run=self.run,
+            self_written=fraction_of("self", train_data), may_skip_writing=self.data.data is None, run=self.run,
         )  # fmt: skip
         console().print(f"plan for {plan}", highlight=False, soft_wrap=True)
         return plan

@@ -66,6 +66,49 @@ def test_a_refit_that_is_not_worth_its_fixed_cost_is_left_out() -> None:
     assert "refit" not in str(plan)
 
 
+def test_the_dense_model_writes_nothing_where_that_would_take_much_of_a_short_budget() -> None:
+    short, long = (fit_budget(SLOW, 60.0 * minutes, may_skip_writing=True) for minutes in (5, 15))
+    assert (short.writes, long.writes) == (False, True)
+    assert short.seconds["write text"] == 0
+    assert short.examples > fit_budget(SLOW, 300.0).examples
+    assert short.refitting.calibration == ("wikipedia", "howto", "questions", "python")
+    assert str(short).endswith("; no text that the dense model writes")
+    assert long.refitting.calibration is None  # the mix
+    assert long == fit_budget(SLOW, 900.0)
+    assert fit_budget(SLOW, 300.0).writes  # unless it may leave that out
+
+
+@pytest.mark.parametrize(("options", "skips"), [([], True), (["--data", "mix"], False)])
+def test_text_that_is_asked_for_by_name_is_written(
+    options: list[str], skips: bool, dense_dir: Path, pruned_dir: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    asked: list[dict[str, object]] = []
+
+    def plan(*_: object, **options: object) -> BudgetPlan:
+        asked.append(options)
+        raise RequestError("enough")
+
+    monkeypatch.setattr("lcc_lens.restoration.budget.plan_budget", plan)
+    assert call("restore", dense_dir, pruned_dir, tmp_path / "run", "--budget", "5m", *options) == 2
+    assert [options["may_skip_writing"] for options in asked] == [skips]
+
+
+@pytest.mark.parametrize("writes", [True, False])
+def test_a_plan_says_what_is_trained_on(
+    writes: bool, dense_dir: Path, pruned_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan, asked = BudgetPlan(300.0, 24, 16, {}, writes=writes), []
+    monkeypatch.setattr("lcc_lens.restoration.budget.plan_budget", lambda *_, **__: plan)
+    monkeypatch.setattr(Restore, "_examples", lambda self, spec, name, n: asked.append(name) or refuse())
+
+    def refuse() -> None:
+        raise RequestError("enough")
+
+    assert call("restore", dense_dir, pruned_dir, tmp_path / "run", "--budget", "5m") == 2
+    assert asked == ["mix" if writes else "wikipedia+howto+questions+python"]
+
+
 def test_a_budget_below_the_smallest_stage_names_one_that_will_do() -> None:
     with pytest.raises(RequestError, match=r"expected a budget of at least (\d+)(s|m) here, got 10s") as refused:
         fit_budget(SLOW, 10.0)

@@ -1,0 +1,67 @@
+"""What `best` recovers within a time budget, and how well the budget is kept.
+
+    python benchmarks/budgets.py [--folder runs/budgets] [--budgets 5m 15m 1h]
+
+SmolLM2-135M, Wanda 50 % calibrated on C4 (``LCC_LENS_DATA`` names it), two CPU cores. Each budget is one `lcc-lens
+restore` from beginning to end, on the mix of texts, measured on 8 held-out blocks of each kind of text: its wall time
+counts the start of Python, the measurement of the machine and that of the result. Let no other process use the cores.
+Finished budgets are kept in ``benchmarks/budgets.json``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from run import describe, rounded
+
+from lcc_lens.core.files import write_json
+from lcc_lens.core.progress import shown
+from lcc_lens.core.reading import read_json
+from lcc_lens.pruning.jobs import prune
+from lcc_lens.restoration.budget import BUDGET_FILE, parse_budget
+from lcc_lens.restoration.run_folder import RUN_METRICS
+
+OUT = Path(__file__).parent / "budgets.json"
+
+
+def restored(pruned: Path, run: Path, budget: str) -> dict[str, Any]:
+    """The plan, the wall time and the recovery of one restoration."""
+    command = ["restore", "smollm2", str(pruned), str(run), "--method", "best", "--budget", budget, "--data", "mix"]
+    start = time.perf_counter()
+    subprocess.run([sys.executable, "-m", "lcc_lens", *command, "--panel-blocks", "8", "--overwrite"], check=True)
+    took = time.perf_counter() - start
+    kept = read_json(run / BUDGET_FILE)
+    plan = kept["plan"]
+    return {
+        "budget": parse_budget(budget), "took": took, "planned": plan["seconds"],
+        "refit_samples": plan["refit_samples"], "blocks": kept["trained"] or plan["examples"],
+        "panel": read_json(run / RUN_METRICS)["panel"],
+    }  # fmt: skip
+
+
+def main() -> None:
+    """Run the budgets one after the other."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, default=Path("runs/budgets"))
+    parser.add_argument("--budgets", nargs="+", default=["5m", "15m", "1h"])
+    asked = parser.parse_args()
+    results: dict[str, Any] = read_json(OUT) if OUT.exists() else {"runs": {}}
+    pruned = asked.folder / "pruned"
+    if not pruned.exists():
+        with shown():
+            prune("smollm2", pruned, calibration="c4")
+    for budget in asked.budgets:
+        if budget not in results["runs"]:
+            results["runs"][budget] = rounded(restored(pruned, asked.folder / budget, budget))
+            written = {"command": "python benchmarks/budgets.py", "machine": describe(), **results}
+            write_json(OUT, written)
+            print(budget, results["runs"][budget], flush=True)
+
+
+if __name__ == "__main__":
+    main()
