@@ -515,6 +515,21 @@ def domain_overview(study: dict[str, Any]) -> str:
     return "\n".join("|".join([*line[:4], *line[-3:]]) for line in lines)
 
 
+def budget_table(study: dict[str, Any]) -> str:
+    """What a restoration within a time budget read, took and recovered."""
+    runs = sorted(study["runs"].values(), key=lambda run: run["budget"])
+    lines = [
+        _row(["budget, minutes", "took", "refit, sequences", "trained, blocks", "the dense model writes", "mean",
+              "worst"]),
+        "|---:|---:|---:|---:|---|---:|---:|",
+    ]  # fmt: skip
+    for run in runs:
+        cells = [f"{run['budget'] / 60:g}", f"{run['took'] / 60:.1f}", str(run["refit_samples"]), str(run["blocks"])]
+        found = [f"{100 * run['panel'][name]:.1f}" for name in ("mean", "worst")]
+        lines.append(_row([*cells, "yes" if run["writes"] else "no", *found]))
+    return "\n".join(lines)
+
+
 def _percent_of(row: dict[str, Any], key: str) -> str:
     spread = row[f"{key}_sd"]
     return f"{100 * row[key]:.1f}" + ("" if spread is None else f" ± {100 * spread:.1f}")
@@ -555,6 +570,7 @@ MARKED: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "domains, mix, more text": ("domains_mix_205k.json", domain_table),
     "domains, mix, smaller steps": ("domains_mix_51k_batch2.json", domain_table),
     "domains, mix, 2:4": ("domains_mix_51k_wanda24.json", domain_table),
+    "budgets": ("budgets.json", budget_table),
     "domains, in short": ("domains_mix_51k.json", domain_overview),
     **{mark: ("causes.json", draw) for mark, draw in CAUSES.items()},
 }

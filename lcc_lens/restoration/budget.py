@@ -32,8 +32,8 @@ logger = logging.getLogger(__name__)
 BUDGET_FILE = "budget.json"
 #: What a method that refits first may take where neither a time nor sizes are named.
 DEFAULT_BUDGET = "15m"
-#: Fraction of the time that a refit may take; the rest is trained.
-_REFIT_SHARE = 0.35
+#: Fraction of the time that a refit may take, and one of at most so many sequences; the rest is trained.
+_REFIT_SHARE, _SMALL_REFIT_SHARE, _SMALL_REFIT = 0.35, 0.5, 96
 #: Fewest sequences that a refit is worth; fewest blocks that training is worth, and the most that a plan names.
 _FEWEST_REFITTED, _FEWEST_TRAINED, _MOST_TRAINED = 24, 16, 4096
 #: A forward pass of a validation, with its losses and the dense model's logits, in plain forward passes.
@@ -168,7 +168,7 @@ def plan_budget(
     """Choose the sizes of a refit and of the training after it so that both end within a time budget.
 
     Forward passes, optimiser steps, a product of the refit's solver and sampled tokens are timed first. A third of the
-    time goes to the refit, which is left out where so little of it is not worth its fixed cost. ``restore_models``
+    time goes to the refit, half of a short one; it is left out where so little is not worth its fixed cost. ``restore_models``
     measures again after the refit, and trains on as many blocks as then fit, at most those of the plan.
 
     Args:
@@ -233,7 +233,10 @@ def fit_budget(costs: Costs, budget: float, spent: float = 0.0, *, may_skip_writ
             f"expected a budget of at least {_as_option(needed)} here, got {_as_option(budget)}; name that, or measure "
             "less at the end (--panel-blocks)"
         )
-    n_refit = _most(costs.refit, _REFIT_SHARE * left, range(_FEWEST_REFITTED, REFIT_SAMPLES + 1))
+    n_refit = max(
+        _most(costs.refit, _REFIT_SHARE * left, range(_FEWEST_REFITTED, REFIT_SAMPLES + 1)),
+        _most(costs.refit, _SMALL_REFIT_SHARE * left, range(_FEWEST_REFITTED, _SMALL_REFIT + 1)),
+    )
     examples = _most(trained, left - costs.refit(n_refit), range(_FEWEST_TRAINED, _MOST_TRAINED + 1))
     seconds = {
         "refit": costs.refit(n_refit), "write text": costs.write(examples), "train": costs.train(examples),
