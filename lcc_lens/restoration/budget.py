@@ -18,15 +18,14 @@ from lcc_lens.core.machine.processes import first_process_first
 from lcc_lens.core.ranges import Count, Natural
 from lcc_lens.core.reading import read_record, write_record
 from lcc_lens.data.checks import MIX
-from lcc_lens.data.registry import fraction_of, part_names, without_self_written
+from lcc_lens.data.registry import part_names, without_self_written
 from lcc_lens.models.architecture.context import fitting_length
 from lcc_lens.models.pair import Pair, load_pair
 from lcc_lens.pruning.jobs import REFIT_SAMPLES
 from lcc_lens.restoration.injections.spec import MethodSpec
 from lcc_lens.restoration.settings import RefitRequest, with_preset
-from lcc_lens.restoration.speed import Speed, measure_speed, refit_seconds
+from lcc_lens.restoration.speed import FEWEST_REFITTED, FEWEST_TRAINED, Costs, measure_speed
 from lcc_lens.restoration.training.config import TrainConfig
-from lcc_lens.restoration.training_data import n_validation
 
 logger = logging.getLogger(__name__)
 BUDGET_FILE = "budget.json"
@@ -34,68 +33,13 @@ BUDGET_FILE = "budget.json"
 DEFAULT_BUDGET = "15m"
 #: Fraction of the time that a refit may take, and one of at most so many sequences; the rest is trained.
 _REFIT_SHARE, _SMALL_REFIT_SHARE, _SMALL_REFIT = 0.35, 0.5, 96
-#: Fewest sequences that a refit is worth; fewest blocks that training is worth, and the most that a plan names.
-_FEWEST_REFITTED, _FEWEST_TRAINED, _MOST_TRAINED = 24, 16, 4096
-#: A forward pass of a validation, with its losses and the dense model's logits, in plain forward passes.
-_VALIDATED = 1.5
+#: The most blocks that a plan names.
+_MOST_TRAINED = 4096
 #: Fraction of the time above which the dense model's writing, which has a fixed cost, is left out of the mix.
 _WRITING_SHARE = 0.15
 #: Fraction of the time that a plan leaves for what it does not know.
 _RESERVE = 0.05
 _UNITS = {"s": 1, "m": 60, "h": 3600}
-
-
-@dataclass(frozen=True)
-class Costs:
-    """What the stages of a restoration take, in seconds.
-
-    Args:
-        speed: see :func:`~lcc_lens.restoration.speed.measure_speed`.
-        length: tokens of a block.
-        n_measured: tokens that three models read at the end, to measure recovery.
-        self_written: fraction of the training text that the dense model writes first.
-        refit_self_written: of the refit's.
-    """
-
-    speed: Speed
-    length: int = 512
-    n_measured: int = 0
-    self_written: float = 0.2
-    refit_self_written: float = fraction_of("self", MIX)
-
-    def refit(self, samples: int) -> float:
-        """A refit on so many sequences; none takes none."""
-        if not samples:
-            return 0.0
-        written = self._written(self.refit_self_written, samples)
-        return refit_seconds(self.speed, samples * self.length) + written
-
-    def train(self, blocks: int) -> float:
-        """A training on so many blocks, with its validations and the losses that are measured before and after it."""
-        n_steps = -(-blocks // TrainConfig.batch_size)
-        n_passes = _VALIDATED * (3 + n_steps // TrainConfig.validate_every) + 4
-        validated = n_passes * n_validation(blocks) * self.length * self.speed.read
-        return blocks * self.length * self.speed.trained + validated
-
-    def write(self, blocks: int) -> float:
-        """The dense model's writing of its part of so many blocks to train on."""
-        return self._written(self.self_written, blocks)
-
-    @property
-    def least_written(self) -> float:
-        """The dense model's writing for the smallest refit and the smallest training."""
-        return self.write(_FEWEST_TRAINED) + self._written(self.refit_self_written, _FEWEST_REFITTED)
-
-    def without_writing(self) -> Costs:
-        """The costs where the dense model writes nothing."""
-        return replace(self, self_written=0.0, refit_self_written=0.0)
-
-    def _written(self, fraction: float, texts: int) -> float:
-        return self.speed.written(math.ceil(fraction * texts), self.length)
-
-    def measure(self) -> float:
-        """What follows the training."""
-        return 3 * self.n_measured * self.speed.read + self.speed.loaded
 
 
 @dataclass(frozen=True)
@@ -168,8 +112,9 @@ def plan_budget(
     """Choose the sizes of a refit and of the training after it so that both end within a time budget.
 
     Forward passes, optimiser steps, a product of the refit's solver and sampled tokens are timed first. A third of the
-    time goes to the refit, half of a short one; it is left out where so little is not worth its fixed cost. ``restore_models``
-    measures again after the refit, and trains on as many blocks as then fit, at most those of the plan.
+    time goes to the refit, half of a short one; it is left out where so little is not worth its fixed cost.
+    ``restore_models`` measures again after the refit, and trains on as many blocks as then fit, at most those of the
+    plan.
 
     Args:
         dense: reference of the dense model; ``pruned``: of the pruned one.
@@ -227,17 +172,17 @@ def fit_budget(costs: Costs, budget: float, spent: float = 0.0, *, may_skip_writ
     def trained(blocks: int) -> float:
         return costs.write(blocks) + costs.train(blocks)
 
-    if left < trained(_FEWEST_TRAINED):
-        needed = (outside + trained(_FEWEST_TRAINED)) / (1 - _RESERVE)
+    if left < trained(FEWEST_TRAINED):
+        needed = (outside + trained(FEWEST_TRAINED)) / (1 - _RESERVE)
         raise RequestError(
             f"expected a budget of at least {_as_option(needed)} here, got {_as_option(budget)}; name that, or measure "
             "less at the end (--panel-blocks)"
         )
     n_refit = max(
-        _most(costs.refit, _REFIT_SHARE * left, range(_FEWEST_REFITTED, REFIT_SAMPLES + 1)),
-        _most(costs.refit, _SMALL_REFIT_SHARE * left, range(_FEWEST_REFITTED, _SMALL_REFIT + 1)),
+        _most(costs.refit, _REFIT_SHARE * left, range(FEWEST_REFITTED, REFIT_SAMPLES + 1)),
+        _most(costs.refit, _SMALL_REFIT_SHARE * left, range(FEWEST_REFITTED, _SMALL_REFIT + 1)),
     )
-    examples = _most(trained, left - costs.refit(n_refit), range(_FEWEST_TRAINED, _MOST_TRAINED + 1))
+    examples = _most(trained, left - costs.refit(n_refit), range(FEWEST_TRAINED, _MOST_TRAINED + 1))
     seconds = {
         "refit": costs.refit(n_refit), "write text": costs.write(examples), "train": costs.train(examples),
         "measure": outside,
@@ -259,7 +204,7 @@ def blocks_in_time(plan: BudgetPlan, pair: Pair, spec: MethodSpec, config: Train
             return kept.trained
         costs = replace(plan.costs, speed=measure_speed(pair, spec, config, plan.costs.length, plan.costs.speed.loaded))
         left = (1 - _RESERVE / 2) * plan.budget - (time.monotonic() - plan.started) - costs.measure()
-        blocks = _most(costs.train, left, range(_FEWEST_TRAINED, plan.examples + 1)) or _FEWEST_TRAINED
+        blocks = _most(costs.train, left, range(FEWEST_TRAINED, plan.examples + 1)) or FEWEST_TRAINED
         if blocks < plan.examples:
             logger.info("training on %d blocks instead of %d, which fit the time that is left", blocks, plan.examples)
         if kept is not None:

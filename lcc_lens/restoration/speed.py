@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -12,6 +13,8 @@ import torch
 
 from lcc_lens.core.checkpoint import Checkpoint
 from lcc_lens.data.batches import TokenSequence
+from lcc_lens.data.checks import MIX
+from lcc_lens.data.registry import fraction_of
 from lcc_lens.models.architecture.context import fitting_length
 from lcc_lens.models.architecture.linear_maps import find_matrices
 from lcc_lens.models.hooked.offloading import device_of
@@ -24,7 +27,12 @@ from lcc_lens.restoration.settings import LOW_RANK, RefitRequest
 from lcc_lens.restoration.training.config import TrainConfig
 from lcc_lens.restoration.training.loop import train
 from lcc_lens.restoration.training.validation import validation_loss
+from lcc_lens.restoration.training_data import n_validation
 
+#: Fewest sequences that a refit is worth, and fewest blocks that training is worth.
+FEWEST_REFITTED, FEWEST_TRAINED = 24, 16
+#: A forward pass of a validation, with its losses and the dense model's logits, in plain forward passes.
+_VALIDATED = 1.5
 #: A refit's time per token, in forward passes of one model, and iterations of its solver per linear layer: as measured
 #: on SmolLM2-135M.
 _REFIT_PASSES, _REFIT_ITERATIONS = 4.4, 42
@@ -50,6 +58,59 @@ class Speed:
     def written(self, blocks: int, length: int) -> float:
         """To sample so many texts."""
         return length * (-(-blocks // MOST_AT_ONCE) * self.step_written + blocks * self.text_written)
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What the stages of a restoration take, in seconds.
+
+    Args:
+        speed: see :func:`measure_speed`.
+        length: tokens of a block.
+        n_measured: tokens that three models read at the end, to measure recovery.
+        self_written: fraction of the training text that the dense model writes first.
+        refit_self_written: of the refit's.
+    """
+
+    speed: Speed
+    length: int = 512
+    n_measured: int = 0
+    self_written: float = 0.2
+    refit_self_written: float = fraction_of("self", MIX)
+
+    def refit(self, samples: int) -> float:
+        """A refit on so many sequences; none takes none."""
+        if not samples:
+            return 0.0
+        written = self._written(self.refit_self_written, samples)
+        return refit_seconds(self.speed, samples * self.length) + written
+
+    def train(self, blocks: int) -> float:
+        """A training on so many blocks, with its validations and the losses that are measured before and after it."""
+        n_steps = -(-blocks // TrainConfig.batch_size)
+        n_passes = _VALIDATED * (3 + n_steps // TrainConfig.validate_every) + 4
+        validated = n_passes * n_validation(blocks) * self.length * self.speed.read
+        return blocks * self.length * self.speed.trained + validated
+
+    def write(self, blocks: int) -> float:
+        """The dense model's writing of its part of so many blocks to train on."""
+        return self._written(self.self_written, blocks)
+
+    @property
+    def least_written(self) -> float:
+        """The dense model's writing for the smallest refit and the smallest training."""
+        return self.write(FEWEST_TRAINED) + self._written(self.refit_self_written, FEWEST_REFITTED)
+
+    def without_writing(self) -> Costs:
+        """The costs where the dense model writes nothing."""
+        return replace(self, self_written=0.0, refit_self_written=0.0)
+
+    def _written(self, fraction: float, texts: int) -> float:
+        return self.speed.written(math.ceil(fraction * texts), self.length)
+
+    def measure(self) -> float:
+        """What follows the training."""
+        return 3 * self.n_measured * self.speed.read + self.speed.loaded
 
 
 def measure_speed(pair: Pair, spec: MethodSpec, config: TrainConfig, length: int, loaded: float = 0.0) -> Speed:

@@ -234,7 +234,7 @@ class _Watch:
         self.call = Call(args, kwargs)
 
     def project(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        if self.call is not None and inputs[0] is self.call.hidden:
+        if self.call is not None and inputs and inputs[0] is self.call.hidden:
             self.call.projected[module] = output.clone()  # the attention may change it in place
 
     def leave(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:

@@ -20,7 +20,6 @@ from lcc_lens.pruning.jobs import prune
 from lcc_lens.restoration.budget import (
     BUDGET_FILE,
     BudgetPlan,
-    Costs,
     _as_option,
     blocks_in_time,
     fit_budget,
@@ -29,7 +28,7 @@ from lcc_lens.restoration.budget import (
 )
 from lcc_lens.restoration.injections.spec import MethodSpec
 from lcc_lens.restoration.result import RESTORATION_TENSORS
-from lcc_lens.restoration.speed import Speed, measure_speed
+from lcc_lens.restoration.speed import Costs, Speed, measure_speed
 from lcc_lens.restoration.training.config import TrainConfig
 
 SLOW = Costs(Speed(read=1e-3, trained=5e-3, solved=1.0, loaded=5.0, step_written=0.05, text_written=0.002))
@@ -57,6 +56,15 @@ def test_a_longer_budget_refits_and_trains_on_more() -> None:
     short, long = (fit_budget(SLOW, 60.0 * minutes) for minutes in (10, 60))
     assert 0 < short.refit_samples < long.refit_samples
     assert short.examples < long.examples
+
+
+def test_a_short_refit_takes_half_of_the_time_and_a_long_one_a_third() -> None:
+    costs = Costs(Speed(4e-4, 3.6e-3, 0.5, 5.0))
+    short, long = (fit_budget(costs, 60.0 * minutes) for minutes in (5, 15))
+    left = {plan.budget: 0.95 * plan.budget - plan.seconds["measure"] for plan in (short, long)}
+    assert short.refit_samples == 96
+    assert left[300.0] * 0.35 < short.seconds["refit"] < left[300.0] * 0.5
+    assert left[900.0] * 0.3 < long.seconds["refit"] < left[900.0] * 0.35
 
 
 def test_a_refit_that_is_not_worth_its_fixed_cost_is_left_out() -> None:
