@@ -46,7 +46,7 @@ from lcc_lens.restoration.result import Restoration
 from lcc_lens.restoration.training.config import TrainConfig
 
 #: What ``best`` reads in the demo.
-_SOURCES = ("wikipedia", "howto", "python")
+_SOURCES = ("wikipedia", "howto", "questions", "python")
 
 
 @dataclass(frozen=True)
