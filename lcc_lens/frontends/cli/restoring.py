@@ -179,9 +179,10 @@ class Restore(Tabled):
         if given:
             raise RequestError(f"expected --budget to choose the sizes, got {given[0]} too; leave one of them out")
         n_measured = len(self.data.panel or available_panel()) * self.data.panel_blocks * DEFAULT_LENGTH
+        own = fraction_of("self", train_data)
         plan = plan_budget(
             self.dense, self.pruned, budget, method=spec.name, length=self.data.max_length, n_measured=n_measured,
-            self_written=fraction_of("self", train_data), may_skip_writing=self.data.data is None, run=self.run,
+            self_written=own, may_skip_writing=self.data.data is None or not own, run=self.run,
         )  # fmt: skip
         console().print(f"plan for {plan}", highlight=False, soft_wrap=True)
         return plan

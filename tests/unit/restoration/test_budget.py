@@ -86,7 +86,7 @@ def test_the_dense_model_writes_nothing_where_that_would_take_much_of_a_short_bu
     assert fit_budget(SLOW, 300.0).writes  # unless it may leave that out
 
 
-@pytest.mark.parametrize(("options", "skips"), [([], True), (["--data", "mix"], False)])
+@pytest.mark.parametrize(("options", "skips"), [([], True), (["--data", "mix"], False), (["--data", "python"], True)])
 def test_text_that_is_asked_for_by_name_is_written(
     options: list[str], skips: bool, dense_dir: Path, pruned_dir: Path, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
