@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from lcc_lens.data.datasets import Data
-from lcc_lens.pruning.jobs import REFIT_SAMPLES, Calibration
+from lcc_lens.pruning.jobs import Calibration
 from lcc_lens.restoration.budget import BudgetPlan
 from lcc_lens.restoration.jobs import restore_models
 from lcc_lens.restoration.result import Restoration
@@ -65,8 +67,9 @@ def restore_best(
     """
     limit = TRAIN_EXAMPLES if limit is None and data.kind == "text" else limit
     settings = RestoreSettings(low_rank=low_rank, max_length=max_length, limit=limit)
-    planned = REFIT_SAMPLES if budget is None else budget.refit_samples
-    refitting = RefitRequest(calibration, planned if n_samples is None else n_samples, seq_len)
+    planned = RefitRequest() if budget is None else budget.refitting
+    named: dict[str, Any] = {"calibration": calibration, "n_samples": n_samples, "seq_len": seq_len}
+    refitting = replace(planned, **{name: value for name, value in named.items() if value is not None})
     return restore_models(
         dense, pruned, run, data, method="best", config=config, validation=validation, settings=settings,
         refitting=refitting, budget=budget, resume=resume, on_step=on_step,

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from jaxtyping import Int
-from torch import Tensor, nn
+from torch import Tensor
 
-from lcc_lens.analysis.causes.swapped import PlainModule, Projections
+from lcc_lens.analysis.causes.swapped import PlainModule
 from lcc_lens.core.errors import RequestError
 from lcc_lens.models.pair import Pair
 
@@ -27,8 +27,7 @@ class AttentionWeights:
     def __init__(self, pair: Pair, layer: int) -> None:
         self.plain = PlainModule.of(pair.pruned, layer, "attn")
         self.pruned = {name: parameter.value for name, parameter in self.plain.parameters.items()}
-        self._of_dense = PlainModule.of(pair.dense, layer, "attn")
-        dense, n_dense = self._of_dense.values(), int(pair.dense.cfg.n_heads)
+        dense, n_dense = PlainModule.of(pair.dense, layer, "attn").values(), int(pair.dense.cfg.n_heads)
         heads = pair.head_map.dense_heads[layer]
         if heads != tuple(range(n_dense)):
             for name, parameter in self.plain.parameters.items():
@@ -48,30 +47,6 @@ class AttentionWeights:
         """The weights with queries and keys, and values, from the dense or the pruned model."""
         qk, v = (self.dense if is_dense else self.pruned for is_dense in (qk_dense, v_dense))
         return {name: self._joined(name, qk[name], v[name]) for name in qk}
-
-    def linear_layers(self, *, dense: bool) -> list[nn.Module]:
-        """The linear layers of either model whose outputs :meth:`projections` takes."""
-        return list((self._of_dense if dense else self.plain).linear_layers())
-
-    def projections(self, inputs: Sequence[Tensor], projected: Sequence[Mapping[nn.Module, Tensor]]) -> Projections:
-        """What the dense and the pruned model made of their own inputs, for further calls of the pruned module.
-
-        Args:
-            inputs: of the dense attention, and of the pruned one.
-            projected: what their linear layers made of them. Those of other heads than the pruned ones are left out.
-        """
-        found = Projections()
-        sides = ((self._of_dense, self.dense), (self.plain, self.pruned))
-        for (plain, values), hidden, outputs in zip(sides, inputs, projected, strict=True):
-            layers = {names["weight"]: layer for layer, names in plain.linear_layers().items()}
-            for own, names in self.plain.linear_layers().items():
-                layer = layers.get(names["weight"])
-                if layer is None or layer not in outputs:
-                    continue
-                if all(_is_read(plain, name, values) for name in names.values()):
-                    read = values[names["weight"]], values.get(names.get("bias", ""))
-                    found.add(own, *read, hidden, outputs[layer])
-        return found
 
     def _joined(self, name: str, qk: Tensor, v: Tensor) -> Tensor:
         rows, axis = self._value_rows[name].to(qk.device), self.plain.parameters[name].row_axis
@@ -113,11 +88,6 @@ def matched(dense: Mapping[str, Tensor], pruned: Mapping[str, Tensor], layer: in
                 "scan without causes"
             )
     return {name: dense[name].to(own) if name in dense else torch.zeros_like(own) for name, own in pruned.items()}
-
-
-def _is_read(plain: PlainModule, name: str, values: Mapping[str, Tensor]) -> bool:
-    """Whether a module computes with this very tensor."""
-    return name in plain.parameters and plain.parameters[name].value.data_ptr() == values[name].data_ptr()
 
 
 def _kept_rows(rows: Sequence[Tensor], heads: Sequence[int], n_heads: int) -> Int[Tensor, " row"]:

@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import linear
 
 from lcc_lens.analysis.causes.attention_weights import AttentionWeights, matched
 from lcc_lens.analysis.causes.checks import attention_refusal, can_swap_mlp
 from lcc_lens.analysis.causes.shapley import COMBINATIONS, shapley_parts
 from lcc_lens.analysis.causes.statistics import PartStatistics, RunningParts
-from lcc_lens.analysis.causes.swapped import Call, Part, PlainModule, watched_modules
+from lcc_lens.analysis.causes.swapped import Call, Part, PlainModule, Projections, watched_modules
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.heads import all_heads
 from lcc_lens.core.progress import track
@@ -157,12 +157,10 @@ class _Division:
     def add(self, batch: Batch, where: TokenPositions, example: Int[Tensor, " sample"]) -> None:
         """Run both models over a batch and add the parts at some positions."""
         seen: dict[tuple[Part, int], tuple[Tensor, Tensor]] = {}
-        projected: dict[int, dict[nn.Module, Tensor]] = {}
 
         def keep(part: Part, layer: int, call: Call, value: Tensor) -> None:
             if part == "attn":
                 seen[part, layer] = call.hidden, self.pair.kept_heads(layer, self._heads(call, value, where))
-                projected[layer] = call.projected
             elif self.mlp is not None:
                 seen[part, layer] = _at(call.hidden, where), _at(value, where)
 
@@ -170,37 +168,24 @@ class _Division:
             running = self.heads if part == "attn" else self.mlp
             if running is not None:
                 dense = tuple(x.to(value.device) for x in seen.pop((part, layer)))
-                if part == "attn":
-                    computed = {linear: output.to(value.device) for linear, output in projected.pop(layer).items()}
-                    parts = self._head_parts(layer, call, dense, value, where, computed)
-                else:
-                    parts = self._mlp_parts(layer, call, dense, value, where)
+                split = self._head_parts if part == "attn" else self._mlp_parts
+                parts = split(layer, call, dense, value, where)
                 running.update(layer, parts.to(running.device), example.to(running.device))
 
         with torch.inference_mode():
             for model, visit in ((self.pair.dense, keep), (self.pair.pruned, divide)):
-                with watched_modules(model, visit, self._linear_layers(dense=model is self.pair.dense)):
+                with watched_modules(model, visit):
                     run_without_logits(model, batch.tokens.to(device_of(model)), [])
         for running in (self.heads, self.mlp):
             if running is not None:
                 running.count(example)
 
-    def _linear_layers(self, *, dense: bool) -> dict[int, list[nn.Module]]:
-        return {layer: weights.linear_layers(dense=dense) for layer, weights in enumerate(self.attention)}
-
     def _head_parts(
-        self,
-        layer: int,
-        call: Call,
-        dense: tuple[Tensor, ...],
-        z: Tensor,
-        where: TokenPositions,
-        projected: Mapping[nn.Module, Tensor],
+        self, layer: int, call: Call, dense: tuple[Tensor, ...], z: Tensor, where: TokenPositions
     ) -> Float[Tensor, "cause sample head d_head"]:
         weights, (x_dense, z_dense) = self.attention[layer], dense
         outputs = {(False, False, False): self._heads(call, z, where), (True, True, True): z_dense}
-        # queries and keys do not depend on which values are read, nor values on them
-        computed = weights.projections((x_dense, call.hidden), (projected, call.projected))
+        computed = Projections()  # queries and keys do not depend on which values are read, nor values on them
         for x_is_dense, qk_dense, v_dense in COMBINATIONS[1:-1]:
             chosen = weights.chosen(qk_dense=qk_dense, v_dense=v_dense)
             found = weights.plain.before_output(call, x_dense if x_is_dense else call.hidden, chosen, computed)

@@ -26,11 +26,12 @@ def shapley_parts(outputs: Mapping[Combination, Tensor]) -> Float[Tensor, "cause
     Reference:
         Shapley 1953, A value for n-person games.
     """
+    weight = (1 / 3, 1 / 6, 1 / 3)
     parts = []
     for cause in range(3):
         others = [combination for combination in COMBINATIONS if not combination[cause]]
-        alone, *mixed, last = (outputs[_with(without, cause)] - outputs[without] for without in others)
-        parts.append(alone.add_(last).div_(3).add_(sum(mixed), alpha=1 / 6))
+        changes = [weight[sum(without)] * (outputs[_with(without, cause)] - outputs[without]) for without in others]
+        parts.append(torch.stack(changes).sum(0))
     return torch.stack(parts)
 
 

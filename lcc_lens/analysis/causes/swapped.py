@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal, cast
 
 from jaxtyping import Float
@@ -38,8 +38,6 @@ class Call:
 
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
-    projected: dict[nn.Module, Tensor] = field(default_factory=dict)
-    """What the linear layers that are watched too made of the input itself."""
 
     @property
     def hidden(self) -> Float[Tensor, "batch pos d_model"]:
@@ -102,17 +100,6 @@ class PlainModule:
         """The parameters' tensors."""
         return {name: parameter.value for name, parameter in self.parameters.items()}
 
-    def linear_layers(self) -> dict[nn.Module, dict[str, str]]:
-        """The layers with a matrix, and the names of their parameters by attribute; without the output."""
-        layers: dict[nn.Module, dict[str, str]] = {}
-        for name, parameter in self.parameters.items():
-            layers.setdefault(parameter.owner, {})[parameter.attribute] = name
-        return {
-            layer: names
-            for layer, names in layers.items()
-            if "weight" in names and self.parameters[names["weight"]].value.ndim == 2
-        }
-
     def output_values(self) -> dict[str, Tensor]:
         """Weight ``[out, in]`` and bias of the linear layer at the end."""
         output = getattr(self.output, "original_component", self.output)
@@ -146,7 +133,7 @@ class PlainModule:
             with ExitStack() as stack:
                 stack.enter_context(shadowed({self.parameters[name]: v for name, v in (weights or {}).items()}))
                 if computed is not None:
-                    stack.enter_context(computed.reused(self.linear_layers(), hidden))
+                    stack.enter_context(computed.reused(self.parameters.values(), hidden))
                 self.module.forward(*args, **kwargs)
         except _Stop as stopped:
             return stopped.value
@@ -162,19 +149,15 @@ class Projections:
         self._outputs: dict[tuple[int, ...], tuple[tuple[Any, ...], Tensor]] = {}
 
     def __len__(self) -> int:
-        """The number of outputs."""
+        """The number of outputs that were computed."""
         return len(self._outputs)
 
-    def add(self, layer: nn.Module, weight: Tensor, bias: Tensor | None, hidden: Tensor, output: Tensor) -> None:
-        """Keep what a layer with these weights made of an input."""
-        read = (layer, weight, bias, hidden)
-        self._outputs[tuple(map(id, read))] = read, output  # what was read is kept, so that no other object gets its id
-
     @contextmanager
-    def reused(self, layers: Iterable[nn.Module], hidden: Tensor) -> Iterator[None]:
+    def reused(self, parameters: Iterable[Parameter], hidden: Tensor) -> Iterator[None]:
         """Inside the block, a layer that has read ``hidden`` with the same weights gives the same output again."""
+        layers = {id(p.owner): p.owner for p in parameters if p.attribute == "weight" and p.value.ndim == 2}
         with ExitStack() as stack:
-            for layer in layers:
+            for layer in layers.values():
                 stack.enter_context(replaced_forward(layer, self._remembering(layer, hidden)))
             yield
 
@@ -184,10 +167,10 @@ class Projections:
         def forward(x: Tensor) -> Tensor:
             if x is not hidden:
                 return cast("Tensor", compute(x))
-            weight, bias = cast("Tensor", layer.weight), getattr(layer, "bias", None)
-            key = tuple(map(id, (layer, weight, bias, hidden)))
+            read = (layer, layer.weight, getattr(layer, "bias", None), hidden)
+            key = tuple(map(id, read))
             if key not in self._outputs:
-                self.add(layer, weight, bias, hidden, compute(x))
+                self._outputs[key] = read, compute(x)  # what was read is kept, so that no other object gets its id
             return self._outputs[key][1].clone()  # a module may change it in place
 
         return forward
@@ -198,15 +181,10 @@ Visit = Callable[[Part, int, Call, Tensor], None]
 
 
 @contextmanager
-def watched_modules(
-    model: HookedModel, visit: Visit, projecting: Mapping[int, Iterable[nn.Module]] | None = None
-) -> Iterator[None]:
+def watched_modules(model: HookedModel, visit: Visit) -> Iterator[None]:
     """Call ``visit(part, layer, call, value)`` in every layer's attention and MLP, before the output layer computes.
 
     Hooks that change the value at this point, such as constants of a restoration, come after it.
-
-    Args:
-        projecting: by layer, linear layers of its attention whose outputs are kept in the call.
     """
     can_fuse(model)  # tried by passes of its own, before they are watched
     with ExitStack() as stack:
@@ -218,8 +196,6 @@ def watched_modules(
                     watch = _Watch(visit, part, layer)
                     stack.callback(module.register_forward_pre_hook(watch.enter, with_kwargs=True).remove)
                     stack.callback(output.register_forward_pre_hook(watch.leave).remove)
-                    for linear in (projecting or {}).get(layer, ()) if part == "attn" else ():
-                        stack.callback(linear.register_forward_hook(watch.project).remove)
         yield
 
 
@@ -232,10 +208,6 @@ class _Watch:
 
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.call = Call(args, kwargs)
-
-    def project(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        if self.call is not None and inputs and inputs[0] is self.call.hidden:
-            self.call.projected[module] = output.clone()  # the attention may change it in place
 
     def leave(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         call, self.call = self.call, None

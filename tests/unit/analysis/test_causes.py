@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from pathlib import Path
 
 import pytest
@@ -118,29 +117,6 @@ def test_projections_of_the_same_input_by_the_same_weights_are_computed_once(pai
     assert len(computed) == 2 * 3  # of queries, keys and values by the weights of both models, not 4 * 3
     assert {owner: owner.__dict__.get("forward") for owner in own} == {**dict.fromkeys(own), wrapped: kept}
     del wrapped.forward
-
-
-def test_projections_of_the_passes_themselves_are_taken_over(pair: Pair) -> None:
-    weights, calls = AttentionWeights(pair, 1), {}
-    for model in (pair.dense, pair.pruned):
-
-        def keep(part: str, layer: int, call: Call, _: torch.Tensor, side: object = model) -> None:
-            if (part, layer) == ("attn", 1):
-                calls[side] = call
-
-        linears = {1: weights.linear_layers(dense=model is pair.dense)}
-        with torch.no_grad(), watched_modules(model, keep, linears):
-            model(torch.arange(14).reshape(2, 7))
-    both = [calls[model] for model in (pair.dense, pair.pruned)]
-    taken = weights.projections([call.hidden for call in both], [call.projected for call in both])
-    assert len(taken) == 2 * 3  # queries, keys and values of both passes
-    with torch.no_grad():
-        for call, is_dense in zip(both, (True, False), strict=True):
-            for qk, v in itertools.product((False, True), repeat=2):
-                chosen = weights.chosen(qk_dense=qk, v_dense=v)
-                again = weights.plain.before_output(both[1], call.hidden, chosen, taken)
-                assert again.equal(weights.plain.before_output(both[1], call.hidden, chosen))
-            assert len(taken) == (3 if is_dense else 4) * 3
 
 
 def test_a_call_is_repeated_without_its_cache_whatever_its_name() -> None:

@@ -92,3 +92,10 @@ def test_a_plan_or_sizes_of_ones_own_decide_how_much_is_read(
     assert [given["refitting"].n_samples for given in asked] == [96, 24, 288]
     assert [given["settings"].limit for given in asked[1:]] == [50, 480]
     assert [given["budget"] for given in asked] == [plan, None, None]
+    assert [given["refitting"].calibration for given in asked] == [None] * 3
+    asked.clear()
+    short = BudgetPlan(300.0, 96, 60, {}, writes=False)
+    for calibration in (None, "python"):
+        best.restore_best(dense_dir, pruned_dir, tmp_path, data, budget=short, calibration=calibration)
+    assert [given["refitting"].calibration for given in asked] == [short.refitting.calibration, "python"]
+    assert "self" not in asked[0]["refitting"].calibration
