@@ -212,7 +212,7 @@ class _Expected:
     text_ids: list[int]
     """How the tokenizer reads the probe text."""
     tolerance: float
-    """Relative to the largest logit; the stored format's rounding is all that may differ."""
+    """Relative to the norm of all logits, as a model may enlarge the rounding of single tokens many times."""
 
     @classmethod
     def of(cls, restoration: Restoration, loaded: LoadedModel, checkpoint: Checkpoint) -> _Expected:
@@ -255,15 +255,15 @@ def _reload(expected: _Expected, exported: Path) -> tuple[float, int]:
         raise LensError(f"expected the tokenizer of {expected.reference} kept, got another; nothing was kept")
     with torch.inference_mode():
         reloaded = plain(expected.tokens.to(entry_device(plain))).logits
-    difference = float((reloaded - expected.restored.to(reloaded)).abs().max())
-    tolerance = expected.tolerance * max(1.0, float(expected.restored.abs().max()))
-    if not difference <= tolerance:
+    difference = reloaded - expected.restored.to(reloaded)
+    distance = float(difference.norm() / expected.restored.norm().clamp_min(1e-30))
+    if not distance <= expected.tolerance:
         raise LensError(
-            f"expected the reloaded export of {expected.reference} within {tolerance:.2g} of the hooked model's "
-            f"logits, got {difference:.2g}; nothing was kept"
+            f"expected the reloaded export of {expected.reference} to compute the hooked model's logits within "
+            f"{expected.tolerance:.2g} of their norm, got {distance:.2g}; nothing was kept"
         )
     zeros = sum(int((parameter == 0).sum()) for _, parameter in each_parameter(plain) if parameter.ndim > 1)
-    return difference, zeros
+    return float(difference.abs().max()), zeros
 
 
 def _bits(tensor: Tensor) -> Tensor:

@@ -31,6 +31,8 @@ scan_module = import_module("lcc_lens.analysis.scan.scan")  # lcc_lens.analysis.
 LAST: dict[str, Any] = {"positions": "last", "batch_tokens": 70, "display": 1}
 ALL: dict[str, Any] = {"positions": "all", "batch_tokens": 150, "display": 0, "sites": SITES}
 
+CAUSES: dict[str, Any] = {**LAST, "causes": True}
+
 
 class Together:
     """Runs one function in several threads that count as processes; notes which shards each one read."""
@@ -91,7 +93,8 @@ def files(run: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize(
-    ("settings", "chosen"), mostly_slow([(LAST, (0, 1)), (ALL, (0, 1, 2)), (LAST, (3, 4))], (LAST, (0, 1)))
+    ("settings", "chosen"),
+    mostly_slow([(LAST, (0, 1)), (ALL, (0, 1, 2)), (LAST, (3, 4)), (CAUSES, (0, 1))], (LAST, (0, 1)), (CAUSES, (0, 1))),
 )
 def test_processes_give_the_bits_of_one(
     pairs: list[Pair], data: Data, together: Together, tmp_path: Path, settings: dict[str, Any], chosen: tuple[int, ...]

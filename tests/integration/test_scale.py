@@ -11,8 +11,8 @@ import pytest
 import torch
 from support.places import ROOT
 
-from lcc_lens.analysis.scan.passes import running_sums
 from lcc_lens.analysis.scan.scan import Scan
+from lcc_lens.analysis.scan.sums import running_sums
 from lcc_lens.analysis.statistics import RunningDifferences
 from lcc_lens.models.hooked.activations import SITES
 from lcc_lens.models.loading.hooked import load_hooked

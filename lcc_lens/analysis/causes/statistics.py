@@ -125,6 +125,15 @@ class RunningParts:
         self.n_examples += int((counts > 0).sum())
         self.squared_counts += int(counts.square().sum())
 
+    def state(self) -> dict[str, Tensor]:
+        """The sums so far, for resuming."""
+        return {**self.sums, "counts": torch.tensor([self.n_samples, self.n_examples, self.squared_counts])}
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Resume from the sums of :meth:`state`."""
+        self.n_samples, self.n_examples, self.squared_counts = (int(n) for n in state["counts"])
+        self.sums = {name: state[name].to(self.sums[name]) for name in self.sums}
+
     def finish(self) -> PartStatistics:
         """The statistics of all samples so far."""
         sums, n = self.sums, max(self.n_samples, 1)

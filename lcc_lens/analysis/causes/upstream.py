@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from lcc_lens.analysis.causes.causes import causes_refusal
+from lcc_lens.analysis.causes.division import causes_refusal
 from lcc_lens.analysis.causes.swapped import Call, Part, PlainModule, watched_modules
 from lcc_lens.core.config import tokens_per_pass
 from lcc_lens.core.errors import RequestError

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -35,6 +36,7 @@ def visit_pairs(
     visit: SiteVisitor,
     visit_wrong: SiteVisitor,
     longest: int | None = None,
+    watched: AbstractContextManager[None] | None = None,
 ) -> None:
     """Run the right answers, then the wrong ones from their first different token on; attention is causal.
 
@@ -44,7 +46,7 @@ def visit_pairs(
         right: the right sequences, whole, in the batch's order; ``wrong``: the wrong ones.
         places: positions to read in the right sequences, counted from the prefix's end.
         visit_wrong: receives the head outputs at the last token of every wrong sequence.
-        longest: tokens that a whole sequence is padded to at most.
+        longest: tokens that a whole sequence is padded to at most; ``watched``: entered for the right answers alone.
     """
     model = prefix.model
     shared = torch.tensor([shared_length(r, w) for r, w in zip(right, wrong, strict=True)])
@@ -52,7 +54,8 @@ def visit_pairs(
     # includes padding, and the gap in rows that share fewer tokens
     span = rounded_length(int(shared.max())) + rounded_length(max(map(len, rest)))
     can_continue = span <= attention_reach(model) and can_reuse_cache(model)
-    cache = prefix.visit(batch.tokens, places, visit, keep=can_continue)
+    with watched or nullcontext():
+        cache = prefix.visit(batch.tokens, places, visit, keep=can_continue)
     if cache is None:
         _visit_ends(model, wrong, visit_wrong, longest)
     else:

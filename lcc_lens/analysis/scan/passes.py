@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -10,13 +11,13 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from lcc_lens.analysis.causes.division import Division
 from lcc_lens.analysis.scan.contrastive import visit_pairs
-from lcc_lens.analysis.statistics import RunningDifferences
+from lcc_lens.analysis.scan.rows import DenseReader, PrunedReader, Rows
+from lcc_lens.analysis.scan.sums import ScanSums
 from lcc_lens.data.batches import Batch, TokenSequence, batches, shared_prefix
-from lcc_lens.models.hooked.activations import Positions, Site, TokenPositions, parts_of, sampled_positions
-from lcc_lens.models.hooked.hooks import HookedModel
+from lcc_lens.models.hooked.activations import Positions, Site, TokenPositions, sampled_positions
 from lcc_lens.models.hooked.kv_cache import PrefixCache
-from lcc_lens.models.hooked.offloading import device_of
 from lcc_lens.models.pair import Pair
 
 #: Examples per shard at most if only some positions are compared: enough to sort by length again for the pruned model.
@@ -36,6 +37,8 @@ class ScanPlan:
     positions: Positions
     sites: tuple[Site, ...]
     batch_tokens: int
+    causes: bool = False
+    """Also divide differences by cause: both models read whole sequences in the same batches, each batch a shard."""
 
     @cached_property
     def prefixes(self) -> tuple[Int[Tensor, " prefix"], ...]:
@@ -50,7 +53,7 @@ class ScanPlan:
     @cached_property
     def _grouped(self) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
         groups: dict[bytes, list[int]] = {}
-        for i in range(len(self.sequences)):
+        for i in range(0 if self.causes else len(self.sequences)):
             if self._before_reading(i) >= LEAST_PREFIX:
                 groups.setdefault(self.sequences[i].tokens[:LEAST_PREFIX].numpy().tobytes(), []).append(i)
         prefixes, number = [torch.zeros(0, dtype=torch.long)], [0] * len(self.sequences)
@@ -80,7 +83,7 @@ class ScanPlan:
 
     def shards(self) -> list[tuple[int, ...]]:
         """The examples in shards, longest first: a batch each, or as many that are read at few positions."""
-        if self.positions == "all":
+        if self.positions == "all" or self.causes:
             return [batch.index for batch in batches(self.sequences, max_tokens=self.batch_tokens)]
         shards: list[list[int]] = []
         n_read = 0
@@ -112,7 +115,9 @@ class ScanPlan:
         return self.sequences[example].loss_from - 1
 
     def _needed(self, example: int) -> int:
-        """The number of an example's tokens up to its last read position."""
+        """The number of an example's tokens up to its last read position; all where causes are found."""
+        if self.causes:
+            return len(self.sequences[example])
         ends = [self.question_end(example)] if self.wrong is not None else []
         return 1 + max([self.n_prefix(example), *self.sampled(example), *ends])
 
@@ -137,33 +142,9 @@ class ScanPlan:
         return TokenSequence(sequence.tokens[n:end], max(1, min(sequence.loss_from, end) - n))
 
 
-class Rows:
-    """Activations ``[layer, row, part, width]`` of one site at chosen places, filled batch by batch.
-
-    Rows go example by example in the order of the shard, whatever order batches come in.
-    """
-
-    def __init__(self, counts: Sequence[int]) -> None:
-        ends = torch.tensor(counts).cumsum(0)
-        self.start = [0, *ends.tolist()]
-        self.layers: dict[int, Tensor] = {}
-
-    def ids(self, members: Sequence[int]) -> Int[Tensor, " sample"]:
-        """The rows of some members of the shard, member by member."""
-        return torch.cat([torch.arange(self.start[i], self.start[i + 1]) for i in members])
-
-    def put(self, layer: int, ids: Int[Tensor, " sample"], values: Tensor) -> None:
-        """Fill some rows of a layer."""
-        if layer not in self.layers:
-            self.layers[layer] = values.new_empty(self.start[-1], *values.shape[1:])
-        self.layers[layer][ids.to(values.device)] = values
-
-    def by_layer(self) -> list[Tensor]:
-        """All layers in order."""
-        return [self.layers[layer] for layer in range(len(self.layers))]
-
-
-def dense_pass(pair: Pair, plan: ScanPlan, shard: Sequence[int]) -> Generator[None, None, dict[str, list[Tensor]]]:
+def dense_pass(
+    pair: Pair, plan: ScanPlan, shard: Sequence[int], division: Division | None = None
+) -> Generator[None, None, dict[str, list[Tensor]]]:
     """Run the dense model over a shard; returns by name a ``[row, part, width]`` tensor per layer; yields each batch.
 
     Names are the plan's sites, at the sampled positions; for contrastive pairs also the head outputs at the ends of the
@@ -176,14 +157,18 @@ def dense_pass(pair: Pair, plan: ScanPlan, shard: Sequence[int]) -> Generator[No
     for number, batch in plan.dense_batches(shard):
         members = [shard[i] for i in batch.index]
         where = _sampled_places(plan, members)
-        reader = _DenseReader(pair, rows, ends, batch.index, len(where))
+        reader = DenseReader(pair, rows, ends, batch.index, len(where))
         places = dict.fromkeys(plan.sites, where)
+        watched = nullcontext() if division is None else division.of_dense(batch, where)
         if plan.wrong is None:
-            prefixes[number].visit(batch.tokens, places, reader.visit)
+            with watched:
+                prefixes[number].visit(batch.tokens, places, reader.visit)
         else:
             places["z"] = _joined(where, _question_ends(plan, members), batch)
             right, wrong = ([sequences[i] for i in members] for sequences in (plan.sequences, plan.wrong))
-            visit_pairs(prefixes[number], batch, right, wrong, places, reader.visit, reader.visit_wrong, plan.longest)
+            visit_pairs(
+                prefixes[number], batch, right, wrong, places, reader.visit, reader.visit_wrong, plan.longest, watched
+            )
         yield
     return {**{str(site): r.by_layer() for site, r in rows.items()}, **{name: r.by_layer() for name, r in ends.items()}}
 
@@ -193,7 +178,8 @@ def pruned_pass(
     plan: ScanPlan,
     shard: Sequence[int],
     dense: Mapping[str, Sequence[Tensor]],
-    sums: Mapping[Site, RunningDifferences],
+    sums: ScanSums,
+    division: Division | None = None,
 ) -> Generator[None, None, list[Tensor] | None]:
     """Run the pruned model over a shard and add the differences to the sums; yields after every batch.
 
@@ -205,9 +191,9 @@ def pruned_pass(
     example = torch.repeat_interleave(torch.tensor(counts))
 
     def compare(site: Site, layer: int) -> None:
-        device = sums[site].device  # with a model on several devices, that of its first layer
+        device = sums.sites[site].device  # with a model on several devices, that of its first layer
         values = rows[site].layers.pop(layer).to(device)
-        sums[site].update(layer, dense[site][layer].to(device), values, example.to(device))
+        sums.sites[site].update(layer, dense[site][layer].to(device), values, example.to(device))
 
     prefixes = [PrefixCache(pair.pruned, tokens) for tokens in plan.prefixes]
     for number, batch in plan.pruned_batches(shard):
@@ -219,64 +205,18 @@ def pruned_pass(
             places["z"] = TokenPositions(
                 torch.cat([where.sequence, torch.arange(len(ends))]), torch.cat([where.position, ends])
             )
-        reader = _PrunedReader(rows, question, batch.index, compare)
-        prefixes[number].visit(batch.tokens, places, reader.visit)
+        reader = PrunedReader(rows, question, batch.index, compare)
+        watched: AbstractContextManager[None] = nullcontext()
+        if division is not None and sums.causes is not None:
+            watched = division.of_pruned(batch, where, torch.tensor(batch.index)[where.sequence], sums.causes)
+        with watched:
+            prefixes[number].visit(batch.tokens, places, reader.visit)
         yield
-    for site, running in sums.items():
-        running.count(example)
+    sums.count(example)
+    for site in sums.sites:
         for layer in sorted(rows[site].layers):
             compare(site, layer)
     return question.by_layer() if plan.wrong is not None else None
-
-
-def running_sums(model: HookedModel, sites: Sequence[Site], spectra: Sequence[Site]) -> dict[Site, RunningDifferences]:
-    """Empty sums for every site, on the model's device."""
-    n_layers, device = int(model.cfg.n_layers), device_of(model)
-    return {
-        site: RunningDifferences(n_layers, *parts_of(model, site), device, second_moment=site in spectra)
-        for site in sites
-    }
-
-
-class _DenseReader:
-    """Writes the dense model's activations on one batch into rows."""
-
-    def __init__(
-        self, pair: Pair, rows: Mapping[Site, Rows], ends: Mapping[str, Rows], members: Sequence[int], n_sampled: int
-    ) -> None:
-        self.pair, self.rows, self.ends, self.n_sampled = pair, rows, ends, n_sampled
-        self.ids = next(iter(rows.values())).ids(members)
-        self.members = torch.tensor(members)
-
-    def visit(self, site: Site, layer: int, values: Tensor) -> None:
-        values = self.pair.kept_heads(layer, values) if site == "z" else values
-        self.rows[site].put(layer, self.ids, values[: self.n_sampled])
-        if site == "z" and self.ends:
-            question, right = values[self.n_sampled :].split(len(self.members))
-            self.ends["question"].put(layer, self.members, question)
-            self.ends["right"].put(layer, self.members, right)
-
-    def visit_wrong(self, site: Site, layer: int, values: Tensor) -> None:
-        self.ends["wrong"].put(layer, self.members, self.pair.kept_heads(layer, values))
-
-
-class _PrunedReader:
-    """Writes the pruned model's activations on one batch into rows; compares a layer once all its rows are filled."""
-
-    def __init__(
-        self, rows: Mapping[Site, Rows], question: Rows, members: Sequence[int], compare: Callable[[Site, int], None]
-    ) -> None:
-        self.rows, self.question, self.members, self.compare = rows, question, torch.tensor(members), compare
-        self.ids = next(iter(rows.values())).ids(members)
-
-    def visit(self, site: Site, layer: int, values: Tensor) -> None:
-        if len(values) > len(self.ids):
-            self.question.put(layer, self.members, values[len(self.ids) :])
-        if len(self.ids) == 0:  # a layer that was compared stays so
-            return
-        self.rows[site].put(layer, self.ids, values[: len(self.ids)])
-        if len(self.ids) == self.rows[site].start[-1]:
-            self.compare(site, layer)
 
 
 def _sampled_places(plan: ScanPlan, examples: Sequence[int]) -> TokenPositions:

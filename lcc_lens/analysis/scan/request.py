@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import torch
 
-from lcc_lens.analysis.causes.causes import causes_refusal
+from lcc_lens.analysis.causes.division import causes_refusal
 from lcc_lens.analysis.selectors.evidence import ScoreSettings
 from lcc_lens.analysis.selectors.linear_probe import MIN_PAIRS
 from lcc_lens.analysis.selectors.names import ALWAYS_SCORED, SCORED_BY_DEFAULT

@@ -6,11 +6,9 @@ import logging
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, cast
 
-from lcc_lens.analysis.causes.causes import find_causes
 from lcc_lens.analysis.scan.passes import ScanPlan
 from lcc_lens.analysis.scan.record import ScanRecord
 from lcc_lens.analysis.scan.request import check_plan, pair_sequences, possible_selectors, wants_causes
@@ -87,7 +85,8 @@ def scan(
         probe_solver: ``newton``, to convergence, or ``published``, 200 steps of Adam.
         probe_folds: folds of the linear probe's cross-validation; one split if not given.
         selector_examples: examples for selectors that run the models again; ``display``: that are kept token by token.
-        causes: also :func:`~lcc_lens.analysis.causes.causes.find_causes`; a warning says why where it cannot.
+        causes: also divide differences by cause, see :func:`~lcc_lens.analysis.causes.division.find_causes`; a warning
+            says why where it cannot.
         batch_tokens: tokens per forward pass at most (1024 on a CPU, 4096 on a GPU if not given).
         seed: of the probes; ``run``: directory to save the scan in, and to resume it from.
 
@@ -103,10 +102,11 @@ def scan(
     right, wrong = pair_sequences(data, pair, length, limit)
     names = possible_selectors(named, pair, data, len(right), wrong)
     tokens = batch_tokens or tokens_per_pass(device_of(pair.dense))
-    plan = ScanPlan(tuple(right), wrong, positions, _compared_sites(pair, sites), tokens)
+    divides = wants_causes(causes, names, pair)
+    plan = ScanPlan(tuple(right), wrong, positions, _compared_sites(pair, sites), tokens, divides)
     settings = ScoreSettings(probe_rank, probe_solver, probe_folds, selector_examples, seed, tokens)
     check_plan(plan.sequences, positions, settings, None if wrong is None or "probe" not in names else pair.d_head)
-    return _run(pair, data, plan, spectra, names, settings, length, _Extras.of(display, causes, names, pair), run)
+    return _run(pair, data, plan, spectra, names, settings, length, display, run)
 
 
 def has_scan(run: Path) -> bool:
@@ -123,19 +123,6 @@ def _compared_sites(pair: Pair, requested: Sequence[Site]) -> tuple[Site, ...]:
     return tuple(site for site in SITES if site == "z" or (site in requested and site in pair.sites))
 
 
-@dataclass(frozen=True)
-class _Extras:
-    """What a scan computes besides statistics and scores: differences token by token, and causes."""
-
-    display: int
-    causes: bool
-
-    @classmethod
-    def of(cls, display: int, causes: bool, selectors: Sequence[str], pair: Pair) -> _Extras:
-        """Causes are found if asked for, or if a selector reads them."""
-        return cls(display, wants_causes(causes, selectors, pair))
-
-
 def _run(
     pair: Pair,
     data: Data,
@@ -144,7 +131,7 @@ def _run(
     selectors: Sequence[str],
     settings: ScoreSettings,
     max_length: int,
-    extras: _Extras,
+    display: int,
     run: str | Path | None,
 ) -> Scan:
     """Run both models over all shards, then compute the result; of several processes the first one does the latter."""
@@ -161,7 +148,7 @@ def _run(
             if not is_first_process():
                 wait_for_all(_AGAIN)  # until the first process has computed the result from all sums
                 return Scan.load(cast("str | Path", run))
-        result = _result(work, data, selectors, settings, max_length, extras)
+        result = _result(work, data, selectors, settings, max_length, display)
         pair.require_unchanged()
         if run is not None:
             result.save(run)
@@ -172,17 +159,15 @@ def _run(
 
 
 def _result(
-    work: ScanWork, data: Data, selectors: Sequence[str], settings: ScoreSettings, max_length: int, extras: _Extras
+    work: ScanWork, data: Data, selectors: Sequence[str], settings: ScoreSettings, max_length: int, display: int
 ) -> Scan:
     """Statistics, lost components and scores from the sums over all shards."""
     pair, plan, sums = work.pair, work.plan, work.whole_sums()
-    heads, *others = (sums.pop(site).finish() for site in plan.sites)  # pop frees the large sums one by one
+    heads, *others = (sums.sites.pop(site).finish() for site in plan.sites)  # pop frees the large sums one by one
     components = heads.components()
     _warn(heads.n_samples, components.d_head, heads.is_silent.nonzero().tolist())
     layers, probe_rank = (None, None) if plan.wrong is None else (work.layers, settings.rank)
-    causes = None
-    if extras.causes:
-        causes = find_causes(pair, plan.sequences, positions=plan.positions, batch_tokens=plan.batch_tokens)
+    causes = None if sums.causes is None else sums.causes.finish()
     scores = score(selectors, Evidence(pair, plan.sequences, heads, components, layers, settings, causes))
     return Scan(
         record=_record(pair, data, plan, heads.n_samples, max_length, probe_rank, settings.seed),
@@ -190,7 +175,7 @@ def _result(
         components=components,
         others=dict(zip(plan.sites[1:], others, strict=True)),
         selected_by=dict(scores),
-        tokens=token_losses(pair, plan.sequences, extras.display),
+        tokens=token_losses(pair, plan.sequences, display),
         causes=causes,
     )
 

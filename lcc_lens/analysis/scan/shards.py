@@ -7,16 +7,15 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from lcc_lens.analysis.scan.passes import ScanPlan, dense_pass, pruned_pass, running_sums
+from lcc_lens.analysis.causes.division import Division
+from lcc_lens.analysis.scan.passes import ScanPlan, dense_pass, pruned_pass
 from lcc_lens.analysis.scan.state import ScanState
+from lcc_lens.analysis.scan.sums import ScanSums, running_sums
 from lcc_lens.analysis.selectors.linear_probe import LayerFeatures
-from lcc_lens.analysis.statistics import RunningDifferences
 from lcc_lens.core.machine.memory import trim_heap
 from lcc_lens.core.machine.processes import is_first_process, own_part
 from lcc_lens.models.hooked.activations import Site
 from lcc_lens.models.pair import Pair
-
-Sums = dict[Site, RunningDifferences]
 
 
 @dataclass
@@ -47,7 +46,8 @@ class ScanWork:
         self.remaining = [
             i for i in assigned if i >= self.state.n_done and not (self.is_divided and self.state.has_part(i))
         ]
-        self.sums: Sums = {}
+        self.division = Division(self.pair) if self.plan.causes else None
+        self.sums = ScanSums({})
 
     def n_batches(self) -> int:
         """The number of batches left in this process."""
@@ -64,7 +64,7 @@ class ScanWork:
         else:
             yield from self._all_shards()
 
-    def whole_sums(self) -> Sums:
+    def whole_sums(self) -> ScanSums:
         """The sums over all shards.
 
         Raises:
@@ -99,21 +99,22 @@ class ScanWork:
             if is_first_process():
                 self.state.merge_parts()
 
-    def _shard(self, number: int, sums: Sums) -> Generator[None, None, Mapping[str, Sequence[Tensor]] | None]:
+    def _shard(self, number: int, sums: ScanSums) -> Generator[None, None, Mapping[str, Sequence[Tensor]] | None]:
         """Run both models over a shard; returns the probes' activations if there are wrong answers, else None."""
         shard = self.shards[number]
         dense: dict[str, list[Tensor]]
         if self.pair.one_at_a_time:
             dense = self.state.dense(number)
         else:
-            dense = yield from dense_pass(self.pair, self.plan, shard)
-        question = yield from pruned_pass(self.pair, self.plan, shard, dense, sums)
+            dense = yield from dense_pass(self.pair, self.plan, shard, self.division)
+        question = yield from pruned_pass(self.pair, self.plan, shard, dense, sums, self.division)
         if question is None:
             return None
         return {"pruned_question": question, **{name: dense[name] for name in ("question", "right", "wrong")}}
 
-    def _empty(self) -> Sums:
-        return running_sums(self.pair.pruned, self.plan.sites, self.spectra)
+    def _empty(self) -> ScanSums:
+        causes = None if self.division is None else self.division.sums()
+        return ScanSums(running_sums(self.pair.pruned, self.plan.sites, self.spectra), causes)
 
     def _dense_remaining(self) -> list[int]:
         return [i for i in self.remaining if not (self.pair.one_at_a_time and self.state.has_dense(i))]

@@ -12,11 +12,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from lcc_lens.analysis.scan.sums import ScanSums
 from lcc_lens.analysis.selectors.linear_probe import LayerFeatures
-from lcc_lens.analysis.statistics import RunningDifferences
 from lcc_lens.core.errors import LensError, RequestError
 from lcc_lens.core.files import read_sealed, write_sealed
-from lcc_lens.models.hooked.activations import Site
 
 logger = logging.getLogger(__name__)
 _STATE = "state.safetensors"
@@ -52,20 +51,18 @@ class ScanState:
         self.n_done = 0
         self._load(joined=joined)
 
-    def restore(self, sums: Mapping[Site, RunningDifferences]) -> None:
+    def restore(self, sums: ScanSums) -> None:
         """Load the sums of the finished shards into ``sums``."""
         if self._sums:
-            for site, running in sums.items():
-                tensors = {k.removeprefix(f"{site}."): v for k, v in self._sums.items() if k.startswith(f"{site}.")}
-                running.restore(tensors)
+            sums.restore(self._sums)
             self._sums = {}
 
-    def finish(self, sums: Mapping[Site, RunningDifferences], features: Mapping[str, Sequence[Tensor]] | None) -> None:
+    def finish(self, sums: ScanSums, features: Mapping[str, Sequence[Tensor]] | None) -> None:
         """Save one more finished shard: its activations, then the sums that include it."""
         self._keep_features(self.n_done, features)
         self.n_done += 1
         if self.is_kept:
-            self._write_state(_by_name(sums))
+            self._write_state(sums.state())
 
     def begin(self) -> None:
         """Write the request's fingerprint, which other processes check."""
@@ -76,15 +73,10 @@ class ScanState:
         """Whether the sums of a shard are saved separately."""
         return self._is_whole(self._part_file(shard))
 
-    def keep_part(
-        self,
-        shard: int,
-        sums: Mapping[Site, RunningDifferences],
-        features: Mapping[str, Sequence[Tensor]] | None,
-    ) -> None:
+    def keep_part(self, shard: int, sums: ScanSums, features: Mapping[str, Sequence[Tensor]] | None) -> None:
         """Save the sums of one shard separately, until all earlier shards are finished."""
         self._keep_features(shard, features)
-        self._write(self._part_file(shard), _by_name(sums))
+        self._write(self._part_file(shard), sums.state())
 
     def merge_parts(self) -> None:
         """Add separately saved sums to the total in the order of the shards, up to the first missing one."""
@@ -226,7 +218,3 @@ class ScanState:
     @staticmethod
     def _part_file(shard: int) -> str:
         return f"part_{shard:05d}.safetensors"
-
-
-def _by_name(sums: Mapping[Site, RunningDifferences]) -> dict[str, Tensor]:
-    return {f"{site}.{name}": t.cpu() for site, running in sums.items() for name, t in running.state().items()}

@@ -11,7 +11,7 @@ def score_own(evidence: Evidence) -> HeadScores:
     r"""The mean squared own part per head, $\frac{1}{N d_{head}} \sum_n |\delta_n^{pattern} + \delta_n^{value}|^2$.
 
     The difference without what the head inherits from a changed input; see
-    :func:`~lcc_lens.analysis.causes.causes.find_causes`.
+    :func:`~lcc_lens.analysis.causes.division.find_causes`.
 
     Raises:
         RequestError: the causes of differences were not found.

@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from lcc_lens.analysis.causes.attention_weights import AttentionWeights
-from lcc_lens.analysis.causes.causes import HEAD_CAUSES, MLP_CAUSES, causes_refusal, find_causes
+from lcc_lens.analysis.causes.causes import HEAD_CAUSES, MLP_CAUSES
+from lcc_lens.analysis.causes.division import causes_refusal, find_causes
 from lcc_lens.analysis.causes.shapley import COMBINATIONS, shapley_parts
 from lcc_lens.analysis.causes.swapped import Call, Projections, watched_modules
 from lcc_lens.analysis.scan.scan import Scan, scan
@@ -24,6 +25,7 @@ from lcc_lens.core.errors import RequestError
 from lcc_lens.core.heads import Head
 from lcc_lens.data.datasets import encode, load_data
 from lcc_lens.exporters.huggingface import export
+from lcc_lens.models.hooked.activations import Positions
 from lcc_lens.models.pair import Pair, load_pair
 from lcc_lens.pruning.jobs import prune
 from lcc_lens.restoration.injections.constants import MeanShift
@@ -253,6 +255,22 @@ def test_positions_are_those_of_the_scan(pair: Pair, question_file: Path) -> Non
     assert found.causes.heads.n_samples == found.record.n_samples
 
 
+@pytest.mark.parametrize("positions", ["all", "last", "response", (-1, 200)])
+def test_a_scan_finds_them_in_its_own_passes_whatever_else_these_read(
+    pair: Pair, question_file: Path, positions: Positions
+) -> None:
+    data = load_data(str(question_file), n=14)
+    found = scan(pair, data, positions=positions, causes=True, selectors=("interaction",), display=0, batch_tokens=90)
+    assert data.examples[0].wrong is not None  # its tokens count for the selector alone
+    assert found.causes is not None
+    alone = find_causes(pair, encode(data, pair.tokenizer), positions=positions).tensors()
+    for name, tensor in found.causes.tensors().items():
+        assert torch.allclose(tensor, alone[name], rtol=1e-3, atol=1e-4, equal_nan=True), name
+    plain = scan(pair, data, positions=positions, selectors=("interaction",), display=0, batch_tokens=90)
+    assert torch.allclose(found.relative_loss, plain.relative_loss, rtol=1e-4)
+    assert torch.allclose(found.scores("interaction").value, plain.scores("interaction").value, rtol=1e-3, atol=1e-5)
+
+
 def test_a_sliced_model_is_divided_over_the_heads_that_both_have(tmp_path: Path, text_file: Path) -> None:
     shape = {"hidden_size": 48, "num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 8}
     dense = save_model(build_model(5, **shape), tmp_path / "dense")
@@ -299,7 +317,7 @@ def test_the_selector_own_scores_by_own_parts(pair: Pair, question_file: Path, d
 def test_attention_that_takes_no_other_weights_is_named_and_the_rest_still_comes(
     pair: Pair, question_file: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("lcc_lens.analysis.causes.causes.attention_refusal", lambda model: "one matrix for all")
+    monkeypatch.setattr("lcc_lens.analysis.causes.division.attention_refusal", lambda model: "one matrix for all")
     data = load_data(str(question_file), n=5)
     found = scan(pair, data, causes=True, selectors=(), display=0)
     assert found.causes is None

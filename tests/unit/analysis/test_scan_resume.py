@@ -108,7 +108,9 @@ def files(run: Path) -> dict[str, bytes]:
 @pytest.mark.parametrize(
     ("changes", "finished"),
     mostly_slow(
-        [({}, 1), ({}, 2), ({"positions": "all", "sites": SITES}, 3)], ({"positions": "all", "sites": SITES}, 3)
+        [({}, 1), ({}, 2), ({"positions": "all", "sites": SITES}, 3), ({"causes": True}, 2)],
+        ({"positions": "all", "sites": SITES}, 3),
+        ({"causes": True}, 2),
     ),
 )
 def test_interrupted_scan_goes_on_to_the_same_bits(

@@ -93,6 +93,6 @@ def test_what_cannot_be_traced_is_refused(pair, monkeypatch: pytest.MonkeyPatch)
     first = trace_upstream(pair, (0, 0), TEXTS[:2])
     assert first.labels() == ["embedding"]
     assert float(first.direct) == 0
-    monkeypatch.setattr("lcc_lens.analysis.causes.causes.attention_refusal", lambda model: "one matrix for all")
+    monkeypatch.setattr("lcc_lens.analysis.causes.division.attention_refusal", lambda model: "one matrix for all")
     with pytest.raises(RequestError, match="one matrix for all"):
         trace_upstream(pair, (1, 0), TEXTS)

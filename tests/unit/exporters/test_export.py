@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 from lcc_lens.core.errors import LensError, RequestError
 from lcc_lens.core.files import sha256_file
 from lcc_lens.core.heads import Head
-from lcc_lens.exporters.huggingface import export
+from lcc_lens.exporters.huggingface import _Expected, export
 from lcc_lens.exporters.model_card import model_card
 from lcc_lens.models.loading.hooked import load_hooked
 
@@ -146,6 +147,30 @@ def test_export_that_computes_something_else_is_not_kept(tmp_path: Path, monkeyp
     with pytest.raises(LensError, match="expected the reloaded export"):
         export(restoration_of(pruned), pruned, tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["pruned"]
+
+
+@pytest.mark.parametrize("everywhere", [False, True])
+def test_rounding_of_one_token_may_be_large_but_not_that_of_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, everywhere: bool
+) -> None:
+    """Some models enlarge the rounding of a token a hundredfold, where their stream is close to zero."""
+    pruned = save_model(build_model(), tmp_path / "pruned")
+    of = _Expected.of
+
+    def rounded(*args: Any) -> _Expected:
+        expected = of(*args)
+        off = torch.zeros_like(expected.restored)
+        off[:] = 3e-5 if everywhere else 0
+        off[1, 2, 5] = 3e-5
+        return dataclasses.replace(expected, restored=expected.restored + off * expected.restored.abs().max())
+
+    monkeypatch.setattr(_Expected, "of", rounded)
+    if everywhere:
+        with pytest.raises(LensError, match=r"within 1e-05 of their norm, got 0\.0001\d; nothing was kept"):
+            export(restoration_of(pruned), pruned, tmp_path / "out")
+    else:
+        report = export(restoration_of(pruned), pruned, tmp_path / "out")
+        assert report.logit_difference > 1e-5
 
 
 def test_bfloat16_checkpoint_stays_bfloat16(tmp_path: Path) -> None:
