@@ -66,12 +66,16 @@ STUDIES = {
     ),
     "mix_51k_batch2": Study(
         ("refit", *_at_rates("refit+low-rank", "5e-3", "2e-3"), *_at_rates("lora", "1e-2", "3e-3"),
-         *_at_rates("lora-all", "3e-3")),
+         *_at_rates("lora-all", "3e-3"), *_at_rates("refit+all-weights", "1e-4", "3e-4", "6e-4")),
         blocks=100, batch=2,
     ),
     "mix_102k": Study(TRAINED, blocks=200),
     "mix_205k": Study(TRAINED),
+    "mix_205k_batch2": Study((*_at_rates("refit+all-weights", "3e-4"), *TRAINED), batch=2),
     "mix_51k_wanda24": Study(("refit", *TRAINED), blocks=100, pattern="2:4"),
+    "mix_51k_wanda24_batch2": Study(
+        ("refit", *_at_rates("refit+all-weights", "3e-4"), *TRAINED), blocks=100, pattern="2:4", batch=2
+    ),
 }  # fmt: skip
 
 

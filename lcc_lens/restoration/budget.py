@@ -144,10 +144,12 @@ def plan_budget(
             return replace(kept.plan, started=started)
         pair = load_pair(dense, pruned)
         loaded, length = time.monotonic() - started, fitting_length(length, pair.context)
-        speed = measure_speed(pair, spec, with_preset(config, spec), length, loaded)
+        training = with_preset(config, spec)
+        speed = measure_speed(pair, spec, training, length, loaded)
         del pair
         release_memory()
-        costs, spent = Costs(speed, length, n_measured, self_written), time.monotonic() - started
+        costs = Costs(speed, length, n_measured, self_written, batch_size=training.batch_size)
+        spent = time.monotonic() - started
         plan = replace(fit_budget(costs, seconds, spent, may_skip_writing=may_skip_writing), started=started)
         if run is not None:
             run.mkdir(parents=True, exist_ok=True)

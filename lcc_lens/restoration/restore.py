@@ -200,13 +200,13 @@ class _Steps:
         about = {**models, "data": self.data.source, **self.kept}
         with training_log(self.log, self.folder.root, about, resume=self.folder.resumes) as tracked:
             if self.injection.n_trained:
-                tested, n_epoch = self.beginning.lr_range, -(-len(self.training) // self.config.batch_size)
+                tested, n_steps = self.beginning.lr_range, self.config.n_steps(len(self.training))
                 steps = train(
                     self.pair.pruned, self.injection, self.training, self.held_out, self.config, teacher=self.teacher,
                     run=self.folder.root, resume=self.folder.resumes, identity=fingerprint(self.inputs, self.kept),
                     first_loss=None if tested is None else tested.start_loss,
                 )  # fmt: skip
-                for step in track(steps, self.config.epochs * n_epoch, "restore"):
+                for step in track(steps, n_steps, "restore"):
                     self.folder.add(step)
                     tracked.add(step)
                     if on_step is not None:

@@ -101,11 +101,12 @@ class RefitRequest:
 
 
 def with_preset(config: TrainConfig | None, spec: MethodSpec) -> TrainConfig:
-    """The training settings; where there are none, or no learning rate or patience, a preset's own."""
+    """The training settings; where there are none, or no learning rate, batch size or patience, a preset's own."""
     preset = spec.preset
     config = config or TrainConfig(objective=Objective.parse(preset.objective or "response"))
     return replace(
         config, lr=preset.lr if config.lr is None else config.lr,
+        batch_size=config.batch_size or preset.batch_size or config.examples_per_step,
         patience=preset.patience if config.patience is None else config.patience,
         reuse=config.reuse or (preset.on_pool and config.epochs > 1 and config.objective.needs_teacher),
     )  # fmt: skip

@@ -69,7 +69,7 @@ class Costs:
         length: tokens of a block.
         n_measured: tokens that three models read at the end, to measure recovery.
         self_written: fraction of the training text that the dense model writes first.
-        refit_self_written: of the refit's.
+        refit_self_written: of the refit's; ``batch_size``: blocks of an optimiser step, as in the settings.
     """
 
     speed: Speed
@@ -77,6 +77,7 @@ class Costs:
     n_measured: int = 0
     self_written: float = 0.2
     refit_self_written: float = fraction_of("self", MIX)
+    batch_size: int | None = None
 
     def refit(self, samples: int) -> float:
         """A refit on so many sequences; none takes none."""
@@ -87,8 +88,8 @@ class Costs:
 
     def train(self, blocks: int) -> float:
         """A training on so many blocks, with its validations and the losses that are measured before and after it."""
-        n_steps = -(-blocks // TrainConfig.batch_size)
-        n_passes = _VALIDATED * (3 + n_steps // TrainConfig.validate_every) + 4
+        config = TrainConfig(batch_size=self.batch_size)
+        n_passes = _VALIDATED * (3 + config.n_steps(blocks) // config.steps_per_validation) + 4
         validated = n_passes * n_validation(blocks) * self.length * self.speed.read
         return blocks * self.length * self.speed.trained + validated
 

@@ -73,11 +73,11 @@ class Training:
     epochs: Maybe[Count] = None
     """Passes over the training data (1 if not given; 3 over a task)."""
     lr: Maybe[Rate] = None
-    """Learning rate of the method's first part; it falls to zero (its own if not given; best: 5e-3, polish: 1e-4)."""
+    """Learning rate of the method's first part; it falls to zero (its own if not given; best: 5e-3, polish: 3e-4)."""
     tune_lr: Switch = False
     """Choose the learning rate by a few steps at each of five first."""
-    batch_size: Count = 8
-    """Examples per optimiser step."""
+    batch_size: Maybe[Count] = None
+    """Examples per optimiser step (the method's own if not given: 8; polish: 2)."""
     objective: Annotated[Maybe[str], tyro.conf.arg(help=OBJECTIVE_HELP)] = None
     temperature: Positive = 1.0
     """Temperature of distillation."""

@@ -183,11 +183,11 @@ class Workbench:
     def record(self, state: SessionState, history: Sequence[str]) -> RestorationRecord:
         """Provenance and losses of a state."""
         config, n_steps, injection = self.settings(state.method), len(state.steps), state.trained()
-        data, n_examples = self.data, min(len(self.sequences), n_steps * config.batch_size)
+        data, n_examples = self.data, min(len(self.sequences), n_steps * config.examples_per_step)
         if self.scan is not None and not injection.n_trained:
             data, n_examples = self.scan.record.data, self.scan.record.n_examples
         settings = {
-            "objective": asdict(config.objective), "batch_size": config.batch_size, "rank": state.rank,
+            "objective": asdict(config.objective), "batch_size": config.examples_per_step, "rank": state.rank,
             "low_rank": self._rank_of(self.spec(state.method)), "scale": state.scale, "steps": n_steps,
             "heads": [str(head) for head in state.heads], "history": list(history),
         }  # fmt: skip
@@ -203,8 +203,8 @@ class Workbench:
         self, injection: Injection, n_steps: int, config: TrainConfig, n_before: int, first_loss: float
     ) -> Generator[Step, None, None]:
         config = replace(config, seed=config.seed + n_before)
-        first, n = n_before * config.batch_size, len(self.sequences)
-        upcoming = [self.sequences[index % n] for index in range(first, first + n_steps * config.batch_size)]
+        first, n = n_before * config.examples_per_step, len(self.sequences)
+        upcoming = [self.sequences[index % n] for index in range(first, first + n_steps * config.examples_per_step)]
         yield from train(
             self._model_for(injection), injection, upcoming, self.held_out, config,
             teacher=self._teacher_for(config.objective), first_loss=first_loss,

@@ -119,7 +119,7 @@ def _trained(
     identity: str,
 ) -> int:
     """Train the adapter in place; returns the number of the last step."""
-    n_steps = config.epochs * -(-len(training) // config.batch_size)
+    n_steps = config.n_steps(len(training))
     steps = train(model, adapter, training, held_out, config, run=run, resume=resume, identity=identity)
     last = n_steps
     for step in track(steps, n_steps, "fit rewriter"):

@@ -84,7 +84,7 @@ class HeadSearch:
 class Preset:
     """A method under a name of its own, with its own settings; it is not joined by ``+``, and recorded as ``method``.
 
-    What a request names goes before ``objective``, ``lr``, ``low_rank`` and ``patience``.
+    What a request names goes before ``objective``, ``lr``, ``batch_size``, ``low_rank`` and ``patience``.
     """
 
     method: str
@@ -93,6 +93,7 @@ class Preset:
     """Whether the pruned model's remaining weights are refitted first."""
     objective: str | None = None
     lr: float | None = None
+    batch_size: int | None = None
     low_rank: int | None = None
     on_pool: bool = False
     """Whether it trains on running text of several domains (``mix`` if no data are named) and stops early by text of
@@ -191,8 +192,8 @@ METHODS: Registry[Method | Preset] = Registry(
         ),
         "polish": Preset(
             "all-weights", "a least-squares refit, then all remaining weights and norm gains trained towards the dense "
-            "model on text of several domains", on_refit=True, objective="3*distillation+lm", lr=1e-4, on_pool=True,
-            patience=3,
+            "model on text of several domains", on_refit=True, objective="3*distillation+lm", lr=3e-4, batch_size=2,
+            on_pool=True, patience=3,
         ),
         "best": Preset(
             "low-rank", "a least-squares refit, then a low-rank change trained towards the dense model on text of "

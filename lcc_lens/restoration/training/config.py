@@ -12,6 +12,8 @@ from lcc_lens.restoration.training.objectives import Objective
 if TYPE_CHECKING:
     import pandas as pd
 
+_BATCH_SIZE, _EXAMPLES_PER_VALIDATION = 8, 160
+
 
 @dataclass(frozen=True)
 class TrainConfig:
@@ -21,7 +23,8 @@ class TrainConfig:
     """
 
     epochs: Count = 1
-    batch_size: Count = 8
+    batch_size: Count | None = None
+    """Examples per optimiser step; the method's own, or 8, if None."""
     lr: Rate | None = None
     """Learning rate of the first injection, with the others in proportion; each one's own if None. A constant's is in
     units of each head's root mean square difference (see
@@ -31,7 +34,8 @@ class TrainConfig:
     micro_tokens: Count | None = None
     """Padded tokens of one backward pass at most (1024 on a CPU, 4096 on a GPU): a larger batch is split, and
     the gradients of its parts are summed with the whole batch's token counts."""
-    validate_every: Count = 20
+    validate_every: Count | None = None
+    """Steps between validations; those of 160 examples if None."""
     checkpoint_every: Count = 20
     seed: Seed = 0
     patience: Count | None = None
@@ -46,6 +50,20 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check_numbers(self)
+
+    @property
+    def examples_per_step(self) -> int:
+        """``batch_size``, or its default."""
+        return self.batch_size or _BATCH_SIZE
+
+    @property
+    def steps_per_validation(self) -> int:
+        """``validate_every``, or its default."""
+        return self.validate_every or max(1, _EXAMPLES_PER_VALIDATION // self.examples_per_step)
+
+    def n_steps(self, n_examples: int) -> int:
+        """Optimiser steps of all epochs over so many examples."""
+        return self.epochs * -(-n_examples // self.examples_per_step)
 
 
 @dataclass(frozen=True)

@@ -102,7 +102,7 @@ def _steps(
                 return _warn_of_divergence(state.step + 1, state.n_steps, f"a loss of {loss}", state.rates[0])
             state.step += 1
             is_last, is_best, measured = state.step == state.n_steps, False, None
-            if is_last or state.step % config.validate_every == 0:
+            if is_last or state.step % config.steps_per_validation == 0:
                 measured = validate()
                 is_best = state.keep_best(measured)
             yield Step(state.step, state.n_steps, loss, lr, n_targets, time.perf_counter() - start, measured)

@@ -73,7 +73,7 @@ def range_test(
     middle = config.lr if config.lr is not None else injection.default_lr
     rates = tuple(sorted(middle * factor for factor in factors))
     start = {name: value.clone() for name, value in injection.state_dict().items()}
-    few = list(sequences[: n_steps * config.batch_size])
+    few = list(sequences[: n_steps * config.examples_per_step])
     cached = None if teacher is None else CachedTeacher(teacher)  # every rate uses the same sequences
     start_loss = validation_loss(model, injection, validation, config.micro_tokens, config.objective, cached)
     losses = []
@@ -84,7 +84,7 @@ def range_test(
             last = step.validation_loss if step.validation_loss is not None else math.inf
         losses.append(last if math.isfinite(last) else math.inf)
         injection.load_state_dict(start)
-    result = RangeTest(rates, tuple(losses), min(n_steps, -(-len(few) // config.batch_size)), start_loss)
+    result = RangeTest(rates, tuple(losses), min(n_steps, replace(config, epochs=1).n_steps(len(few))), start_loss)
     tried = ", ".join(f"{rate:.2g}: {loss:.4f}" for rate, loss in zip(rates, losses, strict=True))
     edge = "; it is the outermost one tried" if result.is_at_edge else ""
     logger.info("learning rate %g, by held-out loss after %d steps (%s)%s", result.best, result.n_steps, tried, edge)

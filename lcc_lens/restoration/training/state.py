@@ -34,7 +34,7 @@ class TrainingState:
             for part, rate in zip(_trained_parts(injection), self.rates, strict=True)
         ]
         self.optimizer = torch.optim.AdamW(groups, weight_decay=config.weight_decay)
-        self.n_steps = config.epochs * math.ceil(n_sequences / config.batch_size)
+        self.n_steps = config.n_steps(n_sequences)
         self.step = self.n_worse = 0
         self.first_loss = self.best_loss = math.inf
         self.best = self._parameters()
@@ -43,7 +43,7 @@ class TrainingState:
         """The batches of all epochs in their fixed order, from the current step on."""
         order = [
             batch for epoch in range(self.config.epochs)
-            for batch in epoch_batches(sequences, self.config.batch_size, self.config.seed + epoch)
+            for batch in epoch_batches(sequences, self.config.examples_per_step, self.config.seed + epoch)
         ]  # fmt: skip
         yield from order[self.step :]
 
