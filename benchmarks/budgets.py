@@ -1,6 +1,6 @@
-"""What `best` recovers within a time budget, and how well the budget is kept.
+"""What restorations recover within a time budget, and how well the budget is kept.
 
-    python benchmarks/budgets.py [--folder runs/budgets] [--budgets 5m 15m 1h]
+    python benchmarks/budgets.py [--folder runs/budgets] [--budgets 5m 15m 1h] [--method best]
 
 SmolLM2-135M, Wanda 50 % calibrated on C4 (``LCC_LENS_DATA`` names it), two CPU cores. Each budget is one `lcc-lens
 restore` from beginning to end: its wall time counts the start of Python, the measurement of the machine and that of the
@@ -31,16 +31,16 @@ from lcc_lens.restoration.result import Restoration
 OUT = Path(__file__).parent / "budgets.json"
 
 
-def restored(pruned: Path, run: Path, budget: str) -> dict[str, Any]:
+def restored(pruned: Path, run: Path, budget: str, method: str) -> dict[str, Any]:
     """The plan, the wall time and the recovery of one restoration."""
-    command = ["restore", "smollm2", str(pruned), str(run), "--method", "best", "--budget", budget]
+    command = ["restore", "smollm2", str(pruned), str(run), "--method", method, "--budget", budget]
     start = time.perf_counter()
     subprocess.run([sys.executable, "-m", "lcc_lens", *command, "--overwrite"], check=True)
     took = time.perf_counter() - start
     kept = read_json(run / BUDGET_FILE)
     plan = kept["plan"]
     return {
-        "budget": parse_budget(budget), "took": took, "planned": plan["seconds"],
+        "method": method, "budget": parse_budget(budget), "took": took, "planned": plan["seconds"],
         "refit_samples": plan["refit_samples"], "blocks": kept["trained"] or plan["examples"],
         "writes": plan.get("writes", True),
         "panel": measured(pruned, run),
@@ -58,6 +58,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path("runs/budgets"))
     parser.add_argument("--budgets", nargs="+", default=["5m", "15m", "1h"])
+    parser.add_argument("--method", default="best", choices=["best", "best-low-rank"])
     asked = parser.parse_args()
     results: dict[str, Any] = read_json(OUT) if OUT.exists() else {"runs": {}}
     pruned = asked.folder / "pruned"
@@ -65,11 +66,13 @@ def main() -> None:
         with shown():
             prune("smollm2", pruned, calibration="c4")
     for budget in asked.budgets:
-        if budget not in results["runs"]:
-            results["runs"][budget] = rounded(restored(pruned, asked.folder / budget, budget))
+        name = f"{asked.method} {budget}"
+        if name not in results["runs"]:
+            run = asked.folder / name.replace(" ", "_")
+            results["runs"][name] = rounded(restored(pruned, run, budget, asked.method))
             written = {"command": "python benchmarks/budgets.py", "machine": describe(), **results}
             write_json(OUT, written)
-            print(budget, results["runs"][budget], flush=True)
+            print(name, results["runs"][name], flush=True)
 
 
 if __name__ == "__main__":

@@ -479,8 +479,8 @@ def prompt_head_table(study: dict[str, Any]) -> str:
 #: Rows of the studies of domains, by how the entry begins.
 DOMAIN_ROWS = {
     "refit": "`refit`",
-    "refit+low-rank": "`best`",
-    "refit+all-weights": "`polish`",
+    "refit+all-weights": "refit, then all weights",
+    "refit+low-rank": "refit, then low rank",
     "lora": "LoRA (q, k, v, o)",
     "lora-all": "LoRA (all linear)",
     "all-weights": "all remaining weights and norm gains, no refit",
@@ -488,8 +488,12 @@ DOMAIN_ROWS = {
 }  # fmt: skip
 
 
-def domain_table(study: dict[str, Any]) -> str:
-    """Lost log-perplexity recovered on every kind of text; a star where the kind was not in the pool."""
+def domain_table(study: dict[str, Any], *, only_best: bool = False) -> str:
+    """Lost log-perplexity recovered on every kind of text; a star where the kind was not in the pool.
+
+    Args:
+        only_best: of every method the row at its best rate alone.
+    """
     from lcc_lens.evaluation.comparison.compare import summary
 
     rows = [row for row in summary(study) if row["seeds"]]
@@ -499,32 +503,48 @@ def domain_table(study: dict[str, Any]) -> str:
     lines = [_row(["", "mean", "worst", *names, "KL to dense", "seeds"]), "|---|" + "---:|" * (len(texts) + 4)]
     for name, label in DOMAIN_ROWS.items():
         own = [row for row in rows if row["entry"].partition(":")[0] == name]
-        for row in sorted(own, key=lambda row: -row["recovered_mean"]):
+        for row in sorted(own, key=lambda row: -row["recovered_mean"])[: 1 if only_best else None]:
             cells = [_percent_of(row, "recovered_mean"), _percent_of(row, "recovered_worst")]
             cells += [f"{100 * row['domains'][text]['recovered']:.1f}" for text in texts]
             rate = f", rate {row['entry'].partition('=')[2]}" if len(own) > 1 else ""
-            lines.append(_row([f"{label}{rate}", *cells, f"{row['kl']:.3f}", str(row["seeds"])]))
+            label_here = f"{_preset_like(row, study) or label}{rate}"
+            lines.append(_row([label_here, *cells, f"{row['kl']:.3f}", str(row["seeds"])]))
     return "\n".join(lines)
+
+
+def _preset_like(row: dict[str, Any], study: dict[str, Any]) -> str | None:
+    """The preset that a row trains like, in steps as large; None if there is none."""
+    from lcc_lens.evaluation.comparison.entry import Entry
+
+    steps = {"best": 2, "best-low-rank": None}
+    for name, batch in steps.items():
+        if Entry.parse(row["entry"]).trains_like(Entry.parse(name)):
+            return f"`{name}`" if batch in (None, study["settings"]["batch_size"]) else None
+    return None
 
 
 def domain_overview(study: dict[str, Any]) -> str:
     """The mean and the worst of the domains alone, of every method at its best rate."""
-    lines = [line.split("|") for line in domain_table(study).splitlines()]
-    methods = [line[1].partition(", rate")[0] for line in lines]
-    lines = [line for i, line in enumerate(lines) if methods.index(methods[i]) == i]
+    lines = [line.split("|") for line in domain_table(study, only_best=True).splitlines()]
     return "\n".join("|".join([*line[:4], *line[-3:]]) for line in lines)
 
 
 def budget_table(study: dict[str, Any]) -> str:
     """What a restoration within a time budget read, took and recovered."""
-    runs = sorted(study["runs"].values(), key=lambda run: run["budget"])
+    runs = sorted(study["runs"].values(), key=lambda run: (run["method"], run["budget"]))
     lines = [
-        _row(["budget, minutes", "took", "refit, sequences", "trained, blocks", "the dense model writes", "mean",
+        _row(["", "minutes", "took", "refit, sequences", "trained, blocks", "the dense model writes", "mean",
               "worst"]),
-        "|---:|---:|---:|---:|---|---:|---:|",
+        "|---|---:|---:|---:|---:|---|---:|---:|",
     ]  # fmt: skip
     for run in runs:
-        cells = [f"{run['budget'] / 60:g}", f"{run['took'] / 60:.1f}", str(run["refit_samples"]), str(run["blocks"])]
+        cells = [
+            f"`{run['method']}`",
+            f"{run['budget'] / 60:g}",
+            f"{run['took'] / 60:.1f}",
+            str(run["refit_samples"]),
+            str(run["blocks"]),
+        ]
         found = [f"{100 * run['panel'][name]:.1f}" for name in ("mean", "worst")]
         lines.append(_row([*cells, "yes" if run["writes"] else "no", *found]))
     return "\n".join(lines)

@@ -137,7 +137,7 @@ def run_demo(
     with timer.step("restore", "train a constant per head"):
         restoration = _by_lcc(pair, scanned, data, config)
     del pair  # frees two models for the evaluation
-    with timer.step("best", "refit, then train a low-rank change: the method that recovers most"):
+    with timer.step("best", "refit, then train all remaining weights: the method that recovers most"):
         by_best = _best(pruned, folder / "run_best", config)
     with timer.step("export", "fold into plain Hugging Face directories and verify"):
         report = export(restoration, pruned, restored, overwrite=True)

@@ -1,4 +1,4 @@
-"""The preset ``best``, which recovers most at no cost at inference: a refit, then a low-rank change of the weights."""
+"""The preset ``best``, which recovers most at no cost at inference: a refit, then training of all remaining weights."""
 
 from __future__ import annotations
 
@@ -34,8 +34,9 @@ def restore_best(
     resume: bool = False,
     on_step: Callable[[Step], None] | None = None,
 ) -> Restoration:
-    """Refit the remaining weights by least squares, then train a low-rank change of every linear layer.
+    """Refit the remaining weights by least squares, then train them and the norm gains of every decoder layer.
 
+    Where memory does not hold this (some 24 bytes per weight), a low-rank change of every linear layer is trained.
     The refitted model is kept in ``run/refit`` and used again if it is of this pair. The restoration belongs to it:
     ``export(restoration, run / "refit", out)`` writes the result, whose zeros are the pruned model's.
 
@@ -47,9 +48,9 @@ def restore_best(
         budget: what fits a time, by :func:`~lcc_lens.restoration.budget.plan_budget`, in place of ``n_samples`` and
             ``limit``.
         config: settings of the training. If not given, the objective is the KL divergence from the dense model plus a
-            third of the language-model loss. Its learning rate is 5e-3 if it names none.
+            third of the language-model loss. Learning rate and batch size are the preset's if it names none.
         validation: what the best parameters are chosen by; if not given, text of the domains that ``data`` lacks.
-        low_rank: the rank; 16 if not given.
+        low_rank: train a low-rank change of this rank instead.
         calibration: data for the refit (``mix`` if not given); see :func:`~lcc_lens.pruning.jobs.refit`.
         n_samples: sequences of it; 288 if not given.
         seq_len: tokens per sequence; 512, or the model's context if shorter.

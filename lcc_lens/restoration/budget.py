@@ -22,6 +22,7 @@ from lcc_lens.data.registry import part_names, without_self_written
 from lcc_lens.models.architecture.context import fitting_length
 from lcc_lens.models.pair import Pair, load_pair
 from lcc_lens.pruning.jobs import REFIT_SAMPLES
+from lcc_lens.restoration.in_memory import method_in_memory
 from lcc_lens.restoration.injections.spec import MethodSpec
 from lcc_lens.restoration.settings import RefitRequest, with_preset
 from lcc_lens.restoration.speed import FEWEST_REFITTED, FEWEST_TRAINED, Costs, measure_speed
@@ -101,7 +102,7 @@ def plan_budget(
     pruned: str | Path,
     budget: str,
     *,
-    method: str = "best",
+    method: str | MethodSpec = "best",
     length: int | None = None,
     n_measured: int = 0,
     self_written: float = 0.2,
@@ -134,27 +135,36 @@ def plan_budget(
     Example:
         >>> plan_budget("smollm2", "out/wanda50", "15m")  # doctest: +SKIP
     """
-    started, spec, seconds = time.monotonic(), MethodSpec.parse(method), parse_budget(budget)
+    started, spec, seconds = time.monotonic(), method_in_memory(method, pruned), parse_budget(budget)
     if not spec.preset.on_refit:
-        raise RequestError(f"expected a method that refits first for a budget, got {method}; name best or polish")
-    request = {"budget": seconds, "method": method, "length": length, "measured": n_measured, "skips": may_skip_writing}
+        raise RequestError(f"expected a method that refits first for a budget, got {spec.name}; name best or polish")
+    request = {"budget": seconds, "method": spec.name, "length": length, "measured": n_measured}
+    request["skips"] = may_skip_writing
     with first_process_first():
         kept = None if run is None else _kept(run)
         if kept is not None and kept.request == request:
             return replace(kept.plan, started=started)
-        pair = load_pair(dense, pruned)
-        loaded, length = time.monotonic() - started, fitting_length(length, pair.context)
-        training = with_preset(config, spec)
-        speed = measure_speed(pair, spec, training, length, loaded)
-        del pair
-        release_memory()
-        costs = Costs(speed, length, n_measured, self_written, batch_size=training.batch_size)
+        costs = _costs_here(dense, pruned, spec, with_preset(config, spec), length)
+        costs = replace(costs, n_measured=n_measured, self_written=self_written)
         spent = time.monotonic() - started
         plan = replace(fit_budget(costs, seconds, spent, may_skip_writing=may_skip_writing), started=started)
         if run is not None:
             run.mkdir(parents=True, exist_ok=True)
             _keep(run, _Kept(request, plan))
     return plan
+
+
+def _costs_here(
+    dense: str | Path, pruned: str | Path, spec: MethodSpec, config: TrainConfig, length: int | None
+) -> Costs:
+    """What the stages of a restoration take on this machine; the models are in memory only meanwhile."""
+    started = time.monotonic()
+    pair = load_pair(dense, pruned)
+    loaded, length = time.monotonic() - started, fitting_length(length, pair.context)
+    speed = measure_speed(pair, spec, config, length, loaded)
+    del pair
+    release_memory()
+    return Costs(speed, length, batch_size=config.batch_size)
 
 
 def fit_budget(costs: Costs, budget: float, spent: float = 0.0, *, may_skip_writing: bool = False) -> BudgetPlan:

@@ -17,6 +17,7 @@ from lcc_lens.models.pair import Pair, check_models, load_pair
 from lcc_lens.pruning.refit.checks import require_refittable
 from lcc_lens.restoration.budget import BudgetPlan, blocks_in_time
 from lcc_lens.restoration.checks import check_restores
+from lcc_lens.restoration.in_memory import method_in_memory
 from lcc_lens.restoration.injections.spec import MethodSpec
 from lcc_lens.restoration.refitted import REFITTED, refitted_model
 from lcc_lens.restoration.restore import restore
@@ -34,7 +35,7 @@ def restore_models(
     run: str | Path,
     data: Data,
     *,
-    method: str = "lcc",
+    method: str | MethodSpec = "lcc",
     config: TrainConfig | None = None,
     validation: Data | None = None,
     settings: RestoreSettings | None = None,
@@ -48,8 +49,7 @@ def restore_models(
 ) -> tuple[Restoration, Pair]:
     """Restore a pruned model by any method; gives the restoration and its pair, refitted if it was.
 
-    What the method needs first is made: a refit, a scan. Errors are those of
-    :func:`~lcc_lens.restoration.restore.restore`.
+    What the method needs first is made: a refit, a scan. Errors: see :func:`~lcc_lens.restoration.restore.restore`.
 
     Args:
         dense: reference of the dense model; ``pruned``: of the pruned one.
@@ -61,8 +61,9 @@ def restore_models(
         budget: a plan whose time decides how much is trained on after the refit.
         one_at_a_time: hold one model in memory at a time; ``resume``, ``on_step``, ``log``: see ``restore``.
     """
-    spec, run, heads = MethodSpec.parse(method), Path(run), heads or HeadRequest()
-    settings, refitting = settings or RestoreSettings(), (refitting or RefitRequest()).completed(spec)
+    run, heads, settings = Path(run), heads or HeadRequest(), settings or RestoreSettings()
+    spec = method_in_memory(method, pruned, low_rank=settings.low_rank)
+    refitting = (refitting or RefitRequest()).completed(spec)
     check_job(
         dense, pruned, run, spec, heads, max_length=settings.max_length, refits=refitting.n_samples > 0,
         one_at_a_time=one_at_a_time, log=log,

@@ -35,7 +35,7 @@ class RestoreSettings:
     mlp_rank: Count | None = None
     """Directions per MLP; those that the scan holds if None."""
     low_rank: Count | None = None
-    """Rank of a low-rank change of weights; the preset's, or 8, if None."""
+    """Rank of a low-rank change of weights; the preset's, or 8, if None. ``best`` trains one if it is given."""
     start: Start = "zero"
     """See :class:`~lcc_lens.restoration.injections.constants.LccInjection`."""
     max_length: Length | None = None

@@ -181,12 +181,12 @@ def conform(family: str, folder: Path) -> Conformance:
 
 
 def restored_weights(dense: Path, pruned: Path, questions: Path, text: Path, folder: Path) -> None:
-    """Refit, train a low-rank change and export it, which compares the copy's logits with the hooked model's."""
+    """Refit, train all remaining weights and export them, which compares the copy's logits with the hooked model's."""
     others, run = folder / "others.jsonl", folder / "best"
     others.write_text("".join(json.dumps(question) + "\n" for question in QUESTIONS[8:12]))
     data, validation = (load_data(str(file)) for file in (questions, others))
     restoration = restore_best(
-        dense, pruned, run, data, validation=validation, calibration=str(text), n_samples=2, seq_len=32, low_rank=2
+        dense, pruned, run, data, validation=validation, calibration=str(text), n_samples=2, seq_len=32
     )
     logits_of(load_pair(dense, run / "refit"), restoration, least=1e-3)
     export(restoration, run / "refit", folder / "best_exported")
@@ -270,7 +270,7 @@ the table works if the same checks pass, and `lcc-lens doctor MODEL` says which 
 - **slimgpt**: heads and neurons can be removed one by one
 - **fused**: the model's own attention kernels run under the hooks
 - **constants**: what holds them in an export
-- **best**: a refit, then a low-rank change under hooks, exported with the pruned model's zeros
+- **best**: a refit, then all remaining weights under hooks, exported with the pruned model's zeros
 - **causes**: whose differences `scan --causes` divides: those of a mixture's experts, and of MLPs that are no module of
   their own, are not
 

@@ -85,8 +85,7 @@ def scan(
         probe_solver: ``newton``, to convergence, or ``published``, 200 steps of Adam.
         probe_folds: folds of the linear probe's cross-validation; one split if not given.
         selector_examples: examples for selectors that run the models again; ``display``: that are kept token by token.
-        causes: also divide differences by cause, see :func:`~lcc_lens.analysis.causes.division.find_causes`; a warning
-            says why where it cannot.
+        causes: also :func:`~lcc_lens.analysis.causes.division.find_causes`; a warning says why where it cannot.
         batch_tokens: tokens per forward pass at most (1024 on a CPU, 4096 on a GPU if not given).
         seed: of the probes; ``run``: directory to save the scan in, and to resume it from.
 
@@ -98,12 +97,11 @@ def scan(
     check_sites([*sites, *spectra])
     data = as_data(data)
     named = None if selectors is None else check_selectors(selectors)
-    length = fitting_length(max_length, pair.context)
+    length, tokens = fitting_length(max_length, pair.context), batch_tokens or tokens_per_pass(device_of(pair.dense))
     right, wrong = pair_sequences(data, pair, length, limit)
     names = possible_selectors(named, pair, data, len(right), wrong)
-    tokens = batch_tokens or tokens_per_pass(device_of(pair.dense))
-    divides = wants_causes(causes, names, pair)
-    plan = ScanPlan(tuple(right), wrong, positions, _compared_sites(pair, sites), tokens, divides)
+    sites, divided = _compared_sites(pair, sites), wants_causes(causes, names, pair)
+    plan = ScanPlan(tuple(right), wrong, positions, sites, tokens, divided)
     settings = ScoreSettings(probe_rank, probe_solver, probe_folds, selector_examples, seed, tokens)
     check_plan(plan.sequences, positions, settings, None if wrong is None or "probe" not in names else pair.d_head)
     return _run(pair, data, plan, spectra, names, settings, length, display, run)

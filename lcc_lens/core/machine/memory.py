@@ -6,15 +6,18 @@ import ctypes
 import functools
 import gc
 import mmap
+import os
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 _PAGE = mmap.PAGESIZE
+#: Where Linux tells how much memory a container may use, in both versions of its control groups.
+_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 
 
 def release_memory() -> None:
@@ -71,6 +74,27 @@ def peak_memory(device: torch.device, every: float = 0.02) -> Iterator[PeakMemor
         ended.set()
         watcher.join()
         peak.mib = (max(highest[0], _resident() or 0) - start) / 2**20
+
+
+def total_memory(device: torch.device) -> int | None:
+    """Bytes of memory that a device has in all, free or not; the process's limit on a CPU; None if it is not told."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    try:
+        physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, OSError, ValueError):
+        return None
+    limits = [int(text) for text in _texts(_LIMITS) if text.isdigit()]
+    return min([physical, *limits])
+
+
+def _texts(files: Sequence[Path]) -> list[str]:
+    """The text of those files that can be read."""
+    words = []
+    for file in files:
+        with suppress(OSError, ValueError):
+            words.append(file.read_text(encoding="ascii").strip())
+    return words
 
 
 def _resident() -> int | None:

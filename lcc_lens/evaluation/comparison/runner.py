@@ -180,8 +180,8 @@ class Runner:
         if entry.control == "dense" and pair.n_heads != int(pair.dense.cfg.n_heads):
             raise RequestError(f"expected models with the same heads for {entry.text}, got a sliced one; leave it out")
         config = TrainConfig(
-            epochs=self.config.epochs, batch_size=self.config.batch_size, lr=entry.lr, seed=seed,
-            objective=entry.objective,
+            epochs=self.config.epochs, batch_size=entry.spec.preset.batch_size or self.config.batch_size, lr=entry.lr,
+            seed=seed, objective=entry.objective,
         )  # fmt: skip
         data, validation = self._data.training(entry, pair.tokenizer, seed), self._data.validation(pair.tokenizer)
         scan = self.models.scan(entry.spec, pair, on_refit=entry.on_refit) if entry.spec.needs_scan else None

@@ -17,9 +17,10 @@ METHODS_HELP = (
     "random directions); mean-shift-sequential (each layer's mean measured after the layers below it are corrected; "
     "-mlp: MLPs too). mlp-lcc, mlp-offset, mlp-mean-shift, mlp-gain: the same at the MLP. Changed weights, whose "
     "zeros stay: gain (of head outputs), norms, low-rank (on every linear layer), masked (all remaining weights). "
-    "Joined by + they train together: lcc+low-rank. best: a refit by least squares, then a low-rank change that "
-    "follows the dense model on text of several domains. polish: the same with all remaining weights and norm gains. "
-    "perp, perp-lora and lofit are baselines; the other baselines run in compare."
+    "Joined by + they train together: lcc+low-rank. best: a refit by least squares, then all remaining weights and "
+    "norm gains follow the dense model on text of several domains; a low-rank change (best-low-rank) where there is "
+    "too little memory. polish: the same, whatever the memory. perp, perp-lora and lofit are baselines; the other "
+    "baselines run in compare."
 )
 PAPER_HELP = (
     "The paper's own settings at once: its probe (200 steps, K = 1) on a quarter of the heads, 3 epochs, a learning "
@@ -73,11 +74,11 @@ class Training:
     epochs: Maybe[Count] = None
     """Passes over the training data (1 if not given; 3 over a task)."""
     lr: Maybe[Rate] = None
-    """Learning rate of the method's first part; it falls to zero (its own if not given; best: 5e-3, polish: 3e-4)."""
+    """Learning rate of the method's first part; it falls to zero (its own if not given; best, polish: 3e-4)."""
     tune_lr: Switch = False
     """Choose the learning rate by a few steps at each of five first."""
     batch_size: Maybe[Count] = None
-    """Examples per optimiser step (the method's own if not given: 8; polish: 2)."""
+    """Examples per optimiser step (the method's own if not given: 8; best, polish: 2)."""
     objective: Annotated[Maybe[str], tyro.conf.arg(help=OBJECTIVE_HELP)] = None
     temperature: Positive = 1.0
     """Temperature of distillation."""
@@ -86,15 +87,15 @@ class Training:
     mlp_rank: Maybe[Count] = None
     """Directions per MLP (those that the scan holds if not given)."""
     low_rank: Maybe[Count] = None
-    """Rank of low-rank (8 if not given; best: 16)."""
+    """Rank of low-rank (8 if not given; best-low-rank: 16). best trains a low-rank change if it is given."""
     refit_samples: Maybe[Natural] = None
     """Calibration sequences of best's and polish's refit (288, or what --budget allows, if not given; 0: none)."""
     start: Literal["zero", "mean"] = "zero"
     """Where the magnitudes start: at the pruned model, or at the mean difference."""
     patience: Maybe[Count] = None
     """Stop after this many validations without improvement."""
-    checkpoint_every: Count = 20
-    """Optimiser steps between checkpoints."""
+    checkpoint_every: Maybe[Count] = None
+    """Optimiser steps between checkpoints (those of 160 examples if not given)."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -72,12 +72,12 @@ class Restore(Tabled):
         from lcc_lens.data.registry import without_self_written
         from lcc_lens.evaluation.task_recovery import note_task
         from lcc_lens.restoration.advice import better_method
-        from lcc_lens.restoration.injections.spec import MethodSpec
+        from lcc_lens.restoration.in_memory import method_in_memory
         from lcc_lens.restoration.jobs import check_job, restore_models
         from lcc_lens.restoration.settings import SCAN_DATA, RestoreSettings
 
         self._check_folder()
-        spec = MethodSpec.parse(self.chosen_method)
+        spec = method_in_memory(self.chosen_method, self.pruned, low_rank=self.training.low_rank)
         heads = self._heads()
         config, measures = self._config(spec), self._measures()
         train_data = self._train_data(spec)
@@ -98,7 +98,7 @@ class Restore(Tabled):
             tune_lr=training.tune_lr, exportable=not self.hooks_only,
         )  # fmt: skip
         restoration, pair = restore_models(
-            self.dense, self.pruned, self.run, data, method=self.chosen_method, config=config,
+            self.dense, self.pruned, self.run, data, method=spec, config=config,
             validation=validation, settings=settings, heads=heads, one_at_a_time=self.memory.one_at_a_time,
             refitting=self._refitting(plan), budget=plan, resume=self.resume, log=self.log,
         )  # fmt: skip
@@ -181,7 +181,7 @@ class Restore(Tabled):
         n_measured = len(self.data.panel or available_panel()) * self.data.panel_blocks * DEFAULT_LENGTH
         own = fraction_of("self", train_data)
         plan = plan_budget(
-            self.dense, self.pruned, budget, method=spec.name, length=self.data.max_length, n_measured=n_measured,
+            self.dense, self.pruned, budget, method=spec, length=self.data.max_length, n_measured=n_measured,
             self_written=own, may_skip_writing=self.data.data is None or not own, run=self.run,
         )  # fmt: skip
         console().print(f"plan for {plan}", highlight=False, soft_wrap=True)

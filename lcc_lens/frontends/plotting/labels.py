@@ -50,6 +50,8 @@ _PARTS = {
     "lora-vo": "LoRA (v, o)",
     "dora-vo": "DoRA (v, o)",
 }
+#: Presets, and what they train.
+_PRESETS = {"best": "surviving weights and norms", "best-low-rank": "masked low rank"}
 _WHERE = {"dense": "on the dense model", "shuffled": "shuffled responses", "random-heads": "random heads"}
 
 
@@ -87,8 +89,9 @@ def entry_label(text: str) -> str:
     entry = Entry.parse(text)
     if entry.method is None:
         return "refit, untrained"
-    if entry.trains_like(Entry.parse("best")):
-        return "best (refit, masked low rank)"
+    for preset, does in _PRESETS.items():
+        if entry.trains_like(Entry.parse(preset)):
+            return f"{preset} (refit, {does})"
     whole, _, rate = text.partition("=")
     objective = whole.partition(":")[2]
     label = "refit, " if entry.on_refit else ""

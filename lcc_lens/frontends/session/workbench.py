@@ -41,6 +41,11 @@ class Trained:
     is_cut: bool
 
 
+def session_method(method: str) -> MethodSpec:
+    """What a session trains under a method's name: the leaner preset where there are two, as undo keeps every state."""
+    return MethodSpec.parse(method).leaner
+
+
 @dataclass
 class Workbench:
     """Builds, trains and measures injections on the same data.
@@ -89,13 +94,13 @@ class Workbench:
         return cls(pair, scan, data.name, sequences, held_out, config, objective, low_rank, exportable, refit)
 
     def spec(self, method: str) -> MethodSpec:
-        """A method, parsed and checked.
+        """A method, checked.
 
         Raises:
             RequestError: an unknown one, one that sessions do not run, one that lacks a scan, or a model that cannot be
                 exported.
         """
-        spec = MethodSpec.parse(method)
+        spec = session_method(method)
         if spec.compare_only or spec.preset.choose_heads:
             raise RequestError(f"expected a method for a session, got {method}; run it by compare or restore")
         if self.scan is None and spec.on_heads:
@@ -106,7 +111,7 @@ class Workbench:
 
     def settings(self, method: str) -> TrainConfig:
         """The settings of a method's training."""
-        spec = MethodSpec.parse(method)
+        spec = session_method(method)
         objective = self.objective or Objective.parse(spec.preset.objective or "response")
         return with_preset(replace(self.config, objective=objective), spec)
 
@@ -194,7 +199,7 @@ class Workbench:
         return RestorationRecord(
             dense=self.pair.dense_id.reference, pruned=self.pair.pruned_id.reference,
             dense_sha256=self.pair.dense_id.sha256, pruned_sha256=self.pair.pruned_id.sha256,
-            method=MethodSpec.parse(state.method).text,
+            method=session_method(state.method).text,
             data=data, n_examples=n_examples, seed=config.seed, settings=settings, losses=self.losses(state.scaled()),
             n_trained=injection.n_trained,
         )  # fmt: skip

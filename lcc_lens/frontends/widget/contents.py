@@ -13,6 +13,7 @@ from lcc_lens.analysis.scan.scan import Scan
 from lcc_lens.analysis.selectors.names import ALWAYS_SCORED, DEFAULT_SELECTOR, SELECTORS
 from lcc_lens.frontends.explorer.views import View, removed_heads, views_of_scan
 from lcc_lens.frontends.session.session import RestoreSession
+from lcc_lens.frontends.session.workbench import session_method
 from lcc_lens.prompting.merits import MERITS
 from lcc_lens.prompting.rewriting.rewriter import Rewrites
 from lcc_lens.restoration.injections.spec import MethodSpec
@@ -116,7 +117,7 @@ def _methods(session: RestoreSession) -> list[dict[str, Any]]:
 
 
 def _described(method: str) -> str:
-    spec = MethodSpec.parse(method)
+    spec = session_method(method)
     place = "biases" if spec.bias_sites else "existing weights"
     does = spec.preset.does or "; ".join(part.does for part in spec.parts)
     return f"{does}. Trains {spec.n_trained or 'nothing'}, folds into {place}"

@@ -101,6 +101,8 @@ class Preset:
     patience: int | None = None
     all_heads: bool = False
     """Whether it acts on all heads, whatever fraction is requested."""
+    instead: str | None = None
+    """The preset that takes its place where there is too little memory, in sessions, and where a rank is named."""
     choose_heads: Callable[[HeadSearch], list[Head]] | None = None
     """Chooses the heads by training, among all of them."""
 
@@ -135,6 +137,11 @@ def _sequential(inputs: Ingredients, *, mlp: bool = False) -> Injection:
 
 _PER_HEAD, _PER_MLP = "(K + d_head) per head", "(K + d_mlp) per layer"
 _BASELINES = "lcc_lens.evaluation.baselines.methods"
+_TOWARDS_DENSE = "3*distillation+lm"
+_POLISHED = (
+    "a least-squares refit, then all remaining weights and norm gains trained towards the dense model on text of "
+    "several domains"
+)
 #: ``lcc`` is the paper's (Eq. 8); ``offset``, ``mean-shift`` and ``random-basis`` are its controls.
 METHODS: Registry[Method | Preset] = Registry(
     "method",
@@ -191,13 +198,16 @@ METHODS: Registry[Method | Preset] = Registry(
             "n_in n_out per linear layer, d_model per norm",
         ),
         "polish": Preset(
-            "all-weights", "a least-squares refit, then all remaining weights and norm gains trained towards the dense "
-            "model on text of several domains", on_refit=True, objective="3*distillation+lm", lr=3e-4, batch_size=2,
-            on_pool=True, patience=3,
+            "all-weights", _POLISHED, on_refit=True, objective=_TOWARDS_DENSE, lr=3e-4, batch_size=2, on_pool=True,
+            patience=3,
         ),
         "best": Preset(
+            "all-weights", f"{_POLISHED}, or a low-rank change where there is too little memory", on_refit=True,
+            objective=_TOWARDS_DENSE, lr=3e-4, batch_size=2, on_pool=True, patience=3, instead="best-low-rank",
+        ),
+        "best-low-rank": Preset(
             "low-rank", "a least-squares refit, then a low-rank change trained towards the dense model on text of "
-            "several domains", on_refit=True, objective="3*distillation+lm", lr=5e-3, low_rank=16, on_pool=True,
+            "several domains", on_refit=True, objective=_TOWARDS_DENSE, lr=5e-3, low_rank=16, on_pool=True,
         ),
     },
     lazy={

@@ -48,6 +48,11 @@ class MethodSpec:
         return cls(text, text, parts)
 
     @property
+    def leaner(self) -> MethodSpec:
+        """What a preset names for machines with less memory; the method itself if it names nothing."""
+        return self if self.preset.instead is None else MethodSpec.parse(self.preset.instead)
+
+    @property
     def on_heads(self) -> bool:
         """Whether it acts on chosen heads."""
         return any(part.on_heads for part in self.parts)

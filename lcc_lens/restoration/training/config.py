@@ -12,7 +12,7 @@ from lcc_lens.restoration.training.objectives import Objective
 if TYPE_CHECKING:
     import pandas as pd
 
-_BATCH_SIZE, _EXAMPLES_PER_VALIDATION = 8, 160
+_BATCH_SIZE, _EXAMPLES_BETWEEN = 8, 160
 
 
 @dataclass(frozen=True)
@@ -35,8 +35,8 @@ class TrainConfig:
     """Padded tokens of one backward pass at most (1024 on a CPU, 4096 on a GPU): a larger batch is split, and
     the gradients of its parts are summed with the whole batch's token counts."""
     validate_every: Count | None = None
-    """Steps between validations; those of 160 examples if None."""
-    checkpoint_every: Count = 20
+    """Steps between validations; those of 160 examples if None, as for ``checkpoint_every``."""
+    checkpoint_every: Count | None = None
     seed: Seed = 0
     patience: Count | None = None
     """Stop after this many validations in a row without a new best."""
@@ -59,7 +59,12 @@ class TrainConfig:
     @property
     def steps_per_validation(self) -> int:
         """``validate_every``, or its default."""
-        return self.validate_every or max(1, _EXAMPLES_PER_VALIDATION // self.examples_per_step)
+        return self.validate_every or max(1, _EXAMPLES_BETWEEN // self.examples_per_step)
+
+    @property
+    def steps_per_checkpoint(self) -> int:
+        """``checkpoint_every``, or its default."""
+        return self.checkpoint_every or max(1, _EXAMPLES_BETWEEN // self.examples_per_step)
 
     def n_steps(self, n_examples: int) -> int:
         """Optimiser steps of all epochs over so many examples."""

@@ -110,7 +110,7 @@ def _steps(
                 what = f"a validation loss of {measured:.3g} ({state.first_loss:.3g} at first)"
                 # the state is not saved, so a resumed run stops here too
                 return _warn_of_divergence(state.step, state.n_steps, what, state.rates[0])
-            is_due, is_interrupted = state.step % config.checkpoint_every == 0, interruption.is_agreed()
+            is_due, is_interrupted = state.step % config.steps_per_checkpoint == 0, interruption.is_agreed()
             if run is not None and (is_due or is_best or is_last or is_interrupted):
                 state.save(run)
             if is_interrupted and not is_last:

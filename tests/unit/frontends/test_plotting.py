@@ -196,7 +196,8 @@ def test_lens_is_read_as_it_was_saved(tmp_path: Path, gain: LogitGain, promoted:
     [
         ("lcc", "LCC", "restored"),
         ("refit", "refit, untrained", "restored"),
-        ("refit+low-rank:3*distillation+lm=5e-3", "best (refit, masked low rank)", "restored"),
+        ("refit+low-rank:3*distillation+lm=5e-3", "best-low-rank (refit, masked low rank)", "restored"),
+        ("refit+all-weights:3*distillation+lm=3e-4", "best (refit, surviving weights and norms)", "restored"),
         ("refit+low-rank+lcc:distillation", "refit, masked low rank + LCC; distillation", "restored"),
         ("lora-vo=1e-3", "LoRA (v, o); rate 1e-3", "baseline"),
         ("lcc@dense", "LCC, on the dense model", "control"),

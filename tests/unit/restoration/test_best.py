@@ -72,7 +72,7 @@ def test_by_one_command(
     command = ["restore", str(dense_dir), str(pruned_dir), str(tmp_path / "run"), "--data", str(files["train"])]
     assert main([*command, "--method", "best", "--refit-samples", "9", "--quiet"]) == 0
     asked = read_json(tmp_path / "run" / "config.json")["restore"]
-    assert (asked["method"], asked["low_rank"]) == ("low-rank", 16)
+    assert (asked["method"], asked["batch_size"]) == ("all-weights", 2)
     assert asked["lr"] == METHODS["best"].lr
     assert (asked["objective"]["text"], asked["objective"]["distillation"]) == (0.25, 0.75)
     losses = read_json(tmp_path / "run" / "metrics.json")["validation"]["losses"]

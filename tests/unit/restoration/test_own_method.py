@@ -101,7 +101,7 @@ def test_a_taken_name_is_refused() -> None:
 
 def test_a_preset_has_settings_of_its_own_and_is_recorded_as_its_method() -> None:
     best, perp = MethodSpec.parse("best"), MethodSpec.parse("perp")
-    assert (best.name, best.text, best.preset.lr, best.preset.on_refit) == ("best", "low-rank", 5e-3, True)
+    assert (best.name, best.text, best.preset.lr, best.preset.on_refit) == ("best", "all-weights", 3e-4, True)
     assert (perp.text, perp.selects_heads, perp.bias_sites) == ("norms+offset+mlp-offset", False, ("z", "mlp"))
     for text in ("best+norms", "flap+lcc"):
         with pytest.raises(RequestError, match="expected a method that can be joined by"):

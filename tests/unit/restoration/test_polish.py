@@ -69,8 +69,11 @@ def test_masters_are_float32_and_a_preset_brings_its_settings(pair) -> None:
                                MethodSpec.parse("polish")) for n in (1, 2))  # fmt: skip
     assert (once.lr, once.patience, once.reuse, twice.reuse) == (3e-4, 3, False, True)
     assert (once.examples_per_step, once.steps_per_validation, once.n_steps(9)) == (2, 80, 5)
-    named = with_preset(TrainConfig(batch_size=5, validate_every=7, epochs=2), MethodSpec.parse("polish"))
+    assert once.steps_per_checkpoint == 80
+    given = TrainConfig(batch_size=5, validate_every=7, checkpoint_every=3, epochs=2)
+    named = with_preset(given, MethodSpec.parse("polish"))
     assert (named.examples_per_step, named.steps_per_validation, named.n_steps(11)) == (5, 7, 6)
+    assert named.steps_per_checkpoint == 3
     assert with_preset(None, MethodSpec.parse("low-rank")).examples_per_step == 8
     objective = with_preset(None, MethodSpec.parse("polish")).objective
     assert objective.distillation == pytest.approx(3 * objective.text)
