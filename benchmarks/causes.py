@@ -50,7 +50,7 @@ BESIDE = ("random", "attribution")
 #: Options of ``lcc-lens restore`` for each restoration of the first part.
 RESTORED = {
     "lcc": "--method lcc --heads 1 --data alpaca --examples 480",
-    "best": "--method best --refit-samples 160 --examples 100",
+    "best-low-rank": "--method best-low-rank --refit-samples 160 --examples 100",
 }
 
 

@@ -40,6 +40,8 @@ class Study:
     """``n:m``; half of every row's weights if None."""
     batch: int = 8
     """Blocks of one optimiser step."""
+    low_rank: int = 16
+    """Of the rows that train one."""
 
     @property
     def pruned(self) -> str:
@@ -71,6 +73,7 @@ STUDIES = {
     ),
     "mix_102k": Study(TRAINED, blocks=200),
     "mix_205k": Study(TRAINED),
+    "mix_51k_rank64": Study(_at_rates("refit+low-rank", "3e-3"), blocks=100, batch=2, low_rank=64),
     "mix_205k_batch2": Study((*_at_rates("refit+all-weights", "3e-4"), *TRAINED), batch=2),
     "mix_51k_wanda24": Study(("refit", *TRAINED), blocks=100, pattern="2:4"),
     "mix_51k_wanda24_batch2": Study(
@@ -95,7 +98,7 @@ def main() -> None:
     run = asked.folder if asked.study == "wanda50" else asked.folder / asked.study
     config = CompareConfig(
         data="+".join(study.pool), examples=study.blocks, max_length=512, refit_data=study.pool, refit_samples=160,
-        blocks=8, responses=32, validation=16, selector="mse", speed_rounds=0, batch_size=study.batch,
+        blocks=8, responses=32, validation=16, selector="mse", speed_rounds=0, batch_size=study.batch, low_rank=study.low_rank,
         tasks=tuple(asked.tasks), limit=asked.limit if asked.tasks else CompareConfig.limit,
     )  # fmt: skip
     with shown():

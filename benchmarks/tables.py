@@ -218,7 +218,7 @@ RESTORED = {
     "norms=1e-2": "`norms`, learning rate 1e-2",
     "low-rank": "`low-rank`",
     "masked": "`masked`, all surviving weights",
-    "refit+low-rank:3*distillation+lm=5e-3": "`best`",
+    "refit+low-rank:3*distillation+lm=5e-3": "`best-low-rank`",
     "lora": "LoRA (peft; q, k, v, o)",
     "lora:3*distillation+lm=1e-2": "LoRA (q, k, v, o)",
     "lora=1e-3": "LoRA, learning rate 1e-3",
@@ -351,7 +351,7 @@ def accuracy_table(study: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-#: `best` and LoRA on the mix.
+#: A refit, then low rank, and LoRA on the mix.
 ON_TEXT = ("refit+low-rank:3*distillation+lm=5e-3", "lora:3*distillation+lm=1e-2")
 #: Entries, or models as they came, whose accuracies are held against each other.
 DIFFERENCES = (
@@ -585,13 +585,16 @@ MARKED: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "ratios": ("results.json", ratio_table),
     "prompts": ("prompts.json", prompt_table),
     "prompt heads": ("prompts.json", prompt_head_table),
+    "prompts, 2:4": ("prompts_variants.json", prompt_table),
+    "prompt heads, 2:4": ("prompts_variants.json", prompt_head_table),
     "domains": ("domains_wanda50.json", domain_table),
     "domains, mix": ("domains_mix_51k.json", domain_table),
     "domains, mix, more text": ("domains_mix_205k.json", domain_table),
+    "domains, mix, more text in smaller steps": ("domains_mix_205k_batch2.json", domain_table),
     "domains, mix, smaller steps": ("domains_mix_51k_batch2.json", domain_table),
     "domains, mix, 2:4": ("domains_mix_51k_wanda24.json", domain_table),
     "budgets": ("budgets.json", budget_table),
-    "domains, in short": ("domains_mix_51k.json", domain_overview),
+    "domains, in short": ("domains_mix_51k_batch2.json", domain_overview),
     **{mark: ("causes.json", draw) for mark, draw in CAUSES.items()},
 }
 

@@ -78,7 +78,9 @@ def recovery_by_examples(all_examples: dict[str, Any]) -> go.Figure:
 
 def recovery_by_tokens(more: dict[str, Any]) -> go.Figure:
     """Recovery on every kind of text against the tokens of the mix, from one comparison per number."""
-    points = domain_points([read_json(BENCHMARKS / "domains_mix_51k.json"), more], METHODS)
+    fewer = [read_json(BENCHMARKS / f"domains_mix_51k{steps}.json") for steps in ("_batch2", "")]
+    points = domain_points([fewer[0], more], {"refit+all-weights": "best"})
+    points += domain_points([fewer[1], read_json(BENCHMARKS / "domains_mix_205k.json")], METHODS)
     return plot_recovery(
         points, "tokens",
         "SmolLM2-135M, Wanda 50 %, text of the mix. Bars: standard deviation over three seeds; one seed at the right.",
@@ -92,8 +94,8 @@ def prompt_gains(study: dict[str, Any]) -> go.Figure:
     return plot_prompt_gains(rows, model["examples"], "Alpaca")
 
 
-#: Entries in the figure of recovery against tokens.
-METHODS = {"refit+low-rank": "best", "lora": "LoRA"}
+#: Entries in the figure of recovery against tokens, beside ``best``.
+METHODS = {"refit+low-rank": "best-low-rank", "lora": "LoRA"}
 #: Figures whose measurements do not name model and pruning.
 PAIRS = {
     "causes": "SmolLM2-135M.",
@@ -109,12 +111,12 @@ SOURCES: dict[str, tuple[str, Callable[[dict[str, Any]], go.Figure]]] = {
     "selector_study": ("selector_study.json", plot_selector_study),
     "recovery_by_heads": ("selector_study.json", recovery_by_heads),
     "comparison": ("restorations_wanda50.json", plot_comparison),
-    "domains": ("domains_mix_51k.json", plot_domains),
+    "domains": ("domains_mix_51k_batch2.json", plot_domains),
     "tasks": ("restorations_wanda24_scored.json", plot_tasks),
     "inference_cost": ("restorations_first.json", plot_inference_cost),
     "recovery_by_learning_rate": ("restorations_wanda50.json", recovery_by_rate),
     "recovery_by_examples": ("restorations_first.json", recovery_by_examples),
-    "recovery_by_tokens": ("domains_mix_205k.json", recovery_by_tokens),
+    "recovery_by_tokens": ("domains_mix_205k_batch2.json", recovery_by_tokens),
     "pruning_quality": ("pruning_quality.json", plot_pruning_quality),
     "report": ("report.json", plot_report),
     "prompts": ("prompts.json", prompt_gains),

@@ -16,7 +16,7 @@ from lcc_lens.restoration.injections.weights import IN_LAYER
 logger = logging.getLogger(__name__)
 #: Of a trained weight: its change, gradient, two moments of AdamW and best value so far in float32, and what the model
 #: computes with.
-_BYTES_PER_WEIGHT = 24
+BYTES_PER_WEIGHT = 24
 #: Fraction of the memory that models and training may take; the rest is for activations.
 _SHARE = 0.75
 
@@ -46,4 +46,4 @@ def method_in_memory(method: str | MethodSpec, pruned: str | Path, *, low_rank: 
 def training_bytes(checkpoint: Checkpoint) -> int:
     """What training every weight of the decoder layers takes, both models included, activations not."""
     inside = sum(math.prod(tensor.shape) for name, tensor in checkpoint.tensors.items() if IN_LAYER.search(name))
-    return 2 * checkpoint.n_bytes + _BYTES_PER_WEIGHT * inside
+    return 2 * checkpoint.n_bytes + BYTES_PER_WEIGHT * inside

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 from pathlib import Path
 from types import ModuleType
 
@@ -79,10 +80,8 @@ def test_sums_take_what_the_table_says(table: ModuleType, demonstration: ModuleT
     assert table.wide_spectrum_bytes(tiny(table, model), 700) == wide.sums["moment"].nbytes
 
 
-@pytest.mark.parametrize(("method", "count"), [("lcc", "trained_by_lcc"), ("low-rank", "trained_by_best")])
-def test_trained_numbers_are_those_of_the_methods(
-    table: ModuleType, pair: Pair, found: Scan, method: str, count: str
-) -> None:
+@pytest.mark.parametrize("method", ["lcc", "low-rank", "all-weights"])
+def test_trained_numbers_are_those_of_the_methods(table: ModuleType, pair: Pair, found: Scan, method: str) -> None:
     cfg = pair.pruned.cfg
     heads = found.select("mse", share=0.25)
     given = Ingredients(pair.pruned, found.components, heads, pair.output_projections, low_rank=table.LOW_RANK)
@@ -92,8 +91,12 @@ def test_trained_numbers_are_those_of_the_methods(
         assert n_trained == table.trained_by_lcc(shape) == len(heads) * 2 * cfg.d_head
     else:
         maps = [m for n, m in pair.pruned.original_model.named_modules() if isinstance(m, torch.nn.Linear)]
-        widths = sum(sum(m.weight.shape) for m in maps if m.weight.shape[0] != cfg.d_vocab)
-        assert n_trained == table.LOW_RANK * widths
+        shapes = [m.weight.shape for m in maps if m.weight.shape[0] != cfg.d_vocab]
+        norms = 2 * cfg.n_layers * cfg.d_model
+        numbers = {"low-rank": table.LOW_RANK * sum(map(sum, shapes)), "all-weights": sum(map(math.prod, shapes)) + norms}
+        assert n_trained == numbers[method]
+    smollm2 = table.MODELS["SmolLM2 135M"]  # as trained in the studies
+    assert (table.trained_by_low_rank(smollm2), table.trained_by_best(smollm2)) == (4_884_480, 106_202_880)
 
 
 def test_numbers_are_written_short(table: ModuleType) -> None:
