@@ -68,14 +68,15 @@ class TrainingState:
                 parameter.copy_(self.best[name])
 
     def save(self, run: Path) -> None:
-        """Write one atomic file; only the first of several processes does."""
+        """Write one atomic file; only the first of several processes does. After the last step it holds the best alone."""
         if not is_first_process():
             return
-        tensors = {f"now.{name}": value for name, value in self._parameters().items()}
-        tensors |= {f"best.{name}": value for name, value in self.best.items()}
-        for name, parameter in self._trained():
-            for key, value in self.optimizer.state[parameter].items():
-                tensors[f"adam.{name}.{key}"] = value
+        tensors = {f"best.{name}": value for name, value in self.best.items()}
+        if self.step < self.n_steps:
+            tensors |= {f"now.{name}": value for name, value in self._parameters().items()}
+            for name, parameter in self._trained():
+                for key, value in self.optimizer.state[parameter].items():
+                    tensors[f"adam.{name}.{key}"] = value
         losses = {"first_loss": repr(self.first_loss), "best_loss": repr(self.best_loss)}
         record = {"step": str(self.step), "n_worse": str(self.n_worse), **losses, "identity": self.identity}
         write_sealed(run / CHECKPOINT, tensors, record)
@@ -99,7 +100,7 @@ class TrainingState:
         self.best = {name: tensors[f"best.{name}"] for name, _ in self._trained()}
         with torch.no_grad():
             for name, parameter in self._trained():
-                parameter.copy_(tensors[f"now.{name}"])
+                parameter.copy_(tensors.get(f"now.{name}", self.best[name]))
                 self.optimizer.state[parameter] = {  # moments on the parameter's device, the step count on the CPU
                     key.rsplit(".", 1)[1]: value.to(parameter.device) if value.ndim else value
                     for key, value in tensors.items()

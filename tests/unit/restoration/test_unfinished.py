@@ -12,14 +12,16 @@ from support.faults import flip_byte
 
 from lcc_lens.analysis.scan.scan import Scan
 from lcc_lens.core.errors import RequestError
+from lcc_lens.core.files import read_sealed
 from lcc_lens.core.fingerprint import fingerprint
 from lcc_lens.data.datasets import load_data
 from lcc_lens.models.pair import Pair
 from lcc_lens.restoration.refitted import refitted_model
 from lcc_lens.restoration.restore import restore
-from lcc_lens.restoration.result import Restoration
+from lcc_lens.restoration.result import RESTORATION_TENSORS, Restoration
 from lcc_lens.restoration.settings import RefitRequest
 from lcc_lens.restoration.training.config import Step, TrainConfig
+from lcc_lens.restoration.training.state import CHECKPOINT
 
 
 class Stopped(Exception):
@@ -56,6 +58,26 @@ def test_an_unfinished_overwrite_is_not_exported_as_the_old_one(
     resumed = begin(pair, found, own_file, run, seed=1, resume=True)
     assert resumed.record.seed == 1
     assert call("export", run, out, "--quiet") == 0
+
+
+def test_a_finished_checkpoint_holds_the_best_alone_and_resumes_to_it(
+    pair: Pair, found: Scan, own_file: Path, tmp_path: Path
+) -> None:
+    def kinds(run: Path) -> set[str]:
+        return {name.partition(".")[0] for name in read_sealed(run / CHECKPOINT)[0]}
+
+    with pytest.raises(Stopped):
+        begin(pair, found, own_file, tmp_path / "stopped", on_step=stop)
+    assert kinds(tmp_path / "stopped") == {"best", "now", "adam"}
+    run = tmp_path / "run"
+    whole = begin(pair, found, own_file, run)
+    tensors = (run / RESTORATION_TENSORS).read_bytes()
+    assert kinds(run) == {"best"}
+    steps: list[Step] = []
+    again = begin(pair, found, own_file, run, resume=True, on_step=steps.append)
+    assert steps == []
+    assert again.record.losses == whole.record.losses
+    assert (run / RESTORATION_TENSORS).read_bytes() == tensors
 
 
 def test_a_refused_request_leaves_the_old_restoration(pair: Pair, found: Scan, own_file: Path, tmp_path: Path) -> None:
