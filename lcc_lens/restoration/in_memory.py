@@ -8,6 +8,7 @@ from pathlib import Path
 
 from lcc_lens.core.checkpoint import Checkpoint
 from lcc_lens.core.config import default_device
+from lcc_lens.core.errors import RequestError
 from lcc_lens.core.machine.memory import total_memory
 from lcc_lens.models.loading.references import resolve
 from lcc_lens.restoration.injections.spec import MethodSpec
@@ -33,7 +34,11 @@ def method_in_memory(method: str | MethodSpec, pruned: str | Path, *, low_rank: 
     spec = MethodSpec.parse(method)
     if spec.leaner is spec or low_rank is not None:
         return spec.leaner
-    needed, there = training_bytes(Checkpoint(resolve(pruned))), total_memory(default_device())
+    there = total_memory(default_device())
+    try:
+        needed = training_bytes(Checkpoint(resolve(pruned)))
+    except RequestError:  # told where the models are checked
+        return spec
     if there is None or needed <= _SHARE * there:
         return spec
     logger.warning(

@@ -93,7 +93,10 @@ def test_trained_numbers_are_those_of_the_methods(table: ModuleType, pair: Pair,
         maps = [m for n, m in pair.pruned.original_model.named_modules() if isinstance(m, torch.nn.Linear)]
         shapes = [m.weight.shape for m in maps if m.weight.shape[0] != cfg.d_vocab]
         norms = 2 * cfg.n_layers * cfg.d_model
-        numbers = {"low-rank": table.LOW_RANK * sum(map(sum, shapes)), "all-weights": sum(map(math.prod, shapes)) + norms}
+        numbers = {
+            "low-rank": table.LOW_RANK * sum(map(sum, shapes)),
+            "all-weights": sum(map(math.prod, shapes)) + norms,
+        }
         assert n_trained == numbers[method]
     smollm2 = table.MODELS["SmolLM2 135M"]  # as trained in the studies
     assert (table.trained_by_low_rank(smollm2), table.trained_by_best(smollm2)) == (4_884_480, 106_202_880)

@@ -40,6 +40,7 @@ def test_best_trains_all_weights_where_memory_holds_them(
 def test_other_methods_stay_what_they_are(pruned_dir: Path, monkeypatch: pytest.MonkeyPatch, method: str) -> None:
     monkeypatch.setattr(WHERE, lambda device: 1)
     assert method_in_memory(method, pruned_dir, low_rank=4).name == method
+    assert method_in_memory("best", pruned_dir / "absent").name == "best"  # refused where the models are checked
 
 
 def test_training_takes_24_bytes_per_weight_of_the_layers_beside_both_models(pruned_dir: Path) -> None:
