@@ -98,8 +98,9 @@ def main() -> None:
     run = asked.folder if asked.study == "wanda50" else asked.folder / asked.study
     config = CompareConfig(
         data="+".join(study.pool), examples=study.blocks, max_length=512, refit_data=study.pool, refit_samples=160,
-        blocks=8, responses=32, validation=16, selector="mse", speed_rounds=0, batch_size=study.batch, low_rank=study.low_rank,
-        tasks=tuple(asked.tasks), limit=asked.limit if asked.tasks else CompareConfig.limit,
+        blocks=8, responses=32, validation=16, selector="mse", speed_rounds=0, batch_size=study.batch,
+        low_rank=study.low_rank, tasks=tuple(asked.tasks),
+        limit=asked.limit if asked.tasks else CompareConfig.limit,
     )  # fmt: skip
     with shown():
         if not pruned.exists():

@@ -68,7 +68,7 @@ class TrainingState:
                 parameter.copy_(self.best[name])
 
     def save(self, run: Path) -> None:
-        """Write one atomic file; only the first of several processes does. After the last step it holds the best alone."""
+        """Write one atomic file, after the last step of the best alone; only the first of several processes does."""
         if not is_first_process():
             return
         tensors = {f"best.{name}": value for name, value in self.best.items()}
