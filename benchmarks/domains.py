@@ -42,6 +42,8 @@ class Study:
     """Blocks of one optimiser step."""
     low_rank: int = 16
     """Of the rows that train one."""
+    refit_samples: int = 160
+    """Sequences that the refit reads."""
 
     @property
     def pruned(self) -> str:
@@ -79,6 +81,10 @@ STUDIES = {
     "mix_51k_wanda24_batch2": Study(
         ("refit", *_at_rates("refit+all-weights", "3e-4"), *TRAINED), blocks=100, pattern="2:4", batch=2
     ),
+    "mix_571k": Study((*_at_rates("refit+all-weights", "3e-4"), *TRAINED), blocks=1115, batch=2, refit_samples=288),
+    "mix_571k_wanda24": Study(
+        ("refit", *_at_rates("refit+all-weights", "3e-4"), *TRAINED), blocks=1115, pattern="2:4", batch=2, refit_samples=288
+    ),
 }  # fmt: skip
 
 
@@ -97,7 +103,7 @@ def main() -> None:
     pruned = asked.folder / study.pruned
     run = asked.folder if asked.study == "wanda50" else asked.folder / asked.study
     config = CompareConfig(
-        data="+".join(study.pool), examples=study.blocks, max_length=512, refit_data=study.pool, refit_samples=160,
+        data="+".join(study.pool), examples=study.blocks, max_length=512, refit_data=study.pool, refit_samples=study.refit_samples,
         blocks=8, responses=32, validation=16, selector="mse", speed_rounds=0, batch_size=study.batch,
         low_rank=study.low_rank, tasks=tuple(asked.tasks),
         limit=asked.limit if asked.tasks else CompareConfig.limit,

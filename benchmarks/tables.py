@@ -515,10 +515,11 @@ def domain_table(study: dict[str, Any], *, only_best: bool = False) -> str:
 def _preset_like(row: dict[str, Any], study: dict[str, Any]) -> str | None:
     """The preset that a row trains like, in steps as large; None if there is none."""
     from lcc_lens.evaluation.comparison.entry import Entry
+    from lcc_lens.restoration.injections.spec import MethodSpec
 
-    steps = {"best": 2, "best-low-rank": None}
-    for name, batch in steps.items():
+    for name in ("best", "best-low-rank"):
         if Entry.parse(row["entry"]).trains_like(Entry.parse(name)):
+            batch = MethodSpec.parse(name).preset.batch_size
             return f"`{name}`" if batch in (None, study["settings"]["batch_size"]) else None
     return None
 
