@@ -21,6 +21,8 @@ from lcc_lens.core.showing import Shown
 #: The outer products of a part wider than this are summed in float32, below the diagonal only, and its statistics keep
 #: the spectrum and the first directions.
 _WIDE = 512
+#: Relative difference of two sums of the same squares, in other batches or number formats.
+_ROUNDING = 1e-2
 #: Largest size of the square blocks in which they are summed.
 _BLOCK = 256
 #: Number of first directions that are kept. All of them would take as much memory as the MLP's weights, and a free
@@ -104,6 +106,10 @@ class DifferenceStatistics(Shown):
     def explained_share(self) -> Float[Tensor, "layer part width"] | None:
         """The fraction of the squared difference within the first k directions."""
         return None if self.singular_values is None else explained_share(self.singular_values)
+
+    def has_same_dense(self, other: DifferenceStatistics) -> bool:
+        """Whether the dense activations are those of another comparison, up to the rounding of other batches."""
+        return torch.allclose(self.squared_dense, other.squared_dense, rtol=_ROUNDING, atol=0)
 
     def components(self) -> LostComponents:
         """The lost components of every part (heads, where the site has heads).

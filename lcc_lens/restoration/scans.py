@@ -15,7 +15,12 @@ from lcc_lens.restoration.injections.spec import MethodSpec
 
 
 def check_scan(scan: Scan, pair: Pair) -> None:
-    """Refuse a scan of other weights."""
+    """Refuse a scan of other weights, by hash or because hooks or changed weights acted on a model."""
+    if scan.record.is_changed:
+        raise RequestError(
+            "expected a scan of the models as their checkpoints are, got one with hooks or changed weights; scan this "
+            "pair without them"
+        )
     for name, recorded, identity in (
         ("dense", scan.record.dense_sha256, pair.dense_id),
         ("pruned", scan.record.pruned_sha256, pair.pruned_id),

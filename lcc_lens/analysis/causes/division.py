@@ -19,7 +19,7 @@ from lcc_lens.analysis.causes.swapped import Call, Part, PlainModule, Projection
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.progress import track
 from lcc_lens.data.batches import Batch, TokenSequence, batches
-from lcc_lens.models.hooked.activations import Positions, TokenPositions, sampled_positions
+from lcc_lens.models.hooked.activations import Positions, TokenPositions, check_positions, sampled_positions
 from lcc_lens.models.hooked.forward import run_without_logits
 from lcc_lens.models.hooked.offloading import device_of
 from lcc_lens.models.pair import Pair
@@ -59,8 +59,10 @@ def find_causes(
         batch_tokens: padded tokens per forward pass.
 
     Raises:
-        RequestError: the attention cannot be given other weights, or one model is in memory at a time.
+        RequestError: the attention cannot be given other weights, one model is in memory at a time, or positions that
+            are none.
     """
+    positions = check_positions(positions)
     reason = causes_refusal(pair)
     if reason is not None:
         raise RequestError(reason)

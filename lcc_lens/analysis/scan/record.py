@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lcc_lens.core.config import package_version
+from lcc_lens.core.errors import RequestError
 from lcc_lens.core.showing import Shown
 from lcc_lens.models.hooked.activations import Positions
 
@@ -16,7 +17,8 @@ class ScanRecord(Shown):
 
     ``negatives`` says how wrong answers were chosen (see :class:`~lcc_lens.data.datasets.Data`). ``pattern`` and
     ``sparsity`` describe the pruned model's zeros. ``dense_heads`` and ``removed_heads`` are the pair's head map if
-    whole heads were removed, else empty.
+    whole heads were removed, else empty. ``is_changed`` says that hooks or changed weights acted on a model, as inside
+    ``restoration.applied_to(pair.pruned)``: the scan is not that of the checkpoints.
     """
 
     dense: str
@@ -38,6 +40,34 @@ class ScanRecord(Shown):
     sparsity: float | None = None
     dense_heads: tuple[tuple[int, ...], ...] = ()
     removed_heads: tuple[tuple[int, ...], ...] = ()
+    is_changed: bool = False
+
+    def require_alike(self, other: ScanRecord) -> None:
+        """Refuse to compare scans of another dense model, or of other data or positions.
+
+        Raises:
+            RequestError: names what differs.
+        """
+        keys = ("dense_sha256", "data", "positions", "n_examples", "n_samples", "max_length", "dense_heads")
+        for key in keys:
+            own, others = getattr(self, key), getattr(other, key)
+            if own != others:
+                raise RequestError(f"expected two scans of the same {key}, got {own} and {others}; scan alike")
+        if self.groups != other.groups:
+            raise RequestError(f"expected two scans of the same examples of {self.data}, got others; scan alike")
+
+
+def require_own_models(is_changed: bool) -> None:
+    """Refuse to keep a scan under the name of checkpoints whose models hooks or changed weights acted on.
+
+    Raises:
+        RequestError: says what serves instead.
+    """
+    if is_changed:
+        raise RequestError(
+            "expected models as their checkpoints are for a scan in a run, got one with hooks or changed weights; "
+            "export it and scan that, or scan without a run"
+        )
 
 
 @dataclass(frozen=True)

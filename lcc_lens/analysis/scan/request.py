@@ -18,7 +18,8 @@ from lcc_lens.data.batches import TokenSequence
 from lcc_lens.data.datasets import Data, encode
 from lcc_lens.data.labels import ONE_CLASS, encode_answers, one_class
 from lcc_lens.models.hooked.activations import Positions, sampled_positions
-from lcc_lens.models.pair import Pair
+from lcc_lens.models.hooked.weights import is_changed
+from lcc_lens.models.pair import OneAtATime, Pair
 
 logger = logging.getLogger(__name__)
 
@@ -109,6 +110,13 @@ def possible_selectors(
         on_models = _with_need(names, "models")
         names = [name for name in names if name not in on_models]
     return names
+
+
+def has_changed_models(pair: Pair) -> bool:
+    """Whether hooks or changed weights act on a model in memory, which then is not its checkpoint's; loads none."""
+    models = pair.models
+    loaded = (models.in_memory,) if isinstance(models, OneAtATime) else (models.dense, models.pruned)
+    return any(map(is_changed, loaded))
 
 
 def wants_causes(requested: bool, selectors: Sequence[str], pair: Pair) -> bool:

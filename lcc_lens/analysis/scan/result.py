@@ -16,7 +16,7 @@ from lcc_lens.analysis.causes.recovered import Recovered
 from lcc_lens.analysis.components import LostComponents
 from lcc_lens.analysis.head_scores import HeadScores
 from lcc_lens.analysis.scan.overview import COLUMNS, pooled, scan_facts
-from lcc_lens.analysis.scan.record import ScanParts, ScanRecord
+from lcc_lens.analysis.scan.record import ScanParts, ScanRecord, require_own_models
 from lcc_lens.analysis.scan.token_differences import TokenLoss
 from lcc_lens.analysis.selectors.mse import score_mse
 from lcc_lens.analysis.selectors.names import ALWAYS_SCORED, DEFAULT_SELECTOR
@@ -114,16 +114,15 @@ class Scan(Shown):
 
         Args:
             restored: the same scan with the restored model second: an exported one, or, for a restoration under hooks,
-                ``with restoration.applied_to(pair.pruned): restored = scan(pair, data, causes=True)``.
+                ``with restoration.applied_to(pair.pruned): restored = scan(pair, data, causes=True)``, which is not
+                kept in a run.
 
         Raises:
             RequestError: the scans are not of the same dense model, heads, tokens and positions.
         """
-        keys = ("dense_sha256", "data", "positions", "n_examples", "n_samples", "max_length", "dense_heads")
-        for key in keys:
-            own, other = (getattr(scan.record, key) for scan in (self, restored))
-            if own != other:
-                raise RequestError(f"expected two scans of the same {key}, got {own} and {other}; scan alike")
+        self.record.require_alike(restored.record)
+        if not self.heads.has_same_dense(restored.heads):
+            raise RequestError(f"expected two scans of the same tokens of {self.record.data}, got others; scan alike")
         return Recovered.of(self.heads, restored.heads, (self.causes, restored.causes))
 
     @property
@@ -229,7 +228,12 @@ class Scan(Shown):
         return pd.DataFrame(rows)
 
     def save(self, run: str | Path) -> None:
-        """Write ``scan.safetensors`` and ``scan.json`` into a run directory, each atomically."""
+        """Write ``scan.safetensors`` and ``scan.json`` into a run directory, each atomically.
+
+        Raises:
+            RequestError: hooks or changed weights acted on a model, so the scan is not that of the checkpoints.
+        """
+        require_own_models(self.record.is_changed)
         run = Path(run)
         write_tensors(run / SCAN_TENSORS, self._tensors())
         parts = {

@@ -10,8 +10,14 @@ from pathlib import Path
 from typing import Annotated, cast
 
 from lcc_lens.analysis.scan.passes import ScanPlan
-from lcc_lens.analysis.scan.record import ScanRecord
-from lcc_lens.analysis.scan.request import check_plan, pair_sequences, possible_selectors, wants_causes
+from lcc_lens.analysis.scan.record import ScanRecord, require_own_models
+from lcc_lens.analysis.scan.request import (
+    check_plan,
+    has_changed_models,
+    pair_sequences,
+    possible_selectors,
+    wants_causes,
+)
 from lcc_lens.analysis.scan.result import SCAN_RECORD, SCAN_TENSORS, Scan
 from lcc_lens.analysis.scan.shards import ScanWork
 from lcc_lens.analysis.scan.state import ScanState
@@ -32,7 +38,7 @@ from lcc_lens.data.in_memory import as_data
 from lcc_lens.models.architecture.context import fitting_length
 from lcc_lens.models.architecture.sparsity_patterns import common_pattern
 from lcc_lens.models.architecture.zeros import fraction_of_zeros, matrix_zeros
-from lcc_lens.models.hooked.activations import SITES, Positions, Site, check_sites
+from lcc_lens.models.hooked.activations import SITES, Positions, Site, check_positions, check_sites
 from lcc_lens.models.hooked.offloading import device_of
 from lcc_lens.models.pair import Pair
 
@@ -95,7 +101,7 @@ def scan(
         InterruptedRun: Ctrl-C, after the state was saved.
     """
     check_sites([*sites, *spectra])
-    data = as_data(data)
+    data, positions = as_data(data), check_positions(positions)
     named = None if selectors is None else check_selectors(selectors)
     length, tokens = fitting_length(max_length, pair.context), batch_tokens or tokens_per_pass(device_of(pair.dense))
     right, wrong = pair_sequences(data, pair, length, limit)
@@ -133,6 +139,8 @@ def _run(
     run: str | Path | None,
 ) -> Scan:
     """Run both models over all shards, then compute the result; of several processes the first one does the latter."""
+    if run is not None:
+        require_own_models(has_changed_models(pair))
     models = [pair.dense_id.path, pair.pruned_id.path]
     with (
         writing_run(None if run is None else Path(run), inputs=models),
@@ -238,6 +246,7 @@ def _record(
         sparsity=sparsity,
         dense_heads=mapping.dense_heads,
         removed_heads=mapping.removed,
+        is_changed=has_changed_models(pair),
     )
 
 

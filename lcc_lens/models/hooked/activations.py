@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 from jaxtyping import Int
@@ -18,7 +19,8 @@ from lcc_lens.models.hooked.offloading import device_of
 from lcc_lens.models.hooked.sites import has_mlp_site, mlp_width
 
 Site = Literal["z", "mlp", "resid"]
-Positions = Literal["all", "last", "end", "response"] | tuple[int, ...]
+PositionName = Literal["all", "last", "end", "response"]
+Positions = PositionName | tuple[int, ...]
 SITES: tuple[Site, ...] = get_args(Site)
 _NAMES: dict[Site, Callable[[int], str]] = {"z": z_name, "mlp": mlp_name, "resid": resid_name}
 _WORDS: dict[Site, str] = {"mlp": "the MLP's post-activation of layer", "resid": "the residual stream of layer"}
@@ -83,7 +85,7 @@ def sampled_positions(sequence: TokenSequence, positions: Positions) -> list[int
         return [n - 1]
     if positions == "response":
         return list(range(sequence.loss_from - 1, n - 1))
-    chosen = {p if p >= 0 else n + p for p in positions if isinstance(p, int)}
+    chosen = {p if p >= 0 else n + p for p in positions}
     return sorted(p for p in chosen if 0 <= p < n)
 
 
@@ -132,6 +134,26 @@ def refuse_non_finite(activation: Tensor, site: Site, layer: int) -> None:
     if len(bad):
         where = f"head L{layer}H{int(bad[0])}" if site == "z" else f"{_WORDS[site]} {layer}"
         raise LensError(f"expected finite activations, got NaN or infinity in {where}; check the weights")
+
+
+def check_positions(positions: Any) -> Positions:
+    """The positions as a word or a tuple of integers, whatever holds these.
+
+    Raises:
+        RequestError: another word, no positions, or something else than whole numbers.
+    """
+    names = get_args(PositionName)
+    if isinstance(positions, str) and positions in names:
+        return cast("PositionName", positions)
+    try:
+        chosen = [] if isinstance(positions, str) else list(positions)
+        if not chosen or any(isinstance(position, bool) for position in chosen):
+            raise TypeError
+        return tuple(map(operator.index, chosen))
+    except TypeError as error:
+        raise RequestError(
+            f"expected positions {', '.join(names)} or whole numbers, got {positions!r:.60}; name some"
+        ) from error
 
 
 def check_sites(sites: Iterable[str]) -> None:

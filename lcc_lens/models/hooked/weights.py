@@ -25,6 +25,8 @@ from lcc_lens.models.hooked.offloading import require_in_memory
 
 #: By hooked model: each plain module's path in it, by plain name. Modules would keep the model alive.
 _PATHS: WeakKeyDictionary[Any, dict[str, str]] = WeakKeyDictionary()
+#: By hooked model: how many blocks of :func:`changed_weights` it is in.
+_CHANGED: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
 
 
 def remember_plain_names(model: Any, names: Mapping[int, str]) -> None:
@@ -89,6 +91,11 @@ def weight_shape(module: nn.Module) -> tuple[int, ...]:
     return tuple(linear_weight(module).shape)
 
 
+def is_changed(model: HookedModel) -> bool:
+    """Whether hooks are kept on a model or its weights are changed: it may compute otherwise than its checkpoint."""
+    return _CHANGED.get(model, 0) > 0 or any(point.fwd_hooks for point in model.hook_dict.values())
+
+
 @contextmanager
 def changed_weights(model: HookedModel, changes: Mapping[str, Callable[[Tensor], Tensor]]) -> Iterator[HookedModel]:
     """Compute with changed weights inside the block; the model is unchanged after it.
@@ -122,6 +129,7 @@ def changed_weights(model: HookedModel, changes: Mapping[str, Callable[[Tensor],
     bridge = cast("Any", model)  # a hooked run of HookedTransformer does not call the model itself, but its embedding
     first_module = bridge.embed if is_hooked_transformer(model) else bridge.original_model
     handle = first_module.register_forward_pre_hook(refresh)
+    _CHANGED[model] = _CHANGED.get(model, 0) + 1
     try:
         with torch.no_grad():
             refresh()  # for what reads weights before the first forward pass
@@ -129,6 +137,7 @@ def changed_weights(model: HookedModel, changes: Mapping[str, Callable[[Tensor],
             del at.owner._parameters[at.attribute]
         yield model
     finally:
+        _CHANGED[model] -= 1
         handle.remove()
         for at, old, _ in changed:
             at.owner.__dict__.pop(at.attribute, None)

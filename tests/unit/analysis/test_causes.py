@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -400,6 +401,21 @@ def test_scans_of_other_data_are_not_compared(pair: Pair, found: Scan, question_
     with pytest.raises(RequestError, match="expected two scans of the same n_examples"):
         divided.against(found)
     assert divided.against(scan(pair, load_data(str(question_file), n=9), selectors=(), display=0)).before is None
+    first, second = (scan(pair, [text], selectors=(), display=0) for text in ("hello world", "goodbye you"))
+    with pytest.raises(RequestError, match="expected two scans of the same examples of 1 prompts, got others"):
+        first.against(second)
+
+
+def test_scans_of_other_tokens_are_told_by_the_dense_model(pair: Pair) -> None:
+    """A record of an earlier version may not name its examples; what the dense model computed tells them apart."""
+    scans = []
+    for texts in (["one two three"], ["three two one"]):
+        one = scan(pair, texts, selectors=(), display=0)
+        scans.append(dataclasses.replace(one, record=dataclasses.replace(one.record, groups=())))
+    with pytest.raises(
+        RequestError, match="expected two scans of the same tokens of 1 prompts, got others; scan alike"
+    ):
+        scans[0].against(scans[1])
 
 
 def test_the_command_divides_differences(

@@ -13,6 +13,7 @@ import pytest
 import torch
 from support.tiny import D_HEAD, N_HEADS, N_LAYERS, build_model, save_model
 
+from lcc_lens.analysis.causes.division import find_causes
 from lcc_lens.analysis.scan.scan import Scan, scan
 from lcc_lens.core.errors import LensError, RequestError
 from lcc_lens.data.checks import check_role
@@ -193,6 +194,23 @@ def test_unknown_names_are_refused(pair: Pair, data: Data, found: Scan) -> None:
             unwrap(scan)(pair, data, **options)
     with pytest.raises(RequestError, match=r"expected a selector \(probe, interaction, .*\), got 'guess'"):
         unwrap(Scan.scores)(found, "guess")
+
+
+@pytest.mark.parametrize("positions", [range(3), {0, 1, 2}, [0, 1, 2], torch.arange(3)])
+def test_whole_numbers_in_any_form_are_positions(pair: Pair, data: Data, tmp_path: Path, positions: Any) -> None:
+    found = unwrap(scan)(pair, data, positions=positions, selectors=(), display=0, run=tmp_path)
+    assert found.record.positions == Scan.load(tmp_path).record.positions == (0, 1, 2)
+    assert found.record.n_samples == 24
+
+
+@pytest.mark.parametrize("positions", ["Last", 3, (), (0, "x"), (0, 1.5), (True, 0), ("0", "1"), None])
+def test_what_are_no_positions_is_refused(pair: Pair, data: Data, tmp_path: Path, positions: Any) -> None:
+    message = "expected positions all, last, end, response or whole numbers, got .*; name some"
+    with pytest.raises(RequestError, match=message):
+        unwrap(scan)(pair, data, positions=positions, run=tmp_path / "run")
+    with pytest.raises(RequestError, match=message):
+        unwrap(find_causes)(pair, [], positions=positions)
+    assert not (tmp_path / "run").exists()
 
 
 def test_heads_are_always_scanned_and_other_sites_as_asked(pair: Pair, data: Data, found: Scan) -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from lcc_lens.analysis.scan.scan import scan
+from lcc_lens.core.errors import RequestError
 from lcc_lens.data.datasets import encode, load_data
 from lcc_lens.evaluation.baselines.lofit import SparseGains
 from lcc_lens.restoration.injections.ingredients import Ingredients
@@ -16,6 +17,7 @@ from lcc_lens.restoration.injections.methods import METHODS
 from lcc_lens.restoration.injections.spec import MethodSpec
 from lcc_lens.restoration.record import RestorationRecord
 from lcc_lens.restoration.result import Restoration
+from lcc_lens.restoration.scans import check_scan
 
 TOKENS = torch.arange(1, 25)[None]
 GAINS = "sparse gains"
@@ -108,3 +110,21 @@ def test_an_injection_that_fails_while_it_computes_leaves_the_model_as_it_was(pa
         model(TOKENS)
     assert torch.equal(logits_of(pair.pruned), before)
     assert state_of(pair.pruned) == state
+
+
+@pytest.mark.parametrize("kind", ["lcc", "low-rank"])
+def test_a_scan_of_a_changed_model_is_not_taken_for_the_checkpoints(
+    pair, given, question_file: Path, tmp_path: Path, kind: str
+) -> None:
+    """Neither a scan of the pruned model goes on from it, nor is it kept or restored from."""
+    data = load_data(str(question_file), n=4)
+    with build(pair, given, kind).applied_to(pair.pruned):
+        found = scan(pair, data, selectors=(), display=0)
+        with pytest.raises(RequestError, match="got one with hooks or changed weights; export it and scan that"):
+            scan(pair, data, run=tmp_path / "run")
+    with pytest.raises(RequestError, match="as their checkpoints are for a scan in a run, got one with hooks"):
+        found.save(tmp_path / "run")
+    with pytest.raises(RequestError, match="got one with hooks or changed weights; scan this pair without them"):
+        check_scan(found, pair)
+    assert not (tmp_path / "run").exists()
+    check_scan(scan(pair, data, selectors=(), display=0, run=tmp_path / "run"), pair)
