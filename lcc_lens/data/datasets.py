@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -205,7 +206,7 @@ def encode(
 
     Text is joined with blank lines and cut into blocks of exactly ``max_length`` tokens; the loss counts every token
     after the first. Instructions and contrastive examples become prompt + response, cut at ``max_length``; the loss
-    counts the response. Examples without a response token before the cut are skipped.
+    counts the response. Examples without a response token before the cut, or of a single token, are skipped.
 
     Args:
         data: the examples.
@@ -219,20 +220,30 @@ def encode(
     if data.kind == "text":
         sequences = text_sequences(data, tokenizer, max_length, limit)
     else:
-        encoded = (encode_pair(tokenizer, e.prompt, e.response, max_length) for e in data.examples[:limit])
+        examples = data.examples[:limit]
+        encoded = [encode_pair(tokenizer, e.prompt, e.response, max_length) for e in examples]
         sequences = [s for s in encoded if s is not None]
-        n_empty = sum(not e.response for e in data.examples[:limit])
-        n_cut = len(data.examples[:limit]) - len(sequences) - n_empty
+        left_out = [e for e, s in zip(examples, encoded, strict=True) if s is None and e.response]
+        n_short = sum(encode_pair(tokenizer, e.prompt, e.response, sys.maxsize) is None for e in left_out)
+        n_cut, n_empty = len(left_out) - n_short, len(examples) - len(sequences) - len(left_out)
         if n_cut > 0 and not sequences:
             require_tokens(tokenizer, data.examples[0].response, data.source)
             raise RequestError(
                 f"expected responses that begin within {max_length} tokens from {data.source}, got none: all {n_cut} "
                 "are cut off; raise the length limit"
             )
+        if n_short and not sequences:
+            require_tokens(tokenizer, left_out[0].response, data.source)
+            raise RequestError(
+                f"expected at least 2 tokens in an example, the last of the response, from {data.source}, got "
+                f"{n_short} shorter ones; write more text"
+            )
         if n_empty and not sequences:
             raise RequestError(f"expected responses in {data.source}, got {n_empty} empty ones; fill them in")
         if n_cut > 0:
             logger.warning("skipped %d examples without a response within %d tokens", n_cut, max_length)
+        if n_short:
+            logger.warning("skipped %d examples of fewer than 2 tokens", n_short)
     if not sequences:
         require_tokens(tokenizer, data.examples[0].response, data.source)
         raise RequestError(

@@ -14,6 +14,7 @@ from support.tiny import tiny_tokenizer
 from lcc_lens.core.errors import RequestError
 from lcc_lens.data.batches import TokenSequence, batches, encode_pair, rounded_length, text_blocks
 from lcc_lens.data.datasets import Data, encode, load_data, load_records
+from lcc_lens.data.in_memory import as_data
 from lcc_lens.data.labels import ONE_CLASS, one_class
 from lcc_lens.data.prompts import Example
 from lcc_lens.data.registry import DATASETS
@@ -396,3 +397,10 @@ def test_batches_cost_least_of_all_ways_to_cut(seed: int) -> None:
     sequences = [TokenSequence(torch.ones(n, dtype=torch.long), 1) for n in lengths]
     found = [len(batch.index) for batch in batches(sequences, max_tokens=500, max_batch=4)]
     assert cost(found) == min(map(cost, cuts(9)))
+
+
+def test_examples_of_a_single_token_are_too_short_and_not_cut(caplog: pytest.LogCaptureFixture) -> None:
+    with pytest.raises(RequestError, match=r"expected at least 2 tokens in an example, .* got 2 shorter ones; write"):
+        encode(as_data(["a", "b"]), tiny_tokenizer())
+    assert [len(sequence) for sequence in encode(as_data(["a", "bc"]), tiny_tokenizer())] == [2]
+    assert caplog.messages == ["skipped 1 examples of fewer than 2 tokens"]
