@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,9 +12,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from lcc_lens.core.errors import LensError, RequestError
+from lcc_lens.core.ranges import Count, Length, ranged
 from lcc_lens.core.showing import Shown
 from lcc_lens.data.batches import TokenSequence, batches, shared_prefix
 from lcc_lens.data.datasets import Data
+from lcc_lens.data.in_memory import as_data
 from lcc_lens.data.labels import encode_answers
 from lcc_lens.models.architecture.context import fitting_length
 from lcc_lens.models.hooked.activations import TokenPositions
@@ -37,13 +40,16 @@ class Streams(Shown):
     attention_scale: Float[Tensor, "example layer"]
 
 
-def answer_streams(pair: Pair, data: Data, *, max_length: int | None = None, batch_tokens: int = 1024) -> Streams:
+@ranged
+def answer_streams(
+    pair: Pair, data: Data | str | Sequence[str], *, max_length: Length | None = None, batch_tokens: Count = 1024
+) -> Streams:
     """The pruned model's last residual stream before right and wrong answers differ, one row per example.
 
     Raises:
         RequestError: the data have no usable contrast.
     """
-    contexts, _ = contrasts(pair, data, max_length)
+    contexts, _ = contrasts(pair, as_data(data), max_length)
     return streams_at(pair.pruned, OutputProjections.of(pair.pruned), contexts, batch_tokens)
 
 

@@ -14,8 +14,10 @@ from lcc_lens.analysis.lens.answers import contrasts, difference, streams_at
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.heads import Head, check_heads
 from lcc_lens.core.metrics import standard_error
+from lcc_lens.core.ranges import Count, Length, ranged
 from lcc_lens.core.showing import Shown
 from lcc_lens.data.datasets import Data
+from lcc_lens.data.in_memory import as_data
 from lcc_lens.models.hooked.direct_path import OutputProjections, Unembedding
 from lcc_lens.models.pair import Pair
 
@@ -59,14 +61,15 @@ class DirectEffect(Shown):
         return pd.DataFrame(columns)
 
 
+@ranged
 def direct_effect(
     pair: Pair,
-    data: Data,
+    data: Data | str | Sequence[str],
     heads: Sequence[Head | tuple[int, int]],
     constants: Float[Tensor, "chosen d_head"],
     *,
-    max_length: int | None = None,
-    batch_tokens: int = 1024,
+    max_length: Length | None = None,
+    batch_tokens: Count = 1024,
 ) -> DirectEffect:
     r"""Direct effect of constants in head outputs on a task's logit difference.
 
@@ -102,7 +105,7 @@ def direct_effect(
         raise RequestError(
             f"expected constants of shape {shape}, one per head, got {tuple(constants.shape)}; pass one per head"
         )
-    contexts, answers = contrasts(pair, data, max_length)
+    contexts, answers = contrasts(pair, as_data(data), max_length)
     unembedding, projections = Unembedding.of(pair.pruned), OutputProjections.of(pair.pruned)
     streams = streams_at(pair.pruned, projections, contexts, batch_tokens)
     outputs = torch.stack([projections.output(head, value) for head, value in zip(chosen, constants, strict=True)])

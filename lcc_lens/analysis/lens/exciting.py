@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -12,9 +13,11 @@ from torch import Tensor
 from lcc_lens.analysis.lens.checks import checked_vector
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.heads import Head, check_heads
+from lcc_lens.core.ranges import Count, Length, Natural, ranged
 from lcc_lens.core.showing import Shown
 from lcc_lens.data.batches import TokenSequence, batches, encode_pair
 from lcc_lens.data.datasets import Data, encode
+from lcc_lens.data.in_memory import as_data
 from lcc_lens.models.architecture.context import fitting_length
 from lcc_lens.models.hooked.activations import Site, TokenPositions, visit_sites
 from lcc_lens.models.pair import Pair
@@ -56,18 +59,19 @@ class ExcitingExamples(Shown):
         return pd.DataFrame([vars(token) for token in self.tokens])
 
 
+@ranged
 def exciting_examples(
     pair: Pair,
-    data: Data,
+    data: Data | str | Sequence[str],
     head: Head | tuple[int, int],
     direction: Float[Tensor, " d_head"],
     *,
-    k: int = 10,
+    k: Count = 10,
     model: Which = "difference",
-    context: int = 12,
-    max_length: int | None = None,
-    limit: int | None = None,
-    batch_tokens: int = 1024,
+    context: Natural = 12,
+    max_length: Length | None = None,
+    limit: Count | None = None,
+    batch_tokens: Count = 1024,
 ) -> ExcitingExamples:
     r"""The examples whose head output has the largest component along a direction, each with its best token.
 
@@ -75,7 +79,7 @@ def exciting_examples(
 
     Args:
         pair: the hooked models.
-        data: examples of any kind (right answers where there are two; text is cut into blocks).
+        data: examples of any kind, or prompts (right answers where there are two; text is cut into blocks).
         head: the pruned model's head.
         direction: v, for instance ``scan.components.directions[head][0]``.
         k: examples.
@@ -86,14 +90,13 @@ def exciting_examples(
         batch_tokens: tokens per forward pass at most.
 
     Raises:
-        RequestError: the head is not in the model, the direction is zero, k below 1, or no usable example.
+        RequestError: the head is not in the model, the direction is zero, a number is outside its range, or no usable
+            example.
     """
     (head,) = check_heads([head], pair.n_layers, pair.n_heads)
     unit = checked_vector(pair.pruned, direction)
     unit = unit / unit.norm()
-    if k < 1:
-        raise RequestError(f"expected at least one example, got k = {k}; raise it")
-    index, sequences = _indexed(pair, data, max_length, limit)
+    index, sequences = _indexed(pair, as_data(data), max_length, limit)
     scores = _projections(pair, sequences, head, unit, model, batch_tokens)
     best = [(float(values.max()), int(values.argmax())) for values in scores]
     order = sorted(range(len(best)), key=lambda i: -best[i][0])[:k]  # equal scores: the earlier example

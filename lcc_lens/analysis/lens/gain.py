@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -14,8 +15,10 @@ from lcc_lens.analysis.lens.answers import at_last, contrasts, difference
 from lcc_lens.analysis.lens.checks import check_components
 from lcc_lens.core.heads import Head, check_heads
 from lcc_lens.core.metrics import standard_error
+from lcc_lens.core.ranges import Count, Length, ranged
 from lcc_lens.core.showing import Shown
 from lcc_lens.data.datasets import Data
+from lcc_lens.data.in_memory import as_data
 from lcc_lens.models.hooked.direct_path import OutputProjections, Unembedding
 from lcc_lens.models.hooked.hooks import z_name
 from lcc_lens.models.pair import Pair
@@ -52,15 +55,16 @@ class LogitGain(Shown):
         return pd.DataFrame({name: number, "gain": self.mean.tolist(), "stderr": self.stderr.tolist()})
 
 
+@ranged
 def logit_gain(
     pair: Pair,
-    data: Data,
+    data: Data | str | Sequence[str],
     head: Head | tuple[int, int],
     components: LostComponents,
     *,
     cumulative: bool = False,
-    max_length: int | None = None,
-    batch_tokens: int = 1024,
+    max_length: Length | None = None,
+    batch_tokens: Count = 1024,
 ) -> LogitGain:
     r"""The logit gain of each lost component of a head, read from the head's output alone.
 
@@ -84,7 +88,7 @@ def logit_gain(
     """
     (head,) = check_heads([head], pair.n_layers, pair.n_heads)
     check_components(pair.pruned, components)
-    contexts, answers = contrasts(pair, data, max_length)
+    contexts, answers = contrasts(pair, as_data(data), max_length)
     unembedding, projections = Unembedding.of(pair.pruned), OutputProjections.of(pair.pruned)
     z = at_last(pair.pruned, contexts, [z_name(head.layer)], batch_tokens)[z_name(head.layer)][:, head.head]
     edits = components.coefficients[head][:, None] * components.directions[head]

@@ -6,6 +6,7 @@ import logging
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -321,12 +322,41 @@ def test_wrong_requests_are_refused(pair, found, data: Data) -> None:
         logit_gain(pair, data, Head(0, 0), other)
     with pytest.raises(RequestError, match="expected components of"):
         component_similarity(pair.pruned, other)
-    with pytest.raises(RequestError, match="expected at least one example, got k = 0"):
+    with pytest.raises(RequestError, match="expected k of at least 1, got 0"):
         exciting_examples(pair, data, Head(0, 0), ones, k=0)
     with pytest.raises(RequestError, match="expected sequences of up to 4 tokens"):
         exciting_examples(pair, data, Head(0, 0), ones, max_length=4)
     with pytest.raises(RequestError, match="expected one vector per head, got 1 for 2 heads"):
         relation_to_W_O(pair.pruned, HEADS[:2], ones[None])
+
+
+@pytest.mark.parametrize(
+    ("name", "number"),
+    [("k", 1.5), ("context", -1), ("limit", -1), ("max_length", -1), ("batch_tokens", 0), ("batch_tokens", -5)],
+)
+def test_numbers_outside_their_ranges_are_refused(pair, found, data: Data, name: str, number: Any) -> None:
+    calls: list[tuple[Any, tuple[Any, ...]]] = [(exciting_examples, (pair, data, Head(0, 0), torch.ones(D_HEAD)))]
+    if name in ("max_length", "batch_tokens"):
+        calls += [
+            (logit_gain, (pair, data, Head(0, 0), found.components)),
+            (direct_effect, (pair, data, [Head(0, 0)], torch.ones(1, D_HEAD))),
+            (answer_streams, (pair, data)),
+        ]
+    for function, arguments in calls:
+        with pytest.raises(RequestError, match=rf"expected (a whole number for )?{name}"):
+            function(*arguments, **{name: number})
+
+
+def test_prompts_are_read_as_data(pair, found) -> None:
+    best = exciting_examples(pair, ["one text", "another"], Head(0, 0), torch.ones(D_HEAD))
+    assert sorted(token.example for token in best.tokens) == [0, 1]
+    for read in (
+        lambda: logit_gain(pair, ["text"], Head(0, 0), found.components),
+        lambda: direct_effect(pair, "text", [Head(0, 0)], torch.ones(1, D_HEAD)),
+        lambda: answer_streams(pair, ["text"]),
+    ):
+        with pytest.raises(RequestError, match="expected right and wrong answers, got 1 prompts"):
+            read()
 
 
 def test_activations_that_are_not_finite_are_named(pair, data: Data) -> None:
