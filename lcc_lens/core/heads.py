@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import textwrap
 from collections.abc import Iterable, Sequence
@@ -15,6 +16,7 @@ from lcc_lens.core.showing import Shown
 
 if TYPE_CHECKING:
     import pandas as pd
+    from torch import Tensor
 
 _LABEL = re.compile(r"^L(\d{1,9})H(\d{1,9})$")
 
@@ -77,6 +79,16 @@ def all_heads(n_layers: int, n_heads: int) -> list[Head]:
     return [Head(layer, head) for layer in range(n_layers) for head in range(n_heads)]
 
 
+def n_of_share(share: float, n: int) -> int:
+    """How many of n things a share is, rounded up.
+
+    Example:
+        >>> n_of_share(0.07, 100)  # as floats, 0.07 * 100 is above 7
+        7
+    """
+    return math.ceil(round(share * n, 9))
+
+
 def check_heads(heads: Iterable[Head | tuple[int, int]], n_layers: int, n_heads: int) -> list[Head]:
     """Sort heads, and refuse those that the model does not have."""
     checked = sorted(Head(*head) for head in heads)
@@ -135,6 +147,13 @@ class HeadMap(Shown):
         """Whether every head keeps its position and none is removed."""
         moved = any(heads != tuple(range(len(heads))) for heads in self.dense_heads)
         return not moved and not any(self.removed)
+
+    def without_removed(self, values: Tensor) -> Tensor:
+        """A copy of ``[layer, head, ...]`` values with NaN for the heads that were removed."""
+        kept = values.clone()
+        for layer, heads in enumerate(self.removed):
+            kept[layer, list(heads)] = math.nan
+        return kept
 
     def to_json(self) -> dict[str, Any]:
         """The content of the file beside the weights."""

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from jaxtyping import Int
 from torch import Tensor
 
 from lcc_lens.analysis.causes.statistics import PartStatistics, RunningParts
-from lcc_lens.core.heads import all_heads
+from lcc_lens.core.heads import HeadMap, all_heads
 from lcc_lens.core.showing import Shown
 
 if TYPE_CHECKING:
@@ -86,10 +86,14 @@ class Causes(Shown):
 
 @dataclass(frozen=True)
 class RunningCauses:
-    """Sums over the parts of every layer's differences; memory does not grow with the number of samples."""
+    """Sums over the parts of every layer's differences; memory does not grow with the number of samples.
+
+    Heads that ``head_map`` removed, whose output is not used, have no fractions.
+    """
 
     heads: RunningParts
     mlp: RunningParts | None
+    head_map: HeadMap
 
     def count(self, example: Int[Tensor, " sample"]) -> None:
         """Count one batch's samples and examples."""
@@ -98,7 +102,10 @@ class RunningCauses:
 
     def finish(self) -> Causes:
         """The causes over all samples so far."""
-        return Causes(self.heads.finish(), None if self.mlp is None else self.mlp.finish())
+        heads = self.heads.finish()
+        kept = self.head_map.without_removed
+        heads = replace(heads, fraction=kept(heads.fraction), stderr=kept(heads.stderr))
+        return Causes(heads, None if self.mlp is None else self.mlp.finish())
 
     def state(self) -> dict[str, Tensor]:
         """The sums so far, for resuming."""

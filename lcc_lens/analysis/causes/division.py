@@ -18,6 +18,7 @@ from lcc_lens.analysis.causes.statistics import RunningParts
 from lcc_lens.analysis.causes.swapped import Call, Part, PlainModule, Projections, watched_modules
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.progress import track
+from lcc_lens.core.ranges import Count, ranged
 from lcc_lens.data.batches import Batch, TokenSequence, batches
 from lcc_lens.models.hooked.activations import Positions, TokenPositions, check_positions, sampled_positions
 from lcc_lens.models.hooked.forward import run_without_logits
@@ -43,8 +44,9 @@ def causes_refusal(pair: Pair) -> str | None:
     return None
 
 
+@ranged
 def find_causes(
-    pair: Pair, sequences: Sequence[TokenSequence], *, positions: Positions = "all", batch_tokens: int = 1024
+    pair: Pair, sequences: Sequence[TokenSequence], *, positions: Positions = "all", batch_tokens: Count = 1024
 ) -> Causes:
     r"""Divide every head's difference $z_{dense} - z_{pruned}$ exactly into three parts, one per cause.
 
@@ -94,9 +96,10 @@ class Division:
         pair, device = self.pair, device_of(self.pair.pruned)
         heads = RunningParts(HEAD_CAUSES, pair.n_layers, pair.n_heads, pair.d_head, device, spectra=True)
         if not self._has_mlps:
-            return RunningCauses(heads, None)
+            return RunningCauses(heads, None, pair.head_map)
         d_model = int(pair.pruned.cfg.d_model)
-        return RunningCauses(heads, RunningParts(MLP_CAUSES, pair.n_layers, 1, d_model, device, spectra=False))
+        mlp = RunningParts(MLP_CAUSES, pair.n_layers, 1, d_model, device, spectra=False)
+        return RunningCauses(heads, mlp, pair.head_map)
 
     @contextmanager
     def of_dense(self, batch: Batch, where: TokenPositions) -> Iterator[None]:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lcc_lens.analysis.causes.causes import HEAD_CAUSES, Causes
 from lcc_lens.analysis.statistics import DifferenceStatistics
-from lcc_lens.core.heads import all_heads
+from lcc_lens.core.heads import HeadMap, all_heads
 from lcc_lens.core.showing import Shown
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ class Recovered(Shown):
     ``before`` and ``after`` divide it by cause, as fractions of the difference before: those before sum to 1, those
     after to ``remaining``. They are None unless both scans found causes. The cause ``constant`` is what a constant
     added to the head itself changes (negative where it hides a difference that the causes still make); a constant in
-    an exported bias acts behind the head, so it is 0 there. NaN where pruning changed nothing.
+    an exported bias acts behind the head, so it is 0 there. NaN where pruning changed nothing or removed the head.
     """
 
     remaining: Float[Tensor, "layer head"]
@@ -38,15 +38,19 @@ class Recovered(Shown):
 
     @classmethod
     def of(
-        cls, pruned: DifferenceStatistics, restored: DifferenceStatistics, causes: tuple[Causes | None, Causes | None]
+        cls,
+        pruned: DifferenceStatistics,
+        restored: DifferenceStatistics,
+        causes: tuple[Causes | None, Causes | None],
+        head_map: HeadMap,
     ) -> Recovered:
-        """From both scans' statistics of head outputs, and their causes."""
-        whole = pruned.squared_difference.double()
+        """From both scans' statistics of head outputs, their causes, and the heads that pruning removed."""
+        whole = head_map.without_removed(pruned.squared_difference.double())
         remaining = _ratio(restored.squared_difference, whole)
         first, second = causes
         if first is None or second is None:
             return cls(remaining)
-        before = {**first.heads.by_cause(), CONSTANT: torch.zeros_like(remaining)}
+        before = {**first.heads.by_cause(), CONSTANT: head_map.without_removed(torch.zeros_like(remaining))}
         along = second.heads.fraction.nan_to_num() * second.heads.squared_difference[..., None]
         after = {cause: _ratio(along[..., i], whole) for i, cause in enumerate(HEAD_CAUSES)}
         after[CONSTANT] = remaining - torch.stack(list(after.values())).sum(0)

@@ -21,9 +21,9 @@ class PartStatistics(Shown):
     With $\delta_n = \sum_c \delta_n^{(c)}$ the difference of sample n and its parts by cause:
 
     ``fraction`` is $\sum_n \delta_n^{(c)} \cdot \delta_n / \sum_n |\delta_n|^2$; fractions sum to 1, and one is
-    negative where a cause makes the difference smaller. NaN where there is no difference. ``stderr`` is its standard
-    error over examples. ``mean`` is $\bar\delta^{(c)}$, ``squared`` $\sum_n |\delta_n^{(c)}|^2$, and
-    ``singular_values`` are those of the stacked parts.
+    negative where a cause makes the difference smaller. NaN where there is no difference, or where pruning removed
+    the head. ``stderr`` is its standard error over examples. ``mean`` is $\bar\delta^{(c)}$, ``squared``
+    $\sum_n |\delta_n^{(c)}|^2$, and ``singular_values`` are those of the stacked parts.
     """
 
     causes: tuple[str, ...]

@@ -25,7 +25,7 @@ from lcc_lens.analysis.selectors.registry import check_selectors
 from lcc_lens.analysis.statistics import DifferenceStatistics
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.files import read_tensors, sha256_file, write_tensors
-from lcc_lens.core.heads import Head, HeadList, HeadMap, all_heads, check_heads, head_indices
+from lcc_lens.core.heads import Head, HeadList, HeadMap, all_heads, check_heads, head_indices, n_of_share
 from lcc_lens.core.reading import convert, read_record, reading, write_record
 from lcc_lens.core.showing import Shown
 from lcc_lens.models.hooked.activations import Site
@@ -123,7 +123,7 @@ class Scan(Shown):
         self.record.require_alike(restored.record)
         if not self.heads.has_same_dense(restored.heads):
             raise RequestError(f"expected two scans of the same tokens of {self.record.data}, got others; scan alike")
-        return Recovered.of(self.heads, restored.heads, (self.causes, restored.causes))
+        return Recovered.of(self.heads, restored.heads, (self.causes, restored.causes), self.head_map)
 
     @property
     def head_map(self) -> HeadMap:
@@ -175,7 +175,7 @@ class Scan(Shown):
         if not 0 < share <= 1:
             raise RequestError(f"expected a share of heads above 0 and up to 1, got {share}")
         alive = self.ranking(selector, seed=seed)
-        return HeadList(sorted(alive[: math.ceil(share * len(alive))]))
+        return HeadList(sorted(alive[: n_of_share(share, len(alive))]))
 
     def ranking(self, selector: str = DEFAULT_SELECTOR, *, seed: int | None = None) -> HeadList:
         """All heads that pruning did not remove, best first: the highest score leads.

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from lcc_lens.core.errors import RequestError
-from lcc_lens.core.heads import Head
+from lcc_lens.core.heads import Head, n_of_share
 from lcc_lens.data.batches import TokenSequence
 from lcc_lens.models.hooked.hooks import HookedModel
 from lcc_lens.restoration.injections.changes import Change, Gain
@@ -73,4 +72,4 @@ def lofit_heads(
         raise RequestError(
             "expected gains that lower the held-out loss to choose heads by, got none; lower the learning rate"
         )
-    return sorted(sizes, key=lambda head: -sizes[head])[: math.ceil(fraction * len(sizes))]
+    return sorted(sizes, key=lambda head: -sizes[head])[: n_of_share(fraction, len(sizes))]

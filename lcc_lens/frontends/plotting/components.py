@@ -16,7 +16,7 @@ from lcc_lens.analysis.lens.gain import LogitGain
 from lcc_lens.analysis.lens.tokens import PromotedTokens
 from lcc_lens.analysis.scan.result import Scan
 from lcc_lens.core.errors import RequestError
-from lcc_lens.core.heads import Head, check_heads
+from lcc_lens.core.heads import Head, check_heads, head_indices
 from lcc_lens.frontends.plotting.labels import pair_label
 from lcc_lens.frontends.plotting.theme import COLORS, COLUMN, PAGE, SERIES, rounded, styled
 
@@ -40,7 +40,7 @@ def plot_spectra(scan: Scan, heads: Sequence[Head] = ()) -> go.Figure:
     """
     if len(heads) > len(SERIES):
         raise RequestError(f"expected at most {len(SERIES)} heads in a figure of spectra, got {len(heads)}; name fewer")
-    lost = scan.components
+    lost, alive = scan.components, head_indices(scan.ranking("mse"))
     if heads:
         check_heads(heads, *scan.relative_loss.shape)
     shown = lost.n_determined
@@ -48,16 +48,16 @@ def plot_spectra(scan: Scan, heads: Sequence[Head] = ()) -> go.Figure:
     shares = 100 * lost.explained_share()[..., :shown]
     figure = make_subplots(1, 2, horizontal_spacing=0.12)
     for column, values in ((1, sizes), (2, shares)):
-        for trace in _spread(values.flatten(0, 1), is_first=column == 1):
+        for trace in _spread(values[alive], is_first=column == 1):
             figure.add_trace(trace, 1, column)
         for head, (color, _) in zip(heads, SERIES, strict=False):
             line = _line(values[head], str(head), color, is_first=column == 1)
             figure.add_trace(line, 1, column)
-    rank, record = float(lost.effective_rank.median()), scan.record
+    rank, record = float(lost.effective_rank[alive].median()), scan.record
     styled(
         figure, f"Directions in which pruning moved the heads of {Path(record.dense).name}",
         f"{pair_label(record.dense, record.pruned, record.sparsity, record.pattern)}. "
-        f"{lost.singular_values.shape[:2].numel()} heads, {Path(record.data).name}: {lost.n_samples:,} samples "
+        f"{len(alive[0])} heads, {Path(record.data).name}: {lost.n_samples:,} samples "
         f"of {record.n_examples} sequences, seed {record.seed}. Effective rank of the median head: "
         f"{rank:.1f} of {lost.d_head}.",
         width=PAGE, plot_height=230, above=30,

@@ -397,6 +397,26 @@ def test_changed_weights_are_divided_under_hooks_as_exported(
         assert torch.allclose(hooked.after[cause], left, atol=1e-3), cause
 
 
+def test_removed_heads_count_in_no_mean(dense_dir: Path, tmp_path: Path, question_file: Path) -> None:
+    """A layer's heads share their values, which are halved; nothing reads the output of the head that is removed."""
+    model = build_model()
+    with torch.no_grad():
+        model.model.layers[1].self_attn.v_proj.weight *= 0.5
+        model.model.layers[1].self_attn.o_proj.weight[:, 3 * D_HEAD : 4 * D_HEAD] = 0
+    pair, data = load_pair(dense_dir, save_model(model, tmp_path / "pruned")), load_data(str(question_file), n=3)
+    with_removed = scan(pair, data, causes=True, selectors=(), display=0)
+    assert pair.head_map.removed == ((), (3,), ())
+    assert with_removed.causes is not None
+    alone = find_causes(pair, encode(data, pair.tokenizer)).heads.fraction
+    for fraction in (with_removed.causes.heads.fraction, alone):
+        assert fraction[1:].isnan().any(-1).nonzero().tolist() == [[0, 3]]
+    left = with_removed.against(with_removed)
+    assert left.remaining[1:].isnan().nonzero().tolist() == [[0, 3]]
+    assert float(left.remaining.nanmean()) == 1
+    assert left.before is not None
+    assert float(left.before["value"][1].nanmean()) == pytest.approx(1, abs=1e-4)
+
+
 def test_scans_of_other_data_are_not_compared(pair: Pair, found: Scan, question_file: Path, divided: Scan) -> None:
     with pytest.raises(RequestError, match="expected two scans of the same n_examples"):
         divided.against(found)
