@@ -58,13 +58,17 @@ def _no_pairs(data: Data, pair: Pair, length: int, limit: int | None) -> str:
 
 
 def check_plan(
-    sequences: Sequence[TokenSequence], positions: Positions, settings: ScoreSettings, probed: int | None
+    sequences: Sequence[TokenSequence],
+    positions: Positions,
+    settings: ScoreSettings,
+    selectors: Sequence[str],
+    d_head: int,
 ) -> None:
     """Refuse positions that hardly any sequence has, and probes that the pairs or the heads cannot have.
 
     Args:
-        sequences: what is scanned; with ``probed``, the right answers of the pairs.
-        probed: the heads' width where the probe is scored.
+        sequences: what is scanned; where probes are scored, the right answers of the pairs.
+        selectors: what is scored; ``d_head``: the heads' width.
     """
     n = sum(len(sampled_positions(sequence, positions)) for sequence in sequences)
     if n < 2:
@@ -73,20 +77,22 @@ def check_plan(
             f"expected at least 2 positions to compare, got {n}; scan more examples, or other positions (the longest "
             f"example has {longest} tokens)"
         )
-    if probed is None:
-        return
-    if settings.folds is not None and settings.folds > len(sequences):
+    if "probe" in selectors and settings.folds is not None and settings.folds > len(sequences):
         raise RequestError(
             f"expected at most {len(sequences)} folds (the number of pairs), got {settings.folds}; scan more examples"
         )
-    if settings.rank > probed:
-        raise RequestError(f"expected a probe rank of at most d_head = {probed}, got {settings.rank}; lower it")
+    if settings.rank > d_head and not {"probe", "interaction"}.isdisjoint(selectors):
+        raise RequestError(f"expected a probe rank of at most d_head = {d_head}, got {settings.rank}; lower it")
 
 
 def possible_selectors(
-    named: Sequence[str] | None, pair: Pair, data: Data, n_sequences: int, wrong: Sequence[TokenSequence] | None
+    named: Sequence[str] | None, pair: Pair, data: Data, n_examples: int, wrong: Sequence[TokenSequence] | None
 ) -> list[str]:
-    """The selectors to compute, by default those that the inputs allow; refuses a named one whose needs are not met."""
+    """The selectors to compute, by default those that the inputs allow; refuses a named one whose needs are not met.
+
+    Args:
+        n_examples: on which selectors run the models again.
+    """
     names = [name for name in (SCORED_BY_DEFAULT if named is None else named) if name not in ALWAYS_SCORED]
     on_pairs = _with_need(names, "pairs")
     reason, label = None, one_class(data)
@@ -106,10 +112,14 @@ def possible_selectors(
         check_in_memory(named)
     if _with_need(names, "causes") and (refusal := causes_refusal(pair)) is not None:
         raise RequestError(refusal)
-    if named is None and (pair.one_at_a_time or n_sequences < 2):
-        on_models = _with_need(names, "models")
-        names = [name for name in names if name not in on_models]
-    return names
+    on_gradients = _with_need(names, "gradients") if n_examples < 2 else []
+    if named is not None and on_gradients:
+        raise RequestError(
+            f"expected at least 2 examples for {', '.join(on_gradients)}, got {n_examples}; raise --selector-examples "
+            "(or --examples)"
+        )
+    on_models = _with_need(names, "models") if named is None and pair.one_at_a_time else []
+    return [name for name in names if name not in (*on_gradients, *on_models)]
 
 
 def has_changed_models(pair: Pair) -> bool:

@@ -9,6 +9,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Annotated, cast
 
+from lcc_lens.analysis.head_scores import HeadScores
 from lcc_lens.analysis.scan.passes import ScanPlan
 from lcc_lens.analysis.scan.record import ScanRecord, require_own_models
 from lcc_lens.analysis.scan.request import (
@@ -83,7 +84,7 @@ def scan(
         positions: tokens to compare: ``all``; the question's ``last`` (as in the paper); the ``end``; those that
             predict the ``response``; or chosen positions (negative ones count from the end).
         sites: compare ``mlp`` (post-activation) and ``resid`` (residual stream) too; heads always.
-        spectra: sites with singular values and directions, heads always; memory is width squared.
+        spectra: sites to compare with singular values and directions, heads always; memory is width squared.
         selectors: scores to compute; if not given ``attribution`` (with both models in memory), and ``probe`` and
             ``interaction`` where the data have right and wrong answers; ``mse`` and ``random`` always.
         max_length: tokens per example at most; 512, or the models' context if shorter.
@@ -105,11 +106,11 @@ def scan(
     named = None if selectors is None else check_selectors(selectors)
     length, tokens = fitting_length(max_length, pair.context), batch_tokens or tokens_per_pass(device_of(pair.dense))
     right, wrong = pair_sequences(data, pair, length, limit)
-    names = possible_selectors(named, pair, data, len(right), wrong)
-    sites, divided = _compared_sites(pair, sites), wants_causes(causes, names, pair)
+    names = possible_selectors(named, pair, data, min(len(right), selector_examples), wrong)
+    sites, divided = _compared_sites(pair, [*sites, *spectra]), wants_causes(causes, names, pair)
     plan = ScanPlan(tuple(right), wrong, positions, sites, tokens, divided)
     settings = ScoreSettings(probe_rank, probe_solver, probe_folds, selector_examples, seed, tokens)
-    check_plan(plan.sequences, positions, settings, None if wrong is None or "probe" not in names else pair.d_head)
+    check_plan(plan.sequences, positions, settings, names, pair.d_head)
     return _run(pair, data, plan, spectra, names, settings, length, display, run)
 
 
@@ -174,16 +175,26 @@ def _result(
     _warn(heads.n_samples, components.d_head, heads.is_silent.nonzero().tolist())
     layers, probe_rank = (None, None) if plan.wrong is None else (work.layers, settings.rank)
     causes = None if sums.causes is None else sums.causes.finish()
-    scores = score(selectors, Evidence(pair, plan.sequences, heads, components, layers, settings, causes))
+    evidence = Evidence(pair, plan.sequences, heads, components, layers, settings, causes)
+    scores = {name: _scores(name, evidence, work.state) for name in selectors}
     return Scan(
         record=_record(pair, data, plan, heads.n_samples, max_length, probe_rank, settings.seed),
         heads=heads,
         components=components,
         others=dict(zip(plan.sites[1:], others, strict=True)),
-        selected_by=dict(scores),
+        selected_by=scores,
         tokens=token_losses(pair, plan.sequences, display),
         causes=causes,
     )
+
+
+def _scores(selector: str, evidence: Evidence, state: ScanState) -> HeadScores:
+    """A selector's scores: those that an interrupted scan finished, or new ones."""
+    scores = state.scores(selector, evidence.settings)
+    if scores is None:
+        scores = score([selector], evidence)[selector]
+        state.keep_scores(evidence.settings, scores)
+    return scores
 
 
 @contextmanager
@@ -209,7 +220,9 @@ def _interruptible(*, can_resume: bool) -> Iterator[None]:
     except KeyboardInterrupt as stop:
         if not can_resume:
             raise
-        raise InterruptedRun("scan stopped; finished examples are kept, run the same command again to go on") from stop
+        raise InterruptedRun(
+            "scan stopped; finished examples and selectors are kept, run the same command again to go on"
+        ) from stop
 
 
 def _state(run: str | Path | None, pair: Pair, plan: ScanPlan, spectra: Sequence[Site], *, joined: bool) -> ScanState:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import shutil
 import tempfile
@@ -12,10 +13,14 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from lcc_lens.analysis.head_scores import HeadScores
 from lcc_lens.analysis.scan.sums import ScanSums
+from lcc_lens.analysis.selectors.evidence import ScoreSettings
 from lcc_lens.analysis.selectors.linear_probe import LayerFeatures
+from lcc_lens.analysis.selectors.names import SELECTORS
 from lcc_lens.core.errors import LensError, RequestError
 from lcc_lens.core.files import read_sealed, write_sealed
+from lcc_lens.core.fingerprint import fingerprint
 
 logger = logging.getLogger(__name__)
 _STATE = "state.safetensors"
@@ -24,7 +29,7 @@ _FEATURES = ("pruned_question", "question", "right", "wrong")
 
 
 class ScanState:
-    """Finished shards of a scan: the sums so far, the probes' activations, and dense activations not yet compared.
+    """What of a scan is finished: sums of shards, the probes' and not yet compared dense activations, and scores.
 
     Args:
         folder: where the state is kept; a temporary folder if not given.
@@ -140,6 +145,23 @@ class ScanState:
                     ) from error
             yield LayerFeatures(*(torch.cat(parts[name])[back].float() for name in _FEATURES))
 
+    def scores(self, selector: str, settings: ScoreSettings) -> HeadScores | None:
+        """The scores that a selector with these settings gave; None if it has not finished."""
+        name = self._scores_file(selector, settings)
+        if not self._is_whole(name):
+            return None
+        tensors, record = read_sealed(self.folder / name)
+        return HeadScores(
+            selector, **tensors, n_examples=int(record["n_examples"]), settings=json.loads(record["settings"])
+        )
+
+    def keep_scores(self, settings: ScoreSettings, scores: HeadScores) -> None:
+        """Save a finished selector's scores, if it is one whose name says what it computes."""
+        if self.is_kept and scores.selector in SELECTORS:
+            record = {"n_examples": str(scores.n_examples), "settings": json.dumps(scores.settings)}
+            tensors = {"value": scores.value, "stderr": scores.stderr}
+            self._write(self._scores_file(scores.selector, settings), tensors, record)
+
     def discard(self) -> None:
         """Delete the state."""
         shutil.rmtree(self.folder, ignore_errors=True)
@@ -198,8 +220,8 @@ class ScanState:
                 file.unlink()
         return name in self._whole and file.exists()
 
-    def _write(self, name: str, tensors: Mapping[str, Tensor]) -> None:
-        write_sealed(self.folder / name, tensors, {"identity": self._request})
+    def _write(self, name: str, tensors: Mapping[str, Tensor], record: Mapping[str, str] | None = None) -> None:
+        write_sealed(self.folder / name, tensors, {"identity": self._request, **(record or {})})
         self._whole.add(name)
 
     def _write_state(self, tensors: Mapping[str, Tensor]) -> None:
@@ -218,3 +240,7 @@ class ScanState:
     @staticmethod
     def _part_file(shard: int) -> str:
         return f"part_{shard:05d}.safetensors"
+
+    @staticmethod
+    def _scores_file(selector: str, settings: ScoreSettings) -> str:
+        return f"scores_{selector}_{fingerprint(settings)[:16]}.safetensors"

@@ -61,7 +61,7 @@ def response_gradients(
         LensError: a gradient is NaN or infinite (names layer and head).
     """
     if len(sequences) < 2:
-        raise RequestError(f"expected at least 2 examples for gradients, got {len(sequences)}; add data")
+        raise RequestError(f"expected at least 2 examples for gradients, got {len(sequences)}; pass more")
     n_groups = min(n_groups, len(sequences))
     shape = pair.n_layers, pair.n_heads
     attribution = torch.zeros(len(sequences), *shape)

@@ -10,7 +10,7 @@ from typing import Annotated
 from lcc_lens.analysis.causes.causes import Causes
 from lcc_lens.analysis.components import LostComponents
 from lcc_lens.analysis.selectors.backward import ResponseGradients, response_gradients
-from lcc_lens.analysis.selectors.linear_probe import LayerFeatures, Solver
+from lcc_lens.analysis.selectors.linear_probe import LayerFeatures, Solver, check_solver
 from lcc_lens.analysis.statistics import DifferenceStatistics
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.ranges import Count, Range, Seed, check_numbers
@@ -40,6 +40,7 @@ class ScoreSettings:
 
     def __post_init__(self) -> None:
         check_numbers(self)
+        check_solver(self.solver)
 
 
 @dataclass(frozen=True)

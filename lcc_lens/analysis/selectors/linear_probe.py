@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from jaxtyping import Float, Int
@@ -17,6 +17,7 @@ from lcc_lens.core.errors import LensError, RequestError
 
 MIN_PAIRS = 4
 Solver = Literal["newton", "published"]
+_SOLVERS: tuple[Solver, ...] = get_args(Solver)
 _Splits = list[tuple[Int[Tensor, " train"], Int[Tensor, " test"]]]
 
 
@@ -63,12 +64,13 @@ def linear_probe_scores(
         Scores "probe" between 0 and 1.
 
     Raises:
-        RequestError: fewer than 4 pairs, a rank outside 1 and d_head, folds outside 2 and the number of pairs, or
-            layers that do not fit the components.
+        RequestError: an unknown solver, fewer than 4 pairs, a rank outside 1 and d_head, folds outside 2 and the number
+            of pairs, or layers that do not fit the components.
         LensError: an activation is not finite.
 
     Reference: RestoreLCC (arXiv 2510.21834), Eq. 7 and section 4.1.
     """
+    check_solver(solver)
     component = components.component(rank)
     generator = torch.Generator().manual_seed(seed)  # shared by all layers, so that every head starts differently
     splits: _Splits = []
@@ -88,6 +90,12 @@ def linear_probe_scores(
     settings |= {"held_out_share": held_out_share} if folds is None else {}
     settings |= {"ridge": ridge} if solver == "newton" else {}
     return HeadScores.from_examples("probe", torch.stack(correct, dim=1), settings)
+
+
+def check_solver(solver: str) -> None:
+    """Refuse a solver that there is not."""
+    if solver not in _SOLVERS:
+        raise RequestError(f"expected a probe solver ({', '.join(_SOLVERS)}), got {solver!r}; choose one")
 
 
 def checked_layers(layers: Iterable[LayerFeatures], components: LostComponents) -> Iterator[LayerFeatures]:

@@ -26,8 +26,9 @@ from lcc_lens.core.registry import Registry
 from lcc_lens.models.hooked.direct_path import OutputProjections, Unembedding
 
 #: What a selector may need besides statistics and lost components.
-NEEDS = ("pairs", "models", "causes")
+NEEDS = ("pairs", "models", "gradients", "causes")
 ScoreFunction = Callable[[Evidence], HeadScores]
+_GRADIENTS = ("models", "gradients")
 #: Maximum number of questions for kl; each one unembeds the output of every head twice.
 _KL_EXAMPLES = 16
 
@@ -37,7 +38,8 @@ class Selector:
     """A function that scores every head, and what it needs besides statistics and lost components.
 
     A scan refuses a selector before any forward pass if a need is not met: ``pairs``, questions with right and wrong
-    answers (at least 4, of both labels), ``models``, both models in memory, or ``causes``, the causes of differences.
+    answers (at least 4, of both labels), ``models``, both models in memory, ``gradients``, at least two examples to run
+    them on, or ``causes``, the causes of differences.
     """
 
     score: ScoreFunction
@@ -52,18 +54,14 @@ class Selector:
 def _probe(evidence: Evidence) -> HeadScores:
     settings = evidence.settings
     return linear_probe_scores(
-        evidence.features(), evidence.components, rank=_rank(evidence), solver=settings.solver, folds=settings.folds,
+        evidence.features(), evidence.components, rank=settings.rank, solver=settings.solver, folds=settings.folds,
         seed=settings.seed,
     )  # fmt: skip
 
 
 def _interaction(evidence: Evidence) -> HeadScores:
-    features, seed = evidence.features(), evidence.settings.seed
-    return score_interaction_probe(features, evidence.components, rank=_rank(evidence), seed=seed)
-
-
-def _rank(evidence: Evidence) -> int:
-    return min(evidence.settings.rank, evidence.components.d_head)
+    features, settings = evidence.features(), evidence.settings
+    return score_interaction_probe(features, evidence.components, rank=settings.rank, seed=settings.seed)
 
 
 def _patching(evidence: Evidence) -> HeadScores:
@@ -94,11 +92,11 @@ REGISTRY: Registry[Selector | ScoreFunction] = Registry(
     {
         "probe": Selector(_probe, ["pairs"]),
         "interaction": Selector(_interaction, ["pairs"]),
-        "attribution": Selector(lambda evidence: score_attribution_patching(evidence.gradients), ["models"]),
+        "attribution": Selector(lambda evidence: score_attribution_patching(evidence.gradients), _GRADIENTS),
         "patching": Selector(_patching, ["models"]),
         "mse": Selector(lambda evidence: score_mse(evidence.heads, len(evidence.sequences))),
         "kl": Selector(_kl, ["pairs"]),
-        "gradient": Selector(lambda evidence: score_gradient(evidence.gradients, evidence.components), ["models"]),
+        "gradient": Selector(lambda evidence: score_gradient(evidence.gradients, evidence.components), _GRADIENTS),
         "own": Selector(score_own, ["models", "causes"]),
         "random": Selector(lambda e: score_random(e.pair.n_layers, e.pair.n_heads, e.settings.seed)),
     },
@@ -118,8 +116,8 @@ def register_selector(
         function: takes an :class:`~lcc_lens.analysis.selectors.evidence.Evidence` and returns the score and standard
             error of every head, ``[layer, head]``; heads with higher scores are restored first.
         needs: ``pairs`` if it reads right and wrong answers (``evidence.features()``), ``models`` if it runs both
-            models or reads gradients, ``causes`` if it reads ``evidence.causes``. A scan that lacks them is refused
-            before its passes.
+            models or reads gradients, ``gradients`` beside it if it reads them, ``causes`` if it reads
+            ``evidence.causes``. A scan that lacks them is refused before its passes.
         replace: allow a name that was registered before; the built-in selectors cannot be replaced.
 
     Raises:

@@ -138,7 +138,9 @@ def test_names_count_once_and_in_order() -> None:
     assert check_selectors(["mse", "probe", "mse"]) == ("mse", "probe")
     assert tuple(REGISTRY)[: len(SELECTORS)] == SELECTORS
     assert not set(SCORED_BY_DEFAULT) & set(ALWAYS_SCORED)
-    assert [set(named_selector(name).needs) for name in SCORED_BY_DEFAULT] == [{"models"}, {"pairs"}, {"pairs"}]
+    assert [set(named_selector(name).needs) for name in SCORED_BY_DEFAULT] == [
+        {"models", "gradients"}, {"pairs"}, {"pairs"},
+    ]  # fmt: skip
 
 
 @pytest.fixture
@@ -197,8 +199,8 @@ def test_a_registered_selector_whose_needs_are_not_met_is_refused_before_the_pas
     text = load_data(str(tmp_path / "text.txt"))
     register_selector("paired", score_later_heads, needs=["pairs"])
     register_selector("running", score_later_heads, needs=["models"])
-    with pytest.raises(RequestError, match="expected needs among pairs, models, causes, got 'gradients'"):
-        register_selector("other", score_later_heads, needs=["gradients"])
+    with pytest.raises(RequestError, match="expected needs among pairs, models, gradients, causes, got 'gradient'"):
+        register_selector("other", score_later_heads, needs=["gradient"])
     assert scan(pair, data, selectors=["paired", "running"], display=0).scores("paired").settings == {"by": "hand"}
     monkeypatch.setattr("lcc_lens.analysis.scan.scan._run", lambda *_: pytest.fail("the passes began"))
     with pytest.raises(RequestError, match="expected questions with right and wrong answers, got none"):

@@ -15,6 +15,8 @@ from support.tiny import D_HEAD, N_HEADS, N_LAYERS, build_model, save_model
 
 from lcc_lens.analysis.causes.division import find_causes
 from lcc_lens.analysis.scan.scan import Scan, scan
+from lcc_lens.analysis.selectors.evidence import ScoreSettings
+from lcc_lens.analysis.selectors.linear_probe import linear_probe_scores
 from lcc_lens.core.errors import LensError, RequestError
 from lcc_lens.data.checks import check_role
 from lcc_lens.data.datasets import Data, load_data
@@ -189,6 +191,11 @@ def test_unknown_names_are_refused(pair: Pair, data: Data, found: Scan) -> None:
     """Users run without the type checks of these tests, which would refuse first."""
     with pytest.raises(RequestError, match=r"expected a selector \(probe, interaction, .*\), got 'guess'"):
         unwrap(scan)(pair, data, selectors=("probe", "guess"))
+    settings = ScoreSettings()
+    object.__setattr__(settings, "solver", "guess")
+    for check in (settings.__post_init__, lambda: unwrap(linear_probe_scores)([], found.components, solver="guess")):
+        with pytest.raises(RequestError, match=r"expected a probe solver \(newton, published\), got 'guess'"):
+            check()
     for options in ({"sites": ("z", "nose")}, {"spectra": ("nose",)}):
         with pytest.raises(RequestError, match="expected sites among z, mlp, resid, got 'nose'"):
             unwrap(scan)(pair, data, **options)
@@ -221,6 +228,9 @@ def test_heads_are_always_scanned_and_other_sites_as_asked(pair: Pair, data: Dat
         assert all(statistics.singular_values is not None for statistics in some.others.values())
         assert torch.equal(some.mean_difference, scans[0].mean_difference)
     assert found.others["mlp"].singular_values is None  # not unless asked for
+    asked = scan(pair, data, sites=("z",), spectra=("mlp",), selectors=(), display=0)
+    assert set(asked.others) == {"mlp"}
+    assert asked.others["mlp"].singular_values is not None
 
 
 def test_what_cannot_be_scored_is_refused_before_any_pass(
@@ -232,9 +242,21 @@ def test_what_cannot_be_scored_is_refused_before_any_pass(
         ({"positions": (9999,)}, r"at least 2 positions to compare, got 0; .*the longest example has \d+ tokens"),
         ({"probe_folds": 9}, r"at most 8 folds \(the number of pairs\), got 9"),
         ({"probe_rank": 7}, "a probe rank of at most d_head = 6, got 7"),
+        ({"probe_rank": 7, "selectors": ("interaction",)}, "a probe rank of at most d_head = 6, got 7"),
+        (
+            {"selector_examples": 1, "selectors": ("gradient", "attribution", "patching")},
+            "at least 2 examples for gradient, attribution, got 1; raise --selector-examples",
+        ),
+        ({"limit": 1, "selectors": ("attribution",)}, "at least 2 examples for attribution, got 1"),
     ):
         with pytest.raises(RequestError, match=message):
             scan(pair, data, **request)
+
+
+def test_one_example_for_selectors_costs_the_gradients_alone(pair: Pair, data: Data) -> None:
+    assert set(scan(pair, data, selector_examples=1, display=0).selected_by) == {"probe", "interaction"}
+    found = scan(pair, data, selector_examples=1, selectors=("patching",), display=0)
+    assert found.scores("patching").n_examples == 1
 
 
 def test_prompts_are_scanned_as_they_are_given(pair) -> None:

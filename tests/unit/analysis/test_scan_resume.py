@@ -20,6 +20,7 @@ from lcc_lens.analysis.scan import passes
 from lcc_lens.analysis.scan import shards as scan_work
 from lcc_lens.analysis.scan.scan import UNFINISHED, has_scan, scan
 from lcc_lens.analysis.selectors.evidence import Evidence
+from lcc_lens.analysis.selectors.registry import score
 from lcc_lens.core.errors import InterruptedRun, LensError, RequestError
 from lcc_lens.core.progress import tracked_by
 from lcc_lens.data.datasets import Data, load_data
@@ -121,7 +122,9 @@ def test_interrupted_scan_goes_on_to_the_same_bits(
     expected = list(done)
     per_shard = 2 if changes else 4  # batches; a shard is finished when the next batch is asked for
     run = tmp_path / "run"
-    with pytest.raises(InterruptedRun, match="finished examples are kept, run the same command again to go on"):
+    with pytest.raises(
+        InterruptedRun, match="finished examples and selectors are kept, run the same command again to go on"
+    ):
         interrupted(finished * per_shard + 1, lambda: scan(pair, data, **settings, run=run))
     assert finished == len(list((run / UNFINISHED).glob("features_*.safetensors")))
     assert not files(run)
@@ -200,6 +203,34 @@ def test_interruption_after_the_passes_repeats_none(
     scan(pair, data, **SETTINGS, run=tmp_path / "run")
     assert not done
     assert files(tmp_path / "run") == files(whole)
+
+
+def test_finished_selectors_are_not_scored_again(
+    pair: Pair, data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those with other settings are; the result has the same bits."""
+    settings = {**SETTINGS, "selectors": ("interaction", "probe"), "selector_examples": 2}
+    scored: list[str] = []
+    stops_at = "probe"
+
+    def spy(names: Iterable[str], evidence: Evidence) -> Any:
+        scored.extend(names)
+        if stops_at in names:
+            raise KeyboardInterrupt
+        return score(names, evidence)
+
+    monkeypatch.setattr(scan_module, "score", spy)
+    with pytest.raises(InterruptedRun):
+        scan(pair, data, **settings, run=tmp_path / "run")
+    with pytest.raises(InterruptedRun):
+        scan(pair, data, **settings, seed=1, run=tmp_path / "run")
+    assert scored == ["interaction", "probe"] * 2
+    stops_at = "nothing"
+    scored.clear()
+    scan(pair, data, **settings, run=tmp_path / "run")
+    assert scored == ["probe"]
+    scan(pair, data, **settings, run=tmp_path / "whole")
+    assert files(tmp_path / "run") == files(tmp_path / "whole")
 
 
 @pytest.mark.parametrize("ends", ["well", "by Ctrl-C", "with an error"])
