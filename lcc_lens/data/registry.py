@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
-from pathlib import Path
 from platform import python_version
 
 from lcc_lens.core.errors import RequestError
@@ -151,9 +150,19 @@ def part_names(name: str) -> tuple[str, ...]:
         >>> part_names("c4+notes.txt")
         ('c4', 'notes.txt')
     """
-    if "+" in name and not (is_data_file(name) and Path(name).exists()):
-        return tuple(part.strip() for part in name.split("+"))
+    if "+" in name and not is_data_file(name):
+        return tuple(_split(name))
     return DATASETS[name].parts if name in DATASETS else ()
+
+
+def _split(name: str) -> Iterator[str]:
+    """The names that ``+`` joins; a file that is there may have one in its own name."""
+    pieces = name.split("+")
+    while pieces:
+        starts = ("+".join(pieces[:n]).strip() for n in range(len(pieces), 1, -1))
+        part = next(filter(is_data_file, starts), pieces[0].strip())
+        yield part
+        pieces = pieces[part.count("+") + 1 :]
 
 
 def fraction_of(part: str, name: str) -> float:
@@ -165,6 +174,17 @@ def fraction_of(part: str, name: str) -> float:
     """
     parts = part_names(name)
     return sum(fraction_of(part, other) for other in parts) / len(parts) if parts else float(name == part)
+
+
+def is_self_written(name: str) -> bool:
+    """Whether the dense model writes data, or a part of them.
+
+    Example:
+        >>> is_self_written("c4+mix")
+        True
+    """
+    own = name in DATASETS and DATASETS[name].is_self_written
+    return own or any(map(is_self_written, part_names(name)))
 
 
 def without_self_written(name: str) -> str:

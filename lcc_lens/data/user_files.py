@@ -15,8 +15,8 @@ _Reader = Callable[[Record, str], Item | Example]
 
 
 def is_data_file(name: str) -> bool:
-    """Whether a name of data means a file rather than a registered data set."""
-    return Path(name).suffix in (".jsonl", ".txt")
+    """Whether a name of data means one file rather than a registered data set, or several names joined by ``+``."""
+    return Path(name).suffix in (".jsonl", ".txt") and ("+" not in name or Path(name).exists())
 
 
 def read_file(path: Path) -> tuple[Kind, list[tuple[Record, Item | Example]], str]:

@@ -13,6 +13,7 @@ from lcc_lens.core.errors import RequestError
 from lcc_lens.data.checks import or_mix
 from lcc_lens.data.datasets import encode, joined, load_data, text_sequences
 from lcc_lens.data.registry import domains, part_names
+from lcc_lens.data.user_files import is_data_file
 
 ROLES = ("calibration", "probe", "train", "held-out")
 
@@ -103,6 +104,16 @@ def test_no_role_of_a_pool_holds_what_another_role_of_its_parts_does(root: Path)
     pool = load_data(name, role="train")
     assert {part.name: part.groups <= alone[part.name].groups for part in pool.parts} == dict.fromkeys(alone, True)
     assert frozenset().union(*(part.groups for part in pool.parts)) == pool.groups
+
+
+def test_a_plus_joins_names_and_may_be_in_a_files_own(tmp_path: Path) -> None:
+    file, other = str(tmp_path / "c++.txt"), str(tmp_path / "a+b.jsonl")
+    for name in (file, other):
+        assert part_names(name)  # while there is no such file
+        Path(name).touch()
+        assert (part_names(name), is_data_file(name)) == ((), True)
+    assert part_names(f"c4+{file}+{other}+notes.txt") == ("c4", file, other, "notes.txt")
+    assert not any(map(is_data_file, ("c4+notes.txt", f"c4 + {file}", f"{file}+c4")))
 
 
 def test_domains_are_those_of_all_parts() -> None:

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from support.commands import call
-from support.small_sets import ARC
+from support.small_sets import ARC, write_sets
 
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.metrics import bootstrap_interval, perplexity, share_recovered, stratified_interval
@@ -166,6 +166,17 @@ def test_names_are_short_unless_taken_twice() -> None:
 def test_task_without_data_is_refused_before_any_model_is_loaded(tmp_path: Path) -> None:
     with pytest.raises(RequestError, match="expected the data set wikitext, got no source for it"):
         evaluate([tmp_path / "nowhere"], ["boolq", "wikitext"])
+
+
+def test_joined_text_is_held_out_whatever_the_order_of_its_names(
+    dense_dir: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LCC_LENS_DATA", str(write_sets(tmp_path)))
+    tasks = [f"wikitext+{text_file}", f"{text_file}+wikitext"]
+    scores = evaluate_model(dense_dir, tasks, length=16)["tasks"]
+    assert all("test.jsonl" in found["source"] for found in scores.values())
+    first, second = (found["tokens"] for found in scores.values())
+    assert first == second
 
 
 def test_no_task_is_refused() -> None:
