@@ -188,7 +188,10 @@ def _text_of(read: Item | Example) -> Example:
 def _written(name: str, n: int | None, role: Role | None, seed: int, writer: TextWriter | None) -> Data:
     """What the dense model writes itself."""
     if writer is None:
-        raise RequestError(f"expected a writer (the dense model) for the data {name}, got none; pass a DenseWriter")
+        raise RequestError(
+            f"expected a writer (the dense model) for the data {name}, got none; name other data, or in Python pass a "
+            "DenseWriter"
+        )
     check_role(role)
     texts, source = writer.write(role, seed)
     return Data(name, "text", tuple(Example("", text, group=text) for text in texts[:n]), source, role)

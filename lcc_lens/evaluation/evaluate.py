@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from difflib import get_close_matches
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,11 +14,12 @@ from lcc_lens.core.config import package_version
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.ranges import Count, Length, ranged
 from lcc_lens.core.showing import Record
+from lcc_lens.data.batches import TokenSequence
 from lcc_lens.data.checks import check_data
 from lcc_lens.data.datasets import Data, encode, load_data
-from lcc_lens.data.registry import DATASETS, named_kind
+from lcc_lens.data.registry import DATASETS, is_self_written, named_kind, without_self_written
 from lcc_lens.data.user_files import is_data_file
-from lcc_lens.evaluation.lm_eval_tasks import HARNESS_FOLDERS, evaluate_task, harness_version
+from lcc_lens.evaluation.lm_eval_tasks import check_task, evaluate_task, harness_version
 from lcc_lens.models.architecture.context import context_of, fitting_length
 from lcc_lens.models.architecture.layers import read_config
 from lcc_lens.models.architecture.whole_weights import require_complete
@@ -29,6 +30,7 @@ from lcc_lens.models.loading.references import resolve
 
 if TYPE_CHECKING:
     import pandas as pd
+    from transformers import PreTrainedTokenizerBase
 
 Scores = dict[str, Any]
 
@@ -55,21 +57,42 @@ class Evaluation(Record):
 
 @ranged
 def evaluate(
-    references: Sequence[str | Path], tasks: Sequence[str], *, limit: Count | None = None, length: Length | None = None
+    references: Sequence[str | Path],
+    tasks: Sequence[str],
+    *,
+    limit: Count | None = None,
+    length: Length | None = None,
+    on_task: Callable[[Evaluation], None] | None = None,
 ) -> Evaluation:
-    """The contents of ``results.json``: the scores of every model on every task, by the model's name."""
+    """The contents of ``results.json``: the scores of every model on every task, by the model's name.
+
+    Args:
+        references: the models; for ``tasks``, ``limit`` and ``length`` see :func:`evaluate_model`.
+        on_task: called after every task with the results so far, whose ``missing`` names each model's tasks to come.
+
+    Raises:
+        RequestError: an unknown task or model, or data that cannot serve, checked before the first model is loaded.
+    """
+    if not references:
+        raise RequestError("expected at least one model, got none; name some")
     check_tasks(tasks)
     paths = [resolve(reference) for reference in references]
     for path in paths:
-        require_complete(Checkpoint(path))  # of every model before the first one runs
+        require_complete(Checkpoint(path))
     contexts = [context for path in paths if (context := context_of(read_config(path))) is not None]
     length = fitting_length(length, min(contexts, default=None), option="--length")  # perplexity depends on it
-    models = {
-        name: evaluate_model(reference, tasks, limit=limit, length=length)
-        for name, reference, _ in zip(unique_names(references), references, paths, strict=True)
-    }
-    settings = {"limit": limit, "length": length}
-    return Evaluation(models=models, settings=settings, harness=harness_version(), version=package_version())
+    data = _loss_data(tasks, limit)
+    measurable = [_Measurable.on(data, path, limit, length) for path in paths]
+    names, models = unique_names(references), dict[str, Scores]()
+    about = {"settings": {"limit": limit, "length": length}, "harness": harness_version(), "version": package_version()}
+    for name, reference, model in zip(names, references, measurable, strict=True):
+        measured: dict[str, Scores] = {}
+        for task, scores in model.scores(tasks):
+            measured[task] = scores
+            models[name] = {"path": str(reference), "tasks": dict(measured)}
+            if on_task is not None:
+                on_task(Evaluation(models=dict(models), **about, **_missing(names, tasks, models)))
+    return Evaluation(models=models, **about)
 
 
 @ranged
@@ -95,17 +118,43 @@ def evaluate_model(
     check_tasks(tasks)
     path = resolve(reference)
     length = fitting_length(length, context_of(read_config(path)), option="--length")
-    model, tokenizer = load_plain(path, dtype=dtype), load_tokenizer(path)
-    scores: dict[str, Scores] = {}
-    for task in tasks:
-        if is_loss_task(task):
-            data = _loss_data(task, limit)
-            scores[task] = _named_loss(
-                data, sequence_loss(model, encode(data, tokenizer, max_length=length, limit=limit))
-            )
-        else:
-            scores[task] = evaluate_task(model, tokenizer, task, limit=limit)
-    return {"path": str(reference), "tasks": scores}
+    measurable = _Measurable.on(_loss_data(tasks, limit), path, limit, length)
+    return {"path": str(reference), "tasks": dict(measurable.scores(tasks, dtype))}
+
+
+@dataclass(frozen=True)
+class _Measurable:
+    """A model that is not loaded yet, and the data of the loss tasks as its tokenizer reads them."""
+
+    path: Path
+    tokenizer: PreTrainedTokenizerBase
+    data: Mapping[str, Data]
+    sequences: Mapping[str, Sequence[TokenSequence]]
+    limit: int | None
+
+    @classmethod
+    def on(cls, data: Mapping[str, Data], path: Path, limit: int | None, length: int) -> _Measurable:
+        """Encode the data; refuses those that give no sequence."""
+        tokenizer = load_tokenizer(path)
+        sequences = {task: encode(part, tokenizer, max_length=length, limit=limit) for task, part in data.items()}
+        return cls(path, tokenizer, data, sequences, limit)
+
+    def scores(self, tasks: Sequence[str], dtype: torch.dtype | None = None) -> Iterator[tuple[str, Scores]]:
+        """Load the model, and score one task after another."""
+        model = load_plain(self.path, dtype=dtype)
+        for task in tasks:
+            if task in self.data:
+                yield task, _named_loss(self.data[task], sequence_loss(model, self.sequences[task]))
+            else:
+                yield task, evaluate_task(model, self.tokenizer, task, limit=self.limit)
+
+
+def _missing(names: Sequence[str], tasks: Sequence[str], models: Mapping[str, Scores]) -> dict[str, Any]:
+    """The tasks of every model that are not measured yet, as part of unfinished results."""
+    measured = {name: models[name]["tasks"] if name in models else () for name in names}
+    missing = {name: [task for task in tasks if task not in done] for name, done in measured.items()}
+    missing = {name: rest for name, rest in missing.items() if rest}
+    return {"missing": missing} if missing else {}
 
 
 def unique_names(references: Sequence[str | Path]) -> list[str]:
@@ -124,23 +173,23 @@ def unique_names(references: Sequence[str | Path]) -> list[str]:
 
 
 def check_tasks(tasks: Sequence[str]) -> None:
-    """Refuse unknown tasks and tasks without data."""
+    """Refuse, before any model is loaded, unknown tasks and tasks without data or without a score that is known here.
+
+    Raises:
+        RequestError: names the nearest task, or what is missing.
+    """
     if not tasks:
         raise RequestError(f"expected at least one task, got none; name some of {', '.join(DATASETS)}")
-    unknown = [task for task in tasks if not is_loss_task(task) and task not in HARNESS_FOLDERS]
-    if unknown:
-        from lm_eval.tasks import TaskManager
-
-        known = set(TaskManager().all_tasks)
-        missing = [task for task in unknown if task not in known]
-        if missing:
-            near = get_close_matches(missing[0], [*DATASETS, *known], n=1)
-            hint = f"did you mean {near[0]!r}, or " if near else ""
-            raise RequestError(
-                f"expected a task, got {missing[0]!r}; {hint}choose one of {', '.join(DATASETS)}, a .jsonl or .txt "
-                "file, or one of lm-eval's tasks"
-            )
-    check_data(task for task in tasks if is_data_file(task) or task in DATASETS)
+    losses = [task for task in tasks if is_loss_task(task)]
+    if own := next(filter(is_self_written, losses), None):
+        raise RequestError(
+            f"expected text that is the same for every model, got {own}, which the dense model writes; name "
+            f"{without_self_written(own) or 'other data'}"
+        )
+    check_data(losses)
+    for task in tasks:
+        if task not in losses:
+            check_task(task)
 
 
 def is_loss_task(task: str) -> bool:
@@ -148,11 +197,14 @@ def is_loss_task(task: str) -> bool:
     return is_data_file(task) or named_kind(task) in ("text", "instruction")
 
 
-def _loss_data(task: str, limit: int | None) -> Data:
-    if is_data_file(task):
-        return load_data(task)
-    # the limit counts blocks of text or responses; no more responses need to be read
-    return load_data(task, None if named_kind(task) == "text" else limit, role="held-out")
+def _loss_data(tasks: Sequence[str], limit: int | None) -> dict[str, Data]:
+    """The data of the loss tasks: all of a file, the held-out part of a named set."""
+    data = {}
+    for task in filter(is_loss_task, tasks):
+        # the limit counts blocks of text or responses; no more responses need to be read
+        n = limit if named_kind(task) == "instruction" else None
+        data[task] = load_data(task, n, role=None if is_data_file(task) else "held-out")
+    return data
 
 
 def _named_loss(data: Data, loss: Scores) -> Scores:

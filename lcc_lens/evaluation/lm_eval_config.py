@@ -8,11 +8,21 @@ from pathlib import Path
 from lcc_lens.core.config import compute_dtype, default_device
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.files import write_text
-from lcc_lens.core.outputs.folders import claim_files
+from lcc_lens.core.outputs.folders import claim_files, require_claimable
 from lcc_lens.evaluation.evaluate import is_loss_task, unique_names
 from lcc_lens.evaluation.lm_eval_tasks import HARNESS_FOLDERS, request_length, write_local_task
 from lcc_lens.models.architecture.layers import read_config
 from lcc_lens.models.loading.references import resolve
+
+
+def require_lm_eval_configs(folder: str | Path, references: Sequence[str | Path], tasks: Sequence[str]) -> None:
+    """Refuse, before models are measured, what :func:`write_lm_eval_configs` refuses.
+
+    Raises:
+        RequestError: none of the tasks is lm-eval's, or a file of the same name is not this program's.
+    """
+    accuracy_tasks(tasks)
+    require_claimable(Path(folder).resolve(), _names(references))
 
 
 def write_lm_eval_configs(
@@ -34,13 +44,13 @@ def write_lm_eval_configs(
         A file for each model.
 
     Raises:
-        RequestError: none of the tasks is lm-eval's, or a file of the same name is not this program's.
+        RequestError: see :func:`require_lm_eval_configs`.
     """
     from yaml import safe_dump
 
     own = accuracy_tasks(tasks)
     folder = Path(folder).resolve()
-    names = [f"{Path(name).name}.yaml" for name in unique_names(references)]
+    names = _names(references)
     claim_files(folder, names)
     (folder / "tasks").mkdir(exist_ok=True)
     for task in own:
@@ -73,3 +83,8 @@ def accuracy_tasks(tasks: Sequence[str]) -> list[str]:
     if not own:
         raise RequestError(f"expected a task of lm-eval's, got {', '.join(tasks)}; add one such as boolq")
     return own
+
+
+def _names(references: Sequence[str | Path]) -> list[str]:
+    """A file for each model."""
+    return [f"{Path(name).name}.yaml" for name in unique_names(references)]

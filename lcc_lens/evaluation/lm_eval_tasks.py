@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import math
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from difflib import get_close_matches
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lcc_lens.core import hub
 from lcc_lens.core.config import tokens_per_pass
-from lcc_lens.core.errors import RequestError
+from lcc_lens.core.errors import RequestError, first_line
 from lcc_lens.core.machine.garbage import uncollected
 from lcc_lens.core.progress import track
 from lcc_lens.data.prompts import Record
+from lcc_lens.data.registry import DATASETS
 from lcc_lens.data.sources import available_splits, read_records
 from lcc_lens.models.architecture.context import context_of
 
@@ -64,15 +68,12 @@ def evaluate_task(
         from lcc_lens.evaluation.answers.scorer import AnswerScorer
 
     with tempfile.TemporaryDirectory() as folder, _quiet(f"task {task}"):
-        manager, name = _task_spec(task, Path(folder), records, limit)
         max_tokens = batch_tokens or tokens_per_pass(model.device)
         lm = AnswerScorer(model, tokenizer, max_length=request_length(model.config), max_tokens=max_tokens)
-        loaded = manager.load([name])
+        loaded = _loaded(task, Path(folder), records, limit)
         results = run_lm_eval(lm, loaded, limit=limit, bootstrap_iters=0, log_samples=with_items)
     scores = next(iter(results["results"].values()))
     n = next(iter(results["n-samples"].values()))["effective"]
-    if "acc,none" not in scores:
-        raise RequestError(f"expected a task scored by accuracy, got {task}; run it with lm-eval itself")
     accuracy = float(scores["acc,none"])
     scored: dict[str, Any] = {"acc": accuracy, "stderr": math.sqrt(accuracy * (1 - accuracy) / max(n - 1, 1)), "n": n}
     if "acc_norm,none" in scores:
@@ -93,14 +94,50 @@ def harness_version() -> str:
     return f"lm-eval {version('lm-eval')}"
 
 
-def _task_spec(task: str, folder: Path, records: Sequence[Record] | None, limit: int | None) -> tuple[Any, Any]:
-    """lm-eval's task manager and the task's name in it; the task reads our records where there are any."""
+def check_task(task: str) -> None:
+    """Refuse a task of lm-eval's that cannot be measured, by loading it.
+
+    Raises:
+        RequestError: lm-eval has no such task, its data cannot be had, or it is not scored by accuracy.
+    """
+    with tempfile.TemporaryDirectory() as folder, _quiet(f"task {task}"):
+        _loaded(task, Path(folder), None, 1)
+
+
+def _loaded(task: str, folder: Path, records: Sequence[Record] | None, limit: int | None) -> Any:
+    """A task as lm-eval loads it; it reads our records where there are any."""
+    if task in HARNESS_FOLDERS:
+        from lm_eval.tasks import TaskManager
+
+        write_local_task(task, folder, records, limit)
+        return TaskManager(include_path=str(folder), include_defaults=False).load([task])
+    manager = _all_tasks()
+    if task not in manager.all_tasks:
+        near = get_close_matches(task, [*DATASETS, *manager.all_tasks], n=1)
+        hint = f"did you mean {near[0]!r}, or " if near else ""
+        raise RequestError(
+            f"expected a task, got {task!r}; {hint}choose one of {', '.join(DATASETS)}, a .jsonl or .txt file, or one "
+            "of lm-eval's tasks"
+        )
+    hub.reach()
+    try:
+        loaded = manager.load([task])
+    except Exception as error:  # offline, unreachable, gated: the library raises many types
+        raise RequestError(
+            f"expected the data of lm-eval's task {task}, got none ({first_line(error)}); let the hub be reached, or "
+            "leave the task out"
+        ) from error
+    if not any("acc" in part.aggregation() for part in loaded["tasks"].values()):
+        raise RequestError(f"expected a task scored by accuracy, got {task}; run it with lm-eval itself")
+    return loaded
+
+
+@functools.cache
+def _all_tasks() -> Any:
+    """lm-eval's own tasks, whose files take seconds to read."""
     from lm_eval.tasks import TaskManager
 
-    if task not in HARNESS_FOLDERS:
-        return TaskManager(), task
-    write_local_task(task, folder, records, limit)
-    return TaskManager(include_path=str(folder), include_defaults=False), task
+    return TaskManager()
 
 
 def write_local_task(

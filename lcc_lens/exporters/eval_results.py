@@ -9,7 +9,7 @@ from typing import Any
 
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.files import write_text
-from lcc_lens.core.outputs.folders import claim_files
+from lcc_lens.core.outputs.folders import claim_files, require_claimable
 from lcc_lens.core.reading import read_text
 from lcc_lens.data.registry import DATASETS
 from lcc_lens.data.sources import local_splits
@@ -59,6 +59,23 @@ def write_eval_results(folder: Path, scores: Sequence[Score], own: str, notes: s
     return list(files)
 
 
+def require_export(directory: str | Path, models: Sequence[str], own: str) -> None:
+    """Refuse, before models are measured, a directory that :func:`add_evaluation` cannot add their results to.
+
+    Args:
+        directory: what :func:`lcc_lens.export` wrote.
+        models: the names of all models in the results.
+        own: the name of the directory's model among them.
+
+    Raises:
+        RequestError: no model card, or a file of the same name is not this program's.
+    """
+    folder = Path(directory)
+    if not (folder / _CARD).is_file():
+        raise RequestError(f"expected an export with its model card, got no {_CARD} in {folder}; name another folder")
+    require_claimable(folder, _files(models, own))
+
+
 def add_evaluation(directory: str | Path, results: Mapping[str, Any], model: str) -> list[str]:
     """Add the results of :func:`lcc_lens.evaluate` to an exported directory's model card and evaluation results.
 
@@ -73,7 +90,7 @@ def add_evaluation(directory: str | Path, results: Mapping[str, Any], model: str
         The names of the files in ``.eval_results``.
 
     Raises:
-        RequestError: the results have no such model, or a file of the same name is not this program's.
+        RequestError: the results have no such model, or see :func:`require_export`.
     """
     if model not in results["models"]:
         names = ", ".join(results["models"])
@@ -90,7 +107,7 @@ def add_evaluation(directory: str | Path, results: Mapping[str, Any], model: str
                 blocks = f"{found['sequences']} blocks of {settings['length']} tokens"
                 scores.append(Score(name, task, "perplexity", found["perplexity"], f"perplexity of {blocks}; {by}"))
     folder = Path(directory)
-    claim_files(folder, [_CARD, *(_file(name, model, _EVALUATION) for name in results["models"])])
+    claim_files(folder, _files(list(results["models"]), model))
     rows = {name: _row(measured["tasks"]) for name, measured in results["models"].items()}
     card = folder / _CARD
     write_text(card, with_evaluation(read_text(card), f"Measured by lcc-lens eval ({by})", rows))
@@ -111,6 +128,11 @@ def _row(tasks: Mapping[str, Any]) -> dict[str, str]:
         task: f"{found['acc']:.1%} ± {found['stderr']:.1%}" if "acc" in found else f"loss {found['loss']:.4f}"
         for task, found in tasks.items()
     }
+
+
+def _files(models: Sequence[str], own: str) -> list[str]:
+    """The files of an export that results of models are added to."""
+    return [_CARD, *(_file(name, own, _EVALUATION) for name in models)]
 
 
 def _file(model: str, own: str, prefix: str) -> str:

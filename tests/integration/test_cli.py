@@ -9,6 +9,7 @@ import os
 import shlex
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,11 +23,12 @@ from transformers import AutoModelForCausalLM
 
 import lcc_lens
 from lcc_lens.core.config import package_version
-from lcc_lens.core.errors import DiskFullError
+from lcc_lens.core.errors import DiskFullError, RequestError
 from lcc_lens.core.files import sha256_file
 from lcc_lens.core.heads import Head
 from lcc_lens.core.outputs.folders import MARK
 from lcc_lens.frontends.cli.main import COMMANDS, parse, run
+from lcc_lens.models.hooked.losses import sequence_loss
 
 
 def test_whole_method_from_the_command_line(
@@ -270,7 +272,47 @@ def test_unexpected_failure_is_one_line(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(pruning_jobs, "prune_checkpoint", stopped)
-    refused(capsys, 130, "interrupted", "prune", dense_dir, tmp_path / "out", "--method", "magnitude")
+    message = "interrupted; finished steps are kept"
+    refused(capsys, 130, message, "prune", dense_dir, tmp_path / "out", "--method", "magnitude")
+    monkeypatch.setattr("lcc_lens.evaluation.doctor.examine", stopped)
+    refused(capsys, 130, "interrupted; the same command starts anew", "doctor", dense_dir)
+
+
+@pytest.mark.parametrize(
+    ("stop", "code", "says"),
+    [
+        (KeyboardInterrupt(), 130, "interrupted; what was measured is in"),
+        (RuntimeError("out of memory"), 1, "RuntimeError: out of memory"),
+        (RequestError("expected a model, got none"), 1, "expected a model, got none"),
+    ],
+)
+def test_finished_tasks_are_given_where_eval_is_stopped(
+    stop: BaseException, code: int, says: str, dense_dir: Path, pruned_dir: Path, text_file: Path, question_file: Path,
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    calls: list[int] = []
+
+    def stopped_at_the_fourth(*arguments: Any, **settings: Any) -> dict[str, float]:
+        calls.append(1)
+        if len(calls) == 4:
+            raise stop
+        return sequence_loss(*arguments, **settings)
+
+    monkeypatch.setenv("COLUMNS", "300")
+    monkeypatch.setattr("lcc_lens.evaluation.evaluate.sequence_loss", stopped_at_the_fourth)
+    out, tasks = tmp_path / "r.json", (text_file, question_file)
+    command = ("eval", dense_dir, pruned_dir, "--tasks", *tasks, "--limit", 2, "--length", 48, "--quiet")
+    assert call(*command, "--out", out) == code
+    said, results = capsys.readouterr(), json.loads(out.read_text())
+    assert says in said.err
+    assert f"not measured: pruned on {question_file}" in said.out
+    assert results["missing"] == {"pruned": [str(question_file)]}
+    measured = {name: [*model["tasks"]] for name, model in results["models"].items()}
+    assert measured == {"dense": [*map(str, tasks)], "pruned": [str(text_file)]}
+    assert call(*command, "--out", out) == 0
+    whole = json.loads(out.read_text())
+    assert "missing" not in whole
+    assert whole["models"]["dense"] == results["models"]["dense"]
 
 
 def test_text_is_scanned_and_trained_in_as_many_blocks_as_asked(

@@ -7,6 +7,7 @@ import inspect
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, get_args, get_type_hints
 
 import pytest
@@ -174,6 +175,38 @@ def test_every_model_is_checked_before_the_first_is_measured(
     weights.write_bytes(weights.read_bytes()[:-100])
     monkeypatch.setattr("lcc_lens.evaluation.evaluate.load_plain", None)
     refused(capsys, 2, str(weights), "eval", dense_dir, tmp_path / "cut", "--tasks", text_file)
+
+
+@pytest.mark.parametrize(
+    ("task", "message"),
+    [
+        ("self", "expected text that is the same for every model, got self, which the dense model writes; name other"),
+        ("mix", "which the dense model writes; name wikipedia+howto+questions+python"),
+        ("text.txt+nope", "got 'nope'"),
+        ("short.txt", "expected sequences of up to 48 tokens from"),
+        ("empty.jsonl", "expected responses in"),
+        ("gsm8k", "expected the data of lm-eval's task gsm8k, got none (no hub); let the hub be reached, or leave the"),
+        ("lambada", "expected a task scored by accuracy, got lambada; run it with lm-eval itself"),
+    ],
+)
+def test_every_task_is_checked_before_the_first_model_is_loaded(
+    task: str, message: str, dense_dir: Path, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    def load(names: list[str]) -> dict[str, Any]:
+        if names == ["gsm8k"]:
+            raise ConnectionError("no hub")
+        return {"tasks": {"lambada": SimpleNamespace(aggregation=lambda: {"perplexity": sum})}}
+
+    shutil.copy(text_file, tmp_path / "text.txt")
+    (tmp_path / "short.txt").write_text("two words")
+    (tmp_path / "empty.jsonl").write_text('{"prompt": "a", "response": ""}\n')
+    manager = SimpleNamespace(all_tasks=["gsm8k", "lambada"], load=load)
+    monkeypatch.setattr("lcc_lens.evaluation.lm_eval_tasks._all_tasks", lambda: manager)
+    monkeypatch.setattr("lcc_lens.evaluation.evaluate.load_plain", None)
+    monkeypatch.chdir(tmp_path)
+    refused(capsys, 2, message, "eval", dense_dir, "--tasks", "text.txt", task, "--length", 48, "--out", "r.json")
+    assert not (tmp_path / "r.json").exists()
 
 
 def test_a_sliced_model_in_the_place_of_the_dense_one_is_refused(

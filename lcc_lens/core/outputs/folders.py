@@ -13,7 +13,7 @@ from pathlib import Path
 from lcc_lens.core.config import package_version
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.files import disk_errors, hidden_sibling, remove_leftovers, temporary, write_json
-from lcc_lens.core.outputs.locks import LOCK, locked_alone
+from lcc_lens.core.outputs.locks import LOCK, locked_alone, try_writing
 from lcc_lens.core.reading import read_json
 
 logger = logging.getLogger(__name__)
@@ -128,20 +128,32 @@ def note_written(file: Path) -> None:
         _write_mark(file.parent, [*written, file.name])
 
 
+def require_claimable(folder: Path, names: Sequence[str]) -> None:
+    """Refuse, before the work, files that a folder holds already and that this program did not write.
+
+    Raises:
+        RequestError: names the first of them; or files cannot be written there.
+    """
+    with disk_errors(folder):
+        folder_to_write(folder)
+        written = _marked_files(folder) or []
+        if taken := [name for name in names if (folder / name).exists() and name not in written]:
+            raise RequestError(
+                f"expected to replace only what lcc-lens wrote, got another {taken[0]} in {folder}; name another folder"
+            )
+        try_writing(folder)
+
+
 def claim_files(folder: Path, names: Sequence[str]) -> None:
     """Note in a folder's mark the files that will be written there.
 
     Raises:
-        RequestError: one of them is there already, and this program did not write it.
+        RequestError: see :func:`require_claimable`.
     """
-    written = _marked_files(folder) or []
-    if taken := [name for name in names if (folder / name).exists() and name not in written]:
-        raise RequestError(
-            f"expected to replace only what lcc-lens wrote, got another {taken[0]} in {folder}; name another folder"
-        )
+    require_claimable(folder, names)
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        _write_mark(folder, [*written, *names])
+        _write_mark(folder, [*(_marked_files(folder) or []), *names])
 
 
 def folder_to_write(path: Path) -> Path:

@@ -21,7 +21,6 @@ from lcc_lens.evaluation.comparison.cluster import compare_on_cluster
 from lcc_lens.evaluation.comparison.compare import check_comparison, compare
 from lcc_lens.evaluation.comparison.entry import Entry
 from lcc_lens.evaluation.comparison.tables import result_facts, results_table
-from lcc_lens.evaluation.evaluate import check_tasks
 from lcc_lens.evaluation.paper.recipes import PaperRecipe, dry
 from lcc_lens.evaluation.paper.tables import recipe_table
 from lcc_lens.pruning.jobs import prune
@@ -85,7 +84,6 @@ def run_recipe(
         >>> run_recipe(read_recipe("recipes/unstructured50.json"), "runs/unstructured50")  # doctest: +SKIP
     """
     recipe, out = _changed(recipe, model, seeds, examples, limit, dry_run), Path(out)
-    check_tasks([*recipe.data, *recipe.compare.texts, *recipe.compare.tasks])
     for data in recipe.data:
         check_comparison([Entry.parse(text) for text in recipe.entries], recipe.comparison(data), seeds=recipe.seeds)
     if cluster is not None:

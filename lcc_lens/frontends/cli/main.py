@@ -48,6 +48,8 @@ COMMANDS: dict[str, Any] = {
 
 #: Commands that several processes may run together.
 _DIVIDED = (ScanPair, Restore)
+#: Commands whose finished steps lie on the disk, where a later one goes on.
+_RESUMED = (Prune, Refit, ScanPair, Restore, Compare, Recipe, Prompts)
 
 
 def run(arguments: list[str] | None = None) -> int:
@@ -83,7 +85,8 @@ def run(arguments: list[str] | None = None) -> int:
     except LensError as error:
         return _fail(str(error), error.exit_code)
     except KeyboardInterrupt:
-        return _fail("interrupted; finished steps are kept", 130)
+        kept = "finished steps are kept" if isinstance(command, _RESUMED) else "the same command starts anew"
+        return _fail(f"interrupted; {kept}", 130)
     except Exception as error:
         if os.environ.get("LCC_LENS_DEBUG"):
             raise

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import tyro
 
-from lcc_lens.core.errors import RequestError
+from lcc_lens.core.errors import InterruptedRun, LensError, RequestError
 from lcc_lens.core.files import write_json
 from lcc_lens.core.ranges import Count, Length
 from lcc_lens.core.showing import Record, require_table_file, write_table
 from lcc_lens.frontends.cli.options import Common, Maybe
-from lcc_lens.frontends.cli.show import show_report, show_results
+from lcc_lens.frontends.cli.show import console, show_report, show_results
+
+if TYPE_CHECKING:
+    from lcc_lens.evaluation.evaluate import Evaluation
 
 Models = Annotated[
     tyro.conf.Positional[tuple[str, ...]],
@@ -47,29 +51,54 @@ class Eval(Common):
     def execute(self) -> None:
         from lcc_lens.data.checks import or_mix
         from lcc_lens.evaluation.evaluate import evaluate, unique_names
-        from lcc_lens.evaluation.lm_eval_config import accuracy_tasks, write_lm_eval_configs
-        from lcc_lens.exporters.eval_results import add_evaluation
+        from lcc_lens.evaluation.lm_eval_config import require_lm_eval_configs, write_lm_eval_configs
+        from lcc_lens.exporters.eval_results import add_evaluation, require_export
 
         _require(self.out, [*self.models, *(self.tasks or ())])
-        if not self.models:
-            raise RequestError("expected at least one model, got none; name some")
-        if self.add_to is not None and self.add_to not in map(Path, self.models):
+        names = dict(zip(map(Path, self.models), unique_names(self.models), strict=True))
+        if self.add_to is not None and self.add_to not in names:
             raise RequestError(f"expected --add-to to name one of the models, got {self.add_to}; evaluate it, too")
         tasks = self.tasks
         if tasks is None:
             tasks = (*or_mix("wikitext", instead="wikipedia"), "boolq", "arc_easy")
+        if self.add_to is not None:
+            require_export(self.add_to, list(names.values()), names[self.add_to])
         if self.lm_eval_yaml is not None:
-            accuracy_tasks(tasks)
-        results = evaluate(self.models, tasks, limit=self.limit, length=self.length)
+            require_lm_eval_configs(self.lm_eval_yaml, self.models, tasks)
+        measured: list[Evaluation] = []
         try:
-            _write(self.out, results)
+            results = evaluate(self.models, tasks, limit=self.limit, length=self.length, on_task=measured.append)
+        except (KeyboardInterrupt, Exception) as stop:
+            if measured:
+                self._give_unfinished(measured[-1], stop)
+            raise
+        with self._given(results):
             if self.add_to is not None:
-                names = dict(zip(map(Path, self.models), unique_names(self.models), strict=True))
                 add_evaluation(self.add_to, results, names[self.add_to])
             if self.lm_eval_yaml is not None:
                 write_lm_eval_configs(self.lm_eval_yaml, self.models, tasks, limit=self.limit)
-        finally:  # shown even where the disk is full by now
+
+    @contextmanager
+    def _given(self, results: Evaluation) -> Iterator[None]:
+        """Write the results, and show them at the end, even where the disk is full by then."""
+        try:
+            _write(self.out, results)
+            yield
+        finally:
             show_results(results["models"], str(self.out) if self.out else "results")
+
+    def _give_unfinished(self, results: Evaluation, stop: BaseException) -> None:
+        """Write and show what was measured until a failure or Ctrl-C, and say what is missing."""
+        with self._given(results):
+            pass
+        missing = "; ".join(f"{name} on {', '.join(tasks)}" for name, tasks in results["missing"].items())
+        console().print(f"not measured: {missing}", soft_wrap=True)
+        if isinstance(stop, KeyboardInterrupt):
+            raise InterruptedRun(
+                f"interrupted; what was measured is {f'in {self.out}' if self.out else 'above'}"
+            ) from stop
+        if isinstance(stop, RequestError):  # results are written by now
+            raise LensError(str(stop)) from stop
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -194,8 +194,10 @@ def show_results(models: dict[str, Any], title: str) -> None:
     """Print the scores of models side by side."""
     from lcc_lens.evaluation.evaluate import format_scores
 
-    columns = ["model", *format_scores(next(iter(models.values()))["tasks"])]
-    show_table(title, columns, [[name, *format_scores(entry["tasks"]).values()] for name, entry in models.items()])
+    scores = {name: format_scores(entry["tasks"]) for name, entry in models.items()}
+    columns = list(dict.fromkeys(column for row in scores.values() for column in row))
+    rows = [[name, *(row.get(column, "–") for column in columns)] for name, row in scores.items()]
+    show_table(title, ["model", *columns], rows)
 
 
 def show_report(found: dict[str, Any], title: str) -> None:

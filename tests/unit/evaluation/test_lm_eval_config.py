@@ -78,6 +78,15 @@ def test_losses_alone_are_refused(dense_dir: Path, data: Path, tmp_path: Path, c
     assert not (tmp_path / "yaml").exists()
 
 
+def test_a_foreign_file_is_refused_before_a_model_is_loaded(
+    dense_dir: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "dense.yaml").write_text("mine")
+    monkeypatch.setattr("lcc_lens.evaluation.evaluate.load_plain", None)
+    message = "expected to replace only what lcc-lens wrote, got another dense.yaml"
+    refused(capsys, 2, message, "eval", dense_dir, "--tasks", "boolq", "--lm-eval-yaml", tmp_path)
+
+
 def test_every_published_table_has_its_recipe() -> None:
     files = {path.stem for path in (ROOT / "recipes" / "lm_eval").glob("*.yaml")}
     scored = {

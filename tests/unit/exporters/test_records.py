@@ -107,6 +107,10 @@ def test_a_later_evaluation_is_added_to_the_export(
     before = (out / "README.md").read_text()
     command = ("eval", dense_dir, out, "--tasks", "boolq", "--limit", 4, "--quiet")
     refused(capsys, 2, "expected --add-to to name one of the models", *command, "--add-to", run)
+    with monkeypatch.context() as patched:
+        patched.setattr("lcc_lens.evaluation.evaluate.load_plain", None)
+        message = f"expected an export with its model card, got no README.md in {dense_dir}"
+        refused(capsys, 2, message, *command, "--add-to", dense_dir)
     for _ in range(2):  # the second replaces the first
         assert call(*command, "--add-to", out, "--out", tmp_path / "results.json") == 0
     results = json.loads((tmp_path / "results.json").read_text())
