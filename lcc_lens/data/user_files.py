@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from lcc_lens.core.errors import RequestError
@@ -88,7 +89,8 @@ def _response(record: Record, where: str) -> Example:
 def _instruction(record: Record, where: str) -> Item | Example:
     if not isinstance(record.get("input") or "", str):
         raise RequestError(f"expected text in 'input' on {where}, got {record['input']!r}; put it in quotes")
-    return read_alpaca(record)
+    example = read_alpaca(record)
+    return replace(example, group=str(record.get("group", example.group)))
 
 
 def _question(record: Record, where: str) -> Item:

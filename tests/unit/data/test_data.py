@@ -243,6 +243,17 @@ def test_own_file_is_read_by_its_fields(tmp_path: Path, layout: str) -> None:
     assert (data.kind, len(data)) == (kind, 2)
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_group_in_an_own_file_serves_one_role(tmp_path: Path, layout: str) -> None:
+    file = tmp_path / "own.jsonl"
+    record, first = LAYOUTS[layout][0], next(iter(LAYOUTS[layout][0]))
+    lines = [{**record, first: f"number {i}", "group": f"group {i % 30}"} for i in range(90)]
+    file.write_text("\n".join(map(json.dumps, lines)))
+    groups = {role: load_data(str(file), role=role).groups for role in ("train", "held-out")}
+    assert not groups["train"] & groups["held-out"]
+    assert len(load_data(str(file)).groups) == 30
+
+
 def test_own_questions_may_have_one_wrong_answer_or_several(tmp_path: Path) -> None:
     file = tmp_path / "own.jsonl"
     several = {"question": "q", "right": "iron and zinc", "wrong": ["a cat", "iron and steel", "b"]}
