@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
+from pathlib import Path
 from platform import python_version
 
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.registry import Registry
 from lcc_lens.data import corpora, prompts
 from lcc_lens.data.prompts import Example, Item, Kind, Record
-from lcc_lens.data.user_files import is_data_file
+from lcc_lens.data.user_files import is_data_file, read_file
 
 Records = Sequence[Record] | Callable[[], Iterable[Record]]
 
@@ -218,6 +219,11 @@ def require_dataset(name: str) -> None:
 def named_kind(name: str) -> Kind | None:
     """The kind of a registered data set, text for several joined by ``+``; None for any other name."""
     return "text" if part_names(name) else DATASETS[name].kind if name in DATASETS else None
+
+
+def data_kind(name: str) -> Kind | None:
+    """The kind of data: a file's is that of its records; of others see :func:`named_kind`."""
+    return read_file(Path(name))[0] if is_data_file(name) else named_kind(name)
 
 
 def domains(name: str) -> frozenset[str]:

@@ -15,7 +15,7 @@ from lcc_lens.core.registry import nearest
 from lcc_lens.data.batches import TokenSequence
 from lcc_lens.data.datasets import Data, encode, load_data, load_records
 from lcc_lens.data.prompts import Record, RecoveryTask
-from lcc_lens.data.registry import named_kind
+from lcc_lens.data.registry import data_kind
 from lcc_lens.data.splits import split_examples
 from lcc_lens.evaluation.evaluate import Evaluation, check_tasks
 from lcc_lens.evaluation.lm_eval_tasks import evaluate_task, harness_version
@@ -96,7 +96,7 @@ class TaskMeasures:
 
     def check(self) -> None:
         """Refuse a task or text without data before anything is trained."""
-        if named_kind(self.text) not in (None, "text"):
+        if data_kind(self.text) not in (None, "text"):
             raise RequestError(f"expected running text to measure perplexity on, got {self.text}; name a corpus")
         check_tasks((self.task, self.text))
 

@@ -10,7 +10,7 @@ from lcc_lens.core.errors import RequestError
 from lcc_lens.data.batches import TokenSequence
 from lcc_lens.data.datasets import Data, encode, joined, load_data
 from lcc_lens.data.panel import other_domains
-from lcc_lens.data.registry import named_kind
+from lcc_lens.data.registry import data_kind
 from lcc_lens.data.roles import Role, check_disjoint
 from lcc_lens.data.sources import TextWriter
 from lcc_lens.models.architecture.context import DEFAULT_LENGTH, fitting_length
@@ -27,7 +27,7 @@ def load_role(name: str, n: int, role: Role, seed: int, writer: TextWriter | Non
 
 def is_corpus(name: str) -> bool:
     """Whether a name of data means running text, which is cut into blocks."""
-    return Path(name).suffix == ".txt" or named_kind(name) == "text"
+    return data_kind(name) == "text"
 
 
 def run_writer(dense: str | Path, run: Path, n: int, length: int | None = None) -> DenseWriter:

@@ -318,13 +318,20 @@ def test_finished_tasks_are_given_where_eval_is_stopped(
 def test_text_is_scanned_and_trained_in_as_many_blocks_as_asked(
     dense_dir: Path, pruned_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    text = tmp_path / "long.txt"
-    text.write_text("\n\n".join(f"Paragraph {i}: {i} and {i + 1} make {2 * i + 1}, as all agree." for i in range(300)))
-    settings = ("--data", text, "--scan-data", text, "--scan-examples", 3, "--examples", 10, "--max-length", 32)
-    assert call("restore", dense_dir, pruned_dir, tmp_path / "run", *settings, "--selector", "mse", "--quiet") == 0
-    assert json.loads((tmp_path / "run" / "scan.json").read_text())["n_examples"] == 3
-    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["validation"]["sequences"] == 8
-    assert (tmp_path / "run" / "log.jsonl").read_text().count("\n") == 2
+    paragraphs = [f"Paragraph {i}: {i} and {i + 1} make {2 * i + 1}, as all agree." for i in range(300)]
+    texts = tmp_path / "long.txt", tmp_path / "long.jsonl"
+    texts[0].write_text("\n\n".join(paragraphs))
+    texts[1].write_text("\n".join(json.dumps({"text": paragraph}) for paragraph in paragraphs))
+    losses = []
+    for text in texts:
+        run = tmp_path / f"run_{text.suffix[1:]}"
+        settings = ("--data", text, "--scan-data", text, "--scan-examples", 3, "--examples", 10, "--max-length", 32)
+        assert call("restore", dense_dir, pruned_dir, run, *settings, "--selector", "mse", "--quiet") == 0
+        assert json.loads((run / "scan.json").read_text())["n_examples"] == 3
+        losses.append(json.loads((run / "metrics.json").read_text())["validation"])
+        assert losses[-1]["sequences"] == 8
+        assert (run / "log.jsonl").read_text().count("\n") == 2
+    assert losses[0] == losses[1]
 
 
 def test_the_papers_settings_at_once_and_options_that_go_before_them(
