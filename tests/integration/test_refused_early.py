@@ -12,6 +12,7 @@ from typing import Any, get_args, get_type_hints
 
 import pytest
 from support.commands import refused
+from support.tiny import build_model, save_model
 
 import lcc_lens as lcc
 from lcc_lens.core.errors import RequestError
@@ -118,6 +119,21 @@ def test_dense_and_pruned_in_the_wrong_order_are_refused(
     message = f"expected the dense model before the pruned one, got {pruned_dir}"
     refused(capsys, 2, message, command, pruned_dir, dense_dir, tmp_path / "run", *data[command])
     assert not (tmp_path / "run").exists()
+
+
+def test_models_of_different_architectures_are_not_to_be_swapped(
+    dense_dir: Path, pruned_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small = save_model(build_model(hidden_size=50), tmp_path / "small")
+    advice = "; name the model that this one was pruned from"
+    for models in ((dense_dir, small), (small, dense_dir)):
+        message = f"expected two models of the same shape, got {models[0]} (llama of 3 layers, "
+        refused(capsys, 2, message, "scan", *models, tmp_path / "run")
+        with pytest.raises(RequestError, match=advice):
+            lcc.load_pair(*models)
+    wide = build_model(intermediate_size=64)
+    wide.model.layers[1].mlp.up_proj.weight.data.zero_()
+    refused(capsys, 2, advice, "scan", save_model(wide, tmp_path / "wide"), dense_dir, tmp_path / "run")
 
 
 @pytest.fixture

@@ -123,20 +123,43 @@ def matrix_zeros(path: Path) -> tuple[MatrixZeros, ...]:
 
 
 def refuse_swapped(dense: Path, pruned: Path) -> None:
-    """Refuse a pair in the wrong order: the middle layer of the dense model has more zeros, or fewer weights.
+    """Refuse two models of other sizes, or in the wrong order: the dense one has more zeros, or fewer weights.
+
+    Zeros and weights are those of the middle layer.
 
     Raises:
-        RequestError: says which model has the zeros.
+        RequestError: says which model has the zeros, or how the two differ.
     """
     try:
+        shapes = [_shape(path) for path in (dense, pruned)]
         sizes, fractions = zip(*(_middle_layer(Checkpoint(path)) for path in (dense, pruned)), strict=True)
     except RequestError:  # such as fused experts, whose zeros are not counted
         return
-    if fractions[0] > fractions[1] + _CHANCE or sizes[0] < sizes[1]:
+    other = "name the model that this one was pruned from"
+    if shapes[0][1:] != shapes[1][1:]:
+        got = " and ".join(
+            f"{path} ({kind} of {n_layers} layers, {width} wide)"
+            for path, (kind, n_layers, width) in zip((dense, pruned), shapes, strict=True)
+        )
+        raise RequestError(f"expected two models of the same shape, got {got}; {other}")
+    if _is_swapped(sizes, fractions):
+        helps = shapes[0] == shapes[1] and not _is_swapped(sizes[::-1], fractions[::-1])
         raise RequestError(
             f"expected the dense model before the pruned one, got {dense} with {fractions[0]:.0%} zeros in "
-            f"{sizes[0]:,} weights of a layer, and {pruned} with {fractions[1]:.0%} in {sizes[1]:,}; swap them"
+            f"{sizes[0]:,} weights of a layer, and {pruned} with {fractions[1]:.0%} in {sizes[1]:,}; "
+            f"{'swap them' if helps else other}"
         )
+
+
+def _is_swapped(sizes: Sequence[int], fractions: Sequence[float]) -> bool:
+    """Whether the first model of two has more zeros than the second, or fewer weights."""
+    return fractions[0] > fractions[1] + _CHANCE or sizes[0] < sizes[1]
+
+
+def _shape(path: Path) -> tuple[str, int | None, int | None]:
+    """A model's architecture, its number of layers, and the width of its residual stream."""
+    config = read_config(path).get_text_config()
+    return config.model_type, *(getattr(config, name, None) for name in ("num_hidden_layers", "hidden_size"))
 
 
 def _middle_layer(checkpoint: Checkpoint) -> tuple[int, float]:

@@ -111,8 +111,13 @@ def test_weight_that_is_not_finite_is_named(tmp_path: Path, value: float) -> Non
 
 def test_pair_of_other_shapes_is_refused(dense_dir: Path, tmp_path: Path) -> None:
     other = save_model(build_model(num_hidden_layers=2), tmp_path / "other")
-    with pytest.raises(RequestError, match=r"expected two models of the same shape, got n_layers 3 .* and 2"):
+    with pytest.raises(
+        RequestError, match=r"expected two models of the same shape, got .* of 3 layers, .* of 2 layers, 40 wide\)"
+    ):
         load_pair(dense_dir, other)
+    resized = build_model(vocab_size=300)
+    with pytest.raises(RequestError, match=r"expected two models of the same shape, got d_vocab 257 .* and 300"):
+        load_pair(dense_dir, save_model(resized, tmp_path / "resized"))
 
 
 def test_pair_of_other_tokenizers_is_refused(dense_dir: Path, tmp_path: Path) -> None:
