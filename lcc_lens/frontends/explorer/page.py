@@ -64,21 +64,24 @@ def explore(
 
     Raises:
         RequestError: a run is missing or damaged, the two runs do not belong together, a prompt cannot be read, or the
-            page would be too large.
+            page would be too large; the documentation is not there, or the page's name does not end in .html.
 
     Example:
         >>> explore("runs/demo/run")  # doctest: +SKIP
         PosixPath('runs/demo/run/explorer.html')
     """
     out = Path(run) / "explorer.html" if out is None else Path(out)
+    if out.suffix != ".html" and not out.is_dir():
+        raise RequestError(f"expected a file ending in .html to write the page to, got {out}; name one")
     require_file(out, begins=(b"<!doctype html>",))
+    docs = None if docs is None else _address(docs)
     runs = [RunContents.read(path) for path in ([run] if other is None else [run, other])]
     if len(runs) == 2:
         check_comparable(*runs)
     table = None if results is None else results_table(Path(results))
     budget = EXAMPLE_BYTES // len(runs)
     data = [_gathered(one, prompts, read_model, budget) for one in runs]
-    text = render(data, table, Path(docs).resolve().as_uri() if docs and Path(docs).is_dir() else docs)
+    text = render(data, table, docs)
     size = len(text.encode())
     if size > MOST_BYTES:
         raise RequestError(
@@ -87,6 +90,18 @@ def explore(
         )
     write_text(out, text)
     return out
+
+
+def _address(docs: str) -> str:
+    """The address of a documentation that is named by its own or by its folder."""
+    if Path(docs).is_dir():
+        return Path(docs).resolve().as_uri()
+    if not docs.startswith(("https://", "http://", "file://")):
+        raise RequestError(
+            f"expected an address (https://...) or the folder of the built documentation, got {docs}, which is not "
+            "there; build it with make docs, or name its address"
+        )
+    return docs
 
 
 def _gathered(run: RunContents, prompts: Sequence[str], read_model: bool, example_bytes: int) -> dict[str, Any]:

@@ -138,13 +138,23 @@ def find_texts(
         run: the run.
         prompts: texts to show beside the scan's examples; those of an earlier call are kept where none are given.
         read_model: whether the models may be loaded.
+
+    Raises:
+        RequestError: prompts that the run does not hold, and no scan or no models to read them with.
     """
     if run.scan is None:
+        if prompts:
+            raise RequestError(f"expected a scan in {run.path} to read prompts with, got none; run lcc-lens scan first")
         return None, None
     kept = TextReadings.load(run.path)
     if kept is not None and (not prompts or kept.prompts == tuple(prompts)):
         return kept, None
     if not read_model:
+        if prompts:
+            raise RequestError(
+                f"expected prompts that were read before in {run.path}, got others; explore them once without "
+                "--no-tokens, which loads the models"
+            )
         return kept, None if kept else "Attention patterns were not read; explore once without --no-tokens."
     try:
         readings = read_texts(_loaded(run), run.scan, run.restoration, prompts)

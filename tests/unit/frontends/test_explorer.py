@@ -355,6 +355,22 @@ def test_the_model_is_not_loaded_unasked(run: Path) -> None:
     assert "were not computed" in shown["notes"][0]
 
 
+def test_prompts_that_cannot_be_read_are_refused(run: Path) -> None:
+    with pytest.raises(RequestError, match=r"expected prompts that were read before .*without --no-tokens"):
+        explore(run, prompts=("quokka",), read_model=False)
+    (run / "scan.json").unlink()
+    with pytest.raises(RequestError, match=r"expected a scan in .* to read prompts with"):
+        explore(run, prompts=("quokka",))
+    assert not (run / "explorer.html").exists()
+
+
+def test_the_documentation_is_there_or_has_an_address(run: Path, tmp_path: Path) -> None:
+    for docs, link in ((str(tmp_path), tmp_path.as_uri()), ("https://a.org/docs", "https://a.org/docs")):
+        assert data_of(explore(run, docs=docs, read_model=False))["docs"] == link
+    with pytest.raises(RequestError, match=r"expected an address .* got /nope, which is not there"):
+        explore(run, docs="/nope", read_model=False)
+
+
 def test_a_run_without_a_scan_or_a_restoration_shows_the_rest(run: Path, found: Scan, tmp_path: Path) -> None:
     (shown,) = data_of(explore(write_run(found, tmp_path / "scanned", is_restored=False)))["runs"]
     assert shown["restored"] is shown["training"] is None
@@ -415,9 +431,11 @@ def test_a_damaged_log_is_refused(run: Path) -> None:
 def test_a_folder_is_no_page(run: Path, tmp_path: Path) -> None:
     with pytest.raises(RequestError, match=r"expected a file to write, got the folder .*; name a file"):
         explore(run, tmp_path)
-    (tmp_path / "notes").write_text("mine")
+    (tmp_path / "notes.html").write_text("mine")
     with pytest.raises(RequestError, match="an earlier output of this command"):
-        explore(run, tmp_path / "notes")
+        explore(run, tmp_path / "notes.html")
+    with pytest.raises(RequestError, match=r"expected a file ending in \.html to write the page to, got .*x\.txt"):
+        explore(run, tmp_path / "x.txt")
 
 
 @pytest.mark.parametrize(
