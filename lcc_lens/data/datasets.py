@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lcc_lens.core.errors import RequestError
@@ -99,7 +100,7 @@ class Data(Shown):
 
 @ranged
 def load_data(
-    name: str,
+    name: str | Path,
     n: Count | None = None,
     *,
     role: Role | None = None,
@@ -134,6 +135,7 @@ def load_data(
     Example:
         >>> load_data("alpaca", n=256, role="train")  # doctest: +SKIP
     """
+    name = str(name)
     require_dataset(name)
     if names := part_names(name):
         pool = replace(_pool(names, n, role, seed, writer), name=name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from lcc_lens.core.errors import RequestError
 from lcc_lens.data.datasets import Data
@@ -11,7 +12,7 @@ from lcc_lens.data.registry import DATASETS
 from lcc_lens.data.user_files import is_data_file
 
 
-def as_data(data: Data | str | Sequence[str]) -> Data:
+def as_data(data: Data | str | Path | Sequence[str]) -> Data:
     """The data, or prompts as data: every string is one sequence, of which every token after the first counts.
 
     Args:
@@ -26,6 +27,7 @@ def as_data(data: Data | str | Sequence[str]) -> Data:
     """
     if isinstance(data, Data):
         return data
+    data = str(data) if isinstance(data, Path) else data
     prompts = [data] if isinstance(data, str) else list(data)
     if not prompts or not all(isinstance(prompt, str) and prompt.strip() for prompt in prompts):
         raise RequestError(f"expected data of load_data, or prompts as strings, got {data!r:.60}; name some prompts")

@@ -58,7 +58,7 @@ class Evaluation(Record):
 @ranged
 def evaluate(
     references: Sequence[str | Path],
-    tasks: Sequence[str],
+    tasks: Sequence[str | Path],
     *,
     limit: Count | None = None,
     length: Length | None = None,
@@ -75,6 +75,7 @@ def evaluate(
     """
     if not references:
         raise RequestError("expected at least one model, got none; name some")
+    tasks = [str(task) for task in tasks]
     check_tasks(tasks)
     paths = [resolve(reference) for reference in references]
     for path in paths:
@@ -98,7 +99,7 @@ def evaluate(
 @ranged
 def evaluate_model(
     reference: str | Path,
-    tasks: Sequence[str],
+    tasks: Sequence[str | Path],
     *,
     limit: Count | None = None,
     length: Length | None = None,
@@ -115,6 +116,7 @@ def evaluate_model(
     Raises:
         RequestError: an unknown task or model, checked before the model is loaded.
     """
+    tasks = [str(task) for task in tasks]
     check_tasks(tasks)
     path = resolve(reference)
     length = fitting_length(length, context_of(read_config(path)), option="--length")

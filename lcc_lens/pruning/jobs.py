@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,8 +33,9 @@ from lcc_lens.pruning.refit.checks import require_refittable
 from lcc_lens.pruning.refit.refit import REFIT_RECORD, RefitConfig, refit_checkpoint
 from lcc_lens.pruning.refit.report import RefitReport
 
+logger = logging.getLogger(__name__)
 #: Data, names of data (several joined by ``+``), or a sequence of them, from which equally many sequences are cut.
-Calibration = str | Data | Sequence[str | Data]
+Calibration = str | Path | Data | Sequence[str | Path | Data]
 PRUNE_DATA = ("c4",)
 #: What a refit is calibrated on: instructions, web text and an encyclopedia.
 REFIT_DATA = ("alpaca", "c4", "wikitext")
@@ -88,7 +90,7 @@ def prune(
     """
     target = _target(method, sparsity, pattern)
     config = PruneConfig(method, target, seed=seed, sliced=sliced, schedule=schedule, choice=choice, split=split)
-    path, device, named = resolve(model), default_device(), named_calibration(calibration, PRUNE_DATA)
+    path, device, named = resolve(model), default_device(), _data_read(config, calibration, n_samples, seq_len)
     length = calibration_length(path, seq_len) if config.uses_inputs else 0
     require_prunable(path, config, n_samples * length)
     tokens, provenance = None, dict[str, Any](dense=str(model))
@@ -103,12 +105,25 @@ def prune(
         ))  # fmt: skip
 
 
+def _data_read(
+    config: PruneConfig, calibration: Calibration | None, n_samples: int, seq_len: int | None
+) -> list[str | Data]:
+    """The data that a method reads, none for one that needs none."""
+    if config.uses_inputs:
+        named = named_calibration(calibration, PRUNE_DATA)
+        _check_calibration(len(named), n_samples)
+        return named
+    if calibration is not None or seq_len is not None:
+        logger.warning("%s reads no calibration data: ignored what was named for it, and its length", config.method)
+    return []
+
+
 def _target(method: str, sparsity: float | None, pattern: str | None) -> Pattern:
     """How many weights to remove, and where."""
     if sparsity is not None and pattern is not None:
         raise RequestError(f"expected a sparsity or a pattern, got both ({sparsity} and {pattern}); leave one out")
     fraction = sparsity if sparsity is not None else 0.2 if method == "slimgpt" else 0.5
-    return parse_pattern(pattern) if pattern else Unstructured(fraction)
+    return Unstructured(fraction) if pattern is None else parse_pattern(pattern)
 
 
 @ranged
@@ -158,12 +173,11 @@ def refit(
     with reserved(Path(out), overwrite=overwrite, inputs=[*paths, *_files_of([dense, pruned, *named])]) as target:
         seq_len = calibration_length(paths[1], seq_len)
         data = _calibration_data(named, dense, target, n_samples, seq_len, seed)
-        parts = data.parts or (data,)
-        _check_calibration(len(parts), n_samples)
         tokens = calibration_tokens(data, paths[1], n_samples, seq_len, seed)
         # data that the pruned model was already refitted on count too
         groups = recorded_groups(paths[1] / REFIT_RECORD) | data.groups
-        provenance = {"data": data.name, "source": [part.source for part in parts], "groups": sorted(groups)}
+        source = [part.source for part in data.parts or (data,)]
+        provenance = {"data": data.name, "source": source, "groups": sorted(groups)}
         device = default_device()
         report = refit_checkpoint(
             *paths, target, tokens=tokens, config=config, device=device, dtype=compute_dtype(device),
@@ -175,28 +189,31 @@ def refit(
 def named_calibration(calibration: Calibration | None, default: tuple[str, ...] = REFIT_DATA) -> list[str | Data]:
     """The data that a calibration names, or those that replace its default where that cannot be had."""
     chosen = or_mix(*default) if calibration is None else calibration
-    return [chosen] if isinstance(chosen, str | Data) else list(chosen)
+    parts = [chosen] if isinstance(chosen, str | Path | Data) else chosen
+    return [part if isinstance(part, Data) else str(part) for part in parts]
 
 
 def _calibration_data(
     named: Sequence[str | Data], dense: str | Path, out: Path, n_samples: int, seq_len: int, seed: int
 ) -> Data:
-    """Load data to calibrate on; what the dense model writes itself is kept beside the output."""
+    """Load data to calibrate on, enough for all parts; what the dense model writes itself is kept beside the output."""
     writer = DenseWriter(dense, out.with_name(f"{out.name}_self_written"), n_samples, seq_len).divided(len(named))
-    return joined([
+    data = joined([
         load_data(part, role="calibration", seed=seed, as_text=True, writer=writer) if isinstance(part, str) else part
         for part in named
     ])  # fmt: skip
+    _check_calibration(len(data.parts or (data,)), n_samples)
+    return data
 
 
 def _check_calibration(n_sets: int, n_samples: int) -> None:
-    """Refuse a refit without data, or with too few sequences for each set."""
+    """Refuse a calibration without data, or with too few sequences for each set."""
     if not n_sets:
         raise RequestError("expected data to calibrate on, got none; name some")
     if n_samples < n_sets:
         raise RequestError(
             f"expected at least one calibration sequence of each data set, got {n_samples} for {n_sets}; "
-            "raise n_samples"
+            "raise --n-samples"
         )
 
 

@@ -327,6 +327,7 @@ WRONG: list[tuple[Any, dict[str, Any], str]] = [
     (lcc.prune, {"model": "a", "out": "b", "n_samples": 0}, "expected n_samples of at least 1, got 0"),
     (lcc.prune, {"model": "a", "out": "b", "sparsity": 1.0}, r"expected sparsity above 0 and below 1, got 1"),
     (lcc.refit, {"dense": "a", "pruned": "b", "out": "c", "seed": -1}, "expected seed of at least 0"),
+    (lcc.evaluate, {"references": [], "tasks": ["wikitext"]}, "expected at least one model, got none; name some"),
     (lcc.evaluate, {"references": ["a"], "tasks": ["wikitext"], "length": -1}, "expected length of at least 2, got -1"),
     (lcc.report, {"references": ["a"], "repeats": 0}, "expected repeats of at least 1, got 0"),
     (lcc.load_data, {"name": "boolq", "seed": 2**64}, "expected seed of at least 0 and below 4294967296"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -89,7 +90,7 @@ def label(writer: Writer) -> str:
 def trace_upstream(
     pair: Pair,
     head: Head | tuple[int, int],
-    data: Data | str | Sequence[str],
+    data: Data | str | Path | Sequence[str],
     *,
     exact: Natural = 10,
     max_length: Length = 256,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -37,7 +38,7 @@ def head_types(
     pair: Pair,
     restoration: Applicable | None = None,
     *,
-    data: Data | str | Sequence[str] | None = None,
+    data: Data | str | Path | Sequence[str] | None = None,
     n_sequences: Count = 8,
     length: Length = 50,
     max_length: Length = 256,

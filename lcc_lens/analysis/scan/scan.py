@@ -54,7 +54,7 @@ _AGAIN = "run the same command again to go on"
 @ranged
 def scan(
     pair: Pair,
-    data: Data | str | Sequence[str],
+    data: Data | str | Path | Sequence[str],
     *,
     positions: Positions = "all",
     sites: Sequence[Site] = SITES,

@@ -53,7 +53,7 @@ class PruneStep:
             raise RequestError(
                 f"expected a sparsity or a pattern to prune to, got {self.sparsity} and {self.pattern}; name one"
             )
-        pattern = parse_pattern(self.pattern) if self.pattern else Unstructured(self.sparsity or 0.0)
+        pattern = Unstructured(self.sparsity or 0.0) if self.pattern is None else parse_pattern(self.pattern)
         PruneConfig(self.method, pattern, sliced=self.sliced)  # refuses settings that contradict each other
 
 

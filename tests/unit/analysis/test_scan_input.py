@@ -274,9 +274,10 @@ def test_prompts_are_scanned_as_they_are_given(pair) -> None:
         ([], "name some prompts"),
         (["a", ""], "name some prompts"),
         ("boolq", r"pass load_data\('boolq', role='probe'\)"),
+        (Path("own.jsonl"), r"pass load_data\('own.jsonl', role='probe'\)"),
     ],
 )
-def test_what_is_no_prompt_is_refused(pair, given: list[str] | str, message: str) -> None:
+def test_what_is_no_prompt_is_refused(pair, given: list[str] | str | Path, message: str) -> None:
     with pytest.raises(RequestError, match=message):
         scan(pair, given)
 

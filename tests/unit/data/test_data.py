@@ -241,6 +241,7 @@ def test_own_file_is_read_by_its_fields(tmp_path: Path, layout: str) -> None:
     (tmp_path / "own.jsonl").write_text(json.dumps(record) + "\n" + json.dumps(record) + "\n")
     data = load_data(str(tmp_path / "own.jsonl"))
     assert (data.kind, len(data)) == (kind, 2)
+    assert load_data(tmp_path / "own.jsonl") == data
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

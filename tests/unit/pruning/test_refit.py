@@ -218,13 +218,28 @@ def test_the_command_s_defaults_are_the_function_s() -> None:
 
 
 def test_one_data_set_needs_no_list(dense_dir: Path, pruned_dir: Path, text_file: Path, tmp_path: Path) -> None:
-    named, loaded, listed = str(text_file), load_data(str(text_file), role="calibration"), [str(text_file)]
+    named, loaded, listed = str(text_file), load_data(str(text_file), role="calibration"), [text_file]
     reports = [
         pruning_jobs.refit(dense_dir, pruned_dir, tmp_path / str(i), calibration=calibration, n_samples=2, seq_len=16)
         for i, calibration in enumerate((named, loaded, listed))
     ]
     assert reports[0]["calibration"]["sequences"] == 2
     assert reports[0] == reports[1] == reports[2]
+
+
+def test_pruning_and_refit_take_the_same_data(dense_dir: Path, text_file: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other.txt"
+    other.write_text(text_file.read_text().replace("Paragraph", "Section"))
+    few: dict[str, Any] = {"n_samples": 2, "seq_len": 16}
+    lists = ([text_file, other], [str(text_file), str(other)], f"{text_file}+{other}")
+    reports = [pruning_jobs.prune(dense_dir, tmp_path / str(i), calibration=one, **few) for i, one in enumerate(lists)]
+    assert reports[0]["calibration"]["groups"] == reports[1]["calibration"]["groups"]
+    assert {report["calibration"]["sequences"] for report in reports} == {2}
+    for number, one in enumerate(lists):
+        with pytest.raises(RequestError, match="at least one calibration sequence of each data set, got 1 for 2"):
+            pruning_jobs.prune(dense_dir, tmp_path / f"few{number}", calibration=one, n_samples=1, seq_len=16)
+    with pytest.raises(RequestError, match="expected data to calibrate on, got none"):
+        pruning_jobs.prune(dense_dir, tmp_path / "none", calibration=[])
 
 
 def test_a_second_refit_remembers_the_first_one_s_data(
