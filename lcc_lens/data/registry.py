@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 from platform import python_version
+from typing import get_args
 
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.registry import Registry
@@ -37,6 +38,9 @@ class DatasetSpec:
         domain: what kind of text it is, such as ``encyclopedia``; sets of the same domain are alike.
         parts: other data sets that it joins in equal parts, as running text; it has no records of its own.
         is_self_written: the dense model writes it; only functions that know the dense model can load it.
+
+    Raises:
+        RequestError: another kind.
     """
 
     kind: Kind
@@ -51,6 +55,10 @@ class DatasetSpec:
     domain: str | None = None
     parts: tuple[str, ...] = ()
     is_self_written: bool = False
+
+    def __post_init__(self) -> None:
+        if self.kind not in get_args(Kind):
+            raise RequestError(f"expected a kind of data ({', '.join(get_args(Kind))}), got {self.kind!r}; name one")
 
 
 def _questions(
@@ -129,7 +137,7 @@ def register_dataset(name: str, dataset: DatasetSpec, *, replace: bool = False) 
         replace: allow a name that is taken.
 
     Raises:
-        RequestError: the name has another form, or is taken.
+        RequestError: the name has another form, or is taken, or the set is among its own parts.
 
     Example:
         >>> records = [{"country": "Peru", "capital": "Lima", "other": "Cusco"}]
@@ -141,7 +149,14 @@ def register_dataset(name: str, dataset: DatasetSpec, *, replace: bool = False) 
         >>> load_data("capitals").examples[0].wrong  # doctest: +SKIP
         ' Cusco'
     """
+    if own := next((part for part in dataset.parts if _holds(part, name)), None):
+        raise RequestError(f"expected parts without {name} itself, got {own}; name other parts")
     DATASETS.register(name, dataset, replace=replace)
+
+
+def _holds(name: str, part: str) -> bool:
+    """Whether data are a set, or join it with others."""
+    return name == part or any(_holds(other, part) for other in part_names(name))
 
 
 def part_names(name: str) -> tuple[str, ...]:
@@ -204,11 +219,14 @@ def require_dataset(name: str) -> None:
     """Refuse a name that is neither a registered data set nor a data file's, nor several of them joined by ``+``.
 
     Raises:
-        RequestError: names the nearest data set.
+        RequestError: names the nearest data set, or the one that is joined with itself.
     """
-    for part in part_names(name):
+    parts = part_names(name)
+    if twice := next((part for part in parts if parts.count(part) > 1), None):
+        raise RequestError(f"expected different data joined by +, got {twice} more than once in {name}; name it once")
+    for part in parts:
         require_dataset(part)
-    if is_data_file(name) or part_names(name):
+    if is_data_file(name) or parts:
         return
     try:
         DATASETS[name]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from importlib.metadata import EntryPoint
 from itertools import combinations
 from pathlib import Path
@@ -102,6 +103,21 @@ def test_a_set_that_cannot_be_read_is_refused(case: str) -> None:
     lcc.register_dataset("toys", dataset)
     with pytest.raises(RequestError, match=message):
         lcc.load_data("toys")
+
+
+def test_kinds_and_parts_that_cannot_be_are_refused() -> None:
+    spec = replace(PLUGIN)
+    object.__setattr__(spec, "kind", "qa")  # past the types that tests check
+    with pytest.raises(RequestError, match=r"expected a kind of data \(.*\), got 'qa'; name one"):
+        spec.__post_init__()
+    pool = lcc.DatasetSpec("text", read_line, parts=("wikipedia", "pool"))
+    with pytest.raises(RequestError, match="expected parts without pool itself, got pool"):
+        lcc.register_dataset("pool", pool)
+    lcc.register_dataset("outer", pool)
+    with pytest.raises(RequestError, match="expected parts without pool itself, got outer"):
+        lcc.register_dataset("pool", lcc.DatasetSpec("text", read_line, parts=("python", "outer")))
+    with pytest.raises(RequestError, match=r"got boolq more than once in boolq\+c4\+boolq"):
+        lcc.load_data("boolq+c4+boolq")
 
 
 def test_a_name_is_taken_once() -> None:
