@@ -129,12 +129,25 @@ def test_results_are_shown_where_the_disk_is_full_by_then(
     assert "no space left" in said.err
 
 
-def test_magnitude_and_pattern(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_magnitude_and_pattern(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setenv("COLUMNS", "200")
     model = save_model(build_model(head_dim=8), tmp_path / "dense")
     assert call("prune", model, tmp_path / "out", "--method", "magnitude", "--pattern", "2:4", "--quiet") == 0
     weight = load_file(tmp_path / "out" / "model.safetensors")["model.layers.0.mlp.up_proj.weight"]
     assert ((weight.reshape(-1, 4) != 0).sum(1) == 2).all()
     assert capsys.readouterr().err == ""
+    unread = ("--calibration", "nope", "--seq-len", 99999, "--overwrite")
+    assert call("prune", model, tmp_path / "out", "--method", "magnitude", "--pattern", "1:2", *unread) == 0
+    assert "magnitude reads no calibration data: ignored what was named for it, and its length" in caplog.text
+    assert "unstructured, pruned to 1:2" in capsys.readouterr().out
+    assert call("report", tmp_path / "out", "--no-latency", "--out", tmp_path / "report.json") == 0
+    assert "pruned to 1:2" in " ".join(capsys.readouterr().out.split())
+    (entry,) = json.loads((tmp_path / "report.json").read_text())["models"].values()
+    assert (entry["pattern"], entry["pattern_asked"]) == ("unstructured", "1:2")
+    refused(capsys, 2, "expected a pattern N:M, got ''", "prune", model, tmp_path / "x", "--pattern", "")
     message = "expected a sparsity or a pattern, got both"
     refused(capsys, 2, message, "prune", model, tmp_path / "x", "--pattern", "2:4", "--sparsity", 0.3)
 

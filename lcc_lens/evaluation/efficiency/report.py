@@ -17,7 +17,9 @@ from lcc_lens.core.showing import Record
 from lcc_lens.evaluation.efficiency.compression import compressed_size, matrix_sizes
 from lcc_lens.evaluation.efficiency.timing import DECODE_PROMPT, SpeedConfig, measure_speed, require_context
 from lcc_lens.evaluation.evaluate import unique_names
+from lcc_lens.models.architecture.sparsity_patterns import shown_pattern
 from lcc_lens.models.architecture.zeros import ZeroPattern, compare_zeros, zero_pattern
+from lcc_lens.models.loading.provenance import pruned_to
 from lcc_lens.models.loading.references import resolve
 
 if TYPE_CHECKING:
@@ -47,8 +49,9 @@ class EfficiencyReport(Record):
 
     def _facts(self) -> dict[str, Any]:
         return {
-            name: f"{model['sparsity']:.1%} zeros ({model['pattern']}), {model['parameters']:,} parameters, "
-            f"{model['bytes'] / 1e6:.1f} MB, {model['bytes_zstd'] / 1e6:.1f} MB compressed"
+            name: f"{model['sparsity']:.1%} zeros ({shown_pattern(model['pattern'], model.get('pattern_asked'))}), "
+            f"{model['parameters']:,} parameters, {model['bytes'] / 1e6:.1f} MB, {model['bytes_zstd'] / 1e6:.1f} MB "
+            "compressed"
             for name, model in self["models"].items()
         }
 
@@ -183,6 +186,7 @@ def _file_entry(zeros: ZeroPattern) -> Entry:
         "path": str(zeros.path),
         "sparsity": zeros.sparsity,
         "pattern": zeros.pattern,
+        "pattern_asked": pruned_to(zeros.path),
         "parameters": zeros.parameters,
         "nonzero_parameters": zeros.nonzero_parameters,
         "missing_parameters": list(zeros.missing),

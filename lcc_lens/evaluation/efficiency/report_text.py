@@ -7,6 +7,7 @@ from typing import Any
 
 from lcc_lens.evaluation.efficiency.timing import CONFIDENCE
 from lcc_lens.evaluation.formatting import interval
+from lcc_lens.models.architecture.sparsity_patterns import shown_pattern
 
 Entry = Mapping[str, Any]
 #: A stored size this close to the first model's is the same size.
@@ -18,8 +19,8 @@ def size_table(report: Entry) -> tuple[list[str], list[list[str]]]:
     columns = ["model", "sparsity", "pattern", "parameters", "MB", "zstd MB"]
     rows = [
         [
-            name, f"{entry['sparsity']:.2%}", entry["pattern"], f"{entry['parameters']:,}",
-            f"{entry['bytes'] / 1e6:.1f}", f"{entry['bytes_zstd'] / 1e6:.1f}",
+            name, f"{entry['sparsity']:.2%}", shown_pattern(entry["pattern"], entry.get("pattern_asked")),
+            f"{entry['parameters']:,}", f"{entry['bytes'] / 1e6:.1f}", f"{entry['bytes_zstd'] / 1e6:.1f}",
         ]
         for name, entry in report["models"].items()
     ]  # fmt: skip

@@ -33,6 +33,18 @@ def common_pattern(patterns: Collection[str]) -> str:
     return "4:8" if distinct <= {"2:4", "4:8"} else "unstructured"
 
 
+def shown_pattern(found: str, asked: str | None) -> str:
+    """A pattern as tables show it: what the zeros satisfy, and beside it another N:M that they were made for.
+
+    Example:
+        >>> shown_pattern("unstructured", "3:4")
+        'unstructured, pruned to 3:4'
+        >>> shown_pattern("2:4", "2:4")
+        '2:4'
+    """
+    return f"{found}, pruned to {asked}" if asked and ":" in asked and asked != found else found
+
+
 @dataclass(frozen=True)
 class Unstructured:
     """A fraction of zeros, wherever the scores are lowest.

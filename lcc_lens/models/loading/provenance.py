@@ -19,6 +19,7 @@ class _Record:
 
     dense_sha256: str = ""
     dense_ancestors: tuple[str, ...] = ()
+    pattern: str | None = None
 
 
 def ancestors(path: Path) -> tuple[str, ...]:
@@ -28,6 +29,12 @@ def ancestors(path: Path) -> tuple[str, ...]:
             record = read_json(path / name, _Record, "prune again")
             return tuple(digest for digest in (record.dense_sha256, *record.dense_ancestors) if digest)
     return ()
+
+
+def pruned_to(path: Path) -> str | None:
+    """The pattern that a model was pruned to, as its record says; None without a record of pruning."""
+    file = path / _RECORDS[0]
+    return read_json(file, _Record, "prune again").pattern if file.exists() else None
 
 
 def check_provenance(dense: Checkpoint, pruned: Checkpoint) -> None:

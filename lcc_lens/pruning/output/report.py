@@ -11,7 +11,7 @@ from torch import Tensor
 from lcc_lens.core.config import package_version
 from lcc_lens.core.showing import Record
 from lcc_lens.models.architecture.linear_maps import Matrix
-from lcc_lens.models.architecture.sparsity_patterns import common_pattern, detect_pattern, sparsity
+from lcc_lens.models.architecture.sparsity_patterns import common_pattern, detect_pattern, shown_pattern, sparsity
 from lcc_lens.pruning.methods.settings import PruneConfig
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ class PruningReport(Record):
 
     def _facts(self) -> dict[str, Any]:
         if "share_removed" not in self:
-            pattern, n_matrices = self["pattern_found"], len(self["matrices"])
+            pattern, n_matrices = shown_pattern(self["pattern_found"], self["pattern"]), len(self["matrices"])
             return {"sparsity": f"{self['sparsity']:.4f}", "pattern": pattern, "matrices": n_matrices}
         form = "out of the shapes" if self["sliced"] else "zero"
         return {
