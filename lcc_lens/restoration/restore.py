@@ -8,6 +8,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from lcc_lens.analysis.scan.scan import Scan
+from lcc_lens.core.checkpoint import Checkpoint
 from lcc_lens.core.config import package_version
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.fingerprint import fingerprint
@@ -150,16 +151,18 @@ class _Steps:
 
     def open_folder(self, run: str | Path | None, *, resume: bool) -> None:
         """Open the run directory; a resumed run finds there what it measured before its first step."""
-        scanned = None if self.scan is None else self.scan.record
+        # by content, so that a run may be moved, and its models and data named otherwise
+        scanned = None if self.scan is None else self.scan.record.without_places()
+        before = None if self.before_refit is None else Checkpoint(resolve(self.before_refit)).sha256
         tokens = [sequences_sha256(part) for part in (self.training, self.held_out)]
         models = [self.pair.dense_id.sha256, self.pair.pruned_id.sha256, str(self.pair.dtype)]
-        self.inputs = [models, scanned, self.data.source, self.data.groups, tokens, package_version()]
+        self.inputs = [models, scanned, self.data.groups, tokens, package_version()]
         self.kept = {
             "method": self.spec.text, **asdict(self.settings), "heads": [str(head) for head in self.heads]
         }  # fmt: skip
         tune_lr = self.kept.pop("tune_lr")
         self.kept.pop("exportable")
-        request = fingerprint(self.inputs, self.config, self.kept, tune_lr, self.before_refit)
+        request = fingerprint(self.inputs, self.config, self.kept, tune_lr, before)
         self.folder = RunFolder(run, self.pair, self.data.source, self.config.seed, resume=resume)
         self.folder.keep_scan(self.scan)
         self.beginning = self.folder.beginning(request)

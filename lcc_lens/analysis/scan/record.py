@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from lcc_lens.core.config import package_version
@@ -68,6 +68,10 @@ def require_own_models(is_changed: bool) -> None:
             "expected models as their checkpoints are for a scan in a run, got one with hooks or changed weights; "
             "export it and scan that, or scan without a run"
         )
+
+    def without_places(self) -> ScanRecord:
+        """The record without the names of models and data, whose hashes it keeps."""
+        return replace(self, dense="", pruned="", data="", source="")
 
 
 @dataclass(frozen=True)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file
 from support.commands import call, refused
 from support.faults import flip_byte
@@ -109,6 +112,28 @@ def test_a_change_is_refused_where_resuming_was_asked_for(
         begin(pair, found, own_file, run, resume=True)
     begin(pair, found, own_file, run)
     assert Restoration.load(run).record.seed == 0
+
+
+def test_a_run_is_resumed_wherever_it_and_its_models_and_data_lie(
+    pair: Pair, found: Scan, own_file: Path, pruned_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = begin(pair, found, own_file, tmp_path / "whole", before_refit=pruned_dir)
+    with pytest.raises(Stopped):
+        begin(pair, found, own_file, tmp_path / "run", before_refit=pruned_dir, on_step=stop)
+    new = tmp_path / "new"
+    new.mkdir()
+    for path in (own_file, tmp_path / "run"):
+        path.rename(new / path.name)
+    monkeypatch.chdir(new)
+    elsewhere = replace(found, record=replace(found.record, dense="a", pruned="b", data="c", source="d"))
+    monkeypatch.setattr("lcc_lens.restoration.restore.sequence_loss", lambda *_: pytest.fail("measured again"))
+    steps: list[Step] = []
+    before_refit = os.path.relpath(pruned_dir, new)
+    resumed = begin(
+        pair, elsewhere, Path(own_file.name), Path("run"), before_refit=before_refit, resume=True, on_step=steps.append
+    )
+    assert steps[0].step == 2
+    assert torch.equal(resumed.constants, whole.constants)
 
 
 def test_a_refit_of_the_default_length_is_used_again(
