@@ -22,6 +22,7 @@ from lcc_lens.models.loading.references import resolve
 from lcc_lens.models.sampling import MAX_REPETITION, SHORTEST, sample_texts
 
 logger = logging.getLogger(__name__)
+_ELSEWHERE = "move it, or name another folder to write to"
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ class DenseWriter:
         """Texts that no other role gets, and their file; what an earlier call of the same request wrote is read.
 
         Raises:
-            RequestError: sequences too short for a text.
+            RequestError: sequences too short for a text, or another file in the place of the texts.
         """
         if self.length < SHORTEST:
             raise RequestError(
@@ -96,17 +97,22 @@ class DenseWriter:
             )  # fmt: skip
         content = "".join(json.dumps({"text": text}) + "\n" for text in sampled.texts)
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_text(file, content)
         counts = {"texts": len(sampled.texts), "tokens": sampled.n_tokens, "repeated": sampled.n_repeated}
+        # the record first: texts without one are another's
         write_json(file.with_suffix(".json"), {**request, **counts, "sha256": _sha256(content)})
+        write_text(file, content)
         return content
 
 
 def _kept(file: Path, request: dict[str, object]) -> str | None:
-    """What the file holds, if its record says the same request and hash."""
-    if not (file.exists() and file.with_suffix(".json").exists()):
+    """What the file holds, if its record says the same request and hash; what the program did not write is refused."""
+    note = file.with_suffix(".json")
+    record = read_json(note, advice=_ELSEWHERE) if note.exists() else {}
+    if (note.exists() or file.exists()) and not (isinstance(record, dict) and "dense_sha256" in record):
+        raise RequestError(f"expected text that lcc-lens wrote in {file}, got another file; {_ELSEWHERE}")
+    if not file.exists():
         return None
-    content, record = file.read_text(encoding="utf-8"), read_json(file.with_suffix(".json"))
+    content = file.read_text(encoding="utf-8")
     wanted = {**request, "sha256": _sha256(content)}
     return content if {name: record.get(name) for name in wanted} == wanted else None
 

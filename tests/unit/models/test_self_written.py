@@ -88,6 +88,15 @@ def test_texts_are_kept_with_their_hash_and_read_again(dense_dir: Path, tmp_path
     assert not data.groups & load_data("self", role="held-out", writer=writer).groups
 
 
+@pytest.mark.parametrize("name", ["own_train_0.jsonl", "own_train_0.json"])
+def test_files_of_others_are_not_replaced(name: str, dense_dir: Path, tmp_path: Path) -> None:
+    (tmp_path / name).write_text('{"text": "mine"}')
+    with pytest.raises(RequestError, match=r"expected text that lcc-lens wrote in .*, got another file; move it"):
+        DenseWriter(dense_dir, tmp_path / "own", 4, 32).write("train", 0)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    assert (tmp_path / name).read_text() == '{"text": "mine"}'
+
+
 def test_too_short_texts_and_a_temperature_of_zero_are_refused(dense_dir: Path, tmp_path: Path) -> None:
     with pytest.raises(RequestError, match="expected sequences of at least 16 tokens"):
         DenseWriter(dense_dir, tmp_path / "own", 4, 8).write(None, 0)
