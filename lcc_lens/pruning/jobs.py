@@ -18,6 +18,7 @@ from lcc_lens.core.reading import read_json
 from lcc_lens.data.batches import require_tokens
 from lcc_lens.data.checks import or_mix
 from lcc_lens.data.datasets import Data, joined, load_data, text_sequences
+from lcc_lens.data.registry import part_names
 from lcc_lens.models.architecture.context import context_of, fitting_length
 from lcc_lens.models.architecture.layers import read_config
 from lcc_lens.models.architecture.sparsity_patterns import Pattern, Unstructured, parse_pattern
@@ -111,7 +112,7 @@ def _data_read(
     """The data that a method reads, none for one that needs none."""
     if config.uses_inputs:
         named = named_calibration(calibration, PRUNE_DATA)
-        _check_calibration(len(named), n_samples)
+        check_calibration(named, n_samples)
         return named
     if calibration is not None or seq_len is not None:
         logger.warning("%s reads no calibration data: ignored what was named for it, and its length", config.method)
@@ -166,7 +167,7 @@ def refit(
         >>> refit("smollm2", "out/wanda50", "out/wanda50-refit")  # doctest: +SKIP
     """
     named = named_calibration(calibration)
-    _check_calibration(len(named), n_samples)
+    check_calibration(named, n_samples)
     config = RefitConfig(follow, ridge, mend)
     paths = resolve(dense), resolve(pruned)
     require_refittable(*paths)
@@ -198,22 +199,26 @@ def _calibration_data(
 ) -> Data:
     """Load data to calibrate on, enough for all parts; what the dense model writes itself is kept beside the output."""
     writer = DenseWriter(dense, out.with_name(f"{out.name}_self_written"), n_samples, seq_len).divided(len(named))
-    data = joined([
+    return joined([
         load_data(part, role="calibration", seed=seed, as_text=True, writer=writer) if isinstance(part, str) else part
         for part in named
     ])  # fmt: skip
-    _check_calibration(len(data.parts or (data,)), n_samples)
-    return data
 
 
-def _check_calibration(n_sets: int, n_samples: int) -> None:
-    """Refuse a calibration without data, or with too few sequences for each set."""
-    if not n_sets:
+def check_calibration(calibration: Calibration | None, n_samples: int, *, option: str = "--n-samples") -> None:
+    """Refuse, before any data are read, a calibration without data, or with too few sequences for each set.
+
+    Args:
+        option: what the message names to get more.
+    """
+    named = named_calibration(calibration)
+    if not named:
         raise RequestError("expected data to calibrate on, got none; name some")
+    first = part_names(named[0]) if isinstance(named[0], str) else named[0].parts
+    n_sets = max(len(named), len(first) if len(named) == 1 else 0)
     if n_samples < n_sets:
         raise RequestError(
-            f"expected at least one calibration sequence of each data set, got {n_samples} for {n_sets}; "
-            "raise --n-samples"
+            f"expected at least one calibration sequence of each data set, got {n_samples} for {n_sets}; raise {option}"
         )
 
 
@@ -235,7 +240,7 @@ def calibration_tokens(data: Data, model: Path, n_samples: int, seq_len: int, se
         require_tokens(tokenizer, data.examples[0].prompt + data.examples[0].response, data.source)
         raise RequestError(
             f"expected {n_samples} calibration sequences of {seq_len} tokens from {data.source}, got text for "
-            f"{len(blocks)}; name more data or lower --n-samples or --seq-len"
+            f"{len(blocks)}; name more data, or fewer or shorter sequences"
         )
     return torch.stack([block.tokens for block in blocks])
 
