@@ -22,7 +22,15 @@ class InterruptedRun(LensError):
 
 
 class DiskFullError(LensError):
-    """The disk filled up while something was written."""
+    """The disk filled up while something was written.
+
+    Args:
+        place: what was written; ``again``: how to go on once there is space.
+    """
+
+    def __init__(self, place: object, again: str = "run again") -> None:
+        super().__init__(f"no space left on the disk of {place}; free some and {again}")
+        self.place = place
 
 
 def first_line(error: BaseException) -> str:

@@ -48,9 +48,7 @@ def disk_errors(path: Path) -> Iterator[None]:
         code = error.errno if isinstance(error, OSError) else None
         # safetensors reports a full disk through an error type of its own
         if code in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error):
-            raise DiskFullError(
-                f"no space left on the disk of {path}; free some and run again (nothing was kept)"
-            ) from error
+            raise DiskFullError(path) from error
         if code in _WRONG_PLACE:
             raise RequestError(
                 f"cannot write to {path}: {os.strerror(code or 0)}; name a place where you may write"

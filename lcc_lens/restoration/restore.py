@@ -15,7 +15,7 @@ from lcc_lens.core.fingerprint import fingerprint
 from lcc_lens.core.heads import Head
 from lcc_lens.core.machine.processes import wait_for_all
 from lcc_lens.core.metrics import learned_warning
-from lcc_lens.core.outputs.places import writing_run
+from lcc_lens.core.outputs.places import RESUMED, writing_run
 from lcc_lens.core.progress import track
 from lcc_lens.data.batches import sequences_sha256
 from lcc_lens.data.datasets import Data
@@ -98,8 +98,8 @@ def restore(
     ).fitting(pair.context).completed(spec)  # fmt: skip
     steps = _Steps(pair, scan, heads, spec, with_preset(config, spec), settings, before_refit, log)
     steps.check()
-    inputs = [pair.dense_id.path, pair.pruned_id.path]
-    with in_step_if_sharded(pair.dense, pair.pruned), writing_run(None if run is None else Path(run), inputs=inputs):
+    folder, inputs = None if run is None else Path(run), [pair.dense_id.path, pair.pruned_id.path]
+    with in_step_if_sharded(pair.dense, pair.pruned), writing_run(folder, inputs=inputs, again=RESUMED):
         steps.encode(data, validation)
         steps.open_folder(run, resume=resume)
         steps.build_injection()

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
-from lcc_lens.core.errors import RequestError
+from lcc_lens.core.errors import DiskFullError, RequestError
 from lcc_lens.core.files import disk_errors, file_to_write, remove_leftovers
 from lcc_lens.core.machine.processes import is_first_process
 from lcc_lens.core.outputs.folders import folder_to_write
@@ -15,21 +15,29 @@ from lcc_lens.core.outputs.locks import LOCK, locked_alone, try_writing
 #: Files of a run that others may have too, and what those of this program hold near their beginning.
 _SIGNS = {
     "scan.json": b'"dense_sha256"', "config.json": b'"dense_sha256"', "beginning.json": b'"dense_sha256"',
-    "metrics.json": b'"dense_sha256"', "log.jsonl": b'{"step": ', "checkpoint.safetensors": b'"sealed_sha256"',
-    "loss_map.html": b"PlotlyConfig",
+    "metrics.json": b'"dense_sha256"', "budget.json": b'"dense_sha256"', "log.jsonl": b'{"step": ',
+    "checkpoint.safetensors": b'"sealed_sha256"', "loss_map.html": b"PlotlyConfig",
 }  # fmt: skip
 _BEGINNING = 1 << 16
+#: How a run goes on whose command otherwise begins anew.
+RESUMED = "go on with --resume"
 
 
 @contextmanager
-def writing_run(run: Path | None, *, inputs: Iterable[Path] = ()) -> Iterator[None]:
+def writing_run(run: Path | None, *, inputs: Iterable[Path] = (), again: str = "run again") -> Iterator[None]:
     """Hold a run directory, in which files are added and replaced one by one.
 
     Of several processes that work together the first one holds it.
 
+    Args:
+        run: the directory; nothing is held without one.
+        inputs: what the job reads.
+        again: how to go on after a full disk.
+
     Raises:
         RequestError: the directory holds a model or another program's files of the same names, cannot be written, or
             another command writes it.
+        DiskFullError: says how to go on.
     """
     if run is None or not is_first_process():
         yield
@@ -40,9 +48,12 @@ def writing_run(run: Path | None, *, inputs: Iterable[Path] = ()) -> Iterator[No
         raise RequestError(f"expected a run directory, got the model in {run}; name another folder")
     with disk_errors(run):
         _refuse_foreign(target)
-    with locked_alone(target / f".{LOCK}", target):
-        remove_leftovers(target)
-        yield
+    try:
+        with locked_alone(target / f".{LOCK}", target):
+            remove_leftovers(target)
+            yield
+    except DiskFullError as error:
+        raise DiskFullError(error.place, again) from error
 
 
 def _refuse_foreign(run: Path) -> None:
@@ -62,7 +73,7 @@ def _beginning(file: Path) -> bytes:
 
 def tidy_run(run: Path) -> None:
     """Remove what a killed command left half written in a run directory, unless another command holds it now."""
-    lock = run / f".{LOCK}"
+    lock = run.resolve() / f".{LOCK}"
     with suppress(RequestError, OSError), locked_alone(lock, run) if lock.exists() else nullcontext():
         remove_leftovers(run)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from lcc_lens.core.config import package_version
 from lcc_lens.core.errors import LensError, RequestError
 from lcc_lens.core.fingerprint import fingerprint
-from lcc_lens.core.outputs.places import writing_run
+from lcc_lens.core.outputs.places import RESUMED, writing_run
 from lcc_lens.core.progress import track
 from lcc_lens.models.hooked.hooks import HookedModel
 from lcc_lens.models.pair import Pair
@@ -77,7 +77,7 @@ def fit_rewriter(
     )
     adapter = new_adapter(model, settings)
     identity = fingerprint(pair.dense_id.sha256, settings, preferences.pairs)
-    with writing_run(folder):
+    with writing_run(folder, again=RESUMED):
         steps = _trained(model, adapter, training, held_out, config, folder, resume, identity)
         record = _record(pair, adapter, preferences, held_out, objective, settings, target, steps)
         tensors = {name: value.detach().cpu().clone() for name, value in trained_parameters(adapter).items()}

@@ -26,7 +26,7 @@ from lcc_lens.core.outputs.folders import (
     reserved,
     unfinished_work,
 )
-from lcc_lens.core.outputs.places import require_file, writing_run
+from lcc_lens.core.outputs.places import RESUMED, require_file, writing_run
 from lcc_lens.models.loading.references import resolve
 
 
@@ -170,6 +170,9 @@ def test_a_full_disk_is_noticed_before_the_work(tmp_path: Path, monkeypatch: pyt
     with pytest.raises(DiskFullError, match="no space left"), reserved(tmp_path / "deep" / "out", overwrite=False):
         raise AssertionError
     with pytest.raises(DiskFullError, match="no space left"), writing_run(tmp_path / "run"):
+        raise AssertionError
+    resumed = pytest.raises(DiskFullError, match=r"run; free some and go on with --resume$")
+    with resumed, writing_run(tmp_path / "run", again=RESUMED):
         raise AssertionError
     with pytest.raises(DiskFullError, match="no space left"):
         require_file(tmp_path / "results.json", begins=(b"",))
