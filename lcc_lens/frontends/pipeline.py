@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lcc_lens.analysis.scan.scan import scan
+from lcc_lens.core.outputs.places import writing_run
 from lcc_lens.core.ranges import Count, Length, Seed, Share, Sparsity, ranged
 from lcc_lens.data.checks import or_mix
 from lcc_lens.evaluation.evaluate import check_tasks, evaluate
@@ -54,8 +55,9 @@ def prune_and_restore(
     tasks = tasks or or_mix("wikitext", instead="wikipedia")
     check_tasks(tasks)
     writer = run_writer(model, run, max(SCAN_EXAMPLES, TRAIN_EXAMPLES))
-    probe = load_role(scan_data, SCAN_EXAMPLES, "probe", seed, writer)
-    training = load_role(train_data or "+".join(or_mix(TRAIN_DATA)), TRAIN_EXAMPLES, "train", seed, writer)
+    with writing_run(run):
+        probe = load_role(scan_data, SCAN_EXAMPLES, "probe", seed, writer)
+        training = load_role(train_data or "+".join(or_mix(TRAIN_DATA)), TRAIN_EXAMPLES, "train", seed, writer)
     prune(model, pruned, sparsity=sparsity, calibration=calibration, n_samples=n_samples, seq_len=seq_len, seed=seed)
     pair = load_pair(model, pruned)
     differences = scan(pair, probe, limit=SCAN_EXAMPLES, seed=seed, run=run)

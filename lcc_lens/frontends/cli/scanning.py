@@ -93,7 +93,9 @@ class ScanPair(Tabled):
         from lcc_lens.analysis.scan.request import check_in_memory
         from lcc_lens.analysis.scan.scan import has_scan, scan
         from lcc_lens.analysis.selectors.registry import check_selectors
+        from lcc_lens.core.outputs.places import writing_run
         from lcc_lens.data.checks import check_data
+        from lcc_lens.models.loading.references import resolve
         from lcc_lens.models.pair import check_models, load_pair
         from lcc_lens.restoration.training_data import load_role, run_writer
 
@@ -105,7 +107,8 @@ class ScanPair(Tabled):
         check_data([self.data.data])
         check_models(self.dense, self.pruned, self.data.max_length)
         writer = run_writer(self.dense, self.run, self.data.examples, self.data.max_length or 512)
-        data = load_role(self.data.data, self.data.examples, "probe", self.seed, writer)
+        with writing_run(self.run, inputs=[resolve(self.dense), resolve(self.pruned)]):
+            data = load_role(self.data.data, self.data.examples, "probe", self.seed, writer)
         scores, memory = self.scores, self.memory
         result = scan(
             load_pair(self.dense, self.pruned, one_at_a_time=memory.one_at_a_time), data, positions=self.positions,
