@@ -13,20 +13,25 @@ from pathlib import Path
 from typing import Any
 
 from lcc_lens.core.errors import RequestError
+from lcc_lens.core.fingerprint import fingerprint
 from lcc_lens.core.machine.memory import release_memory
-from lcc_lens.core.machine.processes import first_process_first
+from lcc_lens.core.machine.processes import first_process_first, is_first_process
+from lcc_lens.core.outputs.places import RESUMED, writing_run
 from lcc_lens.core.ranges import Count, Natural
 from lcc_lens.core.reading import read_record, write_record
 from lcc_lens.data.checks import MIX
 from lcc_lens.data.registry import part_names, without_self_written
 from lcc_lens.models.architecture.context import fitting_length
+from lcc_lens.models.loading.references import resolve
 from lcc_lens.models.pair import Pair, load_pair
 from lcc_lens.pruning.jobs import REFIT_SAMPLES
 from lcc_lens.restoration.in_memory import method_in_memory
 from lcc_lens.restoration.injections.spec import MethodSpec
+from lcc_lens.restoration.refitted import REFITTED, pair_hashes
 from lcc_lens.restoration.settings import RefitRequest, with_preset
 from lcc_lens.restoration.speed import FEWEST_REFITTED, FEWEST_TRAINED, Costs, measure_speed
 from lcc_lens.restoration.training.config import TrainConfig
+from lcc_lens.restoration.training.state import CHECKPOINT
 
 logger = logging.getLogger(__name__)
 BUDGET_FILE = "budget.json"
@@ -41,6 +46,11 @@ _WRITING_SHARE = 0.15
 #: Fraction of the time that a plan leaves for what it does not know.
 _RESERVE = 0.05
 _UNITS = {"s": 1, "m": 60, "h": 3600}
+#: What a plan was made for, in words.
+_WORDS = {
+    "dense_sha256": "dense model", "pruned_sha256": "pruned model", "budget": "time budget", "length": "length",
+    "writing": "choice of data", "training": "set of training options", "method": "method",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -109,6 +119,7 @@ def plan_budget(
     may_skip_writing: bool = False,
     config: TrainConfig | None = None,
     run: Path | None = None,
+    resume: bool = False,
 ) -> BudgetPlan:
     """Choose the sizes of a refit and of the training after it so that both end within a time budget.
 
@@ -126,11 +137,12 @@ def plan_budget(
         self_written: fraction of the texts that the dense model writes first.
         may_skip_writing: whether it need not, where that would take much of the time; see ``BudgetPlan.writes``.
         config: settings of the training; the method's own if not given.
-        run: the run directory, whose plan of the same request is used again.
+        run: the run directory, which keeps the plan: it is used again for the same request.
+        resume: refuse another request, which is planned anew otherwise; what is measured at the end may differ.
 
     Raises:
-        RequestError: another form of budget, a method without a refit, or a budget below the smallest stage (names the
-            least that would do).
+        RequestError: another form of budget, a method without a refit, a budget below the smallest stage (names the
+            least that would do), or a run to resume that had another plan.
 
     Example:
         >>> plan_budget("smollm2", "out/wanda50", "15m")  # doctest: +SKIP
@@ -138,18 +150,20 @@ def plan_budget(
     started, spec, seconds = time.monotonic(), method_in_memory(method, pruned), parse_budget(budget)
     if not spec.preset.on_refit:
         raise RequestError(f"expected a method that refits first for a budget, got {spec.name}; name best or polish")
-    request = {"budget": seconds, "method": spec.name, "length": length, "measured": n_measured}
-    request["skips"] = may_skip_writing
-    with first_process_first():
-        kept = None if run is None else _kept(run)
-        if kept is not None and kept.request == request:
+    config = with_preset(config, spec)
+    request = pair_hashes(dense, pruned) | {
+        "budget": seconds, "method": spec.name, "length": length, "writing": [self_written, may_skip_writing],
+        "training": fingerprint(config),
+    }  # fmt: skip
+    with writing_run(run, inputs=[resolve(dense), resolve(pruned)], again=RESUMED), first_process_first():
+        kept = None if run is None else _kept_for(run, request, n_measured, resume=resume)
+        if kept is not None:
             return replace(kept.plan, started=started)
-        costs = _costs_here(dense, pruned, spec, with_preset(config, spec), length)
+        costs = _costs_here(dense, pruned, spec, config, length)
         costs = replace(costs, n_measured=n_measured, self_written=self_written)
         spent = time.monotonic() - started
         plan = replace(fit_budget(costs, seconds, spent, may_skip_writing=may_skip_writing), started=started)
         if run is not None:
-            run.mkdir(parents=True, exist_ok=True)
             _keep(run, _Kept(request, plan))
     return plan
 
@@ -161,10 +175,10 @@ def _costs_here(
     started = time.monotonic()
     pair = load_pair(dense, pruned)
     loaded, length = time.monotonic() - started, fitting_length(length, pair.context)
-    speed = measure_speed(pair, spec, config, length, loaded)
+    costs = Costs(measure_speed(pair, spec, config, length, loaded), length, batch_size=config.batch_size)
     del pair
     release_memory()
-    return Costs(speed, length, batch_size=config.batch_size)
+    return costs
 
 
 def fit_budget(costs: Costs, budget: float, spent: float = 0.0, *, may_skip_writing: bool = False) -> BudgetPlan:
@@ -190,11 +204,13 @@ def fit_budget(costs: Costs, budget: float, spent: float = 0.0, *, may_skip_writ
             f"expected a budget of at least {_as_option(needed)} here, got {_as_option(budget)}; name that, or measure "
             "less at the end (--panel-blocks)"
         )
+    most = left - trained(FEWEST_TRAINED)
     n_refit = max(
-        _most(costs.refit, _REFIT_SHARE * left, range(FEWEST_REFITTED, REFIT_SAMPLES + 1)),
-        _most(costs.refit, _SMALL_REFIT_SHARE * left, range(FEWEST_REFITTED, _SMALL_REFIT + 1)),
+        _most(costs.refit, min(_REFIT_SHARE * left, most), range(FEWEST_REFITTED, REFIT_SAMPLES + 1)),
+        _most(costs.refit, min(_SMALL_REFIT_SHARE * left, most), range(FEWEST_REFITTED, _SMALL_REFIT + 1)),
     )
-    examples = _most(trained, left - costs.refit(n_refit), range(FEWEST_TRAINED, _MOST_TRAINED + 1))
+    counts = range(FEWEST_TRAINED, _MOST_TRAINED + 1)
+    examples = _most(trained, left - costs.refit(n_refit), counts) or FEWEST_TRAINED
     seconds = {
         "refit": costs.refit(n_refit), "write text": costs.write(examples), "train": costs.train(examples),
         "measure": outside,
@@ -202,17 +218,20 @@ def fit_budget(costs: Costs, budget: float, spent: float = 0.0, *, may_skip_writ
     return BudgetPlan(budget, n_refit, examples, seconds, costs, writes)
 
 
-def blocks_in_time(plan: BudgetPlan, pair: Pair, spec: MethodSpec, config: TrainConfig, run: Path) -> int:
-    """The blocks to train on in the time that a plan has left after the refit; a resumed run keeps its number.
+def blocks_in_time(
+    plan: BudgetPlan, pair: Pair, spec: MethodSpec, config: TrainConfig, run: Path, *, resume: bool = False
+) -> int:
+    """The blocks to train on in the time that a plan has left after the refit.
 
     Args:
         plan: see :func:`plan_budget`; ``pair``: with the refitted model; ``config``: of the training.
+        resume: keep the number that the run has trained on so far.
     """
     if plan.costs is None:
         return plan.examples
     with first_process_first():
-        kept = _kept(run)
-        if kept is not None and kept.trained is not None:
+        kept = _kept(run, plan)
+        if kept is not None and kept.trained is not None and (resume or not is_first_process()):
             return kept.trained
         costs = replace(plan.costs, speed=measure_speed(pair, spec, config, plan.costs.length, plan.costs.speed.loaded))
         left = (1 - _RESERVE / 2) * plan.budget - (time.monotonic() - plan.started) - costs.measure()
@@ -239,9 +258,30 @@ class _Kept:
     trained: int | None = None
 
 
-def _kept(run: Path) -> _Kept | None:
+def _kept(run: Path, plan: BudgetPlan | None = None) -> _Kept | None:
     file = run / BUDGET_FILE
-    return read_record(file, _Kept) if file.exists() else None
+    kept = read_record(file, _Kept, "name another run") if file.exists() else None
+    return None if kept is None or plan not in (None, kept.plan) else kept
+
+
+def _kept_for(run: Path, request: dict[str, Any], n_measured: int, *, resume: bool) -> _Kept | None:
+    """The plan that a run directory keeps, if it is of the same request; any other one is refused when resuming."""
+    kept = _kept(run)
+    if kept is None:
+        if resume and ((run / REFITTED).exists() or (run / CHECKPOINT).exists()):
+            raise RequestError(
+                f"expected a time budget's run to resume in {run}, got one of named sizes; repeat --examples and "
+                "--refit-samples, or start without --resume"
+            )
+        return None
+    changed = next((name for name in request if kept.request.get(name) != request[name]), None)
+    if changed is not None and resume:
+        raise RequestError(
+            f"expected the options that {run} was begun with, got another {_WORDS[changed]}; repeat them, "
+            "or start without --resume"
+        )
+    measures_other = not resume and kept.plan.costs is not None and kept.plan.costs.n_measured != n_measured
+    return None if changed is not None or measures_other else kept
 
 
 def _keep(run: Path, kept: _Kept) -> None:

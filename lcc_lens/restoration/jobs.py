@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
 from lcc_lens.analysis.selectors.registry import check_selectors
+from lcc_lens.core.errors import RequestError
 from lcc_lens.core.machine.processes import first_process_first
-from lcc_lens.core.outputs.places import writing_run
+from lcc_lens.core.outputs.places import RESUMED, writing_run
 from lcc_lens.data.datasets import Data
 from lcc_lens.models.architecture.context import context_of
 from lcc_lens.models.architecture.layers import read_config
 from lcc_lens.models.loading.references import resolve
 from lcc_lens.models.pair import Pair, check_models, load_pair
+from lcc_lens.pruning.jobs import check_calibration
 from lcc_lens.pruning.refit.checks import require_refittable
 from lcc_lens.restoration.budget import BudgetPlan, blocks_in_time
 from lcc_lens.restoration.checks import check_restores
@@ -21,12 +24,15 @@ from lcc_lens.restoration.in_memory import method_in_memory
 from lcc_lens.restoration.injections.spec import MethodSpec
 from lcc_lens.restoration.refitted import REFITTED, refitted_model
 from lcc_lens.restoration.restore import restore
-from lcc_lens.restoration.result import Restoration
+from lcc_lens.restoration.result import RESTORATION_TENSORS, Restoration
 from lcc_lens.restoration.scans import check_scores, scan_for
 from lcc_lens.restoration.settings import SCAN_DATA, HeadRequest, RefitRequest, RestoreSettings, with_preset
 from lcc_lens.restoration.training.config import Step, TrainConfig
+from lcc_lens.restoration.training.state import CHECKPOINT
 from lcc_lens.restoration.training.tracking import Log, check_log
 from lcc_lens.restoration.training_data import load_role, pool_validation, run_writer
+
+logger = logging.getLogger(__name__)
 
 
 def restore_models(
@@ -59,18 +65,18 @@ def restore_models(
         config: training settings; the method's own if not given; ``validation``: see ``restore``.
         settings: ranks, lengths, controls; ``heads``: how they are chosen; ``refitting``: a refit's calibration.
         budget: a plan whose time decides how much is trained on after the refit.
-        one_at_a_time: hold one model in memory at a time; ``resume``, ``on_step``, ``log``: see ``restore``.
+        one_at_a_time: hold one model in memory; ``resume``: go on with what the run holds; others: see ``restore``.
     """
     run, heads, settings = Path(run), heads or HeadRequest(), settings or RestoreSettings()
     spec = method_in_memory(method, pruned, low_rank=settings.low_rank)
     refitting = (refitting or RefitRequest()).completed(spec)
     check_job(
-        dense, pruned, run, spec, heads, max_length=settings.max_length, refits=refitting.n_samples > 0,
-        one_at_a_time=one_at_a_time, log=log,
+        dense, pruned, run, spec, heads, max_length=settings.max_length, refitting=refitting,
+        one_at_a_time=one_at_a_time, resume=resume, log=log,
     )  # fmt: skip
     settings, (fraction, selector) = settings.fitting(_context(pruned)), heads.needed_by(spec)
     config, source = with_preset(config, spec), pruned
-    with writing_run(run, inputs=[resolve(dense), resolve(pruned)]):
+    with writing_run(run, inputs=[resolve(dense), resolve(pruned)], again=RESUMED):
         if spec.preset.on_refit and refitting.n_samples:
             with first_process_first():
                 source = refitted_model(dense, pruned, run / REFITTED, refitting, resume=resume)
@@ -83,11 +89,11 @@ def restore_models(
         chosen = [] if scan is None else scan.select(selector, share=fraction, seed=config.seed)
         if spec.preset.on_pool and validation is None:
             validation = pool_validation(data, config.seed)
-        limit = settings.limit if budget is None else blocks_in_time(budget, pair, spec, config, run)
+        limit = settings.limit if budget is None else blocks_in_time(budget, pair, spec, config, run, resume=resume)
         return restore(
-            pair, scan, chosen, data, method=spec, config=config, validation=validation, run=run, resume=resume,
-            on_step=on_step, log=log, before_refit=pruned if spec.preset.on_refit else None,
-            **asdict(settings) | {"limit": limit},
+            pair, scan, chosen, data, method=spec, config=config, validation=validation, run=run,
+            resume=resume and _has_begun(run, spec), on_step=on_step, log=log,
+            before_refit=pruned if spec.preset.on_refit else None, **asdict(settings) | {"limit": limit},
         ), pair  # fmt: skip
 
 
@@ -99,14 +105,15 @@ def check_job(
     heads: HeadRequest,
     *,
     max_length: int | None = None,
-    refits: bool = True,
+    refitting: RefitRequest | None = None,
     one_at_a_time: bool = False,
+    resume: bool = False,
     log: Log | None = None,
 ) -> None:
     """Refuse what :func:`restore_models` could not serve, from files alone, before data are read or models loaded.
 
     Args:
-        refits: whether a method that starts from a refit makes one.
+        refitting: the refit of a method that starts from one.
 
     Raises:
         RequestError: see :func:`restore_models`.
@@ -114,11 +121,25 @@ def check_job(
     check_log(log)
     check_restores(spec, one_at_a_time=one_at_a_time)
     check_selectors([heads.selector])
+    if resume and spec.n_trained and (run / RESTORATION_TENSORS).exists() and not (run / CHECKPOINT).exists():
+        raise RequestError(
+            f"expected a checkpoint to resume in {run}, got a finished restoration alone; start without --resume"
+        )
     check_models(dense, pruned, max_length)
-    if spec.preset.on_refit and refits:
+    refitting = (refitting or RefitRequest()).completed(spec)
+    if spec.preset.on_refit and refitting.n_samples:
+        check_calibration(refitting.calibration, refitting.n_samples, option="--refit-samples")
         require_refittable(resolve(dense), resolve(pruned), instead="restore by the method lcc, which refits nothing")
     if spec.needs_scan:
         check_scores(run, heads.needed_by(spec)[1], one_at_a_time=one_at_a_time, data=heads.data)
+
+
+def _has_begun(run: Path, spec: MethodSpec) -> bool:
+    """Whether a resumed run has a checkpoint; a training without one begins at its first step."""
+    has_checkpoint = (run / CHECKPOINT).exists()
+    if spec.n_trained and not has_checkpoint:
+        logger.info("no checkpoint in %s to resume: the training begins at its first step", run)
+    return has_checkpoint
 
 
 def _scan_data(heads: HeadRequest, dense: str | Path, run: Path, seed: int) -> Data:

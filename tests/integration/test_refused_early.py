@@ -157,6 +157,8 @@ def no_text_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
         ("refit PRUNED DENSE OUT", ["--calibration", "self"], "expected the dense model before the pruned one"),
         ("refit DENSE OTHER OUT", ["--calibration", "self"], "expected the dense model that"),
         ("refit DENSE PRUNED OUT", ["--calibration", "self", "--seq-len", 9999], "tokens, got 9999"),
+        ("refit DENSE PRUNED OUT", ["--calibration", "mix", "--n-samples", 4], "got 4 for 5; raise --n-samples"),
+        ("scan DENSE PRUNED COPY", ["--data", "self"], "expected a run directory, got the model in"),
         ("scan PRUNED DENSE OUT", ["--data", "self"], "expected the dense model before the pruned one"),
         ("scan DENSE PRUNED OUT", ["--data", "self", "--max-length", 9999], "context of 512 tokens, got 9999"),
         ("scan DENSE PRUNED OUT", ["--data", "self", "--one-at-a-time", "--selectors", "patching"], "both models"),
@@ -164,6 +166,9 @@ def no_text_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
         ("restore PRUNED DENSE OUT", ["--data", "self", "--method", "best"], "before the pruned one"),
         ("restore DENSE OTHER OUT", ["--data", "self", "--method", "best"], "expected the dense model that"),
         ("restore DENSE PRUNED OUT", ["--data", "self", "--max-length", 9999], "context of 512 tokens, got 9999"),
+        ("restore DENSE PRUNED OUT", ["--data", "self", "--refit-samples", 4], "got 4 for 5; raise --refit-samples"),
+        ("restore DENSE PRUNED COPY", ["--data", "self", "--examples", 4], "expected a run directory, got the model"),
+        ("restore DENSE PRUNED COPY", ["--budget", "5m"], "expected a run directory, got the model in"),
         ("compare PRUNED DENSE OUT", ["--data", "self", "--texts", "self"], "before the pruned one"),
         ("compare DENSE OTHER OUT", ["--data", "self", "--methods", "best"], "expected the dense model that"),
         ("prompts DENSE PRUNED OUT", ["--data", "self", "--restored", "nowhere"], "nowhere"),
@@ -176,10 +181,12 @@ def test_all_else_is_checked_before_data_are_read(
     other = tmp_path / "other"  # was pruned from another model
     shutil.copytree(pruned_dir, other)
     write_json(other / "pruning.json", {"dense_sha256": "0" * 64})
-    places = {"DENSE": dense_dir, "PRUNED": pruned_dir, "OTHER": other, "OUT": tmp_path / "out"}
+    copy = shutil.copytree(pruned_dir, tmp_path / "copy")
+    places = {"DENSE": dense_dir, "PRUNED": pruned_dir, "OTHER": other, "COPY": copy, "OUT": tmp_path / "out"}
     name, *words = command.split()
     refused(capsys, 2, message, name, *(places[word] for word in words), *options)
     assert not (tmp_path / "out").exists()
+    assert {path.name for path in copy.iterdir()} == {path.name for path in pruned_dir.iterdir()}
 
 
 def test_every_model_is_checked_before_the_first_is_measured(

@@ -58,7 +58,7 @@ class Restore(Tabled):
     seed: Seed = 0
     """Seed of the draw and order of the training data."""
     resume: Switch = False
-    """Resume from the run's checkpoint."""
+    """Go on with an interrupted run: with its refit, its scan, and the checkpoint of its training."""
     overwrite: Switch = False
     """Replace an existing restoration."""
     log: Maybe[Literal["trackio"]] = None
@@ -68,6 +68,14 @@ class Restore(Tabled):
     memory: TrainingMemory = field(default_factory=TrainingMemory)
 
     def execute(self) -> None:
+        from lcc_lens.core.outputs.places import RESUMED, writing_run
+        from lcc_lens.models.loading.references import resolve
+
+        self._check_folder()
+        with writing_run(self.run, inputs=[resolve(self.dense), resolve(self.pruned)], again=RESUMED):
+            self._restore()
+
+    def _restore(self) -> None:
         from lcc_lens.data.checks import check_data
         from lcc_lens.data.registry import without_self_written
         from lcc_lens.evaluation.task_recovery import note_task
@@ -76,7 +84,6 @@ class Restore(Tabled):
         from lcc_lens.restoration.jobs import check_job, restore_models
         from lcc_lens.restoration.settings import SCAN_DATA, RestoreSettings
 
-        self._check_folder()
         spec = method_in_memory(self.chosen_method, self.pruned, low_rank=self.training.low_rank)
         heads = self._heads()
         config, measures = self._config(spec), self._measures()
@@ -84,9 +91,9 @@ class Restore(Tabled):
         check_data([train_data, self._scan_data or SCAN_DATA, *(self.data.panel or ())])
         check_job(
             self.dense, self.pruned, self.run, spec, heads, max_length=self.data.max_length,
-            refits=self.training.refit_samples != 0, one_at_a_time=self.memory.one_at_a_time, log=self.log,
+            refitting=self._refitting(None), one_at_a_time=self.memory.one_at_a_time, resume=self.resume, log=self.log,
         )  # fmt: skip
-        plan = self._plan(spec, train_data)
+        plan = self._plan(spec, config, train_data)
         if plan is not None and not plan.writes:
             train_data = without_self_written(train_data)
         n_examples = self._n_examples if plan is None else plan.examples
@@ -161,7 +168,7 @@ class Restore(Tabled):
                 "expected a task or data of your own, got both; leave out --task, or --data and --scan-data"
             )
 
-    def _plan(self, spec: MethodSpec, train_data: str) -> BudgetPlan | None:
+    def _plan(self, spec: MethodSpec, config: TrainConfig, train_data: str) -> BudgetPlan | None:
         """The sizes that fit the time budget, told before the work; None where sizes are named."""
         from lcc_lens.data.panel import available_panel
         from lcc_lens.data.registry import fraction_of
@@ -182,7 +189,8 @@ class Restore(Tabled):
         own = fraction_of("self", train_data)
         plan = plan_budget(
             self.dense, self.pruned, budget, method=spec, length=self.data.max_length, n_measured=n_measured,
-            self_written=own, may_skip_writing=self.data.data is None or not own, run=self.run,
+            self_written=own, may_skip_writing=self.data.data is None or not own, config=config,
+            run=self.run, resume=self.resume,
         )  # fmt: skip
         console().print(f"plan for {plan}", highlight=False, soft_wrap=True)
         return plan

@@ -178,6 +178,17 @@ def test_less_is_trained_on_where_the_refit_took_longer(dense_dir: Path, pruned_
     assert blocks_in_time(too_late, pair, spec, config, tmp_path) == 16
 
 
+@given(st.floats(30, 400), st.floats(0.01, 2))
+def test_the_smallest_training_fits_beside_every_refit(budget: float, solved: float) -> None:
+    costs = Costs(Speed(6e-4, 4e-3, solved, 3.0, 0.05, 5e-3))
+    try:
+        plan = fit_budget(costs, budget)
+    except RequestError:
+        return
+    assert plan.examples >= 16
+    assert sum(plan.seconds.values()) <= 0.95 * budget + 1e-6
+
+
 def test_a_resumed_run_keeps_its_number_of_blocks(
     dense_dir: Path, pruned_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -187,8 +198,41 @@ def test_a_resumed_run_keeps_its_number_of_blocks(
     slower = replace(plan, started=plan.started - 200)
     blocks = blocks_in_time(slower, pair, spec, config, tmp_path)
     assert blocks < plan.examples
-    again = plan_budget(dense_dir, pruned_dir, "5m", length=16, run=tmp_path)
-    assert (again, blocks_in_time(again, pair, spec, config, tmp_path)) == (plan, blocks)
+    # what is measured at the end may change
+    again = plan_budget(dense_dir, pruned_dir, "5m", length=16, n_measured=64, run=tmp_path, resume=True)
+    assert (again, blocks_in_time(again, pair, spec, config, tmp_path, resume=True)) == (plan, blocks)
+    assert blocks_in_time(plan, pair, spec, config, tmp_path) > blocks  # one that begins anew has its time again
+
+
+def test_a_plan_is_used_again_for_its_own_request_alone(
+    dense_dir: Path, pruned_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured: list[int] = []
+    monkeypatch.setattr(
+        "lcc_lens.restoration.budget.measure_speed", lambda *_: measured.append(0) or Speed(1e-3, 5e-3, 1e-3, 0.0)
+    )
+    plan = plan_budget(dense_dir, pruned_dir, "5m", length=16, run=tmp_path)
+    others: list[tuple[dict[str, object], str]] = [
+        ({"budget": "6m"}, "time budget"), ({"method": "polish"}, "method"), ({"length": 8}, "length"),
+        ({"self_written": 1.0}, "choice of data"), ({"config": TrainConfig(batch_size=1)}, "set of training options"),
+        ({"pruned": dense_dir}, "pruned model"),
+    ]  # fmt: skip
+    settings = {"dense": dense_dir, "pruned": pruned_dir, "budget": "5m", "length": 16, "run": tmp_path}
+    for other, what in others:
+        with pytest.raises(RequestError, match=f"got another {what}; repeat them, or start without --resume"):
+            plan_budget(**(settings | other), resume=True)
+    assert plan_budget(**settings) == plan
+    assert len(measured) == 1
+    for other in ({"config": TrainConfig(batch_size=1)}, {"n_measured": 64}):
+        plan_budget(**(settings | other))
+    assert len(measured) == 3
+
+
+def test_a_run_of_named_sizes_is_not_resumed_with_a_budget(dense_dir: Path, pruned_dir: Path, tmp_path: Path) -> None:
+    (tmp_path / "refit").mkdir()
+    with pytest.raises(RequestError, match="got one of named sizes; repeat --examples and --refit-samples"):
+        plan_budget(dense_dir, pruned_dir, "5m", run=tmp_path, resume=True)
+    assert not (tmp_path / BUDGET_FILE).exists()
 
 
 @pytest.mark.parametrize(

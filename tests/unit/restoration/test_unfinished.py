@@ -15,15 +15,16 @@ from support.commands import call, refused
 from support.faults import flip_byte
 
 from lcc_lens.analysis.scan.scan import Scan
-from lcc_lens.core.errors import RequestError
+from lcc_lens.core.errors import DiskFullError, RequestError
 from lcc_lens.core.files import read_sealed
 from lcc_lens.core.fingerprint import fingerprint
 from lcc_lens.data.datasets import load_data
 from lcc_lens.models.pair import Pair
+from lcc_lens.restoration.jobs import restore_models
 from lcc_lens.restoration.refitted import refitted_model
 from lcc_lens.restoration.restore import restore
 from lcc_lens.restoration.result import RESTORATION_TENSORS, Restoration
-from lcc_lens.restoration.settings import RefitRequest
+from lcc_lens.restoration.settings import RefitRequest, RestoreSettings
 from lcc_lens.restoration.training.config import Step, TrainConfig
 from lcc_lens.restoration.training.state import CHECKPOINT
 
@@ -134,6 +135,50 @@ def test_a_run_is_resumed_wherever_it_and_its_models_and_data_lie(
     )
     assert steps[0].step == 2
     assert torch.equal(resumed.constants, whole.constants)
+
+
+def test_a_full_disk_at_the_end_loses_nothing(
+    pair: Pair, found: Scan, own_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(_: Restoration, run: Path) -> None:
+        raise DiskFullError(run / RESTORATION_TENSORS)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Restoration, "save", full)
+        with pytest.raises(DiskFullError, match=r"restoration.safetensors; free some and go on with --resume$"):
+            begin(pair, found, own_file, tmp_path)
+    steps: list[Step] = []
+    begin(pair, found, own_file, tmp_path, resume=True, on_step=steps.append)
+    assert steps == []
+
+
+def test_a_run_that_was_stopped_before_its_training_is_resumed(
+    dense_dir: Path, pruned_dir: Path, own_file: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    run, data, request = tmp_path / "run", load_data(str(own_file)), RefitRequest([str(text_file)], 4, 16)
+
+    def restored(*, resume: bool) -> Restoration:
+        return restore_models(
+            dense_dir, pruned_dir, run, data, method="polish", validation=load_data(str(text_file)), resume=resume,
+            refitting=request, settings=RestoreSettings(max_length=32),
+        )[0]  # fmt: skip
+
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("lcc_lens.restoration.jobs.load_pair", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            restored(resume=False)
+    refitted = (run / "refit" / "model.safetensors").stat().st_mtime_ns
+    with caplog.at_level("INFO"):
+        restored(resume=True)
+    assert f"no checkpoint in {run} to resume: the training begins at its first step" in caplog.text
+    assert (run / "refit" / "model.safetensors").stat().st_mtime_ns == refitted
+    (run / CHECKPOINT).unlink()
+    with pytest.raises(RequestError, match="got a finished restoration alone; start without --resume"):
+        restored(resume=True)
 
 
 def test_a_refit_of_the_default_length_is_used_again(
