@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 
 from lcc_lens.core.checkpoint import Checkpoint
-from lcc_lens.core.config import default_device
+from lcc_lens.core.config import compute_dtype, default_device
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.machine.memory import total_memory
 from lcc_lens.models.loading.references import resolve
@@ -49,6 +49,10 @@ def method_in_memory(method: str | MethodSpec, pruned: str | Path, *, low_rank: 
 
 
 def training_bytes(checkpoint: Checkpoint) -> int:
-    """What training every weight of the decoder layers takes, both models included, activations not."""
-    inside = sum(math.prod(tensor.shape) for name, tensor in checkpoint.tensors.items() if IN_LAYER.search(name))
-    return 2 * checkpoint.n_bytes + BYTES_PER_WEIGHT * inside
+    """What training every weight of the decoder layers takes, both models included, activations not.
+
+    The models count in the format that they compute in, whatever the files hold.
+    """
+    sizes = {name: math.prod(tensor.shape) for name, tensor in checkpoint.tensors.items()}
+    inside = sum(size for name, size in sizes.items() if IN_LAYER.search(name))
+    return 2 * compute_dtype(default_device()).itemsize * sum(sizes.values()) + BYTES_PER_WEIGHT * inside

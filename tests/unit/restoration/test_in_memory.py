@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 import os
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from lcc_lens.core.checkpoint import Checkpoint
 from lcc_lens.core.machine import memory
@@ -43,11 +42,18 @@ def test_other_methods_stay_what_they_are(pruned_dir: Path, monkeypatch: pytest.
     assert method_in_memory("best", pruned_dir / "absent").name == "best"  # refused where the models are checked
 
 
-def test_training_takes_24_bytes_per_weight_of_the_layers_beside_both_models(pruned_dir: Path) -> None:
+def test_training_takes_24_bytes_per_weight_of_the_layers_beside_both_models(
+    pruned_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     tensors = load_file(pruned_dir / "model.safetensors")
-    inside = sum(math.prod(t.shape) for name, t in tensors.items() if ".layers." in name)
-    both = 2 * sum(t.nbytes for t in tensors.values())
-    assert training_bytes(Checkpoint(pruned_dir)) == pytest.approx(24 * inside + both, rel=0.05)  # files have headers
+    inside = sum(t.numel() for name, t in tensors.items() if ".layers." in name)
+    both = 2 * sum(4 * t.numel() for t in tensors.values())
+    assert training_bytes(Checkpoint(pruned_dir)) == 24 * inside + both
+    halves = {name: tensor.bfloat16() for name, tensor in tensors.items()}
+    save_file(halves, tmp_path / "model.safetensors", {"format": "pt"})
+    assert training_bytes(Checkpoint(tmp_path)) == training_bytes(Checkpoint(pruned_dir))  # computed in float32, too
+    monkeypatch.setenv("LCC_LENS_DTYPE", "bfloat16")
+    assert training_bytes(Checkpoint(pruned_dir)) == 24 * inside + both / 2
 
 
 def test_memory_is_what_the_process_may_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
