@@ -34,7 +34,9 @@ class DiskFullError(LensError):
 
 
 def first_line(error: BaseException) -> str:
-    """The message of another library's error, as one line of at most 200 characters."""
+    """An error's message as one line: our own as it is, another library's with at most 200 characters."""
+    if isinstance(error, LensError):
+        return str(error)
     if "trust_remote_code" in str(error):
         return "it brings its own code, which is not run here; name a model of an architecture that transformers has"
     lines = str(error).strip().splitlines()
