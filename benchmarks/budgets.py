@@ -22,7 +22,7 @@ from run import describe, rounded
 from lcc_lens.core.files import write_json
 from lcc_lens.core.progress import shown
 from lcc_lens.core.reading import read_json
-from lcc_lens.evaluation.panel import measure_panel
+from lcc_lens.evaluation.panel import measure_panel, panel_blocks
 from lcc_lens.models.pair import load_pair
 from lcc_lens.pruning.jobs import prune
 from lcc_lens.restoration.budget import BUDGET_FILE, parse_budget
@@ -50,7 +50,8 @@ def restored(pruned: Path, run: Path, budget: str, method: str) -> dict[str, Any
 def measured(pruned: Path, run: Path) -> dict[str, Any]:
     """The recovery on more blocks than the command measures, outside its time."""
     base = run / "refit" if (run / "refit").exists() else pruned
-    return measure_panel(Restoration.load(run), load_pair("smollm2", base), before_refit=str(pruned), blocks=8)
+    pair = load_pair("smollm2", base)
+    return measure_panel(Restoration.load(run), pair, panel_blocks(pair.tokenizer), before_refit=str(pruned))
 
 
 def main() -> None:

@@ -25,6 +25,10 @@ Pairs = list[tuple[Record, Item | Example]]
 _PRECEDENCE: tuple[Role, ...] = ("held-out", "calibration", "probe", "train")
 
 
+class EmptyRole(RequestError):
+    """Data of which no example falls to a role."""
+
+
 def draw(name: str, n: int | None, role: Role | None, seed: int) -> tuple[Kind, Pairs, str]:
     """The kind of a data set or file, the drawn records with their examples, and where they came from."""
     check_role(role)
@@ -36,7 +40,7 @@ def draw(name: str, n: int | None, role: Role | None, seed: int) -> tuple[Kind, 
         kind, pairs, source = _read_named(name, role)
     pairs = _with_a_wrong_answer(pairs, source)
     if role is not None and not pairs:
-        raise RequestError(
+        raise EmptyRole(
             f"expected examples for the role {role} in {source}, got none: its examples (of a .txt, its "
             "paragraphs) are divided among the roles by their text; add more"
         )

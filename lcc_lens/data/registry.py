@@ -245,9 +245,11 @@ def data_kind(name: str) -> Kind | None:
 
 
 def domains(name: str) -> frozenset[str]:
-    """The domains of a data set and of its parts; a file is a domain of its own, by its name."""
+    """The domains of a data set and of its parts; a file is a domain of its own, however its path is written."""
     parts = part_names(name)
     if parts:
         return frozenset().union(*map(domains, parts))
+    if is_data_file(name):
+        return frozenset({str(Path(name).resolve())})
     own = name if name not in DATASETS else DATASETS[name].domain
     return frozenset() if own is None else frozenset({own})

@@ -6,7 +6,6 @@ import logging
 import math
 import statistics
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,9 +14,9 @@ from lcc_lens.core.metrics import share_recovered
 from lcc_lens.core.reading import read_json, read_record, write_record
 from lcc_lens.data.batches import TokenSequence
 from lcc_lens.data.datasets import load_data, text_sequences
-from lcc_lens.data.panel import available_panel
+from lcc_lens.data.drawing import EmptyRole
+from lcc_lens.data.panel import available_panel, panel_labels
 from lcc_lens.data.registry import domains
-from lcc_lens.data.roles import digest
 from lcc_lens.models.hooked.fused_attention import fused_attention
 from lcc_lens.models.hooked.hooks import HookedModel
 from lcc_lens.models.hooked.losses import sequence_loss
@@ -43,7 +42,7 @@ def panel_blocks(
     length: int = 512,
     without: Collection[str] = (),
 ) -> dict[str, list[TokenSequence]]:
-    """Held-out blocks of every domain by name; a text without enough for one block is left out with a line in the log.
+    """Held-out blocks of every text by its name; one without enough for a block is left out with a line in the log.
 
     Args:
         tokenizer: the models' tokenizer.
@@ -52,24 +51,28 @@ def panel_blocks(
         without: groups (see :attr:`~lcc_lens.data.datasets.Data.groups`) to leave out: those that chose the parameters.
 
     Raises:
-        RequestError: an unknown name, a text that was named and cannot be had, or nothing to measure on.
+        RequestError: an unknown name, two texts that tables would call the same, a text that was named and cannot be
+            had, or nothing to measure on.
     """
     cut = {}
-    for name in texts or available_panel():
-        data = load_data(name, role="held-out", as_text=True)
-        kept = tuple(example for example in data.examples if digest(example.group) not in without)
-        data = data if data.parts else replace(data, examples=kept)
-        cut[Path(name).stem] = sequences = text_sequences(data, tokenizer, length, blocks)
-        if not sequences:
+    for name in panel_labels(texts or available_panel()):
+        try:
+            data = load_data(name, role="held-out", as_text=True).without(frozenset(without))
+        except EmptyRole:
+            sequences = []
+        else:
+            sequences = text_sequences(data, tokenizer, length, blocks)
+        if sequences:
+            cut[name] = sequences
+        else:
             logger.warning("%s holds less than %d held-out tokens: left out of the panel", name, length)
-            del cut[Path(name).stem]
     if not cut:
         raise RequestError(f"expected at least one text with {length} held-out tokens, got none; name longer texts")
     return cut
 
 
 def panel_losses(model: Any, blocks: Mapping[str, Sequence[TokenSequence]]) -> dict[str, float]:
-    """The loss of a plain model on every domain, in nats per token."""
+    """The loss of a plain model on every text, in nats per token."""
     return {name: sequence_loss(model, sequences)["loss"] for name, sequences in blocks.items()}
 
 
@@ -79,26 +82,27 @@ def panel_recovery(
     r"""The fraction of the lost log-perplexity that was recovered, by domain: $(p - r) / (p - d)$.
 
     Args:
-        dense: losses of the dense model by text; ``pruned``, ``restored``: those of the others.
+        dense: losses of the dense model by the names of texts; ``pruned``, ``restored``: those of the others.
         seen: domains (see :func:`~lcc_lens.data.registry.domains`) of the calibration and training data.
 
     Returns:
-        ``domains``: by text the three models' ``perplexity``, what was ``recovered`` (None where nothing was lost), and
-        whether its kind was ``in_pool``. ``mean``, ``worst`` and ``worst_domain`` over those that lost something (None
-        without any). ``worse``: the texts that the restored model predicts worse than the pruned one.
+        ``domains``: by text, as :func:`~lcc_lens.data.panel.panel_labels` calls it, the three models' ``perplexity``,
+        what was ``recovered`` (None where nothing was lost), and whether its kind was ``in_pool``. ``mean``, ``worst``
+        and ``worst_domain`` over those that lost something (None without any). ``worse``: the texts that the restored
+        model predicts worse than the pruned one.
     """
-    seen = frozenset(seen)
-    fractions = {name: share_recovered(dense[name], pruned[name], restored[name]) for name in dense}
+    seen, labels = frozenset(seen), panel_labels(dense)
+    fractions = {label: share_recovered(dense[name], pruned[name], restored[name]) for name, label in labels.items()}
     losses = {"dense": dense, "pruned": pruned, "restored": restored}
     rows = {
-        name: {
+        label: {
             "perplexity": {model: math.exp(loss[name]) for model, loss in losses.items()},
-            "recovered": fraction,
+            "recovered": fractions[label],
             "in_pool": bool(domains(name) & seen),
         }
-        for name, fraction in fractions.items()
+        for name, label in labels.items()
     }
-    worse = [name for name in dense if restored[name] > pruned[name]]
+    worse = [label for name, label in labels.items() if restored[name] > pruned[name]]
     return {"domains": rows, **mean_and_worst(fractions), "worse": worse}
 
 
@@ -117,39 +121,36 @@ def mean_and_worst(fractions: Mapping[str, float | None]) -> dict[str, Any]:
 def measure_panel(
     restoration: Restoration,
     pair: Pair,
+    blocks: Mapping[str, Sequence[TokenSequence]],
     *,
     before_refit: str | Path | None = None,
-    texts: Sequence[str] = (),
-    blocks: int = 8,
-    length: int = 512,
-    without: Collection[str] = (),
 ) -> dict[str, Any]:
     """Measure the dense, the pruned and the restored model on held-out text of every domain.
 
     Args:
         restoration: what was restored.
         pair: the models that it belongs to.
+        blocks: of every text, by its name; see :func:`panel_blocks`.
         before_refit: the pruned model itself, where the pair's was refitted from it.
-        texts: see :func:`panel_blocks`, as ``blocks``, ``length`` and ``without``.
 
     Returns:
         See :func:`panel_recovery`; also ``blocks`` of each text at most, and their ``length`` in tokens.
 
     Example:
-        >>> measure_panel(restoration, pair)["worst"]  # doctest: +SKIP
+        >>> measure_panel(restoration, pair, panel_blocks(pair.tokenizer))["worst"]  # doctest: +SKIP
         0.57
     """
-    cut = panel_blocks(pair.tokenizer, texts, blocks=blocks, length=min(length, pair.context), without=without)
-    dense = _hooked_losses(pair.dense, cut)
+    dense = _hooked_losses(pair.dense, blocks)
     pruned = (
-        _hooked_losses(pair.pruned, cut)
+        _hooked_losses(pair.pruned, blocks)
         if before_refit is None
-        else panel_losses(load_plain(resolve(before_refit)), cut)
+        else panel_losses(load_plain(resolve(before_refit)), blocks)
     )
     with restoration.applied_to(pair.pruned) as model:
-        restored = _hooked_losses(model, cut)
+        restored = _hooked_losses(model, blocks)
     found = panel_recovery(dense, pruned, restored, seen_domains(pair.pruned_id.path, restoration.record.data))
-    return {**found, "blocks": blocks, "length": min(length, pair.context)}
+    lengths = [list(map(len, own)) for own in blocks.values()]
+    return {**found, "blocks": max(map(len, lengths)), "length": lengths[0][0]}
 
 
 def seen_domains(pruned: Path, *data: str) -> frozenset[str]:

@@ -17,6 +17,7 @@ from lcc_lens.core.files import locked
 from lcc_lens.core.metrics import bootstrap_interval, share_recovered
 from lcc_lens.core.ranges import Count, ranged
 from lcc_lens.data.checks import MIX, check_data
+from lcc_lens.data.panel import panel_labels
 from lcc_lens.data.registry import domains as domains_of
 from lcc_lens.evaluation.comparison.accuracies import mean_rows, task_rows
 from lcc_lens.evaluation.comparison.config import CompareConfig
@@ -248,7 +249,7 @@ def _domains(
     entry: Entry, by_text: Sequence[Mapping[str, float | None]], settings: Mapping[str, Any]
 ) -> dict[str, dict[str, Any]]:
     """By text the fraction ``recovered``, a mean over seeds, and whether its kind was calibrated or trained on."""
-    named = {Path(text).stem: text for text in settings.get("texts", ())}
+    named = {label: name for name, label in panel_labels(settings.get("texts", ())).items()}
     data = [settings.get("data", ""), *(settings.get("refit_data", ()) if entry.on_refit else ())]
     seen = frozenset().union(*map(domains_of, data))
     rows = {}

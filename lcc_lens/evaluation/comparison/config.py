@@ -10,7 +10,7 @@ from lcc_lens.analysis.selectors.registry import check_selectors
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.ranges import Count, Length, Natural, Share, check_numbers
 from lcc_lens.data.checks import or_mix
-from lcc_lens.data.panel import available_panel
+from lcc_lens.data.panel import available_panel, panel_labels
 from lcc_lens.data.registry import require_dataset
 from lcc_lens.models.architecture.context import fitting_length
 from lcc_lens.pruning.jobs import REFIT_DATA, REFIT_SAMPLES
@@ -45,7 +45,7 @@ class CompareConfig:
         speed_rounds: timed rounds of inference at the end; 0 for none.
 
     Raises:
-        RequestError: no text, an unknown data set or selector, or a number out of range.
+        RequestError: no text, two of the same name, an unknown data set or selector, or a number out of range.
     """
 
     data: str = field(default_factory=default_data)
@@ -96,3 +96,4 @@ class CompareConfig:
             raise RequestError("expected at least one text to measure perplexity on, got none; name one")
         for name in (self.data, *self.texts):
             require_dataset(name)
+        panel_labels(self.texts)

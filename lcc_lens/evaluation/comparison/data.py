@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from lcc_lens.core.errors import RequestError
 from lcc_lens.data.batches import TokenSequence
 from lcc_lens.data.datasets import Data, encode
+from lcc_lens.data.panel import panel_labels
 from lcc_lens.data.roles import Role, check_disjoint
 from lcc_lens.evaluation.comparison.config import CompareConfig
 from lcc_lens.evaluation.comparison.entry import Entry
@@ -80,8 +81,9 @@ class ComparisonData:
                 f"expected more than {config.validation} held-out responses in {config.data}, got {len(held_out)}: so "
                 "many choose the best parameters, the others are measured; add data"
             )
-        texts = panel_blocks(
+        blocks = panel_blocks(
             tokenizer, config.texts, blocks=config.blocks, length=config.block_length, without=chose
         )  # fmt: skip
+        texts = {label: blocks[name] for name, label in panel_labels(config.texts).items() if name in blocks}
         self._kept = validation, Measures(texts, responses, config.tasks, config.limit)
         return self._kept

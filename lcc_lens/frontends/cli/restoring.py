@@ -24,6 +24,9 @@ from lcc_lens.frontends.cli.restore_options import (
 from lcc_lens.frontends.cli.show import console, loss_table, show_losses, show_panel, show_recovery
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from lcc_lens.data.batches import TokenSequence
     from lcc_lens.data.datasets import Data
     from lcc_lens.evaluation.task_recovery import TaskMeasures
     from lcc_lens.models.pair import Pair
@@ -93,11 +96,13 @@ class Restore(Tabled):
             self.dense, self.pruned, self.run, spec, heads, max_length=self.data.max_length,
             refitting=self._refitting(None), one_at_a_time=self.memory.one_at_a_time, resume=self.resume, log=self.log,
         )  # fmt: skip
+        texts = [*self._panel(self.data.panel)] if self.data.panel else []
         plan = self._plan(spec, config, train_data)
         if plan is not None and not plan.writes:
             train_data = without_self_written(train_data)
         n_examples = self._n_examples if plan is None else plan.examples
         data, validation = self._examples(spec, train_data, n_examples)
+        panel = self._panel(texts, validation)
         training = self.training
         settings = RestoreSettings(
             rank=training.rank, mlp_rank=training.mlp_rank, low_rank=training.low_rank, start=training.start,
@@ -112,7 +117,7 @@ class Restore(Tabled):
         if is_first_process():
             show_losses(restoration.record.losses, len(restoration.record.settings["heads"]), self.run)
             before_refit = self.pruned if spec.preset.on_refit else None
-            self._measure_panel(restoration, pair, before_refit, validation)
+            self._measure_panel(restoration, pair, panel, before_refit)
             if not self.quiet and (advice := better_method(self.chosen_method)):
                 console().print(advice, soft_wrap=True)
             if measures is None:
@@ -139,21 +144,37 @@ class Restore(Tabled):
         chosen = (PAPER_HEADS if self.paper else {}) | {key: value for key, value in named.items() if value is not None}
         return HeadRequest(data=self._scan_data, examples=self.data.scan_examples, **chosen)
 
-    def _measure_panel(
-        self, restoration: Restoration, pair: Pair, before_refit: str | None, validation: Data | None
-    ) -> None:
-        """Measure recovery on every kind of text, without what chose the parameters."""
-        from lcc_lens.evaluation.panel import measure_panel, note_panel
+    def _panel(self, texts: Sequence[str], validation: Data | None = None) -> dict[str, list[TokenSequence]]:
+        """Held-out blocks of texts, or of every kind of text, without what chooses the parameters; none if not asked.
+
+        They are cut before the work, which no text that is too short then spoils.
+        """
+        from lcc_lens.evaluation.panel import panel_blocks
+        from lcc_lens.models.architecture.context import DEFAULT_LENGTH, context_of
+        from lcc_lens.models.architecture.layers import read_config
+        from lcc_lens.models.loading.hooked import load_tokenizer
+        from lcc_lens.models.loading.references import resolve
 
         if not self.data.panel_blocks:
-            return
-        chose = frozenset[str]() if validation is None else validation.groups
-        panel = measure_panel(
-            restoration, pair, before_refit=before_refit, texts=self.data.panel or (), blocks=self.data.panel_blocks,
-            without=chose,
+            return {}
+        models = [resolve(model) for model in (self.dense, self.pruned)]
+        return panel_blocks(
+            load_tokenizer(models[0]), texts, blocks=self.data.panel_blocks,
+            length=min(DEFAULT_LENGTH, *(context_of(read_config(model)) or DEFAULT_LENGTH for model in models)),
+            without=frozenset[str]() if validation is None else validation.groups,
         )  # fmt: skip
-        note_panel(self.run, panel)
-        show_panel(panel)
+
+    def _measure_panel(
+        self, restoration: Restoration, pair: Pair, panel: Mapping[str, Sequence[TokenSequence]],
+        before_refit: str | None,
+    ) -> None:  # fmt: skip
+        """Measure recovery on every kind of text."""
+        from lcc_lens.evaluation.panel import measure_panel, note_panel
+
+        if panel:
+            measured = measure_panel(restoration, pair, panel, before_refit=before_refit)
+            note_panel(self.run, measured)
+            show_panel(measured)
 
     def _check_folder(self) -> None:
         """Refuse options that exclude each other, and a run directory with another result."""

@@ -119,7 +119,7 @@ def test_a_plus_joins_names_and_may_be_in_a_files_own(tmp_path: Path) -> None:
 def test_domains_are_those_of_all_parts() -> None:
     assert part_names("c4+notes.txt") == ("c4", "notes.txt")
     assert domains("mix") == {"self-written", "encyclopedia", "how-to", "questions", "code"}
-    assert domains("alpaca+notes.txt") == {"instructions", "notes.txt"}
+    assert domains("alpaca+notes.txt") == {"instructions", str(Path("notes.txt").resolve())}
 
 
 def test_the_mix_replaces_defaults_without_a_source(root: Path, caplog: pytest.LogCaptureFixture) -> None:

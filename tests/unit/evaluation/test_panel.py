@@ -12,6 +12,7 @@ from support.tiny import tiny_tokenizer
 from lcc_lens.core.errors import RequestError
 from lcc_lens.data.datasets import load_data
 from lcc_lens.evaluation.comparison.compare import summary
+from lcc_lens.evaluation.comparison.config import CompareConfig
 from lcc_lens.evaluation.comparison.tables import comparison_tables
 from lcc_lens.evaluation.panel import panel_blocks, panel_recovery, seen_domains
 from lcc_lens.exporters.measured import panel_metrics
@@ -47,10 +48,12 @@ def test_nothing_lost_anywhere_has_no_mean() -> None:
 def test_a_text_that_is_too_short_is_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "long.txt").write_text("\n\n".join(f"Sentence number {i} of many." for i in range(200)))
     (tmp_path / "short.txt").write_text("\n\n".join(f"{i}." for i in range(40)))
-    names = [str(tmp_path / name) for name in ("long.txt", "short.txt")]
+    (tmp_path / "none.txt").write_text("x\n\ny\n\nz")  # no paragraph of it is held out
+    names = [str(tmp_path / name) for name in ("long.txt", "short.txt", "none.txt")]
     blocks = panel_blocks(tiny_tokenizer(), names, blocks=3, length=64)
-    assert {name: len(own) for name, own in blocks.items()} == {"long": 3}
-    assert "short.txt holds less than 64 held-out tokens: left out of the panel" in caplog.text
+    assert {name: len(own) for name, own in blocks.items()} == {names[0]: 3}
+    for name in ("short.txt", "none.txt"):
+        assert f"{name} holds less than 64 held-out tokens: left out of the panel" in caplog.text
     with pytest.raises(RequestError, match="expected at least one text with 64 held-out tokens, got none"):
         panel_blocks(tiny_tokenizer(), names[1:], length=64)
 
@@ -61,7 +64,7 @@ def test_what_chose_the_parameters_is_not_measured(tmp_path: Path) -> None:
     chosen = load_data(str(file), role="held-out").examples[0]
     tokenizer = tiny_tokenizer()
     first, other = (
-        tokenizer.decode(panel_blocks(tokenizer, [str(file)], length=64, without=groups)["long"][0].tokens)
+        tokenizer.decode(panel_blocks(tokenizer, [str(file)], length=64, without=groups)[str(file)][0].tokens)
         for groups in (frozenset(), load_data(str(file), n=None, role="held-out").groups and _digests(chosen.group))
     )
     assert first.startswith(chosen.response)
@@ -99,6 +102,33 @@ def test_restore_measures_the_panel_and_the_card_shows_it(
     card = (out / "README.md").read_text()
     assert not has_lost or f"| worst domain ({panel['worst_domain']}) | {panel['worst']:.1%} |" in card
     assert "| python |" in card
+
+
+def test_texts_without_held_out_blocks_are_refused_before_the_work(
+    dense_dir: Path, pruned_dir: Path, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    none, run = tmp_path / "none.txt", tmp_path / "run"
+    none.write_text("x\n\ny\n\nz")
+    command = ("restore", dense_dir, pruned_dir, run, "--data", text_file, "--method", "norms", "--panel")
+    assert call(*command, none) == 2
+    assert "expected at least one text with 512 held-out tokens, got none; name longer texts" in capsys.readouterr().err
+    (tmp_path / text_file.name).write_text(text_file.read_text())
+    assert call(*command, text_file, tmp_path / text_file.name) == 2
+    assert "expected texts of different names, got text twice" in capsys.readouterr().err
+    assert not run.exists()
+
+
+def test_a_file_that_was_trained_on_is_known_however_it_is_written(tmp_path: Path) -> None:
+    own, other = (str(tmp_path / folder / "wikipedia.txt") for folder in ("a", "b"))
+    again = str(tmp_path / "b" / ".." / "a" / "wikipedia.txt")
+    losses = {again: 1.0, str(tmp_path / "notes.txt"): 1.0, "wikipedia": 1.0}
+    found = panel_recovery(losses, losses, losses, seen_domains(tmp_path, own))
+    seen = {label: row["in_pool"] for label, row in found["domains"].items()}
+    assert seen == {"wikipedia.txt": True, "notes": False, "wikipedia": False}
+    with pytest.raises(RequestError, match=r"expected texts of different names, got wikipedia.txt twice; rename one"):
+        panel_recovery(*[{own: 1.0, other: 1.0}] * 3)
+    with pytest.raises(RequestError, match=r"got wikipedia.txt twice"):
+        CompareConfig(data="wikipedia", texts=(own, other))
 
 
 def test_rows_of_a_comparison_have_every_domain() -> None:
