@@ -117,7 +117,7 @@ def add_evaluation(directory: str | Path, results: Mapping[str, Any], model: str
 def made_by(record: RestorationRecord) -> str:
     """What made a restored model: method, seed, version, and the weights that it was restored from."""
     return (
-        f"restored by {record.method} (lcc_lens {record.version}, seed {record.seed}) from weights with SHA-256 "
+        f"restored by {record.method_shown} (lcc_lens {record.version}, seed {record.seed}) from weights with SHA-256 "
         f"{record.pruned_sha256[:16]}"
     )
 

@@ -139,7 +139,9 @@ def _compared(record: RestorationRecord, run: Path | None, comparison: Path | No
         return {}
     results = read_record(file, dict[str, Any])
     theirs, ours = results.get("identity", {}), {"dense_sha256": record.dense_sha256}
-    if "refitted" not in record.losses:  # else the record's pruned model is the refitted one
+    if record.refit is not None:
+        ours["pruned_sha256"] = record.refit.pruned_sha256
+    elif "refitted" not in record.losses:  # else an earlier version noted the refitted model alone
         ours["pruned_sha256"] = record.pruned_sha256
     if any(theirs.get(name) != sha256 for name, sha256 in ours.items()):
         if comparison is None:

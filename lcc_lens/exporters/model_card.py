@@ -9,6 +9,7 @@ from typing import Any
 
 from lcc_lens.core.text import code, markdown
 from lcc_lens.exporters.measured import Measured, Rows
+from lcc_lens.restoration.record import RestorationRecord
 from lcc_lens.restoration.result import Restoration
 
 #: Before the table of results that were measured after the export.
@@ -30,18 +31,19 @@ def model_card(
     measured = measured or Measured.of(record)
     lines = [
         "---", "library_name: transformers", "tags: [pruned, restorelcc, lcc-lens]", "---", "",
-        f"# {markdown(Path(record.pruned).name)}, restored", "",
-        f"{code(record.pruned)} (pruned from {code(record.dense)}) with {_what_is_folded(restoration)}. Loads with "
-        "plain transformers; every other tensor is bit-identical to the pruned model, and its zeros stay.", "",
+        f"# {markdown(Path(record.pruned_shown).name)}, restored", "",
+        f"{code(record.pruned_shown)} (pruned from {code(record.dense)}){_refitted(record)} with "
+        f"{_what_is_folded(restoration)}. Loads with plain transformers; every other tensor is bit-identical to the "
+        f"{'pruned' if record.refit is None else 'refitted'} model, and its zeros stay.", "",
         "| | |", "|---|---|",
-        f"| method | {markdown(record.method)} |",
+        f"| method | {markdown(record.method_shown)} |",
         *([f"| heads | {len(restoration.heads)} |"] if restoration.heads else []),
         *([f"| MLPs | {len(restoration.mlp.parts)} |"] if restoration.mlp is not None else []),
         *([f"| weights changed | {len(dict(restoration.changes))} |"] if restoration.changes else []),
         *([f"| trained parameters | {record.n_trained} |"] if record.n_trained is not None else []),
         f"| learned from | {markdown(record.data)}, {record.n_examples} examples, seed {record.seed} |",
         f"| largest logit difference to the hooked model | {difference:.2g} |",
-        f"| pruned weights (SHA-256) | {markdown(record.pruned_sha256)} |",
+        *(f"| {name} weights (SHA-256) | {markdown(sha256)} |" for name, sha256 in record.pruned_hashes.items()),
         f"| lcc_lens | {markdown(record.version)} |",
     ]  # fmt: skip
     if record.losses:
@@ -70,6 +72,10 @@ def _tables(rows: Rows) -> list[str]:
         lines += ["", "| | " + " | ".join(map(markdown, columns)) + " |", "|---|" + "---|" * len(columns)]
         lines += [f"| {markdown(name)} | {' | '.join(map(markdown, values.values()))} |" for name, values in alike]
     return lines
+
+
+def _refitted(record: RestorationRecord) -> str:
+    return "" if record.refit_shown is None else f", refitted on {markdown(record.refit_shown)},"
 
 
 def _what_is_folded(restoration: Restoration) -> str:

@@ -17,12 +17,24 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
+@dataclass(frozen=True)
+class RefitOrigin:
+    """The pruned model as it was before a refit, and how many sequences of which data that was calibrated on."""
+
+    pruned: str
+    pruned_sha256: str
+    data: str
+    sequences: int
+
+
 @dataclass(frozen=True, repr=False)
 class RestorationRecord(Shown):
     """Where a restoration comes from: weights, data, settings, and its losses in nats per response token.
 
     ``data`` and ``n_examples`` are what its numbers were learned from: the training data, or the scan's where nothing
-    was trained. ``n_trained`` counts the trained numbers (None where an earlier version did not say).
+    was trained. ``n_trained`` counts the trained numbers (None where an earlier version did not say). If a method
+    refitted the pruned model first, ``pruned`` is the refitted one, and ``refit`` says what it was; ``preset`` is the
+    name under which ``method`` was requested, if it has one.
     """
 
     dense: str
@@ -37,11 +49,36 @@ class RestorationRecord(Shown):
     losses: dict[str, float] = field(default_factory=dict)
     version: str = field(default_factory=package_version)
     n_trained: int | None = None
+    preset: str | None = None
+    refit: RefitOrigin | None = None
+
+    @property
+    def method_shown(self) -> str:
+        """The method for readers: a preset's name with what it trains."""
+        return self.method if self.preset is None else f"{self.preset} ({self.method})"
+
+    @property
+    def pruned_shown(self) -> str:
+        """The pruned model for readers: as it was before a refit."""
+        return self.pruned if self.refit is None else self.refit.pruned
+
+    @property
+    def refit_shown(self) -> str | None:
+        """What a refit was calibrated on, in words."""
+        return None if self.refit is None else f"{self.refit.sequences} sequences of {self.refit.data}"
+
+    @property
+    def pruned_hashes(self) -> dict[str, str]:
+        """The SHA-256 of the pruned weights, and of those refitted from them if there are any."""
+        if self.refit is None:
+            return {"pruned": self.pruned_sha256}
+        return {"pruned": self.refit.pruned_sha256, "refitted": self.pruned_sha256}
 
     def facts(self, heads: Sequence[Head], n_mlps: int, n_changes: int) -> dict[str, Any]:
         """What the representation of a restoration of these parts lists."""
         facts: dict[str, Any] = {
-            "method": self.method, "dense": self.dense, "pruned": self.pruned,
+            "method": self.method_shown, "dense": self.dense, "pruned": self.pruned_shown,
+            **({} if self.refit is None else {"refitted": f"{self.pruned}, on {self.refit_shown}"}),
             "learned from": f"{self.n_examples} examples of {self.data}, seed {self.seed}",
             "trained parameters": "unknown" if self.n_trained is None else f"{self.n_trained:,}",
             "heads": heads, "MLPs": n_mlps, "changed weights": n_changes,

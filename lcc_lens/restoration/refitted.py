@@ -19,6 +19,7 @@ from lcc_lens.pruning.jobs import calibration_length, named_calibration, refit
 from lcc_lens.pruning.refit.refit import REFIT_RECORD
 from lcc_lens.restoration.injections.changes import Shift
 from lcc_lens.restoration.injections.weights import FixedWeights, layer_maps
+from lcc_lens.restoration.record import RefitOrigin
 from lcc_lens.restoration.settings import RefitRequest
 
 logger = logging.getLogger(__name__)
@@ -73,6 +74,15 @@ def refitted_model(
     return folder
 
 
+def refit_origin(pruned: str | Path, folder: Path) -> RefitOrigin | None:
+    """What a model in a folder was refitted from, by its record; None where it is no refit of this pruned model."""
+    file, sha256 = folder / REFIT_RECORD, Checkpoint(resolve(pruned)).sha256
+    record = read_json(file, _Record) if file.exists() else None
+    if record is None or record.pruned_sha256 != sha256:
+        return None
+    return RefitOrigin(str(pruned), sha256, record.calibration.data, record.calibration.sequences)
+
+
 def refit_as_change(model: HookedModel, pruned: Path, folder: Path) -> FixedWeights:
     """The refitted model in a folder as a change of the pruned model's weights, on the CPU.
 
@@ -121,3 +131,4 @@ class _Record:
 
     calibration: _Calibration
     sha256: str | None = None
+    pruned_sha256: str | None = None

@@ -32,6 +32,7 @@ from lcc_lens.restoration.injections.ingredients import Ingredients
 from lcc_lens.restoration.injections.methods import HeadSearch
 from lcc_lens.restoration.injections.spec import MethodSpec
 from lcc_lens.restoration.record import RestorationRecord
+from lcc_lens.restoration.refitted import refit_origin
 from lcc_lens.restoration.result import Restoration
 from lcc_lens.restoration.run_folder import RunFolder
 from lcc_lens.restoration.settings import LOW_RANK, RestoreSettings, with_preset
@@ -226,6 +227,8 @@ class _Steps:
         record = RestorationRecord(
             dense.reference, pruned.reference, dense.sha256, pruned.sha256, self.spec.text, data, n_examples,
             self.config.seed, self.kept, self.losses, n_trained=n_trained,
+            preset=self.spec.preset_name,
+            refit=None if self.before_refit is None else refit_origin(self.before_refit, self.pair.pruned_id.path),
         )  # fmt: skip
         restoration = Restoration.of(self.injection, record)
         self.pair.require_unchanged()

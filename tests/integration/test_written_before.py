@@ -45,6 +45,7 @@ def test_a_restoration_acts_as_it_did(pair: Pair) -> None:
     with torch.no_grad(), restoration.applied_to(pair.pruned):
         torch.testing.assert_close(pair.pruned(TOKENS)[0, -1, : len(expected)], expected, rtol=1e-4, atol=1e-4)
     assert restoration.record.losses == GOLDEN["losses"]
+    assert (restoration.record.preset, restoration.record.refit) == (None, None)
 
 
 def test_a_run_is_exported_and_explored(written: Path) -> None:

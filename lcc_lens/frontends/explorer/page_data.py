@@ -165,7 +165,7 @@ def _restored(run: RunContents) -> dict[str, Any] | None:
     if run.scan is not None:
         means = [run.scan.mean_difference[head].norm() for head in heads]
     return {
-        "method": restoration.record.method,
+        "method": restoration.record.method_shown,
         "heads": [str(head) for head in heads],
         "magnitudes": packed(restoration.magnitudes[:, :SPECTRUM_COMPONENTS]),
         "offset": packed(restoration.offset.norm(dim=-1) if heads else torch.zeros(0)),
@@ -204,13 +204,14 @@ def _source(run: RunContents) -> dict[str, Any]:
         )
     if restored is not None:
         rows["training"] = (
-            f"{Path(restored.data).name}: {restored.n_examples} examples, seed {restored.seed}, {restored.method}"
+            f"{Path(restored.data).name}: {restored.n_examples} examples, seed {restored.seed}, {restored.method_shown}"
         )
-    rows |= {
-        "dense weights": record.dense_sha256[:16], "pruned weights": record.pruned_sha256[:16],
-        "lcc_lens": record.version,
-    }  # fmt: skip
-    return {"rows": rows, "dense_name": Path(record.dense).name, "pruned_name": Path(record.pruned).name}
+        if restored.refit_shown is not None:
+            rows |= {"pruned": restored.pruned_shown, "refit": restored.refit_shown}
+    hashes = {"pruned": record.pruned_sha256} if restored is None else restored.pruned_hashes
+    weights = {"dense": record.dense_sha256, **hashes}
+    rows |= {f"{name} weights": sha256[:16] for name, sha256 in weights.items()} | {"lcc_lens": record.version}
+    return {"rows": rows, "dense_name": Path(record.dense).name, "pruned_name": Path(rows["pruned"]).name}
 
 
 def packed(tensor: Tensor, dtype: ArrayType = "float32") -> dict[str, Any]:

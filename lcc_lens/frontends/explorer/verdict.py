@@ -96,7 +96,7 @@ def _restored(run: RunContents, restoration: Restoration) -> str:
     record, losses = restoration.record, run.losses
     parameters = "" if record.n_trained is None else f" with {record.n_trained:,} trained parameters"
     where = f" in {len(restoration.heads)} heads" if restoration.heads else ""
-    what = f"{record.method}{parameters}{where}"
+    what = f"{record.method_shown}{parameters}{where}"
     if not {"dense", "pruned", "restored"} <= losses.keys():
         return f"Restored by {what}; the validation losses do not say how much was recovered."
     warning = learned_warning(losses)

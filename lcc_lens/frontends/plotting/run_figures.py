@@ -147,8 +147,9 @@ def _training(run: Path) -> go.Figure:
     _existing(run / RESTORATION_TENSORS, "lcc-lens restore")
     log = _existing(run / RUN_LOG, "lcc-lens restore")
     record = Restoration.load(run).record
-    pair = pair_label(record.dense, record.pruned)
-    caption = f"{pair}. {record.method}, {record.n_examples} examples of {Path(record.data).name}, seed {record.seed}."
+    pair = pair_label(record.dense, record.pruned_shown)
+    learned = f"{record.n_examples} examples of {Path(record.data).name}"
+    caption = f"{pair}. {record.method_shown}, {learned}, seed {record.seed}."
     return plot_training(_steps(log), record.losses.get("dense"), record.losses.get("pruned"), caption)
 
 

@@ -196,12 +196,12 @@ class Workbench:
             "low_rank": self._rank_of(self.spec(state.method)), "scale": state.scale, "steps": n_steps,
             "heads": [str(head) for head in state.heads], "history": list(history),
         }  # fmt: skip
+        spec = session_method(state.method)
         return RestorationRecord(
             dense=self.pair.dense_id.reference, pruned=self.pair.pruned_id.reference,
             dense_sha256=self.pair.dense_id.sha256, pruned_sha256=self.pair.pruned_id.sha256,
-            method=session_method(state.method).text,
-            data=data, n_examples=n_examples, seed=config.seed, settings=settings, losses=self.losses(state.scaled()),
-            n_trained=injection.n_trained,
+            method=spec.text, preset=spec.preset_name, data=data, n_examples=n_examples, seed=config.seed,
+            settings=settings, losses=self.losses(state.scaled()), n_trained=injection.n_trained,
         )  # fmt: skip
 
     def _steps(

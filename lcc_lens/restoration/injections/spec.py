@@ -53,6 +53,11 @@ class MethodSpec:
         return self if self.preset.instead is None else MethodSpec.parse(self.preset.instead)
 
     @property
+    def preset_name(self) -> str | None:
+        """The name of its preset; None where it has none."""
+        return None if self.name == self.text else self.name
+
+    @property
     def on_heads(self) -> bool:
         """Whether it acts on chosen heads."""
         return any(part.on_heads for part in self.parts)

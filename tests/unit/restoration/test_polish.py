@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from lcc_lens.core.checkpoint import Checkpoint
 from lcc_lens.core.errors import RequestError
 from lcc_lens.data import panel
 from lcc_lens.data.datasets import Data, load_data
@@ -18,6 +19,8 @@ from lcc_lens.restoration import jobs
 from lcc_lens.restoration.injections.ingredients import Ingredients
 from lcc_lens.restoration.injections.spec import MethodSpec
 from lcc_lens.restoration.jobs import restore_models
+from lcc_lens.restoration.record import RefitOrigin
+from lcc_lens.restoration.result import Restoration
 from lcc_lens.restoration.settings import RefitRequest, RestoreSettings, with_preset
 from lcc_lens.restoration.training.config import TrainConfig
 from lcc_lens.restoration.training.objectives import Objective
@@ -53,7 +56,15 @@ def test_zeros_stay_bit_for_bit_and_only_the_layers_change(
     restoration, _ = polish(dense_dir, pruned_dir, run, pool, text_file, config=config, validation=other)
     losses = restoration.record.losses
     assert losses["restored"] < losses["refitted"]
+    record, pruned = restoration.record, Checkpoint(pruned_dir).sha256
+    assert (record.method, record.preset) == ("all-weights", "polish")
+    assert record.refit == RefitOrigin(str(pruned_dir), pruned, str(text_file), 4)
+    assert Restoration.load(run).record == record
     export(restoration, run / "refit", tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    for said in ("# pruned, restored", "| polish (all-weights) |", "refitted on 4 sequences of", pruned,
+                 record.pruned_sha256, "bit-identical to the refitted model"):  # fmt: skip
+        assert said in card
     assert compare_zeros(pruned_dir, tmp_path / "out").is_equal
     before, after = (dict(load_plain(path).named_parameters()) for path in (run / "refit", tmp_path / "out"))
     changed = {name for name, value in before.items() if not torch.equal(value, after[name])}
