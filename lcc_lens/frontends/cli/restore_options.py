@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Annotated, Literal
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
+from lcc_lens.core.errors import RequestError
 from lcc_lens.core.ranges import Count, Length, Natural, Positive, Rate
 from lcc_lens.frontends.cli.options import Maybe, Memory, Switch
+
+if TYPE_CHECKING:
+    from lcc_lens.restoration.injections.spec import MethodSpec
+    from lcc_lens.restoration.training.objectives import Objective
+
+logger = logging.getLogger(__name__)
 
 METHODS_HELP = (
     "best if not given, and lcc where heads, a selector, a scan, directions, a task or --paper are named. lcc: "
@@ -108,3 +117,57 @@ class TrainingMemory(Memory):
     """Keep only each layer's input and recompute the rest for gradients: less memory, a third more time."""
     reuse: Switch = False
     """Cache activations below the lowest trained layer: faster over several epochs, but takes memory and disk."""
+
+
+def _trains(spec: MethodSpec) -> bool:
+    return spec.n_trained is not None
+
+
+#: Which methods use an option; all methods use the options that are not here.
+_USED_BY: dict[str, Callable[[MethodSpec], bool]] = {
+    "heads": lambda spec: spec.selects_heads, "selector": lambda spec: spec.selects_heads,
+    "scan_data": lambda spec: spec.needs_scan, "scan_examples": lambda spec: spec.needs_scan,
+    "rank": lambda spec: "rank" in spec.ranks, "mlp_rank": lambda spec: "mlp_rank" in spec.ranks,
+    "low_rank": lambda spec: "low_rank" in spec.ranks, "start": lambda spec: spec.starts_anywhere,
+    "refit_samples": lambda spec: spec.preset.on_refit,
+    **dict.fromkeys(
+        ("epochs", "lr", "tune_lr", "batch_size", "objective", "temperature", "patience", "checkpoint_every",
+         "gradient_checkpointing", "reuse", "shuffle_responses"), _trains,
+    ),
+}  # fmt: skip
+#: What scripts give to every method alike: named in the log where it is not used, not refused.
+_COMMON = {"heads", "selector", "epochs", "lr", "scan_examples", "refit_samples", "items"}
+
+
+def given_options(*groups: Any) -> dict[str, Any]:
+    """The options of groups, by the names of their fields, that differ from their defaults."""
+    values = {field.name: (getattr(group, field.name), field.default) for group in groups for field in fields(group)}
+    return {name: value for name, (value, default) in values.items() if value != default}
+
+
+def check_used(given: Mapping[str, Any], spec: MethodSpec, objective: Objective) -> None:
+    """Refuse options that a method does not use, or that say nothing beside the others.
+
+    Raises:
+        RequestError: names them.
+    """
+    unused = [name for name in given if name in _USED_BY and not _USED_BY[name](spec)]
+    if told := [name for name in unused if name in _COMMON]:
+        logger.warning("%s uses no %s", spec.name, " and no ".join(map(_option, told)))
+    if refused := [_option(name) for name in unused if name not in _COMMON]:
+        what = "it" if len(refused) == 1 else "them"
+        raise RequestError(f"expected options that {spec.name} uses, got {', '.join(refused)}; leave {what} out")
+    if given.keys() >= {"lr", "tune_lr"}:
+        raise RequestError("expected --lr or --tune-lr, which chooses one, got both; leave one of them out")
+    if "temperature" in given and not objective.distillation:
+        raise RequestError("expected --temperature with an --objective of distillation, got another; leave it out")
+    if "panel" in given and given.get("panel_blocks") == 0:
+        raise RequestError("expected blocks of the texts of --panel, got --panel-blocks 0; leave one of them out")
+    if "task" not in given and "text" in given:
+        raise RequestError("expected --text with a --task, got none; name its texts by --panel")
+    if "task" not in given and "items" in given:
+        logger.warning("--items counts those of a --task: nothing here uses it")
+
+
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"

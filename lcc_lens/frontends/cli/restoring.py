@@ -20,6 +20,8 @@ from lcc_lens.frontends.cli.restore_options import (
     RestoreData,
     Training,
     TrainingMemory,
+    check_used,
+    given_options,
 )
 from lcc_lens.frontends.cli.show import console, loss_table, show_losses, show_panel, show_recovery
 
@@ -90,6 +92,7 @@ class Restore(Tabled):
         spec = method_in_memory(self.chosen_method, self.pruned, low_rank=self.training.low_rank)
         heads = self._heads()
         config, measures = self._config(spec), self._measures()
+        check_used(given_options(self, self.data, self.training, self.memory), spec, config.objective)
         train_data = self._train_data(spec)
         check_data([train_data, self._scan_data or SCAN_DATA, *(self.data.panel or ())])
         check_job(

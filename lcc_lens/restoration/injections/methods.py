@@ -29,6 +29,8 @@ from lcc_lens.restoration.training.config import TrainConfig
 
 #: What a method reads, beside training data: a scan's statistics, its directions at the MLP, sequences, or nothing.
 Source = Literal["none", "scan", "scan with mlp", "scan with the mlp's directions", "sequences"]
+#: A rank of a request: directions per head, directions per MLP, or that of a low-rank change of weights.
+Rank = Literal["rank", "mlp_rank", "low_rank"]
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,8 @@ class Method:
     """Whether its result cannot be kept as a restoration, so that only comparisons run it."""
     package: str | None = None
     """A package that it needs beside this one's own, of the extra ``baselines``."""
+    ranks: tuple[Rank, ...] = ()
+    """The ranks that it reads; the command line refuses others."""
 
     def require_package(self, name: str) -> None:
         """Refuse a method, called ``name`` in the message, whose package is not installed.
@@ -149,14 +153,15 @@ METHODS: Registry[Method | Preset] = Registry(
         "lcc": Method(
             lambda inputs: LccInjection(inputs.lost(), inputs.heads, rank=inputs.rank, start=inputs.start),
             "magnitudes over the lost directions and an offset at head outputs", _PER_HEAD, ("z",), True, "scan",
+            ranks=("rank",),
         ),
         "offset": Method(_offset, "an offset at head outputs", "d_head per head", ("z",), True, "scan"),
         "mean-shift": Method(
             lambda inputs: MeanShift(inputs.lost(), inputs.heads, rank=inputs.rank),
-            "the mean difference at head outputs", None, ("z",), True, "scan",
+            "the mean difference at head outputs", None, ("z",), True, "scan", ranks=("rank",),
         ),
         "random-basis": Method(
-            _random_basis, "lcc over random directions, a control", _PER_HEAD, ("z",), True, "scan"
+            _random_basis, "lcc over random directions, a control", _PER_HEAD, ("z",), True, "scan", ranks=("rank",)
         ),
         "mean-shift-sequential": Method(
             _sequential, "the mean difference at head outputs, layer by layer, each after the layers below it are "
@@ -168,7 +173,7 @@ METHODS: Registry[Method | Preset] = Registry(
         ),
         "mlp-lcc": Method(
             _mlp_lcc, "magnitudes over the lost directions and an offset at the MLP's post-activation", _PER_MLP,
-            ("mlp",), source="scan with the mlp's directions",
+            ("mlp",), source="scan with the mlp's directions", ranks=("mlp_rank",),
         ),
         "mlp-offset": Method(
             lambda i: OffsetInjection(i.lost_mlp(directions=False), i.mlps(), start=i.start, site="mlp"),
@@ -176,7 +181,7 @@ METHODS: Registry[Method | Preset] = Registry(
         ),
         "mlp-mean-shift": Method(
             _mlp_mean_shift, "the mean difference at the MLP's post-activation", None, ("mlp",),
-            source="scan with mlp",
+            source="scan with mlp", ranks=("mlp_rank",),
         ),
         "gain": Method(
             lambda inputs: output_gains(inputs.model, inputs.projections, inputs.heads), "a gain of head outputs",
@@ -189,6 +194,7 @@ METHODS: Registry[Method | Preset] = Registry(
         "low-rank": Method(
             lambda inputs: masked_low_rank(inputs.model, rank=inputs.low_rank, seed=inputs.seed),
             "a low-rank change of every linear layer that keeps its zeros", "r (n_in + n_out) per linear layer",
+            ranks=("low_rank",),
         ),
         "masked": Method(
             lambda inputs: masked_weights(inputs.model), "every remaining weight", "n_in n_out per linear layer"

@@ -10,7 +10,7 @@ from lcc_lens.models.hooked.offloading import device_of
 from lcc_lens.models.hooked.sites import CONSTANT_SITES, ConstantSite, projection_names
 from lcc_lens.restoration.injections.base import Composite, Injection
 from lcc_lens.restoration.injections.ingredients import Ingredients
-from lcc_lens.restoration.injections.methods import METHODS, Method, Preset
+from lcc_lens.restoration.injections.methods import METHODS, Method, Preset, Rank
 from lcc_lens.restoration.injections.weights import check_reached
 
 
@@ -91,6 +91,16 @@ class MethodSpec:
     def n_trained(self) -> str | None:
         """How many parameters it trains, as a formula; None if nothing is trained."""
         return " + ".join(part.trains for part in self.parts if part.trains is not None) or None
+
+    @property
+    def ranks(self) -> frozenset[Rank]:
+        """The ranks that it reads."""
+        return frozenset(rank for part in self.parts for rank in part.ranks)
+
+    @property
+    def starts_anywhere(self) -> bool:
+        """Whether its training may start at the mean difference."""
+        return any(part.trains is not None and part.source.startswith("scan") for part in self.parts)
 
     @property
     def bias_sites(self) -> tuple[ConstantSite, ...]:
