@@ -44,6 +44,8 @@ class CompareData:
     """Tokens per example at most."""
     epochs: Count = 1
     """Passes over the training data."""
+    refit_samples: Count = 288
+    """Calibration sequences of the refit that refit+, best and polish start from."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +106,7 @@ class Compare(Tabled):
         config = CompareConfig(
             examples=data.examples, max_length=data.max_length, epochs=data.epochs, heads=self.heads,
             selector=self.selector, blocks=measures.blocks, responses=measures.responses, tasks=measures.tasks,
-            limit=measures.limit, speed_rounds=measures.speed_rounds,
+            limit=measures.limit, speed_rounds=measures.speed_rounds, refit_samples=data.refit_samples,
             data=data.data or default_data(), texts=measures.texts or available_panel(),
         )  # fmt: skip
         entries = all_entries(self.methods, baselines=self.baselines, controls=self.controls, heads=self.heads)

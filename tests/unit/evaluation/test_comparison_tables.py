@@ -226,7 +226,7 @@ def test_compare_by_command(
     lines = (json.dumps({"prompt": f"Say {i} twice:", "response": f" {i}, {i}"}) for i in range(300))
     data.write_text("\n".join(lines))
     few = ("--data", data, "--examples", 16, "--texts", text_file, "--blocks", 2, "--responses", 4, "--seeds", 1)
-    few = (*few, "--speed-rounds", 0)
+    few = (*few, "--speed-rounds", 0, "--refit-samples", 9)
     methods = ("--methods", "lora", "norms", "gain")
 
     def broken(*args: object, **kwargs: object) -> None:
@@ -248,3 +248,4 @@ def test_compare_by_command(
     assert "lora: 1 failed: no adapters today" in printed
     assert "parameters trained and added" in printed
     assert "comparison.json" in printed
+    assert saved["settings"]["refit_samples"] == 9
