@@ -83,7 +83,8 @@ STUDIES = {
     ),
     "mix_571k": Study((*_at_rates("refit+all-weights", "3e-4"), *TRAINED), blocks=1115, batch=2, refit_samples=288),
     "mix_571k_wanda24": Study(
-        ("refit", *_at_rates("refit+all-weights", "3e-4"), *TRAINED), blocks=1115, pattern="2:4", batch=2, refit_samples=288
+        ("refit", *_at_rates("refit+all-weights", "3e-4"), *TRAINED), blocks=1115, pattern="2:4", batch=2,
+        refit_samples=288,
     ),
 }  # fmt: skip
 
@@ -103,8 +104,9 @@ def main() -> None:
     pruned = asked.folder / study.pruned
     run = asked.folder if asked.study == "wanda50" else asked.folder / asked.study
     config = CompareConfig(
-        data="+".join(study.pool), examples=study.blocks, max_length=512, refit_data=study.pool, refit_samples=study.refit_samples,
-        blocks=8, responses=32, validation=16, selector="mse", speed_rounds=0, batch_size=study.batch,
+        data="+".join(study.pool), examples=study.blocks, max_length=512, refit_data=study.pool,
+        refit_samples=study.refit_samples, blocks=8, responses=32, validation=16, selector="mse", speed_rounds=0,
+        batch_size=study.batch,
         low_rank=study.low_rank, tasks=tuple(asked.tasks),
         limit=asked.limit if asked.tasks else CompareConfig.limit,
     )  # fmt: skip

@@ -75,24 +75,24 @@ def evaluate(
     """
     if not references:
         raise RequestError("expected at least one model, got none; name some")
-    tasks = [str(task) for task in tasks]
-    check_tasks(tasks)
+    named = [str(task) for task in tasks]
+    check_tasks(named)
     paths = [resolve(reference) for reference in references]
     for path in paths:
         require_complete(Checkpoint(path))
     contexts = [context for path in paths if (context := context_of(read_config(path))) is not None]
     length = fitting_length(length, min(contexts, default=None), option="--length")  # perplexity depends on it
-    data = _loss_data(tasks, limit)
+    data = _loss_data(named, limit)
     measurable = [_Measurable.on(data, path, limit, length) for path in paths]
     names, models = unique_names(references), dict[str, Scores]()
     about = {"settings": {"limit": limit, "length": length}, "harness": harness_version(), "version": package_version()}
     for name, reference, model in zip(names, references, measurable, strict=True):
         measured: dict[str, Scores] = {}
-        for task, scores in model.scores(tasks):
+        for task, scores in model.scores(named):
             measured[task] = scores
             models[name] = {"path": str(reference), "tasks": dict(measured)}
             if on_task is not None:
-                on_task(Evaluation(models=dict(models), **about, **_missing(names, tasks, models)))
+                on_task(Evaluation(models=dict(models), **about, **_missing(names, named, models)))
     return Evaluation(models=models, **about)
 
 
@@ -116,12 +116,12 @@ def evaluate_model(
     Raises:
         RequestError: an unknown task or model, checked before the model is loaded.
     """
-    tasks = [str(task) for task in tasks]
-    check_tasks(tasks)
+    named = [str(task) for task in tasks]
+    check_tasks(named)
     path = resolve(reference)
     length = fitting_length(length, context_of(read_config(path)), option="--length")
-    measurable = _Measurable.on(_loss_data(tasks, limit), path, limit, length)
-    return {"path": str(reference), "tasks": dict(measurable.scores(tasks, dtype))}
+    measurable = _Measurable.on(_loss_data(named, limit), path, limit, length)
+    return {"path": str(reference), "tasks": dict(measurable.scores(named, dtype))}
 
 
 @dataclass(frozen=True)

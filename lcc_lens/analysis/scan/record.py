@@ -56,6 +56,10 @@ class ScanRecord(Shown):
         if self.groups != other.groups:
             raise RequestError(f"expected two scans of the same examples of {self.data}, got others; scan alike")
 
+    def without_places(self) -> ScanRecord:
+        """The record without the names of models and data, whose hashes it keeps."""
+        return replace(self, dense="", pruned="", data="", source="")
+
 
 def require_own_models(is_changed: bool) -> None:
     """Refuse to keep a scan under the name of checkpoints whose models hooks or changed weights acted on.
@@ -68,10 +72,6 @@ def require_own_models(is_changed: bool) -> None:
             "expected models as their checkpoints are for a scan in a run, got one with hooks or changed weights; "
             "export it and scan that, or scan without a run"
         )
-
-    def without_places(self) -> ScanRecord:
-        """The record without the names of models and data, whose hashes it keeps."""
-        return replace(self, dense="", pruned="", data="", source="")
 
 
 @dataclass(frozen=True)
