@@ -140,13 +140,13 @@ def test_magnitude_and_pattern(
     assert ((weight.reshape(-1, 4) != 0).sum(1) == 2).all()
     assert capsys.readouterr().err == ""
     unread = ("--calibration", "nope", "--seq-len", 99999, "--overwrite")
-    assert call("prune", model, tmp_path / "out", "--method", "magnitude", "--pattern", "1:2", *unread) == 0
+    assert call("prune", model, tmp_path / "out", "--method", "magnitude", "--pattern", "3:4", *unread) == 0
     assert "magnitude reads no calibration data: ignored what was named for it, and its length" in caplog.text
-    assert "unstructured, pruned to 1:2" in capsys.readouterr().out
+    assert "unstructured, pruned to 3:4" in capsys.readouterr().out
     assert call("report", tmp_path / "out", "--no-latency", "--out", tmp_path / "report.json") == 0
-    assert "pruned to 1:2" in " ".join(capsys.readouterr().out.split())
+    assert "pruned to 3:4" in " ".join(capsys.readouterr().out.split())
     (entry,) = json.loads((tmp_path / "report.json").read_text())["models"].values()
-    assert (entry["pattern"], entry["pattern_asked"]) == ("unstructured", "1:2")
+    assert (entry["pattern"], entry["pattern_asked"]) == ("unstructured", "3:4")
     refused(capsys, 2, "expected a pattern N:M, got ''", "prune", model, tmp_path / "x", "--pattern", "")
     message = "expected a sparsity or a pattern, got both"
     refused(capsys, 2, message, "prune", model, tmp_path / "x", "--pattern", "2:4", "--sparsity", 0.3)
