@@ -5,6 +5,7 @@ No network is needed, and all sizes differ, so no two axes can be swapped unnoti
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import torch
@@ -22,6 +23,15 @@ def tiny_tokenizer():
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", pad_token="<end>")
+
+
+def with_an_end(tokenizer):
+    """The same tokenizer, but with its end token behind every text."""
+    from tokenizers.processors import TemplateProcessing
+
+    ending, end = copy.deepcopy(tokenizer), tokenizer.eos_token
+    ending.backend_tokenizer.post_processor = TemplateProcessing(f"$A {end}", None, [(end, tokenizer.eos_token_id)])
+    return ending
 
 
 def build_model(seed: int = 0, **changes):

@@ -11,6 +11,7 @@ from jaxtyping import Int
 from torch import Tensor, tensor
 
 from lcc_lens.core.errors import RequestError
+from lcc_lens.data.batches import special_prefix, token_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -62,7 +63,7 @@ def circuit_prompts(task: str, tokenizer: PreTrainedTokenizerBase, n: int, seed:
 
 
 def _indirect_objects(tokenizer: PreTrainedTokenizerBase, n: int, draw: random.Random) -> list[CircuitPrompt]:
-    known = {name: ids[0] for name in _NAMES if len(ids := _ids(tokenizer, f" {name}")) == 1}
+    known = {name: ids[0] for name in _NAMES if len(ids := token_ids(tokenizer, f" {name}")) == 1}
     if len(known) < _LEAST_NAMES:
         raise RequestError(
             f"expected names of one token for indirect objects, got {len(known)} of {len(_NAMES)}; use another model"
@@ -81,7 +82,7 @@ def _indirect_objects(tokenizer: PreTrainedTokenizerBase, n: int, draw: random.R
 
 def _greater_than(tokenizer: PreTrainedTokenizerBase, n: int, draw: random.Random) -> list[CircuitPrompt]:
     def year(century: int, number: int) -> list[int]:
-        return _ids(tokenizer, f" {century}{number:02d}")
+        return token_ids(tokenizer, f" {century}{number:02d}")
 
     whole = {century: [year(century, number) for number in range(100)] for century in range(11, 18)}
     usable = [c for c, years in whole.items() if all(len(y) == 2 for y in years) and len({y[0] for y in years}) == 1]
@@ -103,15 +104,10 @@ def _greater_than(tokenizer: PreTrainedTokenizerBase, n: int, draw: random.Rando
 def _prompt(
     tokenizer: PreTrainedTokenizerBase, text: str, other: str, right: list[int], wrong: list[int]
 ) -> CircuitPrompt:
-    tokens, corrupted = tokenizer(text)["input_ids"], tokenizer(other)["input_ids"]
+    tokens, corrupted = (special_prefix(tokenizer) + token_ids(tokenizer, t) for t in (text, other))
     if len(tokens) != len(corrupted):
         raise RequestError(f"expected as many tokens in {text!r} as in {other!r}, got others; use another model")
     return CircuitPrompt(text, tensor(tokens), tensor(corrupted), tuple(right), tuple(wrong))
-
-
-def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
-    return ids
 
 
 _MAKERS: dict[str, Callable[[PreTrainedTokenizerBase, int, random.Random], list[CircuitPrompt]]] = {

@@ -15,7 +15,7 @@ from torch import Tensor
 from lcc_lens.analysis.lens.readings import Reading, in_pruned_order, read_text
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.heads import all_heads
-from lcc_lens.data.batches import token_ids
+from lcc_lens.data.batches import special_prefix, token_ids
 from lcc_lens.models.hooked.hooks import HookedModel
 from lcc_lens.models.pair import Pair
 
@@ -226,12 +226,12 @@ def compare_tokens(
 
 
 def prompt_tokens(pair: Pair, prompt: str) -> Int[Tensor, " pos"]:
-    """Encode a prompt.
+    """Encode a prompt behind the tokens that the tokenizer begins every text with; nothing ends it.
 
     Raises:
         RequestError: it has no token, or more than the model's context.
     """
-    ids = token_ids(pair.tokenizer, prompt, special=True)
+    ids = special_prefix(pair.tokenizer) + token_ids(pair.tokenizer, prompt)
     if not ids:
         raise RequestError("expected a prompt with at least one token, got none; write some text")
     if len(ids) > pair.context:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.tiny import build_model
+from support.tiny import build_model, with_an_end
 
 from lcc_lens.analysis.head_types.circuit_prompts import circuit_prompts
 from lcc_lens.analysis.head_types.circuit_task import CircuitTask, circuit_task
@@ -72,6 +72,15 @@ def test_years_after_the_first_one_are_right() -> None:
         assert {int(tokenizer.decode([t])) for t in prompt.right} == set(range(int(number) + 1, 100))
         assert {int(tokenizer.decode([t])) for t in prompt.wrong} == set(range(2, int(number) + 1))
         assert f"{century}01" in tokenizer.decode(prompt.corrupted)
+
+
+@pytest.mark.parametrize("task", ["indirect-object", "greater-than"])
+def test_prompts_end_before_their_answer(task: str) -> None:
+    tokenizer = word_tokenizer()
+    plain, ended = (circuit_prompts(task, each, 3, 0) for each in (tokenizer, with_an_end(tokenizer)))
+    for first, second in zip(plain, ended, strict=True):
+        assert torch.equal(first.tokens, second.tokens)
+        assert torch.equal(first.corrupted, second.corrupted)
 
 
 def test_differences_and_effects_equal_plain_runs(words: Pair, task: CircuitTask) -> None:

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from support.pairs import FAMILIES
-from support.tiny import D_HEAD, N_HEADS, N_LAYERS
+from support.tiny import D_HEAD, N_HEADS, N_LAYERS, with_an_end
 from transformers import AutoModelForCausalLM
 
 import lcc_lens as lcc
@@ -89,6 +89,14 @@ def test_without_a_restoration_two_models_are_compared(pair, seen) -> None:
     assert "restored" not in repr(two)
     with pytest.raises(RequestError, match=r"expected a model of this comparison \(dense, pruned\), got 'restored'"):
         two.recovered()
+
+
+def test_nothing_comes_after_the_prompt(pair, seen) -> None:
+    ending = with_an_end(pair.tokenizer)
+    assert len(ending(PROMPT)["input_ids"]) == len(seen.pieces) + 1
+    again = compare_prompt(dataclasses.replace(pair, tokenizer=ending), PROMPT)
+    assert again.pieces == seen.pieces
+    torch.testing.assert_close(again.probabilities, seen.probabilities[:2])
 
 
 def test_it_is_read_in_fifteen_lines(seen) -> None:
