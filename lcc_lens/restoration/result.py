@@ -148,12 +148,16 @@ class Restoration(Shown):
                     f"expected a model with the weight {name}, got {got}; name the model that was restored"
                 )
 
+    @property
+    def content_sha256(self) -> str:
+        """A hash of all numbers; what is computed from a restoration is stored with it."""
+        return _content_hash(self._tensors())
+
     def save(self, run: str | Path) -> None:
         """Write ``restoration.safetensors`` into a run directory, atomically, with the record as its metadata."""
-        tensors = self._tensors()
         record = json.dumps(asdict(self.record))
-        hashes = {"content_sha256": _content_hash(tensors), "record_sha256": fingerprint(record)}
-        write_tensors(Path(run) / RESTORATION_TENSORS, tensors, {"record": record, **hashes})
+        hashes = {"content_sha256": self.content_sha256, "record_sha256": fingerprint(record)}
+        write_tensors(Path(run) / RESTORATION_TENSORS, self._tensors(), {"record": record, **hashes})
 
     @classmethod
     def load(cls, run: str | Path) -> Restoration:

@@ -32,9 +32,9 @@ from lcc_lens.evaluation.efficiency.report import read_report
 from lcc_lens.evaluation.paper.recipes import read_recipe
 from lcc_lens.frontends.explorer.page_data import page_data
 from lcc_lens.frontends.explorer.results import results_table
-from lcc_lens.frontends.explorer.run_contents import RunContents
 from lcc_lens.frontends.explorer.token_tables import TokenTables
 from lcc_lens.frontends.plotting.reports import plot_report
+from lcc_lens.frontends.run_contents import RunContents
 from lcc_lens.models.loading.hooked import load_tokenizer
 from lcc_lens.models.loading.plain import load_plain
 from lcc_lens.pruning.jobs import recorded_groups

@@ -89,8 +89,10 @@ def head_types(
     stderr["copying"] = torch.full_like(value["copying"], torch.nan)
     loss = torch.stack([mean_losses(each, repeated, copies(n_prefix, length), tokens) for each in models])
     parts = torch.stack([mean_losses(each, texts, quarters, tokens) for each in models])
-    ids = pair.dense_id.sha256, pair.pruned_id.sha256
-    record = HeadTypesRecord(tuple(each.name for each in models), name, n_sequences, length, seed, *ids)
+    record = HeadTypesRecord(
+        tuple(each.name for each in models), name, n_sequences, length, seed, pair.dense_id.sha256,
+        pair.pruned_id.sha256, len(texts), getattr(restoration, "content_sha256", None),
+    )  # fmt: skip
     return HeadTypes(record, value, stderr, loss, parts[:, 1] - parts[:, 0])
 
 

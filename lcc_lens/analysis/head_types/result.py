@@ -32,7 +32,11 @@ _AGAIN = "compute head types again"
 
 @dataclass(frozen=True)
 class HeadTypesRecord:
-    """What head types were computed on."""
+    """What head types were computed on.
+
+    ``n_texts`` are the sequences of ``data``, on which :data:`MEASURES` are means. ``restoration_sha256`` is the
+    ``content_sha256`` of the restoration; an injection, which may be trained on, has none.
+    """
 
     models: tuple[str, ...]
     data: str
@@ -41,6 +45,8 @@ class HeadTypesRecord:
     seed: int
     dense_sha256: str
     pruned_sha256: str
+    n_texts: int | None = None  # an earlier version did not say
+    restoration_sha256: str | None = None
 
 
 @dataclass(frozen=True, repr=False)

@@ -17,9 +17,9 @@ from lcc_lens.core.files import write_text
 from lcc_lens.core.outputs.places import require_file
 from lcc_lens.frontends.explorer.page_data import EXAMPLE_BYTES, page_data
 from lcc_lens.frontends.explorer.results import results_table
-from lcc_lens.frontends.explorer.run_contents import RunContents
 from lcc_lens.frontends.explorer.texts import find_texts
 from lcc_lens.frontends.explorer.token_tables import find_tokens
+from lcc_lens.frontends.run_contents import RunContents
 
 #: Largest page, in bytes.
 MOST_BYTES = 15_000_000

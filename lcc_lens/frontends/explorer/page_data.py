@@ -15,11 +15,11 @@ from torch import Tensor
 from lcc_lens.analysis.scan.scan import Scan
 from lcc_lens.analysis.scan.token_differences import TokenLoss
 from lcc_lens.core.heads import all_heads
-from lcc_lens.frontends.explorer.run_contents import RunContents
 from lcc_lens.frontends.explorer.texts import TextReading, TextReadings
 from lcc_lens.frontends.explorer.token_tables import TokenTables
 from lcc_lens.frontends.explorer.verdict import verdict
 from lcc_lens.frontends.explorer.views import View, removed_heads, views
+from lcc_lens.frontends.run_contents import RunContents
 
 #: Bytes of token losses on a page; further examples are left out. Base64 adds a third.
 EXAMPLE_BYTES = 3_000_000

@@ -22,7 +22,7 @@ from lcc_lens.core.errors import LensError, RequestError
 from lcc_lens.core.files import read_tensors, sha256_file, write_tensors
 from lcc_lens.core.progress import track
 from lcc_lens.core.reading import read_record, write_record
-from lcc_lens.frontends.explorer.run_contents import RunContents, source_hashes
+from lcc_lens.frontends.run_contents import RunContents, source_hashes
 from lcc_lens.models.pair import Pair, load_pair
 from lcc_lens.restoration.result import Restoration
 from lcc_lens.restoration.scans import check_scan

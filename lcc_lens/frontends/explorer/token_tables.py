@@ -19,7 +19,7 @@ from lcc_lens.core.files import read_tensors, sha256_file, write_tensors
 from lcc_lens.core.heads import Head
 from lcc_lens.core.progress import track
 from lcc_lens.core.reading import read_record, reading, write_record
-from lcc_lens.frontends.explorer.run_contents import RunContents, source_hashes
+from lcc_lens.frontends.run_contents import RunContents, source_hashes
 from lcc_lens.models.hooked.hooks import HookedModel
 from lcc_lens.models.loading.hooked import load_hooked
 from lcc_lens.models.loading.recorded import recorded_model

@@ -9,8 +9,8 @@ from typing import Any
 from lcc_lens.analysis.scan.scan import Scan
 from lcc_lens.core.heads import Head
 from lcc_lens.core.metrics import learned_warning
-from lcc_lens.frontends.explorer.run_contents import RunContents
 from lcc_lens.frontends.explorer.views import present
+from lcc_lens.frontends.run_contents import RunContents
 from lcc_lens.restoration.result import Restoration
 
 #: The words for a recovered share of at least so much.

@@ -11,11 +11,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lcc_lens.analysis.head_types.result import HeadTypes
+from lcc_lens.analysis.head_types.result import MEASURES, HeadTypes
 from lcc_lens.analysis.scan.scan import Scan
 from lcc_lens.core.heads import all_heads
-from lcc_lens.frontends.explorer.run_contents import RunContents
 from lcc_lens.frontends.explorer.texts import TextReading
+from lcc_lens.frontends.run_contents import RunContents
 from lcc_lens.restoration.result import Restoration
 
 #: Title, unit, factor from the score to that unit, and meaning of every selector's score.
@@ -136,12 +136,14 @@ def _causes(scan: Scan) -> Iterator[View]:
 
 def _types(types: HeadTypes, path: Path) -> Iterator[View]:
     """Induction score in every model, and how far attention patterns are from the dense model's."""
+    record = types.record
     for name, (title, meaning) in _TYPES.items():
-        for place, model in enumerate(types.record.models):
+        n_sequences = record.n_texts if name in MEASURES else record.n_sequences
+        for place, model in enumerate(record.models):
             if name == "total_variation" and model == "dense":
                 continue
             yield View(f"{name}-{model}", f"{title}, {model}", "%", meaning, 100 * types.value[name][place],
-                       100 * types.stderr[name][place], types.record.n_sequences,
+                       100 * types.stderr[name][place], n_sequences,
                        f"100 * lcc.HeadTypes.load({str(path)!r}).value[{name!r}][{place}]")  # fmt: skip
 
 

@@ -29,6 +29,7 @@ from lcc_lens.frontends.plotting.reports import plot_report
 from lcc_lens.frontends.plotting.theme import with_source
 from lcc_lens.frontends.plotting.training import plot_training
 from lcc_lens.frontends.plotting.writing import write_html, write_images
+from lcc_lens.frontends.run_contents import RunResults
 from lcc_lens.restoration.result import RESTORATION_TENSORS, Restoration
 from lcc_lens.restoration.run_folder import RUN_LOG
 from lcc_lens.restoration.training.config import Step
@@ -102,7 +103,7 @@ def run_figures(run: str | Path) -> tuple[dict[str, go.Figure], dict[str, str]]:
     """The figures that a run folder has the data for, and what the others lack, both by name.
 
     Raises:
-        RequestError: a file of the run is damaged.
+        RequestError: a file of the run is damaged, or they belong to different weights or restorations.
     """
     _require_whole(Path(run))
     figures: dict[str, go.Figure] = {}
@@ -116,10 +117,10 @@ def run_figures(run: str | Path) -> tuple[dict[str, go.Figure], dict[str, str]]:
 
 
 def _require_whole(run: Path) -> None:
-    """Refuse a damaged file; a missing one is listed with the figures that need it."""
+    """Refuse damaged or mixed files; a missing one is listed with the figures that need it."""
+    RunResults.read(run)
     readers: dict[str, Callable[[Path], object]] = {
-        SCAN_RECORD: lambda file: Scan.load(file.parent), LENS_FILE: lambda file: load_lens(file.parent),
-        RESTORATION_TENSORS: lambda file: Restoration.load(file.parent), RUN_LOG: _steps, COMPARISON: read_comparison,
+        LENS_FILE: lambda file: load_lens(file.parent), RUN_LOG: _steps, COMPARISON: read_comparison,
     }  # fmt: skip
     for name, read in readers.items():
         if (run / name).exists():

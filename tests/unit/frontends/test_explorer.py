@@ -25,7 +25,6 @@ from lcc_lens.core.heads import Head
 from lcc_lens.frontends.explorer.page import _SCRIPTS, _STYLES, explore, render, script_json
 from lcc_lens.frontends.explorer.page_data import EXAMPLE_BYTES, packed, page_data
 from lcc_lens.frontends.explorer.results import results_table
-from lcc_lens.frontends.explorer.run_contents import RunContents
 from lcc_lens.frontends.explorer.texts import (
     PATTERN_BYTES,
     TEXTS_TENSORS,
@@ -38,6 +37,8 @@ from lcc_lens.frontends.explorer.texts import (
 from lcc_lens.frontends.explorer.token_tables import TABLES_RECORD, TABLES_TENSORS, TokenTables, read_tokens
 from lcc_lens.frontends.explorer.verdict import verdict
 from lcc_lens.frontends.explorer.views import views
+from lcc_lens.frontends.plotting.run_figures import run_figures
+from lcc_lens.frontends.run_contents import RunContents
 from lcc_lens.restoration.result import Restoration
 
 PROMPT = "is 3 plus 2 more"
@@ -160,6 +161,25 @@ def test_causes_types_and_pattern_distances_are_views(run: Path, pair, found: Sc
     other.save(run)
     with pytest.raises(RequestError, match="got a scan and a table of head types of different weights"):
         RunContents.read(run)
+
+
+def test_types_say_how_many_texts_they_are_of(run: Path, pair) -> None:
+    head_types(pair, data=PARAGRAPHS[:3], n_sequences=2, length=6).save(run)
+    shown = {view.key: view for view in views(RunContents.read(run))}
+    assert shown["total_variation-pruned"].n_examples == 3
+    assert shown["induction-pruned"].n_examples == 2
+
+
+def test_types_of_another_restoration_are_refused(run: Path, pair) -> None:
+    restoration = Restoration.load(run)
+    head_types(pair, restoration, n_sequences=2, length=6).save(run)
+    assert "induction-restored" in {view.key for view in views(RunContents.read(run))}
+    dataclasses.replace(restoration, constants=2 * restoration.constants).save(run)
+    for reads in (RunContents.read, run_figures):
+        with pytest.raises(RequestError, match="of the restoration beside it, got another one's; compute head types"):
+            reads(run)
+    head_types(pair, n_sequences=2, length=6).save(run)  # of no restoration: it fits every one
+    assert "induction-restored" not in {view.key for view in views(RunContents.read(run))}
 
 
 @pytest.mark.parametrize(("heads", "n_tokens"), [(30 * 9, 60), (3 * 5, 64), (80 * 64, 13), (200 * 200, 12)])

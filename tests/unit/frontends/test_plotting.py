@@ -385,8 +385,10 @@ def test_run_with_everything_lacks_nothing_but_variation(
     dataclasses.replace(found, causes=divided.causes).save(tmp_path)
     head_types(pair, n_sequences=2, length=6).save(tmp_path)
     losses = {"dense": 1.0, "pruned": 2.0}
-    record = RestorationRecord("d", "p", "", "", "lcc", "alpaca", 7, 4, losses=losses)
-    Restoration(record, (Head(0, 1),), *(found.mean_difference[0, :1].clone() for _ in range(3))).save(tmp_path)
+    ids = pair.dense_id.sha256, pair.pruned_id.sha256
+    record = RestorationRecord("d", "p", *ids, "lcc", "alpaca", 7, 4, losses=losses)
+    restoration = Restoration(record, (Head(0, 1),), *(found.mean_difference[0, :1].clone() for _ in range(3)))
+    restoration.save(tmp_path)
     (tmp_path / "log.jsonl").write_text(
         '{"step": 1, "n_steps": 1, "loss": 1.5, "lr": 0.1, "n_targets": 5, "seconds": 0.1, "validation_loss": 1.4}\n'
     )
@@ -399,6 +401,9 @@ def test_run_with_everything_lacks_nothing_but_variation(
     few = {**comparison, "settings": {**comparison["settings"], "heads": 0.1}}
     write_json(tmp_path / "few" / "comparison.json", few)
     assert list(run_figures(tmp_path)[0]["recovery_by_heads"].data[0].y) == pytest.approx([19.5, 19.5])
+    dataclasses.replace(restoration, record=dataclasses.replace(record, pruned_sha256="0" * 64)).save(tmp_path)
+    with pytest.raises(RequestError, match="got a scan and a restoration of different weights"):
+        run_figures(tmp_path)
 
 
 def test_causes_are_stacked_to_the_whole_difference(pair, found: Scan) -> None:

@@ -40,6 +40,60 @@ class _Metrics:
 
 
 @dataclass(frozen=True)
+class RunResults:
+    """What a run computed from a pair of models; None for what does not exist yet."""
+
+    scan: Scan | None
+    restoration: Restoration | None
+    metrics: _Metrics | None
+    types: HeadTypes | None
+
+    @classmethod
+    def read(cls, path: Path) -> RunResults:
+        """Read the results of a run folder.
+
+        Raises:
+            RequestError: a file is damaged, or they belong to different weights or restorations.
+        """
+        results = cls(
+            scan=Scan.load(path) if (path / SCAN_RECORD).exists() else None,
+            restoration=Restoration.load(path) if (path / RESTORATION_TENSORS).exists() else None,
+            metrics=read_record(path / RUN_METRICS, _Metrics, _AGAIN) if (path / RUN_METRICS).exists() else None,
+            types=HeadTypes.load(path) if (path / HEAD_TYPES_FILE).exists() else None,
+        )
+        results._check_weights(path)
+        results._check_restoration(path)
+        return results
+
+    def _check_weights(self, path: Path) -> None:
+        """Refuse results of different models."""
+        records = {
+            "scan": self.scan.record if self.scan else None,
+            "restoration": self.restoration.record if self.restoration else None,
+            "metrics": self.metrics,
+            "table of head types": self.types.record if self.types else None,
+        }
+        hashes_of = {name: (r.dense_sha256, r.pruned_sha256) for name, r in records.items() if r is not None}
+        first = next(iter(hashes_of), "")
+        for name, hashes in hashes_of.items():
+            if hashes != hashes_of[first]:
+                raise RequestError(
+                    f"expected one pair of models in {path}, got a {first} and a {name} of different weights; "
+                    "scan or restore again"
+                )
+
+    def _check_restoration(self, path: Path) -> None:
+        """Refuse head types of a restored model that is not the run's."""
+        if self.types is None or self.restoration is None or "restored" not in self.types.record.models:
+            return
+        if self.types.record.restoration_sha256 != self.restoration.content_sha256:
+            raise RequestError(
+                f"expected {path / HEAD_TYPES_FILE} of the restoration beside it, got another one's; compute head "
+                "types again, or delete the file"
+            )
+
+
+@dataclass(frozen=True)
 class RunContents:
     """Contents of a run; what does not exist yet is None or empty.
 
@@ -61,20 +115,16 @@ class RunContents:
 
         Raises:
             RequestError: there is neither a scan nor a restoration, a file is damaged, or the files belong to
-                different weights.
+                different weights or restorations.
         """
         path = Path(path)
-        has_scan, has_restoration = (path / SCAN_RECORD).exists(), (path / RESTORATION_TENSORS).exists()
-        if not (has_scan or has_restoration):
+        results = RunResults.read(path)
+        scan, restoration, metrics = results.scan, results.restoration, results.metrics
+        if scan is None and restoration is None:
             raise RequestError(
                 f"expected a run with a scan or a restoration in {path}, got neither; run lcc-lens scan or "
                 "restore first"
             )
-        scan = Scan.load(path) if has_scan else None
-        restoration = Restoration.load(path) if has_restoration else None
-        metrics = read_record(path / RUN_METRICS, _Metrics, _AGAIN) if (path / RUN_METRICS).exists() else None
-        types = HeadTypes.load(path) if (path / HEAD_TYPES_FILE).exists() else None
-        _check_weights(path, scan, restoration, metrics, types)
         log = path / RUN_LOG
         return cls(
             path=path,
@@ -83,7 +133,7 @@ class RunContents:
             losses=dict(restoration.record.losses) if restoration else {},
             sequences=metrics.validation.sequences if metrics else None,
             steps=tuple(read_json_lines(log, DrawnStep, _AGAIN)) if restoration and log.exists() else (),
-            types=types,
+            types=results.types,
         )
 
     @property
@@ -101,27 +151,3 @@ def source_hashes(run: Path) -> dict[str, str | None]:
         "scan_sha256": sha256_file(run / SCAN_TENSORS),
         "restoration_sha256": sha256_file(restoration) if restoration.exists() else None,
     }
-
-
-def _check_weights(
-    path: Path,
-    scan: Scan | None,
-    restoration: Restoration | None,
-    metrics: _Metrics | None,
-    types: HeadTypes | None,
-) -> None:
-    """Refuse a scan, a restoration, metrics and head types of different models."""
-    hashes_of = {
-        "scan": scan and (scan.record.dense_sha256, scan.record.pruned_sha256),
-        "restoration": restoration and (restoration.record.dense_sha256, restoration.record.pruned_sha256),
-        "metrics": metrics and (metrics.dense_sha256, metrics.pruned_sha256),
-        "table of head types": types and (types.record.dense_sha256, types.record.pruned_sha256),
-    }
-    present = {name: hashes for name, hashes in hashes_of.items() if hashes is not None}
-    (first, expected), *others = present.items()
-    for name, hashes in others:
-        if hashes != expected:
-            raise RequestError(
-                f"expected one pair of models in {path}, got a {first} and a {name} of different weights; "
-                "scan or restore again"
-            )
