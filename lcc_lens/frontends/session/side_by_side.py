@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 
 from lcc_lens.analysis.lens.prompt import Applicable, prompt_tokens
 from lcc_lens.core.errors import RequestError
+from lcc_lens.core.ranges import Count, ranged
 from lcc_lens.models.hooked.fused_attention import fused_attention
 from lcc_lens.models.hooked.hooks import HookedModel
 from lcc_lens.models.hooked.kv_cache import can_continue
@@ -15,28 +19,40 @@ from lcc_lens.models.hooked.offloading import device_of
 from lcc_lens.models.hooked.weights import plain_model
 from lcc_lens.models.pair import Pair
 
+logger = logging.getLogger(__name__)
 
+
+@ranged
 def generate(
     pair: Pair,
     restorations: Mapping[str, Applicable | None],
     prompt: str,
-    max_new_tokens: int = 40,
+    max_new_tokens: Count = 40,
     *,
     cache: dict[str, str] | None = None,
 ) -> dict[str, str]:
     """Greedy continuations of ``dense``, ``pruned`` and every restoration, where None stands for the pruned model.
 
-    ``cache`` holds those of the dense and the pruned model: missing ones are computed and stored there.
+    They end where the models' context does. ``cache`` holds those of the dense and the pruned model: missing ones are
+    computed and stored there.
+
+    Raises:
+        RequestError: a prompt that leaves no room for a token.
     """
-    if max_new_tokens < 1:
-        raise RequestError(f"expected at least 1 new token, got {max_new_tokens}")
     tokens = prompt_tokens(pair, prompt)[None]
+    n_new = min(max_new_tokens, pair.context - tokens.shape[1])
+    if n_new < 1:
+        raise RequestError(
+            f"expected a prompt of at most {pair.context - 1} tokens to go on from, got {tokens.shape[1]}; shorten it"
+        )
+    if n_new < max_new_tokens:
+        logger.warning("continuations end after %d tokens: the context is %d", n_new, pair.context)
 
     def continuation(model: HookedModel) -> str:
         plain, ids = plain_model(model), tokens.to(device_of(model))
-        with fused_attention(model), torch.inference_mode():
+        with fused_attention(model), _plain_settings(plain), torch.inference_mode():
             whole = plain.generate(
-                ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens, do_sample=False,
+                ids, attention_mask=torch.ones_like(ids), max_new_tokens=n_new, do_sample=False,
                 pad_token_id=pair.tokenizer.eos_token_id, use_cache=can_continue(model),
             )  # fmt: skip
         return str(pair.tokenizer.decode(whole[0, ids.shape[1] :], skip_special_tokens=True))
@@ -53,3 +69,19 @@ def generate(
         with restoration.applied_to(pair.pruned) as changed:
             restored[name] = continuation(changed)
     return {**results, **restored}
+
+
+@contextmanager
+def _plain_settings(plain: Any) -> Iterator[None]:
+    """Inside the block, of the settings for generation beside the weights only the tokens that end a text count.
+
+    Penalties and beams would hide what the weights say.
+    """
+    from transformers import GenerationConfig
+
+    own = plain.generation_config
+    plain.generation_config = GenerationConfig(eos_token_id=own.eos_token_id)
+    try:
+        yield
+    finally:
+        plain.generation_config = own

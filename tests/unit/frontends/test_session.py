@@ -15,6 +15,7 @@ import pytest
 import torch
 from support.tiers import mostly_slow
 from support.tiny import D_HEAD, N_HEADS, N_LAYERS
+from transformers import GenerationConfig
 
 import lcc_lens as lcc
 from lcc_lens.analysis.scan.scan import Scan
@@ -281,6 +282,22 @@ def test_next_tokens_and_generation_of_all_three(session: RestoreSession, pair) 
     assert session.generate(PROMPT, 12)["pruned"] == before["pruned"]
 
 
+def test_generation_ends_with_the_context(session: RestoreSession, caplog: pytest.LogCaptureFixture) -> None:
+    texts = session.generate("a" * 509, 8)
+    assert all(len(text.encode(errors="replace")) <= 9 for text in texts.values())  # a token may be half a character
+    assert "continuations end after 3 tokens: the context is 512" in caplog.text
+
+
+def test_generation_is_greedy_whatever_lies_beside_the_weights(session: RestoreSession, pair, monkeypatch) -> None:
+    expected = session.generate(PROMPT, 12)
+    settings = GenerationConfig(repetition_penalty=8.0, num_beams=2, no_repeat_ngram_size=1, eos_token_id=0)
+    session._forget_outputs()
+    for model in (pair.dense, pair.pruned):
+        monkeypatch.setattr(model.original_model, "generation_config", settings)
+    assert session.generate(PROMPT, 12) == expected
+    assert pair.dense.original_model.generation_config is settings
+
+
 def test_the_dense_and_the_pruned_model_are_asked_once(session: RestoreSession, pair) -> None:
     session.choose("mse", share=1.0)
     first = session.next_tokens(PROMPT, k=3), session.generate(PROMPT, 8)
@@ -517,7 +534,8 @@ def test_later_training_runs_the_lower_layers_no_more(session: RestoreSession, p
     (lambda s: s.set_scale(math.nan), "expected a finite scale, got nan"),
     (lambda s: s.next_tokens(""), "expected a prompt with at least one token"),
     (lambda s: s.next_tokens("a", k=0), "expected at least 1 token, got k = 0"),
-    (lambda s: s.generate("a", 0), "expected at least 1 new token, got 0"),
+    (lambda s: s.generate("a", 0), "expected max_new_tokens of at least 1, got 0"),
+    (lambda s: s.generate("a" * 512), "expected a prompt of at most 511 tokens to go on from, got 512; shorten it"),
 ])  # fmt: skip
 def test_what_cannot_be_done_is_refused_and_changes_nothing(session: RestoreSession, ask, message: str) -> None:
     with pytest.raises(RequestError, match=message):
