@@ -7,6 +7,7 @@ import re
 import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from operator import index
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -49,6 +50,25 @@ class Head(NamedTuple):
             raise RequestError(f"expected a head such as L12H3, got {label!r}")
         return cls(int(match[1]), int(match[2]))
 
+    @classmethod
+    def of(cls, head: HeadLike) -> Head:
+        """A head from its layer and position, or from its label.
+
+        Raises:
+            RequestError: it is neither.
+        """
+        if isinstance(head, str):
+            return cls.parse(head)
+        try:
+            layer, position = map(index, head)
+        except (TypeError, ValueError) as error:
+            raise RequestError(f"expected a head such as (12, 3) or L12H3, got {head!r}") from error
+        return cls(layer, position)
+
+
+#: A head, or what names one: its layer and position, or its label.
+HeadLike = Head | tuple[int, int] | str
+
 
 class _HeadSet(Shown):
     """Heads in a row, shown by their labels."""
@@ -89,9 +109,9 @@ def n_of_share(share: float, n: int) -> int:
     return math.ceil(round(share * n, 9))
 
 
-def check_heads(heads: Iterable[Head | tuple[int, int]], n_layers: int, n_heads: int) -> list[Head]:
+def check_heads(heads: Iterable[HeadLike], n_layers: int, n_heads: int) -> list[Head]:
     """Sort heads, and refuse those that the model does not have."""
-    checked = sorted(Head(*head) for head in heads)
+    checked = sorted(map(Head.of, heads))
     if not checked:
         raise RequestError("expected at least one head, got none; raise the share of heads")
     if len(set(checked)) != len(checked):

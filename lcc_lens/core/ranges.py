@@ -38,6 +38,8 @@ class Range:
     below: bool = False
 
     def __str__(self) -> str:
+        if self.least == -math.inf:
+            return "of a finite size"
         low = f"{'above' if self.above else 'of at least'} {self.least}"
         return low if self.most == math.inf else f"{low} and {'below' if self.below else 'at most'} {self.most}"
 
@@ -73,6 +75,8 @@ Fraction = Annotated[float, Range(0, 1)]
 #: A fraction of the weights to remove.
 Sparsity = Annotated[float, Range(0, 1, above=True, below=True)]
 Positive = Annotated[float, Range(0, above=True)]
+#: Any number that is one.
+Finite = Annotated[float, Range(-math.inf, above=True)]
 #: A learning rate; far larger ones overflow.
 Rate = Annotated[float, Range(0, 1000, above=True)]
 
@@ -93,6 +97,16 @@ def check_numbers(settings: Any, spell: Callable[[str], str] = str) -> None:
             check_numbers(value, spell)
     kind: Any = type(settings)
     _check(ranges_of(kind), values, spell)
+
+
+def check_number(name: str, value: Any, kind: Any) -> None:
+    """Refuse a number outside the range that a type such as :data:`Count` names.
+
+    Raises:
+        RequestError: names the number and its range.
+    """
+    found = _range_in(kind)
+    _check({} if found is None else {name: found}, {name: value}, str)
 
 
 def ranged(function: Callable[_P, _R]) -> Callable[_P, _R]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from jaxtyping import Float
 from torch import Tensor
 
-from lcc_lens.frontends.plotting.theme import SEQUENTIAL
+from lcc_lens.frontends.plotting.theme import SEQUENTIAL, largest_change
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -39,7 +39,7 @@ def terminal_map(
     wide = 2 if margin + 2 * n_heads <= columns else 1
     if margin + wide * n_heads > columns:
         return None
-    largest = max(float(relative_loss.max()), 1e-12)
+    largest = largest_change(relative_loss)
 
     def color(share: float) -> str:
         (sampled,) = sample_colorscale(SEQUENTIAL, [min(max(share, 0.0), 1.0)])

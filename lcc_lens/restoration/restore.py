@@ -12,7 +12,7 @@ from lcc_lens.core.checkpoint import Checkpoint
 from lcc_lens.core.config import package_version
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.fingerprint import fingerprint
-from lcc_lens.core.heads import Head
+from lcc_lens.core.heads import Head, HeadLike
 from lcc_lens.core.machine.processes import wait_for_all
 from lcc_lens.core.metrics import learned_warning
 from lcc_lens.core.outputs.places import RESUMED, writing_run
@@ -50,7 +50,7 @@ logger = logging.getLogger(__name__)
 def restore(
     pair: Pair,
     scan: Scan | None,
-    heads: Sequence[Head],
+    heads: Sequence[HeadLike],
     data: Data,
     *,
     method: str | MethodSpec = "lcc",
@@ -116,14 +116,14 @@ class _Steps:
         self,
         pair: Pair,
         scan: Scan | None,
-        heads: Sequence[Head],
+        heads: Sequence[HeadLike],
         spec: MethodSpec,
         config: TrainConfig,
         settings: RestoreSettings,
         before_refit: str | Path | None,
         log: Log | None,
     ) -> None:
-        self.pair, self.scan, self.heads, self.log = pair, scan, heads, log
+        self.pair, self.scan, self.heads, self.log = pair, scan, [Head.of(head) for head in heads], log
         self.spec, self.config, self.settings, self.before_refit = spec, config, settings, before_refit
 
     def check(self) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.files import read_tensors, write_tensors
 from lcc_lens.core.heads import all_heads
+from lcc_lens.core.ranges import Count, check_number
 from lcc_lens.core.reading import convert, parse_json, reading
 from lcc_lens.core.showing import Shown
 
@@ -25,8 +26,12 @@ HEAD_TYPES_FILE = "head_types.safetensors"
 PATTERN_TYPES = ("previous", "duplicate", "induction")
 #: What is measured of patterns on text.
 MEASURES = ("sink", "entropy", "distance", "total_variation", "jensen_shannon")
+#: Those of them that the dense model has none of: how far patterns are from its own.
+_FROM_DENSE = MEASURES[-2:]
 #: All scores of a head; the last one is of the weights alone.
 SCORES = (*PATTERN_TYPES, *MEASURES, "copying")
+#: Scores that the dense model's heads have, by which they are ranked.
+KINDS = tuple(name for name in SCORES if name not in _FROM_DENSE)
 _AGAIN = "compute head types again"
 
 
@@ -94,7 +99,7 @@ class HeadTypes(Shown):
         columns: dict[str, Any] = {"layer": [h.layer for h in heads], "head": [h.head for h in heads]}
         for name, values in self.value.items():
             for model, value in zip(self.record.models, values, strict=True):
-                if name not in MEASURES[-2:] or model != "dense":  # the dense patterns' distance from themselves
+                if name in KINDS or model != "dense":
                     columns[f"{name}_{model}"] = value.flatten().tolist()
         return pd.DataFrame(columns)
 
@@ -102,11 +107,15 @@ class HeadTypes(Shown):
         """The dense model's strongest heads of a type, and what is left of each: one row per head, strongest first.
 
         Args:
-            kind: ``previous``, ``duplicate``, ``induction``, ``sink`` or ``copying``.
+            kind: ``previous``, ``duplicate``, ``induction``, ``sink``, ``entropy``, ``distance`` or ``copying``.
             n: how many heads.
+
+        Raises:
+            RequestError: an unknown type, one that the dense model has none of, or fewer than one head.
         """
-        if kind not in self.value:
-            raise RequestError(f"expected one of {', '.join(self.value)}, got {kind!r}; correct the name")
+        if kind not in KINDS:
+            raise RequestError(f"expected one of {', '.join(KINDS)}, got {kind!r}; correct the name")
+        check_number("n", n, Count)
         columns = ["layer", "head", *(f"{kind}_{model}" for model in self.record.models)]
         table = self.table()[columns].sort_values(f"{kind}_dense", ascending=False, kind="stable").head(n)
         for model in self.record.models[1:]:

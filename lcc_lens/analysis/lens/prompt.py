@@ -15,6 +15,7 @@ from torch import Tensor
 from lcc_lens.analysis.lens.readings import Reading, in_pruned_order, read_text
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.heads import all_heads
+from lcc_lens.core.ranges import Count, check_number
 from lcc_lens.data.batches import special_prefix, token_ids
 from lcc_lens.models.hooked.hooks import HookedModel
 from lcc_lens.models.pair import Pair
@@ -247,8 +248,7 @@ def next_token_rows(
     Raises:
         RequestError: fewer than one token requested.
     """
-    if k < 1:
-        raise RequestError(f"expected at least 1 token, got k = {k}")
+    check_number("k", k, Count)
     first = next(iter(probabilities.values()))
     likely = {int(token) for values in probabilities.values() for token in values.topk(min(k, len(first))).indices}
     order = sorted(likely, key=lambda token: (-float(first[token]), token))

@@ -38,7 +38,7 @@ def explore(
     *,
     other: str | Path | None = None,
     results: str | Path | None = None,
-    prompts: Sequence[str] = (),
+    prompts: str | Sequence[str] = (),
     docs: str | None = None,
     read_model: bool = True,
 ) -> Path:
@@ -54,8 +54,8 @@ def explore(
         out: the file to write; ``explorer.html`` in the run if not given.
         other: a second run of the same dense model, to compare head by head.
         results: a ``results.json`` of an evaluation, shown as a table.
-        prompts: texts of your own: their next tokens, and what changed in every head on them. Those of the last call if
-            none are given.
+        prompts: one or several texts of your own: their next tokens, and what changed in every head on them. Those of
+            the last call if none are given.
         docs: address or folder of the built documentation, which the page then links to.
         read_model: whether models may be loaded.
 
@@ -80,6 +80,7 @@ def explore(
         check_comparable(*runs)
     table = None if results is None else results_table(Path(results))
     budget = EXAMPLE_BYTES // len(runs)
+    prompts = [prompts] if isinstance(prompts, str) else prompts
     data = [_gathered(one, prompts, read_model, budget) for one in runs]
     text = render(data, table, docs)
     size = len(text.encode())

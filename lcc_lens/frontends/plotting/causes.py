@@ -12,7 +12,7 @@ from plotly.subplots import make_subplots
 
 from lcc_lens.analysis.causes.recovered import Recovered
 from lcc_lens.analysis.causes.upstream import Upstream
-from lcc_lens.analysis.head_types.result import PATTERN_TYPES, HeadTypes
+from lcc_lens.analysis.head_types.result import PATTERN_TYPES, HeadTypes, HeadTypesRecord
 from lcc_lens.analysis.scan.result import Scan
 from lcc_lens.core.errors import RequestError
 from lcc_lens.frontends.plotting.labels import pair_label
@@ -29,6 +29,11 @@ _CAUSES = {
     "constant": ("its own constant", COLORS["restored"]),
 }
 _KIND_WORDS = {"previous": "previous token", "duplicate": "duplicate token", "sink": "first token"}
+_MEASURE_WORDS = {
+    "sink": "attention on the first token",
+    "entropy": "entropy of attention, in nats",
+    "distance": "tokens looked back",
+}
 
 
 def plot_causes(scan: Scan) -> go.Figure:
@@ -118,12 +123,14 @@ def plot_head_types(types: HeadTypes, kinds: Sequence[str] = PATTERN_TYPES, n: i
 
     Args:
         types: of :func:`~lcc_lens.analysis.head_types.head_types.head_types`.
-        kinds: such as ``induction``; see :class:`HeadTypes`.
+        kinds: such as ``induction``; see :meth:`HeadTypes.strongest`.
         n: heads per type.
 
     Raises:
-        RequestError: an unknown type.
+        RequestError: no type, an unknown one, or fewer than one head.
     """
+    if not kinds:
+        raise RequestError("expected at least one type of heads to draw, got none; name some")
     titles = [_KIND_WORDS.get(kind, kind) for kind in kinds]
     figure = make_subplots(1, len(kinds), subplot_titles=titles, horizontal_spacing=0.12)
     for column, kind in enumerate(kinds, start=1):
@@ -135,11 +142,8 @@ def plot_head_types(types: HeadTypes, kinds: Sequence[str] = PATTERN_TYPES, n: i
                 marker={"color": COLORS[model]}, legendgroup=model, showlegend=column == 1,
                 hovertemplate="%{y}: %{x:.3f}", row=1, col=column,
             )  # fmt: skip
-    record = types.record
     styled(
-        figure, "Head types, and what is left of the strongest",
-        f"Share of attention at the type's places, {record.n_sequences} sequences of {record.length} random tokens, "
-        f"each repeated, seed {record.seed}.",
+        figure, "Head types, and what is left of the strongest", _measured_on(types.record, kinds),
         width=PAGE, plot_height=max(180, 26 * n), above=50, legend=True,
     )  # fmt: skip
     figure.update_layout(barmode="group", legend={"traceorder": "reversed", "y": 1.08})
@@ -147,6 +151,23 @@ def plot_head_types(types: HeadTypes, kinds: Sequence[str] = PATTERN_TYPES, n: i
     figure.update_xaxes(title="score", rangemode="tozero")
     figure.update_yaxes(showgrid=False)
     return figure
+
+
+def _measured_on(record: HeadTypesRecord, kinds: Sequence[str]) -> str:
+    """What the scores of each type are, in words, and what they were measured on."""
+    sentences = []
+    if any(kind in PATTERN_TYPES for kind in kinds):
+        sentences.append(
+            f"Share of attention at the type's places, {record.n_sequences} sequences of {record.length} random "
+            f"tokens, each repeated, seed {record.seed}."
+        )
+    measures = [_MEASURE_WORDS[kind] for kind in kinds if kind in _MEASURE_WORDS]
+    if measures:
+        n_texts = "" if record.n_texts is None else f", {record.n_texts} texts"
+        sentences.append(f"Means over tokens: {'; '.join(measures)}. {Path(record.data).name}{n_texts}.")
+    if "copying" in kinds:
+        sentences.append("Copying: the sum of a head's eigenvalues over that of their sizes, from weights alone.")
+    return " ".join(sentences)
 
 
 def plot_upstream(upstream: Upstream, n: int = 10) -> go.Figure:

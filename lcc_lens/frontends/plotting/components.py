@@ -16,7 +16,7 @@ from lcc_lens.analysis.lens.gain import LogitGain
 from lcc_lens.analysis.lens.tokens import PromotedTokens
 from lcc_lens.analysis.scan.result import Scan
 from lcc_lens.core.errors import RequestError
-from lcc_lens.core.heads import Head, check_heads, head_indices
+from lcc_lens.core.heads import Head, HeadLike, check_heads, head_indices
 from lcc_lens.frontends.plotting.labels import pair_label
 from lcc_lens.frontends.plotting.theme import COLORS, COLUMN, PAGE, SERIES, rounded, styled
 
@@ -25,7 +25,7 @@ _MIDDLE = "#4d4d4d"
 _NORMAL_95 = 1.96
 
 
-def plot_spectra(scan: Scan, heads: Sequence[Head] = ()) -> go.Figure:
+def plot_spectra(scan: Scan, heads: Sequence[HeadLike] = ()) -> go.Figure:
     r"""Singular spectra of the heads' differences, and the share explained by the first k directions.
 
     Left: $S_i / \sqrt N$, the root mean square of the difference along direction i. Right:
@@ -41,8 +41,9 @@ def plot_spectra(scan: Scan, heads: Sequence[Head] = ()) -> go.Figure:
     if len(heads) > len(SERIES):
         raise RequestError(f"expected at most {len(SERIES)} heads in a figure of spectra, got {len(heads)}; name fewer")
     lost, alive = scan.components, head_indices(scan.ranking("mse"))
-    if heads:
-        check_heads(heads, *scan.relative_loss.shape)
+    chosen = [Head.of(head) for head in heads]
+    if chosen:
+        check_heads(chosen, *scan.relative_loss.shape)
     shown = lost.n_determined
     sizes = lost.singular_values[..., :shown] / lost.n_samples**0.5
     shares = 100 * lost.explained_share()[..., :shown]
@@ -50,7 +51,7 @@ def plot_spectra(scan: Scan, heads: Sequence[Head] = ()) -> go.Figure:
     for column, values in ((1, sizes), (2, shares)):
         for trace in _spread(values[alive], is_first=column == 1):
             figure.add_trace(trace, 1, column)
-        for head, (color, _) in zip(heads, SERIES, strict=False):
+        for head, (color, _) in zip(chosen, SERIES, strict=False):
             line = _line(values[head], str(head), color, is_first=column == 1)
             figure.add_trace(line, 1, column)
     rank, record = float(lost.effective_rank[alive].median()), scan.record

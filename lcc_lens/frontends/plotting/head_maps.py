@@ -16,29 +16,35 @@ from lcc_lens.analysis.head_scores import HeadScores
 from lcc_lens.analysis.scan.result import Scan
 from lcc_lens.analysis.selectors.names import ALWAYS_SCORED
 from lcc_lens.core.errors import RequestError
-from lcc_lens.core.heads import Head
+from lcc_lens.core.heads import HeadLike, check_heads
 from lcc_lens.frontends.plotting.labels import GOLD, SELECTOR_LABELS, pair_label
-from lcc_lens.frontends.plotting.theme import COLORS, COLUMN, PAGE, RANKS, SEQUENTIAL, rounded, styled
+from lcc_lens.frontends.plotting.theme import COLORS, COLUMN, PAGE, RANKS, SEQUENTIAL, largest_change, rounded, styled
 
 _ROW, _SMALL_ROW = 13, 9  # pixels per layer, alone and among several maps
 _PER_LINE = 4  # maps side by side
 
 
-def plot_loss_map(scan: Scan, heads: Sequence[Head] = ()) -> go.Figure:
+def plot_loss_map(scan: Scan, heads: Sequence[HeadLike] = ()) -> go.Figure:
     r"""Layer x head loss map: relative change of each head's output.
 
     Each cell shows $\sqrt{\sum|\delta|^2 / \sum|z_{dense}|^2}$; the hover text adds the cosine, the constant share, the
-    share of the first direction and, for a head that moved, its place in the dense model. Removed heads are blank.
+    share of the first direction and, for a head that moved, its place in the dense model. Removed heads are blank. A
+    head whose output is zero in the dense model alone has no relative change: it gets the largest one's colour.
 
     Args:
         scan: the scan of a pair.
         heads: the chosen heads, which get a frame.
+
+    Raises:
+        RequestError: a head that the model does not have.
     """
     n_layers, n_heads = scan.relative_loss.shape
+    chosen = check_heads(heads, n_layers, n_heads) if heads else []
+    most = largest_change(scan.relative_loss)
     figure = go.Figure(
         go.Heatmap(
-            z=_present(scan, _rows(100 * scan.relative_loss)), customdata=_hover_values(scan), xgap=1, ygap=1,
-            colorscale=SEQUENTIAL, zmin=0, zmax=rounded(100 * float(scan.relative_loss.max())),
+            z=_present(scan, _rows(100 * scan.relative_loss.clamp(max=most))), customdata=_hover_values(scan),
+            xgap=1, ygap=1, colorscale=SEQUENTIAL, zmin=0, zmax=rounded(100 * most),
             colorbar=_colorbar("changed (%)"),
             hovertemplate=(
                 "<b>L%{y}H%{x}</b><br>changed: %{z:.1f} %<br>cosine to dense: %{customdata[0]:.3f}"
@@ -47,13 +53,15 @@ def plot_loss_map(scan: Scan, heads: Sequence[Head] = ()) -> go.Figure:
             ),
         )
     )  # fmt: skip
-    for head in heads:
+    for head in chosen:
         figure.add_shape(
             type="rect", x0=head.head - 0.5, x1=head.head + 0.5, y0=head.layer - 0.5, y1=head.layer + 0.5,
             line={"color": COLORS["restored"], "width": 2},
         )  # fmt: skip
-    framed = f" Framed: the {len(heads)} chosen heads." if heads else ""
-    caption = f"|z dense − z pruned| / |z dense|, root mean square over positions.{framed}\n{_data_of(scan)}"
+    framed = f" Framed: the {len(chosen)} chosen heads." if chosen else ""
+    silent = [head for head in scan.ranking("mse") if bool(scan.relative_loss[head].isinf())]
+    without = f" Without output in the dense model, drawn darkest: {', '.join(map(str, silent))}." if silent else ""
+    caption = f"|z dense − z pruned| / |z dense|, root mean square over positions.{framed}{without}\n{_data_of(scan)}"
     wide = n_heads > 16
     styled(
         figure, f"What each head of {Path(scan.record.dense).name} lost", caption,
@@ -164,6 +172,8 @@ def _hover_values(scan: Scan) -> list[list[list[Any]]]:
         constant, direction = 100 * float(scan.constant_share[layer, head]), 100 * float(first[layer, head])
         was = scan.head_map.dense_heads[layer][head]
         moved = "" if was == head else f"<br>in the dense model: L{layer}H{was}"
+        if bool(scan.relative_loss[layer, head].isinf()):
+            moved += "<br>no output in the dense model: changed by more than all others"
         return [rounded(float(scan.cosine[layer, head])), rounded(constant), rounded(direction), probe, moved]
 
     return [[cell(layer, head) for head in range(n_heads)] for layer in range(n_layers)]

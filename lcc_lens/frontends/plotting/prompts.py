@@ -7,7 +7,7 @@ from plotly.subplots import make_subplots
 
 from lcc_lens.analysis.lens.prompt import PromptComparison
 from lcc_lens.core.errors import RequestError
-from lcc_lens.core.heads import Head, check_heads
+from lcc_lens.core.heads import HeadLike, check_heads
 from lcc_lens.frontends.plotting.components import visible
 from lcc_lens.frontends.plotting.theme import COLORS, PAGE, SEQUENTIAL, SERIES, rounded, styled
 
@@ -66,13 +66,13 @@ def plot_prompt(seen: PromptComparison, k: int = 8) -> go.Figure:
     return figure
 
 
-def plot_attention(seen: PromptComparison, head: Head | tuple[int, int]) -> go.Figure:
+def plot_attention(seen: PromptComparison, head: HeadLike) -> go.Figure:
     """Attention pattern of one head on a prompt, one panel per model: rows are queries, columns keys.
 
     Raises:
         RequestError: a head that the models do not have, or a comparison without patterns.
     """
-    (head,) = check_heads([Head(*head)], *seen.norm.shape[2:])
+    (head,) = check_heads([head], *seen.norm.shape[2:])
     if seen.patterns is None:
         raise RequestError("expected attention patterns, got none; compare with patterns=True on a model that has them")
     labels = [f"{place} {visible(piece)}" for place, piece in enumerate(seen.pieces)]

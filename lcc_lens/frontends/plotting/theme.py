@@ -10,6 +10,7 @@ from html import escape
 from typing import Any
 
 import plotly.graph_objects as go
+from torch import Tensor
 
 #: Okabe-Ito colours of the three models, distinct for colour-blind readers and in grey print.
 COLORS = {"dense": "#0072B2", "pruned": "#D55E00", "restored": "#009E73"}
@@ -144,6 +145,12 @@ def with_source(figure: go.Figure, source: str) -> go.Figure:
 def rounded(value: float | None, digits: int = 5) -> float | None:
     """A number with so many significant digits, so that equal figures are equal text on every machine."""
     return None if value is None or not math.isfinite(value) else float(f"{value:.{digits}g}")
+
+
+def largest_change(relative_loss: Tensor) -> float:
+    """The largest relative change, the end of a scale; infinite ones, from no output at all, do not count."""
+    finite = relative_loss[relative_loss.isfinite()]
+    return max(float(finite.max()), 1e-12) if finite.numel() else 1.0
 
 
 def error_bars(

@@ -11,7 +11,8 @@ from pathlib import Path
 from lcc_lens.analysis.scan.scan import Scan
 from lcc_lens.analysis.selectors.names import DEFAULT_SELECTOR
 from lcc_lens.core.errors import RequestError
-from lcc_lens.core.heads import Head, HeadTuple, check_heads
+from lcc_lens.core.heads import Head, HeadLike, HeadTuple, check_heads
+from lcc_lens.core.ranges import Count, Finite, Natural, Rate, Share, ranged
 from lcc_lens.data.datasets import Data
 from lcc_lens.frontends.session.outputs import SessionOutputs
 from lcc_lens.frontends.session.saving import load_state
@@ -114,7 +115,8 @@ class RestoreSession(SessionOutputs):
             state = load_state(Path(run), self.pair, self._bench.build)
             self._timeline.record(state, f"session.load({str(run)!r})")
 
-    def choose(self, heads: Sequence[Head] | str = DEFAULT_SELECTOR, *, share: float = 0.25) -> HeadTuple:
+    @ranged
+    def choose(self, heads: Sequence[HeadLike] | str = DEFAULT_SELECTOR, *, share: Share = 0.25) -> HeadTuple:
         """Restore these heads, or the share with the highest scores; heads that stay keep their trained parameters.
 
         Args:
@@ -130,18 +132,19 @@ class RestoreSession(SessionOutputs):
                 raise RequestError(f"expected a method that restores heads, got {self.method}")
             if isinstance(heads, str):
                 line = f"session.choose({heads!r}, share={float(share)!r})"
-                heads = self.scan.select(heads, share=share, seed=self.seed)
+                chosen = list(self.scan.select(heads, share=share, seed=self.seed))
             else:
-                heads = sorted(set(heads))
-                line = f"session.choose([{', '.join(f'lcc.Head({head.layer}, {head.head})' for head in heads)}])"
-            if not heads:
+                chosen = sorted({Head.of(head) for head in heads})
+                line = f"session.choose([{', '.join(f'lcc.Head({head.layer}, {head.head})' for head in chosen)}])"
+            if not chosen:
                 raise RequestError("expected heads to restore, got none; name heads or a selector")
-            check_heads(heads, int(self.pair.pruned.cfg.n_layers), int(self.pair.pruned.cfg.n_heads))
-            refuse_removed(heads, self.pair)
-            self._rebuild(tuple(heads), self.rank, line)
+            check_heads(chosen, self.pair.n_layers, self.pair.n_heads)
+            refuse_removed(chosen, self.pair)
+            self._rebuild(tuple(chosen), self.rank, line)
             return self.heads
 
-    def set_rank(self, rank: int | None) -> None:
+    @ranged
+    def set_rank(self, rank: Natural | None) -> None:
         """Set the number of directions per head (all if None); directions that stay keep their magnitudes.
 
         Raises:
@@ -153,7 +156,8 @@ class RestoreSession(SessionOutputs):
             self._state.trained()  # refuses a session without heads
             self._rebuild(self.heads, rank, f"session.set_rank({rank!r})")
 
-    def set_scale(self, scale: float) -> None:
+    @ranged
+    def set_scale(self, scale: Finite) -> None:
         """Multiply the constants by a factor, in everything that is read and in the export; 1 is as trained.
 
         Raises:
@@ -162,8 +166,6 @@ class RestoreSession(SessionOutputs):
         with self._alone():
             if not self._spec.needs_components:
                 raise RequestError(f"expected a method with constants to scale, got {self.method}")
-            if not abs(scale) < float("inf"):
-                raise RequestError(f"expected a finite scale, got {scale}")
             self._timeline.record(replace(self._state, scale=float(scale)), f"session.set_scale({float(scale)!r})")
 
     def refit(self) -> None:
@@ -182,12 +184,13 @@ class RestoreSession(SessionOutputs):
             self._stop.clear()
             self._refit()
 
+    @ranged
     def train(
         self,
-        n_steps: int = 20,
-        lr: float | None = None,
+        n_steps: Count = 20,
+        lr: Rate | None = None,
         *,
-        stop_after: int | None = None,
+        stop_after: Count | None = None,
         on_step: Callable[[Step], None] | None = None,
     ) -> Steps:
         """Train further and keep the parameters with the lowest held-out loss, the starting ones included.
@@ -207,8 +210,6 @@ class RestoreSession(SessionOutputs):
         with self._alone():
             self._stop.clear()
             limit = n_steps if stop_after is None else min(n_steps, stop_after)
-            if limit < 1:
-                raise RequestError(f"expected at least 1 step, got {limit}")
             injection = self._to_train()
             if self._needs_refit:
                 self._refit()

@@ -193,8 +193,12 @@ def test_types_are_saved_and_shown(types: HeadTypes, tmp_path: Path) -> None:
     assert torch.equal(again.losses, types.losses)
     assert len(again.table()) == N_LAYERS * N_HEADS
     assert "strongest induction" in repr(again)
-    with pytest.raises(RequestError, match="expected one of previous, "):
-        again.strongest("inducton")
+    for kind in ("inducton", "total_variation", "jensen_shannon"):
+        with pytest.raises(RequestError, match=f"expected one of .* entropy, distance, copying, got '{kind}'"):
+            again.strongest(kind)
+    for n in (-1, 0):
+        with pytest.raises(RequestError, match="expected n of at least 1, got"):
+            again.strongest("sink", n)
     with pytest.raises(RequestError, match="expected the file"):
         HeadTypes.load(tmp_path / "elsewhere")
 

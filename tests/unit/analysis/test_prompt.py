@@ -147,7 +147,7 @@ def test_sliced_heads_are_compared_with_their_dense_ones(pair) -> None:
 @pytest.mark.parametrize(("ask", "message"), [
     (lambda pair, seen: compare_prompt(pair, ""), "expected a prompt with at least one token, got none"),
     (lambda pair, seen: compare_prompt(pair, "a" * 513), "expected a prompt of at most 512 tokens, got 513; shorten"),
-    (lambda pair, seen: seen.next_tokens(0), "expected at least 1 token, got k = 0"),
+    (lambda pair, seen: seen.next_tokens(0), "expected k of at least 1, got 0"),
     (lambda pair, seen: seen.change("mended"), "expected a model of this comparison"),
     (lambda pair, seen: seen.change(position=99), "expected a token from -21 to 20, got 99"),
     (lambda pair, seen: lcc.plot_attention(seen, (3, 0)), "expected heads within 3 layers x 5 heads"),

@@ -104,9 +104,11 @@ def test_heads_have_one_spelling() -> None:
     for wrong in ("12.3", "H3L12", "L1H", ""):
         with pytest.raises(RequestError, match="expected a head such as L12H3"):
             Head.parse(wrong)
-    assert check_heads([(2, 1), (0, 4)], 3, 5) == [Head(0, 4), Head(2, 1)]
+    assert check_heads([(2, 1), "L0H4"], 3, 5) == [Head(0, 4), Head(2, 1)]
     with pytest.raises(RequestError, match="expected at least one head"):
         check_heads([], 3, 5)
+    with pytest.raises(RequestError, match=r"expected a head such as \(12, 3\) or L12H3, got \(1, 2, 3\)"):
+        Head.of((1, 2, 3))
     with pytest.raises(RequestError, match="got one twice"):
         check_heads([(0, 1), (0, 1)], 3, 5)
 

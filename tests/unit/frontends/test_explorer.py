@@ -123,6 +123,11 @@ def test_texts_are_read_once_and_kept(run: Path, monkeypatch: pytest.MonkeyPatch
     assert TextReadings.load(run) is None
 
 
+def test_one_prompt_needs_no_list(run: Path) -> None:
+    (shown,) = data_of(explore(run, prompts=PROMPT))["runs"]
+    assert [text["title"] for text in shown["texts"] if text["kind"] == "prompt"] == [PROMPT]
+
+
 def test_a_prompt_that_cannot_be_read_is_refused(run: Path) -> None:
     with pytest.raises(RequestError, match="expected a prompt with at least one token"):
         explore(run, prompts=[""])

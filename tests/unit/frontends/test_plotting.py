@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import struct
 import zlib
 from pathlib import Path
@@ -432,6 +433,41 @@ def test_head_types_show_what_is_left_of_the_strongest(pair) -> None:
     strongest = types.strongest("induction", 3)
     assert list(figure.data[1].x)[::-1] == pytest.approx(strongest["induction_dense"].tolist(), rel=1e-4)
     assert list(figure.data[1].y)[-1] == f"L{strongest['layer'][0]}H{strongest['head'][0]}"
+    with pytest.raises(RequestError, match="expected at least one type of heads to draw, got none"):
+        plot_head_types(types, [])
+
+
+def test_head_types_say_what_they_were_measured_on(pair) -> None:
+    types = head_types(pair, data=PARAGRAPHS[:3], n_sequences=2, length=6)
+    said = {kind: text_of(plot_head_types(types, [kind])) for kind in ("induction", "entropy", "copying")}
+    assert "2 sequences of 6 random tokens" in said["induction"]
+    assert "entropy of attention, in nats" in said["entropy"]
+    assert "3 texts" in said["entropy"]
+    assert "weights alone" in said["copying"]
+    assert not any("random tokens" in said[kind] for kind in ("entropy", "copying"))
+
+
+def test_heads_without_output_in_the_dense_model_are_told(found: Scan) -> None:
+    dense = found.heads.squared_dense.clone()
+    dense[1, 3] = 0
+    scan = dataclasses.replace(found, heads=dataclasses.replace(found.heads, squared_dense=dense))
+    assert math.isinf(scan.relative_loss[1, 3])
+    figure = plot_loss_map(scan)
+    heat = figure.data[0]
+    largest = 100 * float(scan.relative_loss[scan.relative_loss.isfinite()].max())
+    assert heat.z[1][3] == heat.zmax == pytest.approx(largest, rel=1e-4)
+    assert "no output in the dense model" in heat.customdata[1][3][4]
+    assert "drawn darkest: L1H3." in text_of(figure)
+    assert "drawn darkest" not in text_of(plot_loss_map(found))
+
+
+def test_framed_heads_are_heads_of_the_model(found: Scan) -> None:
+    frames = [plot_loss_map(found, heads).layout.shapes for heads in ([Head(0, 1)], [(0, 1)], ["L0H1"])]
+    assert frames[0] == frames[1] == frames[2]
+    with pytest.raises(RequestError, match="expected heads within 3 layers x 5 heads, got L99H99"):
+        plot_loss_map(found, [Head(99, 99)])
+    lines = [trace.name for trace in plot_spectra(found, [(2, 0), "L0H1"]).data]
+    assert [name for name in lines if name in ("L2H0", "L0H1")] == ["L2H0", "L0H1"] * 2
 
 
 def test_upstream_is_a_graph_of_the_strongest_writers(pair) -> None:

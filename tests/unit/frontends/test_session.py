@@ -78,7 +78,7 @@ def hooked(session: RestoreSession) -> torch.Tensor:
 
 def test_choose_by_list_selector_and_share(session: RestoreSession, found: Scan) -> None:
     assert session.heads == ()
-    assert session.choose([Head(2, 1), Head(0, 4), Head(2, 1)]) == (Head(0, 4), Head(2, 1))
+    assert session.choose([Head(2, 1), "L0H4", (2, 1)]) == (Head(0, 4), Head(2, 1))
     assert session.choose("mse", share=0.5) == tuple(found.select("mse", share=0.5))
     assert session.choose("random", share=0.3) == tuple(found.select("random", share=0.3, seed=0))
     assert session.history == (
@@ -526,14 +526,17 @@ def test_later_training_runs_the_lower_layers_no_more(session: RestoreSession, p
     (lambda s: s.choose([]), "expected heads to restore, got none; name heads or a selector"),
     (lambda s: s.choose([Head(N_LAYERS, 0)]), "expected heads within 3 layers x 5 heads"),
     (lambda s: s.choose([Head(0, N_HEADS)]), "expected heads within 3 layers x 5 heads"),
-    (lambda s: s.choose("mse", share=0.0), "expected a share of heads above 0"),
+    (lambda s: s.choose("mse", share=0.0), "expected share above 0 and at most 1, got 0"),
+    (lambda s: s.choose("mse", share="0.5"), "expected share above 0 and at most 1, got '0.5'"),
+    (lambda s: s.set_scale("2"), "expected scale of a finite size, got '2'"),
     (lambda s: (s.choose([Head(0, 0)]), s.set_rank(D_HEAD + 1)), "expected a rank between 0"),
-    (lambda s: (s.choose([Head(0, 0)]), s.train(0)), "expected at least 1 step, got 0"),
-    (lambda s: (s.choose([Head(0, 0)]), s.train(5, stop_after=0)), "expected at least 1 step, got 0"),
+    (lambda s: (s.choose([Head(0, 0)]), s.set_rank(1.5)), "expected a whole number for rank, got 1.5"),
+    (lambda s: (s.choose([Head(0, 0)]), s.train(0)), "expected n_steps of at least 1, got 0"),
+    (lambda s: (s.choose([Head(0, 0)]), s.train(5, stop_after=0)), "expected stop_after of at least 1, got 0"),
     (lambda s: (s.choose([Head(0, 0)]), s.train(5, lr=-1.0)), "expected lr above 0 and at most 1000, got -1"),
-    (lambda s: s.set_scale(math.nan), "expected a finite scale, got nan"),
+    (lambda s: s.set_scale(math.nan), "expected scale of a finite size, got nan"),
     (lambda s: s.next_tokens(""), "expected a prompt with at least one token"),
-    (lambda s: s.next_tokens("a", k=0), "expected at least 1 token, got k = 0"),
+    (lambda s: s.next_tokens("a", k=0), "expected k of at least 1, got 0"),
     (lambda s: s.generate("a", 0), "expected max_new_tokens of at least 1, got 0"),
     (lambda s: s.generate("a" * 512), "expected a prompt of at most 511 tokens to go on from, got 512; shorten it"),
 ])  # fmt: skip

@@ -39,6 +39,13 @@ def test_each_head_has_its_colour_on_the_scale() -> None:
     assert picture.plain.endswith("40 % changed")
 
 
+def test_heads_without_output_in_the_dense_model_are_darkest() -> None:
+    picture = terminal_map(torch.tensor([[0.0, 0.2], [torch.inf, 0.4]]), [(), ()], 80)
+    assert picture is not None
+    assert cells(picture)[1][0] == cells(picture)[1][1] != cells(picture)[0][1]
+    assert picture.plain.endswith("40 % changed")
+
+
 @pytest.mark.parametrize(("columns", "cell"), [(80, 2), (67, 2), (65, 1), (34, None)])
 def test_it_fits_the_width_or_is_left_out(columns: int, cell: int | None) -> None:
     picture = terminal_map(torch.rand(12, 32), [()] * 12, columns)
