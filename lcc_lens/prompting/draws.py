@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-from lcc_lens.core.errors import LensError, first_line
+from lcc_lens.core.config import package_version
+from lcc_lens.core.errors import LensError, RequestError, first_line
+from lcc_lens.core.fingerprint import fingerprint
 from lcc_lens.core.machine.cluster import JOBS, Cluster
 from lcc_lens.core.outputs.places import writing_run
 from lcc_lens.core.ranges import Count, Length, check_numbers
 from lcc_lens.data.checks import check_data
 from lcc_lens.data.datasets import Data, load_data
+from lcc_lens.models.loading.references import resolve
 from lcc_lens.models.pair import Pair, check_models, load_pair
-from lcc_lens.prompting.measuring import check_restored, prompt_study
+from lcc_lens.prompting.measuring import prompt_study
+from lcc_lens.prompting.reactions import require_relative_positions
+from lcc_lens.prompting.restored import check_restored, restored_sha256
 from lcc_lens.prompting.soft_prompt import fit_soft_prompt
 from lcc_lens.prompting.study import PromptStudy, joined_studies
-from lcc_lens.prompting.variants import RAW, SOFT, check_variants, prompt_variants
+from lcc_lens.prompting.variants import RAW, SOFT, check_variants, prompt_variants, require_prompts
 from lcc_lens.restoration.refitted import pair_hashes
 
 logger = logging.getLogger(__name__)
@@ -72,12 +78,19 @@ class StudyRequest:
         """Refuse what can be told before any model is loaded.
 
         Raises:
-            RequestError: unknown variants, data or models.
+            RequestError: unknown variants, data or models; text without prompts; heads without a variant to react to;
+                or a restoration of another model.
         """
         check_variants(self.variants)
+        if self.heads and not self.patched:
+            raise RequestError(
+                f"expected written variants that heads react to, got {', '.join(self.variants)}; name others, or leave "
+                "--heads out"
+            )
         check_data([self.data])
+        require_prompts(self.data)
         check_models(self.dense, self.pruned, self.max_length)
-        check_restored(self.restored)
+        check_restored(self.restored, resolve(self.pruned))
 
 
 def study_draws(
@@ -85,7 +98,8 @@ def study_draws(
 ) -> PromptStudy:
     """Measure how models react to variants of prompts on several draws of examples, and join the studies.
 
-    Every draw's study is kept in ``prompts_SEED.safetensors``, and read again if it is of the same request.
+    Every draw's study is kept in ``prompts_SEED.safetensors`` and read again by the same request, whatever the number
+    of draws. Where anything else differs (examples, variants, models), the draw is measured again, and the log says so.
 
     Args:
         run: the run directory, also for the joined study.
@@ -107,9 +121,9 @@ def study_draws(
         if cluster is not None:
             _submit(request, run, missing, cluster)
         elif missing:
-            pair = load_pair(request.dense, request.pruned, one_at_a_time=request.one_at_a_time)
+            pair = _loaded(request)
             for seed in missing:
-                _measured(request, pair, seed).save(_file(run, seed))
+                _measured(request, pair, seed, hashes).save(_file(run, seed))
         studies = [kept_study(request, run, seed, hashes) for seed in range(seeds)]
         study = joined_studies([study for study in studies if study is not None])
         study.save(run)
@@ -117,21 +131,43 @@ def study_draws(
 
 
 def kept_study(request: StudyRequest, run: Path, seed: int, hashes: Mapping[str, str]) -> PromptStudy | None:
-    """The study of a draw, if the run has it."""
+    """The study of a draw, if the run has it and it is of this request; the log says what differs otherwise."""
+    decides = _decides(request, seed, hashes)
     if not _file(run, seed).exists():
         return None
     study = PromptStudy.load(_file(run, seed))
-    is_whole = set(request.patched) <= set(study.reactions) and study.record.answers(
-        hashes, _drawn(request, seed), request.all_variants, request.restored, request.response_tokens
-    )
-    return study if is_whole else None
+    changed = [name for name, value in decides.items() if study.record.request.get(name) != value]
+    if changed:
+        logger.warning("measuring draw %d again: the one in %s has other %s", seed, run, ", ".join(changed))
+    return None if changed else study
+
+
+def _decides(request: StudyRequest, seed: int, hashes: Mapping[str, str]) -> dict[str, str]:
+    """Hashes of all that decides the study of a draw, by what a message calls it.
+
+    Reactions of heads that are not asked for do no harm.
+    """
+    data = _drawn(request, seed)
+    parts: dict[str, Any] = {
+        "models": hashes,
+        "restored models": restored_sha256(request.restored),
+        "variants": request.all_variants,
+        "examples": (data.name, data.source, data.examples),
+        "lengths": (request.max_length, request.response_tokens),
+        "versions of lcc-lens": package_version(),
+    }
+    if SOFT in request.all_variants:
+        parts["examples of the soft prompt"] = _training(request, seed).examples
+    if request.heads:
+        parts["examples of heads"] = request.head_examples
+    return {name: fingerprint(part) for name, part in parts.items()}
 
 
 def compute_draw(request: StudyRequest, run: Path, seed: int) -> None:
     """Measure one draw and keep its study, unless the run has it: what a job does."""
-    if kept_study(request, run, seed, pair_hashes(request.dense, request.pruned)) is None:
-        pair = load_pair(request.dense, request.pruned, one_at_a_time=request.one_at_a_time)
-        _measured(request, pair, seed).save(_file(run, seed))
+    hashes = pair_hashes(request.dense, request.pruned)
+    if kept_study(request, run, seed, hashes) is None:
+        _measured(request, _loaded(request), seed, hashes).save(_file(run, seed))
 
 
 def _submit(request: StudyRequest, run: Path, missing: list[int], cluster: Cluster) -> None:
@@ -151,20 +187,31 @@ def _submit(request: StudyRequest, run: Path, missing: list[int], cluster: Clust
         )
 
 
-def _measured(request: StudyRequest, pair: Pair, seed: int) -> PromptStudy:
+def _loaded(request: StudyRequest) -> Pair:
+    pair = load_pair(request.dense, request.pruned, one_at_a_time=request.one_at_a_time)
+    if request.heads:
+        require_relative_positions(pair.pruned)  # before a soft prompt is trained
+    return pair
+
+
+def _measured(request: StudyRequest, pair: Pair, seed: int, hashes: Mapping[str, str]) -> PromptStudy:
     soft = None
     if SOFT in request.all_variants:
-        training = load_data(request.data, request.soft_examples, role="train", seed=seed)
-        soft = fit_soft_prompt(pair, training, max_length=request.max_length, seed=seed)
-    return prompt_study(
+        soft = fit_soft_prompt(pair, _training(request, seed), max_length=request.max_length, seed=seed)
+    study = prompt_study(
         pair, prompt_variants(_drawn(request, seed), request.all_variants), request.restored, heads=request.patched,
         soft_prompt=soft, head_examples=request.head_examples, max_length=request.max_length,
         response_tokens=request.response_tokens,
     )  # fmt: skip
+    return replace(study, record=replace(study.record, request=_decides(request, seed, hashes)))
 
 
 def _drawn(request: StudyRequest, seed: int) -> Data:
     return load_data(request.data, request.examples, role="held-out", seed=seed)
+
+
+def _training(request: StudyRequest, seed: int) -> Data:
+    return load_data(request.data, request.soft_examples, role="train", seed=seed)
 
 
 def _file(run: Path, seed: int) -> Path:

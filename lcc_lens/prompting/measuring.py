@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from lcc_lens.analysis.lens.prompt import Applicable
 from lcc_lens.core.config import package_version
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.ranges import Count, Length, ranged
@@ -21,16 +20,14 @@ from lcc_lens.data.datasets import Data
 from lcc_lens.data.prompts import Example
 from lcc_lens.models.architecture.context import fitting_length
 from lcc_lens.models.hooked.hooks import HookedModel
-from lcc_lens.models.loading.hooked import load_hooked
-from lcc_lens.models.loading.references import resolve
 from lcc_lens.models.pair import Pair
 from lcc_lens.prompting.likelihoods import encode_response, token_log_likelihoods
 from lcc_lens.prompting.reactions import head_reactions, require_relative_positions
+from lcc_lens.prompting.restored import Restored, check_restored, restored_model
 from lcc_lens.prompting.soft_prompt import SoftPrompt
 from lcc_lens.prompting.study import PromptStudy, StudyRecord, example_key
 from lcc_lens.prompting.variants import RAW, SOFT
 from lcc_lens.prompting.wording import n_words
-from lcc_lens.restoration.result import RESTORATION_TENSORS, Restoration
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -51,7 +48,7 @@ class _Encoded:
 def prompt_study(
     pair: Pair,
     variants: Mapping[str, Data],
-    restored: Applicable | str | Path | None = None,
+    restored: Restored | None = None,
     *,
     soft_prompt: SoftPrompt | None = None,
     heads: Sequence[str] = (),
@@ -90,6 +87,7 @@ def prompt_study(
     _check_variants(variants, heads, soft_prompt)
     if heads:
         require_relative_positions(pair.pruned)
+    check_restored(restored, pair.pruned_id.path)
     length = fitting_length(max_length, pair.context)
     encoded = _encode(variants, pair.tokenizer, length, response_tokens, soft_prompt)
     models = ("dense", "pruned") if restored is None else ("dense", "pruned", "restored")
@@ -111,7 +109,7 @@ def prompt_study(
 def _record(
     pair: Pair,
     variants: Mapping[str, Data],
-    restored: Applicable | str | Path | None,
+    restored: Restored | None,
     models: tuple[str, ...],
     encoded: _Encoded,
     response_tokens: int,
@@ -192,26 +190,8 @@ def _measured(
     return mean, torch.tensor(is_right)
 
 
-def check_restored(restored: str | Path | None) -> None:
-    """Refuse a reference that is neither a run with a restoration nor a model, before any model is loaded."""
-    if restored is not None and not (Path(restored) / RESTORATION_TENSORS).exists():
-        resolve(restored)
-
-
-@contextmanager
-def _model_of(pair: Pair, name: str, restored: Applicable | str | Path | None) -> Iterator[HookedModel]:
+def _model_of(pair: Pair, name: str, restored: Restored | None) -> AbstractContextManager[HookedModel]:
     """One of the models; the restored one as the run, reference or object says."""
-    if name != "restored":
-        yield pair.dense if name == "dense" else pair.pruned
-    elif isinstance(restored, str | Path) and not (Path(restored) / RESTORATION_TENSORS).exists():
-        loaded = load_hooked(restored)
-        if loaded.tokenizer.get_vocab() != pair.tokenizer.get_vocab():
-            raise RequestError(
-                f"expected a restored model with the pair's tokenizer, got another one in {restored}; name the model"
-            )
-        yield loaded.model
-    else:
-        restoration = Restoration.load(restored) if isinstance(restored, str | Path) else restored
-        assert restoration is not None
-        with restoration.applied_to(pair.pruned) as model:
-            yield model
+    if name != "restored" or restored is None:
+        return nullcontext(pair.dense if name == "dense" else pair.pruned)
+    return restored_model(restored, pair.pruned)

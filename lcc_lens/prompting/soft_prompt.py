@@ -14,9 +14,11 @@ from lcc_lens.core.errors import RequestError
 from lcc_lens.core.ranges import Count, Rate, Seed, ranged
 from lcc_lens.data.batches import TokenSequence, special_prefix
 from lcc_lens.data.datasets import Data
+from lcc_lens.models.architecture.context import fitting_length
 from lcc_lens.models.hooked.hooks import HookedModel, NamedHook
 from lcc_lens.models.hooked.offloading import device_of
 from lcc_lens.models.pair import Pair
+from lcc_lens.prompting.variants import require_prompts
 from lcc_lens.restoration.injections.base import Injection
 from lcc_lens.restoration.training.config import TrainConfig
 from lcc_lens.restoration.training.loop import train
@@ -82,7 +84,7 @@ def fit_soft_prompt(
     Args:
         data: instructions or questions; every tenth group validates.
         n_tokens: embeddings of the soft prompt.
-        max_length: tokens of a sequence at most.
+        max_length: tokens of a sequence and the soft prompt at most.
 
     Raises:
         RequestError: data without responses, or a model without a hook point at its embedding.
@@ -90,12 +92,12 @@ def fit_soft_prompt(
     Example:
         >>> soft = fit_soft_prompt(pair, load_data("alpaca", n=240, role="train"))  # doctest: +SKIP
     """
-    if data.kind == "text":
-        raise RequestError(f"expected prompts with responses, got the running text {data.name}; name other data")
+    require_prompts(data)
     model = pair.pruned
     if _EMBEDDING not in model.hook_dict:
         raise RequestError(f"expected the hook point {_EMBEDDING} for a soft prompt, got none; leave soft out")
-    training, validation = training_sequences(pair, None, data, None, max_length, None, None)
+    room = max(fitting_length(max_length, pair.context) - n_tokens, 1)
+    training, validation = training_sequences(pair, None, data, None, room, None, None)
     soft = SoftPrompt(_drawn(model, training, n_tokens, seed), len(special_prefix(pair.tokenizer)))
     config = TrainConfig(epochs=epochs, lr=lr, seed=seed)
     identity = f"soft prompt of {n_tokens}, {pair.pruned_id.sha256}"

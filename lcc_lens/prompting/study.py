@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,13 +15,12 @@ from torch import Tensor
 from lcc_lens.analysis.head_scores import HeadScores
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.files import read_sealed, write_sealed
+from lcc_lens.core.fingerprint import fingerprint
 from lcc_lens.core.metrics import bootstrap_interval
 from lcc_lens.core.reading import convert, parse_json, reading
 from lcc_lens.core.registry import nearest
 from lcc_lens.core.showing import Shown
-from lcc_lens.data.datasets import Data
 from lcc_lens.data.prompts import Example
-from lcc_lens.data.roles import digest
 from lcc_lens.prompting.variants import RAW
 
 if TYPE_CHECKING:
@@ -34,7 +33,10 @@ _HEADS = "heads."
 
 @dataclass(frozen=True)
 class StudyRecord:
-    """What a study was measured on: references and hashes of the weights, data, and the examples' hashed groups."""
+    """What a study was measured on: references and hashes of the weights, data, and hashes of the examples.
+
+    ``request`` holds a hash of everything that decided a kept draw, by name; it is empty in any other study.
+    """
 
     dense: str
     pruned: str
@@ -48,20 +50,11 @@ class StudyRecord:
     groups: tuple[str, ...]
     response_tokens: int
     version: str
+    request: dict[str, str] = field(default_factory=dict)
 
-    def answers(
-        self, hashes: Mapping[str, str], data: Data, variants: Sequence[str], restored: object, response_tokens: int
-    ) -> bool:
-        """Whether the study is of these models, examples and variants; some examples may have been too long.
-
-        Args:
-            hashes: ``dense_sha256`` and ``pruned_sha256``.
-        """
-        asked = (dict(hashes), data.name, data.source, tuple(variants), response_tokens)
-        own = {"dense_sha256": self.dense_sha256, "pruned_sha256": self.pruned_sha256}
-        known = (own, self.data, self.source, self.variants, self.response_tokens)
-        named = None if restored is None else str(restored)
-        return asked == known and self.restored == named and {*self.groups} <= {*map(example_key, data.examples)}
+    def shared(self) -> StudyRecord:
+        """What studies that are joined have in common; hashes tell models, whose paths may differ."""
+        return replace(self, dense="", pruned="", restored=None, groups=(), request={})
 
 
 @dataclass(frozen=True, repr=False)
@@ -232,8 +225,8 @@ class PromptStudy(Shown):
 
 
 def example_key(example: Example) -> str:
-    """A short hash of an example's group and raw prompt, which tells it from all others."""
-    return digest(example.group + example.prompt)
+    """A short hash of an example, which tells it from all others; wrong answers depend on what else was drawn."""
+    return fingerprint(example.group, example.prompt, example.response)[:16]
 
 
 def joined_studies(studies: Sequence[PromptStudy]) -> PromptStudy:
@@ -244,8 +237,7 @@ def joined_studies(studies: Sequence[PromptStudy]) -> PromptStudy:
     Raises:
         RequestError: other models, variants or responses.
     """
-    first = studies[0].record
-    if any(replace(s.record, groups=first.groups, restored=first.restored) != first for s in studies):
+    if len({fingerprint(study.record.shared()) for study in studies}) > 1:
         raise RequestError("expected studies of the same models, variants and data, got others; measure them again")
     groups: dict[str, tuple[int, int]] = {}
     for number, study in enumerate(studies):
@@ -264,7 +256,7 @@ def joined_studies(studies: Sequence[PromptStudy]) -> PromptStudy:
     common = [name for name in studies[0].reactions if all(name in study.reactions for study in studies)]
     reactions = {name: whole([study.reactions[name] for study in studies], 0) for name in common}
     return PromptStudy(
-        replace(first, groups=tuple(groups)),
+        replace(studies[0].record, groups=tuple(groups), request={}),
         whole([study.log_likelihood for study in studies], 2),
         whole([study.words for study in studies], 1),
         whole(right, 2) if len(right) == len(studies) else None,

@@ -6,11 +6,14 @@ import hashlib
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.registry import nearest
 from lcc_lens.data.datasets import Data
 from lcc_lens.data.prompts import Example
+from lcc_lens.data.registry import named_kind
+from lcc_lens.data.user_files import is_data_file, read_file
 from lcc_lens.prompting.frames import split_prompt
 from lcc_lens.prompting.wording import content_words
 
@@ -89,8 +92,7 @@ def prompt_variants(data: Data, names: Sequence[str]) -> dict[str, Data]:
         >>> prompt_variants(data, ["raw", "filler"])["filler"].examples[0].prompt  # doctest: +SKIP
     """
     check_variants(names)
-    if data.kind == "text":
-        raise RequestError(f"expected prompts with responses, got the running text {data.name}; name other data")
+    require_prompts(data)
     return {name: replace(data, examples=tuple(_varied(example, name) for example in data.examples)) for name in names}
 
 
@@ -107,6 +109,23 @@ def check_variants(names: Sequence[str]) -> None:
         raise RequestError(
             f"expected a variant of prompts ({', '.join(VARIANTS)}), got {unknown!r}; {nearest(unknown, VARIANTS)}"
         )
+
+
+def require_prompts(data: Data | str) -> None:
+    """Refuse running text; of a data set or file by its name, before anything is loaded.
+
+    Raises:
+        RequestError: names the data.
+    """
+    name = data if isinstance(data, str) else data.name
+    kind = _kind(data) if isinstance(data, str) else data.kind
+    if kind == "text":
+        raise RequestError(f"expected prompts with responses, got the running text {name}; name other data")
+
+
+def _kind(name: str) -> str | None:
+    kind = named_kind(name)
+    return read_file(Path(name))[0] if kind is None and is_data_file(name) else kind
 
 
 def _varied(example: Example, name: str) -> Example:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar
 
 import tyro
 
+from lcc_lens.core.errors import RequestError
 from lcc_lens.core.showing import write_table
 
 if TYPE_CHECKING:
@@ -82,9 +83,17 @@ class ClusterJobs:
     """submitit's parameters of a job, such as slurm_partition=gpu gpus_per_node=1 timeout_min=240."""
 
     def chosen(self) -> Cluster | None:
-        """The cluster that was asked for."""
+        """The cluster that was asked for.
+
+        Raises:
+            RequestError: options of none.
+        """
         from lcc_lens.core.machine.cluster import Cluster
 
+        if self.cluster is None and self.cluster_options:
+            raise RequestError(
+                f"expected --cluster with its options, got {self.cluster_options[0]} alone; name slurm or local"
+            )
         return None if self.cluster is None else Cluster.parse(self.cluster, self.cluster_options)
 
 

@@ -21,7 +21,7 @@ from lcc_lens.models.hooked.offloading import device_of
 from lcc_lens.models.hooked.weights import plain_model
 from lcc_lens.models.pair import Pair
 from lcc_lens.prompting.frames import split_prompt
-from lcc_lens.prompting.variants import VARIANTS
+from lcc_lens.prompting.variants import VARIANTS, require_prompts
 from lcc_lens.prompting.wording import n_words
 
 if TYPE_CHECKING:
@@ -161,8 +161,7 @@ def candidate_prompts(
     Raises:
         RequestError: text without prompts, or a prompt beyond the model's context.
     """
-    if data.kind == "text":
-        raise RequestError(f"expected prompts with responses, got the running text {data.name}; name other data")
+    require_prompts(data)
     n_written = min(-(-n // 2), len(WRITTEN))
     result = []
     for number, example in track(enumerate(data.examples), len(data), "write candidates"):

@@ -70,10 +70,10 @@ def test_every_draw_is_a_job_that_is_computed_once(
     submitted = run_here(monkeypatch)
     measured = draws._measured
 
-    def fails_once(request: draws.StudyRequest, pair: object, seed: int) -> PromptStudy:
+    def fails_once(request: draws.StudyRequest, pair: object, seed: int, hashes: dict[str, str]) -> PromptStudy:
         if seed == 1 and len(submitted) == 2:
             raise LensError("no machine today")
-        return measured(request, pair, seed)
+        return measured(request, pair, seed, hashes)
 
     monkeypatch.setattr(draws, "_measured", fails_once)
     capsys.readouterr()

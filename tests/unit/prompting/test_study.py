@@ -212,6 +212,15 @@ def test_a_soft_prompt_is_trained_and_measured(pair: Pair, question_file: Path, 
         prompt_study(pair, prompt_variants(data, ["raw", "soft"]))
 
 
+def test_a_soft_prompt_fits_into_the_context_with_its_sequences(families: Any) -> None:
+    pair = families("gpt2")
+    examples = tuple(Example("a" * 100, "b" * 60, f"g{i}") for i in range(4))
+    soft = fit_soft_prompt(pair, Data("made", "instruction", examples, "here"), n_tokens=5)
+    assert len(soft) == 5
+    with pytest.raises(RequestError, match="expected responses that begin within 1 tokens"):
+        fit_soft_prompt(pair, Data("made", "instruction", examples, "here"), n_tokens=128)
+
+
 def test_refusals(pair: Pair, data: Data, dense_dir: Path) -> None:
     variants = prompt_variants(data, ["raw", "clear"])
     with pytest.raises(RequestError, match="expected the variant 'raw' to compare with, got clear"):
