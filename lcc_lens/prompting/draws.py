@@ -199,8 +199,8 @@ def _measured(request: StudyRequest, pair: Pair, seed: int, hashes: Mapping[str,
     if SOFT in request.all_variants:
         soft = fit_soft_prompt(pair, _training(request, seed), max_length=request.max_length, seed=seed)
     study = prompt_study(
-        pair, prompt_variants(_drawn(request, seed), request.all_variants), request.restored, heads=request.patched,
-        soft_prompt=soft, head_examples=request.head_examples, max_length=request.max_length,
+        pair, prompt_variants(_drawn(request, seed), request.all_variants, pair.tokenizer), request.restored,
+        heads=request.patched, soft_prompt=soft, head_examples=request.head_examples, max_length=request.max_length,
         response_tokens=request.response_tokens,
     )  # fmt: skip
     return replace(study, record=replace(study.record, request=_decides(request, seed, hashes)))

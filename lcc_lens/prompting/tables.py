@@ -13,23 +13,27 @@ from lcc_lens.prompting.rewriting.preference_files import read_preferences
 
 if TYPE_CHECKING:
     import pandas as pd
+    from transformers import PreTrainedTokenizerBase
 
 
-def read_prompts(name: str, n: int | None = None, seed: int = 0) -> list[tuple[str, str | None]]:
+def read_prompts(
+    name: str, n: int | None = None, seed: int = 0, tokenizer: PreTrainedTokenizerBase | None = None
+) -> list[tuple[str, str | None]]:
     """Prompts without their templates, each with the original that it was rewritten from, if the file has one.
 
     Args:
         name: a data set, or a file: ``.txt`` (a prompt per paragraph), ``.jsonl``, or ``.json`` with preferences.
         n: how many at most; of a data set drawn with ``seed``, of a file the first.
+        tokenizer: one whose chat template may be around the prompts.
 
     Raises:
         RequestError: no such data, or none that can be read.
     """
     if Path(name).suffix == ".json":
         return [(preference.chosen, preference.prompt) for preference in read_preferences(name)[:n]]
-    is_file = Path(name).exists()
-    examples = load_data(name, None if is_file else n, seed=seed).examples[:n]
-    return [(split_prompt(example.prompt or example.response).core, None) for example in examples]
+    data = load_data(name, None if Path(name).exists() else n, seed=seed)
+    texts = (example.response if data.kind == "text" else example.prompt for example in data.examples[:n])
+    return [(split_prompt(text, tokenizer).core, None) for text in texts]
 
 
 def merits_table(scored: Sequence[tuple[str, Merits]]) -> pd.DataFrame:

@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.registry import nearest
@@ -14,8 +15,11 @@ from lcc_lens.data.datasets import Data
 from lcc_lens.data.prompts import Example
 from lcc_lens.data.registry import named_kind
 from lcc_lens.data.user_files import is_data_file, read_file
-from lcc_lens.prompting.frames import split_prompt
+from lcc_lens.prompting.frames import Framed, split_prompt
 from lcc_lens.prompting.wording import content_words
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 RAW, SOFT = "raw", "soft"
 #: One sentence per merit, and filler, all of the same number of words.
@@ -72,28 +76,32 @@ VARIANTS: dict[str, Callable[[str, str], str]] = {
 }
 
 
-def prompt_variants(data: Data, names: Sequence[str]) -> dict[str, Data]:
+def prompt_variants(
+    data: Data, names: Sequence[str], tokenizer: PreTrainedTokenizerBase | None = None
+) -> dict[str, Data]:
     """Write every prompt of the data in several ways; group, response, wrong answer and role stay.
 
     ``raw`` is the prompt itself. ``clear``, ``precise`` and ``concise-cot`` add one sentence for one merit, ``merits``
     all three, ``filler`` a sentence of as many words that says nothing (``filler-long`` as many as ``verbose``, the
     instructions of a large model). ``degraded`` keeps 29 % of the content words. ``soft`` is the raw prompt behind
     trained embeddings, which :func:`~lcc_lens.prompting.measuring.prompt_study` adds. A template around what the user
-    wrote (Alpaca's, a chat's with or without a system turn, a task's) stays as it is.
+    wrote (a chat's with or without a system turn, Alpaca's, a task's) stays as it is.
 
     Args:
         data: instructions or questions.
         names: which variants; an example's variants depend on nothing but its own prompt and group.
+        tokenizer: one whose chat template may be around the prompts; those of well-known families are found without it.
 
     Raises:
-        RequestError: an unknown name, a name twice, none, or text without prompts.
+        RequestError: an unknown name, a name twice, none, text without prompts, or an unknown template.
 
     Example:
         >>> prompt_variants(data, ["raw", "filler"])["filler"].examples[0].prompt  # doctest: +SKIP
     """
     check_variants(names)
     require_prompts(data)
-    return {name: replace(data, examples=tuple(_varied(example, name) for example in data.examples)) for name in names}
+    framed = [(example, split_prompt(example.prompt, tokenizer)) for example in data.examples]
+    return {name: replace(data, examples=tuple(_varied(*parts, name) for parts in framed)) for name in names}
 
 
 def check_variants(names: Sequence[str]) -> None:
@@ -128,8 +136,7 @@ def _kind(name: str) -> str | None:
     return read_file(Path(name))[0] if kind is None and is_data_file(name) else kind
 
 
-def _varied(example: Example, name: str) -> Example:
-    framed = split_prompt(example.prompt)
+def _varied(example: Example, framed: Framed, name: str) -> Example:
     return replace(example, prompt=framed.having(VARIANTS[name](framed.core, example.group)))
 
 

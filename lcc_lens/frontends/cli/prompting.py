@@ -38,11 +38,13 @@ class MeritsOf(Tabled):
     """Seed of the draw from a data set."""
 
     def execute(self) -> None:
-        from lcc_lens.models.loading.hooked import load_hooked
+        from lcc_lens.models.loading.hooked import load_hooked, load_tokenizer
+        from lcc_lens.models.loading.references import resolve
         from lcc_lens.prompting.merits import merits
         from lcc_lens.prompting.tables import merits_table, read_prompts
 
-        prompts = read_prompts(self.data, self.examples, self.seed)
+        tokenizer = None if self.model is None else load_tokenizer(resolve(self.model))
+        prompts = read_prompts(self.data, self.examples, self.seed, tokenizer)
         model = None if self.model is None else load_hooked(self.model)
         scored = [(text, merits(text, original, model)) for text, original in prompts]
         table = merits_table(scored)

@@ -188,13 +188,15 @@ class Rewrite(Tabled):
         return record.dense, record.pruned
 
     def _rewritten(self, pair: Pair, prompt: str, fitted: Rewriter | None, other: LoadedModel | None) -> Rewrites:
+        from lcc_lens.prompting.frames import split_prompt
         from lcc_lens.prompting.rewriting.rewriter import DENSE, REWRITTEN, rewrite_prompt, written_by
 
         if self.rewriter is None and fitted is not None:
             return fitted.rewrite(prompt, pair, n=self.n, max_new_tokens=self.max_new_tokens)
         source, model = (pair, pair.dense) if other is None else (other, other.model)
+        core = split_prompt(prompt, pair.tokenizer).core
         written = written_by(
-            model, source.tokenizer, source.context, prompt, self.n, max_new_tokens=self.max_new_tokens
+            model, source.tokenizer, source.context, core, self.n, max_new_tokens=self.max_new_tokens
         )  # fmt: skip
         target = "pruned" if fitted is None else fitted.record.target
         return rewrite_prompt(pair, prompt, written, target=target, by=DENSE if other is None else REWRITTEN)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -121,7 +121,7 @@ def preference_pairs(
     length = fitting_length(max_length, pair.context)
     found, n_unsure, n_copies, n_long = [], 0, 0, 0
     for example, versions in track(zip(data.examples, candidates, strict=True), len(data), "rank candidates"):
-        framed = split_prompt(example.prompt)
+        framed = split_prompt(example.prompt, pair.tokenizer)
         kept = without_copies(example.response, framed.core, versions)
         n_copies += len(versions) - len(kept)
         try:
@@ -132,8 +132,9 @@ def preference_pairs(
         except RequestError:
             n_long += 1
             continue
-        n_long += len({example.prompt, *map(framed.having, kept)}) - len(ranked)
-        preference = _surely(ranked, example.prompt)
+        cores = {**{framed.having(version): version for version in kept}, example.prompt: framed.core}
+        n_long += len(cores) - len(ranked)
+        preference = _surely(ranked, example.prompt, cores)
         n_unsure += preference is None
         found += [] if preference is None else [preference]
     if not found:
@@ -166,16 +167,11 @@ def without_copies(response: str, raw: str, versions: Sequence[str]) -> list[str
     return [version for version in versions if overlap(version, response) <= given_away]
 
 
-def _surely(ranked: Sequence[Ranked], raw: str) -> Preference | None:
-    """The pair of a ranking, if it surely differs."""
+def _surely(ranked: Sequence[Ranked], raw: str, cores: Mapping[str, str]) -> Preference | None:
+    """The pair of a ranking, without templates, if it surely differs."""
     best, worst = ranked[0], ranked[-1]
     if best.prompt == raw:
         if worst.margin < -SURE * worst.stderr:
-            return _preference(raw, raw, worst.prompt, -worst.margin)
+            return Preference(cores[raw], cores[raw], cores[worst.prompt], -worst.margin)
         return None
-    return _preference(raw, best.prompt, raw, best.margin) if best.is_better else None
-
-
-def _preference(raw: str, chosen: str, rejected: str, margin: float) -> Preference:
-    raw, chosen, rejected = (split_prompt(text).core for text in (raw, chosen, rejected))
-    return Preference(raw, chosen, rejected, margin)
+    return Preference(cores[raw], cores[best.prompt], cores[raw], best.margin) if best.is_better else None

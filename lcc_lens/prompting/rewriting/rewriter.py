@@ -147,7 +147,7 @@ class Rewriter(Shown):
         model = self.model_of(pair)
         with self.adapter(model).attached(model):
             written = proposals(
-                model, pair.tokenizer, split_prompt(prompt).core, n, context=pair.context, seed=seed,
+                model, pair.tokenizer, split_prompt(prompt, pair.tokenizer).core, n, context=pair.context, seed=seed,
                 max_new_tokens=max_new_tokens,
             )  # fmt: skip
         return rewrite_prompt(pair, prompt, written, target=self.record.target, response=response, by=REWRITTEN)
@@ -229,7 +229,8 @@ def rewrite_prompt(
     Raises:
         RequestError: a prompt that is empty or too long, or a dense model that answers nothing.
     """
-    framed, tokenizer = split_prompt(prompt), pair.tokenizer
+    tokenizer = pair.tokenizer
+    framed = split_prompt(prompt, tokenizer)
     empty = next((text for text in (framed.core, *written) if not n_words(text)), None)
     if empty is not None:
         raise RequestError(f"expected prompts with at least one word, got {empty!r}; leave it out")
@@ -284,7 +285,7 @@ def written_by(
     seed: int = 0,
 ) -> list[str]:
     """Versions of a prompt by a model without an adapter, such as the dense model or MePO's published optimiser."""
-    core = split_prompt(prompt).core
+    core = split_prompt(prompt, tokenizer).core
     return proposals(model, tokenizer, core, n, context=context, seed=seed, max_new_tokens=max_new_tokens)
 
 

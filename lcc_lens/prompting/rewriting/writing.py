@@ -165,7 +165,7 @@ def candidate_prompts(
     n_written = min(-(-n // 2), len(WRITTEN))
     result = []
     for number, example in track(enumerate(data.examples), len(data), "write candidates"):
-        core = split_prompt(example.prompt).core
+        core = split_prompt(example.prompt, pair.tokenizer).core
         versions = [VARIANTS[name](core, example.group) for name in WRITTEN[:n_written]]
         if n > n_written:
             versions += proposals(

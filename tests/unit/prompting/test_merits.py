@@ -12,7 +12,6 @@ from support.commands import call, refused
 
 from lcc_lens.core.errors import RequestError
 from lcc_lens.models.loading.hooked import load_hooked
-from lcc_lens.prompting.frames import split_prompt
 from lcc_lens.prompting.likelihoods import token_log_likelihoods
 from lcc_lens.prompting.merits import MERITS, merits
 from lcc_lens.prompting.rewriting.preference_files import Preference, read_preferences, write_preferences
@@ -109,33 +108,6 @@ def test_refusals(dense_dir: Path) -> None:
         merits("go", "")
     with pytest.raises(RequestError, match="expected a prompt of at most 512 tokens, got 600"):
         merits("a" * 600, None, dense_dir)
-
-
-@pytest.mark.parametrize(
-    ("prompt", "core"),
-    [
-        ("Below is.\n\n### Instruction:\nSay 1.\n\n### Response:\n", "Say 1."),
-        (
-            "Below is.\n\n### Instruction:\nSay 1.\n\n### Input:\nloudly\n\n### Response:\n",
-            "Say 1.",
-        ),
-        ("A passage.\nQuestion: is it?\nAnswer:", "is it?"),
-        (
-            "<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\nSay 1.<|im_end|>\n<|im_start|>assistant\n",
-            "Say 1.",
-        ),
-        ("<start_of_turn>user\nSay 1.<end_of_turn>\n<start_of_turn>model\n", "Say 1."),
-        ("<|system|>\nBe kind.<|end|>\n<|user|>\nSay 1.<|end|>\n<|assistant|>\n", "Say 1."),
-        ("<|system|>\nBe kind.</s>\n<|user|>\nSay 1.</s>\n<|assistant|>\n", "Say 1."),
-        ("[INST] <<SYS>>\nBe kind.\n<</SYS>>\n\nSay 1. [/INST]", "Say 1."),
-        ("  Say 1.\n", "Say 1."),
-        ("", ""),
-    ],
-)
-def test_a_template_stays_around_what_the_user_wrote(prompt: str, core: str) -> None:
-    framed = split_prompt(prompt)
-    assert framed.core == core
-    assert framed.having(core) == prompt
 
 
 def test_overlap_finds_what_a_prompt_gives_away() -> None:
