@@ -126,9 +126,7 @@ def merits(text: str, original: str | None = None, model: LoadedModel | str | Pa
     Reference:
         Zhu et al., "Rethinking Prompt Optimization" (arXiv 2505.09930), which names the merits and lets a model judge.
     """
-    for name, given in (("a prompt", text), ("an original", original)):
-        if given is not None and not n_words(given):
-            raise RequestError(f"expected {name} with at least one word, got {given!r}; write some text")
+    check_prompt(text, original)
     loaded = None if model is None else model if isinstance(model, LoadedModel) else load_hooked(model)
     pieces = None if loaded is None else len(token_ids(loaded.tokenizer, text)) / n_words(text)
     scored = {
@@ -143,6 +141,19 @@ def merits(text: str, original: str | None = None, model: LoadedModel | str | Pa
     return Merits(
         **scores, lowered=lowered, prompt_log_likelihood=likelihoods[0], original_log_likelihood=likelihoods[1]
     )
+
+
+def check_prompt(text: str, original: str | None = None, loaded: LoadedModel | None = None) -> None:
+    """Refuse what cannot be scored: no word, or with a model, more tokens than its context.
+
+    Raises:
+        RequestError: see above.
+    """
+    for name, given in (("a prompt", text), ("an original", original)):
+        if given is not None and not n_words(given):
+            raise RequestError(f"expected {name} with at least one word, got {given!r}; write some text")
+    if loaded is not None:
+        _sequences(loaded, text, original)
 
 
 _Scored = tuple[float, tuple[str, ...]]
@@ -199,16 +210,26 @@ def _preservation(text: str, original: str | None) -> _Scored:
 
 def _likelihoods(loaded: LoadedModel, text: str, original: str | None) -> tuple[float | None, float | None]:
     """The log-likelihood per token of the prompt, and of the original after it and a blank line."""
+    lead, whole = _sequences(loaded, text, original)
+    there = [sequence for sequence in (lead, whole) if sequence is not None]
+    means = iter(token_log_likelihoods(loaded.model, there, longest=loaded.context))
+    first, second = (None if sequence is None else float(next(means).mean()) for sequence in (lead, whole))
+    return first, second
+
+
+def _sequences(
+    loaded: LoadedModel, text: str, original: str | None
+) -> tuple[TokenSequence | None, TokenSequence | None]:
+    """The tokens of the prompt, unless it is a single one, and of the original after it, if there is one."""
     lead = token_ids(loaded.tokenizer, text)
     _require_room(len(lead), loaded.context)
-    sequences = [TokenSequence(torch.tensor(lead), 1)] if len(lead) > 1 else []
-    if original is not None:
-        start = token_ids(loaded.tokenizer, f"{text}\n\n")
-        whole = [*start, *token_ids(loaded.tokenizer, original)]
-        _require_room(len(whole), loaded.context)
-        sequences.append(TokenSequence(torch.tensor(whole), len(start)))
-    means = [float(values.mean()) for values in token_log_likelihoods(loaded.model, sequences, longest=loaded.context)]
-    return means[0] if len(lead) > 1 else None, means[-1] if original is not None else None
+    prompt = TokenSequence(torch.tensor(lead), 1) if len(lead) > 1 else None
+    if original is None:
+        return prompt, None
+    start = token_ids(loaded.tokenizer, f"{text}\n\n")
+    whole = [*start, *token_ids(loaded.tokenizer, original)]
+    _require_room(len(whole), loaded.context)
+    return prompt, TokenSequence(torch.tensor(whole), len(start))
 
 
 def _require_room(n_tokens: int, context: int) -> None:

@@ -6,9 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lcc_lens.core.errors import RequestError
 from lcc_lens.data.datasets import load_data
+from lcc_lens.models.loading.hooked import LoadedModel
 from lcc_lens.prompting.frames import split_prompt
-from lcc_lens.prompting.merits import MERITS, Merits
+from lcc_lens.prompting.merits import MERITS, Merits, check_prompt, merits
 from lcc_lens.prompting.rewriting.preference_files import read_preferences
 
 if TYPE_CHECKING:
@@ -34,6 +36,22 @@ def read_prompts(
     data = load_data(name, None if Path(name).exists() else n, seed=seed)
     texts = (example.response if data.kind == "text" else example.prompt for example in data.examples[:n])
     return [(split_prompt(text, tokenizer).core, None) for text in texts]
+
+
+def scored_prompts(
+    prompts: Sequence[tuple[str, str | None]], model: LoadedModel | None = None
+) -> list[tuple[str, Merits]]:
+    """The merits of prompts, each with its original; all are checked before one is scored.
+
+    Raises:
+        RequestError: a prompt that cannot be scored; names its number.
+    """
+    for number, (text, original) in enumerate(prompts, 1):
+        try:
+            check_prompt(text, original, model)
+        except RequestError as error:
+            raise RequestError(f"{error} (prompt {number} of {len(prompts)})") from error
+    return [(text, merits(text, original, model)) for text, original in prompts]
 
 
 def merits_table(scored: Sequence[tuple[str, Merits]]) -> pd.DataFrame:

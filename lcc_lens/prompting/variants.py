@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +15,7 @@ from lcc_lens.data.prompts import Example
 from lcc_lens.data.registry import named_kind
 from lcc_lens.data.user_files import is_data_file, read_file
 from lcc_lens.prompting.frames import Framed, split_prompt
-from lcc_lens.prompting.wording import content_words
+from lcc_lens.prompting.wording import content_words, pieces
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -36,7 +35,6 @@ _VERBOSE = (
 )
 #: Of MePO's degraded prompts: the fraction of content words that stay, and of prompts that keep all their numbers.
 _KEPT_WORDS, _KEPT_NUMBERS = 0.29, 0.57
-_PIECE = re.compile(r"\s+|\S+")
 
 
 def _before(*sentences: str) -> Callable[[str, str], str]:
@@ -47,17 +45,17 @@ def _before(*sentences: str) -> Callable[[str, str], str]:
 def _degraded(core: str, group: str) -> str:
     """A prompt that has lost most of its content words; a hash of the word and the group decides which."""
     with_numbers = _hash(group) < _KEPT_NUMBERS
-    pieces = _PIECE.findall(core)
-    content = [i for i, piece in enumerate(pieces) if content_words(piece)]
-    order = sorted(content, key=lambda i: _hash(f"{group}|{i}|{pieces[i]}"))
+    parts = pieces(core)
+    content = [i for i, part in enumerate(parts) if content_words(part)]
+    order = sorted(content, key=lambda i: _hash(f"{group}|{i}|{parts[i]}"))
     kept = set(order[: max(1, round(_KEPT_WORDS * len(content)))])
 
-    def stays(i: int, piece: str) -> bool:
-        if any(character.isdigit() for character in piece):
+    def stays(i: int, part: str) -> bool:
+        if any(character.isdigit() for character in part):
             return with_numbers
-        return i in kept or not content_words(piece)
+        return i in kept or not content_words(part)
 
-    return " ".join("".join(piece for i, piece in enumerate(pieces) if stays(i, piece)).split()) or core
+    return " ".join("".join(part for i, part in enumerate(parts) if stays(i, part)).split()) or core
 
 
 #: By name, the function from what the user wrote and its group to what the variant says. They come before what the user

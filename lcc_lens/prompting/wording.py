@@ -5,17 +5,25 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Sequence
+from unicodedata import normalize
 
+#: Letters of scripts without blanks between words: kana, Han; Thai, Lao, Burmese, Khmer.
+_CHARACTERS = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
+_LETTERS = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff"
 #: Signs within words, which are no letters: accents, vowels of Hebrew, Arabic, Thai, and of Indic scripts.
 _MARKS = "\u0300-\u036f\u0591-\u05bd\u064b-\u065f\u0670\u0e31\u0e34-\u0e3a\u0e47-\u0e4e" + "".join(
     f"{chr(block)}-{chr(block + 3)}{chr(block + 0x3C)}{chr(block + 0x3E)}-{chr(block + 0x4D)}"
     for block in range(0x0900, 0x0D80, 0x80)
 )
-#: A character of a script without blanks between words is a word of its own (kana, Han), and so is an emoji.
+#: A kana or Han character is a word of its own, and so is an emoji.
 _WORD = re.compile(
-    r"[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\u2600-\u27bf\U0001f300-\U0001faff]"
+    rf"[{_CHARACTERS}\u2600-\u27bf\U0001f300-\U0001faff]"
     rf"|[^\W\d_](?:[^\W\d_]|[{_MARKS}]|['’\-](?=[^\W\d_]))*"
 )
+#: What may be left out of a text by itself: a letter of a script without blanks, or what stands between blanks.
+_PIECE = re.compile(rf"\s+|[{_CHARACTERS}{_LETTERS}][{_MARKS}]*|[^\s{_CHARACTERS}{_LETTERS}]+")
+#: Other signs for the apostrophe within a word.
+_APOSTROPHES = {ord(sign): "'" for sign in "’ʼ＇"}
 _NUMBER = re.compile(r"\d+(?:[.,:/]\d+)*")
 _QUOTATION = re.compile(
     r"\"([^\"\n]+)\"|“([^”]+)”|«([^»]+)»|„([^“”]+)[“”]|`([^`\n]+)`|「([^」]+)」|(?<!\w)'([^'\n]+)'(?!\w)"
@@ -35,8 +43,13 @@ _COPIED_WORDS = 3
 
 
 def words(text: str) -> list[str]:
-    """The words of a text in lower case; numbers are none."""
-    return [word.casefold() for word in _WORD.findall(text)]
+    """The words of a text in lower case, accents and apostrophes in one spelling; numbers are none."""
+    return [word.casefold() for word in _WORD.findall(_spelled_alike(text))]
+
+
+def pieces(text: str) -> list[str]:
+    """The text in parts that can be left out: what stands between blanks, single letters where a script has none."""
+    return _PIECE.findall(text)
 
 
 def n_words(text: str) -> int:
@@ -56,7 +69,7 @@ def numbers(text: str) -> Counter[str]:
 
 def quotations(text: str) -> Counter[str]:
     """What stands in quotation marks or backticks, with its counts."""
-    return Counter(next(filter(None, groups)).strip() for groups in _QUOTATION.findall(text))
+    return Counter(_spelled_alike(next(filter(None, groups)).strip()) for groups in _QUOTATION.findall(text))
 
 
 def sentences(text: str) -> list[str]:
@@ -84,8 +97,14 @@ def overlap(prompt: str, response: str) -> float:
 
 def _spelled(text: str) -> list[str]:
     """Words and numbers in their order, in lower case."""
+    text = _spelled_alike(text)
     places = [(m.start(), m.group().casefold()) for pattern in (_WORD, _NUMBER) for m in pattern.finditer(text)]
     return [word for _, word in sorted(places)]
+
+
+def _spelled_alike(text: str) -> str:
+    """Composed accents, and one sign for the apostrophe."""
+    return normalize("NFC", text).translate(_APOSTROPHES)
 
 
 def _sequences(spelled: Sequence[str], n: int) -> list[tuple[str, ...]]:

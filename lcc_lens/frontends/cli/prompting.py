@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from math import isnan
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
@@ -40,13 +41,13 @@ class MeritsOf(Tabled):
     def execute(self) -> None:
         from lcc_lens.models.loading.hooked import load_hooked, load_tokenizer
         from lcc_lens.models.loading.references import resolve
-        from lcc_lens.prompting.merits import merits
-        from lcc_lens.prompting.tables import merits_table, read_prompts
+        from lcc_lens.prompting.tables import merits_table, read_prompts, scored_prompts
 
         tokenizer = None if self.model is None else load_tokenizer(resolve(self.model))
         prompts = read_prompts(self.data, self.examples, self.seed, tokenizer)
-        model = None if self.model is None else load_hooked(self.model)
-        scored = [(text, merits(text, original, model)) for text, original in prompts]
+        scored = scored_prompts(prompts)
+        if self.model is not None:
+            scored = scored_prompts(prompts, load_hooked(self.model))
         table = merits_table(scored)
         columns = [name for name in table if name != "lowered"]
         rows = [[_cell(row[name]) for name in columns] for row in table.to_dict("records")]
@@ -155,8 +156,8 @@ def show_study(study: PromptStudy) -> None:
 
 
 def _with_interval(row: dict[str, Any], name: str, sign: str = "+") -> str:
-    values = (f"{row[key]:{sign}.3f}" for key in (name, f"{name}_low", f"{name}_high"))
-    return "{} [{}, {}]".format(*values)
+    value, low, high = (f"{row[key]:{sign}.3f}" for key in (name, f"{name}_low", f"{name}_high"))
+    return value if isnan(row[f"{name}_low"]) else f"{value} [{low}, {high}]"
 
 
 def _cell(value: object) -> str:

@@ -110,6 +110,13 @@ def test_refusals(dense_dir: Path) -> None:
         merits("a" * 600, None, dense_dir)
 
 
+@pytest.mark.parametrize(("text", "original"), [("don\u2019t stop", "don't stop"), ("cafe\u0301 too", "caf\u00e9 too")])
+def test_another_spelling_of_the_same_letters_loses_nothing(text: str, original: str) -> None:
+    for said, known in ((text, original), (original, text), (f'"{text}"', f'"{original}"')):
+        assert merits(said, known).preservation == 1
+        assert overlap(said, known) == 1
+
+
 def test_overlap_finds_what_a_prompt_gives_away() -> None:
     assert overlap("Name a city. It is Paris.", " Paris") == 1
     assert overlap("What is 3 plus 4?", " 7") == 0

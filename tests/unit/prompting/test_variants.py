@@ -61,6 +61,16 @@ def test_degraded_prompts_lose_what_mepo_s_lose() -> None:
     assert all(" Europe" not in after or " towns" not in after or "Compare" not in after for _, after in cores)
 
 
+@pytest.mark.parametrize(
+    "prompt",
+    ["请按长度列出欧洲最长的三条河流", "ヨーロッパでいちばん長い川を教えてください", "บอกชื่อแม่น้ำที่ยาวที่สุดในยุโรป"],
+)
+def test_degraded_prompts_of_scripts_without_blanks_lose_letters(prompt: str) -> None:
+    degraded = VARIANTS["degraded"](prompt, "g")
+    assert 0.2 * len(prompt) < len(degraded) < 0.45 * len(prompt)
+    assert {*degraded} <= {*prompt}
+
+
 def test_an_input_and_a_system_turn_stay() -> None:
     with_input = ALPACA_PROMPT_WITH_INPUT.format(instruction="Sum up.", input="Ten words of text that matter.")
     chat = "<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\nSum up.<|im_end|>\n<|im_start|>assistant\n"
