@@ -162,14 +162,19 @@ def _encode(
     wrong = {name: [sequence(name, e, e.wrong or "") for e in d.examples] for name, d in variants.items() if has_wrong}
     columns = zip(*right.values(), *wrong.values(), strict=True)
     kept = tuple(i for i, column in enumerate(columns) if all(s is not None for s in column))
-    n = len(variants[RAW])
+    n, n_empty = len(variants[RAW]), sum(not e.response or e.wrong == "" for e in variants[RAW].examples)
+    if n_empty == n:
+        raise RequestError(f"expected responses in {variants[RAW].source}, got {n} empty ones; fill them in")
     if not kept:
         raise RequestError(
             f"expected prompts with their responses of up to {max_length} tokens, got none in {n} examples; raise the "
             "length or name fewer variants"
         )
-    if len(kept) < n:
-        logger.warning("skipped %d of %d examples longer than %d tokens in a variant", n - len(kept), n, max_length)
+    n_long = n - n_empty - len(kept)
+    if n_empty:
+        logger.warning("skipped %d of %d examples without a response", n_empty, n)
+    if n_long:
+        logger.warning("skipped %d of %d examples longer than %d tokens in a variant", n_long, n, max_length)
 
     def chosen(table: Mapping[str, list[TokenSequence | None]]) -> dict[str, list[TokenSequence]]:
         return {name: [s for i in kept if (s := row[i]) is not None] for name, row in table.items()}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
+from math import nan
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -70,7 +71,7 @@ class PromptStudy(Shown):
             raw prompt, gets its output from the run on the variant.
 
     Gains are differences from the raw prompt of the same example, so all intervals are paired (95 %, bootstrap over
-    examples).
+    examples; NaN for a single one).
     """
 
     record: StudyRecord
@@ -265,7 +266,7 @@ def joined_studies(studies: Sequence[PromptStudy]) -> PromptStudy:
 
 
 def _estimate(name: str, values: Float[Tensor, " example"]) -> dict[str, float]:
-    low, high = bootstrap_interval(values.tolist())
+    low, high = bootstrap_interval(values.tolist()) if len(values) > 1 else (nan, nan)
     return {name: float(values.mean()), f"{name}_low": low, f"{name}_high": high}
 
 

@@ -26,10 +26,12 @@ from lcc_lens.frontends.plotting.head_maps import plot_loss_map, plot_selectors
 from lcc_lens.frontends.plotting.labels import pair_label
 from lcc_lens.frontends.plotting.recoveries import Along, plot_recovery, recovery_points
 from lcc_lens.frontends.plotting.reports import plot_report
+from lcc_lens.frontends.plotting.studies import plot_prompt_study
 from lcc_lens.frontends.plotting.theme import with_source
 from lcc_lens.frontends.plotting.training import plot_training
 from lcc_lens.frontends.plotting.writing import write_html, write_images
 from lcc_lens.frontends.run_contents import RunResults
+from lcc_lens.prompting.study import STUDY, PromptStudy
 from lcc_lens.restoration.result import RESTORATION_TENSORS, Restoration
 from lcc_lens.restoration.run_folder import RUN_LOG
 from lcc_lens.restoration.training.config import Step
@@ -121,6 +123,7 @@ def _require_whole(run: Path) -> None:
     RunResults.read(run)
     readers: dict[str, Callable[[Path], object]] = {
         LENS_FILE: lambda file: load_lens(file.parent), RUN_LOG: _steps, COMPARISON: read_comparison,
+        STUDY: PromptStudy.load,
     }  # fmt: skip
     for name, read in readers.items():
         if (run / name).exists():
@@ -232,6 +235,7 @@ _FIGURES: dict[str, Callable[[Path], go.Figure]] = {
     "recovery_by_heads": _along("heads"),
     "recovery_by_examples": _along("examples"),
     "recovery_by_learning_rate": _along("learning rate"),
+    "prompts": lambda run: plot_prompt_study(PromptStudy.load(_existing(run / STUDY, "lcc-lens prompts"))),
     "inference_cost": _of_comparison(plot_inference_cost),
     "report": _of_file(REPORT, f"lcc-lens report --out RUN/{REPORT}", lambda file: plot_report(read_report(file))),
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from math import isnan
 from typing import Any
 
 import plotly.graph_objects as go
@@ -116,17 +117,14 @@ def plot_prompt_gains(table: Sequence[Mapping[str, Any]], n_responses: int, data
         raise RequestError("expected variants beside the raw prompt to draw, got none; measure some")
     gains = {model: [row[f"gain_{model}"] for row in rows] for model in ("dense", "pruned")}
     bars = {
-        model: error_bars(gains[model], [(r[f"gain_{model}_low"], r[f"gain_{model}_high"]) for r in rows])
-        | {"color": "#b5b5b5"}
+        model: error_bars(gains[model], [_interval(row, model) for row in rows]) | {"color": "#b5b5b5"}
         for model in gains
     }
-    low, high = (
-        float(edge(0.0, *(row[f"gain_{model}_{end}"] for row in rows for model in gains)))
-        for edge, end in ((min, "low"), (max, "high"))
-    )
-    ends, margin = [rounded(low), rounded(high)], 0.06 * (high - low)  # with room for labels beside the points
+    ends = [end for model in gains for row in rows for end in (row[f"gain_{model}"], *_interval(row, model))]
+    low, high = (float(edge(0.0, *(end for end in ends if end is not None))) for edge in (min, max))
+    corners, margin = [rounded(low), rounded(high)], 0.06 * (high - low)  # with room for labels beside the points
     figure = go.Figure()
-    figure.add_scatter(x=ends, y=ends, mode="lines", line={"color": "#9a9a9a", "dash": "dash"}, hoverinfo="skip")
+    figure.add_scatter(x=corners, y=corners, mode="lines", line={"color": "#9a9a9a", "dash": "dash"}, hoverinfo="skip")
     span = high - low + 2 * margin or 1.0
     x, y = ([(value - low + margin) / span for value in gains[model]] for model in ("dense", "pruned"))
     places = label_places(x, y, [row["variant"] for row in rows], width=660, height=430)
@@ -147,6 +145,11 @@ def plot_prompt_gains(table: Sequence[Mapping[str, Any]], n_responses: int, data
     figure.update_xaxes(title="gain on the dense model (nats per token)", range=[low - margin, high + margin])
     figure.update_yaxes(title="gain on the pruned model (nats per token)")
     return figure
+
+
+def _interval(row: Mapping[str, Any], model: str) -> list[float | None]:
+    """The interval of a model's gain; a single example has none."""
+    return [None if isnan(row[f"gain_{model}_{end}"]) else row[f"gain_{model}_{end}"] for end in ("low", "high")]
 
 
 def _pruner_label(name: str) -> str:

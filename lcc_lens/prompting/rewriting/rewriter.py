@@ -229,8 +229,7 @@ def rewrite_prompt(
     Raises:
         RequestError: a prompt that is empty or too long, or a dense model that answers nothing.
     """
-    tokenizer = pair.tokenizer
-    framed = split_prompt(prompt, tokenizer)
+    framed, tokenizer = split_prompt(prompt, pair.tokenizer), pair.tokenizer
     empty = next((text for text in (framed.core, *written) if not n_words(text)), None)
     if empty is not None:
         raise RequestError(f"expected prompts with at least one word, got {empty!r}; leave it out")

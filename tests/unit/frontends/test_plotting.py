@@ -396,7 +396,7 @@ def test_run_with_everything_lacks_nothing_but_variation(
     save_lens(tmp_path, gains=[gain], promoted=[promoted])
     write_json(tmp_path / "comparison.json", comparison)
     figures, lacking = run_figures(tmp_path)
-    assert set(lacking) == {"domains", "recovery_by_heads", "recovery_by_examples", "report"}
+    assert set(lacking) == {"domains", "prompts", "recovery_by_heads", "recovery_by_examples", "report"}
     assert "seed 4" in text_of(figures["training"])
     assert len(figures["loss_map"].layout.shapes) == 1
     few = {**comparison, "settings": {**comparison["settings"], "heads": 0.1}}

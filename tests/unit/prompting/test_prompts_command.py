@@ -48,6 +48,29 @@ def test_the_study_of_two_models(
     assert call(*command, *variants, "--quiet") == 1  # without the restored model it would be
 
 
+def test_a_single_example_is_shown_without_intervals(
+    dense_dir: Path, pruned_dir: Path, instructions: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one = ["--data", instructions, "--examples", 1, "--seeds", 1, "--variants", "clear", "--out", tmp_path / "t.json"]
+    assert call("prompts", dense_dir, pruned_dir, tmp_path / "run", *one) == 0
+    shown = capsys.readouterr().out
+    assert "nan" not in shown
+    assert "[" not in shown
+    assert json.loads((tmp_path / "t.json").read_text())[1]["gain_pruned_low"] is None
+
+
+def test_a_prompt_that_cannot_be_scored_is_named(
+    dense_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, empty = tmp_path / "prompts.txt", tmp_path / "prompts.jsonl"
+    file.write_text("Name rivers.\n\n???\n\nName towns.")
+    refused(capsys, 2, "got '???'; write some text (prompt 2 of 3)", "merits", file)
+    file.write_text("Name rivers.\n\n" + "a" * 600)
+    refused(capsys, 2, "got 600; shorten it (prompt 2 of 2)", "merits", file, "--model", dense_dir)
+    empty.write_text(json.dumps({"prompt": "", "response": "It is 3."}) + "\n")
+    refused(capsys, 2, "expected a prompt with at least one word, got ''", "merits", empty)
+
+
 def test_refusals(tmp_path: Path, capsys: pytest.CaptureFixture[str], instructions: Path) -> None:
     places = [tmp_path / "nowhere", tmp_path / "nowhere", tmp_path / "run"]
     refused(capsys, 2, "did you mean 'filler'", "prompts", *places, "--variants", "raw", "fillr")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from lcc_lens.core.errors import RequestError
 from lcc_lens.data.batches import TokenSequence, batches, pad
 from lcc_lens.data.datasets import Data, load_data
 from lcc_lens.data.prompts import Example
+from lcc_lens.frontends.plotting.run_figures import run_figures
 from lcc_lens.frontends.plotting.studies import plot_prompt_study
 from lcc_lens.models.hooked.hooks import z_name
 from lcc_lens.models.pair import Pair
@@ -67,6 +69,13 @@ def test_intervals_are_paired(study: PromptStudy) -> None:
     difference = (likelihood[1, 2] - likelihood[1, 0]) - (likelihood[0, 2] - likelihood[0, 0])
     assert row["pruned_minus_dense"] == pytest.approx(float(difference.mean()))
     assert row["pruned_minus_dense_low"] <= row["pruned_minus_dense"] <= row["pruned_minus_dense_high"]
+
+
+def test_a_single_example_has_no_interval(pair: Pair, data: Data) -> None:
+    study = prompt_study(pair, prompt_variants(replace(data, examples=data.examples[:1]), NAMES))
+    assert study.table().filter(regex="low|high").isna().all(axis=None)
+    assert study.sensitivity().filter(regex="low|high").isna().all(axis=None)
+    assert not study.table().filter(regex="gain_.*d$|dense$").isna().any(axis=None)
 
 
 def test_questions_have_accuracies(study: PromptStudy, pair: Pair, data: Data) -> None:
@@ -180,7 +189,7 @@ def test_one_head_s_reaction_is_a_patched_run(pair: Pair) -> None:
         assert abs(expected) > 1e-6
 
 
-def test_gains_are_drawn(study: PromptStudy, pair: Pair, data: Data) -> None:
+def test_gains_are_drawn(study: PromptStudy, pair: Pair, data: Data, tmp_path: Path) -> None:
     figure = plot_prompt_study(study)
     drawn = figure.data[1]
     assert list(drawn.text) == NAMES[1:]
@@ -188,6 +197,10 @@ def test_gains_are_drawn(study: PromptStudy, pair: Pair, data: Data) -> None:
     assert (drawn.x[0], drawn.y[0]) == pytest.approx((row["gain_dense"], row["gain_pruned"]), rel=1e-4)
     assert drawn.error_y.array[0] == pytest.approx(row["gain_pruned_high"] - row["gain_pruned"], rel=1e-4)
     assert list(drawn.marker.color) == pytest.approx(study.table()["words"][1:].tolist(), rel=1e-4)
+    study.save(tmp_path)
+    assert run_figures(tmp_path)[0]["prompts"].data[1].x == drawn.x
+    alone = plot_prompt_study(prompt_study(pair, prompt_variants(replace(data, examples=data.examples[:1]), NAMES)))
+    assert alone.data[1].error_x.array == (0, 0, 0)
     with pytest.raises(RequestError, match="expected variants beside the raw prompt"):
         plot_prompt_study(prompt_study(pair, prompt_variants(data, ["raw"])))
 
@@ -221,7 +234,7 @@ def test_a_soft_prompt_fits_into_the_context_with_its_sequences(families: Any) -
         fit_soft_prompt(pair, Data("made", "instruction", examples, "here"), n_tokens=128)
 
 
-def test_refusals(pair: Pair, data: Data, dense_dir: Path) -> None:
+def test_refusals(pair: Pair, data: Data, caplog: pytest.LogCaptureFixture) -> None:
     variants = prompt_variants(data, ["raw", "clear"])
     with pytest.raises(RequestError, match="expected the variant 'raw' to compare with, got clear"):
         prompt_study(pair, {"clear": variants["clear"]})
@@ -235,6 +248,15 @@ def test_refusals(pair: Pair, data: Data, dense_dir: Path) -> None:
         prompt_study(pair, variants, heads=["verbose"])
     with pytest.raises(RequestError, match="expected a model of this study"):
         prompt_study(pair, variants).interaction()
+    some = [Example("Is 3 odd?", response, f"g{i}") for i, response in enumerate((" yes", "", "", " no", "a" * 600))]
+    mixed = prompt_variants(Data("made", "instruction", tuple(some), "here"), ["raw", "clear"])
+    assert len(prompt_study(pair, mixed, response_tokens=600).record.groups) == 2
+    assert caplog.messages[-2:] == [
+        "skipped 2 of 5 examples without a response", "skipped 1 of 5 examples longer than 512 tokens in a variant",
+    ]  # fmt: skip
+    empty = Data("made", "instruction", tuple(some[1:3]), "here")
+    with pytest.raises(RequestError, match="expected responses in here, got 2 empty ones; fill them in"):
+        prompt_study(pair, prompt_variants(empty, ["raw", "clear"]))
     blank = Data("made", "instruction", (Example("  ", "yes", "g"),), "here")
     with pytest.raises(RequestError, match="got an empty one in 'raw' \\(example 0\\)"):
         prompt_study(pair, {"raw": blank})
