@@ -11,7 +11,7 @@ from lcc_lens.data.datasets import load_data
 from lcc_lens.models.loading.hooked import LoadedModel
 from lcc_lens.prompting.frames import split_prompt
 from lcc_lens.prompting.merits import MERITS, Merits, check_prompt, merits
-from lcc_lens.prompting.rewriting.preference_files import read_preferences
+from lcc_lens.prompting.rewriting.preference_files import is_preference_file, read_preferences
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -24,14 +24,15 @@ def read_prompts(
     """Prompts without their templates, each with the original that it was rewritten from, if the file has one.
 
     Args:
-        name: a data set, or a file: ``.txt`` (a prompt per paragraph), ``.jsonl``, or ``.json`` with preferences.
+        name: a data set, or a file: ``.txt`` (a prompt per paragraph), ``.jsonl``, or preferences (``.json`` or
+            ``.jsonl``).
         n: how many at most; of a data set drawn with ``seed``, of a file the first.
         tokenizer: one whose chat template may be around the prompts.
 
     Raises:
         RequestError: no such data, or none that can be read.
     """
-    if Path(name).suffix == ".json":
+    if is_preference_file(name):
         return [(preference.chosen, preference.prompt) for preference in read_preferences(name)[:n]]
     data = load_data(name, None if Path(name).exists() else n, seed=seed)
     texts = (example.response if data.kind == "text" else example.prompt for example in data.examples[:n])

@@ -1,18 +1,24 @@
-"""Preferences between prompts, and the JSON files of MePO that hold them."""
+"""Preferences between prompts, and the JSON files that hold them, MePO's among them."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.files import write_json
-from lcc_lens.core.reading import convert, parse_json, read_text
+from lcc_lens.core.reading import read_json, read_json_lines
+from lcc_lens.data.user_files import read_lines
+from lcc_lens.prompting.wording import n_words
 
-_ADVICE = "write a JSON list of objects with prompt, chosen and rejected"
-#: MePO puts the raw prompt into its instruction, between these lines.
-_SILVER = ("Sliver Prompt:\n'", "'\n\n")
+_ADVICE = "write a JSON list, or lines, of objects with prompt, chosen and rejected"
+_LINES, _TEXTS = ".jsonl", ("prompt", "chosen", "rejected")
+#: MePO puts the raw prompt into its instruction, before the responses or what to do.
+_SILVER = re.compile(
+    r"Sliver Prompt:\r?\n'(?P<core>.*?)'(?:\r?\n){2,}(?:Sliver Prompt Response:|The optional)", re.DOTALL
+)
 
 
 @dataclass(frozen=True)
@@ -36,23 +42,48 @@ class Preference:
 
 
 def read_preferences(path: str | Path) -> list[Preference]:
-    """Read a JSON list of objects with ``prompt``, ``chosen`` and ``rejected``, as the MePO repository trains on.
+    """Read objects with ``prompt``, ``chosen`` and ``rejected``: a JSON list, or lines as MePO's repository writes.
 
     Other fields are passed over. Where ``prompt`` is MePO's whole instruction, the raw prompt within it is taken.
 
     Raises:
-        RequestError: no such file, another layout, an empty list, or an empty text; names the entry.
+        RequestError: no such file, another layout, an empty list, or an entry that :func:`check_preferences` refuses.
     """
-    found = convert(
-        parse_json(read_text(Path(path)), str(path), _ADVICE, finite=True), list[Preference], str(path), _ADVICE
-    )
+    if Path(path).suffix == _LINES:
+        found = read_json_lines(Path(path), Preference, _ADVICE)
+    else:
+        found = read_json(Path(path), list[Preference], _ADVICE, finite=True)
     if not found:
         raise RequestError(f"expected preferences in {path}, got an empty list; add some")
-    for number, preference in enumerate(found):
-        empty = next((name for name in ("prompt", "chosen", "rejected") if not getattr(preference, name).strip()), None)
+    found = [replace(preference, prompt=_raw(preference.prompt)) for preference in found]
+    check_preferences(found, f" of {path}")
+    return found
+
+
+def check_preferences(preferences: Sequence[Preference], where: str = "") -> None:
+    """Refuse what nothing can be learned from.
+
+    Raises:
+        RequestError: a text without words, or the same text chosen and rejected; names the entry.
+    """
+    for number, preference in enumerate(preferences):
+        empty = next((name for name in _TEXTS if not n_words(getattr(preference, name))), None)
         if empty:
-            raise RequestError(f"expected some text in {empty!r} of entry {number} of {path}, got none; fill it in")
-    return [Preference(_raw(p.prompt), p.chosen, p.rejected, p.margin) for p in found]
+            raise RequestError(f"expected some text in {empty!r} of entry {number}{where}, got none; fill it in")
+        if preference.chosen == preference.rejected:
+            raise RequestError(
+                f"expected two versions in entry {number}{where}, got {preference.chosen[:40]!r} for both; "
+                "correct or drop it"
+            )
+
+
+def is_preference_file(name: str) -> bool:
+    """Whether a name means a file of preferences: any ``.json``, and a ``.jsonl`` whose first line is one."""
+    path = Path(name)
+    if path.suffix != _LINES or not path.is_file():
+        return path.suffix == ".json"
+    records = read_lines(path)
+    return bool(records) and {*_TEXTS} <= records[0][1].keys()
 
 
 def write_preferences(path: str | Path, preferences: Sequence[Preference]) -> None:
@@ -61,7 +92,5 @@ def write_preferences(path: str | Path, preferences: Sequence[Preference]) -> No
 
 
 def _raw(prompt: str) -> str:
-    start, end = _SILVER
-    _, found, rest = prompt.partition(start)
-    core, closed, _ = rest.partition(end)
-    return core if found and closed and core.strip() else prompt
+    found = _SILVER.search(prompt)
+    return found["core"] if found and found["core"].strip() else prompt

@@ -139,9 +139,27 @@ def test_preferences_are_read_and_written_as_mepo_does(tmp_path: Path) -> None:
     assert read_preferences(tmp_path / "again.json") == found
 
 
+@pytest.mark.parametrize("after", ["Sliver Prompt Response:\n'a'", "\nThe optional Sliver Response was"])
+def test_mepo_s_lines_are_read_with_the_whole_prompt(
+    tmp_path: Path, after: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    raw = "Translate 'bonjour'\n\ninto English and explain it."
+    prompt = f"<|im_start|>user\nYou are an expert.\n\nSliver Prompt:\n'{raw}'\n\n{after}"
+    row = {"id": 0, "chosen": "Say it.", "rejected": raw, "sliver_response": "a", "raw_prompt": raw, "prompt": prompt}
+    (tmp_path / "mepo.jsonl").write_text(json.dumps(row) + "\n" + json.dumps(row) + "\n")
+    assert read_preferences(tmp_path / "mepo.jsonl") == [Preference(raw, "Say it.", raw)] * 2
+    assert call("merits", tmp_path / "mepo.jsonl") == 0
+    assert "merits of 2 prompts" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
+        (
+            '[{"prompt": "a", "chosen": "b", "rejected": "b"}]',
+            "versions in entry 0 of .*, got 'b' for both",
+        ),
+        ('[{"prompt": "!!", "chosen": "a", "rejected": "b"}]', "expected some text in 'prompt' of entry 0"),
         ("[]", "got an empty list"),
         ('[{"prompt": "a", "chosen": " ", "rejected": "b"}]', "expected some text in 'chosen' of entry 0"),
         ('[{"prompt": "a", "chosen": "b"}]', "no field"),
