@@ -40,7 +40,8 @@ from lcc_lens.prompting.frames import split_prompt
 from lcc_lens.prompting.measuring import prompt_study
 from lcc_lens.prompting.rewriting.fitting import fit_rewriter
 from lcc_lens.prompting.rewriting.preferences import Preferences, preference_pairs
-from lcc_lens.prompting.rewriting.rewriter import REWRITER, Rewriter, rewrite_prompt
+from lcc_lens.prompting.rewriting.rewriter import REWRITER, Rewriter
+from lcc_lens.prompting.rewriting.rewrites import rewrite_prompt
 from lcc_lens.prompting.rewriting.settings import RewriterSettings
 from lcc_lens.prompting.rewriting.writing import candidate_prompts, proposals
 from lcc_lens.prompting.soft_prompt import SoftPrompt, fit_soft_prompt

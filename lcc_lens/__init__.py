@@ -114,8 +114,8 @@ if TYPE_CHECKING:
     from lcc_lens.prompting.rewriting.preferences import Preferences as Preferences
     from lcc_lens.prompting.rewriting.preferences import preference_pairs as preference_pairs
     from lcc_lens.prompting.rewriting.rewriter import Rewriter as Rewriter
-    from lcc_lens.prompting.rewriting.rewriter import Rewrites as Rewrites
-    from lcc_lens.prompting.rewriting.rewriter import rewrite_prompt as rewrite_prompt
+    from lcc_lens.prompting.rewriting.rewrites import Rewrites as Rewrites
+    from lcc_lens.prompting.rewriting.rewrites import rewrite_prompt as rewrite_prompt
     from lcc_lens.prompting.rewriting.settings import RewriterSettings as RewriterSettings
     from lcc_lens.prompting.rewriting.writing import candidate_prompts as candidate_prompts
     from lcc_lens.prompting.soft_prompt import fit_soft_prompt as fit_soft_prompt

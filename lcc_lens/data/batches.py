@@ -73,13 +73,9 @@ def limit_tokens(tokenizer: PreTrainedTokenizerBase, n_embeddings: int) -> None:
     _N_EMBEDDINGS[tokenizer] = n_embeddings
 
 
-def token_ids(tokenizer: PreTrainedTokenizerBase, text: str, *, special: bool = False) -> list[int]:
-    """The tokens of a text that the model knows, see :func:`known_ids`.
-
-    Args:
-        special: with the special ones around it.
-    """
-    return known_ids(tokenizer, lambda: list(tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]))
+def token_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """The tokens of a text that the model knows (see :func:`known_ids`), without special ones around them."""
+    return known_ids(tokenizer, lambda: list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]))
 
 
 def known_ids(tokenizer: PreTrainedTokenizerBase, encode: Callable[[], list[int]]) -> list[int]:

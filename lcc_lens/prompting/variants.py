@@ -5,15 +5,13 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.registry import nearest
 from lcc_lens.data.datasets import Data
 from lcc_lens.data.prompts import Example
-from lcc_lens.data.registry import named_kind
-from lcc_lens.data.user_files import is_data_file, read_file
+from lcc_lens.data.registry import data_kind
 from lcc_lens.prompting.frames import Framed, split_prompt
 from lcc_lens.prompting.wording import content_words, pieces
 
@@ -124,14 +122,9 @@ def require_prompts(data: Data | str) -> None:
         RequestError: names the data.
     """
     name = data if isinstance(data, str) else data.name
-    kind = _kind(data) if isinstance(data, str) else data.kind
+    kind = data_kind(data) if isinstance(data, str) else data.kind
     if kind == "text":
         raise RequestError(f"expected prompts with responses, got the running text {name}; name other data")
-
-
-def _kind(name: str) -> str | None:
-    kind = named_kind(name)
-    return read_file(Path(name))[0] if kind is None and is_data_file(name) else kind
 
 
 def _varied(example: Example, framed: Framed, name: str) -> Example:

@@ -23,6 +23,7 @@ from lcc_lens.evaluation.task_recovery import TaskMeasures
 from lcc_lens.frontends.cli.main import COMMANDS
 from lcc_lens.frontends.demo import DemoConfig
 from lcc_lens.models.self_written import DenseWriter
+from lcc_lens.prompting.rewriting.jobs import PreferenceSource
 from lcc_lens.pruning.methods.settings import PruneConfig
 from lcc_lens.pruning.refit.refit import RefitConfig
 
@@ -293,7 +294,7 @@ SERVING = {
     "prune": [lcc.prune, PruneConfig], "refit": [lcc.refit, RefitConfig], "scan": [lcc.scan],
     "compare": [CompareConfig, lcc.compare],
     "restore": [lcc.TrainConfig, lcc.RestoreSettings, TaskMeasures], "recipe": [lcc.run_recipe], "eval": [lcc.evaluate],
-    "report": [lcc.report], "rewrite-fit": [lcc.RewriterSettings], "demo": [DemoConfig],
+    "report": [lcc.report], "rewrite-fit": [lcc.RewriterSettings, PreferenceSource], "demo": [DemoConfig],
 }  # fmt: skip
 
 

@@ -49,7 +49,7 @@ COMMANDS: dict[str, Any] = {
 #: Commands that several processes may run together.
 _DIVIDED = (ScanPair, Restore)
 #: Commands whose finished steps lie on the disk, where a later one goes on.
-_RESUMED = (Prune, Refit, ScanPair, Restore, Compare, Recipe, Prompts)
+_RESUMED = (Prune, Refit, ScanPair, Restore, Compare, Recipe, Prompts, FitRewriter)
 
 
 def run(arguments: list[str] | None = None) -> int:

@@ -2,47 +2,75 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, replace
+import os
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, cast
 
 import tyro
 
-from lcc_lens.core.errors import RequestError
-from lcc_lens.core.ranges import Count
-from lcc_lens.frontends.cli.options import Common, DenseModel, Maybe, PrunedModel, RunPath, Switch, Tabled
+from lcc_lens.core.errors import LensError, RequestError
+from lcc_lens.core.ranges import Count, Length, Positive, Range, Rate, Seed
+from lcc_lens.frontends.cli.options import Common, DenseModel, Maybe, PrunedModel, RunPath, Switch, Tabled, option
 from lcc_lens.frontends.cli.prompting import shortened
 from lcc_lens.frontends.cli.show import console, show_facts, show_table
-from lcc_lens.prompting.rewriting.settings import RewriterOptions, RewriterSettings
+from lcc_lens.prompting.rewriting.settings import RewriterSettings
 
 if TYPE_CHECKING:
     import pandas as pd
 
     from lcc_lens.models.loading.hooked import LoadedModel
     from lcc_lens.models.pair import Pair
-    from lcc_lens.prompting.rewriting.preferences import Preferences
-    from lcc_lens.prompting.rewriting.rewriter import Rewriter, Rewrites
+    from lcc_lens.prompting.rewriting.jobs import PreferenceSource
+    from lcc_lens.prompting.rewriting.preferences import Target
+    from lcc_lens.prompting.rewriting.rewriter import Rewriter
+    from lcc_lens.prompting.rewriting.rewrites import Rewrites
 
-#: The folder in a run that holds the rewriter, its checkpoint and its preferences.
-_FOLDER, _PREFERENCES = "rewriter", "preferences.json"
 #: Characters of a version that are shown; the table of --out has all of it.
 _SHOWN = 120
+#: Optimiser steps where neither they nor epochs are named.
+_STEPS = 200
 
 
 @dataclass(frozen=True, kw_only=True)
-class PreferenceData:
+class PreferenceOptions:
     """Preferences to train on."""
 
     data: Maybe[str] = None
     """Training instructions or questions (alpaca if not given, or arc_easy where it cannot be had)."""
-    examples: Count = 240
-    """Training examples."""
-    candidates: Count = 6
-    """Versions of every prompt: half by rule, the others by the dense model."""
-    version_tokens: Count = 64
-    """Tokens of a version at most."""
-    preferences: Maybe[Path] = None
-    """A JSON file of preferences, such as MePO's, in place of measured ones."""
+    examples: Maybe[Count] = None
+    """Training examples (240 if not given)."""
+    candidates: Maybe[Count] = None
+    """Versions of every prompt: half by rule, the others by the dense model (6 if not given)."""
+    version_tokens: Maybe[Count] = None
+    """Tokens of a version at most (64 if not given)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewriterTraining:
+    """How the rewriter is trained."""
+
+    rank: Maybe[Count] = None
+    """Rank of the adapter on the query and value projections (8 if not given)."""
+    alpha: Maybe[Count] = None
+    """The adapter is scaled by alpha / rank (16 if not given)."""
+    dropout: Maybe[Annotated[float, Range(0, 1, below=True)]] = None
+    """Dropout of the adapter's inputs in training (0.05 if not given)."""
+    beta: Maybe[Positive] = None
+    """How far the rewriter may move from its model; smaller is farther (0.01 if not given)."""
+    lr: Maybe[Rate] = None
+    """Learning rate, with linear decay (1e-6 if not given)."""
+    epochs: Maybe[Count] = None
+    """Passes over the pairs."""
+    steps: Maybe[Count] = None
+    """Optimiser steps in place of epochs (200 if neither is given); pairs repeat until there are enough."""
+    batch_size: Maybe[Count] = None
+    """Pairs of a step (4 if not given)."""
+    max_length: Maybe[Length] = None
+    """Tokens of a request with its answer at most (2048, or the models' context); longer pairs are left out."""
+    seed: Maybe[Seed] = None
+    """Seed of the data, the adapter and the order of the pairs (0 if not given)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,85 +85,78 @@ class FitRewriter(Common):
     """The model pruned from it."""
     run: RunPath
     """The run directory; the rewriter goes into its folder rewriter."""
-    target: Literal["pruned", "dense"] = "pruned"
-    """The model whose likelihood of the response decides between versions."""
+    target: Maybe[Literal["pruned", "dense"]] = None
+    """The model whose likelihood of the response decides between versions (pruned if not given)."""
+    preferences: Maybe[Path] = None
+    """A .json or .jsonl file of preferences, such as MePO's, in place of measured ones."""
     resume: Switch = False
-    """Go on with the preferences and the checkpoint in the folder."""
+    """Go on with the candidates, the preferences and the checkpoint in the folder; repeat the options."""
+    overwrite: Switch = False
+    """Replace an existing rewriter, or an unfinished one."""
     recipe: Maybe[Path] = None
-    """A recipe (recipes/prompts/*.json) in place of target, data and training."""
+    """A recipe (recipes/prompts/*.json) in place of target, data and training; --preferences replaces its data."""
     dry_run: Switch = False
     """The recipe with a handful of examples, to try its steps; the result means nothing."""
-    data: PreferenceData = PreferenceData()
-    training: RewriterOptions = field(default_factory=lambda: RewriterOptions(steps=200))
+    data: PreferenceOptions = PreferenceOptions()
+    training: RewriterTraining = RewriterTraining()
 
     def execute(self) -> None:
+        from lcc_lens.prompting.rewriting.jobs import RewriterJob
+
+        source, settings, target = self._by_recipe() if self.recipe is not None else self._by_options()
+        job = RewriterJob(
+            self.dense, self.pruned, self.run, source, settings, target=target, resume=self.resume,
+            overwrite=self.overwrite,
+        )  # fmt: skip
+        pair = job.load()
+        preferences = job.preferences(pair)
+        show_facts("preferences", preferences)
+        show_facts("rewriter", job.fit(pair, preferences))
+        console().print(f"rewriter {job.folder}", soft_wrap=True)
+
+    def _by_options(self) -> tuple[PreferenceSource, RewriterSettings, Target]:
+        """What the options ask for."""
+        from lcc_lens.data.checks import or_mix
+        from lcc_lens.prompting.rewriting.jobs import PreferenceSource
+
+        if self.dry_run:
+            raise RequestError("expected a recipe to try, got none; name one with --recipe")
+        measured, training = _given(self.data), _given(self.training)
+        if self.preferences is not None:
+            _refuse_beside("--preferences", measured)
+        if {"epochs", "steps"} <= training.keys():
+            raise RequestError("expected --epochs or --steps, got both; leave one of them out")
+        if not {"epochs", "steps"} & training.keys():
+            training["steps"] = _STEPS
+        if self.preferences is None and self.data.data is None:
+            measured["data"] = or_mix("alpaca", instead="arc_easy")[0]
+        source = PreferenceSource(**measured, file=self.preferences)
+        return source, RewriterSettings(**training), self.target or "pruned"
+
+    def _by_recipe(self) -> tuple[PreferenceSource, RewriterSettings, Target]:
+        """What the recipe asks for."""
+        from lcc_lens.prompting.rewriting.jobs import PreferenceSource
         from lcc_lens.prompting.rewriting.recipe import read_rewriter_recipe
 
-        if self.dry_run and self.recipe is None:
-            raise RequestError("expected a recipe to try, got none; name one with --recipe")
-        if self.recipe is None:
-            return self._fit()
-        recipe = read_rewriter_recipe(self.recipe)
+        target = {} if self.target is None else {"target": self.target}
+        _refuse_beside("--recipe", {**target, **_given(self.data), **_given(self.training)})
+        recipe = read_rewriter_recipe(cast("Path", self.recipe))
         recipe = recipe.dry() if self.dry_run else recipe
-        data = replace(
-            self.data, data=recipe.data, examples=recipe.examples, candidates=recipe.candidates,
-            version_tokens=recipe.version_tokens,
-        )  # fmt: skip
-        replace(self, target=recipe.target, data=data, training=recipe.training)._fit()
-        return None
+        source = PreferenceSource(
+            recipe.data, recipe.examples, recipe.candidates, recipe.version_tokens, file=self.preferences
+        )
+        return source, recipe.training, recipe.target
 
-    def _fit(self) -> None:
-        from lcc_lens.models.pair import load_pair
-        from lcc_lens.prompting.rewriting.fitting import fit_rewriter
-        from lcc_lens.restoration.training.state import CHECKPOINT
 
-        folder = self.run / _FOLDER
-        has_checkpoint, has_pairs = ((folder / name).exists() for name in (CHECKPOINT, _PREFERENCES))
-        if self.resume and not has_pairs:
-            raise RequestError(f"expected preferences to go on with in {folder}, got none; start without --resume")
-        ready = self._ready(folder if self.resume else None)
-        pair = load_pair(self.dense, self.pruned)
-        preferences = ready or self._measured(pair, folder)
-        show_facts("preferences", preferences)
-        rewriter = fit_rewriter(
-            pair, preferences, settings=RewriterSettings(**asdict(self.training)), target=self.target, run=folder,
-            resume=self.resume and has_checkpoint,
-        )  # fmt: skip
-        show_facts("rewriter", rewriter)
-        console().print(f"rewriter {folder}", soft_wrap=True)
+def _given(options: PreferenceOptions | RewriterTraining) -> dict[str, Any]:
+    """The options of a group that were given."""
+    return {name: value for name, value in asdict(options).items() if value is not None}
 
-    def _ready(self, folder: Path | None) -> Preferences | None:
-        """Preferences that are there already: those of the resumed run, or of the file that was named."""
-        from lcc_lens.data.checks import check_data
-        from lcc_lens.prompting.rewriting.preferences import Preferences
 
-        if folder is not None:
-            return Preferences.load(folder / _PREFERENCES)
-        if self.data.preferences is None:
-            check_data([self._data_name()])
-            return None
-        return Preferences.load(self.data.preferences)
-
-    def _data_name(self) -> str:
-        from lcc_lens.data.checks import or_mix
-
-        return self.data.data or or_mix("alpaca", instead="arc_easy")[0]
-
-    def _measured(self, pair: Pair, folder: Path) -> Preferences:
-        """Write candidates for training prompts and rank them; the pairs are kept for resuming."""
-        from lcc_lens.core.outputs.places import writing_run
-        from lcc_lens.data.datasets import load_data
-        from lcc_lens.prompting.rewriting.preferences import preference_pairs
-        from lcc_lens.prompting.rewriting.writing import candidate_prompts
-
-        data = load_data(self._data_name(), self.data.examples, role="train", seed=self.training.seed)
-        with writing_run(folder):
-            candidates = candidate_prompts(
-                pair, data, self.data.candidates, max_new_tokens=self.data.version_tokens, seed=self.training.seed
-            )  # fmt: skip
-            preferences = preference_pairs(pair, data, candidates, target=self.target)
-            preferences.save(folder / _PREFERENCES)
-        return preferences
+def _refuse_beside(name: str, given: Iterable[str]) -> None:
+    """Refuse options that another one replaces."""
+    if first := next(iter(given), None):
+        raise RequestError(f"expected {name} alone, got {option(first)} too; leave one of them out")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,7 +168,7 @@ class Rewrite(Tabled):
     run: RunPath
     """A run with a rewriter (rewrite fit), or with a scan: the dense model then rewrites without an adapter."""
     prompt: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="PROMPT|FILE")]
-    """The prompt, or a .txt or .jsonl file of prompts."""
+    """The prompt, or a file of prompts: .txt (a prompt per paragraph), .jsonl, or .json (preferences, as MePO's)."""
     n: Count = 6
     """Versions to ask the rewriter for."""
     rewriter: Maybe[str] = None
@@ -159,23 +180,39 @@ class Rewrite(Tabled):
         from lcc_lens.models.loading.hooked import load_hooked
         from lcc_lens.models.loading.references import resolve
         from lcc_lens.models.pair import load_pair
+        from lcc_lens.prompting.rewriting.jobs import FOLDER
         from lcc_lens.prompting.rewriting.rewriter import REWRITER, Rewriter
-        from lcc_lens.prompting.tables import read_prompts
+        from lcc_lens.prompting.rewriting.rewrites import check_prompts
 
-        folder, file = self.run / _FOLDER, Path(self.prompt)
-        prompts = [self.prompt]
-        if file.suffix in (".txt", ".jsonl"):
-            prompts = [text for text, _ in read_prompts(self.prompt)]
+        folder, prompts = self.run / FOLDER, self._prompts()
         fitted = Rewriter.load(folder) if (folder / REWRITER).exists() else None
         pair = load_pair(*self._models(fitted))
         is_loaded = self.rewriter is None or resolve(self.rewriter).resolve() == pair.dense_id.path.resolve()
         other = None if is_loaded else load_hooked(self.rewriter or "")
-        tables = []
-        for prompt in prompts:
-            rewrites = self._rewritten(pair, prompt, fitted, other)
+        check_prompts(pair, prompts, self.prompt, writer=other, max_new_tokens=self.max_new_tokens)
+        tables, failed = [], []
+        for number, prompt in enumerate(prompts, 1):
+            try:
+                rewrites = self._rewritten(pair, prompt, fitted, other)
+            except RequestError as error:  # a dense model that answers nothing
+                failed.append(f"prompt {number}: {error}")
+                continue
             show_rewrites(rewrites)
             tables.append(rewrites.table().assign(raw=prompt))
-        self.write(lambda: _joined(tables))
+        if tables:
+            self.write(lambda: _joined(tables))
+        if failed:
+            n = len(prompts)
+            raise LensError(f"expected versions of {n} prompts, got those of {n - len(failed)}; {'; '.join(failed)}")
+
+    def _prompts(self) -> list[str]:
+        """The prompts to rewrite: the one that was given, or those of a file."""
+        from lcc_lens.prompting.tables import read_prompts
+
+        is_file = Path(self.prompt).suffix in (".txt", ".jsonl", ".json")
+        if is_file and (os.path.isfile(self.prompt) or len(self.prompt.split()) == 1):
+            return list(dict.fromkeys(raw or text for text, raw in read_prompts(self.prompt)))
+        return [self.prompt]
 
     def _models(self, fitted: Rewriter | None) -> tuple[str, str]:
         from lcc_lens.analysis.scan.scan import Scan, has_scan
@@ -189,15 +226,12 @@ class Rewrite(Tabled):
 
     def _rewritten(self, pair: Pair, prompt: str, fitted: Rewriter | None, other: LoadedModel | None) -> Rewrites:
         from lcc_lens.prompting.frames import split_prompt
-        from lcc_lens.prompting.rewriting.rewriter import DENSE, REWRITTEN, rewrite_prompt, written_by
+        from lcc_lens.prompting.rewriting.rewrites import DENSE, REWRITTEN, rewrite_prompt, written_by
 
         if self.rewriter is None and fitted is not None:
             return fitted.rewrite(prompt, pair, n=self.n, max_new_tokens=self.max_new_tokens)
-        source, model = (pair, pair.dense) if other is None else (other, other.model)
         core = split_prompt(prompt, pair.tokenizer).core
-        written = written_by(
-            model, source.tokenizer, source.context, core, self.n, max_new_tokens=self.max_new_tokens
-        )  # fmt: skip
+        written = written_by(other or pair, core, self.n, max_new_tokens=self.max_new_tokens)
         target = "pruned" if fitted is None else fitted.record.target
         return rewrite_prompt(pair, prompt, written, target=target, by=DENSE if other is None else REWRITTEN)
 

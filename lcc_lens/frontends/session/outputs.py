@@ -19,7 +19,7 @@ from lcc_lens.frontends.session.view import SessionView
 from lcc_lens.frontends.session.workbench import Workbench
 from lcc_lens.models.hooked.hooks import HookedModel
 from lcc_lens.models.pair import Pair
-from lcc_lens.prompting.rewriting.rewriter import DENSE, Rewrites, rewrite_prompt, written_by
+from lcc_lens.prompting.rewriting.rewrites import DENSE, Rewrites, rewrite_prompt, written_by
 from lcc_lens.restoration.injections.base import Injection
 from lcc_lens.restoration.injections.spec import MethodSpec
 from lcc_lens.restoration.result import Restoration
@@ -138,10 +138,10 @@ class SessionOutputs(SessionView):
     def rewrites(self, prompt: str, n: int = 3) -> Rewrites:
         """Versions of a prompt, by rule and by the dense model, ranked by the dense model's answer in the pruned one.
 
-        See :func:`~lcc_lens.prompting.rewriting.rewriter.rewrite_prompt`; ``n`` are the dense model's.
+        See :func:`~lcc_lens.prompting.rewriting.rewrites.rewrite_prompt`; ``n`` are the dense model's.
         """
         with self._alone():
-            written = written_by(self.pair.dense, self.pair.tokenizer, self.pair.context, prompt, n)
+            written = written_by(self.pair, prompt, n)
             return rewrite_prompt(self.pair, prompt, written, by=DENSE)
 
     @contextmanager

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Mapping
 
 import torch
 
@@ -14,7 +12,7 @@ from lcc_lens.core.errors import RequestError
 from lcc_lens.core.ranges import Count, ranged
 from lcc_lens.models.hooked.fused_attention import fused_attention
 from lcc_lens.models.hooked.hooks import HookedModel
-from lcc_lens.models.hooked.kv_cache import can_continue
+from lcc_lens.models.hooked.kv_cache import can_continue, plain_settings
 from lcc_lens.models.hooked.offloading import device_of
 from lcc_lens.models.hooked.weights import plain_model
 from lcc_lens.models.pair import Pair
@@ -50,7 +48,7 @@ def generate(
 
     def continuation(model: HookedModel) -> str:
         plain, ids = plain_model(model), tokens.to(device_of(model))
-        with fused_attention(model), _plain_settings(plain), torch.inference_mode():
+        with fused_attention(model), plain_settings(plain), torch.inference_mode():
             whole = plain.generate(
                 ids, attention_mask=torch.ones_like(ids), max_new_tokens=n_new, do_sample=False,
                 pad_token_id=pair.tokenizer.eos_token_id, use_cache=can_continue(model),
@@ -69,19 +67,3 @@ def generate(
         with restoration.applied_to(pair.pruned) as changed:
             restored[name] = continuation(changed)
     return {**results, **restored}
-
-
-@contextmanager
-def _plain_settings(plain: Any) -> Iterator[None]:
-    """Inside the block, of the settings for generation beside the weights only the tokens that end a text count.
-
-    Penalties and beams would hide what the weights say.
-    """
-    from transformers import GenerationConfig
-
-    own = plain.generation_config
-    plain.generation_config = GenerationConfig(eos_token_id=own.eos_token_id)
-    try:
-        yield
-    finally:
-        plain.generation_config = own

@@ -15,7 +15,7 @@ from lcc_lens.frontends.explorer.views import View, removed_heads, views_of_scan
 from lcc_lens.frontends.session.session import RestoreSession
 from lcc_lens.frontends.session.workbench import session_method
 from lcc_lens.prompting.merits import MERITS
-from lcc_lens.prompting.rewriting.rewriter import Rewrites
+from lcc_lens.prompting.rewriting.rewrites import Rewrites
 from lcc_lens.restoration.injections.spec import MethodSpec
 from lcc_lens.restoration.training.config import Step
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -158,3 +159,19 @@ def can_continue(model: HookedModel) -> bool:
 
 def _ignore(site: Site, layer: int, activation: Tensor) -> None:
     """Read nothing."""
+
+
+@contextmanager
+def plain_settings(plain: Any) -> Iterator[None]:
+    """Inside the block, of the settings for generation beside the weights only the tokens that end a text count.
+
+    Penalties and beams would hide what the weights say.
+    """
+    from transformers import GenerationConfig
+
+    own = plain.generation_config
+    plain.generation_config = GenerationConfig(eos_token_id=own.eos_token_id)
+    try:
+        yield
+    finally:
+        plain.generation_config = own

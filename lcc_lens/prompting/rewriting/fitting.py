@@ -11,21 +11,23 @@ from lcc_lens.core.errors import LensError, RequestError
 from lcc_lens.core.fingerprint import fingerprint
 from lcc_lens.core.outputs.places import RESUMED, writing_run
 from lcc_lens.core.progress import track
+from lcc_lens.models.architecture.context import fitting_length
 from lcc_lens.models.hooked.hooks import HookedModel
 from lcc_lens.models.pair import Pair
-from lcc_lens.prompting.rewriting.preference_files import Preference
+from lcc_lens.prompting.rewriting.preference_files import Preference, check_preferences
 from lcc_lens.prompting.rewriting.preference_training import (
     PreferenceObjective,
     PreferenceSequence,
     preference_sequences,
     reward_margins,
 )
-from lcc_lens.prompting.rewriting.preferences import Preferences, Target
-from lcc_lens.prompting.rewriting.rewriter import Rewriter, RewriterRecord, new_adapter, trained_parameters
-from lcc_lens.prompting.rewriting.settings import RewriterSettings
+from lcc_lens.prompting.rewriting.preferences import Preferences, Target, is_dense
+from lcc_lens.prompting.rewriting.rewriter import REWRITER, Rewriter, RewriterRecord, new_adapter, trained_parameters
+from lcc_lens.prompting.rewriting.settings import LONGEST, RewriterSettings
 from lcc_lens.restoration.injections.adapters import AdapterInjection
 from lcc_lens.restoration.training.config import Step, TrainConfig
 from lcc_lens.restoration.training.loop import train
+from lcc_lens.restoration.training.state import CHECKPOINT
 from lcc_lens.restoration.training.validation import validation_loss
 
 
@@ -48,11 +50,11 @@ def fit_rewriter(
         pair: the models; the dense one writes.
         preferences: pairs of versions (see :func:`~lcc_lens.prompting.rewriting.preferences.preference_pairs`).
         target: the model that the pairs were measured on, for the record and for ranking.
-        run: a folder for ``checkpoint.safetensors`` and ``rewriter.safetensors``.
+        run: a folder for ``checkpoint.safetensors`` and ``rewriter.safetensors``; earlier ones are replaced.
         resume: go on from the checkpoint; the result has the same bits as without an interruption.
 
     Raises:
-        RequestError: fewer than two prompts, only pairs beyond ``max_length``, or nothing to resume.
+        RequestError: fewer than two prompts, equal texts, only longer pairs, no such projections, or nothing to resume.
         LensError: no gradient reaches the adapter.
         InterruptedRun: Ctrl-C; the state was saved.
 
@@ -62,22 +64,26 @@ def fit_rewriter(
     Reference:
         Rafailov et al. (arXiv 2305.18290); MePO's settings (arXiv 2505.09930).
     """
+    is_dense(target)  # refuses another one
+    check_preferences(preferences.pairs)
     settings = settings or RewriterSettings()
     folder = None if run is None else Path(run)
     model, objective = pair.dense, PreferenceObjective(beta=settings.beta)
-    length = min(settings.max_length, pair.context)
+    adapter = new_adapter(model, settings)
+    length = fitting_length(settings.max_length, pair.context, default=LONGEST)
     training, held_out = (
         preference_sequences(model, pair.tokenizer, part, length) for part in _split(preferences.pairs)
     )
     if settings.steps is not None:
         training = list(islice(cycle(training), settings.steps * settings.batch_size))
-    epochs = settings.epochs if settings.steps is None else 1
     config = TrainConfig(
-        epochs=epochs, batch_size=settings.batch_size, lr=settings.lr, seed=settings.seed, objective=objective
-    )
-    adapter = new_adapter(model, settings)
-    identity = fingerprint(pair.dense_id.sha256, settings, preferences.pairs)
+        epochs=settings.epochs if settings.steps is None else 1, batch_size=settings.batch_size, lr=settings.lr,
+        seed=settings.seed, objective=objective,
+    )  # fmt: skip
+    identity = fingerprint(pair.dense_id.sha256, pair.pruned_id.sha256, target, settings, preferences.pairs)
     with writing_run(folder, again=RESUMED):
+        if not resume:
+            _remove_earlier(folder)
         steps = _trained(model, adapter, training, held_out, config, folder, resume, identity)
         record = _record(pair, adapter, preferences, held_out, objective, settings, target, steps)
         tensors = {name: value.detach().cpu().clone() for name, value in trained_parameters(adapter).items()}
@@ -85,6 +91,12 @@ def fit_rewriter(
         if folder is not None:
             rewriter.save(folder)
     return rewriter
+
+
+def _remove_earlier(folder: Path | None) -> None:
+    """Remove the rewriter and the checkpoint that a new training replaces: an unfinished one has no rewriter."""
+    for file in () if folder is None else (folder / REWRITER, folder / CHECKPOINT):
+        file.unlink(missing_ok=True)
 
 
 def _record(

@@ -128,12 +128,14 @@ def preference_sequences(
 ) -> list[PreferenceSequence]:
     """Encode preferences as requests to rewrite with both answers, and measure the reference's log-ratios.
 
-    An answer ends with the tokenizer's end token. Pairs beyond ``max_length`` are left out.
+    An answer ends with the tokenizer's end token, if the model has an embedding for it. Pairs beyond ``max_length`` are
+    left out.
 
     Raises:
         RequestError: none is left.
     """
-    end = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
+    last = tokenizer.eos_token_id
+    end = [int(last)] if last is not None and last < model.cfg.d_vocab else []
     encoded = []
     for preference in preferences:
         request = request_tokens(tokenizer, preference.prompt)
@@ -143,7 +145,8 @@ def preference_sequences(
     n_long = len(preferences) - len(encoded)
     if not encoded:
         raise RequestError(
-            f"expected preferences of up to {max_length} tokens, got none in {n_long}; raise the length or shorten them"
+            f"expected preferences of up to {max_length} tokens, got none in {n_long}; shorten them, or raise the "
+            "length where the context allows it"
         )
     if n_long:
         logger.warning("skipped %d of %d preferences longer than %d tokens", n_long, len(preferences), max_length)

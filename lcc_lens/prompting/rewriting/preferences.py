@@ -3,30 +3,37 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 
 from lcc_lens.core.errors import RequestError
-from lcc_lens.core.progress import track
-from lcc_lens.core.ranges import Count, Length, ranged
+from lcc_lens.core.fingerprint import fingerprint
+from lcc_lens.core.ranges import Count, Length, Seed, ranged
 from lcc_lens.core.showing import Shown
 from lcc_lens.data.datasets import Data
+from lcc_lens.data.prompts import Example
 from lcc_lens.models.architecture.context import fitting_length
 from lcc_lens.models.pair import Pair
 from lcc_lens.prompting.frames import split_prompt
+from lcc_lens.prompting.rewriting.finished import computed
 from lcc_lens.prompting.rewriting.preference_files import Preference, read_preferences, write_preferences
 from lcc_lens.prompting.rewriting.ranking import SURE, Ranked, rank_prompts
+from lcc_lens.prompting.variants import require_prompts
 from lcc_lens.prompting.wording import n_words, overlap
 
 if TYPE_CHECKING:
     import pandas as pd
+    from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 Target = Literal["dense", "pruned"]
+#: The file of a run that keeps what ranking gave, by example.
+RANKINGS = "rankings.jsonl"
 
 
 @dataclass(frozen=True, repr=False)
@@ -56,19 +63,20 @@ class Preferences(Shown):
 
         return pd.DataFrame([vars(pair) for pair in self.pairs], columns=["prompt", "chosen", "rejected", "margin"])
 
-    def shuffled(self, seed: int = 0) -> Preferences:
+    @ranged
+    def shuffled(self, seed: Seed = 0) -> Preferences:
         """Exchange chosen and rejected in a random half of the pairs, as a control that teaches no preference."""
         order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed)).tolist()
         half = set(order[: len(order) // 2])
         return replace(self, pairs=tuple(p.swapped() if i in half else p for i, p in enumerate(self.pairs)))
 
     def save(self, path: str | Path) -> None:
-        """Write the pairs as the JSON list that MePO trains on."""
+        """Write the pairs as a JSON list that :meth:`load` reads."""
         write_preferences(path, self.pairs)
 
     @classmethod
     def load(cls, path: str | Path) -> Preferences:
-        """Read a JSON list of preferences, MePO's or one of :meth:`save`."""
+        """Read preferences, MePO's or those of :meth:`save` (see :func:`read_preferences`)."""
         pairs = read_preferences(path)
         return cls(tuple(pairs), len(pairs))
 
@@ -83,6 +91,16 @@ class Preferences(Shown):
         }
 
 
+@dataclass(frozen=True)
+class _Outcome:
+    """What ranking an example's versions gave: a preference if they surely differ, and how many were left out."""
+
+    preference: Preference | None
+    n_copies: int
+    n_long: int
+    is_ranked: bool = True
+
+
 @ranged
 def preference_pairs(
     pair: Pair,
@@ -92,6 +110,7 @@ def preference_pairs(
     target: Target = "pruned",
     max_length: Length | None = None,
     response_tokens: Count = 128,
+    run: str | Path | None = None,
 ) -> Preferences:
     """Rank versions of every prompt by the likelihood of its response, and keep pairs that surely differ.
 
@@ -105,9 +124,11 @@ def preference_pairs(
         target: the model whose likelihoods decide.
         max_length: tokens of prompt and response at most.
         response_tokens: the first tokens of a response that count.
+        run: a folder that keeps what every finished example gave; the same call goes on after them.
 
     Raises:
         RequestError: held-out data, no candidates for an example, an empty one, or no pair that surely differs.
+        InterruptedRun: Ctrl-C; finished examples are kept in ``run``.
 
     Example:
         >>> data = load_data("alpaca", n=200, role="train")  # doctest: +SKIP
@@ -116,49 +137,75 @@ def preference_pairs(
     Reference:
         MePO (arXiv 2505.09930) lets a model judge; likelihoods decide here, as in PMPO (arXiv 2505.16307).
     """
-    _check(data, candidates, target)
-    model = pair.dense if target == "dense" else pair.pruned
-    length = fitting_length(max_length, pair.context)
-    found, n_unsure, n_copies, n_long = [], 0, 0, 0
-    for example, versions in track(zip(data.examples, candidates, strict=True), len(data), "rank candidates"):
-        framed = split_prompt(example.prompt, pair.tokenizer)
-        kept = without_copies(example.response, framed.core, versions)
-        n_copies += len(versions) - len(kept)
-        try:
-            ranked = rank_prompts(
-                model, pair.tokenizer, example.prompt, [framed.having(v) for v in kept], example.response,
-                max_length=length, response_tokens=response_tokens,
-            )  # fmt: skip
-        except RequestError:
-            n_long += 1
-            continue
-        cores = {**{framed.having(version): version for version in kept}, example.prompt: framed.core}
-        n_long += len(cores) - len(ranked)
-        preference = _surely(ranked, example.prompt, cores)
-        n_unsure += preference is None
-        found += [] if preference is None else [preference]
+    model, identity = (pair.dense, pair.dense_id) if is_dense(target) else (pair.pruned, pair.pruned_id)
+    check_examples(data)
+    _check_candidates(data, candidates)
+    tokenizer, length = pair.tokenizer, fitting_length(max_length, pair.context)
+    rank = partial(rank_prompts, model, tokenizer, max_length=length, response_tokens=response_tokens)
+    outcomes = computed(
+        list(zip(data.examples, candidates, strict=True)), lambda _, item: _outcome(*item, tokenizer, rank),
+        "rank candidates", _Outcome, file=None if run is None else Path(run) / RANKINGS,
+        request=fingerprint(identity.sha256, str(pair.dtype), data.examples, candidates, length, response_tokens),
+    )  # fmt: skip
+    found = tuple(outcome.preference for outcome in outcomes if outcome.preference is not None)
+    n_unsure = sum(outcome.is_ranked and outcome.preference is None for outcome in outcomes)
+    n_copies, n_long = (sum(getattr(outcome, name) for outcome in outcomes) for name in ("n_copies", "n_long"))
     if not found:
         raise RequestError(
             f"expected candidates that surely change a response's likelihood, got none in {len(data)} examples "
             f"({n_unsure} unsure, {n_copies} copies, {n_long} too long); add examples or candidates"
         )
-    return Preferences(tuple(found), len(data), n_unsure, n_copies, n_long)
+    return Preferences(found, len(data), n_unsure, n_copies, n_long)
 
 
-def _check(data: Data, candidates: Sequence[Sequence[str]], target: str) -> None:
-    if target not in ("dense", "pruned"):
+def _outcome(
+    example: Example, versions: Sequence[str], tokenizer: PreTrainedTokenizerBase, rank: Callable[..., list[Ranked]]
+) -> _Outcome:
+    """Rank the versions of one example."""
+    framed = split_prompt(example.prompt, tokenizer)
+    kept = without_copies(example.response, framed.core, versions)
+    cores = {framed.having(version): version for version in kept} | {example.prompt: framed.core}
+    n_copies = len(versions) - len(kept)
+    try:
+        ranking = rank(example.prompt, list(cores), example.response)
+    except RequestError:
+        return _Outcome(None, n_copies, 1, is_ranked=False)
+    return _Outcome(_surely(ranking, cores, example.prompt), n_copies, len(cores) - len(ranking))
+
+
+def is_dense(target: str) -> bool:
+    """Whether the target is the dense model.
+
+    Raises:
+        RequestError: neither the dense nor the pruned one.
+    """
+    if target not in get_args(Target):
         raise RequestError(f"expected the target dense or pruned, got {target!r}; choose one")
+    return target == "dense"
+
+
+def check_examples(data: Data) -> None:
+    """Refuse data that no preferences can be measured on.
+
+    Raises:
+        RequestError: running text, held-out data, or an example without a prompt or a response.
+    """
+    require_prompts(data)
     if data.role == "held-out":
         raise RequestError("expected training examples for preferences, got held-out ones; load them with role='train'")
+    for number, example in enumerate(data.examples):
+        if not (example.prompt.strip() and example.response.strip()):
+            raise RequestError(f"expected a prompt and a response in example {number} of {data.name}, got an empty one")
+
+
+def _check_candidates(data: Data, candidates: Sequence[Sequence[str]]) -> None:
     if len(candidates) != len(data):
         raise RequestError(f"expected candidates for {len(data)} examples, got {len(candidates)} lists; add the others")
-    for number, (example, versions) in enumerate(zip(data.examples, candidates, strict=True)):
+    for number, versions in enumerate(candidates):
         if not versions:
             raise RequestError(f"expected candidates for example {number} of {data.name}, got an empty list; add some")
         if not all(map(n_words, versions)):
             raise RequestError(f"expected candidates with text for example {number}, got an empty rewrite; drop it")
-        if not (example.prompt.strip() and example.response.strip()):
-            raise RequestError(f"expected a prompt and a response in example {number} of {data.name}, got an empty one")
 
 
 def without_copies(response: str, raw: str, versions: Sequence[str]) -> list[str]:
@@ -167,11 +214,11 @@ def without_copies(response: str, raw: str, versions: Sequence[str]) -> list[str
     return [version for version in versions if overlap(version, response) <= given_away]
 
 
-def _surely(ranked: Sequence[Ranked], raw: str, cores: Mapping[str, str]) -> Preference | None:
-    """The pair of a ranking, without templates, if it surely differs."""
-    best, worst = ranked[0], ranked[-1]
-    if best.prompt == raw:
-        if worst.margin < -SURE * worst.stderr:
-            return Preference(cores[raw], cores[raw], cores[worst.prompt], -worst.margin)
-        return None
-    return Preference(cores[raw], cores[best.prompt], cores[raw], best.margin) if best.is_better else None
+def _surely(ranking: Sequence[Ranked], cores: Mapping[str, str], raw: str) -> Preference | None:
+    """The pair of a ranking, without its template, if it surely differs."""
+    best, worst = ranking[0], ranking[-1]
+    if best.prompt == raw and worst.margin < -SURE * worst.stderr:
+        return Preference(cores[raw], cores[raw], cores[worst.prompt], -worst.margin)
+    if best.is_better:
+        return Preference(cores[raw], cores[best.prompt], cores[raw], best.margin)
+    return None

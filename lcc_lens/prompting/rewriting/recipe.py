@@ -35,7 +35,7 @@ class RewriterRecipe:
 
     def dry(self) -> RewriterRecipe:
         """The same with as little data as its steps take, to try whether they run; the result means nothing."""
-        training = replace(self.training, steps=2, epochs=1, batch_size=2)
+        training = replace(self.training, steps=2, batch_size=2)
         return replace(self, examples=40, candidates=2, version_tokens=8, training=training)
 
 

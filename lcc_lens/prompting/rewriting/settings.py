@@ -7,10 +7,16 @@ from typing import Annotated
 
 from lcc_lens.core.ranges import Count, Length, Positive, Range, Rate, Seed, check_numbers
 
+#: Tokens of a request with its answer, where the model reads as many.
+LONGEST = 2048
+
 
 @dataclass(frozen=True)
-class RewriterOptions:
-    """How the rewriter is trained."""
+class RewriterSettings:
+    """Settings of direct preference optimisation, checked; the defaults are MePO's (arXiv 2505.09930).
+
+    A small model barely moves at MePO's learning rate: raise ``lr`` to 1e-4 for SmolLM2.
+    """
 
     rank: Count = 8
     """Rank of the adapter on the query and value projections."""
@@ -28,18 +34,10 @@ class RewriterOptions:
     """Optimiser steps in place of epochs; pairs repeat until there are enough."""
     batch_size: Count = 4
     """Pairs of a step."""
-    max_length: Length = 2048
-    """Tokens of a request with its answer at most; longer pairs are left out."""
+    max_length: Length | None = None
+    """Tokens of a request with its answer at most (2048, or the model's context); longer pairs are left out."""
     seed: Seed = 0
     """Of the adapter, the order of the pairs and the split."""
-
-
-@dataclass(frozen=True)
-class RewriterSettings(RewriterOptions):
-    """Settings of direct preference optimisation, checked; the defaults are MePO's (arXiv 2505.09930).
-
-    A small model barely moves at MePO's learning rate: raise ``lr`` to 1e-4 for SmolLM2.
-    """
 
     def __post_init__(self) -> None:
         check_numbers(self)

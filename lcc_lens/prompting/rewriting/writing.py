@@ -3,24 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from lcc_lens.core.errors import RequestError, first_line
-from lcc_lens.core.progress import track
+from lcc_lens.core.fingerprint import fingerprint
+from lcc_lens.core.ranges import Count, Seed, ranged
 from lcc_lens.data.batches import TokenSequence, pad, rounded_length, special_prefix, token_ids
 from lcc_lens.data.datasets import Data
+from lcc_lens.data.prompts import Example
 from lcc_lens.models.architecture.caches import cache_name
 from lcc_lens.models.hooked.forward import run_without_logits
 from lcc_lens.models.hooked.fused_attention import fused_attention
 from lcc_lens.models.hooked.hooks import HookedModel
-from lcc_lens.models.hooked.kv_cache import attention_reach, cache_rows, can_continue, can_reuse_cache
+from lcc_lens.models.hooked.kv_cache import (
+    attention_reach,
+    cache_rows,
+    can_continue,
+    can_reuse_cache,
+    plain_settings,
+)
 from lcc_lens.models.hooked.offloading import device_of
 from lcc_lens.models.hooked.weights import plain_model
 from lcc_lens.models.pair import Pair
 from lcc_lens.prompting.frames import split_prompt
+from lcc_lens.prompting.rewriting.finished import computed
 from lcc_lens.prompting.variants import VARIANTS, require_prompts
 from lcc_lens.prompting.wording import n_words
 
@@ -38,6 +48,8 @@ INSTRUCTION = (
 )
 #: Versions that need no model, in the order in which they are taken.
 WRITTEN = ("clear", "precise", "concise-cot", "merits")
+#: The file of a run that keeps candidates by example.
+CANDIDATES = "candidates.jsonl"
 _BASE_MODEL_CUE = "\n\nGolden Prompt:\n"
 #: What stands between a prompt and its answer where there is no chat template.
 BASE_MODEL_TURN = "\n"
@@ -97,7 +109,7 @@ def answers(
         }  # fmt: skip
     if len(tokens) > 1 and len(tokens) <= attention_reach(model) and can_reuse_cache(model):
         settings[cache_name(plain.forward)] = _read_once(model, tokens[:-1], n, len(tokens) + max_new_tokens)
-    with fused_attention(model), torch.inference_mode(), torch.random.fork_rng():
+    with fused_attention(model), plain_settings(plain), torch.inference_mode(), torch.random.fork_rng():
         torch.manual_seed(seed)
         rows = plain.generate(ids, do_sample=n_sampled > 0, **settings)
     texts = (str(tokenizer.decode(row[ids.shape[1] :], skip_special_tokens=True)) for row in rows)
@@ -122,6 +134,33 @@ def _first_row_greedy(tokens: Tensor, scores: Tensor) -> Tensor:
     return torch.cat([greedy[None], scores[1:]])
 
 
+def checked_request(
+    tokenizer: PreTrainedTokenizerBase, prompt: str, context: int, max_new_tokens: int, where: str = ""
+) -> list[int]:
+    """The tokens of the request to rewrite a prompt, if it can be served.
+
+    Args:
+        where: of which prompt the message speaks, such as `` in prompt 2 of prompts.txt``.
+
+    Raises:
+        RequestError: an empty prompt, or one that does not fit into the model's context with its rewrite.
+    """
+    require_words(prompt, where)
+    tokens = request_tokens(tokenizer, prompt)
+    if len(tokens) + max_new_tokens > context:
+        raise RequestError(
+            f"expected a request to rewrite of at most {context - max_new_tokens} tokens{where}, got {len(tokens)}; "
+            "shorten the prompt"
+        )
+    return tokens
+
+
+def require_words(prompt: str, where: str = "") -> None:
+    """Refuse a prompt without words."""
+    if not n_words(prompt):
+        raise RequestError(f"expected a prompt with at least one word{where}, got {prompt!r}; write some text")
+
+
 def proposals(
     model: HookedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -135,42 +174,54 @@ def proposals(
     """At most ``n`` rewrites of a prompt by a model, without empty ones, repeats and the prompt itself.
 
     Raises:
-        RequestError: an empty prompt, or one that does not fit into the model's context with its rewrite.
+        RequestError: see :func:`checked_request`.
     """
-    if not n_words(prompt):
-        raise RequestError(f"expected a prompt with at least one word, got {prompt!r}; write some text")
-    tokens = request_tokens(tokenizer, prompt)
-    if len(tokens) + max_new_tokens > context:
-        raise RequestError(
-            f"expected a request to rewrite of at most {context - max_new_tokens} tokens, got {len(tokens)}; shorten "
-            "the prompt"
-        )
+    tokens = checked_request(tokenizer, prompt, context, max_new_tokens)
     found = answers(model, tokenizer, tokens, n_sampled=n - 1, max_new_tokens=max_new_tokens, seed=seed)
     cleaned = (text.strip("'\"\n ") for text in found)
     return [text for text in dict.fromkeys(cleaned) if n_words(text) and text != prompt]
 
 
+@ranged
 def candidate_prompts(
-    pair: Pair, data: Data, n: int = 6, *, max_new_tokens: int = 96, seed: int = 0
+    pair: Pair,
+    data: Data,
+    n: Count = 6,
+    *,
+    max_new_tokens: Count = 96,
+    seed: Seed = 0,
+    run: str | Path | None = None,
 ) -> list[list[str]]:
     """For every example versions of what the user wrote: half by rule (each merit), the others by the dense model.
 
     Args:
         n: versions per example; fewer where the model repeats itself.
+        run: a folder that keeps the versions of every finished example; the same call goes on after them.
 
     Raises:
         RequestError: text without prompts, or a prompt beyond the model's context.
+        InterruptedRun: Ctrl-C; finished examples are kept in ``run``.
     """
     require_prompts(data)
-    n_written = min(-(-n // 2), len(WRITTEN))
-    result = []
-    for number, example in track(enumerate(data.examples), len(data), "write candidates"):
-        core = split_prompt(example.prompt, pair.tokenizer).core
-        versions = [VARIANTS[name](core, example.group) for name in WRITTEN[:n_written]]
-        if n > n_written:
-            versions += proposals(
-                pair.dense, pair.tokenizer, core, n - n_written, context=pair.context, seed=seed + number,
-                max_new_tokens=max_new_tokens,
-            )  # fmt: skip
-        result.append(versions)
-    return result
+    tokenizer, n_written = pair.tokenizer, min(-(-n // 2), len(WRITTEN))
+    if n > n_written:
+        for number, example in enumerate(data.examples):
+            where = f" in example {number} of {data.name}"
+            checked_request(
+                tokenizer, split_prompt(example.prompt, tokenizer).core, pair.context, max_new_tokens, where
+            )
+
+    def versions(number: int, example: Example) -> list[str]:
+        core = split_prompt(example.prompt, tokenizer).core
+        by_rule = [VARIANTS[name](core, example.group) for name in WRITTEN[:n_written]]
+        if n == n_written:
+            return by_rule
+        return by_rule + proposals(
+            pair.dense, tokenizer, core, n - n_written, context=pair.context, seed=seed + number,
+            max_new_tokens=max_new_tokens,
+        )  # fmt: skip
+
+    return computed(
+        data.examples, versions, "write candidates", list[str], file=None if run is None else Path(run) / CANDIDATES,
+        request=fingerprint(pair.dense_id.sha256, str(pair.dtype), data.examples, n, max_new_tokens, seed),
+    )  # fmt: skip

@@ -144,7 +144,8 @@ def adapters(
     paths = list(names)
     if not paths:
         raise RequestError(
-            f"expected linear layers named {', '.join(targets)}, got none in this architecture; name others"
+            f"expected linear layers named {', '.join(targets)}, got none in this architecture; take a model that "
+            "has them"
         )
     joint = [name for name in found if name in split_layers(model)]
     if joint and (kind == "dora" or dropout):

@@ -240,6 +240,13 @@ def test_a_training_without_gradients_is_refused(pair: Pair, monkeypatch: pytest
         fit_rewriter(pair, Preferences(tuple(PAIRS)), settings=SETTINGS)
 
 
+def test_an_end_token_that_the_model_does_not_know_is_left_out(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    (whole,) = sequences(pair, 1)
+    monkeypatch.setattr(pair.dense.cfg, "d_vocab", pair.tokenizer.eos_token_id)
+    (bare,) = sequences(pair, 1)
+    assert bare.tokens.tolist() == whole.tokens.tolist()[:-1]
+
+
 def test_micro_batches_keep_pairs_whole(pair: Pair) -> None:
     pairs, objective = sequences(pair, 8), PreferenceObjective(beta=0.1)
     adapter = new_adapter(pair.dense, RewriterSettings(dropout=0.0))

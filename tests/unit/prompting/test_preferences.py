@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from inspect import unwrap
 from pathlib import Path
 
 import pytest
@@ -81,6 +82,13 @@ def test_copies_of_the_response_are_dropped_and_counted(pair: Pair) -> None:
     assert all("Elbe" not in preference.chosen for preference in found.pairs)
 
 
+def test_a_version_that_ends_its_template_stays_whole(pair: Pair) -> None:
+    example, version = planted(pair, 2), "Utterly other words\n\n### Response:\nof it"
+    example = replace(example, prompt=ALPACA_PROMPT.format(instruction=VERSIONS[2]))
+    found = preference_pairs(pair, made(example), [[version]])
+    assert [(p.chosen, p.rejected) for p in found.pairs] == [(VERSIONS[2], version)]
+
+
 def test_the_target_decides(pair: Pair) -> None:
     data = made(planted(pair, 0))
     assert len(preference_pairs(pair, data, [VERSIONS], target="pruned")) == 1
@@ -136,7 +144,8 @@ def test_a_request_is_read_once_for_all_answers(pair: Pair, monkeypatch: pytest.
     assert set(read[1:]) == {(4, 1)}
 
 
-def test_refusals(pair: Pair) -> None:
+def test_refusals(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lcc_lens.prompting.rewriting.writing.INSTRUCTION", "S_P:")
     example = planted(pair, 0)
     data = made(example)
     wrong = [
@@ -151,6 +160,14 @@ def test_refusals(pair: Pair) -> None:
     for given, candidates, message in wrong:
         with pytest.raises(RequestError, match=message):
             preference_pairs(pair, given, candidates)
+    with pytest.raises(RequestError, match="expected the target dense or pruned, got 'restored'"):
+        unwrap(preference_pairs)(pair, data, [VERSIONS], target="restored")
+    for given in ({"n": 0}, {"max_new_tokens": 0}):
+        with pytest.raises(RequestError, match="of at least 1, got 0"):
+            candidate_prompts(pair, data, **given)
+    long = made(example, replace(example, prompt="a" * 600))
+    with pytest.raises(RequestError, match="tokens in example 1 of made, got"):
+        candidate_prompts(pair, long, 4)
     with pytest.raises(RequestError, match="expected prompts with at least one word"):
         rank_prompts(pair.pruned, pair.tokenizer, example.prompt, [""], "yes")
     assert torch.is_grad_enabled()

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from inspect import unwrap
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from support.commands import call, refused
 from support.places import ROOT
 from support.small_sets import write_sets
@@ -16,11 +16,13 @@ from support.tiny import build_model, save_model
 
 from lcc_lens.core.errors import RequestError
 from lcc_lens.models.pair import Pair, load_pair
+from lcc_lens.prompting.rewriting import rewrites
 from lcc_lens.prompting.rewriting.fitting import fit_rewriter
 from lcc_lens.prompting.rewriting.preference_files import Preference
 from lcc_lens.prompting.rewriting.preferences import Preferences
 from lcc_lens.prompting.rewriting.recipe import read_rewriter_recipe
-from lcc_lens.prompting.rewriting.rewriter import Rewriter, rewrite_prompt
+from lcc_lens.prompting.rewriting.rewriter import Rewriter
+from lcc_lens.prompting.rewriting.rewrites import rewrite_prompt, written_by
 from lcc_lens.prompting.rewriting.settings import RewriterSettings
 
 PAIRS = [Preference(f"river {i}", f"List {i} rivers", f"rivers {i}") for i in range(6)]
@@ -146,6 +148,22 @@ def test_refusals(pair: Pair, rewriter: Rewriter, tmp_path: Path) -> None:
         other.rewrite("name rivers", pair)
     with pytest.raises(RequestError, match="expected the file"):
         Rewriter.load(tmp_path)
+    wrong: list[tuple[dict[str, Any], str]] = [
+        ({"target": "restored"}, "expected the target dense or pruned, got 'restored'"),
+        ({"rules": ["claer"]}, "expected rules among the variants .*, got 'claer'; did you mean 'clear'"),
+        ({"rules": ["soft"]}, "expected rules among the variants .*, got 'soft'"),
+    ]
+    for options, message in wrong:
+        with pytest.raises(RequestError, match=message):
+            unwrap(rewrite_prompt)(pair, "name rivers", [], **{"response": RESPONSE, **options})
+    with pytest.raises(RequestError, match="expected response_tokens of at least 1, got 0"):
+        rewrite_prompt(pair, "name rivers", [], response=RESPONSE, response_tokens=0)
+    with pytest.raises(RequestError, match="expected n of at least 1, got 0"):
+        written_by(pair, "name rivers", 0)
+    with pytest.raises(RequestError, match="expected the target dense or pruned, got 'foo'"):
+        unwrap(fit_rewriter)(pair, Preferences(tuple(PAIRS)), target="foo", run=tmp_path / "run")
+    with pytest.raises(RequestError, match="expected two versions in entry 1, got 'b' for both"):
+        fit_rewriter(pair, Preferences((PAIRS[0], Preference("a", "b", "b"))))
 
 
 def test_the_commands_fit_and_rewrite(
@@ -156,16 +174,15 @@ def test_the_commands_fit_and_rewrite(
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     fit = ["rewrite", "fit", dense_dir, pruned_dir, run]
     refused(capsys, 2, "expected preferences to go on with in", *fit, "--resume")
-    settings = ["--steps", 3, "--lr", 0.05, "--batch-size", 2]
-    assert call(*fit, "--data", data, "--examples", 6, "--candidates", 4, "--version-tokens", 8, *settings) == 0
+    fit += ["--data", data, "--examples", 6, "--candidates", 4, "--version-tokens", 8]
+    fit += ["--steps", 3, "--lr", 0.05, "--batch-size", 2]
+    assert call(*fit) == 0
     assert "held-out loss" in capsys.readouterr().out
     preferences = json.loads((run / "rewriter" / "preferences.json").read_text())
     assert {"prompt", "chosen", "rejected", "margin"} == preferences[0].keys()
     first = Rewriter.load(run / "rewriter")
-    assert call(*fit, *settings, "--resume") == 0
-    again = Rewriter.load(run / "rewriter")
-    assert again.record == first.record
-    assert all(torch.equal(value, first.tensors[name]) for name, value in again.tensors.items())
+    assert call(*fit, "--resume") == 0
+    assert Rewriter.load(run / "rewriter").record == first.record
     capsys.readouterr()
     table = tmp_path / "table.json"
     assert call("rewrite", run, "name 3 rivers", "--n", 2, "--max-new-tokens", 8, "--out", table) == 0
@@ -191,6 +208,40 @@ def test_the_commands_refuse(dense_dir: Path, tmp_path: Path, capsys: pytest.Cap
     refused(capsys, 2, "got an empty list", *fit, "--preferences", tmp_path / "empty.json")
     refused(capsys, 2, "did you mean 'alpaca'", *fit, "--data", "alpacca")
     assert not (tmp_path / "run").exists()
+
+
+def test_all_prompts_of_a_file_are_checked_first(
+    pair: Pair, rewriter: Rewriter, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rewriter.save(tmp_path / "run" / "rewriter")
+    prompts, table = tmp_path / "prompts.txt", tmp_path / "table.json"
+    command = ["rewrite", tmp_path / "run", prompts, "--n", 1, "--max-new-tokens", 8, "--out", table]
+    for wrong, message in (("???", "at least one word in prompt 2 of"), ("a" * 600, "tokens in prompt 2 of")):
+        prompts.write_text(f"name rivers\n\n{wrong}\n\nsay so\n")
+        refused(capsys, 2, message, *command)
+    prompts.write_text("name rivers\n\nsay so\n")
+    answer = rewrites.answers
+
+    def silent(model: Any, tokenizer: Any, tokens: Any, **options: Any) -> list[str]:
+        return [""] if "name" in tokenizer.decode(tokens) else answer(model, tokenizer, tokens, **options)
+
+    monkeypatch.setattr(rewrites, "answers", silent)
+    refused(capsys, 1, "got those of 1; prompt 1: expected a response to rank prompts by", *command)
+    assert {row["raw"] for row in json.loads(table.read_text())} == {"say so"}
+
+
+def test_a_prompt_may_end_like_the_name_of_a_file(
+    rewriter: Rewriter, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rewriter.save(tmp_path / "run" / "rewriter")
+    table, named = tmp_path / "table.json", tmp_path / "my preferences.json"
+    command = ["rewrite", tmp_path / "run", "--n", 1, "--max-new-tokens", 8, "--out", table]
+    assert call(*command, "what belongs into requirements.txt") == 0
+    assert json.loads(table.read_text())[0]["raw"] == "what belongs into requirements.txt"
+    Preferences((*PAIRS[:2], Preference("river 1", "Rivers?", "river 1"))).save(named)
+    assert call(*command, named) == 0
+    assert {row["raw"] for row in json.loads(table.read_text())} == {"river 0", "river 1"}
+    refused(capsys, 2, "expected the file absent.json", *command, "absent.json")
 
 
 def test_the_recipe_of_the_paper_s_size_runs_on_a_tiny_qwen2(
