@@ -75,8 +75,11 @@ class Restore(Tabled):
     def execute(self) -> None:
         from lcc_lens.core.outputs.places import RESUMED, writing_run
         from lcc_lens.models.loading.references import resolve
+        from lcc_lens.restoration.checks import check_restores
+        from lcc_lens.restoration.injections.spec import MethodSpec
 
         self._check_folder()
+        check_restores(MethodSpec.parse(self.chosen_method), one_at_a_time=self.memory.one_at_a_time)
         with writing_run(self.run, inputs=[resolve(self.dense), resolve(self.pruned)], again=RESUMED):
             self._restore()
 

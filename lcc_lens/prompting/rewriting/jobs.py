@@ -72,8 +72,8 @@ class PreferenceSource:
         """
         if self.file is not None:
             return Preferences.load(self.file)
-        check_data([self.data])
         require_prompts(self.data)
+        check_data([self.data])
         data = load_data(self.data, self.examples, role="train", seed=seed)
         check_examples(data)
         return data

@@ -191,10 +191,13 @@ def test_probes_read_what_plain_models_give(
     features: list[Any] = []
     scan_module = import_module("lcc_lens.analysis.scan.scan")  # lcc_lens.analysis.scan.scan is the function
     score = scan_module.score
+
+    def keeping(names: list[str], evidence: Any) -> Any:
+        features[:] = evidence.layers()
+        return score(names, evidence)
+
     monkeypatch.setattr(passes, "SHARD", shard)
-    monkeypatch.setattr(
-        scan_module, "score", lambda names, evidence: (features.extend(evidence.layers()), score(names, evidence))[1]
-    )
+    monkeypatch.setattr(scan_module, "score", keeping)
     found_scan = scan(pair, made_up(preamble), positions=positions, batch_tokens=200, display=0)
     right, wrong = encoded(pair.tokenizer, preamble)
     question = [s.tokens[: s.loss_from] for s in right]

@@ -90,7 +90,7 @@ def test_what_no_draw_can_measure_is_refused_before_models_are_loaded(
     refused(capsys, 2, f"got one of {dense_dir} (", *command, "--restored", tmp_path / "of_dense")
     refused(capsys, 2, "expected written variants that heads react to, got raw, soft", *command, "--heads")
     refused(capsys, 2, "expected --cluster with its options, got a=b alone", *command, "--cluster-options", "a=b")
-    for text in (str(text_file), "mix", f"{request_.data}+{request_.data}"):
+    for text in (str(text_file), "mix", f"{request_.data}+{text_file}"):
         with pytest.raises(RequestError, match="expected prompts with responses, got the running text"):
             study_draws(replace(request_, data=text), tmp_path / "run")
     assert not (tmp_path / "run").exists()
