@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import GenerationConfig
 
 from lcc_lens.core.errors import RequestError
 from lcc_lens.data.datasets import Data
@@ -123,6 +124,14 @@ def test_one_pass_gives_the_greedy_answer_and_sampled_ones(pair: Pair) -> None:
     assert first == greedy
     assert len({first, *others}) > 1
     assert len(others) == 3
+
+
+def test_an_answer_is_greedy_whatever_lies_beside_the_weights(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokens = pair.tokenizer("is salt a metal?")["input_ids"]
+    expected = answers(pair.dense, pair.tokenizer, tokens, max_new_tokens=12)
+    penalised = GenerationConfig(repetition_penalty=8.0, no_repeat_ngram_size=1)
+    monkeypatch.setattr(pair.dense.original_model, "generation_config", penalised)
+    assert answers(pair.dense, pair.tokenizer, tokens, max_new_tokens=12) == expected
 
 
 def test_a_request_is_read_once_for_all_answers(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
