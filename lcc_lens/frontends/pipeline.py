@@ -58,10 +58,12 @@ def prune_and_restore(
     with writing_run(run):
         probe = load_role(scan_data, SCAN_EXAMPLES, "probe", seed, writer)
         training = load_role(train_data or "+".join(or_mix(TRAIN_DATA)), TRAIN_EXAMPLES, "train", seed, writer)
-    prune(model, pruned, sparsity=sparsity, calibration=calibration, n_samples=n_samples, seq_len=seq_len, seed=seed)
-    pair = load_pair(model, pruned)
-    differences = scan(pair, probe, limit=SCAN_EXAMPLES, seed=seed, run=run)
-    chosen = differences.select(selector, share=heads, seed=seed)
-    restoration = restore(pair, differences, chosen, training, method=method, limit=TRAIN_EXAMPLES, run=run)
+        prune(
+            model, pruned, sparsity=sparsity, calibration=calibration, n_samples=n_samples, seq_len=seq_len, seed=seed
+        )
+        pair = load_pair(model, pruned)
+        differences = scan(pair, probe, limit=SCAN_EXAMPLES, seed=seed, run=run)
+        chosen = differences.select(selector, share=heads, seed=seed)
+        restoration = restore(pair, differences, chosen, training, method=method, limit=TRAIN_EXAMPLES, run=run)
     export(restoration, pruned, restored)
     return evaluate([model, pruned, restored], tasks, limit=limit)

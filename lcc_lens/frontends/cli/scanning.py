@@ -109,14 +109,14 @@ class ScanPair(Tabled):
         writer = run_writer(self.dense, self.run, self.data.examples, self.data.max_length or 512)
         with writing_run(self.run, inputs=[resolve(self.dense), resolve(self.pruned)]):
             data = load_role(self.data.data, self.data.examples, "probe", self.seed, writer)
-        scores, memory = self.scores, self.memory
-        result = scan(
-            load_pair(self.dense, self.pruned, one_at_a_time=memory.one_at_a_time), data, positions=self.positions,
-            sites=self.sites, spectra=memory.spectra, selectors=scores.selectors, max_length=self.data.max_length,
-            limit=self.data.examples, probe_rank=scores.probe_rank, probe_solver=scores.probe_solver,
-            probe_folds=scores.probe_folds, selector_examples=scores.selector_examples, causes=self.causes,
-            seed=self.seed, run=self.run,
-        )  # fmt: skip
+            scores, memory = self.scores, self.memory
+            result = scan(
+                load_pair(self.dense, self.pruned, one_at_a_time=memory.one_at_a_time), data, positions=self.positions,
+                sites=self.sites, spectra=memory.spectra, selectors=scores.selectors, max_length=self.data.max_length,
+                limit=self.data.examples, probe_rank=scores.probe_rank, probe_solver=scores.probe_solver,
+                probe_folds=scores.probe_folds, selector_examples=scores.selector_examples, causes=self.causes,
+                seed=self.seed, run=self.run,
+            )  # fmt: skip
         if is_first_process():
             show_scan(result, self.run)
             self.write(result.table)
