@@ -27,6 +27,8 @@ from lcc_lens.models.hooked.offloading import require_in_memory
 _PATHS: WeakKeyDictionary[Any, dict[str, str]] = WeakKeyDictionary()
 #: By hooked model: how many blocks of :func:`changed_weights` it is in.
 _CHANGED: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
+#: By hooked model: how many hooks of its own it has, by hook point; TransformerLens wires OPT's MLPs by some.
+_OWN_HOOKS: WeakKeyDictionary[Any, dict[str, int]] = WeakKeyDictionary()
 
 
 def remember_plain_names(model: Any, names: Mapping[int, str]) -> None:
@@ -91,9 +93,18 @@ def weight_shape(module: nn.Module) -> tuple[int, ...]:
     return tuple(linear_weight(module).shape)
 
 
+def remember_own_hooks(model: HookedModel) -> None:
+    """Record the hooks with which a model computes what its checkpoint does."""
+    _OWN_HOOKS[model] = _n_hooks(model)
+
+
 def is_changed(model: HookedModel) -> bool:
     """Whether hooks are kept on a model or its weights are changed: it may compute otherwise than its checkpoint."""
-    return _CHANGED.get(model, 0) > 0 or any(point.fwd_hooks for point in model.hook_dict.values())
+    return _CHANGED.get(model, 0) > 0 or _n_hooks(model) != _OWN_HOOKS.get(model, {})
+
+
+def _n_hooks(model: HookedModel) -> dict[str, int]:
+    return {name: len(point.fwd_hooks) for name, point in model.hook_dict.items() if point.fwd_hooks}
 
 
 @contextmanager

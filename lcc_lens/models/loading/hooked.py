@@ -31,7 +31,7 @@ from lcc_lens.models.hooked.hooked_transformer import (
 from lcc_lens.models.hooked.hooks import HookedModel, z_adders, z_name
 from lcc_lens.models.hooked.offloading import device_of, weight_in_memory
 from lcc_lens.models.hooked.self_checks import SAME_LOGITS, run_with_activations, spread_tokens
-from lcc_lens.models.hooked.weights import remember_plain_names
+from lcc_lens.models.hooked.weights import remember_own_hooks, remember_plain_names
 from lcc_lens.models.loading.in_memory import stored_model
 from lcc_lens.models.loading.plain import load_plain
 from lcc_lens.models.loading.references import resolve
@@ -147,6 +147,7 @@ def load_hooked(
         model = make_hooked_transformer(plain, tokenizer, path) if built else check_weights(in_memory, plain, path)
         remember_copied_projections(model, plain)
     _check_hooked(model, tokens, expected, str(reference))
+    remember_own_hooks(model)
     modules = _output_projections(model, plain)
     identity = _IDENTITIES[model] = ModelIdentity(str(reference), path, sha256)
     removed = tuple(_removed_heads(module, int(model.cfg.n_heads)) for module in modules)

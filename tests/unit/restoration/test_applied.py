@@ -7,11 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+from support.families import family
 
 from lcc_lens.analysis.scan.scan import scan
 from lcc_lens.core.errors import RequestError
 from lcc_lens.data.datasets import encode, load_data
 from lcc_lens.evaluation.baselines.lofit import SparseGains
+from lcc_lens.models.hooked.hooks import kept_hooks, z_name
+from lcc_lens.models.hooked.weights import is_changed
 from lcc_lens.restoration.injections.ingredients import Ingredients
 from lcc_lens.restoration.injections.methods import METHODS
 from lcc_lens.restoration.injections.spec import MethodSpec
@@ -128,3 +131,13 @@ def test_a_scan_of_a_changed_model_is_not_taken_for_the_checkpoints(
         check_scan(found, pair)
     assert not (tmp_path / "run").exists()
     check_scan(scan(pair, data, selectors=(), display=0, run=tmp_path / "run"), pair)
+
+
+def test_a_models_own_hooks_do_not_change_it(tmp_path: Path) -> None:
+    """TransformerLens wires OPT's MLPs by hooks that stay."""
+    model = family("opt", tmp_path)
+    assert any(point.fwd_hooks for point in model.hook_dict.values())
+    assert not is_changed(model)
+    with kept_hooks(model, [(z_name(0), lambda z, hook: z + 1)]):
+        assert is_changed(model)
+    assert not is_changed(model)
