@@ -1,11 +1,11 @@
 """What restorations recover within a time budget, and how well the budget is kept.
 
-    python benchmarks/budgets.py [--folder runs/budgets] [--budgets 5m 15m 1h] [--method best]
+    python benchmarks/budgets.py [--folder runs/budgets] [--budgets 5m 15m 1h] [--method best] [--pace]
 
 SmolLM2-135M, Wanda 50 % calibrated on C4 (``LCC_LENS_DATA`` names it), two CPU cores. Each budget is one `lcc-lens
 restore` from beginning to end: its wall time counts the start of Python, the measurement of the machine and that of the
 result. Recovery is measured again on 8 held-out blocks of each kind of text. Let no other process use the cores.
-Finished budgets are kept in ``benchmarks/budgets.json``.
+Finished budgets are kept in ``benchmarks/budgets.json``. ``--pace`` measures LoRA's time for a block of text there.
 """
 
 from __future__ import annotations
@@ -17,11 +17,13 @@ import time
 from pathlib import Path
 from typing import Any
 
+from domains import Study, shared_settings
 from run import describe, rounded
 
 from lcc_lens.core.files import write_json
 from lcc_lens.core.progress import shown
 from lcc_lens.core.reading import read_json
+from lcc_lens.evaluation.comparison.compare import compare
 from lcc_lens.evaluation.panel import measure_panel, panel_blocks
 from lcc_lens.models.pair import load_pair
 from lcc_lens.pruning.jobs import prune
@@ -29,6 +31,7 @@ from lcc_lens.restoration.budget import BUDGET_FILE, parse_budget
 from lcc_lens.restoration.result import Restoration
 
 OUT = Path(__file__).parent / "budgets.json"
+LORA = "lora:3*distillation+lm=1e-2"
 
 
 def restored(pruned: Path, run: Path, budget: str, method: str) -> dict[str, Any]:
@@ -54,25 +57,46 @@ def measured(pruned: Path, run: Path) -> dict[str, Any]:
     return measure_panel(Restoration.load(run), pair, panel_blocks(pair.tokenizer), before_refit=str(pruned))
 
 
+def lora_pace(pruned: Path, folder: Path) -> dict[str, Any]:
+    """Seconds that LoRA takes for a block of text, with the loss and the steps of ``best``.
+
+    It is trained on few and on more blocks: what every training takes once cancels.
+    """
+    blocks, seconds = (24, 72), []
+    for n in blocks:
+        config = shared_settings(Study((), blocks=n, batch=2))
+        compared = compare("smollm2", pruned, folder / f"lora_{n}", [LORA], seeds=1, config=config)
+        seconds.append(compared["summary"][0]["training_seconds"])
+    return {"entry": LORA, "blocks": blocks, "seconds_per_block": (seconds[1] - seconds[0]) / (blocks[1] - blocks[0])}
+
+
+def keep(results: dict[str, Any]) -> None:
+    """Write what is measured so far."""
+    write_json(OUT, {**results, "command": "python benchmarks/budgets.py", "machine": describe()})
+
+
 def main() -> None:
     """Run the budgets one after the other."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path("runs/budgets"))
     parser.add_argument("--budgets", nargs="+", default=["5m", "15m", "1h"])
     parser.add_argument("--method", default="best", choices=["best", "best-low-rank"])
+    parser.add_argument("--pace", action="store_true")
     asked = parser.parse_args()
     results: dict[str, Any] = read_json(OUT) if OUT.exists() else {"runs": {}}
     pruned = asked.folder / "pruned"
     if not pruned.exists():
         with shown():
             prune("smollm2", pruned, calibration="c4")
+    if asked.pace:
+        results["lora"] = rounded(lora_pace(pruned, asked.folder))
+        keep(results)
     for budget in asked.budgets:
         name = f"{asked.method} {budget}"
         if name not in results["runs"]:
             run = asked.folder / name.replace(" ", "_")
             results["runs"][name] = rounded(restored(pruned, run, budget, asked.method))
-            written = {"command": "python benchmarks/budgets.py", "machine": describe(), **results}
-            write_json(OUT, written)
+            keep(results)
             print(name, results["runs"][name], flush=True)
 
 

@@ -12,6 +12,7 @@ delete it to begin anew. ``--part`` divides the runs among processes.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -89,6 +90,16 @@ STUDIES = {
 }  # fmt: skip
 
 
+def shared_settings(study: Study, tasks: Sequence[str] = (), limit: int | None = None) -> CompareConfig:
+    """What all rows of a study share; items of each zero-shot task at most: ``limit``."""
+    return CompareConfig(
+        data="+".join(study.pool), examples=study.blocks, max_length=512, refit_data=study.pool,
+        refit_samples=study.refit_samples, blocks=8, responses=32, validation=16, selector="mse", speed_rounds=0,
+        batch_size=study.batch, low_rank=study.low_rank, tasks=tuple(tasks),
+        limit=limit if tasks else CompareConfig.limit,
+    )  # fmt: skip
+
+
 def main() -> None:
     """Prune once, then compare."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -103,13 +114,7 @@ def main() -> None:
     study, out = STUDIES[asked.study], Path(__file__).parent / f"domains_{asked.study}.json"
     pruned = asked.folder / study.pruned
     run = asked.folder if asked.study == "wanda50" else asked.folder / asked.study
-    config = CompareConfig(
-        data="+".join(study.pool), examples=study.blocks, max_length=512, refit_data=study.pool,
-        refit_samples=study.refit_samples, blocks=8, responses=32, validation=16, selector="mse", speed_rounds=0,
-        batch_size=study.batch,
-        low_rank=study.low_rank, tasks=tuple(asked.tasks),
-        limit=asked.limit if asked.tasks else CompareConfig.limit,
-    )  # fmt: skip
+    config = shared_settings(study, asked.tasks, asked.limit)
     with shown():
         if not pruned.exists():
             prune("smollm2", pruned, calibration="c4", pattern=study.pattern)

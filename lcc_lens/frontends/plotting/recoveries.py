@@ -1,4 +1,4 @@
-"""Figures of recovery against the number of heads, training examples or tokens, or the learning rate."""
+"""Figures of recovery against the number of heads, training examples, tokens or minutes, or the learning rate."""
 
 from __future__ import annotations
 
@@ -16,15 +16,16 @@ from lcc_lens.evaluation.comparison.entry import Entry
 from lcc_lens.frontends.plotting.labels import SELECTOR_LABELS, entry_label
 from lcc_lens.frontends.plotting.theme import COLORS, COLUMN, SERIES, error_bars, rounded, styled
 
-Along = Literal["heads", "examples", "tokens", "learning rate"]
+Along = Literal["heads", "examples", "tokens", "minutes", "learning rate"]
 _AXES = {
     "heads": "heads restored (%)", "examples": "training examples", "tokens": "training tokens (thousands)",
-    "learning rate": "learning rate",
+    "minutes": "minutes", "learning rate": "learning rate",
 }  # fmt: skip
 _TITLES = {
     "heads": "Recovery against the share of heads",
     "examples": "Recovery against training examples",
     "tokens": "Recovery against training tokens",
+    "minutes": "Recovery against time",
     "learning rate": "Recovery against the learning rate",
 }
 #: Colour and marker of up to eight series.
@@ -37,6 +38,7 @@ _HOW = {
     "heads": "compare with several --heads, each into a run of its own",
     "examples": "compare with several --examples, each into a run of its own",
     "tokens": "compare with several --examples, each into a run of its own",
+    "minutes": "restore with several --budget, each into a run of its own",
     "learning rate": "compare lines such as lcc=1e-2 lcc=3e-2 lcc=1e-1",
 }
 
@@ -55,7 +57,7 @@ class Recovery:
 def plot_recovery(
     points: Sequence[Recovery], along: Along, caption: str = "", *, measure: str = "log-perplexity recovered"
 ) -> go.Figure:
-    """Recovered share against heads, examples, tokens or learning rate, one line per series.
+    """Recovered share against heads, examples, tokens, minutes or learning rate, one line per series.
 
     Args:
         points: of :func:`recovery_points`, :func:`domain_points` or :func:`recovery_by_selector`.
