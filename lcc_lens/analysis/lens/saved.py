@@ -9,10 +9,11 @@ from pathlib import Path
 
 from lcc_lens.analysis.lens.gain import LogitGain
 from lcc_lens.analysis.lens.tokens import PromotedTokens
+from lcc_lens.analysis.scan.result import SCAN_RECORD
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.files import read_tensors, write_tensors
 from lcc_lens.core.heads import Head
-from lcc_lens.core.reading import convert, parse_json, reading
+from lcc_lens.core.reading import convert, parse_json, read_record, reading
 
 LENS_FILE = "lens.safetensors"
 _AGAIN = "save it again"
@@ -27,15 +28,27 @@ class _Gain:
 
 
 @dataclass(frozen=True)
+class _Weights:
+    """The two models of a scan."""
+
+    dense_sha256: str
+    pruned_sha256: str
+
+
+@dataclass(frozen=True)
 class _Lens:
     """What the file's metadata hold."""
 
     gains: list[_Gain]
     promoted: list[PromotedTokens]
+    weights: _Weights | None = None
+    """Of the scan that lay beside them."""
 
 
 def save_lens(run: str | Path, *, gains: Sequence[LogitGain] = (), promoted: Sequence[PromotedTokens] = ()) -> None:
     """Write ``lens.safetensors`` into a run directory, atomically; an existing file is replaced.
+
+    It names the weights of the run's scan.
 
     Args:
         run: the run directory.
@@ -49,6 +62,7 @@ def save_lens(run: str | Path, *, gains: Sequence[LogitGain] = (), promoted: Seq
     described = {
         "gains": [{"head": list(gain.head), "is_cumulative": gain.is_cumulative} for gain in gains],
         "promoted": [asdict(tokens) for tokens in promoted],
+        "weights": asdict(weights) if (weights := _scanned(Path(run))) else None,
     }
     contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
     write_tensors(Path(run) / LENS_FILE, contiguous, {"lens": json.dumps(described)})
@@ -58,7 +72,7 @@ def load_lens(run: str | Path) -> tuple[list[LogitGain], list[PromotedTokens]]:
     """Read what :func:`save_lens` wrote: the gains and the promoted tokens.
 
     Raises:
-        RequestError: there is no such file, it is damaged, or of another layout.
+        RequestError: there is no such file, it is damaged, of another layout, or of other weights than the run's scan.
     """
     path = Path(run) / LENS_FILE
     if not path.exists():
@@ -70,4 +84,12 @@ def load_lens(run: str | Path) -> tuple[list[LogitGain], list[PromotedTokens]]:
             LogitGain(gain.head, tensors[f"{i}.gains"], tensors[f"{i}.pruned"], gain.is_cumulative)
             for i, gain in enumerate(lens.gains)
         ]
+    scanned = _scanned(path.parent)
+    if lens.weights and scanned and lens.weights != scanned:
+        raise RequestError(f"expected {path} of the models of the scan beside it, got other weights; {_AGAIN}")
     return gains, lens.promoted
+
+
+def _scanned(run: Path) -> _Weights | None:
+    """The weights that the run's scan names, if it has one."""
+    return read_record(run / SCAN_RECORD, _Weights) if (run / SCAN_RECORD).exists() else None

@@ -192,6 +192,17 @@ def test_lens_is_read_as_it_was_saved(tmp_path: Path, gain: LogitGain, promoted:
     assert (gains[0].head, gains[0].is_cumulative) == (gain.head, False)
 
 
+def test_lens_of_other_weights_than_the_scan_is_refused(found: Scan, tmp_path: Path, promoted: PromotedTokens) -> None:
+    found.save(tmp_path)
+    save_lens(tmp_path, promoted=[promoted])
+    assert load_lens(tmp_path)[1] == [promoted]
+    assert "promoted_tokens" in run_figures(tmp_path)[0]
+    other = dataclasses.replace(found, record=dataclasses.replace(found.record, pruned_sha256="0" * 64))
+    other.save(tmp_path)
+    with pytest.raises(RequestError, match="of the models of the scan beside it, got other weights"):
+        run_figures(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("entry", "label", "kind"),
     [
