@@ -187,6 +187,17 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
         )
 
 
+def require_made(file: Path, command: str) -> Path:
+    """A file that a command makes.
+
+    Raises:
+        RequestError: it is not there; the command is named.
+    """
+    if not file.exists():
+        raise RequestError(f"expected {file}, got none; make it with {command}")
+    return file
+
+
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Read a safetensors file and its metadata."""
     from safetensors import SafetensorError, safe_open

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lcc_lens.analysis.head_scores import HeadScores
 from lcc_lens.core.errors import RequestError
-from lcc_lens.core.files import read_sealed, write_sealed
+from lcc_lens.core.files import read_sealed, require_made, write_sealed
 from lcc_lens.core.fingerprint import fingerprint
 from lcc_lens.core.metrics import bootstrap_interval
 from lcc_lens.core.reading import convert, parse_json, reading
@@ -189,7 +189,7 @@ class PromptStudy(Shown):
         Raises:
             RequestError: the file is missing or changed.
         """
-        file = _file(path)
+        file = require_made(_file(path), "lcc-lens prompts")
         tensors, metadata = read_sealed(file)
         record = convert(parse_json(metadata.get("record", ""), str(file), _AGAIN), StudyRecord, str(file), _AGAIN)
         names = [name for name in tensors if name.startswith(_HEADS)]

@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lcc_lens.core.errors import LensError, RequestError
-from lcc_lens.core.files import read_tensors, write_tensors
+from lcc_lens.core.files import read_tensors, require_made, write_tensors
 from lcc_lens.core.fingerprint import fingerprint
 from lcc_lens.core.heads import Head, HeadTuple, check_heads, head_indices
 from lcc_lens.core.reading import convert, parse_json, reading
@@ -166,7 +166,7 @@ class Restoration(Shown):
         Raises:
             RequestError: the file is missing, damaged or changed.
         """
-        path = Path(run) / RESTORATION_TENSORS
+        path = require_made(Path(run) / RESTORATION_TENSORS, "lcc-lens restore")
         tensors, metadata = read_tensors(path)
         text = metadata.get("record", "")
         is_changed = metadata.get("record_sha256", fingerprint(text)) != fingerprint(text)  # 0.1.0 wrote no such hash

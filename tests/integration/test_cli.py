@@ -185,7 +185,7 @@ def test_missing_paths(dense_dir: Path, tmp_path: Path, capsys: pytest.CaptureFi
     nowhere, out = tmp_path / "nowhere", tmp_path / "out"
     refused(capsys, 2, "which is not there", "prune", nowhere, out, "--method", "magnitude")
     refused(capsys, 2, "which is not there", "scan", dense_dir, nowhere, out)
-    refused(capsys, 2, "expected the file", "export", nowhere, out)
+    refused(capsys, 2, "got none; make it with lcc-lens restore", "export", nowhere, out)
     refused(capsys, 2, "which is not there", "eval", nowhere, "--tasks", "boolq")
     refused(capsys, 2, "got nothing there", "prune", dense_dir, out, "--calibration", tmp_path / "gone.txt")
     assert [path.name for path in tmp_path.iterdir() if path.name != "cache"] == []

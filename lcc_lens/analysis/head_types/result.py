@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lcc_lens.core.errors import RequestError
-from lcc_lens.core.files import read_tensors, write_tensors
+from lcc_lens.core.files import read_tensors, require_made, write_tensors
 from lcc_lens.core.heads import all_heads
 from lcc_lens.core.ranges import Count, check_number
 from lcc_lens.core.reading import convert, parse_json, reading
@@ -145,7 +145,7 @@ class HeadTypes(Shown):
         Raises:
             RequestError: the file is missing, damaged or of another layout.
         """
-        path = Path(run) / HEAD_TYPES_FILE
+        path = require_made(Path(run) / HEAD_TYPES_FILE, "HeadTypes.save")
         tensors, metadata = read_tensors(path)
         with reading(path, _AGAIN):
             record = convert(parse_json(metadata["record"], str(path), _AGAIN), HeadTypesRecord, str(path), _AGAIN)

@@ -11,7 +11,7 @@ from lcc_lens.analysis.lens.gain import LogitGain
 from lcc_lens.analysis.lens.tokens import PromotedTokens
 from lcc_lens.analysis.scan.result import SCAN_RECORD
 from lcc_lens.core.errors import RequestError
-from lcc_lens.core.files import read_tensors, write_tensors
+from lcc_lens.core.files import read_tensors, require_made, write_tensors
 from lcc_lens.core.heads import Head
 from lcc_lens.core.reading import convert, parse_json, read_record, reading
 
@@ -74,9 +74,7 @@ def load_lens(run: str | Path) -> tuple[list[LogitGain], list[PromotedTokens]]:
     Raises:
         RequestError: there is no such file, it is damaged, of another layout, or of other weights than the run's scan.
     """
-    path = Path(run) / LENS_FILE
-    if not path.exists():
-        raise RequestError(f"expected {path}, got none; write it by save_lens")
+    path = require_made(Path(run) / LENS_FILE, "save_lens")
     tensors, metadata = read_tensors(path)
     with reading(path, _AGAIN):
         lens = convert(parse_json(metadata["lens"], str(path), _AGAIN), _Lens, str(path), _AGAIN)

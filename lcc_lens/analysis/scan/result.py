@@ -24,7 +24,7 @@ from lcc_lens.analysis.selectors.random import score_random
 from lcc_lens.analysis.selectors.registry import check_selectors
 from lcc_lens.analysis.statistics import DifferenceStatistics
 from lcc_lens.core.errors import RequestError
-from lcc_lens.core.files import read_tensors, sha256_file, write_tensors
+from lcc_lens.core.files import read_tensors, require_made, sha256_file, write_tensors
 from lcc_lens.core.heads import Head, HeadList, HeadMap, all_heads, check_heads, head_indices, n_of_share
 from lcc_lens.core.reading import convert, read_record, reading, write_record
 from lcc_lens.core.showing import Shown
@@ -253,7 +253,7 @@ class Scan(Shown):
         Raises:
             RequestError: a file is missing or damaged, or the tensors are not the ones that were saved.
         """
-        run = Path(run)
+        run = require_made(Path(run) / SCAN_RECORD, "lcc-lens scan").parent
         fields = read_record(run / SCAN_RECORD, dict[str, Any], _AGAIN)
         record = convert(fields, ScanRecord, str(run / SCAN_RECORD), _AGAIN)
         parts = convert(fields, ScanParts, str(run / SCAN_RECORD), _AGAIN)

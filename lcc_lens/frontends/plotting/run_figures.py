@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from lcc_lens.analysis.head_types.result import HEAD_TYPES_FILE, HeadTypes
+from lcc_lens.analysis.head_types.result import HeadTypes
 from lcc_lens.analysis.lens.saved import LENS_FILE, load_lens
-from lcc_lens.analysis.scan.result import SCAN_RECORD, Scan
+from lcc_lens.analysis.scan.result import Scan
 from lcc_lens.core.errors import LensError, RequestError
+from lcc_lens.core.files import require_made
 from lcc_lens.core.heads import Head
 from lcc_lens.core.outputs.folders import claim_files
 from lcc_lens.core.reading import read_json_lines, reading
@@ -135,22 +136,21 @@ def _steps(log: Path) -> list[Step]:
 
 
 def _loss_map(run: Path) -> go.Figure:
-    scan = _scan(run)
+    scan = Scan.load(run)
     heads = Restoration.load(run).heads if (run / RESTORATION_TENSORS).exists() else ()
     return plot_loss_map(scan, heads if len(heads) < scan.relative_loss.numel() else ())
 
 
 def _spectra(run: Path) -> go.Figure:
-    scan = _scan(run)
+    scan = Scan.load(run)
     loss = scan.relative_loss
     worst = loss.flatten().argsort(descending=True, stable=True)[:_N_SPECTRA].tolist()
     return plot_spectra(scan, [Head(*divmod(place, loss.shape[1])) for place in worst])
 
 
 def _training(run: Path) -> go.Figure:
-    _existing(run / RESTORATION_TENSORS, "lcc-lens restore")
-    log = _existing(run / RUN_LOG, "lcc-lens restore")
     record = Restoration.load(run).record
+    log = require_made(run / RUN_LOG, "lcc-lens restore")
     pair = pair_label(record.dense, record.pruned_shown)
     learned = f"{record.n_examples} examples of {Path(record.data).name}"
     caption = f"{pair}. {record.method_shown}, {learned}, seed {record.seed}."
@@ -173,7 +173,7 @@ def _tokens(run: Path) -> go.Figure:
 
 def _of_scan(figure: go.Figure, run: Path) -> go.Figure:
     """The figure with the pair and seed of the run's scan in its caption."""
-    record = _scan(run).record
+    record = Scan.load(run).record
     pair = pair_label(record.dense, record.pruned, record.sparsity, record.pattern)
     return with_source(figure, f"{pair}. {Path(record.data).name}, seed {record.seed}.")
 
@@ -183,7 +183,7 @@ def _along(along: Along) -> Callable[[Path], go.Figure]:
 
     def draw(run: Path) -> go.Figure:
         files = sorted([*run.glob(COMPARISON), *run.glob(f"*/{COMPARISON}")])
-        files = files or [_existing(run / COMPARISON, "lcc-lens compare")]
+        files = files or [require_made(run / COMPARISON, "lcc-lens compare")]
         n = len(files)
         caption = f"{n} comparison{'s' * (n > 1)}; intervals: blocks of text drawn anew."
         with reading(run):
@@ -201,31 +201,19 @@ def _of_file(name: str, command: str, draw: Callable[[Path], go.Figure]) -> Call
     """Draws a file of a run; what the command wrote but another program changed is refused in one line."""
 
     def draw_run(run: Path) -> go.Figure:
-        file = _existing(run / name, command)
+        file = require_made(run / name, command)
         with reading(file, f"make it again with {command}"):
             return draw(file)
 
     return draw_run
 
 
-def _scan(run: Path) -> Scan:
-    return Scan.load(_existing(run / SCAN_RECORD, "lcc-lens scan").parent)
-
-
-def _existing(file: Path, command: str) -> Path:
-    if not file.exists():
-        raise RequestError(f"expected {file}, got none; make it with {command}")
-    return file
-
-
 _FIGURES: dict[str, Callable[[Path], go.Figure]] = {
     "loss_map": _loss_map,
-    "selectors": lambda run: plot_selectors(_scan(run)),
+    "selectors": lambda run: plot_selectors(Scan.load(run)),
     "spectra": _spectra,
-    "causes": lambda run: plot_causes(_scan(run)),
-    "head_types": lambda run: plot_head_types(
-        HeadTypes.load(_existing(run / HEAD_TYPES_FILE, "HeadTypes.save").parent)
-    ),
+    "causes": lambda run: plot_causes(Scan.load(run)),
+    "head_types": lambda run: plot_head_types(HeadTypes.load(run)),
     "logit_gain": _gain,
     "promoted_tokens": _tokens,
     "training": _training,
@@ -235,7 +223,7 @@ _FIGURES: dict[str, Callable[[Path], go.Figure]] = {
     "recovery_by_heads": _along("heads"),
     "recovery_by_examples": _along("examples"),
     "recovery_by_learning_rate": _along("learning rate"),
-    "prompts": lambda run: plot_prompt_study(PromptStudy.load(_existing(run / STUDY, "lcc-lens prompts"))),
+    "prompts": lambda run: plot_prompt_study(PromptStudy.load(run / STUDY)),
     "inference_cost": _of_comparison(plot_inference_cost),
     "report": _of_file(REPORT, f"lcc-lens report --out RUN/{REPORT}", lambda file: plot_report(read_report(file))),
 }

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lcc_lens.core.errors import RequestError
-from lcc_lens.core.files import read_sealed, write_sealed
+from lcc_lens.core.files import read_sealed, require_made, write_sealed
 from lcc_lens.core.ranges import Count, Seed, ranged
 from lcc_lens.core.reading import convert, parse_json
 from lcc_lens.core.showing import Shown
@@ -117,7 +117,7 @@ class Rewriter(Shown):
         Raises:
             RequestError: the file is missing or changed.
         """
-        file = Path(folder) / REWRITER
+        file = require_made(Path(folder) / REWRITER, "lcc-lens rewrite-fit")
         tensors, metadata = read_sealed(file)
         return cls(
             convert(parse_json(metadata["record"], str(file), _AGAIN), RewriterRecord, str(file), _AGAIN), tensors

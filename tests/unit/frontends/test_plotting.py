@@ -7,6 +7,7 @@ import json
 import math
 import struct
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from support.tiny import PARAGRAPHS
 
 from lcc_lens.analysis.causes.upstream import trace_upstream
 from lcc_lens.analysis.head_types.head_types import head_types
+from lcc_lens.analysis.head_types.result import HeadTypes
 from lcc_lens.analysis.lens.gain import LogitGain
 from lcc_lens.analysis.lens.prompt import compare_prompt
 from lcc_lens.analysis.lens.saved import load_lens, save_lens
@@ -53,7 +55,10 @@ from lcc_lens.frontends.plotting.studies import plot_selector_study
 from lcc_lens.frontends.plotting.theme import COLORS, label_places, styled, with_source
 from lcc_lens.frontends.plotting.training import plot_training
 from lcc_lens.frontends.plotting.writing import drawn_from, figure_json, figure_sha256, write_image, write_images
+from lcc_lens.prompting.rewriting.rewriter import Rewriter
+from lcc_lens.prompting.study import PromptStudy
 from lcc_lens.restoration.injections.constants import MeanShift
+from lcc_lens.restoration.result import Restoration
 from lcc_lens.restoration.training.config import Step
 
 PNG = b"\x89PNG\r\n\x1a\n" + b"".join(
@@ -183,13 +188,27 @@ def test_tokens_are_readable_and_escaped(promoted: PromotedTokens) -> None:
 
 
 def test_lens_is_read_as_it_was_saved(tmp_path: Path, gain: LogitGain, promoted: PromotedTokens) -> None:
-    with pytest.raises(RequestError, match="write it by save_lens"):
+    with pytest.raises(RequestError, match="make it with save_lens"):
         load_lens(tmp_path)
     save_lens(tmp_path, gains=[gain], promoted=[promoted])
     gains, tokens = load_lens(tmp_path)
     assert tokens == [promoted]
     assert torch.equal(gains[0].gains, gain.gains)
     assert (gains[0].head, gains[0].is_cumulative) == (gain.head, False)
+
+
+@pytest.mark.parametrize(
+    ("load", "command"),
+    [
+        (Scan.load, "lcc-lens scan"), (Restoration.load, "lcc-lens restore"), (HeadTypes.load, "HeadTypes.save"),
+        (PromptStudy.load, "lcc-lens prompts"), (Rewriter.load, "lcc-lens rewrite-fit"),
+    ],
+)  # fmt: skip
+def test_a_result_that_is_not_there_names_what_makes_it(
+    load: Callable[[Path], object], command: str, tmp_path: Path
+) -> None:
+    with pytest.raises(RequestError, match=f"got none; make it with {command}"):
+        load(tmp_path)
 
 
 def test_lens_of_other_weights_than_the_scan_is_refused(found: Scan, tmp_path: Path, promoted: PromotedTokens) -> None:

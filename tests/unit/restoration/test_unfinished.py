@@ -58,7 +58,7 @@ def test_an_unfinished_overwrite_is_not_exported_as_the_old_one(
     begin(pair, found, own_file, run)
     with pytest.raises(Stopped):
         begin(pair, found, own_file, run, seed=1, on_step=stop)
-    refused(capsys, 2, "expected the file", "export", run, out)
+    refused(capsys, 2, "make it with lcc-lens restore", "export", run, out)
     assert not out.exists()
     resumed = begin(pair, found, own_file, run, seed=1, resume=True)
     assert resumed.record.seed == 1
