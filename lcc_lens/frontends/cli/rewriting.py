@@ -184,9 +184,11 @@ class Rewrite(Tabled):
         from lcc_lens.prompting.rewriting.rewriter import REWRITER, Rewriter
         from lcc_lens.prompting.rewriting.rewrites import check_prompts
 
-        folder, prompts = self.run / FOLDER, self._prompts()
+        folder, file = self.run / FOLDER, self._file()
         fitted = Rewriter.load(folder) if (folder / REWRITER).exists() else None
-        pair = load_pair(*self._models(fitted))
+        dense, pruned = self._models(fitted)
+        prompts = [self.prompt] if file is None else _prompts_of(file, dense)
+        pair = load_pair(dense, pruned)
         is_loaded = self.rewriter is None or resolve(self.rewriter).resolve() == pair.dense_id.path.resolve()
         other = None if is_loaded else load_hooked(self.rewriter or "")
         check_prompts(pair, prompts, self.prompt, writer=other, max_new_tokens=self.max_new_tokens)
@@ -205,14 +207,15 @@ class Rewrite(Tabled):
             n = len(prompts)
             raise LensError(f"expected versions of {n} prompts, got those of {n - len(failed)}; {'; '.join(failed)}")
 
-    def _prompts(self) -> list[str]:
-        """The prompts to rewrite: the one that was given, or those of a file."""
-        from lcc_lens.prompting.tables import read_prompts
+    def _file(self) -> Path | None:
+        """The file of prompts, where one was given."""
+        from lcc_lens.core.reading import read_text
 
         is_file = Path(self.prompt).suffix in (".txt", ".jsonl", ".json")
-        if is_file and (os.path.isfile(self.prompt) or len(self.prompt.split()) == 1):
-            return list(dict.fromkeys(raw or text for text, raw in read_prompts(self.prompt)))
-        return [self.prompt]
+        if not (is_file and (os.path.isfile(self.prompt) or len(self.prompt.split()) == 1)):
+            return None
+        read_text(Path(self.prompt))  # refused before a model is looked for
+        return Path(self.prompt)
 
     def _models(self, fitted: Rewriter | None) -> tuple[str, str]:
         from lcc_lens.analysis.scan.scan import Scan, has_scan
@@ -234,6 +237,16 @@ class Rewrite(Tabled):
         written = written_by(other or pair, core, self.n, max_new_tokens=self.max_new_tokens)
         target = "pruned" if fitted is None else fitted.record.target
         return rewrite_prompt(pair, prompt, written, target=target, by=DENSE if other is None else REWRITTEN)
+
+
+def _prompts_of(file: Path, dense: str) -> list[str]:
+    """The prompts of a file, each once, without the dense model's chat template around them."""
+    from lcc_lens.models.loading.hooked import load_tokenizer
+    from lcc_lens.models.loading.references import resolve
+    from lcc_lens.prompting.tables import read_prompts
+
+    prompts = read_prompts(str(file), tokenizer=load_tokenizer(resolve(dense)))
+    return list(dict.fromkeys(raw or text for text, raw in prompts))
 
 
 def show_rewrites(rewrites: Rewrites) -> None:

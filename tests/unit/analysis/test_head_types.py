@@ -199,7 +199,7 @@ def test_types_are_saved_and_shown(types: HeadTypes, tmp_path: Path) -> None:
     for n in (-1, 0):
         with pytest.raises(RequestError, match="expected n of at least 1, got"):
             again.strongest("sink", n)
-    with pytest.raises(RequestError, match="make it with HeadTypes.save"):
+    with pytest.raises(RequestError, match="make it with HeadTypes"):
         HeadTypes.load(tmp_path / "elsewhere")
 
 

@@ -15,6 +15,7 @@ from support.small_sets import write_sets
 from support.tiny import build_model, save_model
 
 from lcc_lens.core.errors import RequestError
+from lcc_lens.models.loading import hooked
 from lcc_lens.models.pair import Pair, load_pair
 from lcc_lens.prompting.rewriting import rewrites
 from lcc_lens.prompting.rewriting.fitting import fit_rewriter
@@ -228,6 +229,24 @@ def test_all_prompts_of_a_file_are_checked_first(
     monkeypatch.setattr(rewrites, "answers", silent)
     refused(capsys, 1, "got those of 1; prompt 1: expected a response to rank prompts by", *command)
     assert {row["raw"] for row in json.loads(table.read_text())} == {"say so"}
+
+
+def test_the_model_s_own_template_around_the_prompts_of_a_file_is_known(
+    rewriter: Rewriter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rewriter.save(tmp_path / "run" / "rewriter")
+    load = hooked.load_tokenizer
+
+    def with_a_template(path: Path) -> Any:
+        tokenizer = load(path)
+        tokenizer.chat_template = "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{% endfor %}[assistant]"
+        return tokenizer
+
+    monkeypatch.setattr(hooked, "load_tokenizer", with_a_template)
+    prompts, table = tmp_path / "prompts.txt", tmp_path / "table.json"
+    prompts.write_text("[user]name rivers[assistant]\n\nsay so\n")
+    assert call("rewrite", tmp_path / "run", prompts, "--n", 1, "--max-new-tokens", 8, "--out", table) == 0
+    assert {row["raw"] for row in json.loads(table.read_text())} == {"name rivers", "say so"}
 
 
 def test_a_prompt_may_end_like_the_name_of_a_file(
