@@ -99,12 +99,12 @@ class Rewriter(Shown):
         )
 
     def adapter(self, model: HookedModel) -> AdapterInjection:
-        """The trained adapter, to be attached to its model."""
+        """The trained adapter, to be attached to its model; it is not trained on, so it drops nothing out."""
         adapter = new_adapter(model, self.record.settings)
         with torch.no_grad():
             for name, parameter in trained_parameters(adapter).items():
                 parameter.copy_(self.tensors[name])
-        return adapter
+        return adapter.requires_grad_(False)
 
     def save(self, folder: str | Path) -> None:
         """Write ``rewriter.safetensors`` into a folder, atomically, with the record and a hash of everything."""

@@ -86,15 +86,16 @@ class AdapterInjection(Injection):
 
     @contextmanager
     def _drawing(self) -> Iterator[None]:
-        """Draw dropout inside the block if gradients are computed, from a seed that the parameters decide."""
-        trains = torch.is_grad_enabled()
+        """Draw dropout inside the block if it is trained there, from a seed that the parameters decide."""
+        trained = [p for p in self.parameters() if p.requires_grad]
+        trains = torch.is_grad_enabled() and bool(trained)
         for layer in self.members:
             cast("Any", layer).lora_dropout.train(trains)
         if not trains:
             yield
             return
         with torch.random.fork_rng():
-            torch.manual_seed(int(fingerprint([p for p in self.parameters() if p.requires_grad])[:15], 16))
+            torch.manual_seed(int(fingerprint(trained)[:15], 16))
             yield
 
     def merged_weights(self) -> dict[str, Callable[[Tensor], Tensor]]:

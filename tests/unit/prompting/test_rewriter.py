@@ -56,6 +56,14 @@ def test_versions_are_ranked_with_their_merits(pair: Pair, rewriter: Rewriter) -
     assert rewriter.rewrite("name 3 rivers", pair, n=3, response=RESPONSE, max_new_tokens=12) == found
 
 
+def test_a_rewriter_drops_nothing_out_whatever_its_training_did(pair: Pair, rewriter: Rewriter) -> None:
+    assert rewriter.record.settings.dropout > 0
+    record = dataclasses.replace(rewriter.record, settings=RewriterSettings(dropout=0.0))
+    sure = dataclasses.replace(rewriter, record=record)
+    versions = [r.rewrite("name 3 rivers", pair, n=3, response=RESPONSE, max_new_tokens=12) for r in (rewriter, sure)]
+    assert versions[0] == versions[1]
+
+
 def test_the_raw_prompt_may_stay(pair: Pair) -> None:
     alone = rewrite_prompt(pair, "name 3 rivers", [], response=RESPONSE, rules=())
     assert alone.verdict == BEST
