@@ -5,7 +5,7 @@
 SmolLM2-135M, Wanda 50 % calibrated on C4 (``LCC_LENS_DATA`` names it), two CPU cores. Each budget is one `lcc-lens
 restore` from beginning to end: its wall time counts the start of Python, the measurement of the machine and that of the
 result. Recovery is measured again on 8 held-out blocks of each kind of text. Let no other process use the cores.
-Finished budgets are kept in ``benchmarks/budgets.json``. ``--pace`` measures LoRA's time for a block of text there.
+Finished budgets are kept in ``benchmarks/budgets.json``. ``--pace`` measures LoRA's time for a token there.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def measured(pruned: Path, run: Path) -> dict[str, Any]:
 
 
 def lora_pace(pruned: Path, folder: Path) -> dict[str, Any]:
-    """Seconds that LoRA takes for a block of text, with the loss and the steps of ``best``.
+    """Seconds that LoRA takes for a token of text, with the loss and the steps of ``best``.
 
     It is trained on few and on more blocks: what every training takes once cancels.
     """
@@ -67,7 +67,8 @@ def lora_pace(pruned: Path, folder: Path) -> dict[str, Any]:
         config = shared_settings(Study((), blocks=n, batch=2))
         compared = compare("smollm2", pruned, folder / f"lora_{n}", [LORA], seeds=1, config=config)
         seconds.append(compared["summary"][0]["training_seconds"])
-    return {"entry": LORA, "blocks": blocks, "seconds_per_block": (seconds[1] - seconds[0]) / (blocks[1] - blocks[0])}
+    tokens = (blocks[1] - blocks[0]) * config.max_length
+    return {"entry": LORA, "blocks": blocks, "seconds_per_token": (seconds[1] - seconds[0]) / tokens}
 
 
 def keep(results: dict[str, Any]) -> None:

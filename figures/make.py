@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from lcc_lens.frontends.plotting.causes import plot_cause_study
 from lcc_lens.frontends.plotting.comparisons import plot_comparison, plot_inference_cost, plot_tasks
 from lcc_lens.frontends.plotting.domains import plot_domains
 from lcc_lens.frontends.plotting.recoveries import (
+    Recovery,
     domain_points,
     plot_recovery,
     recovery_by_selector,
@@ -79,12 +81,35 @@ def recovery_by_examples(all_examples: dict[str, Any]) -> go.Figure:
 def recovery_by_tokens(more: dict[str, Any]) -> go.Figure:
     """Recovery on every kind of text against the tokens of the mix, from one comparison per number."""
     fewer = [read_json(BENCHMARKS / f"domains_mix_51k{steps}.json") for steps in ("_batch2", "")]
+    hour = read_json(BENCHMARKS / "budgets.json")["runs"]["best 1h"]
     points = domain_points([fewer[0], more], {"refit+all-weights": "best"})
-    points += domain_points([fewer[1], read_json(BENCHMARKS / "domains_mix_205k.json")], METHODS)
+    points += _of_budget(hour, hour["blocks"] * 512 / 1000)
+    others = [read_json(BENCHMARKS / f"domains_mix_{n}.json") for n in ("205k", "571k")]
+    points += domain_points([fewer[1], *others], METHODS)
     return plot_recovery(
         points, "tokens",
-        "SmolLM2-135M, Wanda 50 %, text of the mix. Bars: standard deviation over three seeds; one seed at the right.",
+        "SmolLM2-135M, Wanda 50 %, text of the mix. Bars: standard deviation over three seeds; else one seed.",
     )  # fmt: skip
+
+
+def recovery_by_minutes(budgets: dict[str, Any]) -> go.Figure:
+    """Recovery on every kind of text within time budgets, and LoRA's after a training of known pace."""
+    runs = [run for run in budgets["runs"].values() if run["method"] == "best"]
+    points = [point for run in runs for point in _of_budget(run, run["took"] / 60)]
+    studies = [read_json(BENCHMARKS / f"domains_mix_{n}.json") for n in ("51k_batch2", "205k", "571k")]
+    minutes_per_token = budgets["lora"]["seconds_per_token"] / 60
+    points += [
+        replace(point, x=1000 * point.x * minutes_per_token) for point in domain_points(studies, {"lora": "LoRA"})
+    ]
+    return plot_recovery(
+        points, "minutes",
+        "SmolLM2-135M, Wanda 50 %, two CPU cores, text of the mix. Of LoRA its training alone. Bars: three seeds; "
+        "else one.",
+    )  # fmt: skip
+
+
+def _of_budget(run: dict[str, Any], x: float) -> list[Recovery]:
+    return [Recovery(f"best, {name}", x, run["panel"][name.split()[0]], None, 1) for name in ("mean", "worst kind")]
 
 
 def prompt_gains(study: dict[str, Any]) -> go.Figure:

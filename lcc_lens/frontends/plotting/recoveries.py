@@ -32,6 +32,7 @@ _TITLES = {
 _LOOKS = (
     (COLORS["restored"], "circle"), *SERIES, (COLORS["dense"], "star"), ("#b8860b", "pentagon"), ("#999", "cross"),
 )  # fmt: skip
+_MINUTES = [1, 2, 5, 10, 20, 30, 60, 120, 300]
 _ASIDE = 0.35  # percent of heads
 #: How to run comparisons that vary each.
 _HOW = {
@@ -92,7 +93,7 @@ def plot_recovery(
     figure.add_hline(y=0, line={"color": COLORS["pruned"], "dash": "dash", "width": 1.2})
     figure.update_xaxes(title=_AXES[along], type="log" if is_log else "linear", exponentformat="power")
     if is_log:
-        ticks = sorted({float(f"{p.x:g}") for p in points if p.series in series})
+        ticks = _MINUTES if along == "minutes" else sorted({float(f"{p.x:g}") for p in points if p.series in series})
         figure.update_xaxes(tickvals=ticks, ticktext=[f"{x:g}" for x in ticks], tickangle=0)
     else:
         figure.update_xaxes(rangemode="tozero")
