@@ -280,6 +280,7 @@ def test_a_comparison_in_which_every_run_fails_ends_with_1_and_times_nothing(
         raise RuntimeError("out of luck")
 
     timed: list[object] = []
+    monkeypatch.setattr(Runner, "require_data", lambda *_: None)
     monkeypatch.setattr(Runner, "measure_baselines", lambda *_: None)
     monkeypatch.setattr(Runner, "run", fails)
     monkeypatch.setattr(Runner, "time", lambda *_: timed.append(1))

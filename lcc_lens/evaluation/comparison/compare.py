@@ -73,7 +73,7 @@ def compare(
         on_cell: called with the name and results of every new run.
 
     Raises:
-        RequestError: an unknown entry, or files of another comparison.
+        RequestError: an unknown entry, files of another comparison, or too few held-out data.
         InterruptedRun: Ctrl-C; finished runs are kept.
     """
     parsed, config, run = [Entry.parse(text) for text in entries], config or CompareConfig(), Path(run)
@@ -89,6 +89,7 @@ def compare(
             continue
         if time.monotonic() > deadline:
             return _summarised(kept)
+        runner.require_data()
         kept.results["cells"][name] = _run(runner, *runs[name], kept, before)
         _summarised(kept, new_run=name)
         if on_cell is not None:

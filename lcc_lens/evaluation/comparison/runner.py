@@ -24,6 +24,8 @@ from lcc_lens.evaluation.efficiency.timing import SpeedConfig
 from lcc_lens.models.hooked.hooks import HookedModel
 from lcc_lens.models.hooked.offloading import device_of
 from lcc_lens.models.hooked.sites import CONSTANT_SITES, projection_names
+from lcc_lens.models.loading.hooked import load_tokenizer
+from lcc_lens.models.loading.references import resolve
 from lcc_lens.models.pair import Pair
 from lcc_lens.restoration.injections.base import Injection
 from lcc_lens.restoration.injections.ingredients import Ingredients
@@ -77,6 +79,10 @@ class Runner:
         # where the training task is measured, other examples choose the best parameters
         validation = {"measures_training_task": config.data in config.tasks}
         self._kept = TrainedWeights(folder / "trained", {**training, **validation})
+
+    def require_data(self) -> None:
+        """Read what all runs are measured on; refuses too little of it before one is trained."""
+        self._data.measures(load_tokenizer(resolve(self.models.pruned)))
 
     def run(
         self, entry: Entry, seed: int, results: dict[str, Any], before: Mapping[str, Any] | None = None

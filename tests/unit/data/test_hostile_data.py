@@ -103,16 +103,17 @@ def test_a_literal_pad_without_an_embedding_is_read_as_text(tmp_path: Path) -> N
     assert prompt_tokens(pair, text).tolist() == ids
 
 
-def test_too_few_held_out_responses_are_refused(tmp_path: Path, dense_dir: Path) -> None:
+def test_too_few_held_out_responses_are_refused_before_a_run(tmp_path: Path, dense_dir: Path, pruned_dir: Path) -> None:
+    from lcc_lens.evaluation.comparison.compare import compare
     from lcc_lens.evaluation.comparison.config import CompareConfig
-    from lcc_lens.evaluation.comparison.data import ComparisonData
 
     pairs, texts = tmp_path / "own.jsonl", tmp_path / "own.txt"
     pairs.write_text("".join(json.dumps({"prompt": f"p{i}", "response": f"r{i}"}) + "\n" for i in range(40)))
     texts.write_text("\n\n".join(f"paragraph {i} " * 9 for i in range(40)))
     config = CompareConfig(data=str(pairs), texts=(str(texts),), validation=24, block_length=32)
     with pytest.raises(RequestError, match=r"expected more than 24 held-out responses in .*own.jsonl, got \d+:"):
-        ComparisonData(config, dense_dir, tmp_path).measures(load_tokenizer(dense_dir))
+        compare(dense_dir, pruned_dir, tmp_path / "run", ["lcc", "lora"], seeds=2, config=config)
+    assert not (tmp_path / "run" / "comparison.json").exists()
 
 
 @pytest.mark.parametrize("seed", range(40))
