@@ -8,6 +8,10 @@ class LensError(Exception):
 
     exit_code = 1
 
+    def __str__(self) -> str:
+        """The message on one line, also where it shows a value whose representation has several."""
+        return " ".join(line.strip() for line in super().__str__().splitlines())
+
 
 class RequestError(LensError):
     """A request that cannot be served: nothing was written; the command line ends with exit code 2."""
