@@ -1,4 +1,7 @@
-"""Ranges of numbers, named once beside each setting and option, and checked for Python and the command line alike."""
+"""Ranges of numbers, named once beside each setting and option, and checked for Python and the command line alike.
+
+Functions also check here that a result of this package is one, such as a scan and not its folder.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,9 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from numbers import Integral, Real
-from typing import Annotated, Any, ParamSpec, TypeVar, get_args, get_type_hints
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Annotated, Any, ParamSpec, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from lcc_lens.core.errors import RequestError
 
@@ -110,15 +115,40 @@ def check_number(name: str, value: Any, kind: Any) -> None:
 
 
 def ranged(function: Callable[_P, _R]) -> Callable[_P, _R]:
-    """Check the numbers that a function is called with, before it does anything; its parameters' types name ranges."""
+    """Check what a function is called with, before it does anything; its parameters' types say what it takes.
+
+    Numbers have to lie in the ranges that they name. Results of this package, such as a scan, have to be one: a name or
+    a folder in their place is refused, and the message says what makes one.
+    """
     signature = inspect.signature(function)
 
     @functools.wraps(function)
     def checked(*args: _P.args, **kwargs: _P.kwargs) -> _R:
-        _check(ranges_of(function), signature.bind(*args, **kwargs).arguments, str)
+        given = signature.bind(*args, **kwargs).arguments
+        _require_results(function, given)
+        _check(ranges_of(function), given, str)
         return function(*args, **kwargs)
 
     return checked
+
+
+def _require_results(function: Callable[..., Any], given: Mapping[str, Any]) -> None:
+    for name, (kind, hint) in _results_of(function).items():
+        if name in given and not isinstance(value := given[name], hint):
+            got = repr(str(value)) if isinstance(value, str | Path) else f"a value of type {type(value).__name__}"
+            raise RequestError(f"expected a {kind.__name__} for {name}, got {got}; pass {kind.made_by}")
+
+
+@functools.cache
+def _results_of(function: Callable[..., Any]) -> Mapping[str, tuple[Any, Any]]:
+    """By parameter that takes a result of this package alone, or none: the result's class and the whole type."""
+    found = {}
+    for name, hint in get_type_hints(function).items():
+        is_union = get_origin(hint) in (Union, UnionType)
+        kinds = [kind for kind in (get_args(hint) if is_union else [hint]) if kind is not NoneType]
+        if len(kinds) == 1 and hasattr(kinds[0], "made_by"):
+            found[name] = kinds[0], hint
+    return found
 
 
 @functools.cache

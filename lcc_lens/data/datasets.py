@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.ranges import Count, Seed, ranged
@@ -43,6 +43,7 @@ class Data(Shown):
     ``parts`` are the data that it joins in equal parts of tokens (see :func:`joined`); ``examples`` are those of all.
     """
 
+    made_by: ClassVar[str] = "load_data(name)"
     name: str
     kind: Kind
     examples: tuple[Example, ...]

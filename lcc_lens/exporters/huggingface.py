@@ -15,6 +15,7 @@ from lcc_lens.core.errors import LensError, RequestError
 from lcc_lens.core.files import require_space, write_json, write_text
 from lcc_lens.core.machine.memory import release_memory
 from lcc_lens.core.outputs.folders import atomic_directory, reserved
+from lcc_lens.core.ranges import ranged
 from lcc_lens.core.reading import read_json
 from lcc_lens.core.rewriting import Splits, copy_checkpoint, parse_size, rewrite_weights
 from lcc_lens.core.showing import Shown
@@ -62,6 +63,7 @@ class ExportReport(Shown):
         }
 
 
+@ranged
 def export(
     restoration: Restoration,
     pruned: str | Path,

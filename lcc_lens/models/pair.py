@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from jaxtyping import Float
@@ -82,6 +82,7 @@ class Pair(Shown):
         (30, 9)
     """
 
+    made_by: ClassVar[str] = "load_pair(dense, pruned)"
     models: BothModels | OneAtATime
     tokenizer: PreTrainedTokenizerBase
     dense_id: ModelIdentity
@@ -213,11 +214,10 @@ def load_pair(
 
 def _check_references(dense: object, pruned: object) -> None:
     """Refuse a wrong second path, and models in the wrong order, before the first model is loaded."""
-    if isinstance(pruned, str | Path):
-        if isinstance(dense, str | Path):
-            check_models(dense, pruned)
-        else:
-            resolve(pruned)
+    if isinstance(dense, str | Path) and isinstance(pruned, str | Path):
+        check_models(dense, pruned)
+    elif isinstance(pruned, str | Path):
+        resolve(pruned)
 
 
 def check_models(dense: str | Path, pruned: str | Path, max_length: int | None = None) -> None:

@@ -17,6 +17,7 @@ from lcc_lens.core.machine.processes import wait_for_all
 from lcc_lens.core.metrics import learned_warning
 from lcc_lens.core.outputs.places import RESUMED, writing_run
 from lcc_lens.core.progress import track
+from lcc_lens.core.ranges import ranged
 from lcc_lens.data.batches import sequences_sha256
 from lcc_lens.data.datasets import Data
 from lcc_lens.models.hooked.hooks import HookedModel
@@ -47,6 +48,7 @@ from lcc_lens.restoration.training_data import training_sequences
 logger = logging.getLogger(__name__)
 
 
+@ranged
 def restore(
     pair: Pair,
     scan: Scan | None,

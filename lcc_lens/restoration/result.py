@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from jaxtyping import Float
@@ -54,6 +54,7 @@ class Restoration(Shown):
         ...     logits = restored(tokens)
     """
 
+    made_by: ClassVar[str] = "restore(pair, scan, heads, data), or Restoration.load(run)"
     record: RestorationRecord
     heads: tuple[Head, ...]
     constants: Float[Tensor, "chosen d_head"]

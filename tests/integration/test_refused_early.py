@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, get_args, get_type_hints
@@ -288,6 +289,21 @@ def test_a_comparison_in_which_every_run_fails_ends_with_1_and_times_nothing(
     message = "expected a run that succeeds, got 2 that failed; the first: lcc: out of luck"
     refused(capsys, 1, message, "compare", dense_dir, pruned_dir, tmp_path / "run", *data)
     assert timed == []
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: lcc.scan(Path("out"), None), "expected a Pair for pair, got 'out'; pass load_pair(dense, pruned)"),
+        (lambda: lcc.plot_loss_map("runs/mine"), "got 'runs/mine'; pass scan(pair, data), or Scan.load(run)"),
+        (lambda: lcc.plot_head_types(None), "got a value of type NoneType; pass head_types(pair), or HeadTypes.load"),
+        (lambda: lcc.export("runs/mine", "out", "in"), "expected a Restoration for restoration, got 'runs/mine'; pass"),
+        (lambda: lcc.restore(None, None, [], "alpaca"), "expected a Pair for pair, got a value of type NoneType"),
+    ],
+)
+def test_a_name_in_the_place_of_a_result_says_what_makes_one(call: Callable[[], Any], message: str) -> None:
+    with pytest.raises(RequestError, match=re.escape(message)):
+        call()
 
 
 #: What serves a command's options in Python.

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from jaxtyping import Float
 from torch import Tensor
@@ -71,6 +71,7 @@ class HeadTypes(Shown):
         in_context: loss on the last quarter of a text minus that on the first quarter, in nats (Olsson et al. 2022).
     """
 
+    made_by: ClassVar[str] = "head_types(pair), or HeadTypes.load(run)"
     record: HeadTypesRecord
     value: Mapping[str, Float[Tensor, "model layer head"]]
     stderr: Mapping[str, Float[Tensor, "model layer head"]]

@@ -15,7 +15,7 @@ from torch import Tensor
 from lcc_lens.analysis.lens.readings import Reading, in_pruned_order, read_text
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.heads import all_heads
-from lcc_lens.core.ranges import Count, check_number
+from lcc_lens.core.ranges import Count, check_number, ranged
 from lcc_lens.data.batches import special_prefix, token_ids
 from lcc_lens.models.hooked.hooks import HookedModel
 from lcc_lens.models.pair import Pair
@@ -158,6 +158,7 @@ class PromptComparison:
         return self.models.index(model)
 
 
+@ranged
 def compare_prompt(
     pair: Pair, prompt: str, *, restoration: Applicable | None = None, patterns: bool = True
 ) -> PromptComparison:

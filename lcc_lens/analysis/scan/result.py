@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from jaxtyping import Float
 from torch import Tensor
@@ -48,6 +48,7 @@ class Scan(Shown):
     ``causes``, if asked for, why every head and MLP lost.
     """
 
+    made_by: ClassVar[str] = "scan(pair, data), or Scan.load(run)"
     record: ScanRecord
     heads: DifferenceStatistics
     components: LostComponents

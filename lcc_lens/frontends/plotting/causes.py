@@ -15,6 +15,7 @@ from lcc_lens.analysis.causes.upstream import Upstream
 from lcc_lens.analysis.head_types.result import PATTERN_TYPES, HeadTypes, HeadTypesRecord
 from lcc_lens.analysis.scan.result import Scan
 from lcc_lens.core.errors import RequestError
+from lcc_lens.core.ranges import ranged
 from lcc_lens.frontends.plotting.labels import pair_label
 from lcc_lens.frontends.plotting.theme import COLORS, COLUMN, PAGE, SERIES, rounded, styled
 
@@ -36,6 +37,7 @@ _MEASURE_WORDS = {
 }
 
 
+@ranged
 def plot_causes(scan: Scan) -> go.Figure:
     """Causes of the difference per layer, as stacked fractions: of the heads, and of the MLP's output.
 
@@ -118,6 +120,7 @@ def plot_cause_study(study: Mapping[str, Any]) -> go.Figure:
     return figure.update_xaxes(title="", col=2)
 
 
+@ranged
 def plot_head_types(types: HeadTypes, kinds: Sequence[str] = PATTERN_TYPES, n: int = 10) -> go.Figure:
     """The dense model's strongest heads of each type, and what is left of them in the other models.
 

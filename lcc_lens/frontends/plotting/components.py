@@ -17,6 +17,7 @@ from lcc_lens.analysis.lens.tokens import PromotedTokens
 from lcc_lens.analysis.scan.result import Scan
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.heads import Head, HeadLike, check_heads, head_indices
+from lcc_lens.core.ranges import ranged
 from lcc_lens.frontends.plotting.labels import pair_label
 from lcc_lens.frontends.plotting.theme import COLORS, COLUMN, PAGE, SERIES, rounded, styled
 
@@ -25,6 +26,7 @@ _MIDDLE = "#4d4d4d"
 _NORMAL_95 = 1.96
 
 
+@ranged
 def plot_spectra(scan: Scan, heads: Sequence[HeadLike] = ()) -> go.Figure:
     r"""Singular spectra of the heads' differences, and the share explained by the first k directions.
 

@@ -17,6 +17,7 @@ from lcc_lens.analysis.scan.result import Scan
 from lcc_lens.analysis.selectors.names import ALWAYS_SCORED
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.heads import HeadLike, check_heads
+from lcc_lens.core.ranges import ranged
 from lcc_lens.frontends.plotting.labels import GOLD, SELECTOR_LABELS, pair_label
 from lcc_lens.frontends.plotting.theme import COLORS, COLUMN, PAGE, RANKS, SEQUENTIAL, largest_change, rounded, styled
 
@@ -24,6 +25,7 @@ _ROW, _SMALL_ROW = 13, 9  # pixels per layer, alone and among several maps
 _PER_LINE = 4  # maps side by side
 
 
+@ranged
 def plot_loss_map(scan: Scan, heads: Sequence[HeadLike] = ()) -> go.Figure:
     r"""Layer x head loss map: relative change of each head's output.
 
@@ -72,6 +74,7 @@ def plot_loss_map(scan: Scan, heads: Sequence[HeadLike] = ()) -> go.Figure:
     return figure
 
 
+@ranged
 def plot_selectors(scan: Scan, selectors: Sequence[str] | None = None) -> go.Figure:
     """Ranks of every head by selector, side by side: dark heads would be restored first.
 

@@ -11,6 +11,7 @@ from lcc_lens.core.errors import LensError, RequestError
 from lcc_lens.core.fingerprint import fingerprint
 from lcc_lens.core.outputs.places import RESUMED, writing_run
 from lcc_lens.core.progress import track
+from lcc_lens.core.ranges import ranged
 from lcc_lens.models.architecture.context import fitting_length
 from lcc_lens.models.hooked.hooks import HookedModel
 from lcc_lens.models.pair import Pair
@@ -31,6 +32,7 @@ from lcc_lens.restoration.training.state import CHECKPOINT
 from lcc_lens.restoration.training.validation import validation_loss
 
 
+@ranged
 def fit_rewriter(
     pair: Pair,
     preferences: Preferences,
