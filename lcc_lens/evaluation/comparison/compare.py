@@ -68,8 +68,7 @@ def compare(
         config: what all runs share.
         out: the file for the results and their :func:`summary`; ``comparison.json`` in ``run`` if not given.
         deadline: start no run after this value of ``time.monotonic()``.
-        part: ``(i, n)`` computes every n-th run from the i-th, counted from 0: n processes that differ in nothing else
-            share the work and the file, and the last one times inference.
+        part: ``(i, n)`` computes every n-th run from the i-th, counted from 0; the last of n processes times inference.
         on_cell: called with the name and results of every new run.
 
     Raises:
