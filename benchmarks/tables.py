@@ -551,6 +551,17 @@ def budget_table(study: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def reconstruct_table(study: dict[str, Any]) -> str:
+    """What training block by block adds to a refit or to the pruned model, by window and learning rate."""
+    lines = [_row(["from", "blocks in a window", "rate", "seconds", "mean", "worst"]), "|---|---:|---:|---:|---:|---:|"]
+    for name, part in study["parts"].items():
+        start, window, rate = [*name.split("-", 2), "", ""][:3]
+        found = [f"{100 * part[key]:.1f}" for key in ("mean", "worst")]
+        seconds = f"{part['seconds']:.0f}" if "seconds" in part else ""
+        lines.append(_row([{"refit": "the refit", "pruned": "the pruned model"}[start], window, rate, seconds, *found]))
+    return "\n".join(lines)
+
+
 def _percent_of(row: dict[str, Any], key: str) -> str:
     spread = row[f"{key}_sd"]
     return f"{100 * row[key]:.1f}" + ("" if spread is None else f" ± {100 * spread:.1f}")
@@ -597,6 +608,7 @@ MARKED: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "domains, mix, an hour's text, 2:4": ("domains_mix_571k_wanda24.json", domain_table),
     "domains, mix, 2:4": ("domains_mix_51k_wanda24.json", domain_table),
     "budgets": ("budgets.json", budget_table),
+    "reconstruct": ("reconstruct.json", reconstruct_table),
     "domains, in short": ("domains_mix_51k_batch2.json", domain_overview),
     **{mark: ("causes.json", draw) for mark, draw in CAUSES.items()},
 }
