@@ -31,7 +31,7 @@ from lcc_lens.restoration.budget import BUDGET_FILE, parse_budget
 from lcc_lens.restoration.result import Restoration
 
 OUT = Path(__file__).parent / "budgets.json"
-LORA = "lora:3*distillation+lm=1e-2"
+LORA = "lora-all:3*distillation+lm=3e-3"
 
 
 def restored(pruned: Path, run: Path, budget: str, method: str) -> dict[str, Any]:

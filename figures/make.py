@@ -88,7 +88,7 @@ def recovery_by_tokens(more: dict[str, Any]) -> go.Figure:
     points += domain_points([fewer[1], *others], METHODS)
     return plot_recovery(
         points, "tokens",
-        "SmolLM2-135M, Wanda 50 %, text of the mix. Bars: standard deviation over three seeds; else one seed.",
+        "SmolLM2-135M, Wanda 50 %, text of the mix. LoRA beside the attention. Bars: three seeds; else one.",
     )  # fmt: skip
 
 
@@ -96,15 +96,13 @@ def recovery_by_minutes(budgets: dict[str, Any]) -> go.Figure:
     """Recovery on every kind of text within time budgets, and LoRA's after a training of known pace."""
     runs = [run for run in budgets["runs"].values() if run["method"] == "best"]
     points = [point for run in runs for point in _of_budget(run, run["took"] / 60)]
-    studies = [read_json(BENCHMARKS / f"domains_mix_{n}.json") for n in ("51k_batch2", "205k", "571k")]
-    minutes_per_token = budgets["lora"]["seconds_per_token"] / 60
-    points += [
-        replace(point, x=1000 * point.x * minutes_per_token) for point in domain_points(studies, {"lora": "LoRA"})
-    ]
+    studies = [read_json(BENCHMARKS / f"domains_mix_{n}.json") for n in ("51k_batch2", "571k")]
+    minutes = 1000 * budgets["lora"]["seconds_per_token"] / 60  # for a thousand tokens
+    loras = domain_points(studies, {"lora-all": "LoRA"})
+    points += [replace(point, x=point.x * minutes) for point in loras]
     return plot_recovery(
         points, "minutes",
-        "SmolLM2-135M, Wanda 50 %, two CPU cores, text of the mix. Of LoRA its training alone. Bars: three seeds; "
-        "else one.",
+        "SmolLM2-135M, Wanda 50 %, two CPU cores, the mix. Of LoRA, beside all linear layers, the training alone.",
     )  # fmt: skip
 
 
@@ -141,6 +139,7 @@ SOURCES: dict[str, tuple[str, Callable[[dict[str, Any]], go.Figure]]] = {
     "inference_cost": ("restorations_first.json", plot_inference_cost),
     "recovery_by_learning_rate": ("restorations_wanda50.json", recovery_by_rate),
     "recovery_by_examples": ("restorations_first.json", recovery_by_examples),
+    "recovery_by_minutes": ("budgets.json", recovery_by_minutes),
     "recovery_by_tokens": ("domains_mix_205k_batch2.json", recovery_by_tokens),
     "pruning_quality": ("pruning_quality.json", plot_pruning_quality),
     "report": ("report.json", plot_report),

@@ -33,6 +33,8 @@ _LOOKS = (
     (COLORS["restored"], "circle"), *SERIES, (COLORS["dense"], "star"), ("#b8860b", "pentagon"), ("#999", "cross"),
 )  # fmt: skip
 _MINUTES = [1, 2, 5, 10, 20, 30, 60, 120, 300]
+#: Characters of a name, of which two fit beside each other above the figure.
+_TWO_COLUMNS = 25
 _ASIDE = 0.35  # percent of heads
 #: How to run comparisons that vary each.
 _HOW = {
@@ -88,7 +90,7 @@ def plot_recovery(
             line={"color": color, "width": 1.6}, marker={"symbol": symbol, "size": 7}, error_y=_bars(line),
         )  # fmt: skip
     is_log = along != "heads"
-    rows = -(-len(series) // 2)
+    rows = -(-len(series) // (2 if max(map(len, series)) <= _TWO_COLUMNS else 1))
     styled(figure, _TITLES[along], caption, width=COLUMN, plot_height=250, above=12 + 18 * rows, legend=True)
     figure.add_hline(y=0, line={"color": COLORS["pruned"], "dash": "dash", "width": 1.2})
     figure.update_xaxes(title=_AXES[along], type="log" if is_log else "linear", exponentformat="power")
