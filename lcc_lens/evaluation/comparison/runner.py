@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from lcc_lens.analysis.scan.scan import Scan
 from lcc_lens.core.errors import RequestError
+from lcc_lens.core.files import locked
 from lcc_lens.core.heads import Head
 from lcc_lens.core.machine.memory import peak_memory
 from lcc_lens.data.batches import TokenSequence, sequences_sha256
+from lcc_lens.data.registry import is_self_written
 from lcc_lens.evaluation.comparison.config import MEASURING, CompareConfig
 from lcc_lens.evaluation.comparison.costs import inference_costs, merging_costs, served_as
 from lcc_lens.evaluation.comparison.data import ComparisonData
@@ -82,7 +84,9 @@ class Runner:
 
     def require_data(self) -> None:
         """Read what all runs are measured on; refuses too little of it before one is trained."""
-        self._data.measures(load_tokenizer(resolve(self.models.pruned)))
+        is_written = is_self_written(self.config.data)
+        with locked(self.folder, "held-out") if is_written else nullcontext():  # another process may be writing it
+            self._data.measures(load_tokenizer(resolve(self.models.pruned)))
 
     def run(
         self, entry: Entry, seed: int, results: dict[str, Any], before: Mapping[str, Any] | None = None

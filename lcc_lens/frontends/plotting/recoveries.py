@@ -32,6 +32,7 @@ _TITLES = {
 _LOOKS = (
     (COLORS["restored"], "circle"), *SERIES, (COLORS["dense"], "star"), ("#b8860b", "pentagon"), ("#999", "cross"),
 )  # fmt: skip
+#: Where the axis of minutes has ticks.
 _MINUTES = [1, 2, 5, 10, 20, 30, 60, 120, 300]
 #: Characters of a name, of which two fit beside each other above the figure.
 _TWO_COLUMNS = 25

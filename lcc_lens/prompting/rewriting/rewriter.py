@@ -117,7 +117,7 @@ class Rewriter(Shown):
         Raises:
             RequestError: the file is missing or changed.
         """
-        file = require_made(Path(folder) / REWRITER, "lcc-lens rewrite-fit")
+        file = require_made(Path(folder) / REWRITER, "lcc-lens rewrite fit")
         tensors, metadata = read_sealed(file)
         return cls(
             convert(parse_json(metadata["record"], str(file), _AGAIN), RewriterRecord, str(file), _AGAIN), tensors

@@ -197,11 +197,19 @@ def test_lens_is_read_as_it_was_saved(tmp_path: Path, gain: LogitGain, promoted:
     assert (gains[0].head, gains[0].is_cumulative) == (gain.head, False)
 
 
+def test_a_legend_of_long_names_has_a_row_for_each() -> None:
+    def top(names: tuple[str, str]) -> float:
+        points = [Recovery(name, x, 0.5, None, 1) for name in names for x in (1.0, 60.0)]
+        return float(plot_recovery(points, "minutes").layout.margin.t)
+
+    assert top(("a name too long for two columns", "another one as long as that")) == top(("a", "b")) + 18
+
+
 @pytest.mark.parametrize(
     ("load", "command"),
     [
         (Scan.load, "lcc-lens scan"), (Restoration.load, "lcc-lens restore"), (HeadTypes.load, "HeadTypes.save"),
-        (PromptStudy.load, "lcc-lens prompts"), (Rewriter.load, "lcc-lens rewrite-fit"),
+        (PromptStudy.load, "lcc-lens prompts"), (Rewriter.load, "lcc-lens rewrite fit"),
     ],
 )  # fmt: skip
 def test_a_result_that_is_not_there_names_what_makes_it(

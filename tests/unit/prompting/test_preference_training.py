@@ -115,7 +115,7 @@ def test_dropout_is_drawn_in_training_alone_and_from_the_parameters(pair: Pair) 
     assert float(loss_of(pair, pairs, adapter, objective).detach()) != first  # other parameters draw other masks
 
 
-def test_loss_and_gradient_equal_trl_s(dense_dir: Path) -> None:
+def test_loss_and_gradient_equal_trl_s(dense_dir: Path, tmp_path: Path) -> None:
     """trl's own trainer on the same batch, with peft's model and no dropout."""
     trl = pytest.importorskip("trl")
     import warnings
@@ -141,7 +141,7 @@ def test_loss_and_gradient_equal_trl_s(dense_dir: Path) -> None:
         warnings.simplefilter("ignore")
         rows = [{"prompt": "a", "chosen": "b", "rejected": "c"}]
         arguments = trl.DPOConfig(
-            output_dir=str(dense_dir / "trl"), beta=settings.beta, report_to=[], use_cpu=True, bf16=False,
+            output_dir=str(tmp_path / "trl"), beta=settings.beta, report_to=[], use_cpu=True, bf16=False,
             gradient_checkpointing=False, per_device_train_batch_size=4,
         )  # fmt: skip
         model = AutoModelForCausalLM.from_pretrained(dense_dir, dtype=torch.float32)

@@ -155,7 +155,7 @@ def test_refusals(pair: Pair, rewriter: Rewriter, tmp_path: Path) -> None:
     other = dataclasses.replace(rewriter, record=dataclasses.replace(rewriter.record, model_sha256="0" * 64))
     with pytest.raises(RequestError, match="expected the rewriter's model"):
         other.rewrite("name rivers", pair)
-    with pytest.raises(RequestError, match="make it with lcc-lens rewrite-fit"):
+    with pytest.raises(RequestError, match="make it with lcc-lens rewrite fit"):
         Rewriter.load(tmp_path)
     wrong: list[tuple[dict[str, Any], str]] = [
         ({"target": "restored"}, "expected the target dense or pruned, got 'restored'"),
