@@ -43,6 +43,8 @@ class Study:
     """Blocks of one optimiser step."""
     low_rank: int = 16
     """Of the rows that train one."""
+    lora_rank: int = 8
+    """Of the rows that train adapters."""
     refit_samples: int = 160
     """Sequences that the refit reads."""
 
@@ -71,8 +73,12 @@ STUDIES = {
     ),
     "mix_51k_batch2": Study(
         ("refit", *_at_rates("refit+low-rank", "5e-3", "2e-3"), *_at_rates("lora", "1e-2", "3e-3"),
-         *_at_rates("lora-all", "3e-3"), *_at_rates("refit+all-weights", "1e-4", "3e-4", "6e-4")),
+         *_at_rates("lora-all", "3e-3"), *_at_rates("refit+all-weights", "1e-4", "3e-4", "6e-4"),
+         *_at_rates("dora", "1e-2"), *_at_rates("perp", "3e-3"), *_at_rates("perp-lora", "1e-2")),
         blocks=100, batch=2,
+    ),
+    "mix_51k_lora32": Study(
+        (*_at_rates("lora", "5e-3"), *_at_rates("lora-all", "2e-3", "3e-3")), blocks=100, batch=2, lora_rank=32
     ),
     "mix_102k": Study(TRAINED, blocks=200),
     "mix_205k": Study(TRAINED),
@@ -95,7 +101,7 @@ def shared_settings(study: Study, tasks: Sequence[str] = (), limit: int | None =
     return CompareConfig(
         data="+".join(study.pool), examples=study.blocks, max_length=512, refit_data=study.pool,
         refit_samples=study.refit_samples, blocks=8, responses=32, validation=16, selector="mse", speed_rounds=0,
-        batch_size=study.batch, low_rank=study.low_rank, tasks=tuple(tasks),
+        batch_size=study.batch, low_rank=study.low_rank, lora_rank=study.lora_rank, tasks=tuple(tasks),
         limit=limit if tasks else CompareConfig.limit,
     )  # fmt: skip
 

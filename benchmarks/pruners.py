@@ -38,7 +38,7 @@ from lcc_lens.core.progress import tracked_by
 from lcc_lens.data.datasets import load_data
 from lcc_lens.models.architecture.sparsity_patterns import NofM, Unstructured
 from lcc_lens.models.loading.references import resolve
-from lcc_lens.pruning.jobs import calibration_tokens
+from lcc_lens.pruning.calibration.texts import calibration_tokens
 from lcc_lens.pruning.methods.settings import PruneConfig
 from lcc_lens.pruning.prune import prune_checkpoint
 

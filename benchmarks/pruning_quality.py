@@ -34,7 +34,8 @@ from lcc_lens.models.hooked.losses import sequence_loss
 from lcc_lens.models.loading.hooked import load_tokenizer
 from lcc_lens.models.loading.plain import load_plain
 from lcc_lens.models.loading.references import resolve
-from lcc_lens.pruning.jobs import calibration_tokens, prune
+from lcc_lens.pruning.calibration.texts import calibration_tokens
+from lcc_lens.pruning.jobs import prune
 
 CALIBRATION = {"calibration": "c4", "n_samples": 64, "seq_len": 512}
 LENGTH, EVERY = 512, 8

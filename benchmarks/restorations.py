@@ -38,7 +38,8 @@ from lcc_lens.evaluation.comparison.config import CompareConfig
 from lcc_lens.evaluation.comparison.entry import Entry
 from lcc_lens.evaluation.comparison.runner import Runner
 from lcc_lens.evaluation.task_recovery import RECOVERY_TASKS, TASK_EPOCHS, TASK_EXAMPLES
-from lcc_lens.pruning.jobs import REFIT_DATA, prune, refit
+from lcc_lens.pruning.calibration.texts import REFIT_DATA
+from lcc_lens.pruning.jobs import prune, refit
 from lcc_lens.restoration.refitted import REFITTED
 
 HERE, DENSE = Path(__file__).parent, "smollm2"

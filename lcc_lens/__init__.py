@@ -122,6 +122,7 @@ if TYPE_CHECKING:
     from lcc_lens.prompting.study import PromptStudy as PromptStudy
     from lcc_lens.prompting.variants import prompt_variants as prompt_variants
     from lcc_lens.pruning.jobs import prune as prune
+    from lcc_lens.pruning.jobs import reconstruct as reconstruct
     from lcc_lens.pruning.jobs import refit as refit
     from lcc_lens.pruning.methods.registry import register_pruner as register_pruner
     from lcc_lens.restoration.best import restore_best as restore_best

@@ -24,6 +24,7 @@ from lcc_lens.models.hooked.weights import plain_model
 from lcc_lens.models.loading.plain import load_plain
 from lcc_lens.models.loading.references import resolve
 from lcc_lens.models.pair import Pair
+from lcc_lens.pruning.reconstruct.reconstruct import RECONSTRUCTION
 from lcc_lens.pruning.refit.refit import REFIT_RECORD
 from lcc_lens.restoration.result import Restoration
 from lcc_lens.restoration.run_folder import RUN_METRICS
@@ -154,9 +155,9 @@ def measure_panel(
 
 
 def seen_domains(pruned: Path, *data: str) -> frozenset[str]:
-    """The domains of training data and of what a refitted checkpoint was calibrated on."""
-    record = read_json(pruned / REFIT_RECORD) if (pruned / REFIT_RECORD).exists() else {}
-    names = [*data, *([record["calibration"]["data"]] if record.get("calibration") else [])]
+    """The domains of training data and of what a refitted or reconstructed checkpoint was calibrated on."""
+    records = [read_json(file) for name in (REFIT_RECORD, RECONSTRUCTION) if (file := pruned / name).exists()]
+    names = [*data, *(record["calibration"]["data"] for record in records if record.get("calibration"))]
     return frozenset().union(*map(domains, names))
 
 

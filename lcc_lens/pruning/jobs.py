@@ -1,46 +1,49 @@
-"""The public functions `prune` and `refit`: from names of models and data to a checkpoint on disk."""
+"""The public functions `prune`, `refit` and `reconstruct`: from names of models and data to a checkpoint on disk."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import torch
+from jaxtyping import Int
+from torch import Tensor
 
 from lcc_lens.core.config import compute_dtype, default_device
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.outputs.folders import reserved
 from lcc_lens.core.ranges import Count, Fraction, Length, Positive, Seed, Sparsity, ranged
-from lcc_lens.core.reading import read_json
-from lcc_lens.data.batches import require_tokens
-from lcc_lens.data.checks import or_mix
-from lcc_lens.data.datasets import Data, joined, load_data, text_sequences
-from lcc_lens.data.registry import part_names
-from lcc_lens.models.architecture.context import context_of, fitting_length
-from lcc_lens.models.architecture.layers import read_config
+from lcc_lens.data.checks import MIX
+from lcc_lens.data.datasets import Data
 from lcc_lens.models.architecture.sparsity_patterns import Pattern, Unstructured, parse_pattern
-from lcc_lens.models.loading.hooked import load_tokenizer
 from lcc_lens.models.loading.references import resolve
-from lcc_lens.models.self_written import DenseWriter
+from lcc_lens.pruning.calibration.texts import (
+    PRUNE_DATA,
+    REFIT_SAMPLES,
+    Calibration,
+    calibrated_groups,
+    calibration_data,
+    calibration_length,
+    calibration_tokens,
+    check_calibration,
+    files_of,
+    named_calibration,
+)  # fmt: skip
 from lcc_lens.pruning.methods.pruners import Choice, Split
 from lcc_lens.pruning.methods.settings import PruneConfig
 from lcc_lens.pruning.methods.structured import Schedule
 from lcc_lens.pruning.output.report import PruningReport
 from lcc_lens.pruning.prune import prune_checkpoint, require_prunable
+from lcc_lens.pruning.reconstruct.reconstruct import ReconstructConfig, reconstruct_checkpoint, require_reconstructable
+from lcc_lens.pruning.reconstruct.report import ReconstructionReport
 from lcc_lens.pruning.refit.checks import require_refittable
-from lcc_lens.pruning.refit.refit import REFIT_RECORD, RefitConfig, refit_checkpoint
+from lcc_lens.pruning.refit.refit import RefitConfig, refit_checkpoint
 from lcc_lens.pruning.refit.report import RefitReport
 
 logger = logging.getLogger(__name__)
-#: Data, names of data (several joined by ``+``), or a sequence of them, from which equally many sequences are cut.
-Calibration = str | Path | Data | Sequence[str | Path | Data]
-PRUNE_DATA = ("c4",)
-#: What a refit is calibrated on: instructions, web text and an encyclopedia.
-REFIT_DATA = ("alpaca", "c4", "wikitext")
-REFIT_SAMPLES = 288
+RECONSTRUCT_SAMPLES = 128
 
 
 @ranged
@@ -95,9 +98,9 @@ def prune(
     length = calibration_length(path, seq_len) if config.uses_inputs else 0
     require_prunable(path, config, n_samples * length)
     tokens, provenance = None, dict[str, Any](dense=str(model))
-    with reserved(Path(out), overwrite=overwrite, inputs=[path, *_files_of([model, *named])]) as folder:
+    with reserved(Path(out), overwrite=overwrite, inputs=[path, *files_of([model, *named])]) as folder:
         if config.uses_inputs:
-            data = _calibration_data(named, model, folder, n_samples, length, seed)
+            data = calibration_data(named, model, folder, n_samples, length, seed)
             tokens = calibration_tokens(data, path, n_samples, length, seed)
             provenance |= {"data": data.name, "source": data.source, "groups": sorted(data.groups)}
         return PruningReport(prune_checkpoint(
@@ -166,96 +169,107 @@ def refit(
     Example:
         >>> refit("smollm2", "out/wanda50", "out/wanda50-refit")  # doctest: +SKIP
     """
-    named = named_calibration(calibration)
-    check_calibration(named, n_samples)
     config = RefitConfig(follow, ridge, mend)
-    paths = resolve(dense), resolve(pruned)
-    require_refittable(*paths)
-    with reserved(Path(out), overwrite=overwrite, inputs=[*paths, *_files_of([dense, pruned, *named])]) as target:
-        seq_len = calibration_length(paths[1], seq_len)
-        data = _calibration_data(named, dense, target, n_samples, seq_len, seed)
-        tokens = calibration_tokens(data, paths[1], n_samples, seq_len, seed)
-        # data that the pruned model was already refitted on count too
-        groups = recorded_groups(paths[1] / REFIT_RECORD) | data.groups
-        source = [part.source for part in data.parts or (data,)]
-        provenance = {"data": data.name, "source": source, "groups": sorted(groups)}
+    with _calibrated(dense, pruned, Path(out), calibration, n_samples, seq_len, seed, overwrite) as job:
         device = default_device()
         report = refit_checkpoint(
-            *paths, target, tokens=tokens, config=config, device=device, dtype=compute_dtype(device),
-            overwrite=overwrite, provenance={**provenance, "dense": str(dense), "pruned": str(pruned), "seed": seed},
+            *job.models, job.out, tokens=job.tokens, config=config, device=device, dtype=compute_dtype(device),
+            overwrite=overwrite, provenance=job.provenance,
         )  # fmt: skip
     return RefitReport(report)
 
 
-def named_calibration(calibration: Calibration | None, default: tuple[str, ...] = REFIT_DATA) -> list[str | Data]:
-    """The data that a calibration names, or those that replace its default where that cannot be had."""
-    chosen = or_mix(*default) if calibration is None else calibration
-    parts = [chosen] if isinstance(chosen, str | Path | Data) else chosen
-    return [part if isinstance(part, Data) else str(part) for part in parts]
+@ranged
+def reconstruct(
+    dense: str | Path,
+    pruned: str | Path,
+    out: str | Path,
+    *,
+    calibration: Calibration | None = None,
+    n_samples: Count = RECONSTRUCT_SAMPLES,
+    seq_len: Length | None = None,
+    window: Count = ReconstructConfig.window,
+    epochs: Count = ReconstructConfig.epochs,
+    lr: Positive = ReconstructConfig.lr,
+    batch_size: Count = ReconstructConfig.batch_size,
+    seed: Seed = 0,
+    overwrite: bool = False,
+) -> ReconstructionReport:
+    """Train a pruned model's decoder layers, some at a time, to give the dense model's hidden states; zeros stay.
 
-
-def _calibration_data(
-    named: Sequence[str | Data], dense: str | Path, out: Path, n_samples: int, seq_len: int, seed: int
-) -> Data:
-    """Load data to calibrate on, enough for all parts; what the dense model writes itself is kept beside the output."""
-    writer = DenseWriter(dense, out.with_name(f"{out.name}_self_written"), n_samples, seq_len).divided(len(named))
-    return joined([
-        load_data(part, role="calibration", seed=seed, as_text=True, writer=writer) if isinstance(part, str) else part
-        for part in named
-    ])  # fmt: skip
-
-
-def check_calibration(calibration: Calibration | None, n_samples: int, *, option: str = "--n-samples") -> None:
-    """Refuse, before any data are read, a calibration without data, or with too few sequences for each set.
+    For models that do not fit for a training as a whole: the training state of ``window`` layers alone is in memory.
+    Best after :func:`refit`. Where the model fits, ``best`` recovers more.
 
     Args:
-        option: what the message names to get more.
+        dense: reference of the dense model.
+        pruned: reference of the same model with zeros, pruned or refitted.
+        out: the directory to write.
+        calibration: data whose hidden states are matched (their role is ``calibration``); several sets in equal parts.
+            ``mix`` if not given.
+        n_samples: sequences in all, of which one in sixteen is held out.
+        seq_len: tokens per sequence; 512, or the model's context if shorter.
+        window: decoder layers that are trained together.
+        epochs: passes over the sequences, for each window.
+        lr: learning rate at the first step; it falls to zero.
+        batch_size: sequences of an optimiser step.
+        seed: seed of the draws of data, of held-out sequences and of their order.
+        overwrite: replace an existing directory.
+
+    Returns:
+        The contents of ``reconstruction.json``; see
+        :func:`lcc_lens.pruning.reconstruct.reconstruct.reconstruct_checkpoint`.
+
+    Raises:
+        RequestError: the two are not a dense model and its zeroed version, or too little text or memory; nothing is
+            written.
+
+    Example:
+        >>> reconstruct("smollm2", "out/wanda50-refit", "out/wanda50-reconstructed")  # doctest: +SKIP
     """
+    config = ReconstructConfig(window, epochs, lr, batch_size, seed)
+    device, chosen = default_device(), MIX if calibration is None else calibration
+    require_reconstructable(resolve(dense), resolve(pruned), n_samples, config, device)
+    with _calibrated(dense, pruned, Path(out), chosen, n_samples, seq_len, seed, overwrite) as job:
+        report = reconstruct_checkpoint(
+            *job.models, job.out, tokens=job.tokens, config=config, device=device, dtype=compute_dtype(device),
+            overwrite=overwrite, provenance=job.provenance,
+        )  # fmt: skip
+    return ReconstructionReport(report)
+
+
+class _Job(NamedTuple):
+    """What a job on a dense model and its pruned version reads and writes."""
+
+    models: tuple[Path, Path]
+    out: Path
+    tokens: Int[Tensor, "sequence pos"]
+    provenance: dict[str, Any]
+
+
+@contextmanager
+def _calibrated(
+    dense: str | Path,
+    pruned: str | Path,
+    out: Path,
+    calibration: Calibration | None,
+    n_samples: int,
+    seq_len: int | None,
+    seed: int,
+    overwrite: bool,
+) -> Iterator[_Job]:
+    """Check a pair, hold the folder to write, and read the data to calibrate on."""
     named = named_calibration(calibration)
-    if not named:
-        raise RequestError("expected data to calibrate on, got none; name some")
-    first = part_names(named[0]) if isinstance(named[0], str) else named[0].parts
-    n_sets = max(len(named), len(first) if len(named) == 1 else 0)
-    if n_samples < n_sets:
-        raise RequestError(
-            f"expected at least one calibration sequence of each data set, got {n_samples} for {n_sets}; raise {option}"
-        )
-
-
-def _files_of(references: Iterable[Any]) -> list[Path]:
-    """The references that are files: models of one file, and data."""
-    return [Path(name) for name in references if isinstance(name, str | Path) and Path(name).is_file()]
-
-
-def calibration_length(model: Path, seq_len: int | None) -> int:
-    """Tokens of a calibration sequence: as many as were asked for, or 512, or the model's context if shorter."""
-    return fitting_length(seq_len, context_of(read_config(model)), option="--seq-len")
-
-
-def calibration_tokens(data: Data, model: Path, n_samples: int, seq_len: int, seed: int) -> torch.Tensor:
-    """Equally long token blocks ``[sequence, pos]`` from shuffled documents."""
-    tokenizer = load_tokenizer(model)
-    blocks = text_sequences(data, tokenizer, seq_len, n_samples, seed=seed)
-    if len(blocks) < n_samples:
-        require_tokens(tokenizer, data.examples[0].prompt + data.examples[0].response, data.source)
-        raise RequestError(
-            f"expected {n_samples} calibration sequences of {seq_len} tokens from {data.source}, got text for "
-            f"{len(blocks)}; name more data, or fewer or shorter sequences"
-        )
-    return torch.stack([block.tokens for block in blocks])
-
-
-@dataclass(frozen=True)
-class _Calibration:
-    groups: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class _Record:
-    calibration: _Calibration | None = None
-
-
-def recorded_groups(file: Path) -> frozenset[str]:
-    """The groups of the calibration data in a record beside the weights; none where there is no record."""
-    record = read_json(file, _Record, "prune or refit again") if file.exists() else _Record()
-    return frozenset(record.calibration.groups if record.calibration else ())
+    check_calibration(named, n_samples)
+    models = resolve(dense), resolve(pruned)
+    require_refittable(*models)
+    with reserved(out, overwrite=overwrite, inputs=[*models, *files_of([dense, pruned, *named])]) as target:
+        length = calibration_length(models[1], seq_len)
+        data = calibration_data(named, dense, target, n_samples, length, seed)
+        tokens = calibration_tokens(data, models[1], n_samples, length, seed)
+        # What the pruned model was calibrated on before counts too.
+        groups = calibrated_groups(models[1]) | data.groups
+        source = [part.source for part in data.parts or (data,)]
+        yield _Job(models, target, tokens, {
+            "data": data.name, "source": source, "groups": sorted(groups), "dense": str(dense), "pruned": str(pruned),
+            "seed": seed,
+        })  # fmt: skip

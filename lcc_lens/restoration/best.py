@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lcc_lens.data.datasets import Data
-from lcc_lens.pruning.jobs import Calibration
+from lcc_lens.pruning.calibration.texts import Calibration
 from lcc_lens.restoration.budget import BudgetPlan
 from lcc_lens.restoration.jobs import restore_models
 from lcc_lens.restoration.result import Restoration

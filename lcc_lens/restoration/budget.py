@@ -24,7 +24,7 @@ from lcc_lens.data.registry import part_names, without_self_written
 from lcc_lens.models.architecture.context import fitting_length
 from lcc_lens.models.loading.references import resolve
 from lcc_lens.models.pair import Pair, load_pair
-from lcc_lens.pruning.jobs import REFIT_SAMPLES
+from lcc_lens.pruning.calibration.texts import REFIT_SAMPLES
 from lcc_lens.restoration.in_memory import method_in_memory
 from lcc_lens.restoration.injections.spec import MethodSpec
 from lcc_lens.restoration.refitted import REFITTED, pair_hashes

@@ -16,7 +16,7 @@ from lcc_lens.models.architecture.context import context_of
 from lcc_lens.models.architecture.layers import read_config
 from lcc_lens.models.loading.references import resolve
 from lcc_lens.models.pair import Pair, check_models, load_pair
-from lcc_lens.pruning.jobs import check_calibration
+from lcc_lens.pruning.calibration.texts import check_calibration
 from lcc_lens.pruning.refit.checks import require_refittable
 from lcc_lens.restoration.budget import BudgetPlan, blocks_in_time
 from lcc_lens.restoration.checks import check_restores

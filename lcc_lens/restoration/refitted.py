@@ -15,7 +15,8 @@ from lcc_lens.core.reading import read_json
 from lcc_lens.models.architecture.linear_maps import find_matrices
 from lcc_lens.models.hooked.hooks import HookedModel
 from lcc_lens.models.loading.references import resolve
-from lcc_lens.pruning.jobs import calibration_length, named_calibration, refit
+from lcc_lens.pruning.calibration.texts import calibration_length, named_calibration
+from lcc_lens.pruning.jobs import refit
 from lcc_lens.pruning.refit.refit import REFIT_RECORD
 from lcc_lens.restoration.injections.changes import Shift
 from lcc_lens.restoration.injections.weights import FixedWeights, layer_maps

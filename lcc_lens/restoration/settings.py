@@ -10,7 +10,7 @@ from lcc_lens.analysis.selectors.names import DEFAULT_SELECTOR
 from lcc_lens.core.ranges import Count, Length, Natural, Share, check_numbers
 from lcc_lens.data.checks import MIX
 from lcc_lens.models.architecture.context import fitting_length
-from lcc_lens.pruning.jobs import REFIT_SAMPLES, Calibration
+from lcc_lens.pruning.calibration.texts import REFIT_SAMPLES, Calibration
 from lcc_lens.restoration.injections.constants import Start
 from lcc_lens.restoration.injections.spec import MethodSpec
 from lcc_lens.restoration.training.config import TrainConfig

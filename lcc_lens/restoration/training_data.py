@@ -16,8 +16,7 @@ from lcc_lens.data.sources import TextWriter
 from lcc_lens.models.architecture.context import DEFAULT_LENGTH, fitting_length
 from lcc_lens.models.pair import Pair
 from lcc_lens.models.self_written import DenseWriter
-from lcc_lens.pruning.jobs import recorded_groups
-from lcc_lens.pruning.refit.refit import REFIT_RECORD
+from lcc_lens.pruning.calibration.texts import calibrated_groups
 
 
 def load_role(name: str, n: int, role: Role, seed: int, writer: TextWriter | None = None) -> Data:
@@ -56,8 +55,7 @@ def training_sequences(
     data = _apart(data, validation.groups, "training data", "validation data")
     if shuffle is not None:
         data = data.with_shuffled_responses(shuffle)
-    records = (pair.pruned_id.path / name for name in ("pruning.json", REFIT_RECORD))
-    calibration = frozenset[str]().union(*map(recorded_groups, records))
+    calibration = calibrated_groups(pair.pruned_id.path)
     scanned = frozenset[str]() if scan is None else frozenset(scan.record.groups)
     parts = []
     for part, name in ((data, "training data"), (validation, "validation data")):

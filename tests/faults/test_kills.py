@@ -44,6 +44,9 @@ _TRAINED = ("--data", "questions.jsonl", "--selector", "mse", "--heads", 1, "--b
 CASES = {
     "prune": Case(("prune", "dense", "pruned", *_TEXT), "pruned"),
     "refit": Case(("refit", "dense", "pruned", "refitted", *_TEXT), "refitted", ("prune",)),
+    "reconstruct": Case(
+        ("reconstruct", "dense", "pruned", "rebuilt", *_TEXT, "--window", 2, "--epochs", 1), "rebuilt", ("prune",)
+    ),
     "scan": Case(
         ("scan", "dense", "pruned", "run", "--data", "questions.jsonl", "--examples", 40, "--selectors", "mse"), "run",
         ("prune",),
@@ -150,7 +153,7 @@ def test_a_second_command_on_the_same_output_is_refused(name: str, unbroken: _Pr
     assert_as_unbroken(case, folder, unbroken[name].with_name(f"{name}-whole"), name)
 
 
-@pytest.mark.parametrize("name", ["prune", "refit", "scan", "restore"])
+@pytest.mark.parametrize("name", ["prune", "refit", "reconstruct", "scan", "restore"])
 def test_a_flipped_byte_of_unfinished_work_is_noticed(name: str, unbroken: _Prepared, tmp_path: Path) -> None:
     case, start_folder = CASES[name], unbroken[name]
     whole = start_folder.with_name(f"{name}-whole")

@@ -391,6 +391,19 @@ def test_refit_by_command(
     assert not (tmp_path / "other").exists()
 
 
+def test_reconstruct_by_command(
+    dense_dir: Path, pruned_dir: Path, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    few = ("--calibration", text_file, "--n-samples", 5, "--seq-len", 16, "--window", 2, "--quiet")
+    table = tmp_path / "table.csv"
+    assert call("reconstruct", dense_dir, pruned_dir, tmp_path / "out", *few, "--out", table) == 0
+    assert "windows of layers trained, zeros kept" in capsys.readouterr().out
+    record = json.loads((tmp_path / "out" / "reconstruction.json").read_text())
+    assert [window["last_layer"] for window in record["windows"]] == [1, 2]
+    assert table.read_text().splitlines()[0] == ",".join(record["windows"][0])
+    refused(capsys, 2, "exists already", "reconstruct", dense_dir, pruned_dir, tmp_path / "out", *few)
+
+
 def test_refit_of_other_models_is_refused_by_command(
     dense_dir: Path, pruned_dir: Path, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -37,7 +37,7 @@ from lcc_lens.frontends.plotting.reports import plot_report
 from lcc_lens.frontends.run_contents import RunContents
 from lcc_lens.models.loading.hooked import load_tokenizer
 from lcc_lens.models.loading.plain import load_plain
-from lcc_lens.pruning.jobs import recorded_groups
+from lcc_lens.pruning.calibration.texts import calibrated_groups
 from lcc_lens.restoration.result import Restoration
 from lcc_lens.restoration.run_folder import Beginning
 from lcc_lens.restoration.training.config import Step
@@ -87,7 +87,7 @@ READERS: dict[str, tuple[Callable[[Path], Any], bool]] = {
     "log.jsonl": (lambda run: (read_json_lines(run / "log.jsonl", Step), _page(run)), False),
     "report.json": (_report_figure, False),
     "results.json": (lambda run: results_table(run / "results.json"), False),
-    "pruning.json": (lambda run: recorded_groups(run / "pruning.json"), False),
+    "pruning.json": (calibrated_groups, False),
     "head_map.json": (read_head_map, False),
     "recipe.json": (lambda run: read_recipe(run / "recipe.json"), False),
 }  # fmt: skip

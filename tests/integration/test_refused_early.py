@@ -26,12 +26,14 @@ from lcc_lens.frontends.demo import DemoConfig
 from lcc_lens.models.self_written import DenseWriter
 from lcc_lens.prompting.rewriting.jobs import PreferenceSource
 from lcc_lens.pruning.methods.settings import PruneConfig
+from lcc_lens.pruning.reconstruct.reconstruct import ReconstructConfig
 from lcc_lens.pruning.refit.refit import RefitConfig
 
 #: What a command needs before its options: models, a recipe or runs that are not there.
 POSITIONALS = {
-    "prune": 2, "refit": 3, "scan": 3, "restore": 3, "compare": 3, "recipe": 1, "export": 2, "eval": 1, "report": 1,
-    "figures": 2, "explore": 1, "merits": 1, "prompts": 3, "rewrite": 2, "rewrite-fit": 3, "doctor": 1, "demo": 0,
+    "prune": 2, "refit": 3, "reconstruct": 3, "scan": 3, "restore": 3, "compare": 3, "recipe": 1, "export": 2,
+    "eval": 1, "report": 1, "figures": 2, "explore": 1, "merits": 1, "prompts": 3, "rewrite": 2, "rewrite-fit": 3,
+    "doctor": 1, "demo": 0,
 }  # fmt: skip
 
 
@@ -108,7 +110,7 @@ def test_an_unknown_name_is_refused_with_the_nearest(
     assert [path.name for path in tmp_path.iterdir() if path.name != "cache"] == []
 
 
-@pytest.mark.parametrize("command", ["scan", "restore", "refit", "compare"])
+@pytest.mark.parametrize("command", ["scan", "restore", "refit", "reconstruct", "compare"])
 def test_dense_and_pruned_in_the_wrong_order_are_refused(
     command: str, dense_dir: Path, pruned_dir: Path, text_file: Path, question_file: Path, tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -116,6 +118,7 @@ def test_dense_and_pruned_in_the_wrong_order_are_refused(
     data = {
         "scan": ["--data", question_file], "restore": ["--data", question_file, "--scan-data", question_file],
         "refit": ["--calibration", text_file, "--n-samples", 2, "--seq-len", 16],
+        "reconstruct": ["--calibration", text_file, "--n-samples", 3, "--seq-len", 16],
         "compare": ["--data", question_file, "--texts", text_file, "--methods", "lcc"],
     }  # fmt: skip
     message = f"expected the dense model before the pruned one, got {pruned_dir}"
@@ -308,7 +311,8 @@ def test_a_name_in_the_place_of_a_result_says_what_makes_one(call: Callable[[], 
 
 #: What serves a command's options in Python.
 SERVING = {
-    "prune": [lcc.prune, PruneConfig], "refit": [lcc.refit, RefitConfig], "scan": [lcc.scan],
+    "prune": [lcc.prune, PruneConfig], "refit": [lcc.refit, RefitConfig],
+    "reconstruct": [lcc.reconstruct, ReconstructConfig], "scan": [lcc.scan],
     "compare": [CompareConfig, lcc.compare],
     "restore": [lcc.TrainConfig, lcc.RestoreSettings, TaskMeasures], "recipe": [lcc.run_recipe], "eval": [lcc.evaluate],
     "report": [lcc.report], "rewrite-fit": [lcc.RewriterSettings, PreferenceSource], "demo": [DemoConfig],

@@ -23,7 +23,7 @@ from lcc_lens.models.loading.gguf import EMBEDDED_SHA256, embedded_model
 from lcc_lens.models.loading.hooked import load_hooked, load_tokenizer
 from lcc_lens.models.loading.plain import load_plain
 from lcc_lens.models.pair import load_pair
-from lcc_lens.pruning.jobs import prune, refit
+from lcc_lens.pruning.jobs import prune, reconstruct, refit
 from lcc_lens.restoration.restore import restore
 from lcc_lens.restoration.training.config import TrainConfig
 from lcc_lens.restoration.training.objectives import Objective
@@ -134,27 +134,29 @@ def test_alpaca_recovers_lost_response_likelihood(wanda: Path, tmp_path: Path, m
     assert len(steps) >= 45
 
 
-def test_refit_and_masked_low_rank_come_closer_to_the_dense_model(
+def test_refit_reconstruction_and_masked_low_rank_come_closer_to_the_dense_model(
     wanda: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each step lowers the divergence from the dense model; the plain export computes the same, zero for zero."""
     monkeypatch.setenv("LCC_LENS_DATA", str(SHARED_DATA))
     refit("smollm2", wanda, tmp_path / "refit", n_samples=6)
-    pair = load_pair("smollm2", tmp_path / "refit")
+    closer = reconstruct("smollm2", tmp_path / "refit", tmp_path / "closer", n_samples=33, seq_len=128, window=10)
+    assert all(window["is_kept"] for window in closer["windows"])
+    pair = load_pair("smollm2", tmp_path / "closer")
     distilled, following = TrainConfig(objective=Objective.parse("distillation")), Objective.parse("distillation")
     responses = encode(load_data("alpaca", 40, role="held-out"), pair.tokenizer, max_length=192)[16:]
     restoration = restore(
         pair, None, (), load_data("alpaca", 48, role="train"), method="low-rank", config=distilled, max_length=192,
         validation=load_data("alpaca", 16, role="held-out"),
     )  # fmt: skip
-    report = export(restoration, tmp_path / "refit", tmp_path / "restored")
+    report = export(restoration, tmp_path / "closer", tmp_path / "restored")
     assert compare_zeros(wanda, report.path).is_equal
     assert report.logit_effect > 0.1
     kl = [
         validation_loss(load_hooked(path).model, None, responses, 1024, following, pair.dense)
-        for path in (wanda, tmp_path / "refit", report.path)
+        for path in (wanda, tmp_path / "refit", tmp_path / "closer", report.path)
     ]
-    assert kl[0] > kl[1] > kl[2]
+    assert kl[0] > kl[1] > kl[2] > kl[3]
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from lcc_lens.data.checks import or_mix
 from lcc_lens.data.panel import available_panel, panel_labels
 from lcc_lens.data.registry import require_dataset
 from lcc_lens.models.architecture.context import fitting_length
-from lcc_lens.pruning.jobs import REFIT_DATA, REFIT_SAMPLES
+from lcc_lens.pruning.calibration.texts import REFIT_DATA, REFIT_SAMPLES
 from lcc_lens.restoration.settings import TRAIN_DATA
 
 #: Settings that only say what is measured; two runs that differ in nothing else share their training.

@@ -33,15 +33,15 @@ from lcc_lens.frontends.cli.exporting import Export
 from lcc_lens.frontends.cli.measuring import Eval, Report
 from lcc_lens.frontends.cli.options import device_map_of, option
 from lcc_lens.frontends.cli.prompting import MeritsOf, Prompts
-from lcc_lens.frontends.cli.pruning import Prune, Refit
+from lcc_lens.frontends.cli.pruning import Prune, Reconstruct, Refit
 from lcc_lens.frontends.cli.recipes import Recipe
 from lcc_lens.frontends.cli.restoring import Restore
 from lcc_lens.frontends.cli.rewriting import FitRewriter, Rewrite
 from lcc_lens.frontends.cli.scanning import ScanPair
 
 COMMANDS: dict[str, Any] = {
-    "prune": Prune, "refit": Refit, "scan": ScanPair, "restore": Restore, "compare": Compare,
-    "recipe": Recipe, "export": Export, "eval": Eval, "report": Report, "figures": Figures,
+    "prune": Prune, "refit": Refit, "reconstruct": Reconstruct, "scan": ScanPair, "restore": Restore,
+    "compare": Compare, "recipe": Recipe, "export": Export, "eval": Eval, "report": Report, "figures": Figures,
     "explore": Explore, "merits": MeritsOf, "prompts": Prompts, "rewrite": Rewrite, "rewrite-fit": FitRewriter,
     "doctor": Doctor, "demo": Demo,
 }  # fmt: skip
@@ -49,7 +49,7 @@ COMMANDS: dict[str, Any] = {
 #: Commands that several processes may run together.
 _DIVIDED = (ScanPair, Restore)
 #: Commands whose finished steps lie on the disk, where a later one goes on.
-_RESUMED = (Prune, Refit, ScanPair, Restore, Compare, Recipe, Prompts, FitRewriter)
+_RESUMED = (Prune, Refit, Reconstruct, ScanPair, Restore, Compare, Recipe, Prompts, FitRewriter)
 
 
 def run(arguments: list[str] | None = None) -> int:

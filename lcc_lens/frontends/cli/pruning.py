@@ -1,4 +1,4 @@
-"""Subcommands that write a pruned or a refitted model: prune and refit."""
+"""Subcommands that write a pruned model, or one with new weights under its mask: prune, refit and reconstruct."""
 
 from __future__ import annotations
 
@@ -131,4 +131,64 @@ class Refit(Tabled):
             **asdict(self.fit),
         )  # fmt: skip
         show_facts(f"refitted: {self.out}", report)
+        self.write(report.table)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReconstructCalibration:
+    """Text whose hidden states are matched; one sequence in sixteen is held out."""
+
+    calibration: Annotated[Maybe[tuple[str, ...]], tyro.conf.arg(metavar="DATA [DATA ...]")] = None
+    """Data in equal parts: names, or .jsonl or .txt files (mix if not given)."""
+    n_samples: Count = 128
+    """Sequences in all."""
+    seq_len: Maybe[Length] = None
+    """Tokens per sequence (512, or the model's context if shorter)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WindowTraining:
+    """How each window of layers is trained."""
+
+    window: Count = 5
+    """Decoder layers that are trained together; fewer take less memory."""
+    epochs: Count = 3
+    """Passes over the sequences, for each window."""
+    lr: Positive = 3e-4
+    """Learning rate at the first step; it falls to zero."""
+    batch_size: Count = 2
+    """Sequences of an optimiser step."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reconstruct(Tabled):
+    """Train a pruned model's layers, some at a time, to give the dense model's hidden states; all zeros stay.
+
+    Best after refit, for models that do not fit for restore's training.
+    """
+
+    example: ClassVar[str] = "smollm2 out/refit out/reconstructed"
+
+    dense: DenseModel
+    """The dense model."""
+    pruned: PrunedModel
+    """The model pruned from it, best refitted."""
+    out: Out
+    """The directory to write."""
+    seed: Seed = 0
+    """Seed of the draws of data, of held-out sequences and of their order."""
+    overwrite: Switch = False
+    """Replace an existing directory. An interrupted reconstruction resumes by itself."""
+    data: ReconstructCalibration = ReconstructCalibration()
+    training: WindowTraining = WindowTraining()
+    memory: Placement = field(default_factory=Placement)
+
+    def execute(self) -> None:
+        from lcc_lens.pruning.jobs import reconstruct
+
+        report = reconstruct(
+            self.dense, self.pruned, self.out, seed=self.seed, overwrite=self.overwrite, **asdict(self.data),
+            **asdict(self.training),
+        )  # fmt: skip
+        show_facts(f"reconstructed: {self.out}", report)
         self.write(report.table)

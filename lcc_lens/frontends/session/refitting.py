@@ -12,8 +12,7 @@ from lcc_lens.data.roles import check_disjoint
 from lcc_lens.frontends.session.stopping import stoppable
 from lcc_lens.models.hooked.offloading import device_of
 from lcc_lens.models.pair import Pair
-from lcc_lens.pruning.jobs import recorded_groups
-from lcc_lens.pruning.refit.refit import REFIT_RECORD
+from lcc_lens.pruning.calibration.texts import calibrated_groups
 from lcc_lens.restoration.injections.base import Composite, Injection
 from lcc_lens.restoration.injections.weights import FixedWeights
 from lcc_lens.restoration.refitted import REFITTED, refit_as_change, refitted_model
@@ -44,7 +43,7 @@ class SessionRefit:
             folder, pruned = self._place() / REFITTED, self._pair.pruned_id.path
             with stoppable(stop):
                 refitted_model(self._pair.dense_id.path, pruned, folder, self.request)
-            check_disjoint(self._groups, recorded_groups(folder / REFIT_RECORD), "the session's data", "the refit's")
+            check_disjoint(self._groups, calibrated_groups(folder), "the session's data", "the refit's")
             self._change = refit_as_change(self._pair.pruned, pruned, folder).to(device_of(self._pair.pruned))
             shutil.rmtree(self._place())
         return Composite([self._change, injection])

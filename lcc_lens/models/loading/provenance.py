@@ -9,8 +9,8 @@ from lcc_lens.core.checkpoint import Checkpoint
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.reading import read_json
 
-#: Records that name the dense model, the first that is there counts.
-_RECORDS = ("pruning.json", "refit.json")
+#: Records beside weights, of what they were made from and calibrated on.
+RECORDS = ("pruning.json", "refit.json", "reconstruction.json")
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class _Record:
 
 def ancestors(path: Path) -> tuple[str, ...]:
     """The SHA-256 of the models that a pruned one was made from, the nearest first; empty without a record."""
-    for name in _RECORDS:
+    for name in RECORDS:
         if (path / name).exists():
             record = read_json(path / name, _Record, "prune again")
             return tuple(digest for digest in (record.dense_sha256, *record.dense_ancestors) if digest)
@@ -33,7 +33,7 @@ def ancestors(path: Path) -> tuple[str, ...]:
 
 def pruned_to(path: Path) -> str | None:
     """The pattern that a model was pruned to, as its record says; None without a record of pruning."""
-    file = path / _RECORDS[0]
+    file = path / RECORDS[0]
     return read_json(file, _Record, "prune again").pattern if file.exists() else None
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,7 +30,7 @@ class LayerCall:
     kwargs: Mapping[str, Any]
 
     def __call__(
-        self, layer: nn.Module, hidden: Float[Tensor, "batch pos d_model"]
+        self, layer: Callable[..., Any], hidden: Float[Tensor, "batch pos d_model"]
     ) -> Float[Tensor, "batch pos d_model"]:
         """Run a layer on other hidden states of the same shape."""
         output = layer(hidden, *self.args, **self.kwargs)

@@ -53,7 +53,7 @@ class LayerStream:
     ) -> None:
         self._layers = layers
         self._index = 0
-        self._brought_in: int | None = None
+        self._brought_in: set[int] = set()
         self._attention_cache = AttentionCache(MOST_BYTES)
         self._batch_size = batch_size
         self._calls: dict[int, list[LayerCall]] = {}
@@ -163,13 +163,28 @@ class LayerStream:
         parameter.data = weight.to(device=parameter.device, dtype=parameter.dtype)
         self._attention_cache.forget(matrix.path)
 
-    def advance(self, outputs: Sequence[Float[Tensor, "_ pos d_model"]] | None = None) -> None:
+    def layers_ahead(self, n: int) -> list[nn.Module]:
+        """The current layer and those behind it, ``n`` in all or as many as there are, with their weights in memory."""
+        return [self._layer(index) for index in range(self._index, min(self._index + n, len(self._layers)))]
+
+    def calls_ahead(self, n_sequences: int) -> list[LayerCall]:
+        """The other arguments of the current layer and of all behind it, for a batch of a size that was streamed."""
+        return self._calls[n_sequences][self._index :]
+
+    def inputs(self, sequences: Int[Tensor, " batch"]) -> Float[Tensor, "batch pos d_model"]:
+        """The inputs of the current layer for some sequences; a copy."""
+        return self._hidden[sequences.to(self._hidden.device)]
+
+    def advance(
+        self, outputs: Sequence[Float[Tensor, "_ pos d_model"]] | None = None, *, past_last: bool = False
+    ) -> None:
         """Run the current layer as it is now and let its outputs become the inputs of the next one.
 
         Args:
             outputs: its outputs by batch, if they are known; the layer then does not run.
+            past_last: whether the last layer runs too, whose outputs no layer reads.
         """
-        if self._index + 1 < len(self._layers):  # the last layer's outputs are not used
+        if past_last or self._index + 1 < len(self._layers):
             for place, start in enumerate(range(0, len(self._hidden), self._batch_size)):
                 output = self._output(start) if outputs is None else outputs[place]
                 if not bool(torch.isfinite(output).all()):
@@ -179,7 +194,7 @@ class LayerStream:
                     )
                 self._hidden[start : start + len(output)] = output
         self._attention_cache.clear()
-        if self._brought_in == self._index:  # it was read from disk and is not needed again
+        if self._index in self._brought_in:  # it was read from disk and is not needed again
             self._layers[self._index].to("meta")
             trim_heap()
         self._index += 1
@@ -224,11 +239,12 @@ class LayerStream:
                 )
         return layer
 
-    def _layer(self) -> nn.Module:
-        """The current layer, with its weights in memory."""
-        layer = self._layers[self._index]
+    def _layer(self, index: int | None = None) -> nn.Module:
+        """A layer, the current one if not named, with its weights in memory."""
+        index = self._index if index is None else index
+        layer = self._layers[index]
         if bring_in(layer):
-            self._brought_in = self._index
+            self._brought_in.add(index)
         return layer
 
 

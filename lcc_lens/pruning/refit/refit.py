@@ -13,20 +13,18 @@ from torch import Tensor
 
 from lcc_lens.core.checkpoint import Checkpoint
 from lcc_lens.core.config import package_version
-from lcc_lens.core.errors import LensError
-from lcc_lens.core.files import require_space, write_json
+from lcc_lens.core.files import require_space
 from lcc_lens.core.fingerprint import fingerprint
-from lcc_lens.core.outputs.folders import atomic_directory, reserved
+from lcc_lens.core.outputs.folders import reserved
 from lcc_lens.core.progress import track
 from lcc_lens.core.ranges import Count, Fraction, Positive, check_numbers
-from lcc_lens.core.rewriting import copy_checkpoint
 from lcc_lens.models.architecture.linear_maps import Matrix, StoredWeights
-from lcc_lens.models.architecture.zeros import compare_zeros
 from lcc_lens.pruning.calibration.finished_layers import FinishedLayers
 from lcc_lens.pruning.calibration.stream import LayerStream
 from lcc_lens.pruning.methods.moments import InputMoments, exact_products
 from lcc_lens.pruning.methods.obs import output_error
 from lcc_lens.pruning.methods.pruners import Removed
+from lcc_lens.pruning.output.zeros_kept import write_with_zeros
 from lcc_lens.pruning.refit.checks import require_refittable
 from lcc_lens.pruning.refit.dense_stream import DenseStream
 from lcc_lens.pruning.refit.least_squares import NormalEquations, masked_least_squares
@@ -113,29 +111,8 @@ def refit_checkpoint(
             "lcc_lens_version": package_version(),
             "calibration": {**provenance, "sequences": len(tokens), "length": tokens.shape[1]}, "error_left": errors,
         }  # fmt: skip
-        report = _write_refitted(*checkpoints, target, finished, report, overwrite=overwrite)
+        report = write_with_zeros(*checkpoints, target, finished, (REFIT_RECORD, report), overwrite=overwrite)
         finished.discard()
-    return report
-
-
-def _write_refitted(
-    dense: Checkpoint,
-    pruned: Checkpoint,
-    out: Path,
-    finished: FinishedLayers,
-    report: Mapping[str, Any],
-    *,
-    overwrite: bool,
-) -> dict[str, Any]:
-    """Write the refitted weights and their record, with their hash; refuses if a zero was lost."""
-    with atomic_directory(out, overwrite=overwrite) as part:
-        copy_checkpoint(pruned, part, replaced=finished)
-        dense.require_unchanged(report["dense_sha256"])
-        pruned.require_unchanged(report["pruned_sha256"])
-        if not compare_zeros(pruned.path, part).is_equal:
-            raise LensError("expected the pruned model's zeros in the refitted one, got others; nothing was kept")
-        report = {**report, "sha256": Checkpoint(part).sha256}
-        write_json(part / REFIT_RECORD, report)
     return report
 
 

@@ -21,7 +21,7 @@ from lcc_lens.frontends.cli.pruning import LeastSquares, Refit, RefitCalibration
 from lcc_lens.models.architecture.zeros import compare_zeros
 from lcc_lens.models.pair import load_pair
 from lcc_lens.pruning import jobs as pruning_jobs
-from lcc_lens.pruning.jobs import calibration_tokens
+from lcc_lens.pruning.calibration.texts import calibration_tokens
 from lcc_lens.pruning.refit import refit as module
 from lcc_lens.pruning.refit.refit import REFIT_RECORD, RefitConfig, refit_checkpoint
 from lcc_lens.restoration import restore as recipe
