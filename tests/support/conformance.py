@@ -38,7 +38,7 @@ from lcc_lens.models.architecture.linear_maps import find_matrices
 from lcc_lens.models.architecture.zeros import compare_zeros
 from lcc_lens.models.hooked.fused_attention import default_attention_gap, fused_attention
 from lcc_lens.models.pair import Pair, load_pair
-from lcc_lens.pruning.jobs import prune
+from lcc_lens.pruning.jobs import prune, reconstruct
 from lcc_lens.restoration.best import restore_best
 from lcc_lens.restoration.restore import restore
 from lcc_lens.restoration.result import Restoration
@@ -181,7 +181,12 @@ def conform(family: str, folder: Path) -> Conformance:
 
 
 def restored_weights(dense: Path, pruned: Path, questions: Path, text: Path, folder: Path) -> None:
-    """Refit, train all remaining weights and export them, which compares the copy's logits with the hooked model's."""
+    """Reconstruct; refit, train all remaining weights and export, which compares the copy's logits with the hooks'."""
+    report = reconstruct(
+        dense, pruned, folder / "closer", calibration=str(text), n_samples=11, seq_len=40, window=2, lr=3e-3
+    )
+    assert all(window["is_kept"] for window in report["windows"])
+    assert compare_zeros(pruned, folder / "closer").is_equal
     others, run = folder / "others.jsonl", folder / "best"
     others.write_text("".join(json.dumps(question) + "\n" for question in QUESTIONS[8:12]))
     data, validation = (load_data(str(file)) for file in (questions, others))
@@ -270,7 +275,8 @@ the table works if the same checks pass, and `lcc-lens doctor MODEL` says which 
 - **slimgpt**: heads and neurons can be removed one by one
 - **fused**: the model's own attention kernels run under the hooks
 - **constants**: what holds them in an export
-- **best**: a refit, then all remaining weights under hooks, exported with the pruned model's zeros
+- **best**: a refit, then all remaining weights under hooks, exported with the pruned model's zeros; `reconstruct`
+  serves the same families
 - **causes**: whose differences `scan --causes` divides: those of a mixture's experts, and of MLPs that are no module of
   their own, are not
 
