@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 CHUNK = 1 << 22
 #: Failures of a write that another path avoids.
 _WRONG_PLACE = {
-    errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP
+    errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP,
+    errno.ENOENT,  # of folders that take no files, such as /proc
 }  # fmt: skip
 #: Bytes of a file's name on most disks.
 _LONGEST_NAME = 255

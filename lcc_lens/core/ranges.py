@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import inspect
 import math
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from numbers import Integral, Real
@@ -117,8 +118,8 @@ def check_number(name: str, value: Any, kind: Any) -> None:
 def ranged(function: Callable[_P, _R]) -> Callable[_P, _R]:
     """Check what a function is called with, before it does anything; its parameters' types say what it takes.
 
-    Numbers have to lie in the ranges that they name. Results of this package, such as a scan, have to be one: a name or
-    a folder in their place is refused, and the message says what makes one.
+    Numbers have to lie in the ranges that they name. Texts have to be strings, and results of this package, such as a
+    scan, have to be one: a name or a folder in their place is refused, and the message says what makes one.
     """
     signature = inspect.signature(function)
 
@@ -133,21 +134,27 @@ def ranged(function: Callable[_P, _R]) -> Callable[_P, _R]:
 
 
 def _require_results(function: Callable[..., Any], given: Mapping[str, Any]) -> None:
-    for name, (kind, hint) in _results_of(function).items():
-        if name in given and not isinstance(value := given[name], hint):
-            got = repr(str(value)) if isinstance(value, str | Path) else f"a value of type {type(value).__name__}"
-            raise RequestError(f"expected a {kind.__name__} for {name}, got {got}; pass {kind.made_by}")
+    for name, (kinds, hint) in _checked_of(function).items():
+        if name not in given or isinstance(value := given[name], hint):
+            continue
+        if Path in kinds and isinstance(value, os.PathLike):
+            continue
+        got = repr(str(value)) if isinstance(value, str | Path) else f"a value of type {type(value).__name__}"
+        names = {str: "name" if Path in kinds else "text", Path: "path"}
+        wanted = " or a ".join(names.get(kind, kind.__name__) for kind in kinds)
+        advice = next((kind.made_by for kind in kinds if hasattr(kind, "made_by")), "a string")
+        raise RequestError(f"expected a {wanted} for {name}, got {got}; pass {advice}")
 
 
 @functools.cache
-def _results_of(function: Callable[..., Any]) -> Mapping[str, tuple[Any, Any]]:
-    """By parameter that takes a result of this package alone, or none: the result's class and the whole type."""
+def _checked_of(function: Callable[..., Any]) -> Mapping[str, tuple[list[Any], Any]]:
+    """By parameter that takes texts, paths or results of this package alone: the classes, and the whole type."""
     found = {}
     for name, hint in get_type_hints(function).items():
         is_union = get_origin(hint) in (Union, UnionType)
         kinds = [kind for kind in (get_args(hint) if is_union else [hint]) if kind is not NoneType]
-        if len(kinds) == 1 and hasattr(kinds[0], "made_by"):
-            found[name] = kinds[0], hint
+        if kinds and all(kind in (str, Path) or hasattr(kind, "made_by") for kind in kinds):
+            found[name] = kinds, hint
     return found
 
 

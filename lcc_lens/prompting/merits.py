@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from lcc_lens.core.errors import RequestError
+from lcc_lens.core.ranges import ranged
 from lcc_lens.core.showing import Shown
 from lcc_lens.data.batches import TokenSequence, token_ids
 from lcc_lens.models.loading.hooked import LoadedModel, load_hooked
@@ -101,6 +102,7 @@ class Merits(Shown):
         return facts
 
 
+@ranged
 def merits(text: str, original: str | None = None, model: LoadedModel | str | Path | None = None) -> Merits:
     """Score a prompt by the four merits of MePO.
 

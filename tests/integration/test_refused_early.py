@@ -301,6 +301,12 @@ def test_a_comparison_in_which_every_run_fails_ends_with_1_and_times_nothing(
         (lambda: lcc.plot_loss_map("runs/mine"), "got 'runs/mine'; pass scan(pair, data), or Scan.load(run)"),
         (lambda: lcc.plot_head_types(None), "got a value of type NoneType; pass head_types(pair), or HeadTypes.load"),
         (lambda: lcc.export("runs/mine", "out", "in"), "expected a Restoration for restoration, got 'runs/mine'; pass"),
+        (
+            lambda: lcc.prune(None, "out"),
+            "expected a name or a path for model, got a value of type NoneType; pass a",
+        ),
+        (lambda: lcc.refit("a", "b", 3), "expected a name or a path for out, got a value of type int; pass a string"),
+        (lambda: lcc.merits(None), "expected a text for text, got a value of type NoneType; pass a string"),
         (lambda: lcc.restore(None, None, [], "alpaca"), "expected a Pair for pair, got a value of type NoneType"),
     ],
 )

@@ -179,6 +179,14 @@ def test_a_full_disk_is_noticed_before_the_work(tmp_path: Path, monkeypatch: pyt
     assert names(tmp_path) == []
 
 
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="no /proc here")
+def test_a_file_system_that_takes_no_files_is_noticed_before_the_work() -> None:
+    with pytest.raises(RequestError, match=r"cannot write to /proc/results\.json"):
+        require_file(Path("/proc/results.json"), begins=(b"",))
+    with pytest.raises(RequestError, match="cannot write to /proc/run"), writing_run(Path("/proc/run")):
+        raise AssertionError
+
+
 # links and permissions
 
 
