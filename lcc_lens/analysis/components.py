@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float
@@ -25,6 +26,8 @@ class LostComponents(Shown):
 
     Reference: RestoreLCC (arXiv 2510.21834), Eqs. 3 and 4.
     """
+
+    made_by: ClassVar[str] = "scan.components"
 
     directions: Float[Tensor, "layer head component d_head"]
     singular_values: Float[Tensor, "layer head component"]

@@ -9,11 +9,13 @@ import functools
 import inspect
 import math
 import os
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, fields, is_dataclass
 from numbers import Integral, Real
 from pathlib import Path
-from types import NoneType, UnionType
+from types import NoneType, SimpleNamespace, UnionType
 from typing import Annotated, Any, ParamSpec, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from lcc_lens.core.errors import RequestError
@@ -118,50 +120,68 @@ def check_number(name: str, value: Any, kind: Any) -> None:
 def ranged(function: Callable[_P, _R]) -> Callable[_P, _R]:
     """Check what a function is called with, before it does anything; its parameters' types say what it takes.
 
-    Numbers have to lie in the ranges that they name. Texts have to be strings, and results of this package, such as a
-    scan, have to be one: a name or a folder in their place is refused, and the message says what makes one.
+    Numbers have to lie in the ranges that they name. Texts have to be strings, several of something no single name, and
+    results of this package, such as a scan, have to be one: a folder in their place is refused, and the message says
+    what makes one.
     """
     signature = inspect.signature(function)
 
     @functools.wraps(function)
     def checked(*args: _P.args, **kwargs: _P.kwargs) -> _R:
         given = signature.bind(*args, **kwargs).arguments
-        _require_results(function, given)
+        for name, kinds in _kinds_of(function).items():
+            if name in given:
+                _require_kind(name, given[name], kinds)
         _check(ranges_of(function), given, str)
         return function(*args, **kwargs)
 
     return checked
 
 
-def _require_results(function: Callable[..., Any], given: Mapping[str, Any]) -> None:
-    for name, (kinds, hint) in _checked_of(function).items():
-        if name not in given or isinstance(value := given[name], hint):
-            continue
-        if Path in kinds and isinstance(value, os.PathLike):
-            continue
-        got = repr(str(value)) if isinstance(value, str | Path) else f"a value of type {type(value).__name__}"
-        names = {str: "name" if Path in kinds else "text", Path: "path"}
-        wanted = " or a ".join(names.get(kind, kind.__name__) for kind in kinds)
-        advice = next((kind.made_by for kind in kinds if hasattr(kind, "made_by")), "a string")
-        raise RequestError(f"expected a {wanted} for {name}, got {got}; pass {advice}")
+def _require_kind(name: str, value: Any, kinds: Sequence[Any]) -> None:
+    """Refuse a value of none of the kinds: texts, paths, results of this package, several of anything."""
+    several = Sequence in kinds
+    classes = tuple(os.PathLike if kind is Path else kind for kind in kinds if kind is not Sequence)
+    is_name = isinstance(value, str | Path)
+    if isinstance(value, classes) or (several and not is_name and isinstance(value, Iterable)):
+        return
+    got = repr(str(value)) if is_name else f"a value of type {type(value).__name__}"
+    names = {str: "name" if Path in kinds else "text", Path: "path", Sequence: "list", NoneType: "None"}
+    wanted = " or a ".join(names.get(kind, kind.__name__) for kind in kinds if kind is not NoneType)
+    makers = [kind.made_by for kind in kinds if hasattr(kind, "made_by")]
+    others = f"[{got}]" if several and is_name else "a list" if several else "a string"
+    article = "an" if wanted[0] in "AEIOU" else "a"
+    raise RequestError(f"expected {article} {wanted} for {name}, got {got}; pass {makers[0] if makers else others}")
 
 
 @functools.cache
-def _checked_of(function: Callable[..., Any]) -> Mapping[str, tuple[list[Any], Any]]:
-    """By parameter that takes texts, paths or results of this package alone: the classes, and the whole type."""
+def _kinds_of(function: Callable[..., Any]) -> Mapping[str, tuple[Any, ...]]:
+    """By parameter that takes texts, paths, results of this package or several of anything alone: these kinds."""
     found = {}
-    for name, hint in get_type_hints(function).items():
+    for name, hint in _hints_of(function).items():
         is_union = get_origin(hint) in (Union, UnionType)
-        kinds = [kind for kind in (get_args(hint) if is_union else [hint]) if kind is not NoneType]
-        if kinds and all(kind in (str, Path) or hasattr(kind, "made_by") for kind in kinds):
-            found[name] = kinds, hint
+        parts = get_args(hint) if is_union else (hint,)
+        kinds = tuple(Sequence if get_origin(part) in (Sequence, Iterable) else part for part in parts)
+        if all(kind in (str, Path, Sequence, NoneType) or hasattr(kind, "made_by") for kind in kinds):
+            found[name] = kinds
+    return found
+
+
+def _hints_of(declared: Any) -> Mapping[str, Any]:
+    """The types of a dataclass's fields or a function's parameters, without those that only type checkers import."""
+    if isinstance(declared, type):
+        return get_type_hints(declared, include_extras=True)
+    known, found = vars(sys.modules[declared.__module__]), dict[str, Any]()
+    for name, written in declared.__annotations__.items():
+        with suppress(NameError):
+            found |= get_type_hints(SimpleNamespace(__annotations__={name: written}), known, include_extras=True)
     return found
 
 
 @functools.cache
 def ranges_of(declared: Any) -> Mapping[str, tuple[type, Range]]:
     """The type and range of every number that a dataclass's fields or a function's parameters declare."""
-    hints = get_type_hints(declared, include_extras=True)
+    hints = _hints_of(declared)
     return {name: found for name, hint in hints.items() if (found := _range_in(hint)) is not None}
 
 

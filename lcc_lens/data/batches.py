@@ -82,9 +82,12 @@ def known_ids(tokenizer: PreTrainedTokenizerBase, encode: Callable[[], list[int]
     """What a tokenizer encodes; a special token without an embedding, such as ``[PAD]``, is read letter by letter.
 
     Raises:
-        RequestError: the tokenizer makes of it what the model does not know.
+        RequestError: the tokenizer makes of it what the model does not know, or cannot read it.
     """
-    ids, n_known = encode(), _N_EMBEDDINGS.get(tokenizer, sys.maxsize)
+    try:
+        ids, n_known = encode(), _N_EMBEDDINGS.get(tokenizer, sys.maxsize)
+    except TypeError as error:  # what tokenizers say of half a character
+        raise RequestError("expected text, got half of a surrogate pair in it; remove that") from error
     if max(ids, default=0) >= n_known:
         splits = tokenizer.split_special_tokens
         tokenizer.split_special_tokens = True

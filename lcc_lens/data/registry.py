@@ -10,6 +10,7 @@ from platform import python_version
 from typing import get_args
 
 from lcc_lens.core.errors import RequestError
+from lcc_lens.core.ranges import ranged
 from lcc_lens.core.registry import Registry
 from lcc_lens.data import corpora, prompts
 from lcc_lens.data.prompts import Example, Item, Kind, Record
@@ -125,6 +126,7 @@ DATASETS: Registry[DatasetSpec] = Registry(
 )  # fmt: skip
 
 
+@ranged
 def register_dataset(name: str, dataset: DatasetSpec, *, replace: bool = False) -> None:
     """Give a data set of your own a name that every function of the package takes.
 

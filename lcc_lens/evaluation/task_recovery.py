@@ -9,7 +9,7 @@ from typing import Any, get_args
 
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.metrics import bootstrap_interval, share_recovered, stratified_interval
-from lcc_lens.core.ranges import Count, Length, Seed, check_numbers
+from lcc_lens.core.ranges import Count, Length, Seed, check_numbers, ranged
 from lcc_lens.core.reading import read_record, write_record
 from lcc_lens.core.registry import nearest
 from lcc_lens.data.batches import TokenSequence
@@ -35,6 +35,7 @@ RECOVERY_TASKS: tuple[str, ...] = get_args(RecoveryTask)
 TASK_EXAMPLES, TASK_EPOCHS = 200, 3
 
 
+@ranged
 def load_task_data(task: str, examples: int = TASK_EXAMPLES, *, seed: int = 0) -> tuple[Data, Data]:
     """A task's training examples, and validation examples that choose the best parameters; they share no group.
 

@@ -14,6 +14,7 @@ from lcc_lens.core.errors import RequestError
 from lcc_lens.core.files import write_json, write_tensors
 from lcc_lens.core.heads import Head, all_heads, check_heads, head_indices
 from lcc_lens.core.outputs.folders import claim_files
+from lcc_lens.core.ranges import ranged
 from lcc_lens.exporters.folding import fold
 from lcc_lens.models.hooked.activations import parts_of
 from lcc_lens.models.hooked.hooks import HookedModel, mlp_name, z_name
@@ -28,6 +29,7 @@ VECTORS, DESCRIPTION = "components.safetensors", "components.json"
 _LAYER_TYPES = {"z": "self_attn", "mlp": "mlp"}
 
 
+@ranged
 def save_components(
     source: Scan | Restoration,
     folder: str | Path,

@@ -10,6 +10,7 @@ from typing import Any
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.files import write_text
 from lcc_lens.core.outputs.folders import claim_files, require_claimable
+from lcc_lens.core.ranges import ranged
 from lcc_lens.core.reading import read_text
 from lcc_lens.data.registry import DATASETS
 from lcc_lens.data.sources import local_splits
@@ -76,6 +77,7 @@ def require_export(directory: str | Path, models: Sequence[str], own: str) -> No
     require_claimable(folder, _files(models, own))
 
 
+@ranged
 def add_evaluation(directory: str | Path, results: Mapping[str, Any], model: str) -> list[str]:
     """Add the results of :func:`lcc_lens.evaluate` to an exported directory's model card and evaluation results.
 

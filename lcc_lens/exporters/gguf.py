@@ -15,6 +15,7 @@ from lcc_lens.core.errors import LensError, RequestError
 from lcc_lens.core.files import atomic_path, require_space, sha256_file
 from lcc_lens.core.outputs.folders import note_written
 from lcc_lens.core.outputs.places import require_file
+from lcc_lens.core.ranges import ranged
 from lcc_lens.core.showing import Shown
 
 if TYPE_CHECKING:
@@ -48,6 +49,7 @@ class GgufReport(Shown):
         }
 
 
+@ranged
 def export_gguf(
     directory: str | Path, file: str | Path, *, llama_cpp: str | Path | None = None, overwrite: bool = False
 ) -> GgufReport:

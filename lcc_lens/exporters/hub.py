@@ -7,10 +7,12 @@ from pathlib import Path
 
 from lcc_lens.core.checkpoint import Checkpoint
 from lcc_lens.core.errors import LensError, RequestError, first_line
+from lcc_lens.core.ranges import ranged
 
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 
 
+@ranged
 def push_to_hub(directory: str | Path, repository: str, *, private: bool = True) -> str:
     """Upload an exported directory as a model repository of the hub.
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lcc_lens.core.checkpoint import Checkpoint
 from lcc_lens.core.errors import RequestError
+from lcc_lens.core.ranges import ranged
 from lcc_lens.exporters.folding import fold, require_same_weights
 from lcc_lens.models.architecture.anatomy import ATTENTION_OUTPUTS, MLP_OUTPUTS
 from lcc_lens.models.architecture.layers import decoder_layers, is_transposed, linear_weight
@@ -32,6 +33,7 @@ BUFFER = "restored_bias"
 _PROJECTIONS: Mapping[ConstantSite, tuple[str, ...]] = {"z": ATTENTION_OUTPUTS, "mlp": MLP_OUTPUTS}
 
 
+@ranged
 def load_restored(
     pruned: str | Path,
     restoration: Restoration | str | Path,

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from math import nan
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -73,6 +73,8 @@ class PromptStudy(Shown):
     Gains are differences from the raw prompt of the same example, so all intervals are paired (95 %, bootstrap over
     examples; NaN for a single one).
     """
+
+    made_by: ClassVar[str] = "prompt_study(pair, variants), or PromptStudy.load(file)"
 
     record: StudyRecord
     log_likelihood: Float[Tensor, "model variant example"]

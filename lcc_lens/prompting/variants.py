@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from lcc_lens.core.errors import RequestError
+from lcc_lens.core.ranges import ranged
 from lcc_lens.core.registry import nearest
 from lcc_lens.data.datasets import Data
 from lcc_lens.data.prompts import Example
@@ -72,6 +73,7 @@ VARIANTS: dict[str, Callable[[str, str], str]] = {
 }
 
 
+@ranged
 def prompt_variants(
     data: Data, names: Sequence[str], tokenizer: PreTrainedTokenizerBase | None = None
 ) -> dict[str, Data]:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from lcc_lens.core.ranges import ranged
 from lcc_lens.data.datasets import Data
 from lcc_lens.pruning.calibration.texts import Calibration
 from lcc_lens.restoration.budget import BudgetPlan
@@ -16,6 +17,7 @@ from lcc_lens.restoration.settings import TRAIN_EXAMPLES, RefitRequest, RestoreS
 from lcc_lens.restoration.training.config import Step, TrainConfig
 
 
+@ranged
 def restore_best(
     dense: str | Path,
     pruned: str | Path,

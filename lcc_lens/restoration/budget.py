@@ -101,7 +101,7 @@ def parse_budget(text: str) -> float:
         >>> parse_budget("15m"), parse_budget("1.5h")
         (900.0, 5400.0)
     """
-    found = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?)([smh])", text.strip())
+    found = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?)([smh])", str(text).strip())
     if found is None or float(found[1]) == 0:
         raise RequestError(f"expected a time budget such as 5m, 15m or 1h, got {text}; write a number and s, m or h")
     return float(found[1]) * _UNITS[found[2]]

@@ -11,6 +11,7 @@ from lcc_lens.analysis.selectors.registry import check_selectors
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.machine.processes import first_process_first
 from lcc_lens.core.outputs.places import RESUMED, writing_run
+from lcc_lens.core.ranges import ranged
 from lcc_lens.data.datasets import Data
 from lcc_lens.models.architecture.context import context_of
 from lcc_lens.models.architecture.layers import read_config
@@ -35,6 +36,7 @@ from lcc_lens.restoration.training_data import load_role, pool_validation, run_w
 logger = logging.getLogger(__name__)
 
 
+@ranged
 def restore_models(
     dense: str | Path,
     pruned: str | Path,

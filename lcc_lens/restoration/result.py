@@ -18,6 +18,7 @@ from lcc_lens.core.errors import LensError, RequestError
 from lcc_lens.core.files import read_tensors, require_made, write_tensors
 from lcc_lens.core.fingerprint import fingerprint
 from lcc_lens.core.heads import Head, HeadTuple, check_heads, head_indices
+from lcc_lens.core.outputs.places import refuse_model
 from lcc_lens.core.reading import convert, parse_json, reading
 from lcc_lens.core.showing import Shown
 from lcc_lens.models.hooked.activations import parts_of
@@ -155,7 +156,12 @@ class Restoration(Shown):
         return _content_hash(self._tensors())
 
     def save(self, run: str | Path) -> None:
-        """Write ``restoration.safetensors`` into a run directory, atomically, with the record as its metadata."""
+        """Write ``restoration.safetensors`` into a run directory, atomically, with the record as its metadata.
+
+        Raises:
+            RequestError: the folder is a model's.
+        """
+        refuse_model(Path(run))
         record = json.dumps(asdict(self.record))
         hashes = {"content_sha256": self.content_sha256, "record_sha256": fingerprint(record)}
         write_tensors(Path(run) / RESTORATION_TENSORS, self._tensors(), {"record": record, **hashes})

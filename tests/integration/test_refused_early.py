@@ -23,6 +23,7 @@ from lcc_lens.evaluation.comparison.config import CompareConfig
 from lcc_lens.evaluation.task_recovery import TaskMeasures
 from lcc_lens.frontends.cli.main import COMMANDS
 from lcc_lens.frontends.demo import DemoConfig
+from lcc_lens.models.loading.references import resolve
 from lcc_lens.models.self_written import DenseWriter
 from lcc_lens.prompting.rewriting.jobs import PreferenceSource
 from lcc_lens.pruning.methods.settings import PruneConfig
@@ -306,6 +307,18 @@ def test_a_comparison_in_which_every_run_fails_ends_with_1_and_times_nothing(
             "expected a name or a path for model, got a value of type NoneType; pass a",
         ),
         (lambda: lcc.refit("a", "b", 3), "expected a name or a path for out, got a value of type int; pass a string"),
+        (lambda: lcc.evaluate("a", ["boolq"]), "expected a list for references, got 'a'; pass ['a']"),
+        (lambda: lcc.compare("a", "b", "c", "lcc"), "expected a list for entries, got 'lcc'; pass ['lcc']"),
+        (lambda: resolve(3), "expected a name or a path for reference, got a value of type int; pass a string"),
+        (
+            lambda: lcc.RestoreSession("a", None, None),
+            "expected a Pair for pair, got 'a'; pass load_pair(dense, pruned)",
+        ),
+        (lambda: lcc.RestoreWidget(3), "expected a RestoreSession for session, got a value of type int; pass Restore"),
+        (
+            lambda: lcc.plot_upstream("runs/mine"),
+            "expected an Upstream for upstream, got 'runs/mine'; pass trace_up",
+        ),
         (lambda: lcc.merits(None), "expected a text for text, got a value of type NoneType; pass a string"),
         (lambda: lcc.restore(None, None, [], "alpaca"), "expected a Pair for pair, got a value of type NoneType"),
     ],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from jaxtyping import Float
@@ -31,6 +31,8 @@ class Recovered(Shown):
     added to the head itself changes (negative where it hides a difference that the causes still make); a constant in
     an exported bias acts behind the head, so it is 0 there. NaN where pruning changed nothing or removed the head.
     """
+
+    made_by: ClassVar[str] = "scan.against(other_scan)"
 
     remaining: Float[Tensor, "layer head"]
     before: Mapping[str, Float[Tensor, "layer head"]] | None = None

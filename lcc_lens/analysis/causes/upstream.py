@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from jaxtyping import Bool, Float
@@ -53,6 +53,8 @@ class Upstream(Shown):
         stderr: its standard error over sequences.
         exact: the effect when the writer's dense output is patched into this path, for the strongest; else NaN.
     """
+
+    made_by: ClassVar[str] = "trace_upstream(pair, head, data)"
 
     head: Head
     writers: tuple[Writer, ...]

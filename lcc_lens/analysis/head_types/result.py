@@ -14,6 +14,7 @@ from torch import Tensor
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.files import read_tensors, require_made, write_tensors
 from lcc_lens.core.heads import all_heads
+from lcc_lens.core.outputs.places import refuse_model
 from lcc_lens.core.ranges import Count, check_number
 from lcc_lens.core.reading import convert, parse_json, reading
 from lcc_lens.core.showing import Shown
@@ -134,6 +135,7 @@ class HeadTypes(Shown):
 
     def save(self, run: str | Path) -> None:
         """Write ``head_types.safetensors`` into a run directory, atomically."""
+        refuse_model(Path(run))
         tensors = {f"value.{name}": t for name, t in self.value.items()}
         tensors |= {f"stderr.{name}": t for name, t in self.stderr.items()}
         tensors |= {"losses": self.losses, "in_context": self.in_context}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from jaxtyping import Float
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 @dataclass(frozen=True, repr=False)
 class LogitGain(Shown):
     """The logit gain of a head's components, example by example (Eq. 6); cumulative gains are of the first K."""
+
+    made_by: ClassVar[str] = "logit_gain(pair, data, head, components)"
 
     head: Head
     gains: Float[Tensor, "example component"]

@@ -13,6 +13,7 @@ from torch import Tensor
 from lcc_lens.analysis.lens.checks import checked_vector
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.heads import Head, check_heads
+from lcc_lens.core.ranges import ranged
 from lcc_lens.core.showing import Shown
 from lcc_lens.models.hooked.direct_path import OutputProjections
 from lcc_lens.models.hooked.hooks import HookedModel
@@ -59,6 +60,7 @@ class OutputRelation(Shown):
         return pd.DataFrame({"layer": layers, "head": heads, **columns})
 
 
+@ranged
 def relation_to_W_O(
     model: HookedModel, heads: Sequence[Head | tuple[int, int]], vectors: Float[Tensor, "chosen d_head"]
 ) -> OutputRelation:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, MutableMapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from html import escape
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -54,6 +54,8 @@ class PromptComparison:
         difference: distance of each head's output from the dense head's.
         patterns: attention patterns; None where a model has no hook point for them.
     """
+
+    made_by: ClassVar[str] = "compare_prompt(pair, prompt)"
 
     prompt: str
     pieces: tuple[str, ...]

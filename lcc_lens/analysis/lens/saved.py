@@ -13,6 +13,7 @@ from lcc_lens.analysis.scan.result import SCAN_RECORD
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.files import read_tensors, require_made, write_tensors
 from lcc_lens.core.heads import Head
+from lcc_lens.core.ranges import ranged
 from lcc_lens.core.reading import convert, parse_json, read_record, reading
 
 LENS_FILE = "lens.safetensors"
@@ -45,6 +46,7 @@ class _Lens:
     """Of the scan that lay beside them."""
 
 
+@ranged
 def save_lens(run: str | Path, *, gains: Sequence[LogitGain] = (), promoted: Sequence[PromotedTokens] = ()) -> None:
     """Write ``lens.safetensors`` into a run directory, atomically; an existing file is replaced.
 
@@ -68,6 +70,7 @@ def save_lens(run: str | Path, *, gains: Sequence[LogitGain] = (), promoted: Seq
     write_tensors(Path(run) / LENS_FILE, contiguous, {"lens": json.dumps(described)})
 
 
+@ranged
 def load_lens(run: str | Path) -> tuple[list[LogitGain], list[PromotedTokens]]:
     """Read what :func:`save_lens` wrote: the gains and the promoted tokens.
 

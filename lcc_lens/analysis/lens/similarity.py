@@ -13,6 +13,7 @@ from torch import Tensor
 from lcc_lens.analysis.components import LostComponents
 from lcc_lens.analysis.lens.checks import check_components
 from lcc_lens.core.heads import Head, all_heads
+from lcc_lens.core.ranges import ranged
 from lcc_lens.core.showing import Shown
 from lcc_lens.models.hooked.direct_path import OutputProjections
 from lcc_lens.models.hooked.hooks import HookedModel
@@ -42,6 +43,7 @@ class ComponentSimilarity(Shown):
         return pd.DataFrame(self.resid.numpy(), index=labels, columns=labels)
 
 
+@ranged
 def component_similarity(model: HookedModel, components: LostComponents, *, rank: int = 1) -> ComponentSimilarity:
     r"""Cosines between all heads' lost components in the residual stream, $c_h W_O[h]$.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from jaxtyping import Float
 from torch import Tensor
@@ -12,6 +12,7 @@ from lcc_lens.analysis.lens.answers import Streams
 from lcc_lens.analysis.lens.checks import checked_vector
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.heads import Head
+from lcc_lens.core.ranges import ranged
 from lcc_lens.core.showing import Shown
 from lcc_lens.models.hooked.direct_path import OutputProjections, Unembedding
 from lcc_lens.models.hooked.hooks import HookedModel
@@ -36,6 +37,8 @@ class TokenScore:
 @dataclass(frozen=True, repr=False)
 class PromotedTokens(Shown):
     """The tokens that a vector in a head's output promotes and suppresses most; ``reading`` names the method."""
+
+    made_by: ClassVar[str] = "promoted_tokens(model, tokenizer, head, vector)"
 
     head: Head
     reading: Literal["alone", "direct"]
@@ -78,6 +81,7 @@ class TokenReader:
         return self.unembedding.project(norm.linear(written) * (1 / scale).mean())
 
 
+@ranged
 def promoted_tokens(
     model: HookedModel,
     tokenizer: PreTrainedTokenizerBase,

@@ -26,6 +26,7 @@ from lcc_lens.analysis.statistics import DifferenceStatistics
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.files import read_tensors, require_made, sha256_file, write_tensors
 from lcc_lens.core.heads import Head, HeadList, HeadMap, all_heads, check_heads, head_indices, n_of_share
+from lcc_lens.core.outputs.places import refuse_model
 from lcc_lens.core.reading import convert, read_record, reading, write_record
 from lcc_lens.core.showing import Shown
 from lcc_lens.models.hooked.activations import Site
@@ -188,11 +189,10 @@ class Scan(Shown):
         Raises:
             RequestError: an unknown selector, or one that this scan did not compute.
         """
-        n_layers, n_heads = self.relative_loss.shape
         scores = self.scores(selector, seed=seed).value.nan_to_num(nan=-math.inf).flatten().tolist()
         loss = self.heads.mse.flatten().tolist()
         order = sorted(range(len(scores)), key=lambda i: (-scores[i], -loss[i], i))
-        heads = all_heads(n_layers, n_heads)
+        heads = all_heads(*self.relative_loss.shape)
         removed = self.head_map.removed
         return HeadList(heads[i] for i in order if heads[i].head not in removed[heads[i].layer])
 
@@ -232,10 +232,10 @@ class Scan(Shown):
         """Write ``scan.safetensors`` and ``scan.json`` into a run directory, each atomically.
 
         Raises:
-            RequestError: hooks or changed weights acted on a model, so the scan is not that of the checkpoints.
+            RequestError: hooks or changed weights acted on a model, so the scan is not theirs; a model's folder.
         """
         require_own_models(self.record.is_changed)
-        run = Path(run)
+        refuse_model(run := Path(run))
         write_tensors(run / SCAN_TENSORS, self._tensors())
         parts = {
             "selected_by": {
@@ -243,9 +243,9 @@ class Scan(Shown):
                 for name, scores in self.selected_by.items()
             },
             "tokens": [{**vars(token), "loss": None} for token in self.tokens],
+            "scan_sha256": sha256_file(run / SCAN_TENSORS),
         }
-        sha256 = sha256_file(run / SCAN_TENSORS)
-        write_record(run / SCAN_RECORD, {**asdict(self.record), **parts, "scan_sha256": sha256})
+        write_record(run / SCAN_RECORD, {**asdict(self.record), **parts})
 
     @classmethod
     def load(cls, run: str | Path) -> Scan:

@@ -22,6 +22,7 @@ from lcc_lens.analysis.selectors.own import score_own
 from lcc_lens.analysis.selectors.random import score_random
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.heads import Head
+from lcc_lens.core.ranges import ranged
 from lcc_lens.core.registry import Registry
 from lcc_lens.models.hooked.direct_path import OutputProjections, Unembedding
 
@@ -103,6 +104,7 @@ REGISTRY: Registry[Selector | ScoreFunction] = Registry(
 )
 
 
+@ranged
 def register_selector(
     name: str, function: ScoreFunction, *, needs: Collection[str] = (), replace: bool = False
 ) -> None:

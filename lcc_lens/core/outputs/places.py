@@ -43,9 +43,7 @@ def writing_run(run: Path | None, *, inputs: Iterable[Path] = (), again: str = "
         yield
         return
     target = folder_to_write(run)
-    is_input = target in {path.resolve() for path in inputs}
-    if is_input or any(target.glob("model*.safetensors")):
-        raise RequestError(f"expected a run directory, got the model in {run}; name another folder")
+    refuse_model(target, is_model=target in {path.resolve() for path in inputs})
     with disk_errors(run):
         _refuse_foreign(target)
     try:
@@ -54,6 +52,16 @@ def writing_run(run: Path | None, *, inputs: Iterable[Path] = (), again: str = "
             yield
     except DiskFullError as error:
         raise DiskFullError(error.place, again) from error
+
+
+def refuse_model(run: Path, *, is_model: bool = False) -> None:
+    """Refuse a model's folder in the place of a run directory.
+
+    Args:
+        is_model: whether it is known to be one; else its weights tell.
+    """
+    if is_model or any(run.glob("model*.safetensors")):
+        raise RequestError(f"expected a run directory, got the model in {run}; name another folder")
 
 
 def _refuse_foreign(run: Path) -> None:

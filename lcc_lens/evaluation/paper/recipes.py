@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from lcc_lens.core.errors import RequestError
-from lcc_lens.core.ranges import Count, Length, Seed, Sparsity, check_numbers
+from lcc_lens.core.ranges import Count, Length, Seed, Sparsity, check_numbers, ranged
 from lcc_lens.core.reading import read_json
 from lcc_lens.evaluation.comparison.config import CompareConfig
 from lcc_lens.evaluation.comparison.entry import Entry
@@ -98,6 +98,7 @@ class PaperRecipe:
         return replace(self.compare, data=data, tasks=self.compare.tasks or (data,))
 
 
+@ranged
 def read_recipe(path: str | Path) -> PaperRecipe:
     """Read a recipe.
 

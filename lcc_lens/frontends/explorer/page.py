@@ -15,6 +15,7 @@ from typing import Any
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.files import write_text
 from lcc_lens.core.outputs.places import require_file
+from lcc_lens.core.ranges import ranged
 from lcc_lens.frontends.explorer.page_data import EXAMPLE_BYTES, page_data
 from lcc_lens.frontends.explorer.results import results_table
 from lcc_lens.frontends.explorer.texts import find_texts
@@ -32,6 +33,7 @@ _SCRIPTS = (
 )  # fmt: skip
 
 
+@ranged
 def explore(
     run: str | Path,
     out: str | Path | None = None,

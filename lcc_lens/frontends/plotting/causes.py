@@ -66,6 +66,7 @@ def plot_causes(scan: Scan) -> go.Figure:
     return _stacked(figure, "squared difference (%)")
 
 
+@ranged
 def plot_recovered(recovered: Recovered) -> go.Figure:
     """What a restoration leaves of the heads' squared difference per layer, by cause, beside what pruning did.
 
@@ -173,6 +174,7 @@ def _measured_on(record: HeadTypesRecord, kinds: Sequence[str]) -> str:
     return " ".join(sentences)
 
 
+@ranged
 def plot_upstream(upstream: Upstream, n: int = 10) -> go.Figure:
     """The writers that a head inherits its difference from, as a graph: layers from left to right, lines to the head.
 

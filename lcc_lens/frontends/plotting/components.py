@@ -72,6 +72,7 @@ def plot_spectra(scan: Scan, heads: Sequence[HeadLike] = ()) -> go.Figure:
     return figure
 
 
+@ranged
 def plot_logit_gain(gains: LogitGain | Sequence[LogitGain]) -> go.Figure:
     """Logit gain by component index, with 95 % intervals over examples (Eq. 6 of RestoreLCC).
 
@@ -111,6 +112,7 @@ def plot_logit_gain(gains: LogitGain | Sequence[LogitGain]) -> go.Figure:
     return figure
 
 
+@ranged
 def plot_promoted_tokens(promoted: PromotedTokens) -> go.Figure:
     """Table of the tokens that a component promotes and suppresses through the logit lens, with their logits."""
     sides = {side: [t for t in promoted.tokens if t.side == side] for side in ("promoted", "suppressed")}

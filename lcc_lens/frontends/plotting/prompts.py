@@ -8,6 +8,7 @@ from plotly.subplots import make_subplots
 from lcc_lens.analysis.lens.prompt import PromptComparison
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.heads import HeadLike, check_heads
+from lcc_lens.core.ranges import ranged
 from lcc_lens.frontends.plotting.components import visible
 from lcc_lens.frontends.plotting.theme import COLORS, PAGE, SEQUENTIAL, SERIES, rounded, styled
 
@@ -16,6 +17,7 @@ _ROW = 13  # pixels per layer
 _MOST_LABELS = 40
 
 
+@ranged
 def plot_prompt(seen: PromptComparison, k: int = 8) -> go.Figure:
     """Next-token probabilities of a prompt, and how much each head's output changed on it.
 
@@ -66,6 +68,7 @@ def plot_prompt(seen: PromptComparison, k: int = 8) -> go.Figure:
     return figure
 
 
+@ranged
 def plot_attention(seen: PromptComparison, head: HeadLike) -> go.Figure:
     """Attention pattern of one head on a prompt, one panel per model: rows are queries, columns keys.
 

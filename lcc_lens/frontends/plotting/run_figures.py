@@ -14,6 +14,7 @@ from lcc_lens.core.errors import LensError, RequestError
 from lcc_lens.core.files import require_made
 from lcc_lens.core.heads import Head
 from lcc_lens.core.outputs.folders import claim_files
+from lcc_lens.core.ranges import ranged
 from lcc_lens.core.reading import read_json_lines, reading
 from lcc_lens.core.showing import Shown
 from lcc_lens.evaluation.comparison.compare import COMPARISON
@@ -63,6 +64,7 @@ class Drawn(Shown):
         return pd.DataFrame(rows, columns=["figure", "file", "lacking"])
 
 
+@ranged
 def draw_figures(run: str | Path, out: str | Path, *, formats: Sequence[Format] = FORMATS) -> Drawn:
     """Draw every figure that a run folder has the data for; runs no model.
 

@@ -9,6 +9,7 @@ from typing import Any
 import plotly.graph_objects as go
 
 from lcc_lens.core.errors import RequestError
+from lcc_lens.core.ranges import ranged
 from lcc_lens.frontends.plotting.forest import Mark, Panel, forest
 from lcc_lens.frontends.plotting.labels import GOLD, SELECTOR_LABELS
 from lcc_lens.frontends.plotting.theme import (
@@ -96,6 +97,7 @@ def plot_pruning_quality(study: Mapping[str, Any]) -> go.Figure:
     return figure
 
 
+@ranged
 def plot_prompt_study(study: PromptStudy) -> go.Figure:
     """Every variant's gain on the dense model against its gain on the pruned one; the colour is its length in words.
 

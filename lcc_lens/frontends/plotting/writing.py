@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from lcc_lens.core.errors import LensError, RequestError
 from lcc_lens.core.files import atomic_path, write_text
+from lcc_lens.core.ranges import ranged
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -25,6 +26,7 @@ _SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _KEYWORD = b"lcc_lens figure"
 
 
+@ranged
 def write_html(figure: go.Figure, path: str | Path, *, alone: bool = True) -> None:
     """Write an interactive page that opens without a network.
 
@@ -41,6 +43,7 @@ def write_html(figure: go.Figure, path: str | Path, *, alone: bool = True) -> No
     write_text(path, figure.to_html(include_plotlyjs=True if alone else _LIBRARY, full_html=True))
 
 
+@ranged
 def write_image(figure: go.Figure, path: str | Path) -> None:
     """Write PNG, SVG or PDF (by suffix) through kaleido.
 

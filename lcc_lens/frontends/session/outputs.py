@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from lcc_lens.analysis.lens.prompt import Applicable, PromptComparison, compare_tokens, prompt_tokens
 from lcc_lens.core.errors import RequestError
+from lcc_lens.core.ranges import ranged
 from lcc_lens.exporters.huggingface import ExportReport, export
 from lcc_lens.frontends.session.refitting import is_refitted
 from lcc_lens.frontends.session.saving import save_state
@@ -80,6 +81,7 @@ class SessionOutputs(SessionView):
             return False
         return True
 
+    @ranged
     def pin(self, run: str | Path | None = None) -> None:
         """Keep a restoration beside the one at work: what is read then has a model ``pinned`` too.
 
@@ -120,6 +122,7 @@ class SessionOutputs(SessionView):
         with self._alone():
             return self._bench.levels(self.method)
 
+    @ranged
     def compare_prompt(self, prompt: str) -> PromptComparison:
         """A prompt in all models, head by head (see :func:`~lcc_lens.analysis.lens.prompt.compare_prompt`)."""
         with self._alone():
@@ -160,10 +163,12 @@ class SessionOutputs(SessionView):
             injection = self._state.scaled() or self._state.trained()
             return Restoration.of(injection, self._bench.record(self._state, self.history))
 
+    @ranged
     def export(self, out: str | Path, *, overwrite: bool = False) -> ExportReport:
         """Write and verify the restored model (see :func:`~lcc_lens.exporters.huggingface.export`)."""
         return export(self.restoration(), self.pair.pruned_id.path, out, overwrite=overwrite)
 
+    @ranged
     def save(self, run: str | Path) -> None:
         """Write the restoration into a run folder, and the state that :meth:`RestoreSession.load` goes on from."""
         self.restoration().save(run)

@@ -7,12 +7,13 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import ClassVar
 
 from lcc_lens.analysis.scan.scan import Scan
 from lcc_lens.analysis.selectors.names import DEFAULT_SELECTOR
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.heads import Head, HeadLike, HeadTuple, check_heads
-from lcc_lens.core.ranges import Count, Finite, Natural, Rate, Share, ranged
+from lcc_lens.core.ranges import Count, Finite, Natural, Rate, Seed, Share, ranged
 from lcc_lens.data.datasets import Data
 from lcc_lens.frontends.session.outputs import SessionOutputs
 from lcc_lens.frontends.session.saving import load_state
@@ -65,6 +66,9 @@ class RestoreSession(SessionOutputs):
         >>> session.next_tokens("The capital of France is")  # doctest: +SKIP
     """
 
+    made_by: ClassVar[str] = "RestoreSession(pair, scan, data)"
+
+    @ranged
     def __init__(
         self,
         pair: Pair,
@@ -74,10 +78,10 @@ class RestoreSession(SessionOutputs):
         validation: Data | None = None,
         method: str = "lcc",
         objective: Objective | None = None,
-        batch_size: int = 8,
+        batch_size: Count = 8,
         max_length: int | None = None,
-        low_rank: int | None = None,
-        seed: int = 0,
+        low_rank: Count | None = None,
+        seed: Seed = 0,
         exportable: bool = True,
         refitting: RefitRequest | None = None,
     ) -> None:
@@ -95,6 +99,7 @@ class RestoreSession(SessionOutputs):
     def _spec(self) -> MethodSpec:
         return MethodSpec.parse(self.method)
 
+    @ranged
     def set_method(self, method: str) -> None:
         """Restore by another method, untrained; chosen heads stay where it acts on heads.
 
@@ -105,6 +110,7 @@ class RestoreSession(SessionOutputs):
             state = _first_state(self._bench, method, self.heads)
             self._timeline.record(state, f"session.set_method({method!r})")
 
+    @ranged
     def load(self, run: str | Path) -> None:
         """Go on from a state that :meth:`save` wrote, bit for bit; its history is not repeated.
 

@@ -12,6 +12,7 @@ import traitlets
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.metrics import learned_warning
 from lcc_lens.core.progress import tracked_by
+from lcc_lens.core.ranges import ranged
 from lcc_lens.frontends.session.session import RestoreSession
 from lcc_lens.frontends.session.stopping import stoppable
 from lcc_lens.frontends.widget.actions import ACTIONS, Message
@@ -73,6 +74,7 @@ class RestoreWidget(anywidget.AnyWidget):
     prompt = traitlets.Unicode().tag(sync=True)
     reads_at_once = traitlets.Bool(True).tag(sync=True)
 
+    @ranged
     def __init__(
         self, session: RestoreSession, *, prompt: str = "The capital of France is", reads_at_once: bool = True
     ) -> None:
@@ -94,7 +96,8 @@ class RestoreWidget(anywidget.AnyWidget):
 
     def close(self) -> None:
         """End a running training with its best so far, and remove the widget."""
-        self._stop()
+        if hasattr(self, "session"):  # else it was refused before it began
+            self._stop()
         super().close()
 
     def _receive(self, widget: object, message: Message, buffers: object) -> None:

@@ -9,6 +9,7 @@ from lcc_lens.core import hub
 from lcc_lens.core.checkpoint import Checkpoint
 from lcc_lens.core.errors import RequestError, first_line
 from lcc_lens.core.outputs.folders import recover
+from lcc_lens.core.ranges import ranged
 from lcc_lens.models.architecture.whole_weights import require_complete
 from lcc_lens.models.loading.gguf import EMBEDDED_NAME, embedded_model, gguf_model
 
@@ -25,6 +26,7 @@ _CONVERT = (
 )
 
 
+@ranged
 def resolve(reference: str | Path) -> Path:
     """The local Hugging Face directory of a model reference.
 
@@ -42,8 +44,8 @@ def resolve(reference: str | Path) -> Path:
         _require_model(path)
         return path
     if path.exists():
-        hint = f"; {_CONVERT}" if path.suffix in _PICKLES else ""
-        raise RequestError(f"expected a model directory or a .gguf file, got the file {path}{hint}")
+        hint = _CONVERT if path.suffix in _PICKLES else "name its folder"
+        raise RequestError(f"expected a model directory or a .gguf file, got the file {path}; {hint}")
     if not _HUB_ID.match(name) or name.startswith((".", "/")) or (name.count("/") == 0 and path.suffix == ""):
         raise RequestError(
             f"expected a model ({EMBEDDED_NAME}, a directory, a .gguf file or a hub id owner/name), got {name!r}, "

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 import torch
 
@@ -47,6 +47,8 @@ class Preferences(Shown):
         n_copies: candidates that were dropped since they give more of the response away than the raw prompt.
         n_long: examples or candidates that were dropped since they do not fit within the length limit.
     """
+
+    made_by: ClassVar[str] = "preference_pairs(pair, data, versions), or Preferences.load(file)"
 
     pairs: tuple[Preference, ...]
     n_examples: int = 0

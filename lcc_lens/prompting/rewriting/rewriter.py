@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -33,6 +33,8 @@ TARGETS = ("q_proj", "v_proj")
 @dataclass(frozen=True)
 class RewriterRecord:
     """What a rewriter was trained on, and its held-out loss (ln 2 before the first step) and accuracy."""
+
+    made_by: ClassVar[str] = "fit_rewriter(pair, preferences), or Rewriter.load(run)"
 
     model: str
     model_sha256: str

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from lcc_lens.core.errors import RequestError
+from lcc_lens.core.ranges import ranged
 from lcc_lens.core.registry import Registry
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ PRUNERS: Registry[PrunerFactory] = Registry(
 _MEMBERS = ("uses_inputs", "observe", "pruned", "removed")
 
 
+@ranged
 def register_pruner(name: str, factory: PrunerFactory, *, replace: bool = False) -> None:
     """Add a pruning method, which then works in :func:`lcc_lens.prune` under its name.
 

@@ -9,6 +9,7 @@ from typing import Literal
 
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.heads import Head
+from lcc_lens.core.ranges import ranged
 from lcc_lens.core.registry import Registry
 from lcc_lens.data.batches import TokenSequence
 from lcc_lens.models.hooked.hooks import HookedModel
@@ -225,6 +226,7 @@ METHODS: Registry[Method | Preset] = Registry(
 )  # fmt: skip
 
 
+@ranged
 def register_method(name: str, method: Method | Preset, *, replace: bool = False) -> None:
     """Add a restoration method: ``restore``, ``compare`` and the command line then take its name like any other.
 

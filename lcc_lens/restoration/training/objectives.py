@@ -6,7 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Bool, Float
@@ -77,6 +77,8 @@ class Objective:
         prompts: whether distillation and head outputs count the prompts' tokens.
         text: weight of the language-model loss (``lm``), the cross-entropy in nats of all tokens, prompts included.
     """
+
+    made_by: ClassVar[str] = "Objective.parse('text+distillation')"
 
     response: float = 1.0
     distillation: float = 0.0

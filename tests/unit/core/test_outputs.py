@@ -26,7 +26,7 @@ from lcc_lens.core.outputs.folders import (
     reserved,
     unfinished_work,
 )
-from lcc_lens.core.outputs.places import RESUMED, require_file, writing_run
+from lcc_lens.core.outputs.places import RESUMED, refuse_model, require_file, writing_run
 from lcc_lens.models.loading.references import resolve
 
 
@@ -185,6 +185,13 @@ def test_a_file_system_that_takes_no_files_is_noticed_before_the_work() -> None:
         require_file(Path("/proc/results.json"), begins=(b"",))
     with pytest.raises(RequestError, match="cannot write to /proc/run"), writing_run(Path("/proc/run")):
         raise AssertionError
+
+
+def test_a_model_s_folder_is_no_place_for_results(tmp_path: Path) -> None:
+    (tmp_path / "model-00001-of-00002.safetensors").touch()
+    with pytest.raises(RequestError, match="expected a run directory, got the model in"):
+        refuse_model(tmp_path)
+    refuse_model(tmp_path / "run")
 
 
 # links and permissions
