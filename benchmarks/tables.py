@@ -622,6 +622,7 @@ MARKED: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "domains, mix, an hour's text": ("domains_mix_571k.json", domain_table),
     "domains, mix, an hour's text, 2:4": ("domains_mix_571k_wanda24.json", domain_table),
     "domains, mix, 2:4": ("domains_mix_51k_wanda24.json", domain_table),
+    "domains, mix, 2:4, smaller steps": ("domains_mix_51k_wanda24_batch2.json", domain_table),
     "budgets": ("budgets.json", budget_table),
     "reconstruct": ("reconstruct.json", reconstruct_table),
     "domains, in short": ("domains_mix_51k_batch2.json", domain_overview),
