@@ -13,6 +13,7 @@ from typing import Any
 from tables import between
 
 from lcc_lens.core.files import write_text
+from lcc_lens.pruning.reconstruct.reconstruct import BYTES_PER_PARAMETER
 from lcc_lens.restoration.in_memory import BYTES_PER_WEIGHT
 
 HERE = Path(__file__).parent
@@ -178,6 +179,7 @@ def computed_tables() -> list[str]:
         "low rank trains": lambda s: f"{trained_by_low_rank(s):,}",
         "with AdamW ": lambda s: size(BYTES_PER_TRAINED * trained_by_low_rank(s)),
         "best takes": lambda s: size(BYTES_PER_WEIGHT * trained_by_best(s)),
+        "reconstruct, one layer": lambda s: size(BYTES_PER_PARAMETER * s.layer),
         "activations of 1,024 tokens": lambda s: size(activation_bytes(s)),
         "recomputed": lambda s: size(activation_bytes(s, recomputed=True)),
     }
@@ -190,13 +192,16 @@ def computed_tables() -> list[str]:
 
 def measured_table(study: dict[str, Any]) -> str:
     """Peak memory and time of every step, by size; every cell is measured."""
-    steps = ("prune", "scan", "restore", "export")
+    steps = ("prune", "scan", "restore", "reconstruct", "export")
     lines = [
         "| weights | a model | threads | " + " | ".join(steps) + " |", "|---:|---:|---:|" + "---:|" * len(steps),
     ]  # fmt: skip
     for run in sorted(study["runs"].values(), key=lambda run: run["found"]["parameters"]):
-        costs = [run["steps"][step] for step in steps]
-        cells = [f"{c['peak_gib']:.1f} GiB ({c['peak_anonymous_gib']:.1f}), {duration(c['seconds'])}" for c in costs]
+        costs = [run["steps"].get(step) for step in steps]
+        cells = [
+            f"{c['peak_gib']:.1f} GiB ({c['peak_anonymous_gib']:.1f}), {duration(c['seconds'])}" if c else "not run"
+            for c in costs
+        ]
         found, threads = run["found"], run["machine"]["threads"]
         cells = [f"{found['parameters'] / 1e9:.2f}B", f"{found['dense_gb']:.2f} GB", str(threads), *cells]
         lines.append(f"| {' | '.join(cells)} |")

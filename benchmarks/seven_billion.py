@@ -4,10 +4,11 @@
     python benchmarks/memory_table.py
 
 Makes a random-weight Llama of 7B shape in bfloat16 (13.5 GB, a file per layer), prunes it by Wanda to 2:4, scans 32
-short examples, gives it a mean-shift restoration and exports it verified. Every step is a command in a process of its
-own, whose time and peak resident memory are written down; of the peak, anonymous memory is what cannot be read again
-from a file. FOLDER needs 55 GB of disk for 7b (8 GB for 1b) and may be on any; steps whose result is there are passed
-over. Results go beside those of the other shapes; the second command puts them into docs/scale.md.
+short examples, gives it a mean-shift restoration, reconstructs it one layer at a time, and exports it verified. Every
+step is a command in a process of its own, whose time and peak resident memory are written down; of the peak, anonymous
+memory is what cannot be read again from a file. FOLDER needs 70 GB of disk for 7b (10 GB for 1b) and may be on any;
+steps whose result is there are passed over. Results go beside those of the other shapes; the second command puts them
+into docs/scale.md.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ from lcc_lens.core.reading import read_json
 from lcc_lens.core.rewriting import tensor_bytes
 
 SEED = 0
-DENSE, PRUNED, RUN, RESTORED = "dense", "pruned", "run", "restored"
+DENSE, PRUNED, RUN, CLOSER, RESTORED = "dense", "pruned", "run", "closer", "restored"
 SHARDS = "model.safetensors.index.json"
 
 
@@ -47,6 +48,7 @@ SHAPES = {
     "tiny": Shape(3, 64, 176, 4, 4, 300),
     "small": Shape(12, 768, 2048, 12, 12, 32000),
     "1b": Shape(16, 2048, 5632, 16, 16, 32000),
+    "7b, four layers": Shape(4, 4096, 11008, 32, 32, 32000),
     "7b": MODELS["Llama 7B"],
 }
 
@@ -130,9 +132,11 @@ def write_data(folder: Path) -> None:
 def commands(folder: Path, shape: str, device_map: str) -> dict[str, tuple[Path, list[str]]]:
     """By step: what shows that it is done, and the command."""
     dense, pruned, run, restored = (str(folder / name) for name in (DENSE, PRUNED, RUN, RESTORED))
+    closer = str(folder / CLOSER)
     lens, data = [sys.executable, "-m", "lcc_lens"], ["--data", str(folder / "questions.jsonl")]
     placed = ["--quiet", *(() if device_map == "none" else ("--device-map", device_map))]
     calibration = ["--calibration", str(folder / "text.txt"), "--n-samples", "8", "--seq-len", "128"]
+    training = [*calibration[:2], "--n-samples", "16", "--seq-len", "128", "--window", "1", "--epochs", "1"]
     scanning = ["--examples", "32", "--one-at-a-time"]
     restoring = ["--examples", "32", "--method", "mean-shift", "--selector", "mse", "--one-at-a-time"]
     return {
@@ -140,6 +144,10 @@ def commands(folder: Path, shape: str, device_map: str) -> dict[str, tuple[Path,
         "prune": (folder / PRUNED, [*lens, "prune", dense, pruned, "--pattern", "2:4", *calibration, *placed]),
         "scan": (folder / RUN / "scan.json", [*lens, "scan", dense, pruned, run, *data, *scanning, *placed]),
         "restore": (folder / RUN / "metrics.json", [*lens, "restore", dense, pruned, run, *data, *restoring, *placed]),
+        "reconstruct": (
+            folder / CLOSER,
+            [*lens, "reconstruct", dense, pruned, closer, *training, *placed],
+        ),
         "export": (folder / RESTORED, [*lens, "export", run, restored, *placed]),
     }
 

@@ -10,7 +10,7 @@ import inspect
 import math
 import os
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, fields, is_dataclass
 from numbers import Integral, Real
@@ -21,6 +21,8 @@ from typing import Annotated, Any, ParamSpec, TypeVar, Union, get_args, get_orig
 from lcc_lens.core.errors import RequestError
 
 _LARGEST = 2**32
+#: What is checked of a type with parameters: that there are several, or that it can be called.
+_GENERIC: Mapping[Any, Any] = {Sequence: Sequence, Iterable: Sequence, Collection: Sequence, Callable: Callable}
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 
@@ -120,9 +122,9 @@ def check_number(name: str, value: Any, kind: Any) -> None:
 def ranged(function: Callable[_P, _R]) -> Callable[_P, _R]:
     """Check what a function is called with, before it does anything; its parameters' types say what it takes.
 
-    Numbers have to lie in the ranges that they name. Texts have to be strings, several of something no single name, and
-    results of this package, such as a scan, have to be one: a folder in their place is refused, and the message says
-    what makes one.
+    Numbers have to lie in the ranges that they name. Texts have to be strings, functions callable, several of something
+    no single name, and results of this package, such as a scan, have to be one: a folder in their place is refused, and
+    the message says what makes one.
     """
     signature = inspect.signature(function)
 
@@ -139,30 +141,30 @@ def ranged(function: Callable[_P, _R]) -> Callable[_P, _R]:
 
 
 def _require_kind(name: str, value: Any, kinds: Sequence[Any]) -> None:
-    """Refuse a value of none of the kinds: texts, paths, results of this package, several of anything."""
+    """Refuse a value of none of the kinds: texts, paths, functions, results of this package, several of anything."""
     several = Sequence in kinds
     classes = tuple(os.PathLike if kind is Path else kind for kind in kinds if kind is not Sequence)
     is_name = isinstance(value, str | Path)
     if isinstance(value, classes) or (several and not is_name and isinstance(value, Iterable)):
         return
     got = repr(str(value)) if is_name else f"a value of type {type(value).__name__}"
-    names = {str: "name" if Path in kinds else "text", Path: "path", Sequence: "list", NoneType: "None"}
-    wanted = " or a ".join(names.get(kind, kind.__name__) for kind in kinds if kind is not NoneType)
+    names = {str: "name" if Path in kinds else "text", Path: "path", Sequence: "list", Callable: "function"}
+    wanted = " or a ".join(names.get(kind, getattr(kind, "__name__", "")) for kind in kinds if kind is not NoneType)
     makers = [kind.made_by for kind in kinds if hasattr(kind, "made_by")]
-    others = f"[{got}]" if several and is_name else "a list" if several else "a string"
+    others = f"[{got}]" if several and is_name else "a list" if several else "a string" if str in kinds else "one"
     article = "an" if wanted[0] in "AEIOU" else "a"
     raise RequestError(f"expected {article} {wanted} for {name}, got {got}; pass {makers[0] if makers else others}")
 
 
 @functools.cache
 def _kinds_of(function: Callable[..., Any]) -> Mapping[str, tuple[Any, ...]]:
-    """By parameter that takes texts, paths, results of this package or several of anything alone: these kinds."""
+    """By parameter that takes such kinds alone, which of them; see :func:`_require_kind`."""
     found = {}
     for name, hint in _hints_of(function).items():
         is_union = get_origin(hint) in (Union, UnionType)
         parts = get_args(hint) if is_union else (hint,)
-        kinds = tuple(Sequence if get_origin(part) in (Sequence, Iterable) else part for part in parts)
-        if all(kind in (str, Path, Sequence, NoneType) or hasattr(kind, "made_by") for kind in kinds):
+        kinds = tuple(_GENERIC.get(get_origin(part), part) for part in parts)
+        if all(kind in (str, Path, Sequence, Callable, NoneType) or hasattr(kind, "made_by") for kind in kinds):
             found[name] = kinds
     return found
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 from platform import python_version
-from typing import get_args
+from typing import ClassVar, get_args
 
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.ranges import ranged
@@ -44,6 +44,7 @@ class DatasetSpec:
         RequestError: another kind.
     """
 
+    made_by: ClassVar[str] = "DatasetSpec(kind, read, records)"
     kind: Kind
     read: Callable[[Record], Item | Example]
     records: Records | Mapping[str, Records] | str | PathLike[str] | None = None

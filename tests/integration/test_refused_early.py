@@ -319,6 +319,11 @@ def test_a_comparison_in_which_every_run_fails_ends_with_1_and_times_nothing(
             lambda: lcc.plot_upstream("runs/mine"),
             "expected an Upstream for upstream, got 'runs/mine'; pass trace_up",
         ),
+        (lambda: lcc.register_selector("x", 3), "expected a function for function, got a value of type int; pass one"),
+        (
+            lambda: lcc.register_method("x", 3),
+            "expected a Method or a Preset for method, got a value of type int; pass M",
+        ),
         (lambda: lcc.merits(None), "expected a text for text, got a value of type NoneType; pass a string"),
         (lambda: lcc.restore(None, None, [], "alpaca"), "expected a Pair for pair, got a value of type NoneType"),
     ],

@@ -35,7 +35,7 @@ RECONSTRUCTION = "reconstruction.json"
 #: One of this many sequences is held out.
 _HELD_OUT = 16
 #: Of every trained parameter: itself, its gradient and Adam's two moments, in float32.
-_BYTES_PER_PARAMETER = 16
+BYTES_PER_PARAMETER = 16
 
 
 @dataclass(frozen=True)
@@ -172,7 +172,7 @@ def _require_memory(checkpoint: Checkpoint, windows: Sequence[Sequence[StoredNam
         sum(math.prod(checkpoint.tensors[name].shape) for names in window for name in names.values())
         for window in windows
     ]
-    needed, there = max(sizes) * _BYTES_PER_PARAMETER, total_memory(device)
+    needed, there = max(sizes) * BYTES_PER_PARAMETER, total_memory(device)
     if there is not None and needed > there:
         raise RequestError(
             f"expected memory for the training of {len(windows[0])} layers, {needed / 2**30:.0f} GiB, got "

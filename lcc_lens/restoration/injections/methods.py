@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.heads import Head
@@ -38,6 +38,7 @@ Rank = Literal["rank", "mlp_rank", "low_rank"]
 class Method:
     """How one method builds its injection, and what is known of it before there is a model."""
 
+    made_by: ClassVar[str] = "Method(build, does, trains)"
     build: Callable[[Ingredients], Injection]
     does: str
     """In a few words, for tables."""
@@ -92,6 +93,7 @@ class Preset:
     What a request names goes before ``objective``, ``lr``, ``batch_size``, ``low_rank`` and ``patience``.
     """
 
+    made_by: ClassVar[str] = "Preset(method, does)"
     method: str
     does: str
     on_refit: bool = False
