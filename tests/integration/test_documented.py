@@ -74,4 +74,4 @@ def test_the_commands_of_the_overview_run_in_their_order(place: Path) -> None:
     elsewhere = {"recipe", "demo"}  # of paper_tables.md and training_cost.md
     ran = run_commands("docs/cli.md", lambda command: command[0] not in elsewhere)
     measured = {"eval", "report", "doctor", "figures", "explore", "merits", "prompts", "rewrite fit", "rewrite"}
-    assert measured | {"prune", "scan", "restore", "refit", "compare", "export"} == set(ran)
+    assert measured | {"prune", "scan", "restore", "refit", "reconstruct", "compare", "export"} == set(ran)

@@ -118,7 +118,7 @@ def test_demonstration_runs_at_the_smallest_size(demonstration: ModuleType, tmp_
     out = tmp_path / "out.json"
     demonstration.main([str(tmp_path / "work"), "--shape", "tiny", "--out", str(out)])
     run = json.loads(out.read_text())["runs"]["tiny"]
-    assert list(run["steps"]) == ["make", "prune", "scan", "restore", "export"]
+    assert list(run["steps"]) == ["make", "prune", "scan", "restore", "reconstruct", "export"]
     assert all(0 < step["peak_anonymous_gib"] < step["peak_gib"] < 4 for step in run["steps"].values())
     assert (run["found"]["pattern"], run["found"]["scanned_examples"]) == ("2:4", 32)
     assert run["found"]["losses"]["restored"] != run["found"]["losses"]["pruned"]

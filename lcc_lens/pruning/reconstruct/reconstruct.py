@@ -157,12 +157,12 @@ class _Split:
         n_training = (n_sequences - max(1, n_sequences // _HELD_OUT)) // config.batch_size * config.batch_size
         return cls(order[:n_training], order[n_training:], config.batch_size)
 
-    def training_batches(self, config: ReconstructConfig) -> list[Int[Tensor, " batch"]]:
+    def training_batches(self, config: ReconstructConfig) -> list[Int[Tensor, " _"]]:
         generator = torch.Generator().manual_seed(config.seed)
         orders = (torch.randperm(len(self.training), generator=generator) for _ in range(config.epochs))
         return [self.training[batch] for order in orders for batch in order.split(self.batch_size)]
 
-    def held_out_batches(self) -> list[Int[Tensor, " batch"]]:
+    def held_out_batches(self) -> list[Int[Tensor, " _"]]:
         return list(self.held_out.split(self.batch_size))
 
 

@@ -71,13 +71,13 @@ class Window:
         return (squares / targets.square().sum(-1).clamp_min(torch.finfo(torch.float32).tiny)).mean()
 
     @torch.no_grad()
-    def mean_error(self, dense: LayerStream, batches: Iterable[Int[Tensor, " batch"]]) -> float:
+    def mean_error(self, dense: LayerStream, batches: Iterable[Int[Tensor, " _"]]) -> float:
         """The error over some batches, each counted by its sequences."""
         parts = [(len(batch), float(self.error(dense, batch))) for batch in batches]
         return sum(n * error for n, error in parts) / sum(n for n, _ in parts)
 
     @torch.enable_grad()
-    def train(self, dense: LayerStream, batches: Sequence[Int[Tensor, " batch"]], lr: float) -> Iterator[None]:
+    def train(self, dense: LayerStream, batches: Sequence[Int[Tensor, " _"]], lr: float) -> Iterator[None]:
         """Minimise the error by Adam, a step for each batch, under a rate that falls to zero; yields after every step.
 
         Ends early where the error is not finite. Parameters that are zero stay zero.
