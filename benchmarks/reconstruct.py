@@ -3,9 +3,8 @@
     python benchmarks/reconstruct.py [--folder runs/domains] [--parts refit-5-3e-4 ...]
 
 SmolLM2-135M, Wanda 50 %; the refit, training blocks and held-out text of ``domains.py mix_51k_batch2``, whose runs are
-in the folder, and for equal time a refit on 288 sequences instead of 160. A part is what is trained from,
-how many decoder layers are in a window, and the learning rate. Finished parts are kept in
-``benchmarks/reconstruct.json``.
+in the folder, and for equal time a refit on 288 sequences instead of 160. A part is what is trained from, how many
+decoder layers are in a window, and the learning rate. Finished parts are kept in ``benchmarks/reconstruct.json``.
 """
 
 from __future__ import annotations
@@ -37,16 +36,14 @@ from lcc_lens.pruning.reconstruct.reconstruct import ReconstructConfig, reconstr
 OUT = Path(__file__).parent / "reconstruct.json"
 STUDY = "mix_51k_batch2"
 LONGER = "refit-288"
-PARTS = (
-    "refit-5-3e-4", "pruned-5-3e-4", "refit-1-3e-4", "refit-5-1e-4", "refit-5-6e-4", "refit-10-3e-4",
-)  # fmt: skip
+PARTS = ("refit-5-3e-4", "pruned-5-3e-4", "refit-5-6e-4", "refit-1-3e-4", "refit-10-6e-4")
 
 
 def main() -> None:
     """Train the parts one after the other; measure each on the panel."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path("runs/domains"))
-    parser.add_argument("--parts", nargs="+", default=PARTS)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     asked = parser.parse_args()
     study = STUDIES[STUDY]
     run_folder = asked.folder / STUDY
@@ -66,7 +63,7 @@ def main() -> None:
         print(part, results["parts"][part], flush=True)
 
     note("refit", measured["refit"])
-    longer = asked.folder / "refit-288"
+    longer = asked.folder / LONGER
     if not longer.exists():
         refit("smollm2", folders["pruned"], longer, calibration=MIX)
     if LONGER not in results["parts"]:

@@ -149,11 +149,11 @@ def _require_kind(name: str, value: Any, kinds: Sequence[Any]) -> None:
         return
     got = repr(str(value)) if is_name else f"a value of type {type(value).__name__}"
     names = {str: "name" if Path in kinds else "text", Path: "path", Sequence: "list", Callable: "function"}
-    wanted = " or a ".join(names.get(kind, getattr(kind, "__name__", "")) for kind in kinds if kind is not NoneType)
+    expected = " or a ".join(names.get(kind, getattr(kind, "__name__", "")) for kind in kinds if kind is not NoneType)
     makers = [kind.made_by for kind in kinds if hasattr(kind, "made_by")]
     others = f"[{got}]" if several and is_name else "a list" if several else "a string" if str in kinds else "one"
-    article = "an" if wanted[0] in "AEIOU" else "a"
-    raise RequestError(f"expected {article} {wanted} for {name}, got {got}; pass {makers[0] if makers else others}")
+    article = "an" if expected[0] in "AEIOU" else "a"
+    raise RequestError(f"expected {article} {expected} for {name}, got {got}; pass {makers[0] if makers else others}")
 
 
 @functools.cache

@@ -134,7 +134,11 @@ class HeadTypes(Shown):
         )
 
     def save(self, run: str | Path) -> None:
-        """Write ``head_types.safetensors`` into a run directory, atomically."""
+        """Write ``head_types.safetensors`` into a run directory, atomically.
+
+        Raises:
+            RequestError: the folder is a model's.
+        """
         refuse_model(Path(run))
         tensors = {f"value.{name}": t for name, t in self.value.items()}
         tensors |= {f"stderr.{name}": t for name, t in self.stderr.items()}

@@ -13,6 +13,7 @@ from lcc_lens.analysis.scan.result import SCAN_RECORD
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.files import read_tensors, require_made, write_tensors
 from lcc_lens.core.heads import Head
+from lcc_lens.core.outputs.places import refuse_model
 from lcc_lens.core.ranges import ranged
 from lcc_lens.core.reading import convert, parse_json, read_record, reading
 
@@ -57,9 +58,13 @@ def save_lens(run: str | Path, *, gains: Sequence[LogitGain] = (), promoted: Seq
         gains: of :func:`logit_gain`.
         promoted: of :func:`promoted_tokens`.
 
+    Raises:
+        RequestError: the folder is a model's.
+
     Example:
         >>> save_lens("runs/mine", gains=[logit_gain(pair, data, head, scan.components)])  # doctest: +SKIP
     """
+    refuse_model(Path(run))
     tensors = {f"{i}.{name}": getattr(gain, name) for i, gain in enumerate(gains) for name in ("gains", "pruned")}
     described = {
         "gains": [{"head": list(gain.head), "is_cumulative": gain.is_cumulative} for gain in gains],

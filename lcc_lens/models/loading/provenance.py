@@ -9,7 +9,7 @@ from lcc_lens.core.checkpoint import Checkpoint
 from lcc_lens.core.errors import RequestError
 from lcc_lens.core.reading import read_json
 
-#: Records beside weights, of what they were made from and calibrated on.
+#: Records beside weights, of what they were calibrated on and made from: there the first that exists counts.
 RECORDS = ("pruning.json", "refit.json", "reconstruction.json")
 
 

@@ -432,6 +432,9 @@ def test_a_saved_session_goes_on(session: RestoreSession, pair, found: Scan, dat
         again.load(tmp_path / "nothing")
     with pytest.raises(RequestError, match="expected a run directory, got the model in"):
         session.save(pair.pruned_id.path)
+    for save in (found.save, lcc.save_lens):
+        with pytest.raises(RequestError, match="expected a run directory, got the model in"):
+            save(pair.pruned_id.path)
     with pytest.raises(RequestError, match="expected text, got half of a surrogate pair"):
         session.next_tokens("a \ud800")
     other = RestoreSession(load_pair(pair.dense_id.path, pair.dense_id.path), None, data, method="norms")
